@@ -1,0 +1,30 @@
+"""One labelled structure."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A structure and its reference labels, in eV and Angstrom; a label that is absent is None.
+
+    ``virial`` is -dE/dstrain = -volume * stress, with the stress in ASE's sign (tensile positive).
+    """
+
+    atomic_numbers: NDArray[np.int64]  # (N,)
+    positions: NDArray[np.float64]  # (N, 3)
+    cell: NDArray[np.float64]  # (3, 3) rows; zeros without periodicity
+    pbc: NDArray[np.bool_]  # (3,)
+    charge_spin: tuple[int, int] | None = None  # total charge, spin multiplicity 2S + 1
+    energy: float | None = None
+    forces: NDArray[np.float64] | None = None  # (N, 3)
+    virial: NDArray[np.float64] | None = None  # (3, 3)
+    weight: float = 1.0
+    group: str = ""  # name in error tables: config_type of the file, or the file's name
+    origin: str = ""  # "train.xyz, frame 12", for messages
+
+    def __len__(self) -> int:
+        """Number of atoms."""
+        return len(self.atomic_numbers)

@@ -1,0 +1,77 @@
+"""The graph a model sees: atoms of one or more structures and the directed edges within the cutoff."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Graph(NamedTuple):
+    """B structures with N atoms and E directed edges in flat lists.
+
+    A message flows source -> destination. Each pair within the cutoff gives two edges; periodic images, also of
+    an atom with itself, are edges of their own. Edges are sorted by destination.
+    """
+
+    atomic_numbers: Tensor  # (N,) int64
+    positions: Tensor  # (N, 3) float64, Angstrom
+    cell: Tensor  # (B, 3, 3) float64, rows are the cell vectors in Angstrom, zeros without periodicity
+    structure: Tensor  # (N,) int64, ascending: the structure an atom belongs to
+    source: Tensor  # (E,) int64, neighbour j
+    destination: Tensor  # (E,) int64, centre i, ascending
+    shift: Tensor  # (E, 3) float64, whole cell vectors added to the neighbour
+    charge_spin: Tensor  # (B, 2) int64, total charge in e and spin multiplicity
+
+    @property
+    def num_structures(self) -> int:
+        """Number of structures B."""
+        return self.cell.shape[0]
+
+    @property
+    def num_atoms(self) -> int:
+        """Number of atoms N."""
+        return self.atomic_numbers.shape[0]
+
+    @property
+    def num_edges(self) -> int:
+        """Number of directed edges E."""
+        return self.source.shape[0]
+
+    def edge_vectors(self) -> Tensor:
+        """Vectors r_j + S cell - r_i from centre to neighbour, (E, 3) float64 in Angstrom."""
+        cell = self.cell[self.structure[self.destination]]
+        image = torch.einsum("ei,eij->ej", self.shift, cell)
+        return self.positions[self.source] - self.positions[self.destination] + image
+
+    def to(self, device: torch.device | str) -> "Graph":
+        """Copy to a device."""
+        return Graph(*(t.to(device, non_blocking=True) for t in self))
+
+
+def collate(graphs: Sequence[Graph]) -> Graph:
+    """Join graphs into one; atoms and edges keep their order.
+
+    Raises:
+        ValueError: If there is no graph.
+    """
+    if not graphs:
+        raise ValueError("collate needs at least one graph")
+    atoms, structures = 0, 0
+    structure, source, destination = [], [], []
+    for g in graphs:
+        structure.append(g.structure + structures)
+        source.append(g.source + atoms)
+        destination.append(g.destination + atoms)
+        atoms += g.num_atoms
+        structures += g.num_structures
+    return Graph(
+        atomic_numbers=torch.cat([g.atomic_numbers for g in graphs]),
+        positions=torch.cat([g.positions for g in graphs]),
+        cell=torch.cat([g.cell for g in graphs]),
+        structure=torch.cat(structure),
+        source=torch.cat(source),
+        destination=torch.cat(destination),
+        shift=torch.cat([g.shift for g in graphs]),
+        charge_spin=torch.cat([g.charge_spin for g in graphs]),
+    )

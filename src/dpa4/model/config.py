@@ -1,0 +1,151 @@
+"""The options of a DPA4 model: one frozen, validated object, stored in every checkpoint."""
+
+from typing import Literal
+
+from ase.data import atomic_numbers
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+GridOperation = Literal["glu", "mlp"] | PositiveInt
+
+
+class Bridging(BaseModel):
+    """ZBL zone bridging: below ``r_inner`` only the analytic nuclear repulsion acts (model-3 section 10)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    r_inner: float = Field(0.5, gt=0, description="Below this distance the learned part is frozen, in Angstrom.")
+    r_outer: float = Field(0.8, gt=0, description="Above this distance the learned part is untouched, in Angstrom.")
+    smooth_cutoff: bool = Field(
+        True,
+        description="Multiply the ZBL energy by the cutoff envelope. The reference cuts it off abruptly at the "
+        "cutoff (1 meV for O-O at 6 Angstrom); false reproduces that and is set for imported models.",
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Bridging":
+        if self.r_inner >= self.r_outer:
+            raise ValueError(f"bridging.r_inner must be below r_outer = {self.r_outer}, got {self.r_inner}")
+        return self
+
+
+class ModelConfig(BaseModel):
+    """Architecture of one DPA4 model (arXiv:2606.02419).
+
+    Names follow the paper and the published input files. Every switch is used by a published model or by an
+    ablation of the paper; ``dpa4.model.presets`` holds the published combinations.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    elements: tuple[str, ...] = Field(description="Chemical symbols the model knows; their order is the type index.")
+    cutoff: float = Field(6.0, gt=0, description="Cutoff radius, in Angstrom.")
+
+    channels: PositiveInt = Field(64, description="Channels per spherical-harmonic coefficient of a node.")
+    lmax: int = Field(3, ge=0, le=10, description="Highest degree of the node features.")
+    n_blocks: PositiveInt = Field(3, description="Interaction blocks.")
+    l_schedule: tuple[int, ...] | None = Field(
+        None, description="Degree of each block, non-increasing; replaces lmax and n_blocks."
+    )
+    mmax: int = Field(1, ge=0, description="Highest order kept in the edge frame (at most the block's degree).")
+    kmax: int = Field(1, ge=0, description="Highest frame order of the SO(3) grids (at most the block's degree).")
+
+    n_radial: PositiveInt = Field(16, description="Radial basis functions.")
+    basis: Literal["bessel", "gaussian"] = Field("bessel", description="Radial basis.")
+    radial_mlp: tuple[int, ...] = Field((0,), description="Hidden widths of the radial network; 0 means channels.")
+    env_exp: tuple[PositiveInt, PositiveInt] = Field(
+        (7, 5), description="Exponents p of the cutoff envelopes of the radial basis and of the edge weight."
+    )
+    use_env_seed: bool = Field(True, description="Initialise nodes from their environment (FiLM and l > 0 features).")
+    edge_norm: bool = Field(
+        False,
+        description="Normalise radial features, FiLM logits and messages per edge. Published models use true; false "
+        "keeps the curvature smooth at the cutoff.",
+    )
+
+    mixing_layers: int = Field(4, ge=0, description="SO(2) layers per convolution.")
+    n_focus: PositiveInt = Field(1, description="Parallel focus streams of the convolution.")
+    focus_dim: int = Field(0, ge=0, description="Channels of a focus stream; 0 means channels.")
+    n_atten_head: int = Field(1, ge=0, description="Attention heads per focus; 0 sums with the envelope as weight.")
+    radial_so2_mode: Literal["none", "degree", "degree_channel"] = Field(
+        "degree_channel", description="Edge-node product: elementwise, a degree matrix, or one per channel of low rank."
+    )
+    radial_so2_rank: PositiveInt = Field(1, description="Rank of the degree_channel product.")
+    message_node_so3: bool = Field(False, description="Multiply messages with their node on the SO(3) grid.")
+    message_grid: GridOperation = Field(
+        "glu", description="Operation of the message-node grid: glu, mlp, or a number of routed branches."
+    )
+    layer_scale: bool = Field(False, description="Learned scale on each SO(2) layer and FFN.")
+
+    ffn_blocks: PositiveInt = Field(1, description="Feed-forward networks per block.")
+    ffn_neurons: int = Field(0, ge=0, description="Hidden channels of the feed-forward networks; 0 is automatic.")
+    ffn_on: Literal["s2", "so3", "degrees"] = Field(
+        "s2", description="Where the feed-forward non-linearity acts: S2 grid, SO(3) grid, or gates per degree."
+    )
+    ffn_grid: GridOperation = Field(
+        "glu", description="Operation of the feed-forward grid: glu, mlp, or a number of routed branches."
+    )
+    sandwich_norm: tuple[bool, bool, bool, bool] = Field(
+        (False, True, True, False), description="Norms before and after the convolution, before and after the FFN."
+    )
+    mlp_bias: bool = Field(False, description="Biases in the equivariant layers.")
+
+    so3_readout: Literal["none", "glu", "mlp"] = Field("none", description="Read-out from scalars or SO(3) grid.")
+    readout_layers: PositiveInt = Field(1, description="Layers of the read-out.")
+    fitting: tuple[int, ...] = Field((0,), description="Hidden widths of the energy network; 0 is automatic.")
+
+    charge_spin: bool = Field(False, description="Condition on total charge and spin multiplicity.")
+    default_charge_spin: tuple[int, int] | None = Field(
+        None, description="Charge and multiplicity of structures that carry none; without it they must carry both."
+    )
+    excluded_pairs: tuple[tuple[str, str], ...] = Field((), description="Element pairs that do not interact.")
+    bridging: Bridging | None = Field(None, description="ZBL zone bridging at short distance.")
+    pre_release: bool = Field(
+        False, description="Degree normalisation and radial features of checkpoints of format below 1.1."
+    )
+
+    @field_validator("elements")
+    @classmethod
+    def _known_elements(cls, elements: tuple[str, ...]) -> tuple[str, ...]:
+        if not elements:
+            raise ValueError("model.elements is empty; name at least one chemical symbol")
+        unknown = [e for e in elements if e not in atomic_numbers or e == "X"]
+        if unknown:
+            raise ValueError(f"model.elements has {unknown}; allowed are chemical symbols such as H, C, Si")
+        if len(set(elements)) < len(elements):
+            raise ValueError(f"model.elements names an element twice: {list(elements)}")
+        return elements
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelConfig":
+        degrees = self.degrees
+        if not degrees or min(degrees) < 0 or any(b > a for a, b in zip(degrees, degrees[1:], strict=False)):
+            raise ValueError(f"model.l_schedule must be non-increasing degrees >= 0, got {list(degrees)}")
+        if self.kmax > degrees[0]:
+            raise ValueError(f"model.kmax must be at most lmax = {degrees[0]}, got {self.kmax}")
+        if self.n_atten_head and self.focus_width % self.n_atten_head:
+            raise ValueError(
+                f"model.n_atten_head = {self.n_atten_head} must divide the focus width {self.focus_width}"
+            )
+        for pair in self.excluded_pairs:
+            if missing := [e for e in pair if e not in self.elements]:
+                raise ValueError(f"model.excluded_pairs names {missing}, which model.elements lacks")
+        if self.bridging and self.bridging.r_outer >= self.cutoff:
+            raise ValueError(f"bridging.r_outer must be below cutoff = {self.cutoff}, got {self.bridging.r_outer}")
+        return self
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """Degree of each block."""
+        return self.l_schedule if self.l_schedule is not None else (self.lmax,) * self.n_blocks
+
+    @property
+    def focus_width(self) -> int:
+        """Channels of one focus stream."""
+        return self.focus_dim or self.channels
+
+
+def auto_width(channels: int) -> int:
+    """Hidden width of a gated layer: 8/3 of its input, rounded up to a multiple of 32 (model-1 section 4)."""
+    return 32 * -(-8 * channels // 96)
+
+
