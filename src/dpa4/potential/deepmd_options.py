@@ -1,0 +1,389 @@
+"""The options of deepmd-kit's DPA4 models and ours: the ``model_params`` of a checkpoint <-> ``ModelConfig``.
+
+Every option of deepmd-kit 3.2.0 is either translated, without influence on the results of a trained model, or
+refused by name. Options that are absent have deepmd-kit's defaults (model-1 section 3, model-3 section 20).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from dpa4.model.config import Bridging, GridOperation, ModelConfig
+
+MODEL_TYPES = ("dpa4", "sezm")
+FITTING_TYPES = ("dpa4_ener", "sezm_ener")
+
+# Our field -> option of the descriptor with the same meaning and the same default.
+_DESCRIPTOR_SAME = {
+    "cutoff": "rcut",
+    "channels": "channels",
+    "n_radial": "n_radial",
+    "basis": "basis_type",
+    "radial_mlp": "radial_mlp",
+    "env_exp": "env_exp",
+    "use_env_seed": "use_env_seed",
+    "kmax": "kmax",
+    "n_focus": "n_focus",
+    "focus_dim": "focus_dim",
+    "n_atten_head": "n_atten_head",
+    "radial_so2_mode": "radial_so2_mode",
+    "message_node_so3": "message_node_so3",
+    "layer_scale": "layer_scale",
+    "ffn_blocks": "ffn_blocks",
+    "ffn_neurons": "ffn_neurons",
+    "sandwich_norm": "sandwich_norm",
+    "mlp_bias": "mlp_bias",
+    "so3_readout": "so3_readout",
+    "readout_layers": "readout_layers",
+}
+# Options translated one by one in _descriptor_fields.
+_DESCRIPTOR_TRANSLATED = frozenset(
+    "type lmax n_blocks l_schedule mmax m_schedule edge_norm mixing_layers so2_layers radial_so2_rank "
+    "grid_mlp grid_branch s2_activation ffn_so3_grid lebedev_quadrature precision add_chg_spin_ebd "
+    "default_chg_spin exclude_types".split()
+)
+# Switches without a counterpart here: the accepted values, the first of which is written on export.
+_DESCRIPTOR_FIXED: dict[str, tuple] = {
+    "edge_cartesian": (False,),
+    "node_cartesian": ("none", "", 0),
+    "extra_node_l": (0,),
+    "so2_norm": (False,),
+    "so2_attn_res": ("none",),
+    "full_attn_res": ("none",),
+    "block_attn_res": ("none",),
+    "atten_f_mix": (False,),
+    "atten_v_proj": (False,),
+    "atten_o_proj": (False,),
+    "node_wise_s2": (False,),
+    "node_wise_so3": (False,),
+    "message_node_s2": (False,),
+    "activation_function": ("silu",),
+    "glu_activation": (True,),
+    "eps": (1e-7,),
+    "use_spin": (None,),
+}
+# Without influence on a trained model: capacity of the neighbour search, training-time and compiler settings.
+_DESCRIPTOR_IRRELEVANT = {"sel": 256, "random_gamma": True, "use_amp": True, "trainable": True, "seed": None}
+_DESCRIPTOR_BUILT = frozenset(("ntypes", "type_map", "inner_clamp_r_inner", "inner_clamp_r_outer"))
+
+_FITTING_TRANSLATED = frozenset(
+    ("type", "neuron", "precision", "atom_ener", "dim_case_embd", "case_film_embd")
+)
+_FITTING_FIXED: dict[str, tuple] = {
+    "numb_fparam": (0,),
+    "numb_aparam": (0,),
+    "activation_function": ("silu",),
+    "bias_out": (False,),
+}
+_FITTING_IRRELEVANT = {
+    "default_fparam": None,
+    "resnet_dt": False,
+    "trainable": True,
+    "rcond": None,
+    "use_aparam_as_mask": False,
+    "seed": None,
+}
+
+_MODEL_TRANSLATED = frozenset(
+    "type type_map descriptor fitting_net pair_exclude_types bridging_method bridging_r_inner "
+    "bridging_r_outer".split()
+)
+_MODEL_FIXED: dict[str, tuple] = {
+    "atom_exclude_types": ([],),
+    "use_srtab": (None, False),
+    "spin": (None,),
+    "modifier": (None,),
+    "type_embedding": (None,),
+}
+_MODEL_IRRELEVANT: dict[str, Any] = {
+    "use_compile": False,
+    "enable_tf32": True,
+    "data_stat_nbatch": 10,
+    "data_stat_protect": 0.01,
+    "data_bias_nsample": 10,
+    "preset_out_bias": None,
+    "srtab_add_bias": True,
+    "model_branch_alias": [],
+    "lora": None,  # the deltas are folded into the weights
+}
+_MODEL_BUILT = frozenset(("info", "smin_alpha", "sw_rmin", "sw_rmax", "finetune_head", "resuming"))
+
+_PRECISIONS = {"float32": 32, "single": 32, "float64": 64, "double": 64, "default": 64}
+
+
+def config_from_deepmd(model_params: Mapping[str, Any], version: float = 1.2) -> ModelConfig:
+    """Translate the ``model_params`` of one branch of a checkpoint.
+
+    Args:
+        model_params: The model section of deepmd-kit's input, single-task.
+        version: Format version of the descriptor.
+
+    Raises:
+        ValueError: If the model is not a DPA4 energy model or needs an option that is not supported; the
+            message names the option and its value.
+    """
+    _require_dpa4(model_params)
+    descriptor, fitting = model_params["descriptor"], model_params["fitting_net"]
+    _check_options(model_params, "model", _MODEL_TRANSLATED, _MODEL_FIXED, _MODEL_IRRELEVANT, _MODEL_BUILT)
+    _check_options(
+        descriptor,
+        "descriptor",
+        _DESCRIPTOR_TRANSLATED | set(_DESCRIPTOR_SAME.values()),
+        _DESCRIPTOR_FIXED,
+        _DESCRIPTOR_IRRELEVANT,
+        _DESCRIPTOR_BUILT,
+    )
+    _check_options(fitting, "fitting_net", _FITTING_TRANSLATED, _FITTING_FIXED, _FITTING_IRRELEVANT)
+    precision_of(model_params)
+
+    elements = tuple(model_params["type_map"])
+    excluded = model_params.get("pair_exclude_types") or descriptor.get("exclude_types") or ()
+    fields = _descriptor_fields(descriptor) | {
+        "elements": elements,
+        "fitting": fitting.get("neuron", [0]),
+        "excluded_pairs": tuple((elements[a], elements[b]) for a, b in excluded),
+        "bridging": _bridging(model_params),
+        "pre_release": version < 1.1,
+    }
+    try:
+        return ModelConfig(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"its options are not a supported model: {where}: {first['msg']} (value {first['input']!r})"
+        ) from error
+
+
+def precision_of(model_params: Mapping[str, Any]) -> int:
+    """Bits of the network's floating point numbers, 32 or 64: the wider one of descriptor and fitting net.
+
+    Raises:
+        ValueError: If one of them has 16 bits or is unknown.
+    """
+    bits = []
+    for section in ("descriptor", "fitting_net"):
+        precision = str(model_params[section].get("precision", "float32")).lower()
+        if precision not in _PRECISIONS:
+            raise _unsupported(f"{section}.precision", precision, "float32 and float64")
+        bits.append(_PRECISIONS[precision])
+    return max(bits)
+
+
+def config_to_deepmd(config: ModelConfig, precision: str) -> dict[str, Any]:
+    """The ``model_params`` that make deepmd-kit build the same model.
+
+    Args:
+        config: The model.
+        precision: "float32" or "float64".
+
+    Raises:
+        ValueError: If deepmd-kit has no model with the same results.
+    """
+    bridging = config.bridging
+    if bridging is not None and bridging.smooth_cutoff:
+        raise ValueError(
+            "bridging.smooth_cutoff = True has no counterpart in deepmd-kit, which cuts the ZBL energy off "
+            "abruptly at the cutoff; only models without bridging or with bridging.smooth_cutoff = False can "
+            "be exported"
+        )
+    schedule = config.l_schedule
+    branch, mlp = _grid_options(config.message_grid, config.ffn_grid)
+    index = {element: i for i, element in enumerate(config.elements)}
+    excluded = [[index[a], index[b]] for a, b in config.excluded_pairs]
+    values = config.model_dump()
+    descriptor = (
+        {theirs: _plain(values[ours]) for ours, theirs in _DESCRIPTOR_SAME.items()}
+        | {option: accepted[0] for option, accepted in _DESCRIPTOR_FIXED.items()}
+        | _DESCRIPTOR_IRRELEVANT
+        | {
+            "type": "dpa4",
+            "lmax": config.degrees[0],
+            "n_blocks": len(config.degrees),
+            "l_schedule": None if schedule is None else list(schedule),
+            "mmax": min(config.mmax, config.degrees[0]),
+            "m_schedule": None,
+            "edge_norm": config.edge_norm,
+            "mixing_layers": config.mixing_layers,
+            "radial_so2_rank": config.radial_so2_rank,
+            "grid_mlp": mlp,
+            "grid_branch": branch,
+            "s2_activation": [False, config.ffn_on == "s2"],
+            "ffn_so3_grid": config.ffn_on == "so3",
+            "lebedev_quadrature": True,
+            "precision": precision,
+            "add_chg_spin_ebd": config.charge_spin,
+            "default_chg_spin": _floats(config.default_charge_spin),
+            "exclude_types": [],
+        }
+    )
+    del descriptor["use_spin"]  # filled by deepmd-kit's own model builder
+    fitting = (
+        {option: accepted[0] for option, accepted in _FITTING_FIXED.items() if option != "bias_out"}
+        | _FITTING_IRRELEVANT
+        | {
+            "type": "dpa4_ener",
+            "neuron": list(config.fitting),
+            "precision": precision,
+            "atom_ener": [],
+            "dim_case_embd": 0,
+            "case_film_embd": False,
+        }
+    )
+    return _MODEL_IRRELEVANT | {
+        "type": "dpa4",
+        "type_map": list(config.elements),
+        "descriptor": descriptor,
+        "fitting_net": fitting,
+        "atom_exclude_types": [],
+        "pair_exclude_types": excluded,
+        "bridging_method": "None" if bridging is None else "ZBL",
+        "bridging_r_inner": 0.5 if bridging is None else bridging.r_inner,
+        "bridging_r_outer": 0.8 if bridging is None else bridging.r_outer,
+        "info": {"observed_type": list(config.elements)},
+    }
+
+
+def _unsupported(option: str, value: object, supported: str) -> ValueError:
+    return ValueError(f"{option} = {value!r} is not supported; supported: {supported}")
+
+
+def _require_dpa4(model_params: Mapping[str, Any]) -> None:
+    model_type = str(model_params.get("type", "standard"))
+    sections = [model_params.get(name) for name in ("descriptor", "fitting_net")]
+    descriptor_type, fitting_type = (
+        str(section.get("type", "")) if isinstance(section, Mapping) else "none" for section in sections
+    )
+    if model_type.lower() not in MODEL_TYPES or descriptor_type.lower() not in MODEL_TYPES:
+        raise ValueError(
+            f"it is not a DPA4 model but one of type {model_type!r} with descriptor {descriptor_type!r}; "
+            "only models and descriptors of type 'dpa4' (or 'SeZM') can be read"
+        )
+    if fitting_type.lower() not in FITTING_TYPES:
+        raise _unsupported("fitting_net.type", fitting_type, "'dpa4_ener', the energy model")
+    if not model_params.get("type_map"):
+        raise ValueError("its model has no type_map, so the elements are unknown")
+
+
+def _check_options(
+    options: Mapping[str, Any],
+    section: str,
+    translated: frozenset[str] | set[str],
+    fixed: Mapping[str, tuple],
+    irrelevant: Mapping[str, Any],
+    built: frozenset[str] = frozenset(),
+) -> None:
+    """Refuse every option that is neither translated nor without influence."""
+    for option, value in options.items():
+        if option.startswith("_") or option in translated or option in irrelevant or option in built:
+            continue
+        if option not in fixed:
+            raise ValueError(
+                f"{section}.{option} = {value!r} is not an option of a known DPA4 format; it may change the "
+                "results, so the model is refused"
+            )
+        value = value.lower() if isinstance(value, str) else value
+        if value not in fixed[option] and not (value is None and fixed[option][0] in ("none", [])):
+            raise _unsupported(f"{section}.{option}", value, repr(fixed[option][0]))
+
+
+def _descriptor_fields(descriptor: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ``ModelConfig`` that the descriptor's options set."""
+    fields = {ours: descriptor[theirs] for ours, theirs in _DESCRIPTOR_SAME.items() if theirs in descriptor}
+    for option in ("basis", "radial_so2_mode", "so3_readout"):
+        if isinstance(fields.get(option), str):
+            fields[option] = fields[option].lower()
+    fields |= _degrees(descriptor)
+
+    edge_norm = descriptor.get("edge_norm", True)
+    if not isinstance(edge_norm, bool):
+        raise _unsupported("descriptor.edge_norm", edge_norm, "one value, true or false, for all its uses")
+    fields["edge_norm"] = edge_norm
+    fields["mixing_layers"] = descriptor.get("so2_layers", descriptor.get("mixing_layers", 4))
+    if fields.get("radial_so2_mode", "degree_channel") == "degree_channel":
+        if (rank := descriptor.get("radial_so2_rank", 1)) < 1:
+            raise _unsupported("descriptor.radial_so2_rank", rank, "a rank of at least 1")
+        fields["radial_so2_rank"] = rank
+
+    on_so2, on_s2 = _pair(descriptor.get("s2_activation", [False, True]))
+    if on_so2:
+        raise _unsupported("descriptor.s2_activation", [on_so2, on_s2], "[false, true] and [false, false]")
+    fields["ffn_on"] = "so3" if descriptor.get("ffn_so3_grid", False) else "s2" if on_s2 else "degrees"
+    quadrature = descriptor.get("lebedev_quadrature")
+    if fields["ffn_on"] == "s2" and quadrature is not None and not _pair(quadrature)[1]:
+        raise _unsupported("descriptor.lebedev_quadrature", quadrature, "true (S2 grids of Lebedev points)")
+    if fields.get("message_node_so3", False):
+        fields["message_grid"] = _grid_operation(descriptor, 1)
+    if fields["ffn_on"] != "degrees":
+        fields["ffn_grid"] = _grid_operation(descriptor, 2)
+
+    fields["charge_spin"] = bool(descriptor.get("add_chg_spin_ebd", False))
+    default = descriptor.get("default_chg_spin")
+    if fields["charge_spin"] and default is not None:
+        fields["default_charge_spin"] = tuple(int(value) for value in default)  # deepmd-kit truncates as well
+    return fields
+
+
+def _degrees(descriptor: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields lmax, n_blocks, l_schedule and mmax."""
+    fields: dict[str, Any] = {}
+    if (schedule := descriptor.get("l_schedule")) is not None:
+        fields["l_schedule"] = tuple(schedule)
+        degrees = list(schedule)
+    else:
+        fields = {"lmax": descriptor.get("lmax", 3), "n_blocks": descriptor.get("n_blocks", 3)}
+        degrees = [fields["lmax"]] * fields["n_blocks"]
+    if not degrees:
+        raise _unsupported("descriptor.n_blocks", 0, "at least one block")
+    mmax = descriptor.get("mmax", 1)
+    fields["mmax"] = degrees[0] if mmax is None else mmax
+    if (orders := descriptor.get("m_schedule")) is not None:
+        fields["mmax"] = max(orders)
+        if list(orders) != [min(max(orders), degree) for degree in degrees]:
+            raise _unsupported(
+                "descriptor.m_schedule", orders, "one mmax, limited by the degree of each block"
+            )
+    return fields
+
+
+def _grid_operation(descriptor: Mapping[str, Any], which: int) -> GridOperation:
+    """Operation on a grid; ``which`` is 1 for the message-node product, 2 for the feed-forward networks."""
+
+    def entry(value: Any) -> Any:
+        return value[which] if isinstance(value, Sequence) else value
+
+    if branches := entry(descriptor.get("grid_branch", 0)):
+        return branches
+    return "mlp" if entry(descriptor.get("grid_mlp", False)) else "glu"
+
+
+def _grid_options(message: GridOperation, ffn: GridOperation) -> tuple[list[int], list[bool]]:
+    """Options grid_branch and grid_mlp, each for [node-wise, message-node, feed-forward]."""
+    operations: tuple[GridOperation, ...] = ("glu", message, ffn)
+    branch = [operation if isinstance(operation, int) else 0 for operation in operations]
+    return branch, [operation == "mlp" for operation in operations]
+
+
+def _bridging(model_params: Mapping[str, Any]) -> Bridging | None:
+    method = str(model_params.get("bridging_method", "none"))
+    if method.lower() == "none":
+        return None
+    if method.lower() != "zbl":
+        raise _unsupported("model.bridging_method", method, "'none' and 'ZBL'")
+    radii = [
+        model_params.get(f"bridging_r_{side}", default) for side, default in (("inner", 0.5), ("outer", 0.8))
+    ]
+    return Bridging(r_inner=radii[0], r_outer=radii[1], smooth_cutoff=False)
+
+
+def _pair(value: Any) -> tuple[bool, bool]:
+    return (value[0], value[1]) if isinstance(value, Sequence) else (value, value)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _floats(values: tuple[int, int] | None) -> list[float] | None:
+    return None if values is None else [float(value) for value in values]
