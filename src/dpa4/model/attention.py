@@ -1,0 +1,86 @@
+"""How messages are weighted: over the edges of a node, and over the focus streams of an edge."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dpa4.model.edges import SOFTENING, Edges
+from dpa4.model.layers import FocusLinear, RMSNorm
+from dpa4.model.radial import RadialFeatures
+from dpa4.model.segments import envelope_softmax, gather
+
+
+class EnvelopeGatedAttention(nn.Module):
+    """Attention over neighbours whose weights vanish at the cutoff (model-2 section 7.4).
+
+    Queries and keys come from the scalars of the nodes; radial features add a bias to the logits.
+    """
+
+    def __init__(self, width: int, n_focus: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qk_norm = RMSNorm(n_focus, width)
+        self.query = FocusLinear(width, width, n_focus)
+        self.key = FocusLinear(width, width, n_focus)
+        self.radial_logit = nn.Parameter(0.01 * torch.randn(width, n_focus, heads))
+        self.null_logit = nn.Parameter(torch.full((n_focus, heads), 0.5413))  # softplus of it is 1
+        self.gate_norm = RMSNorm(n_focus, width)
+        self.gate_logit = nn.Parameter(0.01 * torch.randn(width, n_focus, heads))
+
+    def weights(self, scalars: Tensor, radial: RadialFeatures, hidden: Tensor, edges: Edges) -> Tensor:
+        """Weight of every edge, focus and head, (E, F, H), from node scalars (N, F, c)."""
+        normed = self.qk_norm(scalars)
+        query = gather(self.query(normed), edges.destination)
+        key = gather(self.key(normed), edges.source)
+        product = (query * key).unflatten(-1, (self.heads, -1))
+        content = product.sum(-1) * product.shape[-1] ** -0.5
+        by_focus = hidden.unflatten(1, (scalars.shape[1], -1))
+        projection = torch.einsum("bfc,cfh->bfh", by_focus, self.radial_logit)
+        logits = content + radial.project(projection.flatten(1)[None]).view_as(content)
+        null = functional.softplus(self.null_logit) + SOFTENING
+        logits = logits.to(null.dtype)
+        return envelope_softmax(logits, edges.weight, edges.gate, null, edges.destination, edges.num_nodes)
+
+    def output_scale(self, scalars: Tensor, edges: Edges) -> Tensor:
+        """Gate of every node's aggregate, (N, F, H)."""
+        return torch.einsum("nfc,cfh->nfh", self.gate_norm(scalars), self.gate_logit).sigmoid()
+
+
+class EnvelopeSum(nn.Module):
+    """Sum over neighbours weighted by the envelope, divided by the root of the coordination (section 7.5)."""
+
+    def weights(self, scalars: Tensor, radial: RadialFeatures, hidden: Tensor, edges: Edges) -> Tensor:
+        """Weight of every edge, (E, 1, 1)."""
+        return (edges.weight * edges.gate)[:, None, None]
+
+    def output_scale(self, scalars: Tensor, edges: Edges) -> Tensor:
+        """Normalisation of every node's aggregate, (N, 1, 1)."""
+        return edges.degree_norm[:, None, None]
+
+
+class FocusCompetition(nn.Module):
+    """Softmax over the focus streams of an edge, smoothed so that none is ever shut out (section 7.3, step 7)."""
+
+    SMOOTHING = 0.02
+
+    def __init__(self, width: int, n_focus: int, norm: bool, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(0.01 * torch.randn(width, n_focus))
+        self.norm = RMSNorm(n_focus, width) if norm else nn.Identity()
+        self.bias = nn.Parameter(torch.zeros(n_focus)) if bias else None
+
+    def forward(self, scalars: Tensor) -> Tensor:
+        """Scalars of the edges (F, E, c) to weights (E, F, 1)."""
+        normed = self.norm(scalars.transpose(0, 1))
+        logits = torch.einsum("efc,cf->ef", normed, self.weight)
+        logits = logits if self.bias is None else logits + self.bias
+        share = logits.softmax(-1)
+        return ((1 - self.SMOOTHING) * share + self.SMOOTHING / share.shape[-1])[..., None]
+
+
+class SingleFocus(nn.Module):
+    """The competition of one stream: it always wins."""
+
+    def forward(self, scalars: Tensor) -> Tensor:
+        """Ones, (1, 1, 1)."""
+        return scalars.new_ones(1, 1, 1)

@@ -1,0 +1,103 @@
+"""Feed-forward networks and the interaction block (model-2 section 12, model-3 section 5)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dpa4.model.config import ModelConfig, auto_width
+from dpa4.model.convolution import SO2Convolution
+from dpa4.model.edges import Edges
+from dpa4.model.grid import GridActivation
+from dpa4.model.layers import DegreeLinear, EquivariantRMSNorm, FocusLinear, degree_of
+from dpa4.model.radial import RadialFeatures
+
+
+class GatedActivation(nn.Module):
+    """Gated linear unit per degree: input halves are value and gate, (n, D, 2 c) to (n, D, c).
+
+    Scalars become value * silu(gate); higher degrees are scaled by sigmoids of the gate's scalars.
+    """
+
+    degree: Tensor
+
+    def __init__(self, lmax: int, width: int, bias: bool):
+        super().__init__()
+        self.linear = FocusLinear(width, lmax * width, bias=bias, std=0.01) if lmax else None
+        self.register_buffer("degree", degree_of(lmax)[1:] - 1, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the gates."""
+        value, gate = x.chunk(2, dim=-1)
+        scalars = (value[:, 0] * functional.silu(gate[:, 0]))[:, None]
+        if self.linear is None:
+            return scalars
+        factor = self.linear(gate[:, :1]).sigmoid().unflatten(-1, (-1, value.shape[-1]))[:, 0]
+        return torch.cat([scalars, value[:, 1:] * factor[:, self.degree]], dim=1)
+
+
+class FeedForward(nn.Module):
+    """Equivariant network on one node: channels to a gated hidden width and back, starting at zero."""
+
+    def __init__(self, lmax: int, channels: int, width: int, frames: int, activation: nn.Module, bias: bool):
+        super().__init__()
+        self.linear_in = DegreeLinear(lmax, channels, 2 * frames * width, bias=bias)
+        self.activation = activation
+        self.linear_out = DegreeLinear(lmax, frames * width, channels, bias=bias, zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, D, C) -> (N, D, C)."""
+        return self.linear_out(self.activation(self.linear_in(x)))
+
+
+def feed_forward(config: ModelConfig, lmax: int) -> FeedForward:
+    """The feed-forward network of a block of degree lmax."""
+    width, kmax = config.ffn_neurons or auto_width(config.channels), min(config.kmax, lmax)
+    bias, frames = config.mlp_bias, 2 * kmax + 1 if config.ffn_on == "so3" else 1
+    if config.ffn_on == "degrees":
+        activation: nn.Module = GatedActivation(lmax, width, bias)
+    else:
+        grid_kmax = kmax if config.ffn_on == "so3" else None
+        activation = GridActivation(lmax, grid_kmax, width, config.ffn_grid, bias)
+    return FeedForward(lmax, config.channels, width, frames, activation, bias)
+
+
+def read_out(config: ModelConfig, lmax: int) -> FeedForward:
+    """One layer of the read-out: on scalars (lmax 0), or on the SO(3) grid (model-1 section 14)."""
+    width, bias = config.ffn_neurons or auto_width(config.channels), config.mlp_bias
+    if config.so3_readout == "none":
+        return FeedForward(0, config.channels, width, 1, GatedActivation(0, width, bias), bias)
+    kmax = min(config.kmax, lmax)
+    activation = GridActivation(lmax, kmax, width, config.so3_readout, bias)
+    return FeedForward(lmax, config.channels, width, 2 * kmax + 1, activation, bias)
+
+
+class Block(nn.Module):
+    """x + norm(convolution(x)), then x + ffn(norm(x)): residual stream in full precision."""
+
+    def __init__(self, config: ModelConfig, lmax: int):
+        super().__init__()
+        conv_in, conv_out, ffn_in, ffn_out = config.sandwich_norm
+        c, count = config.channels, config.ffn_blocks
+
+        def norm(wanted: bool, eps: float = 1e-5) -> nn.Module:
+            return EquivariantRMSNorm(lmax, c, eps) if wanted else nn.Identity()
+
+        self.size = (lmax + 1) ** 2
+        self.conv_norm_in = norm(conv_in)
+        self.conv = SO2Convolution(config, lmax)
+        # without edge_norm small messages must stay small, so that they vanish smoothly at the cutoff
+        self.conv_norm_out = norm(conv_out, 1e-5 if config.edge_norm else 1.0)
+        self.ffn_norms_in = nn.ModuleList(norm(ffn_in) for _ in range(count))
+        self.ffns = nn.ModuleList(feed_forward(config, lmax) for _ in range(count))
+        self.ffn_norms_out = nn.ModuleList(norm(ffn_out) for _ in range(count))
+        scales = range(count if config.layer_scale else 0)
+        self.ffn_scales = nn.ParameterList(torch.full((c,), 1e-3) for _ in scales)
+
+    def forward(self, x: Tensor, radial: RadialFeatures, edges: Edges) -> Tensor:
+        """Nodes of at least the block's degree to nodes of its degree, (N, D, C)."""
+        x = x[:, : self.size]
+        x = x + self.conv_norm_out(self.conv(self.conv_norm_in(x), radial, edges))
+        for i, ffn in enumerate(self.ffns):
+            update = self.ffn_norms_out[i](ffn(self.ffn_norms_in[i](x)))
+            x = x + (update * self.ffn_scales[i] if self.ffn_scales else update)
+        return x

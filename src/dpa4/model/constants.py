@@ -1,0 +1,30 @@
+"""Constant tensors that stay exact when a model changes its precision."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ConstantModule(nn.Module):
+    """A module with constants computed in float64, held as buffers in the module's own precision.
+
+    ``nn.Module.double`` would widen the rounded float32 values; here a change of precision or device starts from
+    the float64 values again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._exact: dict[str, Tensor] = {}
+
+    def register_constant(self, name: str, value: Tensor) -> None:
+        """Add a float64 constant under ``name``; it is not part of the state dict."""
+        self._exact[name] = value.double()
+        self.register_buffer(name, value.to(torch.get_default_dtype()), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ConstantModule":
+        super()._apply(fn, recurse)
+        for name, value in self._exact.items():
+            buffer = getattr(self, name)
+            setattr(self, name, value.to(buffer.device, buffer.dtype))
+        return self

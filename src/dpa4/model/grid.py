@@ -1,0 +1,213 @@
+"""Non-linearities as products of fields on a grid (model-3 sections 2, 3; model-2 section 9).
+
+A field with coefficients up to degree L is evaluated on a quadrature grid, multiplied pointwise and analysed
+again. The grids are exact for products of three such fields, so the result is equivariant to rounding.
+Coefficients on the SO(3) grid carry frames k = 0, -1, +1, ... as an outer channel axis: (n, D, K c).
+"""
+
+import numpy as np
+import torch
+from scipy.integrate import lebedev_rule
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dpa4.model.config import GridOperation, ModelConfig
+from dpa4.model.constants import ConstantModule
+from dpa4.model.harmonics import WignerRows, edge_frame, spherical_harmonics
+from dpa4.model.layers import ChannelLinear, DegreeLinear, FocusLinear, degree_of
+
+LEBEDEV_DEGREES = (*range(3, 32, 2), *range(35, 132, 6))
+
+
+def lebedev(degree: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points (G, 3) and weights (G,), summing to one, of the smallest Lebedev rule exact to ``degree``."""
+    points, weights = lebedev_rule(next(d for d in LEBEDEV_DEGREES if d >= degree))
+    return points.T.copy(), weights / weights.sum()
+
+
+def s2_grid(lmax: int) -> tuple[Tensor, Tensor]:
+    """Evaluation (G, D) and analysis (D, G) matrices of fields on the sphere; analysis inverts evaluation."""
+    points, weights = lebedev(3 * lmax)
+    harmonics = np.concatenate([spherical_harmonics(l, points) for l in range(lmax + 1)], axis=-1)
+    degree = degree_of(lmax).numpy()
+    evaluate = harmonics / np.sqrt(lmax + 1)
+    analyse = weights[:, None] * (2 * degree + 1) * np.sqrt(lmax + 1) * harmonics
+    return torch.from_numpy(evaluate), torch.from_numpy(analyse.T.copy())
+
+
+def so3_grid(lmax: int, kmax: int) -> tuple[Tensor, Tensor]:
+    """Evaluation (G, D K) and analysis (D K, G) matrices of fields on the rotations, frames |k| <= kmax.
+
+    The grid is a Lebedev rule times 3 kmax + 1 rolls. Slots with |k| > l hold zeros.
+    """
+    points, weights = lebedev(3 * lmax)
+    rolls = 3 * kmax + 1
+    angle = 2 * torch.pi * torch.arange(rolls, dtype=torch.float64) / rolls
+    frame = edge_frame(torch.from_numpy(points))[:, None].expand(-1, rolls, -1, -1)
+    minus, axis, plus = frame.unbind(2)  # (Z(e2), Z(n), -Z(e1)): a roll turns the outer two into each other
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    frame = torch.stack([cos * minus - sin * plus, axis, cos * plus + sin * minus], dim=2).flatten(0, 1)
+    wigner = WignerRows(lmax, kmax).double()(frame)
+    evaluate = torch.zeros(len(frame), (lmax + 1) ** 2, 2 * kmax + 1, dtype=torch.float64)
+    for k in range(kmax + 1):
+        slots = [0] if k == 0 else [2 * k - 1, 2 * k]
+        for l in range(k, lmax + 1):
+            evaluate[:, l * l : (l + 1) ** 2, slots] = wigner[k][l - k].transpose(1, 2)
+    weight = torch.from_numpy(weights).repeat_interleave(rolls) / rolls
+    factor = (2 * degree_of(lmax) + 1)[:, None] * weight[:, None, None]
+    return evaluate.flatten(1), (factor * evaluate).flatten(1).T.contiguous()
+
+
+class Grid(ConstantModule):
+    """A quadrature grid; coefficients (n, D, K c) to grid values (n, G, c) and back."""
+
+    evaluate: Tensor
+    analyse: Tensor
+
+    def __init__(self, lmax: int, kmax: int | None):
+        super().__init__()
+        evaluate, analyse = s2_grid(lmax) if kmax is None else so3_grid(lmax, kmax)
+        self.frames = 1 if kmax is None else 2 * kmax + 1
+        self.register_constant("evaluate", evaluate)
+        self.register_constant("analyse", analyse)
+
+    def to_grid(self, x: Tensor) -> Tensor:
+        """(n, D, K c) -> (n, G, c)."""
+        return self.evaluate.to(x.dtype) @ x.unflatten(-1, (self.frames, -1)).flatten(1, 2)
+
+    def from_grid(self, values: Tensor) -> Tensor:
+        """(n, G, c) -> (n, D, K c)."""
+        coefficients = self.analyse.to(values.dtype) @ values
+        return coefficients.unflatten(1, (-1, self.frames)).flatten(2)
+
+
+class GridGLU(nn.Module):
+    """Product of two fields."""
+
+    def __init__(self, grid: Grid):
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, left: Tensor, right: Tensor, scalars: Tensor) -> Tensor:
+        """(n, D, K c) twice and scalars (n, 2c) to (n, D, K c)."""
+        return self.grid.from_grid(self.grid.to_grid(left) * self.grid.to_grid(right))
+
+
+class GridMLP(nn.Module):
+    """Product of two mixed fields, mixed again; ``joint`` mixes both halves into both factors."""
+
+    def __init__(self, grid: Grid, width: int, joint: bool):
+        super().__init__()
+        self.grid, self.joint = grid, joint
+        self.left = ChannelLinear(2 * width if joint else width, 2 * width)
+        self.right = ChannelLinear(2 * width if joint else width, 2 * width)
+        self.out = ChannelLinear(2 * width, width)
+
+    def forward(self, left: Tensor, right: Tensor, scalars: Tensor) -> Tensor:
+        """(n, D, K c) twice and scalars (n, 2c) to (n, D, K c)."""
+        left, right = (x.unflatten(-1, (self.grid.frames, -1)) for x in (left, right))
+        if self.joint:
+            left = right = torch.cat([left, right], dim=-1)
+        left, right = (self.grid.to_grid(x.flatten(2)) for x in (self.left(left), self.right(right)))
+        mixed = self.grid.from_grid(left * right).unflatten(-1, (self.grid.frames, -1))
+        return self.out(mixed).flatten(2)
+
+
+class GridBranches(nn.Module):
+    """Products of several projected field pairs, mixed by a softmax over the scalars."""
+
+    def __init__(self, grid: Grid, width: int, branches: int):
+        super().__init__()
+        self.grid, self.branches = grid, branches
+        self.left = ChannelLinear(width, branches * width)
+        self.right = ChannelLinear(width, branches * width)
+        self.out = ChannelLinear(width, width)
+        self.router = ChannelLinear(2 * width, branches)
+
+    def forward(self, left: Tensor, right: Tensor, scalars: Tensor) -> Tensor:
+        """(n, D, K c) twice and scalars (n, 2c) to (n, D, K c)."""
+        frames = (self.grid.frames, -1)
+        left = self.grid.to_grid(self.left(left.unflatten(-1, frames)).flatten(2))
+        right = self.grid.to_grid(self.right(right.unflatten(-1, frames)).flatten(2))
+        share = self.router(scalars).softmax(-1)
+        values = (left * right).unflatten(-1, (self.branches, -1))
+        values = (values * share[:, None, :, None]).sum(2)
+        return self.out(self.grid.from_grid(values).unflatten(-1, frames)).flatten(2)
+
+
+def grid_operation(operation: GridOperation, grid: Grid, width: int, joint: bool) -> nn.Module:
+    """The operation a configuration names; ``joint`` applies to the MLP of one input split in halves."""
+    if operation == "glu":
+        return GridGLU(grid)
+    if operation == "mlp":
+        return GridMLP(grid, width, joint)
+    return GridBranches(grid, width, int(operation))
+
+
+def scalar_path(y: Tensor, gate: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Gate all coefficients (n, D, K c) by (n, c) and add silu(first) * second to the scalars of frame 0."""
+    width = gate.shape[-1]
+    y = (y.unflatten(-1, (-1, width)) * gate[:, None, None]).flatten(2)
+    direct = functional.silu(first) * second
+    rows, columns = y.shape[1] - 1, y.shape[2] - width
+    return y + functional.pad(direct[:, None], (0, columns, 0, rows))
+
+
+class GridActivation(nn.Module):
+    """Non-linearity of a feed-forward network: its input holds both factors, (n, D, 2 K c) to (n, D, K c)."""
+
+    def __init__(self, lmax: int, kmax: int | None, width: int, operation: GridOperation, bias: bool):
+        super().__init__()
+        grid = Grid(lmax, kmax)
+        self.width, self.frames = width, grid.frames
+        self.operation = grid_operation(operation, grid, width, joint=True)
+        self.scalar_gate = FocusLinear(2 * width, width, bias=bias, std=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply left and right halves."""
+        left, right = x.chunk(2, dim=-1)
+        first, second = left[:, 0, : self.width], right[:, 0, : self.width]
+        scalars = torch.cat([first, second], dim=-1)
+        gate = self.scalar_gate(scalars[:, None])[:, 0].sigmoid()
+        return scalar_path(self.operation(left, right, scalars), gate, first, second)
+
+
+class MessageNodeProduct(nn.Module):
+    """Product of the aggregated message with its own node on the SO(3) grid (model-2 sections 7.6, 9.1)."""
+
+    def __init__(self, config: ModelConfig, lmax: int):
+        super().__init__()
+        width, self.n_focus = config.focus_width, config.n_focus
+        grid = Grid(lmax, min(config.kmax, lmax))
+        bound = width**-0.5
+        self.expand = DegreeLinear(lmax, width, grid.frames * width)
+        self.contract = DegreeLinear(lmax, grid.frames * width, width)
+        nn.init.uniform_(self.expand.weight, -bound, bound)
+        bound = (grid.frames * width) ** -0.5
+        nn.init.uniform_(self.contract.weight, -bound, bound)
+        self.operation = grid_operation(config.message_grid, grid, width, joint=False)
+        self.scalar_gate = FocusLinear(2 * width, width, self.n_focus, bias=config.mlp_bias, std=0.01)
+        self.residual_scale = nn.Parameter(torch.full((self.n_focus, width), 1e-3))
+
+    def forward(self, message: Tensor, node: Tensor) -> Tensor:
+        """Message plus product, (N, D, F c) each; the focus streams are rows of one batch."""
+        query, context = self._streams(message), self._streams(node)
+        first, second = query[:, 0], context[:, 0]
+        scalars = torch.cat([first, second], dim=-1)
+        gate = self.scalar_gate(scalars.unflatten(0, (-1, self.n_focus))).sigmoid().flatten(0, 1)
+        product = self.operation(self.expand(query), self.expand(context), scalars)
+        product = self.contract(scalar_path(product, gate, first, second))
+        product = product.unflatten(0, (-1, self.n_focus)) * self.residual_scale[:, None]
+        return message + product.transpose(1, 2).flatten(2)
+
+    def _streams(self, x: Tensor) -> Tensor:
+        """(N, D, F c) -> (N F, D, c)."""
+        return x.unflatten(-1, (self.n_focus, -1)).transpose(1, 2).flatten(0, 1)
+
+
+class NoProduct(nn.Module):
+    """Leaves the message as it is."""
+
+    def forward(self, message: Tensor, node: Tensor) -> Tensor:
+        """Return the message."""
+        return message

@@ -1,0 +1,135 @@
+"""Linear maps and norms on scalars (n, C), coefficients (n, D, C) and focus streams (n, F, c).
+
+Packed coefficients run over degrees l = 0..lmax and orders m = -l..l: index l^2 + l + m.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dpa4.model.constants import ConstantModule
+
+
+def degree_of(lmax: int) -> Tensor:
+    """Degree of each packed coefficient, (D,) int64."""
+    l = torch.arange(lmax + 1)
+    return l.repeat_interleave(2 * l + 1)
+
+
+def truncated_normal(shape: tuple[int, ...], fan_in: int, fan_out: int) -> Tensor:
+    """Normal of standard deviation 1/sqrt(fan_in + fan_out), cut at three of them (model-2 section 2)."""
+    std = (fan_in + fan_out) ** -0.5
+    return nn.init.trunc_normal_(torch.empty(shape), std=std, a=-3 * std, b=3 * std)
+
+
+class Linear(nn.Module):
+    """Dense layer y = x W + b of the scalar networks; weight (in, out)."""
+
+    def __init__(self, width_in: int, width_out: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width_in, width_out) * (width_in + width_out) ** -0.5)
+        self.bias = nn.Parameter(torch.randn(width_out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+
+class ChannelLinear(nn.Module):
+    """Map of the last axis shared by all coefficients and frames, without bias; weight (in, out)."""
+
+    def __init__(self, width_in: int, width_out: int):
+        super().__init__()
+        bound = width_in**-0.5
+        self.weight = nn.Parameter(torch.empty(width_in, width_out).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return x @ self.weight
+
+
+class FocusLinear(nn.Module):
+    """Map of scalars with one matrix per focus stream; weight (in, F out)."""
+
+    def __init__(self, width_in: int, width_out: int, n_focus: int = 1, bias: bool = False, std: float | None = None):
+        super().__init__()
+        self.n_focus = n_focus
+        weight = torch.empty(width_in, n_focus * width_out)
+        bound = width_in**-0.5
+        self.weight = nn.Parameter(weight.uniform_(-bound, bound) if std is None else weight.normal_(std=std))
+        self.bias = nn.Parameter(torch.zeros(n_focus * width_out)) if bias else None
+
+    def per_focus(self) -> Tensor:
+        """Weight with the focus axis first, (F, in, out)."""
+        return self.weight.unflatten(1, (self.n_focus, -1)).transpose(0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, F, in) -> (n, F, out)."""
+        y = torch.bmm(x.transpose(0, 1), self.per_focus()).transpose(0, 1)
+        return y if self.bias is None else y + self.bias.view(self.n_focus, -1)
+
+
+class DegreeLinear(nn.Module):
+    """SO(3)-equivariant channel mixing, one matrix per degree; bias on l = 0 only. Weight (lmax+1, in, out)."""
+
+    degree: Tensor
+
+    def __init__(self, lmax: int, width_in: int, width_out: int, bias: bool = False, zero: bool = False):
+        super().__init__()
+        weight = truncated_normal((lmax + 1, width_in, width_out), width_in, width_out)
+        self.weight = nn.Parameter(torch.zeros_like(weight) if zero else weight)
+        self.bias = nn.Parameter(torch.zeros(width_out)) if bias else None
+        self.register_buffer("degree", degree_of(lmax), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, D, in) -> (n, D, out)."""
+        y = torch.bmm(x.transpose(0, 1), self.weight.index_select(0, self.degree)).transpose(0, 1)
+        if self.bias is None:
+            return y
+        return y + functional.pad(self.bias[None], (0, 0, 0, len(self.degree) - 1))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm of scalars over channels with a learned scale (model-2 sections 3.3, 3.4)."""
+
+    def __init__(self, *shape: int, eps: float = 1e-7):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(*shape))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, *shape) -> (n, *shape), in the precision of the scale."""
+        x = x.to(self.scale.dtype)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.scale
+
+
+class EquivariantRMSNorm(ConstantModule):
+    """Norm of packed coefficients in which every degree counts equally (model-2 section 3.1).
+
+    Scalars are centred over channels first. One factor per node multiplies all coefficients, so the norm
+    commutes with rotations; scales are per degree and channel, the bias acts on scalars.
+    """
+
+    degree: Tensor
+    balance: Tensor
+    scalar: Tensor
+
+    def __init__(self, lmax: int, channels: int, eps: float = 1e-5):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(lmax + 1, channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+        degree = degree_of(lmax)
+        self.register_buffer("degree", degree, persistent=False)
+        balance = 1 / ((2 * degree.double() + 1) * (lmax + 1) * channels)
+        self.register_constant("balance", balance[:, None])
+        self.register_constant("scalar", (degree == 0).double()[:, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, D, C) -> (n, D, C), in the precision of the scale."""
+        x = x.to(self.scale.dtype)
+        x = x - self.scalar * x[:, :1].mean(-1, keepdim=True)
+        variance = (x.square() * self.balance).sum((1, 2), keepdim=True)
+        scale = self.scale.index_select(0, self.degree)
+        return x * torch.rsqrt(variance + self.eps) * scale + self.scalar * self.bias

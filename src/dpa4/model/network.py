@@ -1,0 +1,105 @@
+"""The DPA4 network: elements and edge vectors to atomic energies."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dpa4.model.block import Block, read_out
+from dpa4.model.config import ModelConfig, auto_width
+from dpa4.model.edges import EdgeGeometry
+from dpa4.model.embedding import ChargeSpinEmbedding, Embedding, EnvironmentSeed, geometric_embedding
+from dpa4.model.layers import Linear
+from dpa4.model.radial import BesselBasis, GaussianBasis, RadialNetwork
+from dpa4.model.segments import gather
+
+
+class EnergyNetwork(nn.Module):
+    """Gated dense layers from the descriptor to one energy per atom (model-3 section 6)."""
+
+    def __init__(self, channels: int, widths: tuple[int, ...]):
+        super().__init__()
+        sizes = [channels]
+        for width in widths:
+            sizes.append(width or auto_width(channels))
+        self.hidden = nn.ModuleList(Linear(a, 2 * b, bias=True) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.output = Linear(sizes[-1], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C) -> (N,), in eV."""
+        for layer in self.hidden:
+            value, gate = layer(x).chunk(2, dim=-1)
+            x = value * functional.silu(gate)
+        return self.output(x)[:, 0]
+
+
+class DPA4(nn.Module):
+    """Equivariant message-passing network (arXiv:2606.02419; model-1 section 2).
+
+    Sees elements and edge vectors only, so its energy is invariant to translation and permutation, and to
+    rotation because every layer is equivariant.
+
+    Attributes:
+        block_autocast: Lower precision (torch.bfloat16) for the matrix products of the interaction blocks;
+            geometry, norms, softmax, residual stream and read-out keep the precision of the parameters.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c, lmax = config.channels, config.degrees[0]
+        self.config, self.lmax = config, lmax
+        self.block_autocast: torch.dtype | None = None
+        self.geometry = EdgeGeometry(config)
+        basis = BesselBasis if config.basis == "bessel" else GaussianBasis
+        self.basis = basis(config.n_radial, config.cutoff, config.env_exp[0])
+        hidden = [width or c for width in config.radial_mlp]
+        self.radial = RadialNetwork(config.n_radial, hidden, lmax + 1, c, config.edge_norm)
+        self.types = Embedding(len(config.elements), c, padding=True)
+        self.charge_spin = ChargeSpinEmbedding(c) if config.charge_spin else None
+        self.seed = EnvironmentSeed(config) if config.use_env_seed else None
+        self.blocks = nn.ModuleList(Block(config, l) for l in config.degrees)
+        readout_degree = config.degrees[-1] if config.so3_readout != "none" else 0
+        self.readout_size = (readout_degree + 1) ** 2
+        self.readout = nn.ModuleList(read_out(config, readout_degree) for _ in range(config.readout_layers))
+        self.energy = EnergyNetwork(c, config.fitting)
+
+    def forward(
+        self, species: Tensor, vectors: Tensor, source: Tensor, destination: Tensor, charge_spin: Tensor
+    ) -> Tensor:
+        """Energy of every atom, without its reference energy.
+
+        Args:
+            species: Index into config.elements, (N,).
+            vectors: Edge vectors from destination to source, (E, 3), in Angstrom.
+            source: Neighbour of each edge, (E,).
+            destination: Centre of each edge, (E,).
+            charge_spin: Total charge and multiplicity of the atom's structure, (N, 2) int64.
+
+        Returns:
+            (N,), in eV.
+        """
+        return self.energy(self.descriptor(species, vectors, source, destination, charge_spin))
+
+    def descriptor(
+        self, species: Tensor, vectors: Tensor, source: Tensor, destination: Tensor, charge_spin: Tensor
+    ) -> Tensor:
+        """Invariant features of every atom, (N, C); arguments as in `forward`."""
+        edges = self.geometry(vectors, source, destination, len(species))
+        basis = self.basis(edges.length)
+        types = self.types(species)
+        if self.charge_spin is not None:
+            types = types + self.charge_spin(charge_spin)
+        weight = torch.ones_like(edges.weight) if self.config.pre_release else edges.weight
+        radial = self.radial(basis, weight, gather(types, source) + gather(types, destination))
+
+        x = (types if self.seed is None else self.seed(types, species, basis, edges))[:, None]
+        if self.seed is not None and self.lmax > 0:
+            x = torch.cat([x, geometric_embedding(radial, edges, self.lmax)], dim=1)
+        else:
+            x = functional.pad(x, (0, 0, 0, (self.lmax + 1) ** 2 - 1))
+        with torch.autocast(x.device.type, self.block_autocast, enabled=self.block_autocast is not None):
+            for block in self.blocks:
+                x = block(x, radial, edges)
+        x = x[:, : self.readout_size]
+        for layer in self.readout:
+            x = x + layer(x)
+        return x[:, 0]

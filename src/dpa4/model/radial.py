@@ -1,0 +1,99 @@
+"""Functions of the edge length: cutoff envelope, radial basis, radial network (model-1 sections 7, 10)."""
+
+from math import comb, pi
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dpa4.model.layers import Linear, RMSNorm
+
+
+def envelope(length: Tensor, cutoff: float, exponent: int) -> Tensor:
+    r"""Smooth cutoff :math:`u^4 \sum_{k<p} \binom{k+3}{3} x^k` with x = r/rc, u = 1 - x (model-1 section 7.2).
+
+    One at r = 0; value and three derivatives vanish at the cutoff; zero beyond.
+
+    Args:
+        length: r, any shape, in Angstrom.
+        cutoff: rc, in Angstrom.
+        exponent: p >= 1; higher values stay near one for longer.
+    """
+    u = ((cutoff - length) / cutoff).clamp(0, 1)
+    x = 1 - u
+    series = torch.full_like(x, float(comb(exponent + 2, 3)))
+    for k in range(exponent - 2, -1, -1):
+        series = series * x + comb(k + 3, 3)
+    return u**4 * series
+
+
+class BesselBasis(nn.Module):
+    """sin(w_n r) / r times the envelope, with learned frequencies that start at n pi / rc."""
+
+    def __init__(self, n_radial: int, cutoff: float, exponent: int):
+        super().__init__()
+        self.frequencies = nn.Parameter(pi / cutoff * torch.arange(1, n_radial + 1, dtype=torch.get_default_dtype()))
+        self.cutoff, self.exponent = cutoff, exponent
+
+    def forward(self, length: Tensor) -> Tensor:
+        """(E,) -> (E, n_radial)."""
+        r = length[:, None]
+        return torch.sin(self.frequencies * r) / r * envelope(r, self.cutoff, self.exponent)
+
+
+class GaussianBasis(nn.Module):
+    """Gaussians of fixed width times the envelope, with learned centres that start evenly spaced on [0, rc]."""
+
+    def __init__(self, n_radial: int, cutoff: float, exponent: int):
+        super().__init__()
+        self.frequencies = nn.Parameter(torch.linspace(0, cutoff, n_radial))
+        self.width = cutoff / max(n_radial - 1, 1)
+        self.cutoff, self.exponent = cutoff, exponent
+
+    def forward(self, length: Tensor) -> Tensor:
+        """(E,) -> (E, n_radial)."""
+        r = length[:, None]
+        gaussian = torch.exp(-0.5 * ((r - self.frequencies) / self.width).square())
+        return gaussian * envelope(r, self.cutoff, self.exponent)
+
+
+class RadialFeatures(NamedTuple):
+    """Radial features of every degree, R[e, l, c] = hidden[e] @ last[:, l, c] + pair[e, c], never written out.
+
+    Everything that reads R is linear in it, so readers multiply their weight with ``last`` once per step and
+    apply the small product to the edges (model-notes, "identities").
+    """
+
+    hidden: Tensor  # (E, W) last hidden layer, times the envelope
+    pair: Tensor  # (E, C) sum of the two type embeddings, without an envelope
+    last: Tensor  # (W, L, C) last layer of the radial network
+
+    def project(self, weight: Tensor) -> Tensor:
+        """Contract degrees and channels: weight (L', C, K) with L' <= L gives (E, K)."""
+        merged = torch.einsum("wlc,lck->wk", self.last[:, : len(weight)], weight)
+        return torch.cat([self.hidden, self.pair], -1) @ torch.cat([merged, weight.sum(0)])
+
+    def per_degree(self, weight: Tensor, num_degrees: int) -> Tensor:
+        """Map the channels of each degree: weight (C, K) gives (E, num_degrees, K)."""
+        merged = torch.einsum("wlc,ck->wlk", self.last[:, :num_degrees], weight)
+        by_degree = (self.hidden @ merged.flatten(1)).unflatten(1, (num_degrees, -1))
+        return by_degree + (self.pair @ weight)[:, None]
+
+
+class RadialNetwork(nn.Module):
+    """Dense layers from the radial basis to (lmax + 1) * channels features; the last layer is kept apart."""
+
+    def __init__(self, n_radial: int, hidden: list[int], num_degrees: int, channels: int, norm: bool):
+        super().__init__()
+        widths = [n_radial, *hidden]
+        self.hidden = nn.ModuleList(Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.norms = nn.ModuleList(RMSNorm(w) if norm else nn.Identity() for w in hidden)
+        self.last = Linear(widths[-1], num_degrees * channels)
+        self.num_degrees = num_degrees
+
+    def forward(self, basis: Tensor, weight: Tensor, pair: Tensor) -> RadialFeatures:
+        """Features from the basis (E, n_radial), an edge weight (E,) and the pair feature (E, C)."""
+        for layer, norm in zip(self.hidden, self.norms, strict=True):
+            basis = functional.silu(norm(layer(basis)))
+        return RadialFeatures(basis * weight[:, None], pair, self.last.weight.unflatten(1, (self.num_degrees, -1)))

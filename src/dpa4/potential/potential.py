@@ -1,0 +1,154 @@
+"""A potential: the network, reference energies and nuclear repulsion, differentiated to forces and virial."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from ase.data import atomic_numbers, chemical_symbols
+from torch import Tensor, nn
+
+from dpa4.graph import Graph
+from dpa4.model import DPA4, ModelConfig
+from dpa4.model.embedding import ChargeSpinEmbedding
+from dpa4.model.segments import scatter_sum
+from dpa4.potential.zbl import zbl_edge_energy
+
+
+class Prediction(NamedTuple):
+    """Results for B structures with N atoms; float64, eV and Angstrom."""
+
+    energy: Tensor  # (B,)
+    atomic_energies: Tensor  # (N,)
+    forces: Tensor  # (N, 3)
+    virial: Tensor  # (B, 3, 3), -dE/dstrain = -volume * stress (tensile stress positive)
+
+
+class Potential(nn.Module):
+    """Conservative potential: one energy, its exact forces and virial (model-3 section 9).
+
+    Energies are summed in float64 whatever the precision of the network. In training mode forces and virial can
+    be differentiated with respect to the parameters.
+    """
+
+    reference_energies: Tensor
+    excluded: Tensor
+    species_of: Tensor
+
+    def __init__(self, config: ModelConfig, reference_energies: Mapping[str, float] | None = None):
+        """Build with fresh weights.
+
+        Args:
+            config: Architecture.
+            reference_energies: Energy of each isolated atom, in eV; elements left out get zero.
+
+        Raises:
+            ValueError: If a reference energy is given for an element the model lacks.
+        """
+        super().__init__()
+        reference_energies = reference_energies or {}
+        if unknown := set(reference_energies) - set(config.elements):
+            raise ValueError(
+                f"reference energies are given for {sorted(unknown)}, but the model knows {list(config.elements)}"
+            )
+        self.config = config
+        self.elements = config.elements
+        self.model = DPA4(config)
+        energies = [reference_energies.get(e, 0.0) for e in config.elements]
+        self.register_buffer("reference_energies", torch.tensor(energies, dtype=torch.float64))
+        species_of = torch.full((len(chemical_symbols),), -1)
+        for index, element in enumerate(config.elements):
+            species_of[atomic_numbers[element]] = index
+        self.register_buffer("species_of", species_of, persistent=False)
+        excluded = torch.zeros(len(config.elements), len(config.elements), dtype=torch.bool)
+        for a, b in config.excluded_pairs:
+            i, j = config.elements.index(a), config.elements.index(b)
+            excluded[i, j] = excluded[j, i] = True
+        self.register_buffer("excluded", excluded, persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the network."""
+        return self.model.types.table.dtype
+
+    def _apply(self, fn, recurse: bool = True) -> "Potential":  # type: ignore[no-untyped-def]
+        """Move or cast the network; reference energies stay float64."""
+        energies = self.reference_energies
+        super()._apply(fn, recurse)
+        self.reference_energies = energies.to(self.reference_energies.device)
+        return self
+
+    def check(self, graph: Graph) -> None:
+        """Refuse a graph the model cannot describe; call it where data enters, not in every step.
+
+        Raises:
+            ValueError: If an element or the charge or spin is outside the model.
+        """
+        numbers = graph.atomic_numbers.cpu().unique()
+        known = {atomic_numbers[e] for e in self.elements}
+        if unknown := [int(z) for z in numbers if int(z) not in known]:
+            names = ", ".join(f"{chemical_symbols[z]} ({z})" for z in unknown)
+            raise ValueError(f"element {names} is not in the model, which knows {', '.join(self.elements)}")
+        if self.config.charge_spin:
+            charge, spin = graph.charge_spin.cpu().unbind(-1)
+            limit_q, limit_s = ChargeSpinEmbedding.MAX_CHARGE, ChargeSpinEmbedding.MAX_SPIN
+            if bool(((charge < -limit_q) | (charge >= limit_q) | (spin < 0) | (spin > limit_s)).any()):
+                raise ValueError(
+                    f"charge must be in [-{limit_q}, {limit_q - 1}] and spin in [0, {limit_s}], "
+                    f"got charge {charge.tolist()}, spin {spin.tolist()}"
+                )
+
+    def forward(self, graph: Graph) -> Prediction:
+        """Energy, forces and virial of a graph on the device of the model."""
+        with torch.enable_grad():
+            graph = self._without_excluded(graph)
+            vectors = graph.edge_vectors().detach().requires_grad_()
+            atomic = self.atomic_energies(graph, vectors)
+            gradient = self._gradient(atomic, vectors)
+        atomic = atomic if self.training else atomic.detach()
+        return self._assemble(graph, atomic, vectors.detach(), gradient)
+
+    def atomic_energies(self, graph: Graph, vectors: Tensor) -> Tensor:
+        """Energy of each atom (N,) in eV as a function of the edge vectors (E, 3); differentiable."""
+        species = self.species_of[graph.atomic_numbers]
+        charge_spin = graph.charge_spin[graph.structure]
+        network = self.model(species, vectors.to(self.dtype), graph.source, graph.destination, charge_spin)
+        atomic = network.double() + self.reference_energies[species]
+        if self.config.bridging is not None:
+            exponent = self.config.env_exp[1] if self.config.bridging.smooth_cutoff else None
+            z_i, z_j = graph.atomic_numbers[graph.destination], graph.atomic_numbers[graph.source]
+            repulsion = zbl_edge_energy(vectors, z_i, z_j, self.config.cutoff, exponent)
+            atomic = atomic + scatter_sum(repulsion, graph.destination, graph.num_atoms)
+        return atomic
+
+    def descriptor(self, graph: Graph) -> Tensor:
+        """Invariant features of every atom that feed the energy network, (N, channels)."""
+        graph = self._without_excluded(graph)
+        species = self.species_of[graph.atomic_numbers]
+        charge_spin = graph.charge_spin[graph.structure]
+        vectors = graph.edge_vectors().to(self.dtype)
+        return self.model.descriptor(species, vectors, graph.source, graph.destination, charge_spin)
+
+    def _gradient(self, atomic: Tensor, vectors: Tensor) -> Tensor:
+        if vectors.shape[0] == 0:  # autograd has no path from an energy without edges
+            return torch.zeros_like(vectors)
+        (gradient,) = torch.autograd.grad(atomic.sum(), vectors, create_graph=self.training)
+        return gradient
+
+    @staticmethod
+    def _assemble(graph: Graph, atomic: Tensor, vectors: Tensor, gradient: Tensor) -> Prediction:
+        """Forces and virial from dE/d(edge vector); moving an atom moves the edges it ends and starts."""
+        forces = scatter_sum(gradient, graph.destination, graph.num_atoms)
+        forces = forces - scatter_sum(gradient, graph.source, graph.num_atoms)
+        structure = graph.structure[graph.destination]
+        virial = scatter_sum(gradient[:, :, None] * -vectors[:, None, :], structure, graph.num_structures)
+        energy = scatter_sum(atomic, graph.structure, graph.num_structures)
+        return Prediction(energy, atomic, forces, virial)
+
+    def _without_excluded(self, graph: Graph) -> Graph:
+        if not self.config.excluded_pairs:
+            return graph
+        species = self.species_of[graph.atomic_numbers]
+        keep = ~self.excluded[species[graph.source], species[graph.destination]]
+        return graph._replace(
+            source=graph.source[keep], destination=graph.destination[keep], shift=graph.shift[keep]
+        )
