@@ -1,0 +1,225 @@
+"""Saving and loading potentials: one safetensors file with the weights, and a description in its metadata.
+
+The weights keep their names and precision; ``reference_energies`` is a float64 tensor beside them. The
+metadata hold the format version, configuration, elements, reference energies and provenance as JSON, readable
+without the weights. Checkpoints of deepmd-kit are read wherever native ones are.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dpa4.model import ModelConfig
+from dpa4.potential.deepmd import read_deepmd
+from dpa4.potential.deepmd_export import export_deepmd
+from dpa4.potential.files import atomic_write
+from dpa4.potential.potential import Potential
+
+FORMAT = "dpa4"
+FORMAT_VERSION = 1
+SUFFIX = ".safetensors"
+_NETWORK = "model."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of a checkpoint of either kind."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]  # of the network, by the names in its state dict
+    reference_energies: Tensor  # (T,) float64, eV
+    dtype: torch.dtype  # of the network
+    provenance: dict[str, str]
+    format: str
+
+
+def save_potential(
+    potential: Potential, path: str | Path, provenance: Mapping[str, str] | None = None
+) -> None:
+    """Write a potential to a native checkpoint, replacing the file in one step.
+
+    Args:
+        potential: The potential; its weights are stored in their own precision.
+        path: File to write, ending in ``.safetensors``.
+        provenance: Where the potential comes from, for instance data and parent file; version and date are
+            added.
+
+    Raises:
+        FileNotFoundError: If the folder of ``path`` does not exist.
+        ValueError: If the name does not end in ``.safetensors``.
+    """
+    path = Path(path)
+    if path.suffix != SUFFIX:
+        raise ValueError(
+            f"checkpoints end in {SUFFIX}, got {path.name!r}; `dpa4 convert` writes deepmd-kit's .pt"
+        )
+    tensors = {key: value.detach().cpu().contiguous() for key, value in potential.state_dict().items()}
+    energies = dict(zip(potential.elements, tensors["reference_energies"].tolist(), strict=True))
+    origin = {"dpa4 version": version("dpa4"), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "config": potential.config.model_dump_json(),
+        "elements": json.dumps(potential.elements),
+        "reference_energies": json.dumps(energies),
+        "provenance": json.dumps(origin | dict(provenance or {})),
+    }
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def load_potential(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    branch: str | None = None,
+) -> Potential:
+    """Load a potential from a native checkpoint or one of deepmd-kit, in evaluation mode.
+
+    Args:
+        path: The file; its content decides how it is read.
+        device: Where to put the potential.
+        dtype: Precision of the network; that of the file by default. Energies are float64 in any case.
+        branch: Branch of a multitask model of deepmd-kit.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file cannot be read, or is not a supported DPA4 model.
+    """
+    stored = read_checkpoint(path, branch)
+    try:
+        potential = assemble(stored.config, stored.weights, stored.reference_energies, dtype or stored.dtype)
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    return potential.to(device)
+
+
+def import_deepmd(
+    path: str | Path, *, branch: str | None = None, dtype: torch.dtype | None = None
+) -> Potential:
+    """Load a potential from a checkpoint of deepmd-kit; see `load_potential`."""
+    return load_potential(path, dtype=dtype, branch=branch)
+
+
+def convert(source: str | Path, target: str | Path, branch: str | None = None) -> None:
+    """Convert a checkpoint to the format of the suffix of ``target``: .safetensors, or .pt for deepmd-kit.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or the folder of ``target`` does not exist.
+        ValueError: If the file cannot be read, the suffix of ``target`` is unknown, or deepmd-kit has no
+            model with the same results.
+    """
+    source, target = Path(source), Path(target)
+    if target.suffix not in (SUFFIX, ".pt"):
+        raise ValueError(f"cannot convert to {target.name!r}; the target must end in {SUFFIX} or .pt")
+    stored = read_checkpoint(source, branch)
+    potential = load_potential(source, branch=branch)
+    if target.suffix == ".pt":
+        export_deepmd(potential, target)
+    else:
+        save_potential(potential, target, stored.provenance | {"parent file": source.name})
+
+
+def read_checkpoint(path: str | Path, branch: str | None = None) -> Checkpoint:
+    """Read a native checkpoint or one of deepmd-kit; arguments and errors as `load_potential`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[8:9] == b"{":  # safetensors: eight bytes of header length, then JSON
+        return _read_native(path, branch)
+    if start[:2] in (b"PK", b"\x80\x02"):  # zip archive or pickle, the two formats of torch.save
+        model = read_deepmd(path, branch)
+        return Checkpoint(
+            model.config, model.weights, model.reference_energies, model.dtype, model.provenance, "deepmd-kit"
+        )
+    raise ValueError(
+        f"cannot read {path}: it is neither a {SUFFIX} checkpoint nor a PyTorch file of deepmd-kit, or it "
+        "was cut off"
+    )
+
+
+def _read_native(path: Path, branch: str | None) -> Checkpoint:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            config = _config(path, metadata)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"cannot read {path}: it is damaged or incomplete ({error})") from error
+    if branch is not None:
+        raise ValueError(
+            f"{path} holds a single model, so there is no branch {branch!r}; leave the branch out"
+        )
+    if "reference_energies" not in tensors:
+        raise ValueError(f"cannot read {path}: it has no entry reference_energies")
+    energies = tensors.pop("reference_energies")
+    weights = {key.removeprefix(_NETWORK): value for key, value in tensors.items()}
+    dtype = next((value.dtype for value in weights.values()), torch.float32)
+    provenance = json.loads(metadata.get("provenance", "{}"))
+    return Checkpoint(config, weights, energies, dtype, provenance, f"dpa4 format {FORMAT_VERSION}")
+
+
+def _config(path: Path, metadata: Mapping[str, Any]) -> ModelConfig:
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"cannot read {path}: it is a safetensors file, but not of a DPA4 potential (its metadata lack "
+            f"format = {FORMAT!r})"
+        )
+    stored = metadata.get("format_version", "missing")
+    if not stored.isdecimal():
+        raise ValueError(f"cannot read {path}: its format_version is {stored!r}, not a number")
+    if int(stored) > FORMAT_VERSION:
+        raise ValueError(
+            f"cannot read {path}: it has format {stored}, written by a newer dpa4; the newest known here is "
+            f"{FORMAT_VERSION}. Update dpa4"
+        )
+    try:
+        return ModelConfig.model_validate_json(metadata.get("config", ""))
+    except ValidationError as error:
+        raise ValueError(f"cannot read {path}: its configuration is not valid: {error}") from error
+
+
+def assemble(
+    config: ModelConfig, weights: Mapping[str, Tensor], reference_energies: Tensor, dtype: torch.dtype
+) -> Potential:
+    """Build a potential with given weights, in evaluation mode.
+
+    Args:
+        config: Architecture.
+        weights: State dict of the network.
+        reference_energies: (T,) float64, in eV.
+        dtype: Precision of the network.
+
+    Raises:
+        ValueError: If a weight is missing, superfluous, or of another shape.
+    """
+    potential = Potential(config).to(dtype)
+    own = potential.model.state_dict()
+    problems = [f"{key} is missing" for key in own if key not in weights]
+    problems += [f"{key} is unknown" for key in weights if key not in own]
+    problems += [
+        f"{key} has shape {tuple(weights[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in weights and weights[key].shape != value.shape
+    ]
+    if reference_energies.shape != potential.reference_energies.shape:
+        problems.append(f"reference_energies has shape {tuple(reference_energies.shape)}")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"its weights do not fit its configuration: {', '.join(problems[:5])}{more}")
+    potential.model.load_state_dict(weights)
+    potential.reference_energies.copy_(reference_energies)
+    return potential.eval()
