@@ -13,7 +13,7 @@ from dpa4.model.constants import ConstantModule
 def degree_of(lmax: int) -> Tensor:
     """Degree of each packed coefficient, (D,) int64."""
     l = torch.arange(lmax + 1)
-    return l.repeat_interleave(2 * l + 1)
+    return l.repeat_interleave(2 * l + 1, output_size=(lmax + 1) ** 2)
 
 
 def truncated_normal(shape: tuple[int, ...], fan_in: int, fan_out: int) -> Tensor:
