@@ -1,0 +1,371 @@
+"""Options of a training run: one YAML file, validated into frozen objects."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from ase.data import chemical_symbols
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from dpa4.model.config import ModelConfig
+from dpa4.model.presets import preset
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class ModelOptions(BaseModel):
+    """A published model and what is changed in it; every field of ``ModelConfig`` may be given beside."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    preset: str = Field(
+        "mini", description="Published model to start from: nano, mini, neo, air, plus, paper-air, ..."
+    )
+    elements: Literal["auto"] | tuple[str, ...] = Field(
+        "auto",
+        description="Chemical symbols the model knows; auto takes those of the training and validation data.",
+    )
+
+    @model_validator(mode="after")
+    def _valid_overrides(self) -> "ModelOptions":
+        for name in self.model_extra or {}:
+            if name not in ModelConfig.model_fields:
+                raise ValueError(unknown_option(f"model.{name}", [*ModelConfig.model_fields, "preset"]))
+        self.build(tuple(chemical_symbols[1:]))
+        return self
+
+    def build(self, found: Iterable[str]) -> ModelConfig:
+        """Model configuration; ``found`` are the elements for ``auto``."""
+        elements = tuple(found) if self.elements == "auto" else self.elements
+        return preset(self.preset, elements=elements, **(self.model_extra or {}))
+
+
+class KeyOptions(_Section):
+    """Names of the labels in the data files; those not set are found by the usual names."""
+
+    energy: str | None = Field(None, description="Total energy, in eV.")
+    forces: str | None = Field(None, description="Forces, in eV/Angstrom.")
+    stress: str | None = Field(None, description="Stress, in eV/Angstrom^3, tensile positive.")
+    virial: str | None = Field(None, description="Virial = -volume * stress, in eV.")
+
+
+class DataOptions(_Section):
+    """Where the structures come from."""
+
+    train: tuple[Path, ...] = Field(
+        min_length=1,
+        description="Training file, or list of files: extxyz, ASE database, .aselmdb, deepmd folder.",
+    )
+    validation: tuple[Path, ...] = Field(
+        (), description="Validation file or list of files; [] splits the training data."
+    )
+    validation_fraction: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Random share of the training data for validation if no file is given; 0: none.",
+    )
+    split_seed: int = Field(0, description="Seed of that random split.")
+    reference_energies: Literal["auto", "isolated", "least_squares"] | dict[str, float] = Field(
+        "auto",
+        description="Energy of a free atom per element: isolated (frames with config_type IsolatedAtom), "
+        "least_squares (fit), auto (isolated if complete, else fit), or a map such as "
+        "{H: -13.6, O: -2041.8}; in eV.",
+    )
+    keys: KeyOptions = Field(
+        KeyOptions(), description="Names of the labels in the files; null finds the usual names."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _single_file(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        single = {
+            k: [v] for k, v in values.items() if k in ("train", "validation") and isinstance(v, str | Path)
+        }
+        absent = {k: () for k in ("validation",) if values.get(k, ()) is None}
+        return values | single | absent
+
+
+class TrainingOptions(_Section):
+    """How the model is fitted."""
+
+    epochs: PositiveInt | None = Field(
+        None, description="Passes over the training data; null: 200, unless steps is given."
+    )
+    steps: PositiveInt | None = Field(None, description="Optimiser steps, instead of epochs.")
+    batch_size: PositiveInt | None = Field(
+        None, description="Structures per batch; null: 8, unless max_atoms or max_edges is given."
+    )
+    max_atoms: PositiveInt | None = Field(
+        None, description="Atoms per batch at most; packs structures of any size."
+    )
+    max_edges: PositiveInt | None = Field(
+        None, description="Edges (directed neighbour pairs) per batch at most."
+    )
+
+    optimizer: Literal["hybrid_muon", "adamw"] = Field("hybrid_muon", description="hybrid_muon or adamw.")
+    weight_decay: float = Field(1e-3, ge=0, description="Decoupled weight decay of matrices.")
+    schedule: Literal["wsd", "cosine"] = Field(
+        "wsd", description="Learning rate: wsd (warm-up, stable, cosine decay) or cosine (warm-up, decay)."
+    )
+    learning_rate: PositiveFloat = Field(1e-3, description="Highest learning rate.")
+    final_learning_rate: float = Field(1e-6, ge=0, description="Learning rate at the end.")
+    warmup_fraction: float = Field(
+        0.01, ge=0, lt=1, description="Share of all steps spent on the linear warm-up."
+    )
+    warmup_factor: float = Field(
+        0.2, ge=0, le=1, description="Learning rate of step 0 relative to the highest."
+    )
+    decay_fraction: float = Field(
+        0.65, gt=0, le=1, description="Share of all steps that wsd spends on the decay."
+    )
+    gradient_clip: PositiveFloat | None = Field(
+        5.0, description="Largest norm of the gradient; null: no limit."
+    )
+    ema_decay: float | None = Field(
+        0.999,
+        gt=0,
+        lt=1,
+        description="Decay per step of the averaged weights, which are evaluated and saved; null: off.",
+    )
+
+    loss: Literal["mae", "mse", "huber"] = Field("mae", description="Error measure: mae, mse or huber.")
+    huber_delta: PositiveFloat = Field(
+        0.01, description="Error where huber turns linear, in eV/atom and eV/Angstrom."
+    )
+    energy_weight: float = Field(20.0, ge=0, description="Weight of the energy error per atom (eV/atom).")
+    forces_weight: float = Field(20.0, ge=0, description="Weight of the force error (eV/Angstrom).")
+    virial_weight: float | Literal["auto"] = Field(
+        "auto",
+        description="Weight of the virial error per atom (eV/atom); auto: 5 if the training data "
+        "has stress or virial, else 0.",
+    )
+
+    precision: Literal["float32", "bf16"] = Field(
+        "float32", description="float32, or bf16: mixed precision in the interaction blocks (GPU)."
+    )
+    seed: int = Field(0, description="Seed of initial weights and batch order.")
+    log_interval: PositiveInt = Field(20, description="Steps between rows of train.csv.")
+    validation_interval: PositiveInt | None = Field(
+        None, description="Steps between validations; null: every epoch, but at most 100 times in all."
+    )
+    checkpoint_interval: PositiveInt | None = Field(
+        None, description="Steps between checkpoints last.pt; null: at every validation."
+    )
+    patience: PositiveInt | None = Field(
+        None, description="Stop after this many validations without a better one; null: never."
+    )
+    tensorboard: bool = Field(
+        False, description="Also write TensorBoard files (needs the tensorboard package)."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainingOptions":
+        if self.epochs and self.steps:
+            raise ValueError(
+                f"give training.epochs = {self.epochs} or training.steps = {self.steps}; set one to null"
+            )
+        if self.batch_size and (self.max_atoms or self.max_edges):
+            raise ValueError(
+                f"training.batch_size = {self.batch_size} excludes training.max_atoms and max_edges; "
+                "set it to null"
+            )
+        if self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"training.final_learning_rate = {self.final_learning_rate} must be at most "
+                f"training.learning_rate = {self.learning_rate}"
+            )
+        if isinstance(self.virial_weight, float) and self.virial_weight < 0:
+            raise ValueError(f"training.virial_weight must be >= 0 or auto, got {self.virial_weight}")
+        if not (self.energy_weight or self.forces_weight or self.virial_weight):
+            raise ValueError(
+                "training.energy_weight, forces_weight and virial_weight are all 0: nothing to learn"
+            )
+        return self
+
+
+class RunConfig(_Section):
+    """Everything that defines a training run."""
+
+    model: ModelOptions = Field(
+        ModelOptions(), description="The network; any other option of the model may be added."
+    )
+    data: DataOptions = Field(description="Structures with energies, forces and, if periodic, stress.")
+    training: TrainingOptions = Field(TrainingOptions(), description="How the model is fitted.")
+    output: Path = Field(Path("run"), description="Folder for the model, checkpoints, logs and plots.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU if there is one.")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: 1e-3 is a number, and the element No (nobelium) is not false."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and validate a run file.
+
+    Relative paths in it are relative to the working directory.
+
+    Args:
+        path: YAML file.
+        overrides: ``"training.learning_rate=5e-4"``: values that replace those of the file, in YAML.
+
+    Raises:
+        ValueError: If the file is not YAML, an override is malformed, or an option is unknown or not allowed;
+            the message has a line per fault with the option, its value and what is allowed.
+            FileNotFoundError: If there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"run file {path} does not exist; `dpa4 init` writes a starting file")
+    values = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} must be a map of options (model:, data:, training:, ...), got {type(values).__name__}"
+        )
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"override {override!r} must look like training.learning_rate=5e-4")
+        _set(values, key.strip(), _parse_yaml(text, f"override {override!r}"))
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{path} is not valid:\n" + _faults(error)) from None
+
+
+def default_config_text(train: str = "train.xyz") -> str:
+    """A commented run file for a start; the comments are the fields' descriptions, so they cannot drift."""
+    head = ["# Training run of dpa4. Energies are in eV, lengths in Angstrom. null means: not set.", ""]
+    body = _commented(RunConfig(data=DataOptions(train=(Path(train),))))
+    at = next(i for i, line in enumerate(body) if line.startswith("data:")) - 2
+    extra = ["  # Any other option of the model may be added, for example:"]
+    for name in ("cutoff", "channels", "lmax"):
+        field = ModelConfig.model_fields[name]
+        extra.append(f"  # {name}: {_scalar(field.default)}  # {field.description}")
+    return "\n".join(head + body[:at] + extra + body[at:]) + "\n"
+
+
+def _commented(section: BaseModel, depth: int = 0) -> list[str]:
+    lines, pad = [], "  " * depth
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if depth == 0 and lines:
+            lines.append("")
+        lines.append(f"{pad}# {field.description}")
+        if isinstance(value, BaseModel):
+            lines += [f"{pad}{name}:", *_commented(value, depth + 1)]
+        else:
+            lines.append(f"{pad}{name}: {_scalar(value)}")
+    return lines
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, tuple):
+        return _scalar(value[0]) if len(value) == 1 else f"[{', '.join(map(_scalar, value))}]"
+    if isinstance(value, float):
+        return repr(value)
+    text = yaml.safe_dump(str(value) if isinstance(value, Path) else value)
+    return text.removesuffix("...\n").strip()
+
+
+def unknown_option(key: str, allowed: Iterable[str]) -> str:
+    """Message for an option that does not exist, with the closest one that does."""
+    allowed = list(allowed)
+    close = difflib.get_close_matches(key.rpartition(".")[2], allowed, n=1)
+    return f"unknown option {key}; " + (
+        f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(allowed)}"
+    )
+
+
+def _parse_yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"{what} is not valid YAML: {error}") from None
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key; sections on the way are made, unknown names are left to the validation."""
+    *sections, name = key.split(".")
+    for section in sections:
+        if not isinstance(values.setdefault(section, {}), dict):
+            values[section] = {}
+        values = values[section]
+    values[name] = value
+
+
+def _faults(error: ValidationError) -> str:
+    """One line per option at fault; the members of a union ("a number" or "'auto'") share a line."""
+    lines: dict[str, str] = {}
+    for e in error.errors():
+        path, section = _option(e["loc"])
+        key = ".".join(map(str, path))
+        message = e["msg"].removeprefix("Value error, ")
+        message = re.sub(r"valid dictionary( or instance of \w+)?", "map of options", message)
+        message = re.sub(r"(valid )?tuple", "list", message, flags=re.IGNORECASE).partition(", unable to")[0]
+        if e["type"] == "extra_forbidden":
+            lines[key] = unknown_option(key, section)
+        elif e["type"] == "missing":
+            lines[key] = f"option {key} is required: {section[path[-1]].description}"
+        elif e["type"] == "value_error":
+            lines[key] = message
+        elif key in lines:
+            lines[key] += " or " + message.removeprefix("Input should be ")
+        else:
+            lines[key] = f"{key} = {e['input']!r}: {message[0].lower()}{message[1:]}"
+    return "\n".join(f"  {line}" for line in lines.values())
+
+
+def _option(location: tuple[int | str, ...]) -> tuple[list[Any], dict[str, FieldInfo]]:
+    """The part of pydantic's location that names an option, and the fields of the section it is in.
+
+    What follows an option in a location are union members ("literal['auto']") and indices.
+    """
+    path: list[Any] = []
+    fields = RunConfig.model_fields
+    for part in location:
+        path.append(part)
+        annotation = fields[str(part)].annotation if str(part) in fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        if len(path) < len(location):
+            fields = annotation.model_fields | (
+                ModelConfig.model_fields if annotation is ModelOptions else {}
+            )
+    return path, fields

@@ -1,0 +1,78 @@
+"""Which optimiser a parameter belongs to, decided by the type of the module that owns it."""
+
+from typing import Any
+
+from torch import nn
+
+from dpa4.model.attention import EnvelopeGatedAttention, FocusCompetition
+from dpa4.model.block import Block
+from dpa4.model.embedding import Embedding, EnvironmentSeed
+from dpa4.model.grid import MessageNodeProduct
+from dpa4.model.layers import ChannelLinear, DegreeLinear, EquivariantRMSNorm, FocusLinear, Linear, RMSNorm
+from dpa4.model.radial import BesselBasis, GaussianBasis
+from dpa4.model.so2 import DegreeProduct, SO2Linear, SO2Stack
+from dpa4.training.muon import Route, block_shape
+
+# The reference decides by parameter names (model-3 section 13.1); this table gives the same routes. Scales,
+# biases and embedding rows are no matrices in any useful sense and must not decay; the small attention
+# weights decay.
+ROUTES: dict[type[nn.Module], dict[str, Route]] = {
+    Linear: {"weight": "muon", "bias": "adam"},
+    ChannelLinear: {"weight": "muon"},
+    FocusLinear: {"weight": "muon", "bias": "adam"},
+    DegreeLinear: {"weight": "muon", "bias": "adam"},
+    SO2Linear: {"weight_m0": "muon", "weight_m": "muon", "bias": "adam"},
+    SO2Stack: {"scales": "adam"},
+    DegreeProduct: {"weight": "muon", "channel_basis": "muon"},
+    MessageNodeProduct: {"residual_scale": "muon"},
+    EnvelopeGatedAttention: {"radial_logit": "adamw", "gate_logit": "adamw", "null_logit": "adam"},
+    FocusCompetition: {"weight": "adamw", "bias": "adam"},
+    Block: {"ffn_scales": "adam"},
+    RMSNorm: {"scale": "adam"},
+    EquivariantRMSNorm: {"scale": "adam", "bias": "adam"},
+    Embedding: {"table": "adam"},
+    EnvironmentSeed: {"scale_strength": "adam", "shift_strength": "adam"},
+    BesselBasis: {"frequencies": "adam"},
+    GaussianBasis: {"frequencies": "adam"},
+}
+
+
+def parameter_routes(model: nn.Module) -> dict[str, Route]:
+    """Route of every parameter by name.
+
+    A weight on the route muon that is no matrix (fewer than two axes longer than one) goes to adam.
+
+    Raises:
+        ValueError: If the type of an owning module has no route for the parameter.
+    """
+    routes: dict[str, Route] = {}
+    for name, parameter in model.named_parameters():
+        path, _, own = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if isinstance(owner, nn.ParameterList):
+            path, _, own = path.rpartition(".")
+            owner = model.get_submodule(path)
+        route = ROUTES.get(type(owner), {}).get(own)
+        if route is None:
+            raise ValueError(
+                f"parameter {name} of a {type(owner).__name__} has no optimiser route; "
+                "add it to dpa4.training.routing.ROUTES"
+            )
+        routes[name] = "adam" if route == "muon" and block_shape(parameter.shape) is None else route
+    return routes
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups for ``HybridMuon``: each trainable parameter once, in the order of the model.
+
+    Raises:
+        ValueError: As ``parameter_routes``.
+    """
+    parameters = dict(model.named_parameters())
+    groups: dict[Route, list[nn.Parameter]] = {"muon": [], "adam": [], "adamw": []}
+    for name, route in parameter_routes(model).items():
+        if parameters[name].requires_grad:
+            groups[route].append(parameters[name])
+    grouped = [id(p) for group in groups.values() for p in group]
+    assert sorted(grouped) == sorted(id(p) for p in parameters.values() if p.requires_grad), "not a partition"
+    return [{"params": group, "route": route} for route, group in groups.items() if group]

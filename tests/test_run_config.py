@@ -1,0 +1,149 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dpa4.training.config import RunConfig, TrainingOptions, default_config_text, load_run_config
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {train: train.xyz}\n")
+    return path
+
+
+def test_the_starting_file_is_valid_and_changes_nothing(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(default_config_text("some/train.xyz"))
+    config = load_run_config(path)
+    assert config == RunConfig.model_validate({"data": {"train": "some/train.xyz"}})
+    assert config.data.train == (Path("some/train.xyz"),)
+
+
+def test_the_starting_file_names_and_explains_every_option():
+    lines = default_config_text().splitlines()
+    for name, field in TrainingOptions.model_fields.items():
+        at = next(i for i, line in enumerate(lines) if line.startswith(f"  {name}:"))
+        assert lines[at - 1] == f"  # {field.description}"
+    options = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    comments = [line for line in lines if line.lstrip().startswith("#")]
+    assert len(comments) > len(options)
+
+
+def test_overrides_are_yaml_and_beat_the_file(run_file):
+    run_file.write_text("data: {train: [a.xyz, b.xyz]}\ntraining: {learning_rate: 1e-3, seed: 3}\n")
+    overrides = [
+        "training.learning_rate=5e-4",
+        "training.steps=1e3",
+        "model.lmax=2",
+        "model.elements=[H, No]",
+    ]
+    config = load_run_config(run_file, overrides)
+    assert (config.training.learning_rate, config.training.steps, config.training.seed) == (5e-4, 1000, 3)
+    assert config.data.train == (Path("a.xyz"), Path("b.xyz"))
+    model = config.model.build([])
+    assert (model.lmax, model.channels, model.elements) == (2, 32, ("H", "No"))
+
+
+def test_elements_are_filled_in_from_the_data(run_file):
+    assert load_run_config(run_file).model.build(["H", "O"]).elements == ("H", "O")
+
+
+def test_numbers_of_yaml_1_1_that_would_be_strings(run_file):
+    run_file.write_text("data: {train: t, reference_energies: {H: 1e-3, N: -.5e+1, 'O': 2E2}}\n")
+    assert load_run_config(run_file).data.reference_energies == {"H": 1e-3, "N": -5.0, "O": 200.0}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.lerning_rate=1", r"unknown option training\.lerning_rate; did you mean 'learning_rate'\?"),
+        ("trainning.steps=1", r"unknown option trainning; did you mean 'training'\?"),
+        ("data.keys.enrgy=E", r"unknown option data\.keys\.enrgy; did you mean 'energy'\?"),
+        ("model.lmxa=2", r"unknown option model\.lmxa; did you mean 'lmax'\?"),
+        ("data.zzzz=1", r"unknown option data\.zzzz; allowed are train, validation"),
+        ("model.preset=minni", r"unknown preset 'minni'; did you mean 'mini'\?"),
+        ("model.lmax=-1", r"model\.lmax = -1: input should be greater than or equal to 0"),
+        ("model.elements=[H, Xq]", r"model\.elements has \['Xq'\]; allowed are chemical symbols"),
+        ("training.loss=l1", r"training\.loss = 'l1': input should be 'mae', 'mse' or 'huber'"),
+        ("training.batch_size=0", r"training\.batch_size = 0: input should be greater than 0"),
+        ("training.max_atoms=x", r"training\.max_atoms = 'x': input should be a valid integer$"),
+        ("training.ema_decay=2", r"training\.ema_decay = 2: input should be less than 1"),
+        ("training.learning_rate=.nan", r"training\.learning_rate = nan: input should be a finite number"),
+        (
+            "training.virial_weight=a",
+            r"training\.virial_weight = 'a': input should be a valid number or 'auto'",
+        ),
+        ("training.virial_weight=-1", r"training\.virial_weight must be >= 0 or auto, got -1"),
+        (
+            "training.final_learning_rate=1",
+            r"training\.final_learning_rate = 1\.0 must be at most .* = 0\.001",
+        ),
+        ("data.train=[]", r"data\.train = \[\]: list should have at least 1 item"),
+        ("data.train=null", r"data\.train = None: input should be a list"),
+        ("device=gpu", r"device = 'gpu': input should be 'auto', 'cpu' or 'cuda'"),
+        ("training=3", r"training = 3: input should be a map of options"),
+    ],
+)
+def test_faults_name_option_value_and_what_is_allowed(run_file, override, message):
+    with pytest.raises(ValueError, match=message):
+        load_run_config(run_file, [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["training.epochs=2", "training.steps=3"],
+            r"training\.epochs = 2 or training\.steps = 3; set one to null",
+        ),
+        (["training.batch_size=2", "training.max_atoms=3"], r"training\.batch_size = 2 excludes .*max_atoms"),
+        (
+            ["training.energy_weight=0", "training.forces_weight=0", "training.virial_weight=0"],
+            r"are all 0: nothing to learn",
+        ),
+    ],
+)
+def test_contradictions(run_file, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_run_config(run_file, overrides)
+
+
+def test_all_faults_are_reported_at_once(run_file):
+    with pytest.raises(ValueError, match=r"(?s)training\.loss.*unknown option outptu; did you mean 'output'"):
+        load_run_config(run_file, ["training.loss=a", "outptu=b"])
+
+
+def test_missing_data_section(run_file):
+    run_file.write_text("output: here\n")
+    with pytest.raises(ValueError, match="option data is required: Structures with energies"):
+        load_run_config(run_file)
+
+
+def test_files_that_are_no_run_file(run_file, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.yaml does not exist; `dpa4 init` writes"):
+        load_run_config(tmp_path / "nothing.yaml")
+    run_file.write_text("[a, b]")
+    with pytest.raises(ValueError, match="must be a map of options .* got list"):
+        load_run_config(run_file)
+    run_file.write_text("a: [b")
+    with pytest.raises(ValueError, match="run.yaml is not valid YAML"):
+        load_run_config(run_file)
+
+
+@pytest.mark.parametrize("override", ["training.steps", "=3"])
+def test_malformed_override(run_file, override):
+    with pytest.raises(ValueError, match="must look like training.learning_rate=5e-4"):
+        load_run_config(run_file, [override])
+
+
+def test_override_that_is_not_yaml(run_file):
+    with pytest.raises(ValueError, match=r"override 'output=\[' is not valid YAML"):
+        load_run_config(run_file, ["output=["])
+
+
+def test_the_configuration_round_trips_through_plain_values(run_file):
+    config = load_run_config(run_file, ["model.lmax=2", "training.virial_weight=3"])
+    text = yaml.safe_dump(config.model_dump(mode="json"))
+    assert RunConfig.model_validate(yaml.safe_load(text)) == config
