@@ -98,11 +98,7 @@ def load_potential(
         ValueError: If the file cannot be read, or is not a supported DPA4 model.
     """
     stored = read_checkpoint(path, branch)
-    try:
-        potential = assemble(stored.config, stored.weights, stored.reference_energies, dtype or stored.dtype)
-    except ValueError as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    return potential.to(device)
+    return _assemble(path, stored, dtype or stored.dtype).to(device)
 
 
 def import_deepmd(
@@ -124,11 +120,12 @@ def convert(source: str | Path, target: str | Path, branch: str | None = None) -
     if target.suffix not in (SUFFIX, ".pt"):
         raise ValueError(f"cannot convert to {target.name!r}; the target must end in {SUFFIX} or .pt")
     stored = read_checkpoint(source, branch)
-    potential = load_potential(source, branch=branch)
+    potential = _assemble(source, stored, stored.dtype)
+    parent = {"parent file": source.name, "parent format": stored.format}
     if target.suffix == ".pt":
         export_deepmd(potential, target)
     else:
-        save_potential(potential, target, stored.provenance | {"parent file": source.name})
+        save_potential(potential, target, stored.provenance | parent)
 
 
 def read_checkpoint(path: str | Path, branch: str | None = None) -> Checkpoint:
@@ -142,8 +139,9 @@ def read_checkpoint(path: str | Path, branch: str | None = None) -> Checkpoint:
         return _read_native(path, branch)
     if start[:2] in (b"PK", b"\x80\x02"):  # zip archive or pickle, the two formats of torch.save
         model = read_deepmd(path, branch)
+        kind = f"deepmd-kit checkpoint, descriptor format {model.version:g}"
         return Checkpoint(
-            model.config, model.weights, model.reference_energies, model.dtype, model.provenance, "deepmd-kit"
+            model.config, model.weights, model.reference_energies, model.dtype, model.provenance, kind
         )
     raise ValueError(
         f"cannot read {path}: it is neither a {SUFFIX} checkpoint nor a PyTorch file of deepmd-kit, or it "
@@ -169,7 +167,9 @@ def _read_native(path: Path, branch: str | None) -> Checkpoint:
     weights = {key.removeprefix(_NETWORK): value for key, value in tensors.items()}
     dtype = next((value.dtype for value in weights.values()), torch.float32)
     provenance = json.loads(metadata.get("provenance", "{}"))
-    return Checkpoint(config, weights, energies, dtype, provenance, f"dpa4 format {FORMAT_VERSION}")
+    return Checkpoint(
+        config, weights, energies, dtype, provenance, f"dpa4 checkpoint, format {FORMAT_VERSION}"
+    )
 
 
 def _config(path: Path, metadata: Mapping[str, Any]) -> ModelConfig:
@@ -192,34 +192,29 @@ def _config(path: Path, metadata: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"cannot read {path}: its configuration is not valid: {error}") from error
 
 
-def assemble(
-    config: ModelConfig, weights: Mapping[str, Tensor], reference_energies: Tensor, dtype: torch.dtype
-) -> Potential:
-    """Build a potential with given weights, in evaluation mode.
-
-    Args:
-        config: Architecture.
-        weights: State dict of the network.
-        reference_energies: (T,) float64, in eV.
-        dtype: Precision of the network.
+def _assemble(path: str | Path, stored: Checkpoint, dtype: torch.dtype) -> Potential:
+    """Build a potential with stored weights, in evaluation mode.
 
     Raises:
         ValueError: If a weight is missing, superfluous, or of another shape.
     """
-    potential = Potential(config).to(dtype)
-    own = potential.model.state_dict()
-    problems = [f"{key} is missing" for key in own if key not in weights]
-    problems += [f"{key} is unknown" for key in weights if key not in own]
+    potential = Potential(stored.config).to(dtype)
+    expected = {key: value.shape for key, value in potential.model.state_dict().items()}
+    found = {key: value.shape for key, value in stored.weights.items()}
+    expected["reference_energies"] = potential.reference_energies.shape
+    found["reference_energies"] = stored.reference_energies.shape
+    problems = [f"{key} is missing" for key in expected if key not in found]
+    problems += [f"{key} is unknown" for key in found if key not in expected]
     problems += [
-        f"{key} has shape {tuple(weights[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in weights and weights[key].shape != value.shape
+        f"{key} has shape {tuple(found[key])} instead of {tuple(shape)}"
+        for key, shape in expected.items()
+        if found.get(key, shape) != shape
     ]
-    if reference_energies.shape != potential.reference_energies.shape:
-        problems.append(f"reference_energies has shape {tuple(reference_energies.shape)}")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"its weights do not fit its configuration: {', '.join(problems[:5])}{more}")
-    potential.model.load_state_dict(weights)
-    potential.reference_energies.copy_(reference_energies)
+        raise ValueError(
+            f"cannot read {path}: its weights do not fit its configuration: {', '.join(problems[:5])}{more}"
+        )
+    potential.model.load_state_dict(stored.weights)
+    potential.reference_energies.copy_(stored.reference_energies)
     return potential.eval()

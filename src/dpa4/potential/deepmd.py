@@ -37,6 +37,7 @@ class DeepmdModel:
     weights: dict[str, Tensor]  # state dict of the network
     reference_energies: Tensor  # (T,) float64, eV
     dtype: torch.dtype  # in which deepmd-kit would run the network
+    version: float  # format of the descriptor
     provenance: dict[str, str]
 
 
@@ -111,15 +112,17 @@ def _parse(outer: Mapping[str, Any], branch: str | None) -> DeepmdModel:
     if params["fitting_net"].get("dim_case_embd", 0):
         config = config.model_copy(update={"fitting": hidden_widths(tensors)})
     weights = _own_names(tensors, config)
-    provenance = {"source format": f"deepmd-kit checkpoint, descriptor format {version:g}"}
+    provenance = {}
     if "model_dict" in extra["model_params"]:
         provenance["branch"] = name
     if "ema" in outer:
-        provenance["note"] = "the source also holds averaged weights (EMA), which were not imported"
+        provenance["averaged weights"] = (
+            "the checkpoint also holds an EMA of the weights, which is not imported"
+        )
     if (step := extra.get("train_infos", {}).get("step")) is not None:
         provenance["training steps"] = str(step + 1)
     dtype = torch.float64 if precision_of(params) == 64 else torch.float32
-    return DeepmdModel(config, weights, energies, dtype, provenance)
+    return DeepmdModel(config, weights, energies, dtype, version, provenance)
 
 
 def select_branch(params: Mapping[str, Any], branch: str | None) -> tuple[Mapping[str, Any], str]:

@@ -1,0 +1,113 @@
+"""The model card: what a checkpoint or preset is, as text and for the terminal."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from dpa4.model import DPA4, ModelConfig
+from dpa4.model.presets import PRESETS, preset
+from dpa4.potential.checkpoint import read_checkpoint
+
+UNITS = "energy eV, length Å, forces eV/Å, virial eV (-dE/dstrain), stress eV/Å³ (tensile positive)"
+_DESCRIBED = ("elements", "cutoff")  # fields with a line of their own
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """Sections of a model card, each with its lines of label and value."""
+
+    title: str
+    sections: dict[str, dict[str, str]]
+
+    @property
+    def text(self) -> str:
+        """The card as plain text."""
+        width = max(len(label) for lines in self.sections.values() for label in lines)
+        blocks = [self.title]
+        for section, lines in self.sections.items():
+            blocks.append(
+                "\n".join([section, *(f"  {label:<{width}}  {value}" for label, value in lines.items())])
+            )
+        return "\n\n".join(blocks) + "\n"
+
+    def __rich__(self) -> Table:
+        """The card as a table for the terminal."""
+        table = Table(title=self.title, show_header=False, title_justify="left")
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for section, lines in self.sections.items():
+            table.add_row(Text(section, style="bold"), "")
+            for label, value in lines.items():
+                table.add_row(Text(f"  {label}"), Text(value))
+            table.add_section()
+        return table
+
+
+def model_card(source: str | Path, branch: str | None = None) -> ModelCard:
+    """Describe a checkpoint or a preset; print it with rich, or use its ``text``.
+
+    Args:
+        source: A native checkpoint, one of deepmd-kit, or the name of a preset.
+        branch: Branch of a multitask model of deepmd-kit.
+
+    Raises:
+        FileNotFoundError: If ``source`` looks like a file and does not exist.
+        ValueError: If the file cannot be read, or ``source`` is neither a file nor a preset.
+    """
+    path = Path(source)
+    if not path.exists() and not path.suffix and len(path.parts) == 1:
+        return _preset_card(str(source))
+    stored = read_checkpoint(path, branch)
+    parameters = sum(weight.numel() for weight in stored.weights.values())
+    energies = zip(stored.config.elements, stored.reference_energies.tolist(), strict=True)
+    sections = _sections(stored.config, parameters)
+    sections["Model"] |= {
+        "precision": str(stored.dtype).removeprefix("torch."),
+        "reference energies": ", ".join(f"{element} {energy:.6f}" for element, energy in energies) + " eV",
+    }
+    sections["Provenance"] = {"file": str(path), "format": stored.format} | stored.provenance
+    return ModelCard(f"DPA4 potential {path.name}", sections)
+
+
+def _preset_card(name: str) -> ModelCard:
+    if name not in PRESETS:
+        try:
+            preset(name)
+        except ValueError as error:
+            raise ValueError(f"there is no file {name!r} and {error}") from None
+    config = preset(name)
+    parameters = sum(parameter.numel() for parameter in DPA4(config).parameters())
+    sections = _sections(config, parameters)
+    sections["Provenance"] = {
+        "preset": name,
+        "source": "published architecture, arXiv:2606.02419; no weights",
+    }
+    return ModelCard(f"DPA4 preset {name}", sections)
+
+
+def _sections(config: ModelConfig, parameters: int) -> dict[str, dict[str, str]]:
+    switches = {key: value for key, value in config.model_dump().items() if key not in _DESCRIBED}
+    default = {key: type(config).model_fields[key].get_default(call_default_factory=True) for key in switches}
+    return {
+        "Model": {
+            "trainable parameters": f"{parameters:,}",
+            "elements": f"{len(config.elements)}: {' '.join(config.elements)}",
+            "cutoff": f"{config.cutoff:g} Å",
+            "units": UNITS,
+        },
+        "Switches, not default": {
+            key: _show(value) for key, value in switches.items() if value != default[key]
+        },
+        "Switches, default": {key: _show(value) for key, value in switches.items() if value == default[key]},
+    }
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_show(entry)}" for key, entry in value.items())
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(_show(entry) for entry in value) + ")"
+    return str(value)
