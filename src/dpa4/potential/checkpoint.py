@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dpa4 import __version__
 from dpa4.model import ModelConfig
 from dpa4.potential.deepmd import read_deepmd
 from dpa4.potential.deepmd_export import export_deepmd
+from dpa4.potential.deepmd_options import first_problem
 from dpa4.potential.files import atomic_write
 from dpa4.potential.potential import Potential
 
@@ -65,7 +66,7 @@ def save_potential(
         )
     tensors = {key: value.detach().cpu().contiguous() for key, value in potential.state_dict().items()}
     energies = dict(zip(potential.elements, tensors["reference_energies"].tolist(), strict=True))
-    origin = {"dpa4 version": version("dpa4"), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    origin = {"dpa4 version": __version__, "date": datetime.now(UTC).isoformat(timespec="seconds")}
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -189,7 +190,9 @@ def _config(path: Path, metadata: Mapping[str, Any]) -> ModelConfig:
     try:
         return ModelConfig.model_validate_json(metadata.get("config", ""))
     except ValidationError as error:
-        raise ValueError(f"cannot read {path}: its configuration is not valid: {error}") from error
+        raise ValueError(
+            f"cannot read {path}: its configuration is not valid: {first_problem(error)}"
+        ) from error
 
 
 def _assemble(path: str | Path, stored: Checkpoint, dtype: torch.dtype) -> Potential:

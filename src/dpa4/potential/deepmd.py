@@ -66,13 +66,14 @@ def _load(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # by its name alone torch would take a file for safetensors
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"cannot read {path}: it is damaged, or holds Python objects besides tensors, which are not read "
             f"because that could run foreign code ({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, AttributeError) as error:
+    except (RuntimeError, EOFError, OSError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(
             f"cannot read {path}: it is damaged, incomplete or no PyTorch checkpoint ({_first_line(error)})"
         ) from error
@@ -93,14 +94,14 @@ def _parse(outer: Mapping[str, Any], branch: str | None) -> DeepmdModel:
     if not isinstance(extra, Mapping) or not isinstance(extra.get("model_params"), Mapping):
         raise ValueError("it is not a deepmd-kit checkpoint: its _extra_state has no model_params")
     params, name = select_branch(extra["model_params"], branch)
-    tensors = _tensors_of(state, name)
-    version = float(tensors.get("descriptor.version_tensor", 1.0))
+    version = float(state.get(f"model.{name}.atomic_model.descriptor.version_tensor", 1.0))
     if version > NEWEST_FORMAT + 1e-9:
         raise ValueError(
             f"its descriptor has format {version:g}; the newest format known here is {NEWEST_FORMAT}. "
             "Use a newer version of dpa4"
         )
     config = config_from_deepmd(params, version)
+    tensors = _tensors_of(state, name)
     fold_lora(tensors)
     shift = fold_task_embedding(tensors, config.channels)
     energies = tensors.pop("out_bias").double()[0, :, 0]

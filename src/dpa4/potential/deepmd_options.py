@@ -149,11 +149,13 @@ def config_from_deepmd(model_params: Mapping[str, Any], version: float = 1.2) ->
     try:
         return ModelConfig(**fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(
-            f"its options are not a supported model: {where}: {first['msg']} (value {first['input']!r})"
-        ) from error
+        raise ValueError(f"its options are not a supported model: {first_problem(error)}") from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem of a configuration in one line: field, reason and value."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']} (value {first['input']!r:.200})"
 
 
 def precision_of(model_params: Mapping[str, Any]) -> int:
