@@ -10,13 +10,13 @@ from torch import Tensor
 class Graph(NamedTuple):
     """B structures with N atoms and E directed edges in flat lists.
 
-    A message flows source -> destination. Each pair within the cutoff gives two edges; periodic images, also of
-    an atom with itself, are edges of their own. Edges are sorted by destination.
+    A message flows source -> destination. Each pair within the cutoff gives two edges; periodic images, also
+    those of an atom with itself, are edges of their own. Edges are sorted by destination.
     """
 
     atomic_numbers: Tensor  # (N,) int64
     positions: Tensor  # (N, 3) float64, Angstrom
-    cell: Tensor  # (B, 3, 3) float64, rows are the cell vectors in Angstrom, zeros without periodicity
+    cell: Tensor  # (B, 3, 3) float64, cell vectors as rows in Angstrom; those of non-periodic axes are unused
     structure: Tensor  # (N,) int64, ascending: the structure an atom belongs to
     source: Tensor  # (E,) int64, neighbour j
     destination: Tensor  # (E,) int64, centre i, ascending
@@ -46,7 +46,13 @@ class Graph(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Graph":
         """Copy to a device."""
-        return Graph(*(t.to(device, non_blocking=True) for t in self))
+        # A copy to the CPU must be complete on return; one to an accelerator is ordered by its stream.
+        non_blocking = torch.device(device).type != "cpu"
+        return Graph(*(t.to(device, non_blocking=non_blocking) for t in self))
+
+    def pin_memory(self) -> "Graph":
+        """Copy to page-locked memory, from where copies to a GPU do not wait."""
+        return Graph(*(t.pin_memory() for t in self))
 
 
 def collate(graphs: Sequence[Graph]) -> Graph:
