@@ -1,0 +1,79 @@
+"""The model card tells what a checkpoint or preset is."""
+
+import pytest
+import torch
+from rich.console import Console
+
+from dpa4.potential.card import model_card
+from dpa4.potential.checkpoint import save_potential
+from dpa4.potential.deepmd_export import export_deepmd
+from helpers import random_potential
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_potential(random_potential(fitting=(24, 40)), path, {"data": "train [first half].xyz"})
+    return path
+
+
+def line(text, label):
+    (found,) = [
+        row.split(None, len(label.split()))[-1]
+        for row in text.splitlines()
+        if row.split("  ")[1:2] == [label]
+    ]
+    return found
+
+
+def test_presets_show_the_published_size():
+    text = model_card("paper-air").text
+    assert line(text, "trainable parameters") == "2,762,885"
+    assert line(text, "elements").startswith("118: H He Li")
+    assert line(text, "preset") == "paper-air"
+
+
+def test_files_show_parameters_energies_units_and_provenance(saved):
+    text = model_card(saved).text
+    parameters = sum(p.numel() for p in random_potential(fitting=(24, 40)).parameters())
+    assert line(text, "trainable parameters") == f"{parameters:,}"
+    assert line(text, "elements") == "3: H C O"
+    assert line(text, "cutoff") == "4 Å"
+    assert line(text, "precision") == "float64"
+    assert line(text, "reference energies") == "H -0.500000, C -1.500000, O 0.000000 eV"
+    assert "eV/Å³" in line(text, "units")
+    assert line(text, "data") == "train [first half].xyz"
+    assert line(text, "format") == "dpa4 checkpoint, format 1"
+
+
+def test_switches_that_differ_from_the_defaults_come_first(saved):
+    different, default = model_card(saved).text.split("Switches, default")
+    assert line(different, "fitting") == "(24, 40)"
+    assert line(different, "channels") == "8"
+    assert line(default, "mmax") == "1"
+    assert "fitting" not in default
+
+
+def test_checkpoints_of_deepmd_kit_have_a_card(saved):
+    export_deepmd(random_potential().to(torch.float32), saved.with_suffix(".pt"))
+    text = model_card(saved.with_suffix(".pt")).text
+    assert line(text, "format") == "deepmd-kit checkpoint, descriptor format 1.2"
+    assert line(text, "precision") == "float32"
+
+
+def test_the_terminal_shows_the_same_lines(saved):
+    console = Console(width=200, record=True, quiet=True)
+    console.print(model_card(saved))
+    shown = console.export_text()
+    for row in model_card(saved).text.splitlines()[2:]:
+        for part in row.strip().split("  "):
+            assert part.strip() in shown
+
+
+def test_unknown_names_are_told_apart_from_missing_files(tmp_path):
+    with pytest.raises(
+        ValueError, match="there is no file 'papr-air' and unknown preset .*did you mean 'paper-air'"
+    ):
+        model_card("papr-air")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint .*absent.safetensors"):
+        model_card(tmp_path / "absent.safetensors")

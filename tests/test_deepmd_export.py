@@ -1,0 +1,144 @@
+"""Exported checkpoints are what deepmd-kit itself would have written, and give the same energies there."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dpa4.model import Bridging
+from dpa4.model.presets import preset
+from dpa4.potential.checkpoint import import_deepmd, load_potential
+from dpa4.potential.deepmd_export import deepmd_state, export_deepmd
+from dpa4.potential.potential import Potential
+from helpers import SHARED, graph_of, molecule, random_potential, randomize
+
+FIXTURES = SHARED / "reference" / "fixtures"
+INDEX = json.loads((FIXTURES / "index.json").read_text()) if FIXTURES.exists() else {}
+REFUSED = {"D_edge_cartesian", "D_node_wise_so3", "D_so2_attn_res_ind"}
+STATISTICS = ("min_nbor_dist", "out_std", "dens_force_rmsd")
+
+# Energies, forces and virials of one structure by every model, computed by deepmd-kit in a process of its own.
+BLACK_BOX = """
+import sys, numpy as np
+from deepmd.infer import DeepPot
+inputs = np.load(sys.argv[1])
+results = {}
+for path in sys.argv[3:]:
+    model = DeepPot(path)
+    types = [model.get_type_map().index(symbol) for symbol in inputs["symbols"]]
+    box = inputs["cell"][None] if inputs["cell"].any() else None
+    energy, force, virial = model.eval(inputs["positions"][None], box, types)
+    results |= {f"{path}/energy": energy[0, 0], f"{path}/forces": force[0], f"{path}/virial": virial[0]}
+np.savez(sys.argv[2], **results)
+"""
+
+
+@pytest.mark.parametrize("name", sorted(set(INDEX) - REFUSED) or [pytest.param("", marks=pytest.mark.skip)])
+def test_a_reference_checkpoint_survives_import_and_export(name):
+    path = FIXTURES / name / "model_f32.pt"
+    original = torch.load(path, weights_only=True)["model"]
+    exported = deepmd_state(import_deepmd(path))
+    assert exported.keys() == original.keys()
+    for key in original.keys() - {"_extra_state"}:
+        if key.endswith(("out_bias", "bias_atom_e", "version_tensor", *STATISTICS)):
+            continue
+        assert exported[key].shape == original[key].shape, key
+        torch.testing.assert_close(exported[key].double(), original[key].double(), rtol=1e-7, atol=0, msg=key)
+    options = exported["_extra_state"]["model_params"]
+    for section in ("descriptor", "fitting_net"):
+        assert options[section].keys() == original["_extra_state"]["model_params"][section].keys()
+    assert options.keys() >= original["_extra_state"]["model_params"].keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_export_and_import_are_inverse(tmp_path, dtype):
+    potential = random_potential(bridging=Bridging(smooth_cutoff=False), so3_readout="mlp", mlp_bias=True).to(
+        dtype
+    )
+    export_deepmd(potential, tmp_path / "model.pt")
+    back = load_potential(tmp_path / "model.pt")
+    assert back.config == potential.config
+    assert back.dtype == dtype
+    assert torch.equal(back.reference_energies, potential.reference_energies)
+    assert torch.equal(back(graph_of(molecule())).energy, potential(graph_of(molecule())).energy)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_smooth_repulsion_cannot_be_exported(tmp_path):
+    potential = random_potential(bridging=Bridging(smooth_cutoff=True))
+    with pytest.raises(ValueError, match="bridging.smooth_cutoff = True has no counterpart in deepmd-kit"):
+        export_deepmd(potential, tmp_path / "model.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_suffix_and_the_folder_are_checked(tmp_path):
+    with pytest.raises(ValueError, match=r"deepmd-kit checkpoints end in \.pt, got 'model\.pth'"):
+        export_deepmd(random_potential(), tmp_path / "model.pth")
+    with pytest.raises(FileNotFoundError, match="there is no folder .*absent; create it first"):
+        export_deepmd(random_potential(), tmp_path / "absent" / "model.pt")
+
+
+def deepmd_python():
+    """Interpreter of the environment whose ``dp`` command is on the search path."""
+    if (command := shutil.which("dp")) is None:
+        pytest.skip(
+            "needs deepmd-kit: install deepmd-kit==3.2.0 in an environment of its own and append its bin folder to "
+            "the search path: PATH=$PATH:/path/to/environment/bin pytest -m slow tests/test_deepmd_export.py"
+        )
+    return Path(command).parent / "python"
+
+
+def exported_potentials():
+    """One potential of each generation and several with rarer switches, all weights random."""
+    elements = ("H", "C", "O")
+    for name in ("paper-neo", "nano", "mini", "neo"):
+        torch.manual_seed(1)
+        potential = Potential(preset(name, elements), {"H": -13.6, "C": -1029.5, "O": -2041.25}).double()
+        randomize(potential.model, scale=0.05)
+        yield name, potential.eval()
+    yield "bridging", random_potential(bridging=Bridging(smooth_cutoff=False))
+    yield "no bridging, biases", random_potential(mlp_bias=True, layer_scale=True, n_focus=2, edge_norm=True)
+    yield (
+        "schedule",
+        random_potential(l_schedule=(3, 2, 1), mmax=2, ffn_on="degrees", excluded_pairs=(("H", "O"),)),
+    )
+    yield (
+        "charge",
+        random_potential(charge_spin=True, default_charge_spin=(1, 2), so3_readout="glu", fitting=(16, 8)),
+    )
+    yield (
+        "pre-release",
+        random_potential(pre_release=True, basis="gaussian", n_atten_head=0, use_env_seed=False),
+    )
+
+
+@pytest.mark.slow
+def test_deepmd_kit_computes_the_same_energies_forces_and_virials(tmp_path):
+    python = deepmd_python()
+    atoms = molecule()
+    expected = {}
+    for name, potential in exported_potentials():
+        path = tmp_path / f"{name}.pt"
+        export_deepmd(potential, path)
+        charge_spin = potential.config.default_charge_spin or (0, 1)
+        expected[str(path)] = potential(graph_of(atoms, potential.config.cutoff, charge_spin))
+    inputs, results = tmp_path / "inputs.npz", tmp_path / "results.npz"
+    np.savez(inputs, symbols=list(atoms.symbols), positions=atoms.positions, cell=atoms.cell.array)
+    done = subprocess.run(
+        [python, "-c", BLACK_BOX, inputs, results, *expected], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = np.load(results)
+    for path, prediction in expected.items():
+        np.testing.assert_allclose(
+            found[f"{path}/energy"], prediction.energy.item(), rtol=1e-12, err_msg=path
+        )
+        np.testing.assert_allclose(
+            found[f"{path}/forces"], prediction.forces.numpy(), atol=1e-9, err_msg=path
+        )
+        virial = prediction.virial.numpy().ravel()
+        np.testing.assert_allclose(found[f"{path}/virial"], virial, atol=1e-9, err_msg=path)

@@ -1,0 +1,471 @@
+"""Checkpoints of deepmd-kit: same energies, what is folded into the weights, and files that are refused."""
+
+import copy
+import json
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from dpa4.graph import build_graph
+from dpa4.model import ModelConfig
+from dpa4.potential.checkpoint import import_deepmd, load_potential, read_checkpoint
+from dpa4.potential.deepmd_export import deepmd_state
+from dpa4.potential.potential import Potential
+from helpers import SHARED, graph_of, molecule, random_potential, shared
+
+FIXTURES = SHARED / "reference" / "fixtures"
+DESCRIPTOR = "model.Default.atomic_model.descriptor."
+FITTING = "model.Default.atomic_model.fitting_net."
+NETWORK = f"{FITTING}filter_layers.networks.0."
+
+
+@pytest.fixture(scope="module")
+def potential():
+    """A float64 potential; the options of its checkpoint do not matter for these tests."""
+    return random_potential(fitting=(24, 40))
+
+
+@pytest.fixture
+def state(potential):
+    """A deepmd-kit checkpoint of ``potential``, to be changed."""
+    return copy.deepcopy(deepmd_state(potential))
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Save a state and import it."""
+
+    def save_and_import(state, **options):
+        path = tmp_path / "model.pt"
+        torch.save({"model": state}, path)
+        return import_deepmd(path, **options)
+
+    return save_and_import
+
+
+def energies_of(potential):
+    return potential(graph_of(molecule())).atomic_energies
+
+
+# Whole models of the reference
+
+
+@pytest.mark.parametrize("name", ["A_water_mini", "D_atom_ener", "D_legacy_version1.0", "P_pretrained"])
+def test_energies_and_forces_are_those_of_the_reference(name):
+    potential = import_deepmd(shared(f"reference/fixtures/{name}/model_f32.pt"), dtype=torch.float64)
+    with np.load(FIXTURES / name / "ref.npz") as reference:
+        structure = "ethanol" if name != "P_pretrained" else "water192"
+        get = {
+            key.split("/")[1]: reference[key] for key in reference.files if key.startswith(f"{structure}/")
+        }
+    graph = build_graph(get["Z"], get["pos"], get["cell"], get["pbc"], potential.config.cutoff)
+    result = potential(graph)
+    assert result.energy.item() == pytest.approx(float(get["energy"]), rel=1e-10)
+    np.testing.assert_allclose(result.forces.numpy(), get["forces"], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("D_edge_cartesian", "descriptor.edge_cartesian = True"),
+        ("D_node_wise_so3", "descriptor.node_wise_so3 = True"),
+        ("D_so2_attn_res_ind", "descriptor.so2_attn_res = 'independent'"),
+    ],
+)
+def test_models_with_switches_of_no_published_model_are_refused(name, option):
+    with pytest.raises(ValueError, match=f"{option} is not supported"):
+        import_deepmd(shared(f"reference/fixtures/{name}/model_f32.pt"))
+
+
+def fill_by_rule(state):
+    """Parameters of the analytic test models (model-3 section 22): sines of position and rank of name."""
+    buffers = ("version_tensor", "mean", "stddev", "balance_weight", "l1_sign_outer")
+    learned = [key for key in state if key.startswith((DESCRIPTOR, NETWORK)) and not key.endswith(buffers)]
+    for j, key in enumerate(sorted(key for key in learned if state[key].is_floating_point())):
+        k = torch.arange(state[key].numel(), dtype=torch.float64)
+        values = 0.15 * torch.sin(0.37 * k + 0.91 * j + 0.5)
+        values += 1.0 * key.endswith("adam_scale") + 0.5 * key.endswith("residual_scale")
+        if key.endswith("adam_freqs"):
+            values = (k + 1) * torch.pi / 6.0
+        state[key] = values.reshape(state[key].shape)
+    bias = torch.tensor([1.5, -0.75], dtype=torch.float64)
+    state["model.Default.atomic_model.out_bias"] = bias.reshape(1, 2, 1)
+
+
+def water_mini():
+    """State of the water example of deepmd-kit."""
+    config = ModelConfig(
+        elements=("O", "H"),
+        channels=32,
+        lmax=2,
+        n_blocks=2,
+        mixing_layers=3,
+        message_node_so3=True,
+        ffn_on="so3",
+        ffn_grid=1,
+        so3_readout="mlp",
+    )
+    return deepmd_state(Potential(config).double())
+
+
+def add_film(state, num_tasks, task):
+    """Give a state the task embedding of branch ``task`` with FiLM (model-3 section 7), in place."""
+    hidden, (channels, width) = (
+        32 * -(-4 * num_tasks // 32),
+        state[f"{NETWORK}hidden_layers.0.linear.matrix"].shape,
+    )
+    film = {
+        "case_layer1.matrix": (num_tasks, hidden),
+        "case_layer2.matrix": (hidden, 4 * channels),
+        "projectors.0": (4 * channels, 2 * channels),
+        "projectors.1": (4 * channels, width),
+        "adam_case_film_scale_strength_log": (2,),
+        "adam_case_film_shift_strength_log": (2,),
+    }
+    for key, shape in film.items():
+        state[f"{NETWORK}case_film.{key}"] = torch.zeros(shape, dtype=torch.float64)
+    state[f"{FITTING}case_embd"] = functional.one_hot(torch.tensor(task), num_tasks).double()
+    fitting = state["_extra_state"]["model_params"]["fitting_net"]
+    fitting |= {"dim_case_embd": num_tasks, "case_film_embd": True}
+
+
+@pytest.mark.parametrize(
+    "name", ["analytic:input", "analytic:multitask:water_1", "analytic:multitask:water_2"]
+)
+def test_analytic_models_have_the_energies_of_the_reference(name, load):
+    vectors = json.loads(shared("reference/vectors/C_testvec.json").read_text())
+    state = water_mini()
+    if "multitask" in name:
+        add_film(state, 2, int(name[-1]) - 1)
+    fill_by_rule(state)
+    inputs, expected = vectors["_inputs"], vectors[name]["pbc"]
+    numbers = [8 if kind == 0 else 1 for kind in inputs["atype"]]
+    cell = np.reshape(inputs["box"], (3, 3))
+    result = load(state)(build_graph(numbers, inputs["coord"], cell, [True] * 3, 6.0))
+    assert result.energy.item() == pytest.approx(expected["energy"], rel=1e-12)
+    np.testing.assert_allclose(result.atomic_energies.numpy(), np.ravel(expected["atom_energy"]), rtol=1e-11)
+    np.testing.assert_allclose(result.forces.numpy().ravel(), np.ravel(expected["force"]), atol=1e-10)
+
+
+# Format versions and precision
+
+
+def test_formats_below_1_1_are_pre_release_models(state, load):
+    del state[f"{DESCRIPTOR}version_tensor"]  # a missing entry means 1.0
+    assert load(state).config.pre_release
+    state[f"{DESCRIPTOR}version_tensor"] = torch.tensor(1.1, dtype=torch.float64)
+    assert not load(state).config.pre_release
+
+
+def test_newer_formats_are_refused(state, load):
+    state[f"{DESCRIPTOR}version_tensor"] = torch.tensor(1.3, dtype=torch.float64)
+    with pytest.raises(
+        ValueError, match="its descriptor has format 1.3; the newest format known here is 1.2"
+    ):
+        load(state)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("float32", torch.float32), ("double", torch.float64)])
+def test_precision_is_that_of_the_options(state, load, precision, expected):
+    sections = state["_extra_state"]["model_params"]
+    sections["descriptor"]["precision"] = sections["fitting_net"]["precision"] = precision
+    assert load(state).dtype == expected
+    assert load(state, dtype=torch.float64).dtype == torch.float64
+
+
+def test_the_wider_precision_wins(state, load):
+    state["_extra_state"]["model_params"]["descriptor"]["precision"] = "float32"
+    assert load(state).dtype == torch.float64
+
+
+# LoRA
+
+
+def test_lora_deltas_are_folded(potential, state, load):
+    generator = torch.Generator().manual_seed(3)
+    key = f"{DESCRIPTOR}blocks.0.so2_conv."
+    rank, scaling = 2, 0.75
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    expected = copy.deepcopy(state)
+    degrees, inputs, outputs = state[f"{key}pre_focus_mix.weight"].shape
+    a, b = random(degrees, rank, inputs), random(degrees, outputs, rank)
+    state |= {f"{key}pre_focus_mix.A_by_l": a, f"{key}pre_focus_mix.B_by_l": b}
+    state[f"{key}pre_focus_mix.lora_scaling"] = torch.tensor(scaling)
+    for degree in range(degrees):
+        expected[f"{key}pre_focus_mix.weight"][degree] += scaling * (b[degree] @ a[degree]).T
+    for weight in ("m0", "m.0"):
+        inputs, outputs = state[f"{key}so2_linears.1.weight_{weight}"].shape
+        a, b = random(rank, inputs), random(outputs, rank)
+        state |= {
+            f"{key}so2_linears.1.A_{weight}": a,
+            f"{key}so2_linears.1.B_{weight}": b,
+        }  # scaling 1 if absent
+        expected[f"{key}so2_linears.1.weight_{weight}"] += (b @ a).T
+    state["_extra_state"]["model_params"]["lora"] = {"rank": rank, "alpha": 1.5}
+    folded, direct = load(state), load(expected)
+    assert not torch.allclose(energies_of(folded), energies_of(potential))
+    torch.testing.assert_close(energies_of(folded), energies_of(direct), rtol=1e-12, atol=1e-12)
+
+
+def test_lora_entries_without_their_partner_are_refused(state, load):
+    state[f"{DESCRIPTOR}blocks.0.so2_conv.pre_focus_mix.A_by_l"] = torch.zeros(3, 2, 8)
+    with pytest.raises(ValueError, match="has the LoRA entry .*A_by_l but lacks .*pre_focus_mix.B_by_l"):
+        load(state)
+
+
+# Multitask models
+
+
+def energy_network(state, descriptor, film=None):
+    """Output of the energy network of a state; film is (scale, shift) of every layer's input."""
+    layers = [f"{NETWORK}hidden_layers.{k}.linear." for k in range(2)]
+    x = descriptor
+    for k, layer in enumerate(layers):
+        x = x if film is None else x * film[k][0] + film[k][1]
+        value, gate = (x @ state[f"{layer}matrix"] + state[f"{layer}bias"]).chunk(2, dim=-1)
+        x = value * functional.silu(gate)
+    x = x if film is None else x * film[-1][0] + film[-1][1]
+    return (x @ state[f"{NETWORK}output_layer.matrix"])[:, 0]
+
+
+def reference_of(potential, atoms):
+    return potential.reference_energies[[potential.elements.index(symbol) for symbol in atoms.symbols]]
+
+
+def test_task_embedding_as_film_is_folded_exactly(potential, state, load):
+    generator = torch.Generator().manual_seed(8)
+    channels, widths = 8, (24, 40)
+    film, strength = {}, torch.tensor([-0.3, -0.1, -0.2], dtype=torch.float64)
+    for key, shape in {
+        "case_layer1.matrix": (3, 32),
+        "case_layer2.matrix": (32, 4 * channels),
+        "projectors.0": (32, 2 * channels),
+        "projectors.1": (32, 2 * widths[0]),
+        "projectors.2": (32, 2 * widths[1]),
+    }.items():
+        film[key] = 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    state |= {f"{NETWORK}case_film.{key}": value for key, value in film.items()}
+    state[f"{NETWORK}case_film.adam_case_film_scale_strength_log"] = strength
+    state[f"{NETWORK}case_film.adam_case_film_shift_strength_log"] = 2 * strength
+    state[f"{FITTING}case_embd"] = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
+    fitting = state["_extra_state"]["model_params"]["fitting_net"]
+    fitting |= {"dim_case_embd": 3, "case_film_embd": True}
+
+    code = functional.silu(film["case_layer1.matrix"][1]) @ film["case_layer2.matrix"]
+    scales_and_shifts = []
+    for t in range(3):
+        gamma, beta = (code @ film[f"projectors.{t}"]).tanh().chunk(2)
+        scales_and_shifts.append((1 + strength[t].exp() * gamma, (2 * strength[t]).exp() * beta))
+    descriptor = potential.descriptor(graph_of(molecule())).detach()
+    expected = energy_network(state, descriptor, scales_and_shifts) + reference_of(potential, molecule())
+    assert not torch.allclose(expected, energies_of(potential))
+    torch.testing.assert_close(energies_of(load(state)), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_task_embedding_as_input_is_folded_exactly(potential, state, load):
+    name = f"{NETWORK}hidden_layers.0.linear.matrix"
+    rows = torch.linspace(-1, 1, 2 * state[name].shape[1], dtype=torch.float64).reshape(2, -1)
+    descriptor = potential.descriptor(graph_of(molecule())).detach()
+    state[name] = torch.cat([state[name], rows])
+    state[f"{FITTING}case_embd"] = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    state["_extra_state"]["model_params"]["fitting_net"] |= {"dim_case_embd": 2, "neuron": [24, 40]}
+    code = torch.tensor([[0.0, 1.0]], dtype=torch.float64).expand(len(descriptor), -1)
+    expected = energy_network(state, torch.cat([descriptor, code], dim=1)) + reference_of(
+        potential, molecule()
+    )
+    imported = load(state)
+    assert not torch.allclose(expected, energies_of(potential))
+    torch.testing.assert_close(energies_of(imported), expected, rtol=1e-12, atol=1e-12)
+    assert imported.config.fitting == (24, 40)
+
+
+def test_task_embedding_of_a_linear_energy_network_is_an_energy_per_atom(load):
+    potential = random_potential(fitting=())
+    state = copy.deepcopy(deepmd_state(potential))
+    name = f"{NETWORK}output_layer.matrix"
+    state[name] = torch.cat([state[name], torch.tensor([[5.0], [0.25]], dtype=torch.float64)])
+    state[f"{FITTING}case_embd"] = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    state["_extra_state"]["model_params"]["fitting_net"]["dim_case_embd"] = 2
+    torch.testing.assert_close(energies_of(load(state)), energies_of(potential) + 0.25)
+
+
+@pytest.fixture
+def multitask(state):
+    """Two branches that differ in their reference energies."""
+    section = state.pop("_extra_state")["model_params"]
+    branches = {}
+    for shift, name in enumerate(("molecules", "crystals")):
+        branches |= {
+            key.replace("model.Default.", f"model.{name}."): value.clone() for key, value in state.items()
+        }
+        branches[f"model.{name}.atomic_model.out_bias"] += shift
+    sections = {name: copy.deepcopy(section) for name in ("molecules", "crystals")}
+    sections["crystals"]["model_branch_alias"] = ["materials"]
+    branches["_extra_state"] = {"model_params": {"model_dict": sections}}
+    return branches
+
+
+def test_a_branch_is_chosen_by_name_or_alias(multitask, load, potential):
+    first, second = (energies_of(load(multitask, branch=name)) for name in ("molecules", "materials"))
+    torch.testing.assert_close(first, energies_of(potential))
+    torch.testing.assert_close(second, energies_of(potential) + 1)
+
+
+def test_the_branch_must_be_chosen_among_those_that_exist(multitask, load):
+    with pytest.raises(ValueError, match="it holds several models; choose .* crystals, materials, molecules"):
+        load(multitask)
+    with pytest.raises(ValueError, match="it has no branch 'water'; choose one of the branches crystals"):
+        load(multitask, branch="water")
+
+
+def test_default_branch_and_single_branch_need_no_choice(multitask, load, potential):
+    sections = multitask["_extra_state"]["model_params"]["model_dict"]
+    sections["crystals"]["model_branch_alias"] = ["Default"]
+    torch.testing.assert_close(energies_of(load(multitask)), energies_of(potential) + 1)
+    del sections["crystals"]
+    torch.testing.assert_close(energies_of(load(multitask)), energies_of(potential))
+
+
+def test_single_models_have_no_branches(state, load):
+    with pytest.raises(ValueError, match="it holds a single model, so there is no branch 'water'"):
+        load(state, branch="water")
+
+
+# Energies
+
+
+def test_atom_ener_makes_the_energy_of_an_empty_descriptor_zero(potential, state, load):
+    state["_extra_state"]["model_params"]["fitting_net"]["atom_ener"] = [None, -1.0, None]
+    zero = energy_network(state, torch.zeros(1, 8, dtype=torch.float64))
+    assert abs(zero.item()) > 1e-3
+    torch.testing.assert_close(energies_of(load(state)), energies_of(potential) - zero)
+    state["_extra_state"]["model_params"]["fitting_net"]["atom_ener"] = [None, None, None]
+    torch.testing.assert_close(energies_of(load(state)), energies_of(potential))
+
+
+def test_both_energy_biases_are_reference_energies(potential, state, load):
+    state[f"{FITTING}bias_atom_e"] = torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
+    expected = potential.reference_energies + torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    assert torch.equal(load(state).reference_energies, expected)
+
+
+# Files
+
+
+def test_a_state_without_the_outer_dictionary_is_read(potential, state, tmp_path):
+    torch.save(OrderedDict(state), tmp_path / "old.pt")
+    torch.testing.assert_close(energies_of(load_potential(tmp_path / "old.pt")), energies_of(potential))
+
+
+def test_averaged_weights_and_steps_are_mentioned(state, tmp_path):
+    state["_extra_state"]["train_infos"]["step"] = 499
+    torch.save({"model": state, "ema": {"decay": 0.999, "model": {}}, "optimizer": {}}, tmp_path / "model.pt")
+    checkpoint = read_checkpoint(tmp_path / "model.pt")
+    assert checkpoint.provenance["training steps"] == "500"
+    assert "EMA" in checkpoint.provenance["averaged weights"]
+
+
+@pytest.mark.parametrize(
+    "key", [f"{DESCRIPTOR}type_embedding.adam_type_embedding", f"{NETWORK}output_layer.matrix"]
+)
+def test_missing_weights_are_named(state, load, key):
+    del state[key]
+    name = key.removeprefix("model.Default.atomic_model.")
+    with pytest.raises(ValueError, match=f"it misses {name}"):
+        load(state)
+
+
+@pytest.mark.parametrize("key", ["model.Default.atomic_model.out_bias", f"{FITTING}bias_atom_e"])
+def test_missing_energies_are_named(state, load, key):
+    del state[key]
+    with pytest.raises(
+        ValueError, match="it has no entry " + key.removeprefix("model.Default.atomic_model.")
+    ):
+        load(state)
+
+
+def test_unknown_weights_are_refused(state, load):
+    state[f"{DESCRIPTOR}blocks.0.so2_conv.so2_layer_attn_res.0.key_norm.adam_scale"] = torch.ones(1, 8)
+    with pytest.raises(
+        ValueError, match="it has the unknown entry descriptor.blocks.0.so2_conv.so2_layer_attn_res"
+    ):
+        load(state)
+
+
+def test_unknown_parts_of_the_model_are_refused(state, load):
+    state["model.Default.other_model.weight"] = torch.ones(1)
+    with pytest.raises(ValueError, match="it has an unknown entry model.Default.other_model.weight"):
+        load(state)
+    del state["model.Default.other_model.weight"]
+    state["model.Default.atomic_model.dens_fitting_net.weight"] = torch.ones(1)
+    with pytest.raises(
+        ValueError, match=r"dens_fitting_net \(direct forces and denoising\) is not supported"
+    ):
+        load(state)
+
+
+def test_weights_of_another_shape_are_refused(state, load):
+    state["_extra_state"]["model_params"]["fitting_net"]["neuron"] = [24, 48]
+    with pytest.raises(
+        ValueError, match=r"hidden_layers.1.linear.matrix has shape \(24, 80\), .* ask for \(24, 96\)"
+    ):
+        load(state)
+
+
+def test_derived_buffers_may_be_absent(potential, state, load):
+    for key in [key for key in state if key.endswith(("expand_index", "l1_perm", "stddev", "out_std"))]:
+        del state[key]
+    torch.testing.assert_close(energies_of(load(state)), energies_of(potential))
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("this code must not run",))
+
+
+def test_python_objects_are_not_read(tmp_path, capsys):
+    torch.save({"model": Harmful()}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="Python objects besides tensors, which are not read"):
+        load_potential(tmp_path / "model.pt")
+    assert "must not run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("keep", [2, 30, 4000, -100])
+def test_truncated_files_are_refused(state, tmp_path, keep):
+    path = tmp_path / "model.pt"
+    torch.save({"model": state}, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"cannot read .*model.pt: .*(damaged|cut off)"):
+        load_potential(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"model": {"weight": torch.zeros(1)}},
+            "it is not a deepmd-kit checkpoint: its _extra_state has no model_params",
+        ),
+        ({"model": {"_extra_state": {}}}, "its _extra_state has no model_params"),
+        (torch.zeros(3), "it holds a Tensor, not a deepmd-kit checkpoint"),
+        (
+            {"model": {"_extra_state": {"model_params": {"type": "dpa3"}}}},
+            "not a DPA4 model but one of type 'dpa3'",
+        ),
+    ],
+)
+def test_foreign_files_are_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=message):
+        import_deepmd(tmp_path / "model.pt")
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint .*model.pt"):
+        import_deepmd(tmp_path / "model.pt")

@@ -1,0 +1,195 @@
+"""The options of deepmd-kit's models: each is translated, without influence, or refused by name."""
+
+import pytest
+
+from dpa4.model import Bridging, ModelConfig
+from dpa4.potential.deepmd_options import config_from_deepmd, config_to_deepmd
+
+
+def params(descriptor=None, fitting=None, **model):
+    """The smallest model section of an input file, with options added."""
+    return {
+        "type": "dpa4",
+        "type_map": ["H", "C", "O"],
+        "descriptor": {"type": "dpa4"} | (descriptor or {}),
+        "fitting_net": {"type": "dpa4_ener"} | (fitting or {}),
+    } | model
+
+
+def test_absent_options_have_the_defaults_of_deepmd_kit():
+    assert config_from_deepmd(params()) == ModelConfig(elements=("H", "C", "O"), edge_norm=True)
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "expected"),
+    [
+        ({"so2_layers": 2, "mixing_layers": 5}, {"mixing_layers": 2}),
+        ({"type": "SeZM"}, {}),
+        ({"lmax": 2, "mmax": None}, {"lmax": 2, "mmax": 2}),
+        ({"l_schedule": [3, 2, 1], "lmax": 6, "n_blocks": 9}, {"l_schedule": (3, 2, 1)}),
+        ({"l_schedule": [3, 2, 1], "m_schedule": [2, 2, 1]}, {"l_schedule": (3, 2, 1), "mmax": 2}),
+        ({"ffn_so3_grid": True}, {"ffn_on": "so3"}),
+        ({"s2_activation": [False, False]}, {"ffn_on": "degrees"}),
+        ({"s2_activation": False, "grid_mlp": True}, {"ffn_on": "degrees"}),
+        ({"grid_mlp": True}, {"ffn_grid": "mlp"}),
+        (
+            {"grid_mlp": [True, True, False], "message_node_so3": True},
+            {"message_node_so3": True, "message_grid": "mlp"},
+        ),
+        ({"grid_branch": [0, 0, 2], "grid_mlp": True}, {"ffn_grid": 2}),
+        (
+            {"grid_branch": 1, "message_node_so3": True},
+            {"message_node_so3": True, "message_grid": 1, "ffn_grid": 1},
+        ),
+        ({"lebedev_quadrature": None}, {}),
+        ({"lebedev_quadrature": [False, True]}, {}),
+        ({"lebedev_quadrature": False, "ffn_so3_grid": True}, {"ffn_on": "so3"}),
+        ({"radial_so2_mode": "none", "radial_so2_rank": 3}, {"radial_so2_mode": "none"}),
+        ({"radial_so2_rank": 3}, {"radial_so2_rank": 3}),
+        ({"default_chg_spin": [1.0, 2.0]}, {}),
+        (
+            {"add_chg_spin_ebd": True, "default_chg_spin": [-2.7, 2.0]},
+            {"charge_spin": True, "default_charge_spin": (-2, 2)},
+        ),
+        ({"exclude_types": [[0, 2]]}, {"excluded_pairs": (("H", "O"),)}),
+        ({"node_cartesian": "", "activation_function": "SiLU", "full_attn_res": "None"}, {}),
+        (
+            {"sel": "auto:1.1", "seed": [1, 2], "random_gamma": False, "use_amp": False, "trainable": False},
+            {},
+        ),
+        ({"edge_norm": False, "basis_type": "gaussian"}, {"edge_norm": False, "basis": "gaussian"}),
+        ({"focus_dim": 16, "n_focus": 2, "rcut": 4.5}, {"focus_dim": 16, "n_focus": 2, "cutoff": 4.5}),
+    ],
+)
+def test_descriptor_options_are_translated(descriptor, expected):
+    assert config_from_deepmd(params(descriptor)) == ModelConfig(
+        **({"elements": ("H", "C", "O"), "edge_norm": True} | expected)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"fitting": {"type": "SeZM_ener", "neuron": [24, 0], "resnet_dt": True}}, {"fitting": (24, 0)}),
+        (
+            {"type": "SeZM", "pair_exclude_types": [[1, 2]], "lora": {"rank": 4}},
+            {"excluded_pairs": (("C", "O"),)},
+        ),
+        (
+            {"bridging_method": "ZBL", "bridging_r_inner": 0.4},
+            {"bridging": Bridging(r_inner=0.4, r_outer=0.8, smooth_cutoff=False)},
+        ),
+        ({"bridging_method": "None", "use_compile": True, "info": {"observed_type": ["H"]}}, {}),
+    ],
+)
+def test_model_and_fitting_options_are_translated(options, expected):
+    assert config_from_deepmd(params(**options)) == ModelConfig(
+        **({"elements": ("H", "C", "O"), "edge_norm": True} | expected)
+    )
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "value"),
+    [
+        *(
+            ("descriptor", option, True)
+            for option in ("edge_cartesian", "so2_norm", "atten_f_mix", "atten_v_proj")
+        ),
+        *(("descriptor", option, True) for option in ("atten_o_proj", "node_wise_s2", "node_wise_so3")),
+        *(
+            ("descriptor", option, "dependent")
+            for option in ("so2_attn_res", "full_attn_res", "block_attn_res")
+        ),
+        ("descriptor", "message_node_s2", True),
+        ("descriptor", "node_cartesian", "parity:2"),
+        ("descriptor", "extra_node_l", 1),
+        ("descriptor", "activation_function", "tanh"),
+        ("descriptor", "glu_activation", False),
+        ("descriptor", "eps", 1e-5),
+        ("descriptor", "use_spin", [True, False, False]),
+        ("descriptor", "s2_activation", [True, True]),
+        ("descriptor", "lebedev_quadrature", False),
+        ("descriptor", "lebedev_quadrature", [True, False]),
+        ("descriptor", "edge_norm", [False, True, True]),
+        ("descriptor", "radial_so2_rank", 0),
+        ("descriptor", "m_schedule", [1, 0, 1]),
+        ("descriptor", "n_blocks", 0),
+        ("descriptor", "precision", "bfloat16"),
+        ("fitting", "precision", "half"),
+        ("fitting", "numb_fparam", 2),
+        ("fitting", "numb_aparam", 1),
+        ("fitting", "activation_function", "gelu"),
+        ("fitting", "type", "property"),
+        ("model", "atom_exclude_types", [1]),
+        ("model", "spin", {"use_spin": [True]}),
+        ("model", "bridging_method", "tab"),
+        ("model", "use_srtab", "table.txt"),
+    ],
+)
+def test_options_that_are_not_supported_are_named_with_their_value(section, option, value):
+    options = {option: value} if section == "model" else {section: {option: value}}
+    name = "fitting_net" if section == "fitting" else section
+    shown = f"{value!r}".replace("[", r"\[")
+    with pytest.raises(ValueError, match=f"{name}.{option} = {shown}.* is not supported; supported: "):
+        config_from_deepmd(params(**options))
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(ValueError, match="descriptor.warp = 9 is not an option of a known DPA4 format"):
+        config_from_deepmd(params({"warp": 9}))
+
+
+def test_values_outside_our_range_are_refused_by_name():
+    with pytest.raises(ValueError, match="not a supported model: n_radial: .*greater than 0.*value 0"):
+        config_from_deepmd(params({"n_radial": 0}))
+    with pytest.raises(ValueError, match="not a supported model: elements: .*'Foo'"):
+        config_from_deepmd(params(type_map=["H", "Foo"]))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            {"descriptor": {"type": "se_e2_a"}, "fitting_net": {}, "type_map": ["H"]},
+            "with descriptor 'se_e2_a'",
+        ),
+        (params() | {"type": "linear_ener"}, "not a DPA4 model but one of type 'linear_ener'"),
+        (params() | {"type_map": []}, "its model has no type_map"),
+        ({"type": "pairtab"}, "of type 'pairtab' with descriptor 'none'"),
+    ],
+)
+def test_models_of_another_kind_are_named(model, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_deepmd(model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"l_schedule": (3, 2, 1), "mmax": 2},
+        {"message_node_so3": True, "message_grid": "mlp", "ffn_on": "so3", "ffn_grid": 3},
+        {
+            "ffn_on": "degrees",
+            "edge_norm": True,
+            "n_focus": 2,
+            "focus_dim": 8,
+            "layer_scale": True,
+            "mlp_bias": True,
+        },
+        {
+            "charge_spin": True,
+            "default_charge_spin": (-1, 2),
+            "excluded_pairs": (("H", "C"),),
+            "fitting": (8, 16),
+        },
+        {
+            "bridging": Bridging(smooth_cutoff=False),
+            "so3_readout": "glu",
+            "readout_layers": 2,
+            "basis": "gaussian",
+        },
+    ],
+)
+def test_options_survive_the_way_there_and_back(options):
+    config = ModelConfig(elements=("H", "C", "O"), **options)
+    assert config_from_deepmd(config_to_deepmd(config, "float64")) == config
