@@ -21,7 +21,7 @@ INDEX = json.loads((FIXTURES / "index.json").read_text()) if FIXTURES.exists() e
 REFUSED = {"D_edge_cartesian", "D_node_wise_so3", "D_so2_attn_res_ind"}
 STATISTICS = ("min_nbor_dist", "out_std", "dens_force_rmsd")
 
-# Energies, forces and virials of one structure by every model, computed by deepmd-kit in a process of its own.
+# Energies, forces and virials of one structure by every model, computed by deepmd-kit in its own process.
 BLACK_BOX = """
 import sys, numpy as np
 from deepmd.infer import DeepPot
@@ -86,8 +86,9 @@ def deepmd_python():
     """Interpreter of the environment whose ``dp`` command is on the search path."""
     if (command := shutil.which("dp")) is None:
         pytest.skip(
-            "needs deepmd-kit: install deepmd-kit==3.2.0 in an environment of its own and append its bin folder to "
-            "the search path: PATH=$PATH:/path/to/environment/bin pytest -m slow tests/test_deepmd_export.py"
+            "needs deepmd-kit: install deepmd-kit==3.2.0 in an environment of its own and append its bin "
+            "folder to the search path: "
+            "PATH=$PATH:/path/to/environment/bin pytest -m slow tests/test_deepmd_export.py"
         )
     return Path(command).parent / "python"
 
