@@ -1,0 +1,201 @@
+"""ASE calculator for one potential or a committee of them."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
+from numpy.typing import NDArray
+
+from dpa4.graph import Graph, build_graph, within_cutoff
+from dpa4.potential import Potential
+from dpa4.potential.checkpoint import load_potential
+
+Model = str | Path | Potential
+Results = dict[str, Any]
+
+_INFO_KEYS = ("charge", "spin")
+_COMMITTEE = ("energy", "forces", "stress")
+
+
+class DPA4Calculator(Calculator):
+    """Energy, forces and stress of a DPA4 potential for ASE.
+
+    Results, in eV and Angstrom: ``energy``, ``free_energy`` (the same), ``energies`` (of the atoms, (N,)),
+    ``forces`` (N, 3), and for cells periodic along all axes ``stress`` (6,) in the order xx, yy, zz, yz, xz, xy,
+    positive under tension. Several models form a committee: the results are means, and ``energy_std``,
+    ``forces_std`` and ``stress_std`` their standard deviations over the models (divided by their number).
+
+    Models conditioned on charge and spin read the total charge from ``atoms.info["charge"]`` and the
+    multiplicity 2S + 1 from ``atoms.info["spin"]``; a change of either gives new results.
+    """
+
+    # Charges and moments of single atoms do not enter.
+    ignored_changes = {"initial_charges", "initial_magmoms"}
+
+    def __init__(
+        self,
+        model: Model | Sequence[Model],
+        device: str | torch.device = "auto",
+        dtype: Literal["float32", "float64"] = "float32",
+        branch: str | None = None,
+        neighbor_skin: float = 0.0,
+        compute_stress: bool = True,
+    ):
+        """Load the models.
+
+        Args:
+            model: Checkpoint (native or of deepmd-kit), potential (copied), or a list of them: a committee.
+            device: Where to compute; "auto" takes CUDA when there is one.
+            dtype: Precision of the network. Energies are summed in float64 in either case.
+            branch: Branch of a multitask checkpoint of deepmd-kit.
+            neighbor_skin: Edges are kept this much beyond the cutoff (Angstrom) and searched anew only after
+                an atom has moved by half of it; the results do not depend on it. 0 searches in every step.
+            compute_stress: Offer the stress of periodic cells.
+
+        Raises:
+            FileNotFoundError: If a checkpoint does not exist.
+            ValueError: If an argument is not allowed or a checkpoint cannot be read.
+        """
+        super().__init__()
+        if dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype must be float32 or float64, got {dtype!r}")
+        if not 0 <= neighbor_skin < np.inf:
+            raise ValueError(f"neighbor_skin must be a distance >= 0 in Angstrom, got {neighbor_skin}")
+        models = [model] if isinstance(model, str | Path | Potential) else list(model)
+        if not models:
+            raise ValueError("model is an empty list; give at least one checkpoint or potential")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.potentials = [_load(m, self.device, getattr(torch, dtype), branch) for m in models]
+        self.cutoff = max(p.config.cutoff for p in self.potentials)
+        self.neighbor_skin = neighbor_skin
+        self.compute_stress = compute_stress
+        self.implemented_properties = ["energy", "free_energy", "energies", "forces"]
+        self.implemented_properties += ["stress"] if compute_stress else []
+        if len(self.potentials) > 1:
+            deviations = [f"{name}_std" for name in _COMMITTEE if name in self.implemented_properties]
+            self.implemented_properties += deviations
+        self._edges: _Edges | None = None
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What changed since the last calculation, charge and spin included."""
+        changes = super().check_state(atoms, tol=tol)
+        if self.atoms is not None and any(self.atoms.info.get(k) != atoms.info.get(k) for k in _INFO_KEYS):
+            changes.append("info")
+        return changes
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        """Compute everything at once; the forces cost little more than the energy alone.
+
+        Raises:
+            ValueError: If an element, the charge or the spin is outside a model, a position is not finite,
+                atoms coincide, or a periodic axis has no cell vector.
+        """
+        super().calculate(atoms, properties, system_changes)
+        with_stress = self.compute_stress and bool(self.atoms.pbc.all())
+        graphs = self._graphs(self.atoms)
+        members = [
+            _results(potential(graph), self.atoms.get_volume() if with_stress else None)
+            for potential, graph in zip(self.potentials, graphs, strict=True)
+        ]
+        if len(members) == 1:
+            self.results = members[0]
+        else:
+            stacked = {name: np.array([m[name] for m in members]) for name in members[0]}
+            self.results = {name: values.mean(axis=0) for name, values in stacked.items()}
+            spread = {f"{n}_std": stacked[n].std(axis=0) for n in _COMMITTEE if n in stacked}
+            self.results |= spread
+        self.results["energy"] = float(self.results["energy"])
+        self.results["free_energy"] = self.results["energy"]
+
+    def _graphs(self, atoms: Atoms) -> list[Graph]:
+        """The graph for each model, on the device."""
+        pairs = [_charge_spin(potential, atoms) for potential in self.potentials]
+        radius = self.cutoff + self.neighbor_skin
+        if self._edges is None or not self._edges.hold(atoms, pairs, self.neighbor_skin):
+            graph = build_graph(atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc, radius)
+            charge_spin = [torch.tensor([pair]) for pair in pairs]
+            for potential, own in zip(self.potentials, charge_spin, strict=True):
+                potential.check(graph._replace(charge_spin=own))
+            on_device = [own.to(self.device) for own in charge_spin]
+            self._edges = _Edges(atoms.copy(), pairs, graph.to(self.device), on_device)
+        shared = self._edges.graph._replace(positions=torch.from_numpy(atoms.positions).to(self.device))
+        graphs = [shared._replace(charge_spin=own) for own in self._edges.charge_spin]
+        cutoffs = [potential.config.cutoff for potential in self.potentials]
+        return [g if c == radius else within_cutoff(g, c) for g, c in zip(graphs, cutoffs, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Edges:
+    """Edges found for an earlier structure, and what each model knew of its charge and spin."""
+
+    atoms: Atoms
+    pairs: list[tuple[int, int]]
+    graph: Graph
+    charge_spin: list[torch.Tensor]  # (1, 2) for each model
+
+    def hold(self, atoms: Atoms, pairs: list[tuple[int, int]], skin: float) -> bool:
+        """Whether no pair of the structure can be within the cutoff that was beyond cutoff + skin."""
+        then = self.atoms
+        if skin == 0 or pairs != self.pairs or not np.array_equal(atoms.numbers, then.numbers):
+            return False
+        if not (np.array_equal(atoms.pbc, then.pbc) and np.array_equal(atoms.cell.array, then.cell.array)):
+            return False
+        moved = np.linalg.norm(atoms.positions - then.positions, axis=1).max(initial=0.0)
+        return bool(moved <= skin / 2)  # false for positions that are not finite: the search refuses those
+
+
+def _load(model: Model, device: torch.device, dtype: torch.dtype, branch: str | None) -> Potential:
+    if not isinstance(model, Potential):
+        return load_potential(model, device=device, dtype=dtype, branch=branch)
+    if branch is not None:
+        raise ValueError(
+            f"branch = {branch!r} selects from a checkpoint, but model is a potential; leave it out"
+        )
+    return copy.deepcopy(model).to(device=device, dtype=dtype).eval()
+
+
+def _charge_spin(potential: Potential, atoms: Atoms) -> tuple[int, int]:
+    """Total charge and multiplicity for a model; (0, 1) when it does not look at them."""
+    if not potential.config.charge_spin:
+        return (0, 1)
+    missing = [key for key in _INFO_KEYS if key not in atoms.info]
+    default = potential.config.default_charge_spin
+    if missing and default is None:
+        raise ValueError(
+            f"the model is conditioned on charge and spin without a default; set atoms.info[{missing[0]!r}] "
+            "(charge in e, spin as the multiplicity 2S + 1)"
+        )
+    charge, spin = (atoms.info.get(key, d) for key, d in zip(_INFO_KEYS, default or (0, 1), strict=True))
+    if charge != int(charge) or spin != int(spin):
+        raise ValueError(f"charge and spin (2S + 1) must be whole numbers, got charge {charge}, spin {spin}")
+    return int(charge), int(spin)
+
+
+def _results(prediction: Any, volume: float | None) -> Results:
+    """Arrays of one structure; the stress when the volume (Angstrom^3) is given."""
+    results: Results = {
+        "energy": prediction.energy.item(),
+        "energies": _numpy(prediction.atomic_energies),
+        "forces": _numpy(prediction.forces),
+    }
+    if volume is not None:
+        results["stress"] = full_3x3_to_voigt_6_stress(-_numpy(prediction.virial[0]) / volume)
+    return results
+
+
+def _numpy(tensor: torch.Tensor) -> NDArray[np.float64]:
+    return tensor.cpu().numpy()
