@@ -466,6 +466,13 @@ def test_foreign_files_are_refused(tmp_path, content, message):
         import_deepmd(tmp_path / "model.pt")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_frozen_models_are_recognised(tmp_path):
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(2)), tmp_path / "frozen.pth")
+    with pytest.raises(ValueError, match="a frozen TorchScript model; use the checkpoint it was frozen from"):
+        load_potential(tmp_path / "frozen.pth")
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no checkpoint .*model.pt"):
         import_deepmd(tmp_path / "model.pt")

@@ -142,6 +142,8 @@ def test_unknown_options_are_refused():
 def test_values_outside_our_range_are_refused_by_name():
     with pytest.raises(ValueError, match="not a supported model: n_radial: .*greater than 0.*value 0"):
         config_from_deepmd(params({"n_radial": 0}))
+    with pytest.raises(ValueError, match="not a supported model: r_inner: .*greater than 0.*value -1"):
+        config_from_deepmd(params(bridging_method="zbl", bridging_r_inner=-1))
     with pytest.raises(ValueError, match="not a supported model: elements: .*'Foo'"):
         config_from_deepmd(params(type_map=["H", "Foo"]))
 

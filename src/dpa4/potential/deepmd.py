@@ -74,6 +74,10 @@ def _load(path: Path) -> Mapping[str, Any]:
             f"because that could run foreign code ({_first_line(error)})"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, AttributeError, ValueError) as error:
+        if "TorchScript" in str(error):
+            raise ValueError(
+                f"cannot read {path}: it is a frozen TorchScript model; use the checkpoint it was frozen from"
+            ) from error
         raise ValueError(
             f"cannot read {path}: it is damaged, incomplete or no PyTorch checkpoint ({_first_line(error)})"
         ) from error

@@ -139,15 +139,15 @@ def config_from_deepmd(model_params: Mapping[str, Any], version: float = 1.2) ->
 
     elements = tuple(model_params["type_map"])
     excluded = model_params.get("pair_exclude_types") or descriptor.get("exclude_types") or ()
-    fields = _descriptor_fields(descriptor) | {
-        "elements": elements,
-        "fitting": fitting.get("neuron", [0]),
-        "excluded_pairs": tuple((elements[a], elements[b]) for a, b in excluded),
-        "bridging": _bridging(model_params),
-        "pre_release": version < 1.1,
-    }
     try:
-        return ModelConfig(**fields)
+        return ModelConfig(
+            elements=elements,
+            fitting=fitting.get("neuron", [0]),
+            excluded_pairs=tuple((elements[a], elements[b]) for a, b in excluded),
+            bridging=_bridging(model_params),
+            pre_release=version < 1.1,
+            **_descriptor_fields(descriptor),
+        )
     except ValidationError as error:
         raise ValueError(f"its options are not a supported model: {first_problem(error)}") from error
 
