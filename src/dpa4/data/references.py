@@ -1,0 +1,115 @@
+"""Atomic reference energies: the part of a total energy that depends on the composition alone."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from ase.data import chemical_symbols
+
+from dpa4.data.frame import Frame
+from dpa4.data.summary import check_elements
+
+ISOLATED_GROUPS = ("isolatedatom", "isolatedatoms")
+
+
+def is_isolated_atom(frame: Frame) -> bool:
+    """Whether a frame is a free atom: one atom, without periodicity or of config_type IsolatedAtom."""
+    labelled = frame.group.lower().replace("_", "") in ISOLATED_GROUPS
+    return len(frame) == 1 and (labelled or not frame.pbc.any())
+
+
+def without_isolated_atoms(frames: Sequence[Frame]) -> list[Frame]:
+    """The frames to train on. As in MACE, free atoms give reference energies only and are not fitted."""
+    return [frame for frame in frames if not is_isolated_atom(frame)]
+
+
+def reference_energies(
+    source: str | Mapping[str, float], frames: Sequence[Frame], elements: Sequence[str]
+) -> dict[str, float]:
+    """Energy of an atom of each element, in eV.
+
+    Args:
+        source: A map from chemical symbols to eV; "isolated": the frames with one free atom;
+            "least_squares": the minimum-norm fit of compositions to the energies of all other frames, where
+            elements that do not occur get 0 (model-3 section 11); "auto": isolated if every element has a
+            free atom, otherwise least_squares, or zeros if no frame has an energy.
+        frames: Training frames, free atoms included.
+        elements: Chemical symbols of the model.
+
+    Raises:
+        ValueError: If the source is unknown, leaves out an element, or finds no energy.
+    """
+    if isinstance(source, Mapping):
+        return _given(source, elements)
+    if source not in ("auto", "isolated", "least_squares"):
+        raise ValueError(
+            "reference_energies must be auto, isolated, least_squares or a map such as {H: -13.6}, "
+            f"got {source!r}"
+        )
+    isolated = _isolated(frames)
+    missing = [e for e in elements if e not in isolated]
+    if source == "isolated" and missing:
+        raise ValueError(
+            f"reference_energies = isolated, but no frame is a free atom of {missing} with an energy; "
+            "add one with config_type=IsolatedAtom, or use least_squares"
+        )
+    if source == "isolated" or (source == "auto" and not missing):
+        return {e: isolated[e] for e in elements}
+    fitted = [f for f in without_isolated_atoms(frames) if f.energy is not None]
+    if source == "auto" and not fitted:
+        return dict.fromkeys(elements, 0.0)
+    if source == "auto" and isolated:
+        warnings.warn(
+            f"reference energies are fitted by least squares, because no frame is a free atom of {missing}",
+            stacklevel=2,
+        )
+    return _least_squares(fitted, elements)
+
+
+def _given(source: Mapping[str, float], elements: Sequence[str]) -> dict[str, float]:
+    if missing := [e for e in elements if e not in source]:
+        raise ValueError(
+            f"reference_energies has no value for {missing}; every element of the model needs one"
+        )
+    energies = {e: float(source[e]) for e in elements}
+    if broken := [e for e, value in energies.items() if not np.isfinite(value)]:
+        raise ValueError(f"reference_energies of {broken} are not finite numbers")
+    return energies
+
+
+def _isolated(frames: Sequence[Frame]) -> dict[str, float]:
+    """Energies of the free atoms among the frames.
+
+    Raises:
+        ValueError: If two free atoms of an element differ.
+    """
+    found: dict[str, tuple[float, str]] = {}
+    for frame in frames:
+        if not is_isolated_atom(frame) or frame.energy is None:
+            continue
+        element = chemical_symbols[frame.atomic_numbers[0]]
+        energy, origin = found.setdefault(element, (frame.energy, frame.origin))
+        if abs(energy - frame.energy) > 1e-6:
+            raise ValueError(
+                f"free atoms of {element} have different energies: {energy} eV in {origin}, "
+                f"{frame.energy} eV in {frame.origin}; keep one"
+            )
+    return {element: energy for element, (energy, _) in found.items()}
+
+
+def _least_squares(frames: Sequence[Frame], elements: Sequence[str]) -> dict[str, float]:
+    """Minimum-norm solution of counts x energies = total energies, in float64."""
+    if not frames:
+        raise ValueError(
+            "reference energies cannot be fitted, because no frame has an energy; give them as a map such as "
+            "reference_energies: {H: 0.0}"
+        )
+    check_elements(frames, elements)
+    symbols = np.array(elements)
+    counts = np.array(
+        [(np.array(chemical_symbols)[f.atomic_numbers][:, None] == symbols).sum(0) for f in frames],
+        dtype=np.float64,
+    )
+    energies = np.array([frame.energy for frame in frames])
+    solution = np.linalg.lstsq(counts, energies, rcond=None)[0]
+    return dict(zip(elements, solution.tolist(), strict=True))

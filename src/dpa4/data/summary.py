@@ -1,0 +1,87 @@
+"""What is in the data: a table for people, and checks before a run starts."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from ase.data import chemical_symbols
+from rich.table import Table
+
+from dpa4.data.frame import Frame
+
+LABELS = ("energy", "forces", "virial")
+
+
+def label_counts(frames: Sequence[Frame]) -> dict[str, int]:
+    """Number of frames with each label."""
+    return {name: sum(getattr(frame, name) is not None for frame in frames) for name in LABELS}
+
+
+def elements_in(frames: Sequence[Frame]) -> list[str]:
+    """Chemical symbols that occur, by atomic number."""
+    return [chemical_symbols[z] for z in sorted({int(z) for f in frames for z in f.atomic_numbers})]
+
+
+def summarize(frames_by_split: Mapping[str, Sequence[Frame]]) -> Table:
+    """Table of structures, atoms, elements and labels, one row per split."""
+    table = Table(title="Data", title_justify="left")
+    for column in ("", "structures", "atoms min/mean/max", "elements", "labels"):
+        table.add_column(
+            column, justify="right" if column in ("structures", "atoms min/mean/max") else "left"
+        )
+    for name, frames in frames_by_split.items():
+        atoms = np.array([len(frame) for frame in frames])
+        sizes = f"{atoms.min()}/{atoms.mean():.1f}/{atoms.max()}" if len(atoms) else "-"
+        labels = ", ".join(f"{label} {count}/{len(frames)}" for label, count in label_counts(frames).items())
+        table.add_row(name, str(len(frames)), sizes, " ".join(elements_in(frames)), labels)
+    return table
+
+
+def check_labels(frames: Sequence[Frame], weights: Mapping[str, float]) -> None:
+    """Refuse a target that has a weight but no label in any frame; labels missing in some are masked.
+
+    Args:
+        frames: Training frames.
+        weights: Weight of "energy", "forces" and "virial" in the loss.
+
+    Raises:
+        ValueError: Naming the target and the labels that were found.
+    """
+    counts = label_counts(frames)
+    for name, weight in weights.items():
+        if weight and not counts[name]:
+            found = ", ".join(f"{label} {count}/{len(frames)}" for label, count in counts.items())
+            raise ValueError(
+                f"training.{name}_weight = {weight:g}, but no structure has a label for {name} "
+                f"(found {found}); set the weight to 0, or name the label in data.keys"
+            )
+
+
+def check_elements(frames: Sequence[Frame], elements: Sequence[str]) -> None:
+    """Refuse frames with an element the model does not know.
+
+    Raises:
+        ValueError: Naming the first such element and frame.
+    """
+    known = np.zeros(len(chemical_symbols), dtype=bool)
+    known[[chemical_symbols.index(e) for e in elements]] = True
+    for frame in frames:
+        if not known[frame.atomic_numbers].all():
+            z = int(frame.atomic_numbers[~known[frame.atomic_numbers]][0])
+            raise ValueError(
+                f"element {chemical_symbols[z]} ({z}) of {frame.origin} is not in model.elements "
+                f"{list(elements)}; retrain with it or drop the structure"
+            )
+
+
+def check_charge_spin(frames: Sequence[Frame]) -> None:
+    """Refuse frames without charge and multiplicity, for a model that needs them and has no default.
+
+    Raises:
+        ValueError: Naming the first such frame.
+    """
+    for frame in frames:
+        if frame.charge_spin is None:
+            raise ValueError(
+                f"{frame.origin} has no charge and spin multiplicity, which the model is conditioned on; add "
+                "them (info keys charge and spin) or set model.default_charge_spin"
+            )
