@@ -328,13 +328,13 @@ def test_a_parameter_without_route_is_an_error():
 def test_moving_average_follows_and_swaps_back_exactly():
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(4))
-    average = MovingAverage([p], 0.9)
+    average = MovingAverage([p], 0.25)
     expected = p.detach().clone()
-    for _ in range(5):
+    for count, decay in enumerate((1 / 10, 2 / 11, 3 / 12, 0.25, 0.25)):
         with torch.no_grad():
             p += torch.randn(4)
-        average.update()
-        expected = 0.9 * expected + 0.1 * p.detach()
+        average.update(count)
+        expected = decay * expected + (1 - decay) * p.detach()
     own = copy.deepcopy(p.detach())
     with average.applied():
         torch.testing.assert_close(p.detach(), expected)

@@ -87,7 +87,8 @@ class DataOptions(_Section):
         "{H: -13.6, O: -2041.8}; in eV.",
     )
     keys: KeyOptions = Field(
-        KeyOptions(), description="Names of the labels in the files; null finds the usual names."
+        default_factory=KeyOptions,
+        description="Names of the labels in the files; null finds the usual names.",
     )
 
     @model_validator(mode="before")
@@ -204,10 +205,10 @@ class RunConfig(_Section):
     """Everything that defines a training run."""
 
     model: ModelOptions = Field(
-        ModelOptions(), description="The network; any other option of the model may be added."
+        default_factory=ModelOptions, description="The network; any other option of the model may be added."
     )
     data: DataOptions = Field(description="Structures with energies, forces and, if periodic, stress.")
-    training: TrainingOptions = Field(TrainingOptions(), description="How the model is fitted.")
+    training: TrainingOptions = Field(default_factory=TrainingOptions, description="How the model is fitted.")
     output: Path = Field(Path("run"), description="Folder for the model, checkpoints, logs and plots.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU if there is one.")
 
@@ -272,7 +273,7 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfi
 def default_config_text(train: str = "train.xyz") -> str:
     """A commented run file for a start; the comments are the fields' descriptions, so they cannot drift."""
     head = ["# Training run of dpa4. Energies are in eV, lengths in Angstrom. null means: not set.", ""]
-    body = _commented(RunConfig(data=DataOptions(train=(Path(train),))))
+    body = _commented(RunConfig.model_validate({"data": {"train": train}}))
     at = next(i for i, line in enumerate(body) if line.startswith("data:")) - 2
     extra = ["  # Any other option of the model may be added, for example:"]
     for name in ("cutoff", "channels", "lmax"):
@@ -282,7 +283,8 @@ def default_config_text(train: str = "train.xyz") -> str:
 
 
 def _commented(section: BaseModel, depth: int = 0) -> list[str]:
-    lines, pad = [], "  " * depth
+    lines: list[str] = []
+    pad = "  " * depth
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if depth == 0 and lines:

@@ -187,7 +187,7 @@ class HybridMuon(Optimizer):
 
     def _adam(self, params: list[Tensor], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
-        gradients = [p.grad for p in params]
+        gradients = [p.grad for p in params if p.grad is not None]
         states = [self.state[p] for p in params]
         for p, state in zip(params, states, strict=True):
             if not state:

@@ -1,0 +1,236 @@
+"""How good a potential is: predictions, error tables, files for a closer look."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import ase.io
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.stress import full_3x3_to_voigt_6_stress
+from numpy.typing import NDArray
+from rich.table import Table
+
+from dpa4.data import Batch, EpochBatches, Frame, FrameDataset, check_elements
+from dpa4.potential import Potential
+from dpa4.training.plots import plot_parity
+
+TOTAL = "all"
+Pair = tuple[NDArray[np.float64], NDArray[np.float64]]  # label, prediction
+
+
+class FramePrediction(NamedTuple):
+    """Results for one structure, float64."""
+
+    energy: float  # eV
+    forces: NDArray[np.float64]  # (N, 3), eV/Angstrom
+    virial: NDArray[np.float64]  # (3, 3), eV, -dE/dstrain
+
+
+class Quantity(NamedTuple):
+    """One column of an error table."""
+
+    name: str
+    unit: str
+    scale: float  # from eV and Angstrom to the unit
+
+
+QUANTITIES = (
+    Quantity("energy per atom", "meV/atom", 1e3),
+    Quantity("energy", "meV", 1e3),
+    Quantity("forces", "meV/Å", 1e3),
+    Quantity("virial per atom", "meV/atom", 1e3),
+    Quantity("stress", "meV/Å³", 1e3),
+)
+
+
+class ErrorRow(NamedTuple):
+    """Errors of one quantity in one group of structures; forces, virial and stress by component."""
+
+    group: str
+    quantity: str
+    unit: str
+    values: int  # number of labels, or of components of them
+    mae: float
+    rmse: float
+    maximum: float
+
+
+class ErrorTable(NamedTuple):
+    """Errors of the quantities that have labels, by group and for all."""
+
+    rows: tuple[ErrorRow, ...]
+
+    def row(self, quantity: str, group: str = TOTAL) -> ErrorRow | None:
+        """Errors of a quantity; None without labels."""
+        return next((r for r in self.rows if (r.group, r.quantity) == (group, quantity)), None)
+
+    def to_rich(self) -> Table:
+        """Table for the terminal."""
+        table = Table("group", "quantity", "unit", title="Errors")
+        for column in ("values", "MAE", "RMSE", "max"):
+            table.add_column(column, justify="right")
+        for i, r in enumerate(self.rows):
+            errors = (f"{e:.3f}" for e in (r.mae, r.rmse, r.maximum))
+            last = i + 1 == len(self.rows) or self.rows[i + 1].group != r.group
+            table.add_row(r.group, r.quantity, r.unit, str(r.values), *errors, end_section=last)
+        return table
+
+    def write_csv(self, path: Path) -> None:
+        """Write a row per group and quantity."""
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(ErrorRow._fields)
+            writer.writerows(self.rows)
+
+    def write_json(self, path: Path) -> None:
+        """Write a list of rows."""
+        text = json.dumps([r._asdict() for r in self.rows], indent=1, ensure_ascii=False)
+        path.write_text(text, encoding="utf-8")
+
+
+def predict(potential: Potential, batches: Iterable[Batch]) -> list[FramePrediction]:
+    """Energy, forces and virial of every structure, in the order of the batches.
+
+    The potential is left in the mode it was in.
+
+    Raises:
+        ValueError: If an element, charge or spin is outside the model.
+    """
+    device = potential.reference_energies.device
+    training = potential.training
+    potential.eval()
+    results = []
+    try:
+        for batch in batches:
+            potential.check(batch.graph)
+            prediction = potential(batch.graph.to(device))
+            atoms = torch.bincount(batch.graph.structure, minlength=batch.graph.num_structures).tolist()
+            energy = prediction.energy.detach().cpu().numpy()
+            virial = prediction.virial.detach().cpu().numpy()
+            forces = prediction.forces.detach().cpu().split(atoms)
+            results += [
+                FramePrediction(float(energy[b]), forces[b].numpy(), virial[b]) for b in range(len(atoms))
+            ]
+    finally:
+        potential.train(training)
+    return results
+
+
+def pairs(frame: Frame, prediction: FramePrediction) -> dict[str, Pair]:
+    """Label and prediction, flat, of every quantity that the structure has a label of, in eV and Angstrom."""
+    n = len(frame)
+    out: dict[str, Pair] = {}
+    if frame.energy is not None:
+        label, value = np.array([frame.energy]), np.array([prediction.energy])
+        out["energy per atom"], out["energy"] = (label / n, value / n), (label, value)
+    if frame.forces is not None:
+        out["forces"] = frame.forces.ravel(), prediction.forces.ravel()
+    if frame.virial is not None:
+        label, value = frame.virial.ravel(), prediction.virial.ravel()
+        out["virial per atom"] = label / n, value / n
+        if volume := _volume(frame):
+            out["stress"] = -label / volume, -value / volume
+    return out
+
+
+def error_table(frames: Sequence[Frame], predictions: Sequence[FramePrediction]) -> ErrorTable:
+    """Errors of the predictions: a section per group where there are several, and one for all structures."""
+    errors: dict[str, dict[str, list[NDArray[np.float64]]]] = {}
+    groups = list(dict.fromkeys(frame.group for frame in frames))
+    for frame, prediction in zip(frames, predictions, strict=True):
+        for name, (label, value) in pairs(frame, prediction).items():
+            for group in {frame.group, TOTAL} if len(groups) > 1 else {TOTAL}:
+                errors.setdefault(group, {}).setdefault(name, []).append(value - label)
+    rows = []
+    for group in [*groups, TOTAL]:
+        for name, unit, scale in QUANTITIES:
+            if found := errors.get(group, {}).get(name):
+                e = np.abs(np.concatenate(found)) * scale
+                rmse = float(np.sqrt(np.mean(e**2)))
+                rows.append(ErrorRow(group, name, unit, e.size, float(e.mean()), rmse, float(e.max())))
+    return ErrorTable(tuple(rows))
+
+
+def evaluate(
+    potential: Potential,
+    frames: Sequence[Frame],
+    *,
+    max_atoms: int = 2000,
+    output: Path | None = None,
+    device: str | torch.device = "cpu",
+) -> ErrorTable:
+    """Compare a potential with labelled structures; structures without labels are only predicted.
+
+    Args:
+        potential: The model; it is moved to the device.
+        frames: The structures.
+        max_atoms: Atoms evaluated at once.
+        output: Folder for errors.csv, errors.json, predictions.xyz and parity.png; None writes nothing.
+        device: Where to compute.
+
+    Raises:
+        ValueError: If there is no structure, or one has an element outside the model.
+    """
+    if not frames:
+        raise ValueError("there are no structures to evaluate")
+    check_elements(frames, potential.elements)
+    potential = potential.to(device)
+    dataset = FrameDataset(frames, potential.config.cutoff, potential.config.default_charge_spin)
+    batches = EpochBatches(dataset, max_atoms=max_atoms, shuffle=False)
+    predictions = predict(potential, batches.batches(0))
+    table = error_table(frames, predictions)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_predictions(frames, predictions, output / "predictions.xyz")
+        if table.rows:
+            table.write_csv(output / "errors.csv")
+            table.write_json(output / "errors.json")
+            plot_parity(_parity_data(frames, predictions), output / "parity.png")
+    return table
+
+
+def write_predictions(frames: Sequence[Frame], predictions: Sequence[FramePrediction], path: Path) -> None:
+    """Write extxyz with the predictions as energy, forces, stress and the labels as REF_energy, ..."""
+    images = []
+    for frame, prediction in zip(frames, predictions, strict=True):
+        atoms = Atoms(frame.atomic_numbers, frame.positions, cell=frame.cell, pbc=frame.pbc)
+        results = {"energy": prediction.energy, "forces": prediction.forces}
+        if volume := _volume(frame):
+            results["stress"] = full_3x3_to_voigt_6_stress(-prediction.virial / volume)
+        atoms.calc = SinglePointCalculator(atoms, **results)
+        if frame.energy is not None:
+            atoms.info["REF_energy"] = frame.energy
+        if frame.forces is not None:
+            atoms.arrays["REF_forces"] = frame.forces
+        if frame.virial is not None:
+            atoms.info["REF_virial"] = frame.virial
+        if frame.group:
+            atoms.info["config_type"] = frame.group
+        if frame.charge_spin is not None:
+            atoms.info["charge"], atoms.info["spin"] = frame.charge_spin
+        images.append(atoms)
+    ase.io.write(path, images, format="extxyz")
+
+
+def _parity_data(frames: Sequence[Frame], predictions: Sequence[FramePrediction]) -> dict[str, Pair]:
+    """Labels and predictions of all structures by the title of the panel."""
+    collected: dict[str, list[Pair]] = {}
+    for frame, prediction in zip(frames, predictions, strict=True):
+        for name, pair in pairs(frame, prediction).items():
+            collected.setdefault(name, []).append(pair)
+    panels = {}
+    for name, unit, _ in QUANTITIES:
+        if name in collected and name in ("energy per atom", "forces", "stress"):
+            labels, values = zip(*collected[name], strict=True)
+            panels[f"{name} ({unit.removeprefix('m')})"] = np.concatenate(labels), np.concatenate(values)
+    return panels
+
+
+def _volume(frame: Frame) -> float:
+    """Volume of a cell that is periodic in all directions, else 0, in Angstrom^3."""
+    return abs(float(np.linalg.det(frame.cell))) if frame.pbc.all() else 0.0

@@ -1,0 +1,102 @@
+"""What a run reports: progress on the terminal, CSV files, TensorBoard."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dpa4.training.state import CsvLog
+
+TERMS = ("energy", "forces", "virial", "loss", "gradient_norm")
+TRAIN_COLUMNS = ("step", "epoch", "learning_rate", *TERMS, "seconds")
+ERROR_COLUMNS = tuple(f"{name}_{kind}" for name in ("energy", "forces", "virial") for kind in ("mae", "rmse"))
+VALID_COLUMNS = ("step", "epoch", "score", "best", *ERROR_COLUMNS)
+
+
+class RunLog:
+    """Progress bar and logs of one run; use as a context manager.
+
+    Args:
+        folder: Where train.csv, valid.csv and TensorBoard's files go.
+        console: Terminal.
+        total: Steps of the run.
+        resume_step: Continue the logs of an earlier run after this step; None starts them anew.
+        tensorboard: Also write TensorBoard's files.
+
+    Raises:
+        ModuleNotFoundError: If TensorBoard is asked for and not installed.
+    """
+
+    def __init__(
+        self, folder: Path, console: Console, total: int, resume_step: int | None, tensorboard: bool
+    ):
+        self._console = console
+        self._tensorboard = _summary_writer(folder, resume_step) if tensorboard else None
+        self._train = CsvLog(folder / "train.csv", TRAIN_COLUMNS, resume_step)
+        self._valid = CsvLog(folder / "valid.csv", VALID_COLUMNS, resume_step)
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=total, completed=resume_step or 0, status="")
+
+    def __enter__(self) -> "RunLog":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+        self._train.close()
+        self._valid.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def step(self, step: int) -> None:
+        """Advance the progress bar."""
+        self._progress.update(self._task, completed=step)
+
+    def train(self, row: dict[str, Any]) -> None:
+        """Log averages over the last steps, by the names of ``TRAIN_COLUMNS``."""
+        self._train.write(row)
+        self._scalars("train", row)
+        status = f"loss {row['loss']:.4g}  lr {row['learning_rate']:.2e}"
+        self._progress.update(self._task, status=status)
+
+    def validation(self, row: dict[str, Any]) -> None:
+        """Log errors of a validation, by the names of ``VALID_COLUMNS``, and print them."""
+        self._valid.write(row)
+        self._scalars("validation", row)
+        units = {"energy": "meV/atom", "forces": "meV/Å", "virial": "meV/atom"}
+        errors = "   ".join(
+            f"{name} {row[f'{name}_mae']:.3g}/{row[f'{name}_rmse']:.3g} {unit}"
+            for name, unit in units.items()
+            if row.get(f"{name}_mae") is not None
+        )
+        best = "  [green]best[/green]" if row["best"] else ""
+        line = f"step {row['step']:>7}  epoch {row['epoch']:>4}  MAE/RMSE  {errors}{best}"
+        self._console.print(line, highlight=False)
+
+    def _scalars(self, prefix: str, row: dict[str, Any]) -> None:
+        if self._tensorboard is not None:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self._tensorboard.add_scalar(f"{prefix}/{name}", value, row["step"])
+
+
+def _summary_writer(folder: Path, resume_step: int | None) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"training.tensorboard = true needs TensorBoard ({error}); pip install dpa4[tensorboard]"
+        ) from None
+    # Entries of the killed run beyond the checkpoint are hidden.
+    purge = None if resume_step is None else resume_step + 1
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=purge)

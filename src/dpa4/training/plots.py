@@ -1,0 +1,77 @@
+"""Figures: learning curve and parity."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpa4.potential.files import atomic_write
+from dpa4.training.state import read_csv
+
+
+def plot_parity(data: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]], path: Path) -> None:
+    """Prediction against label, with a histogram of the errors below.
+
+    Args:
+        data: Labels and predictions by the name (with unit) of the quantity.
+        path: PNG file.
+    """
+    figure = _figure(4 * len(data), 6)
+    axes = figure.subplots(2, len(data), squeeze=False, height_ratios=[2, 1])
+    for (name, (label, value)), (top, bottom) in zip(data.items(), axes.T, strict=True):
+        ends = [min(label.min(), value.min()), max(label.max(), value.max())]
+        top.plot(ends, ends, color="0.6", linewidth=1, zorder=0)
+        top.plot(label, value, ".", markersize=3, alpha=0.5, markeredgewidth=0)
+        top.set(title=name, xlabel="label", ylabel="prediction")
+        error = value - label
+        # A range of its own: numpy refuses to bin errors that are all equal.
+        span = 1.05 * max(float(np.abs(error).max()), 1e-9)
+        bottom.hist(error, bins=min(100, max(11, error.size // 20)), range=(-span, span))
+        bottom.axvline(0, color="0.6", linewidth=1)
+        rmse = float(np.sqrt(np.mean(error**2)))
+        bottom.set(
+            xlabel=f"prediction - label   (MAE {np.abs(error).mean():.3g}, RMSE {rmse:.3g})", yticks=[]
+        )
+    _save(figure, path)
+
+
+def plot_learning_curve(folder: Path) -> None:
+    """Loss, errors and learning rate of a run, from its train.csv and valid.csv, to learning_curve.png."""
+    train, valid = read_csv(folder / "train.csv"), read_csv(folder / "valid.csv")
+    figure = _figure(10, 7)
+    panels = figure.subplots(2, 2, sharex=True).ravel()
+
+    def curve(panel: Any, rows: list[dict[str, str]], column: str, label: str) -> None:
+        points = [(int(r["step"]), float(r[column])) for r in rows if r[column] and float(r[column]) > 0]
+        if points:
+            panel.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 60 else "")
+
+    curve(panels[0], train, "loss", "training loss")
+    curve(panels[0], valid, "score", "validation score")
+    for name, unit, panel in (("energy", "meV/atom", panels[1]), ("forces", "meV/Å", panels[2])):
+        for kind in ("mae", "rmse"):
+            curve(panel, valid, f"{name}_{kind}", f"{name} {kind.upper()} ({unit})")
+    for kind in ("mae", "rmse"):
+        curve(panels[1], valid, f"virial_{kind}", f"virial {kind.upper()} (meV/atom)")
+    curve(panels[3], train, "learning_rate", "learning rate")
+    for panel in panels:
+        if panel.lines:
+            panel.set_yscale("log")
+            panel.legend()
+        panel.grid(alpha=0.3, which="both")
+        panel.set_xlabel("step")
+    _save(figure, folder / "learning_curve.png")
+
+
+def _figure(width: float, height: float) -> Any:
+    # The object interface needs no display; imported here because it takes a second.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

@@ -1,0 +1,339 @@
+"""The training loop: exact resume, validation, checkpoints."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from dpa4.data import Batch
+from dpa4.potential import Potential
+from dpa4.potential.checkpoint import save_potential
+from dpa4.training.config import RunConfig
+from dpa4.training.ema import MovingAverage
+from dpa4.training.evaluation import error_table, predict
+from dpa4.training.logs import ERROR_COLUMNS, TERMS, RunLog
+from dpa4.training.loss import Loss
+from dpa4.training.muon import HybridMuon
+from dpa4.training.plots import plot_learning_curve
+from dpa4.training.prepare import Preparation, changed_options, prepare
+from dpa4.training.routing import parameter_groups
+from dpa4.training.schedule import Schedule
+from dpa4.training.state import load_state, save_state
+
+
+def train(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Path:
+    """Train a potential as the configuration says.
+
+    In the output folder: best.safetensors (lowest validation score, averaged weights), last.safetensors
+    (newest), last.pt (everything needed to resume), train.csv, valid.csv, learning_curve.png, run.yaml. A run
+    that was killed at any moment and is resumed gives, on a CPU, the same numbers as one that was not. SIGINT
+    and SIGTERM finish the step, save and return.
+
+    Args:
+        config: The run.
+        resume: Continue the run in the output folder.
+        console: Where to print; standard output by default.
+
+    Returns:
+        The best model so far.
+
+    Raises:
+        FileExistsError: If the output folder has files and ``resume`` is false.
+        FileNotFoundError: If there is nothing to resume.
+        ValueError: If data or options do not fit together, or the state belongs to another model.
+        FloatingPointError: If the loss or the gradient is not finite; the state before that step is saved.
+    """
+    console = console or Console()
+    state = load_state(config.output / "last.pt") if resume else None
+    if not resume and config.output.exists() and any(config.output.iterdir()):
+        raise FileExistsError(
+            f"output folder {config.output} is not empty; continue that run with --resume, or choose another "
+            "output"
+        )
+    preparation = prepare(config, console)
+    config.output.mkdir(parents=True, exist_ok=True)
+    (config.output / "run.yaml").write_text(preparation.run_text, encoding="utf-8")
+    trainer = Trainer(config, preparation, console)
+    if state is not None:
+        trainer.load(state)
+    return trainer.run()
+
+
+def training_step(potential: Potential, batch: Batch, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of a batch, and its terms by target; everything that is differentiated."""
+    return loss(potential(batch.graph), batch)
+
+
+class Trainer:
+    """The state of a run and the loop over its steps."""
+
+    def __init__(self, config: RunConfig, preparation: Preparation, console: Console):
+        options = config.training
+        self.config, self.console, self.preparation = config, console, preparation
+        self.potential, self.loss = preparation.potential, preparation.loss
+        self.potential.model.block_autocast = torch.bfloat16 if options.precision == "bf16" else None
+        self.device = self.potential.reference_energies.device
+        self.optimizer = _optimizer(config, self.potential)
+        parameters = list(self.potential.parameters())
+        self.average = MovingAverage(parameters, options.ema_decay) if options.ema_decay else None
+
+        per_epoch = preparation.train.num_batches(0)
+        self.total = options.steps or per_epoch * (options.epochs or 200)
+        interval = options.validation_interval or max(per_epoch, math.ceil(self.total / 100))
+        self.validation_interval = interval
+        self.checkpoint_interval = options.checkpoint_interval or interval
+        self.schedule = Schedule(
+            options.schedule,
+            options.learning_rate,
+            options.final_learning_rate,
+            self.total,
+            int(options.warmup_fraction * self.total),
+            options.warmup_factor,
+            options.decay_fraction,
+        )
+        console.print(
+            f"{self.total} steps of {per_epoch} batches per epoch, validation every {interval} steps"
+        )
+        self.step = 0  # finished steps
+        self.epoch, self.batch = 0, 0  # the next batch and its epoch
+        self.best_score, self.stale = math.inf, 0  # stale: validations since the best one
+        # Terms of the loss, the loss and the gradient's norm, summed since the last row of train.csv.
+        self.sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
+        self.summed, self.seconds = 0, 0.0
+        self.resumed = False
+
+    # --- the loop
+
+    def run(self) -> Path:
+        """Train to the end, an early stop or a signal; returns the best model."""
+        options, folder = self.config.training, self.config.output
+        resume_step = self.step if self.resumed else None
+        with (
+            _signals() as stopped,
+            RunLog(folder, self.console, self.total, resume_step, options.tensorboard) as self.log,
+        ):
+            last_tick = self.plotted = time.monotonic()
+            for batch in self._batches():
+                self._train_on(batch)
+                now = time.monotonic()
+                self.seconds, last_tick = self.seconds + now - last_tick, now
+                done = self.step == self.total
+                if self.step % options.log_interval == 0 or done:
+                    self._log_step()
+                self.log.step(self.step)
+                if self.step % self.validation_interval == 0 or done:
+                    self._validate()
+                    if now > self.plotted + PLOT_SECONDS:
+                        plot_learning_curve(folder)
+                        self.plotted = time.monotonic()
+                    done = done or self._exhausted()
+                if self.step % self.checkpoint_interval == 0 or done or stopped:
+                    self.save()
+                if done or stopped:
+                    break
+        return self._finish(bool(stopped))
+
+    def _batches(self) -> Iterator[Batch]:
+        while self.step < self.total and not self._exhausted():
+            for batch in self.preparation.train.batches(self.epoch, start=self.batch):
+                if self.epoch == 0:
+                    self.potential.check(batch.graph)
+                self.batch += 1
+                yield batch
+            self.epoch, self.batch = self.epoch + 1, 0
+
+    def _train_on(self, batch: Batch) -> None:
+        """One optimiser step."""
+        rate = self.schedule(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.potential.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, terms = training_step(self.potential, batch.to(self.device), self.loss)
+        loss.backward()
+        norm = self._clip()
+        record = torch.stack([terms["energy"], terms["forces"], terms["virial"], loss.detach(), norm])
+        # The one place that waits for the device: a bad number must not reach the weights.
+        if not bool(torch.isfinite(record).all()):
+            self._abort(record)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.step)
+        self.sums += record
+        self.summed += 1
+        self.step += 1
+
+    def _clip(self) -> Tensor:
+        """Scale the gradient down to the largest norm; returns its norm before, float64."""
+        gradients = [p.grad for p in self.potential.parameters() if p.grad is not None]
+        norm = torch.stack(torch._foreach_norm(gradients)).double().norm()
+        if limit := self.config.training.gradient_clip:
+            scale = (limit / (norm + 1e-6)).clamp(max=1.0).float()
+            torch._foreach_mul_(gradients, scale)
+        return norm
+
+    def _abort(self, record: Tensor) -> None:
+        self.batch -= 1  # the state is the one before this step
+        self.save()
+        values = ", ".join(f"{name} {v:.4g}" for name, v in zip(TERMS, record.tolist(), strict=True))
+        raise FloatingPointError(
+            f"step {self.step + 1} (epoch {self.epoch}, batch {self.batch}) is not finite: {values}. "
+            f"The state before it is saved in {self.config.output / 'last.pt'}; look for wrong labels or "
+            "atoms too close in the data, or lower training.learning_rate"
+        )
+
+    # --- logs, validation
+
+    def _log_step(self) -> None:
+        means = (self.sums / max(self.summed, 1)).tolist()
+        row = dict(zip(TERMS, means, strict=True))
+        row |= {"step": self.step, "epoch": self.epoch, "learning_rate": self.schedule(self.step - 1)}
+        self.log.train(row | {"seconds": round(self.seconds, 3)})
+        self.sums.zero_()
+        self.summed = 0
+
+    def _validate(self) -> None:
+        """Errors on the validation data with the averaged weights; keeps the model if it is the best."""
+        batches = self.preparation.validation
+        with self._evaluated_weights():
+            if batches is None:
+                self._save_model("best.safetensors", math.nan)
+                return
+            table = error_table(batches.dataset.frames, predict(self.potential, batches.batches(0)))
+            found = {name: r for name, quantity in _TARGETS.items() if (r := table.row(quantity))}
+            errors = {
+                f"{name}_{kind}": getattr(r, kind) for name, r in found.items() for kind in ("mae", "rmse")
+            }
+            # In the units of the loss, and with its weights, but always of absolute errors.
+            score = sum(getattr(self.loss, name) * r.mae / 1e3 for name, r in found.items())
+            best = score < self.best_score
+            self.best_score, self.stale = (score, 0) if best else (self.best_score, self.stale + 1)
+            row: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "score": score, "best": int(best)}
+            self.log.validation(row | dict.fromkeys(ERROR_COLUMNS) | errors)
+            if best:
+                self._save_model("best.safetensors", score)
+
+    def _exhausted(self) -> bool:
+        """Whether the patience is at an end."""
+        patience = self.config.training.patience
+        return patience is not None and self.stale >= patience
+
+    @contextmanager
+    def _evaluated_weights(self) -> Iterator[None]:
+        """The averaged weights, if any, in full precision."""
+        autocast, self.potential.model.block_autocast = self.potential.model.block_autocast, None
+        with self.average.applied() if self.average is not None else nullcontext():
+            yield
+        self.potential.model.block_autocast = autocast
+
+    # --- files
+
+    def save(self) -> None:
+        """Write last.safetensors, then last.pt, which alone holds all that a resumed run needs."""
+        with self._evaluated_weights():
+            self._save_model("last.safetensors", self.best_score if self.stale == 0 else math.nan)
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {name: getattr(self, name) for name in _COUNTERS}
+        state |= {
+            "options": self.preparation.run_text,
+            "potential": self.potential.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.shadows if self.average is not None else None,
+            "sums": self.sums,
+            "random": random,
+        }
+        save_state(state, self.config.output / "last.pt")
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state.
+
+        Raises:
+            ValueError: If it is of another model or optimiser.
+        """
+        changed = changed_options(state["options"], self.preparation.run_text)
+        fixed = [c for c in changed if c.startswith(("model.", "training.optimizer", "training.ema_decay"))]
+        if fixed:
+            raise ValueError(
+                f"{self.config.output / 'last.pt'} cannot be resumed with other options: {'; '.join(fixed)}. "
+                "Restore them or choose another output"
+            )
+        for change in changed:
+            self.console.print(f"[yellow]changed since the checkpoint:[/yellow] {change}")
+        self.potential.load_state_dict(state["potential"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            torch._foreach_copy_(self.average.shadows, [s.to(self.device) for s in state["average"]])
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
+        self.sums.copy_(state["sums"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["random"]:
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        self.resumed = True
+        self.console.print(f"resumed after step {self.step}")
+
+    def _save_model(self, name: str, score: float) -> None:
+        provenance = self.preparation.provenance | {"step": str(self.step)}
+        if math.isfinite(score):
+            provenance["validation score"] = f"{score:.6g}"
+        save_potential(self.potential, self.config.output / name, provenance)
+
+    def _finish(self, stopped: bool) -> Path:
+        folder = self.config.output
+        plot_learning_curve(folder)
+        if stopped and self.step < self.total:
+            self.console.print(f"stopped after step {self.step}; continue with --resume")
+        elif self._exhausted():
+            self.console.print(
+                f"stopped early after step {self.step}: {self.stale} validations without a better one"
+            )
+        best = folder / "best.safetensors"
+        path = best if best.is_file() else folder / "last.safetensors"
+        self.console.print(f"model: {path}")
+        return path
+
+
+PLOT_SECONDS = 60.0  # drawing takes half a second, so not at every validation
+_TARGETS = {"energy": "energy per atom", "forces": "forces", "virial": "virial per atom"}
+_COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds")
+
+
+def _optimizer(config: RunConfig, potential: Potential) -> torch.optim.Optimizer:
+    options = config.training
+    groups = parameter_groups(potential.model)
+    if options.optimizer == "hybrid_muon":
+        return HybridMuon(groups, options.learning_rate, weight_decay=options.weight_decay)
+    for group in groups:
+        group["weight_decay"] = 0.0 if group["route"] == "adam" else options.weight_decay
+    return torch.optim.AdamW(groups, options.learning_rate, betas=(0.9, 0.95))
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM append to; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may handle signals
+        return
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

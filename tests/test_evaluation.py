@@ -1,0 +1,174 @@
+import csv
+import json
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+
+from dpa4.data import Frame
+from dpa4.training.evaluation import ErrorTable, FramePrediction, error_table, evaluate, predict
+from helpers import crystal, molecule, random_potential
+
+
+def frame_of(atoms, group="", labels=None, **options):
+    labels = labels or {}
+    return Frame(
+        atomic_numbers=atoms.numbers.astype(np.int64),
+        positions=atoms.positions,
+        cell=atoms.cell.array,
+        pbc=atoms.pbc,
+        group=group,
+        **labels,
+        **options,
+    )
+
+
+def made_up():
+    """Frames of two groups with known errors of the predictions."""
+    rng = np.random.default_rng(0)
+    frames, predictions = [], []
+    for i, (atoms, group) in enumerate(
+        [(molecule(1, 4), "gas"), (crystal(2), "solid"), (molecule(3, 5), "gas")]
+    ):
+        n = len(atoms)
+        labels = {"energy": float(rng.normal()), "forces": rng.normal(size=(n, 3))}
+        if group == "solid":
+            labels["virial"] = rng.normal(size=(3, 3))
+        frames.append(frame_of(atoms, group, labels))
+        error = 0.001 * (i + 1)
+        virial = labels.get("virial", np.zeros((3, 3)))
+        predictions.append(
+            FramePrediction(labels["energy"] + n * error, labels["forces"] - error, virial + error)
+        )
+    return frames, predictions
+
+
+def test_errors_by_group_and_total():
+    frames, predictions = made_up()
+    table = error_table(frames, predictions)
+    gas = table.row("energy per atom", "gas")
+    assert (gas.values, gas.unit) == (2, "meV/atom")
+    assert [gas.mae, gas.rmse, gas.maximum] == pytest.approx([2, np.sqrt(5), 3])
+    assert table.row("energy", "gas").mae == pytest.approx((4 * 1 + 5 * 3) / 2)
+    forces = table.row("forces")
+    assert forces.values == 3 * (4 + 6 + 5)
+    assert forces.mae == pytest.approx((4 * 1 + 6 * 2 + 5 * 3) / 15)
+    assert table.row("virial per atom", "solid").mae == pytest.approx(2 / 6)
+    volume = abs(np.linalg.det(frames[1].cell))
+    assert table.row("stress").maximum == pytest.approx(2 / volume)
+    assert table.row("stress", "gas") is None and table.row("virial per atom", "gas") is None
+
+
+def test_one_group_has_no_section_of_its_own():
+    frames, predictions = made_up()
+    table = error_table(frames[:1], predictions[:1])
+    assert {row.group for row in table.rows} == {"all"}
+
+
+def test_table_on_the_terminal_and_in_files(tmp_path):
+    from rich.console import Console
+
+    table = error_table(*made_up())
+    console = Console(width=100, record=True, file=(tmp_path / "out").open("w"))
+    console.print(table.to_rich())
+    text = console.export_text()
+    assert "solid" in text and "meV/atom" in text and "MAE" in text
+    table.write_csv(tmp_path / "errors.csv")
+    table.write_json(tmp_path / "errors.json")
+    with (tmp_path / "errors.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["quantity"] for r in rows] == [r.quantity for r in table.rows]
+    assert float(rows[0]["mae"]) == table.rows[0].mae
+    stored = json.loads((tmp_path / "errors.json").read_text())
+    assert stored == [r._asdict() for r in table.rows]
+
+
+@pytest.fixture(scope="module")
+def potential():
+    return random_potential()
+
+
+def labelled(potential, atoms, group=""):
+    """A frame whose labels are the potential's own predictions."""
+    frame = frame_of(atoms, group)
+    from dpa4.data import EpochBatches, FrameDataset
+
+    dataset = FrameDataset([frame], potential.config.cutoff)
+    (p,) = predict(potential, EpochBatches(dataset, batch_size=1, shuffle=False).batches(0))
+    labels = {"energy": p.energy, "forces": p.forces}
+    if atoms.pbc.all():
+        labels["virial"] = p.virial
+    return frame_of(atoms, group, labels)
+
+
+def test_a_perfect_potential_has_no_errors(potential, tmp_path):
+    frames = [
+        labelled(potential, a, g) for a, g in ((molecule(1), "m"), (crystal(2), "c"), (molecule(3, 4), "m"))
+    ]
+    torch.manual_seed(0)
+    table = evaluate(potential, frames, max_atoms=12, output=tmp_path)
+    assert len(table.rows) == 3 * 1 + 5 + 5  # energies and forces of m, everything of c and of all
+    assert max(row.maximum for row in table.rows) < 1e-9
+    for name in ("errors.csv", "errors.json", "predictions.xyz", "parity.png"):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+def test_predictions_are_written_beside_the_labels(potential, tmp_path):
+    perfect = labelled(potential, crystal(2), "solid")
+    frames = [
+        frame_of(
+            crystal(2), "solid", {"energy": 1.5, "forces": perfect.forces + 1, "virial": perfect.virial + 1}
+        ),
+        frame_of(molecule(1), charge_spin=(1, 2)),
+    ]
+    evaluate(potential, frames, output=tmp_path)
+    solid, gas = ase.io.read(tmp_path / "predictions.xyz", ":")
+    assert solid.get_potential_energy() == pytest.approx(perfect.energy)
+    assert solid.get_forces() == pytest.approx(perfect.forces, abs=1e-6)
+    volume = solid.get_volume()
+    assert solid.get_stress(voigt=False) == pytest.approx(-perfect.virial / volume, abs=1e-6)
+    assert solid.info["REF_energy"] == 1.5
+    assert solid.arrays["REF_forces"] == pytest.approx(perfect.forces + 1, abs=1e-6)
+    assert np.reshape(solid.info["REF_virial"], (3, 3)) == pytest.approx(perfect.virial + 1, abs=1e-6)
+    assert solid.info["config_type"] == "solid"
+    assert "REF_energy" not in gas.info and "REF_forces" not in gas.arrays
+    assert (gas.info["charge"], gas.info["spin"]) == (1, 2)
+    assert np.isfinite(gas.get_forces()).all()
+
+
+def test_without_labels_there_are_predictions_only(potential, tmp_path):
+    table = evaluate(potential, [frame_of(molecule(1))], output=tmp_path)
+    assert table == ErrorTable(())
+    assert {path.name for path in tmp_path.iterdir()} == {"predictions.xyz"}
+
+
+def test_batches_do_not_change_predictions_and_the_mode_is_kept(potential):
+    frames = [frame_of(molecule(seed, 3 + seed)) for seed in range(4)]
+    from dpa4.data import EpochBatches, FrameDataset
+
+    dataset = FrameDataset(frames, potential.config.cutoff)
+    potential.train()
+    together, single = (
+        predict(potential, EpochBatches(dataset, batch_size=size, shuffle=False).batches(0))
+        for size in (4, 1)
+    )
+    assert potential.training
+    potential.eval()
+    for a, b, frame in zip(together, single, frames, strict=True):
+        assert a.forces.shape == (len(frame), 3)
+        assert a.energy == pytest.approx(b.energy, rel=1e-12)
+        assert a.forces == pytest.approx(b.forces, abs=1e-10)
+        assert a.virial == pytest.approx(b.virial, abs=1e-10)
+
+
+def test_nothing_to_evaluate(potential):
+    with pytest.raises(ValueError, match="there are no structures to evaluate"):
+        evaluate(potential, [])
+
+
+def test_elements_outside_the_model(potential):
+    gold = molecule(1)
+    gold.numbers[0] = 79
+    with pytest.raises(ValueError, match=r"Au \(79\)"):
+        evaluate(potential, [frame_of(gold)])
