@@ -34,7 +34,14 @@ def randomize(module: torch.nn.Module, seed: int = 0, scale: float = 0.15) -> No
 
 def random_potential(seed: int = 0, **options) -> Potential:
     """A small float64 potential in eval mode with random weights."""
-    defaults = {"elements": ("H", "C", "O"), "channels": 8, "n_radial": 6, "n_blocks": 2, "lmax": 2, "cutoff": 4.0}
+    defaults = {
+        "elements": ("H", "C", "O"),
+        "channels": 8,
+        "n_radial": 6,
+        "n_blocks": 2,
+        "lmax": 2,
+        "cutoff": 4.0,
+    }
     torch.manual_seed(seed)
     potential = Potential(ModelConfig(**(defaults | options)), {"H": -0.5, "C": -1.5}).double()
     randomize(potential.model, seed)

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import shared
 
 from dpa4.model.grid import lebedev, s2_grid, so3_grid
 from dpa4.model.harmonics import WignerRows, coupling, edge_frame, spherical_harmonics
 from dpa4.model.layers import degree_of
+from helpers import shared
 
 AXES = np.concatenate([np.eye(3), -np.eye(3)])
 
@@ -60,7 +60,10 @@ def test_wigner_rows_are_orthogonal_and_act_on_harmonics(lmax):
     # rows of the frame in the order (y, z, -x) back to a Cartesian rotation matrix
     rotation = frame[:, [2, 0, 1]][:, :, [2, 0, 1]] * torch.tensor([[1.0, -1, -1], [-1, 1, 1], [-1, 1, 1]])
     torch.testing.assert_close(
-        (rotation @ n[:, :, None])[..., 0], torch.tensor([0.0, 0, 1]).double().expand_as(n), atol=1e-14, rtol=0
+        (rotation @ n[:, :, None])[..., 0],
+        torch.tensor([0.0, 0, 1]).double().expand_as(n),
+        atol=1e-14,
+        rtol=0,
     )
     points = directions(30, seed=1)
     for l, wigner in enumerate(full_wigner(frame, lmax)):
@@ -82,7 +85,11 @@ def test_coupling_is_sparse_and_reproduces_harmonics():
 
 def test_geometry_differentiates_twice():
     def rows(v):
-        flat = [r for order in WignerRows(3, 2).double()(edge_frame(v / v.norm(dim=-1, keepdim=True))) for r in order]
+        flat = [
+            r
+            for order in WignerRows(3, 2).double()(edge_frame(v / v.norm(dim=-1, keepdim=True)))
+            for r in order
+        ]
         return torch.cat([r.flatten(1) for r in flat], dim=1)
 
     v = directions(2).mul(1.7).requires_grad_()

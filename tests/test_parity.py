@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, shared
 
 from dpa4.graph import build_graph
 from dpa4.potential import Potential, load_potential
 from dpa4.potential.deepmd_names import deepmd_name
+from helpers import SHARED, shared
 
 FIXTURES = SHARED / "reference" / "fixtures"
 INDEX = json.loads((FIXTURES / "index.json").read_text()) if FIXTURES.exists() else {}
@@ -66,7 +66,12 @@ def deviations(name: str, dtype: torch.dtype, suffix: str = "") -> dict[str, lis
             expected = np.asarray(reference[key], dtype=float).ravel()
             got = value.double().numpy().ravel()
             found.setdefault(quantity, []).append(
-                (label, np.abs(got - expected).max(initial=0), np.abs(expected).max(initial=0), len(reference["Z"]))
+                (
+                    label,
+                    np.abs(got - expected).max(initial=0),
+                    np.abs(expected).max(initial=0),
+                    len(reference["Z"]),
+                )
             )
     return found
 
@@ -81,10 +86,16 @@ def test_float64(name):
 
 @pytest.mark.parametrize("name", [n for n in INDEX if n not in REFUSED])
 def test_float32(name):
-    # rounding of a float32 network: what the reference itself shows between its own two precisions
+    """Rounding of a float32 network, which the random weights of the D series amplify.
+
+    deepmd-kit 3.2.0 in float32 differs from its own float64 by up to 5e-7 eV in single atoms of the published
+    sizes and by up to 1.6e-6 eV/atom in the D series (measured: D_fit_24_40); the order of summation is another
+    one here.
+    """
     found = deviations(name, torch.float32)
+    per_atom = 5e-6 if name.startswith("D_") else 5e-7
     for label, difference, _, atoms in found["energy"]:
-        assert difference <= 5e-7 * max(atoms, 1), f"energy of {label}: {difference:.2e}"
+        assert difference <= per_atom * atoms + 5e-7, f"energy of {label}: {difference:.2e}"
     for label, difference, largest, _ in found["forces"]:
         assert difference <= 3e-5 * max(largest / 10, 1.0), f"forces of {label}: {difference:.2e}"
 
@@ -110,8 +121,10 @@ def test_parameter_gradients_of_a_force_loss(name, structure):
     with np.load(shared(f"reference/fixtures/{name}/grads_{structure}.npz")) as file:
         expected = {key: file[key] for key in file.files}
     result = potential(graph)
-    loss = result.energy.sum() + (torch.from_numpy(expected["c"]).view_as(result.forces) * result.forces).sum()
-    assert float(loss) == pytest.approx(float(expected["L"]), rel=1e-10)
+    loss = (
+        result.energy.sum() + (torch.from_numpy(expected["c"]).view_as(result.forces) * result.forces).sum()
+    )
+    assert loss.item() == pytest.approx(float(expected["L"]), rel=1e-10)
     loss.backward()
     scale = max(np.abs(v).max() for k, v in expected.items() if k.startswith("grad/"))
     for key, parameter in potential.model.named_parameters():

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from helpers import assert_close, crystal, graph_of, molecule, random_potential
 
 from dpa4.graph import build_graph, collate
 from dpa4.model import Bridging
+from helpers import assert_close, crystal, graph_of, molecule, random_potential
 
 GENERATION_2 = {"ffn_on": "so3", "ffn_grid": 1, "message_node_so3": True, "so3_readout": "mlp"}
 VARIANTS = {
@@ -70,7 +70,9 @@ def test_forces_are_the_gradient(potential):
             moved.positions[atom, axis] += sign * h
             energies.append(float(potential(graph_of(moved)).energy))
         numeric = -(energies[0] - energies[1]) / (2 * h)
-        assert float(forces[atom, axis]) == pytest.approx(numeric, abs=1e-6 * max(1, float(forces.abs().max())))
+        assert float(forces[atom, axis]) == pytest.approx(
+            numeric, abs=1e-6 * max(1, float(forces.abs().max()))
+        )
 
 
 def test_virial_is_minus_the_strain_derivative(potential):
@@ -125,7 +127,9 @@ def test_one_atom_cell_smaller_than_the_cutoff(potential):
     cell = np.array([[0, 1.3, 1.3], [1.3, 0, 1.3], [1.3, 1.3, 0.0]])
     one = Atoms("C", cell=cell, pbc=True)
     result, large = potential(graph_of(one)), potential(graph_of(one.repeat((2, 1, 3))))
-    assert result.forces.abs().max() < 1e-11 * max(1, float(result.virial.abs().max()))  # every site is a centre of inversion
+    assert result.forces.abs().max() < 1e-11 * max(
+        1, float(result.virial.abs().max())
+    )  # every site is a centre of inversion
     assert_close(6 * result.energy, large.energy)
     assert_close(6 * result.virial, large.virial, 1e-11)
 
@@ -162,7 +166,9 @@ def test_energy_force_and_curvature_vanish_at_the_cutoff(potential):
     scale = np.abs(pair_curve(potential, np.linspace(1.5, 3.5, 9))).max(0)
     # the envelope is a fourth power of the distance to the cutoff: curvature falls at least as its square
     for order, power in enumerate((4, 3, 2)):
-        assert (change[1:, order] <= 1e4 * scale[order] * (eps[1:] / 4) ** power + 1e-9 * scale[order]).all(), change
+        assert (
+            change[1:, order] <= 1e4 * scale[order] * (eps[1:] / 4) ** power + 1e-9 * scale[order]
+        ).all(), change
 
 
 def test_curve_is_continuous_everywhere(potential):
@@ -229,7 +235,9 @@ def test_below_the_inner_radius_only_nuclear_repulsion_acts():
     alone = sum(float(potential(graph_of(Atoms(e))).energy) for e in ("C", "O"))
     for distance in (0.3, 0.79):
         pair = float(potential(graph_of(Atoms("CO", positions=[[0, 0, 0], [distance, 0, 0]]))).energy)
-        repulsion = zbl_pair_energy(torch.tensor(distance, dtype=torch.float64), torch.tensor(6), torch.tensor(8))
+        repulsion = zbl_pair_energy(
+            torch.tensor(distance, dtype=torch.float64), torch.tensor(6), torch.tensor(8)
+        )
         assert pair - alone == pytest.approx(float(repulsion), rel=1e-12)
 
 

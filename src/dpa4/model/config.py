@@ -13,8 +13,12 @@ class Bridging(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    r_inner: float = Field(0.5, gt=0, description="Below this distance the learned part is frozen, in Angstrom.")
-    r_outer: float = Field(0.8, gt=0, description="Above this distance the learned part is untouched, in Angstrom.")
+    r_inner: float = Field(
+        0.5, gt=0, description="Below this distance the learned part is frozen, in Angstrom."
+    )
+    r_outer: float = Field(
+        0.8, gt=0, description="Above this distance the learned part is untouched, in Angstrom."
+    )
     smooth_cutoff: bool = Field(
         True,
         description="Multiply the ZBL energy by the cutoff envelope. The reference cuts it off abruptly at the "
@@ -37,7 +41,9 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    elements: tuple[str, ...] = Field(description="Chemical symbols the model knows; their order is the type index.")
+    elements: tuple[str, ...] = Field(
+        description="Chemical symbols the model knows; their order is the type index."
+    )
     cutoff: float = Field(6.0, gt=0, description="Cutoff radius, in Angstrom.")
 
     channels: PositiveInt = Field(64, description="Channels per spherical-harmonic coefficient of a node.")
@@ -46,16 +52,24 @@ class ModelConfig(BaseModel):
     l_schedule: tuple[int, ...] | None = Field(
         None, description="Degree of each block, non-increasing; replaces lmax and n_blocks."
     )
-    mmax: int = Field(1, ge=0, description="Highest order kept in the edge frame (at most the block's degree).")
-    kmax: int = Field(1, ge=0, description="Highest frame order of the SO(3) grids (at most the block's degree).")
+    mmax: int = Field(
+        1, ge=0, description="Highest order kept in the edge frame (at most the block's degree)."
+    )
+    kmax: int = Field(
+        1, ge=0, description="Highest frame order of the SO(3) grids (at most the block's degree)."
+    )
 
     n_radial: PositiveInt = Field(16, description="Radial basis functions.")
     basis: Literal["bessel", "gaussian"] = Field("bessel", description="Radial basis.")
-    radial_mlp: tuple[int, ...] = Field((0,), description="Hidden widths of the radial network; 0 means channels.")
+    radial_mlp: tuple[int, ...] = Field(
+        (0,), description="Hidden widths of the radial network; 0 means channels."
+    )
     env_exp: tuple[PositiveInt, PositiveInt] = Field(
         (7, 5), description="Exponents p of the cutoff envelopes of the radial basis and of the edge weight."
     )
-    use_env_seed: bool = Field(True, description="Initialise nodes from their environment (FiLM and l > 0 features).")
+    use_env_seed: bool = Field(
+        True, description="Initialise nodes from their environment (FiLM and l > 0 features)."
+    )
     edge_norm: bool = Field(
         False,
         description="Normalise radial features, FiLM logits and messages per edge. Published models use true; false "
@@ -65,9 +79,12 @@ class ModelConfig(BaseModel):
     mixing_layers: int = Field(4, ge=0, description="SO(2) layers per convolution.")
     n_focus: PositiveInt = Field(1, description="Parallel focus streams of the convolution.")
     focus_dim: int = Field(0, ge=0, description="Channels of a focus stream; 0 means channels.")
-    n_atten_head: int = Field(1, ge=0, description="Attention heads per focus; 0 sums with the envelope as weight.")
+    n_atten_head: int = Field(
+        1, ge=0, description="Attention heads per focus; 0 sums with the envelope as weight."
+    )
     radial_so2_mode: Literal["none", "degree", "degree_channel"] = Field(
-        "degree_channel", description="Edge-node product: elementwise, a degree matrix, or one per channel of low rank."
+        "degree_channel",
+        description="Edge-node product: elementwise, a degree matrix, or one per channel of low rank.",
     )
     radial_so2_rank: PositiveInt = Field(1, description="Rank of the degree_channel product.")
     message_node_so3: bool = Field(False, description="Multiply messages with their node on the SO(3) grid.")
@@ -77,25 +94,32 @@ class ModelConfig(BaseModel):
     layer_scale: bool = Field(False, description="Learned scale on each SO(2) layer and FFN.")
 
     ffn_blocks: PositiveInt = Field(1, description="Feed-forward networks per block.")
-    ffn_neurons: int = Field(0, ge=0, description="Hidden channels of the feed-forward networks; 0 is automatic.")
+    ffn_neurons: int = Field(
+        0, ge=0, description="Hidden channels of the feed-forward networks; 0 is automatic."
+    )
     ffn_on: Literal["s2", "so3", "degrees"] = Field(
-        "s2", description="Where the feed-forward non-linearity acts: S2 grid, SO(3) grid, or gates per degree."
+        "s2",
+        description="Where the feed-forward non-linearity acts: S2 grid, SO(3) grid, or gates per degree.",
     )
     ffn_grid: GridOperation = Field(
         "glu", description="Operation of the feed-forward grid: glu, mlp, or a number of routed branches."
     )
     sandwich_norm: tuple[bool, bool, bool, bool] = Field(
-        (False, True, True, False), description="Norms before and after the convolution, before and after the FFN."
+        (False, True, True, False),
+        description="Norms before and after the convolution, before and after the FFN.",
     )
     mlp_bias: bool = Field(False, description="Biases in the equivariant layers.")
 
-    so3_readout: Literal["none", "glu", "mlp"] = Field("none", description="Read-out from scalars or SO(3) grid.")
+    so3_readout: Literal["none", "glu", "mlp"] = Field(
+        "none", description="Read-out from scalars or SO(3) grid."
+    )
     readout_layers: PositiveInt = Field(1, description="Layers of the read-out.")
     fitting: tuple[int, ...] = Field((0,), description="Hidden widths of the energy network; 0 is automatic.")
 
     charge_spin: bool = Field(False, description="Condition on total charge and spin multiplicity.")
     default_charge_spin: tuple[int, int] | None = Field(
-        None, description="Charge and multiplicity of structures that carry none; without it they must carry both."
+        None,
+        description="Charge and multiplicity of structures that carry none; without it they must carry both.",
     )
     excluded_pairs: tuple[tuple[str, str], ...] = Field((), description="Element pairs that do not interact.")
     bridging: Bridging | None = Field(None, description="ZBL zone bridging at short distance.")
@@ -130,7 +154,9 @@ class ModelConfig(BaseModel):
             if missing := [e for e in pair if e not in self.elements]:
                 raise ValueError(f"model.excluded_pairs names {missing}, which model.elements lacks")
         if self.bridging and self.bridging.r_outer >= self.cutoff:
-            raise ValueError(f"bridging.r_outer must be below cutoff = {self.cutoff}, got {self.bridging.r_outer}")
+            raise ValueError(
+                f"bridging.r_outer must be below cutoff = {self.cutoff}, got {self.bridging.r_outer}"
+            )
         return self
 
     @property
@@ -147,5 +173,3 @@ class ModelConfig(BaseModel):
 def auto_width(channels: int) -> int:
     """Hidden width of a gated layer: 8/3 of its input, rounded up to a multiple of 32 (model-1 section 4)."""
     return 32 * -(-8 * channels // 96)
-
-

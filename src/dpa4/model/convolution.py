@@ -41,7 +41,9 @@ class SO2Convolution(nn.Module):
         self.stack = SO2Stack(
             lmax, self.mmax, width, focus, config.mixing_layers, config.mlp_bias, config.layer_scale
         )
-        self.focus = FocusCompetition(width, focus, config.edge_norm, config.mlp_bias) if focus > 1 else SingleFocus()
+        self.focus = (
+            FocusCompetition(width, focus, config.edge_norm, config.mlp_bias) if focus > 1 else SingleFocus()
+        )
         heads = config.n_atten_head
         self.attention = EnvelopeGatedAttention(width, focus, heads) if heads else EnvelopeSum()
         self.node_product = MessageNodeProduct(config, lmax) if config.message_node_so3 else NoProduct()

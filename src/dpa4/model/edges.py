@@ -28,7 +28,9 @@ class Edges(NamedTuple):
     gate: Tensor  # (E,) freeze gate of the source atom; ones without bridging
     degree_norm: Tensor  # (N,) inverse square root of the smooth coordination number
     rows: Rows  # rows |m| <= mmax of the edge's Wigner matrices
-    to_global: dict[int, Tensor]  # per block degree: (E, D, M) rotation back, with the rescale of degrees > mmax
+    to_global: dict[
+        int, Tensor
+    ]  # per block degree: (E, D, M) rotation back, with the rescale of degrees > mmax
 
     def harmonics(self) -> Tensor:
         """Z_{l,m} of the edge direction, (E, D)."""

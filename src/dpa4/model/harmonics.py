@@ -102,7 +102,9 @@ class WignerRows(ConstantModule):
                     current.append(pair)
                     continue
                 lower = rows[m - 1][l - m]
-                norm = (2 * l * l / ((l + m - 1) * (l + m))) ** 0.5  # ratio of two Clebsch-Gordan coefficients
+                norm = (
+                    2 * l * l / ((l + m - 1) * (l + m))
+                ) ** 0.5  # ratio of two Clebsch-Gordan coefficients
                 if m == 1:
                     current.append(norm * self._couple(lower, pair, l))
                 else:  # (P - iM)(P1 - iM1): orders +m and -m are the real part and minus the imaginary part

@@ -52,7 +52,9 @@ class ChannelLinear(nn.Module):
 class FocusLinear(nn.Module):
     """Map of scalars with one matrix per focus stream; weight (in, F out)."""
 
-    def __init__(self, width_in: int, width_out: int, n_focus: int = 1, bias: bool = False, std: float | None = None):
+    def __init__(
+        self, width_in: int, width_out: int, n_focus: int = 1, bias: bool = False, std: float | None = None
+    ):
         super().__init__()
         self.n_focus = n_focus
         weight = torch.empty(width_in, n_focus * width_out)

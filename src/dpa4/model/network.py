@@ -21,7 +21,9 @@ class EnergyNetwork(nn.Module):
         sizes = [channels]
         for width in widths:
             sizes.append(width or auto_width(channels))
-        self.hidden = nn.ModuleList(Linear(a, 2 * b, bias=True) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.hidden = nn.ModuleList(
+            Linear(a, 2 * b, bias=True) for a, b in zip(sizes, sizes[1:], strict=False)
+        )
         self.output = Linear(sizes[-1], 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -33,7 +33,9 @@ class BesselBasis(nn.Module):
 
     def __init__(self, n_radial: int, cutoff: float, exponent: int):
         super().__init__()
-        self.frequencies = nn.Parameter(pi / cutoff * torch.arange(1, n_radial + 1, dtype=torch.get_default_dtype()))
+        self.frequencies = nn.Parameter(
+            pi / cutoff * torch.arange(1, n_radial + 1, dtype=torch.get_default_dtype())
+        )
         self.cutoff, self.exponent = cutoff, exponent
 
     def forward(self, length: Tensor) -> Tensor:
@@ -96,4 +98,6 @@ class RadialNetwork(nn.Module):
         """Features from the basis (E, n_radial), an edge weight (E,) and the pair feature (E, C)."""
         for layer, norm in zip(self.hidden, self.norms, strict=True):
             basis = functional.silu(norm(layer(basis)))
-        return RadialFeatures(basis * weight[:, None], pair, self.last.weight.unflatten(1, (self.num_degrees, -1)))
+        return RadialFeatures(
+            basis * weight[:, None], pair, self.last.weight.unflatten(1, (self.num_degrees, -1))
+        )

@@ -140,7 +140,9 @@ class Gate(nn.Module):
 class SO2Stack(nn.Module):
     """Residual SO(2) layers: gated, the last one linear (model-2 section 7.3, step 6)."""
 
-    def __init__(self, lmax: int, mmax: int, width: int, n_focus: int, layers: int, bias: bool, layer_scale: bool):
+    def __init__(
+        self, lmax: int, mmax: int, width: int, n_focus: int, layers: int, bias: bool, layer_scale: bool
+    ):
         super().__init__()
         self.linears = nn.ModuleList(SO2Linear(lmax, mmax, width, n_focus, bias) for _ in range(layers))
         self.gates = nn.ModuleList(

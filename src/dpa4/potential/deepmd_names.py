@@ -7,7 +7,10 @@ from dpa4.model.config import ModelConfig
 # Applied in order to our name; the first that matches wins. Blocks and the convolution recurse by prefix.
 _NETWORK = (
     (r"types\.table", r"descriptor.type_embedding.adam_type_embedding"),
-    (r"charge_spin\.(charge|spin)\.table", r"descriptor.charge_spin_embedding.\1_embedding.adam_type_embedding"),
+    (
+        r"charge_spin\.(charge|spin)\.table",
+        r"descriptor.charge_spin_embedding.\1_embedding.adam_type_embedding",
+    ),
     (r"charge_spin\.mix\.weight", r"descriptor.charge_spin_embedding.mix_layer.matrix"),
     (r"charge_spin\.mix\.bias", r"descriptor.charge_spin_embedding.mix_layer.bias"),
     (r"seed\.(scale|shift)_norm\.scale", r"descriptor.film_\1_norm.adam_scale"),
@@ -19,7 +22,10 @@ _NETWORK = (
     (r"seed\.pair_out\.(weight|bias)", r"descriptor.env_seed_embedding.g_layer2.\1"),
     (r"seed\.output\.weight", r"descriptor.env_seed_embedding.output_proj.weight"),
     (r"basis\.frequencies", r"descriptor.radial_basis.adam_freqs"),
-    (r"energy\.hidden\.(\d+)\.(weight|bias)", r"fitting_net.filter_layers.networks.0.hidden_layers.\1.linear.\2"),
+    (
+        r"energy\.hidden\.(\d+)\.(weight|bias)",
+        r"fitting_net.filter_layers.networks.0.hidden_layers.\1.linear.\2",
+    ),
     (r"energy\.output\.weight", r"fitting_net.filter_layers.networks.0.output_layer.weight"),
 )
 _FEED_FORWARD = (

@@ -25,7 +25,9 @@ def zbl_pair_energy(length: Tensor, z_i: Tensor, z_j: Tensor) -> Tensor:
     z_i, z_j = z_i.to(length.dtype), z_j.to(length.dtype)
     length = length.clamp(min=1e-10)
     x = length * (z_i**0.23 + z_j**0.23) / (0.88534 * BOHR)
-    screening = sum((a * torch.exp(-b * x) for a, b in zip(AMPLITUDES, EXPONENTS, strict=True)), torch.zeros_like(x))
+    screening = sum(
+        (a * torch.exp(-b * x) for a, b in zip(AMPLITUDES, EXPONENTS, strict=True)), torch.zeros_like(x)
+    )
     return COULOMB * z_i * z_j / length * screening
 
 
