@@ -22,8 +22,8 @@ def example_graphs() -> list[Graph]:
 def test_edge_vectors_point_from_centre_to_neighbour():
     graph = build_graph([1, 9], [[0, 0, 0], [0, 0, 3.0]], np.diag([9, 9, 4.0]), [False, False, True], 2.0)
     # Only the image of F below H and the image of H above F are near.
-    edges = sorted(zip(graph.source.tolist(), graph.destination.tolist(), graph.shift[:, 2].tolist()))
-    assert edges == [(0, 1, 1.0), (1, 0, -1.0)]
+    edges = sorted(torch.column_stack((graph.source, graph.destination, graph.shift[:, 2])).tolist())
+    assert edges == [[0, 1, 1], [1, 0, -1]]
     to_h = graph.edge_vectors()[graph.source.tolist().index(1)]
     assert to_h.tolist() == [0, 0, -1.0]
 

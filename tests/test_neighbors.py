@@ -47,10 +47,10 @@ def assert_same(positions, cell, pbc, cutoff) -> int:
     return len(listed)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_random_structures(seed):
-    """Any periodicity, skewed and small cells, atoms outside the cell, arbitrary rows of non-periodic axes."""
+    """Any periodicity, skewed and small cells, atoms outside the cell, any rows of non-periodic axes."""
     rng = np.random.default_rng(seed)
     pbc = rng.random(3) < 0.6
     cell = rng.normal(size=(3, 3)) * rng.uniform(1.5, 6)
@@ -66,7 +66,7 @@ def test_random_structures(seed):
 @pytest.mark.parametrize(
     ("atoms", "cutoff", "count"),
     [
-        # edge of the primitive cell 2.5 Angstrom: shells of 12, 6, 24, 12, 24 atoms at 2.5 x 1, sqrt 2 .. sqrt 5
+        # edge of the primitive cell 2.5 Angstrom: 12, 6, 24, 12, 24 atoms at 2.5 x 1, sqrt 2 .. sqrt 5
         (bulk("Cu", a=2.5 * 2**0.5), 6.0, 78),
         (bulk("Po", "sc", a=3.0), 3.1, 6),
         (Atoms("H", positions=[[1, 2, 3]]), 6.0, 0),
@@ -160,7 +160,7 @@ def test_within_cutoff_of_a_larger_list():
     moved = within_cutoff(skinned._replace(positions=torch.tensor(atoms.positions)), 5.0)
     fresh = build_graph(atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc, 5.0)
     as_set = [
-        {(*e, *s) for e, s in zip(zip(g.source.tolist(), g.destination.tolist()), g.shift.tolist())}
+        {tuple(edge) for edge in torch.column_stack((g.source, g.destination, g.shift)).tolist()}
         for g in (moved, fresh)
     ]
     assert as_set[0] == as_set[1]
@@ -175,9 +175,9 @@ CUBE = np.eye(3) * 4
     ("positions", "cell", "pbc", "cutoff", "message"),
     [
         ([[0, 0, 0], [0, np.nan, 0]], CUBE, [1, 1, 1], 3, "position of atom 1 is not finite"),
-        ([[0, 0, 0]], CUBE * np.inf, [1, 1, 1], 3, "the cell is not finite"),
+        ([[0, 0, 0]], np.full((3, 3), np.inf), [1, 1, 1], 3, "the cell is not finite"),
         ([[0, 0, 0], [1, 1, 1], [4, 0, 1e-6]], CUBE, [1, 1, 1], 3, "atoms 0 and 2 coincide"),
-        ([[0, 0, 0]], np.diag([4, 4, 0]), [1, 1, 1], 3, r"axis 2 is periodic .* \[0.0, 0.0, 0.0\] is zero"),
+        ([[0, 0, 0]], np.diag([4, 4, 0]), [1, 1, 1], 3, r"axis 2 is periodic .*, 0.0\] is zero"),
         ([[0, 0, 0]], [[4, 0, 0], [8, 0, 0], [0, 0, 4]], [1, 1, 0], 3, "axis 0 is periodic .* nearly in the"),
         ([[0, 0, 0]], [[4, 0, 0], [0, 4, 0], [4, 4, 0.01]], [1, 1, 1], 3, "make the axis non-periodic"),
         ([[0, 0]], CUBE, [1, 1, 1], 3, r"positions must have the shape \(atoms, 3\), got \(1, 2\)"),

@@ -24,15 +24,15 @@ def elements_in(frames: Sequence[Frame]) -> list[str]:
 def summarize(frames_by_split: Mapping[str, Sequence[Frame]]) -> Table:
     """Table of structures, atoms, elements and labels, one row per split."""
     table = Table(title="Data", title_justify="left")
-    for column in ("", "structures", "atoms min/mean/max", "elements", "labels"):
-        table.add_column(
-            column, justify="right" if column in ("structures", "atoms min/mean/max") else "left"
-        )
+    table.add_column("")
+    table.add_column("structures", justify="right")
+    table.add_column("atoms min/mean/max", justify="right")
+    table.add_column("elements")
+    table.add_column("labels", no_wrap=True)
     for name, frames in frames_by_split.items():
         atoms = np.array([len(frame) for frame in frames])
         sizes = f"{atoms.min()}/{atoms.mean():.1f}/{atoms.max()}" if len(atoms) else "-"
-        labels = ", ".join(f"{label} {count}/{len(frames)}" for label, count in label_counts(frames).items())
-        table.add_row(name, str(len(frames)), sizes, " ".join(elements_in(frames)), labels)
+        table.add_row(name, str(len(frames)), sizes, " ".join(elements_in(frames)), _labels(frames, "\n"))
     return table
 
 
@@ -49,10 +49,9 @@ def check_labels(frames: Sequence[Frame], weights: Mapping[str, float]) -> None:
     counts = label_counts(frames)
     for name, weight in weights.items():
         if weight and not counts[name]:
-            found = ", ".join(f"{label} {count}/{len(frames)}" for label, count in counts.items())
             raise ValueError(
                 f"training.{name}_weight = {weight:g}, but no structure has a label for {name} "
-                f"(found {found}); set the weight to 0, or name the label in data.keys"
+                f"(found {_labels(frames, ', ')}); set the weight to 0, or name the label in data.keys"
             )
 
 
@@ -85,3 +84,9 @@ def check_charge_spin(frames: Sequence[Frame]) -> None:
                 f"{frame.origin} has no charge and spin multiplicity, which the model is conditioned on; add "
                 "them (info keys charge and spin) or set model.default_charge_spin"
             )
+
+
+def _labels(frames: Sequence[Frame], separator: str) -> str:
+    """Such as: energy 50/50, forces 50/50, virial 12/50."""
+    counts = label_counts(frames).items()
+    return separator.join(f"{label} {count}/{len(frames)}" for label, count in counts)

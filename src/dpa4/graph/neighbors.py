@@ -1,7 +1,7 @@
 """Neighbour lists: every pair of atoms within the cutoff, over all periodic images.
 
-The search is vesin's; which pairs belong to the list is decided here, in float64, so that the list has exactly
-the edges of the definition 0 < |r_j + S cell - r_i| <= cutoff.
+The search is vesin's; which pairs belong to the list is decided here, in float64, so that the list has the
+edges of the definition 0 < |r_j + S cell - r_i| <= cutoff and no others.
 """
 
 from typing import NamedTuple
@@ -29,8 +29,8 @@ class Neighbors(NamedTuple):
 def neighbor_list(positions: ArrayLike, cell: ArrayLike, pbc: ArrayLike, cutoff: float) -> Neighbors:
     """Find all directed pairs with a distance of at most the cutoff.
 
-    Positions may lie outside the cell, the cell may be skewed or smaller than the cutoff (an atom then has its
-    own images as neighbours), and any of its axes may be periodic.
+    Positions may lie outside the cell, the cell may be skewed or smaller than the cutoff (an atom then has
+    its own images as neighbours), and any of its axes may be periodic.
 
     Args:
         positions: Atom positions (N, 3), in Angstrom.
@@ -132,12 +132,13 @@ def _checked(
 def _completed(
     lattice: NDArray[np.float64], pbc: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Complete the periodic rows by orthogonal unit vectors; also the distance between opposite faces (3,)."""
-    heights = np.zeros(3)
-    lengths = np.linalg.norm(lattice, axis=1)
-    if (lengths[pbc] > 0).all() and np.linalg.matrix_rank(lattice, tol=1e-12) == pbc.sum():
+    """Complete the periodic rows by orthogonal unit vectors; also the distances of opposite faces (3,)."""
+    full, heights = lattice, np.linalg.norm(lattice, axis=1)
+    if np.linalg.matrix_rank(lattice) == pbc.sum():
         full = complete_cell(lattice)
         heights = 1 / np.linalg.norm(np.linalg.inv(full), axis=0)
+    elif (heights[pbc] > 0).all():
+        heights = np.zeros(3)
     if (heights[pbc] < MIN_HEIGHT).any():
         axis = int(np.flatnonzero(pbc & (heights < MIN_HEIGHT))[0])
         raise ValueError(
