@@ -1,0 +1,92 @@
+"""Acetylacetone (BOTNet data sets): train on 300 K molecular dynamics, test at 300 K and 600 K.
+
+    python benchmarks/acac.py DATA --output acac-run [--minutes 20] [--set model.lmax=2 ...]
+
+DATA is the folder with train_300K.xyz, test_MD_300K.xyz and test_MD_600K.xyz. The number of steps is what fits
+into the minutes, from the measured time of a step. Prints one JSON line; results are in benchmarks/README.md.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from dpa4.data import read_frames
+from dpa4.potential import load_potential
+from dpa4.training import RunConfig, choose_device, evaluate, load_run_config, train
+
+RUN = """
+model:
+  preset: paper-air
+  n_blocks: 2
+  mixing_layers: 3
+  edge_norm: false
+  cutoff: 5.0
+data:
+  validation_fraction: 0.1
+  reference_energies: least_squares
+training:
+  batch_size: 8
+  learning_rate: 2e-3
+  energy_weight: 60
+  forces_weight: 20
+  log_interval: 100
+"""
+
+
+def configuration(folder: Path, output: Path, overrides: list[str]) -> RunConfig:
+    """The run with its data and output, written to a file as a user would."""
+    path = output.with_suffix(".yaml")
+    path.write_text(RUN)
+    files = [f"data.train={folder / 'train_300K.xyz'}", f"output={output}"]
+    return load_run_config(path, [*files, *overrides])
+
+
+def seconds_per_step(folder: Path, output: Path, overrides: list[str]) -> float:
+    """Time of a step after the first ones, from two short runs."""
+    times = []
+    for steps in (20, 120):
+        start = time.perf_counter()
+        settings = [f"training.steps={steps}", f"training.validation_interval={steps}"]
+        train(configuration(folder, output, [*overrides, *settings]))
+        times.append(time.perf_counter() - start)
+        shutil.rmtree(output)
+    return (times[1] - times[0]) / 100
+
+
+def main() -> None:
+    """Train, evaluate on both test sets, print a JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("acac-run"))
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    options = parser.parse_args()
+
+    step = seconds_per_step(options.data, options.output, options.overrides)
+    steps = int(options.minutes * 60 / step)
+    settings = [f"training.steps={steps}", f"training.validation_interval={max(steps // 60, 1)}"]
+    start = time.perf_counter()
+    best = train(configuration(options.data, options.output, [*options.overrides, *settings]))
+    result: dict[str, object] = {"train_s": round(time.perf_counter() - start), "steps": steps, "ms_per_step": 1e3 * step}
+    device = choose_device("auto")
+    potential = load_potential(best, device=device)
+    for temperature in (300, 600):
+        frames = read_frames(options.data / f"test_MD_{temperature}K.xyz")
+        table = evaluate(potential, frames, output=options.output / f"test_{temperature}K", device=device)
+        for quantity in ("energy", "forces"):
+            row = table.row(quantity)
+            assert row is not None
+            result[f"{quantity}_{temperature}K"] = {"rmse": row.rmse, "mae": row.mae, "unit": row.unit}
+    result |= {"torch": torch.__version__, "overrides": options.overrides}
+    result["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    line = json.dumps(result)
+    (options.output / "result.json").write_text(line + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()
