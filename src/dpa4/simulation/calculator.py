@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
@@ -28,8 +29,8 @@ class DPA4Calculator(Calculator):
     """Energy, forces and stress of a DPA4 potential for ASE.
 
     Results, in eV and Angstrom: ``energy``, ``free_energy`` (the same), ``energies`` (of the atoms, (N,)),
-    ``forces`` (N, 3), and for cells periodic along all axes ``stress`` (6,) in the order xx, yy, zz, yz, xz, xy,
-    positive under tension. Several models form a committee: the results are means, and ``energy_std``,
+    ``forces`` (N, 3), and for cells periodic along all axes ``stress`` (6,) in the order xx, yy, zz, yz, xz,
+    xy, positive under tension. Several models form a committee: the results are means, and ``energy_std``,
     ``forces_std`` and ``stress_std`` their standard deviations over the models (divided by their number).
 
     Models conditioned on charge and spin read the total charge from ``atoms.info["charge"]`` and the
@@ -136,6 +137,16 @@ class DPA4Calculator(Calculator):
         graphs = [shared._replace(charge_spin=own) for own in self._edges.charge_spin]
         cutoffs = [potential.config.cutoff for potential in self.potentials]
         return [g if c == radius else within_cutoff(g, c) for g, c in zip(graphs, cutoffs, strict=True)]
+
+
+def labelled(atoms: Atoms) -> Atoms:
+    """A copy that carries its present energy, forces and, where there is one, stress, ready to be written."""
+    frame = atoms.copy()
+    results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(apply_constraint=False)}
+    if atoms.pbc.all() and "stress" in atoms.calc.implemented_properties:
+        results["stress"] = atoms.get_stress(apply_constraint=False)
+    frame.calc = SinglePointCalculator(frame, **results)
+    return frame
 
 
 @dataclass(frozen=True)

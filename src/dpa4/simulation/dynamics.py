@@ -1,0 +1,289 @@
+"""Molecular dynamics with ASE's integrators: logged, plotted, and resumed exactly after an interruption."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from ase import Atoms, units
+from ase.calculators.calculator import Calculator
+from ase.io import write
+from ase.md.langevin import Langevin
+from ase.md.verlet import VelocityVerlet
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dpa4.potential.files import atomic_write
+from dpa4.simulation.calculator import labelled
+from dpa4.simulation.interrupt import stop_requests
+from dpa4.training.state import CsvLog, read_csv
+
+Ensemble = Literal["nve", "langevin"]
+
+COLUMNS = ("step", "time_ps", "potential_eV", "kinetic_eV", "total_eV", "temperature_K")
+PRESSURE = "pressure_GPa"  # last column, of cells periodic along all axes
+RESTART_INTERVAL = 1000  # steps between restart files; an interruption writes one too
+RESTART_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class DynamicsResult:
+    """Outcome of a run, from its table thermo.csv."""
+
+    steps: int  # done, those before a restart included
+    finished: bool  # false after an interruption
+    temperature: float  # mean, K
+    drift: float | None  # slope of the total energy by least squares, meV/atom/ps; only nve
+    deviation: float | None  # largest distance of the total energy from its start, meV/atom; only nve
+
+
+def run_md(
+    atoms: Atoms,
+    calculator: Calculator,
+    output: str | Path,
+    *,
+    steps: int,
+    ensemble: Ensemble = "nve",
+    temperature: float = 300.0,
+    timestep: float = 0.5,
+    friction: float = 0.01,
+    interval: int = 10,
+    seed: int = 0,
+    resume: bool = False,
+    progress: bool = True,
+) -> DynamicsResult:
+    """Run molecular dynamics; ``atoms`` ends as the last structure.
+
+    Writes into the folder ``output``: trajectory.xyz, thermo.csv, thermo.png and restart.json. Ctrl-C
+    finishes the step and saves; with ``resume`` the run then goes on to the same numbers as without the
+    interruption (to rounding, if the calculator keeps neighbours from step to step). A larger ``steps`` extends a
+    finished run.
+
+    Args:
+        atoms: Start. Constraints hold, and momenta are kept; where they are all zero they are drawn.
+        calculator: ASE calculator.
+        output: Folder, made if absent.
+        steps: Steps of the whole run, those before a restart included.
+        ensemble: "nve" by velocity Verlet, or "langevin" at constant temperature; the latter lets the centre
+            of mass diffuse.
+        temperature: Of the drawn momenta and of the Langevin bath, in K. From a relaxed start without a bath,
+            half of it goes into the potential energy.
+        timestep: In fs.
+        friction: Of the Langevin bath, in 1/fs.
+        interval: Steps between rows of the table and frames of the trajectory.
+        seed: Of the random numbers.
+        resume: Continue the run in ``output``.
+        progress: Show a progress bar on a terminal.
+
+    Raises:
+        FileExistsError: If ``output`` already holds a run and ``resume`` is not set.
+        FileNotFoundError: If there is no run to resume.
+        ValueError: If an argument is not allowed, or the run to resume had other settings or atoms.
+        RuntimeError: If a step fails, usually because the timestep is too long.
+    """
+    settings = {
+        "ensemble": ensemble,
+        "temperature": float(temperature),
+        "timestep": float(timestep),
+        "friction": float(friction),
+        "interval": interval,
+        "seed": seed,
+    }
+    _check_settings(settings | {"steps": steps})
+    run = _Run(atoms, calculator, Path(output), settings, resume)
+    try:
+        with stop_requests() as stopped, _progress(progress, steps, run.step) as bar:
+            while run.step < steps and not stopped:
+                run.advance()
+                bar.update(bar.task_ids[0], completed=run.step, status=run.status)
+            run.save()
+    finally:
+        run.log.close()
+    return _finish(Path(output), run.step, run.step >= steps, len(atoms), ensemble)
+
+
+class _Run:
+    """State and files of a run."""
+
+    def __init__(
+        self, atoms: Atoms, calculator: Calculator, folder: Path, settings: dict[str, Any], resume: bool
+    ):
+        self.atoms, self.folder, self.settings = atoms, folder, settings
+        self.restart, self.trajectory = folder / "restart.json", folder / "trajectory.xyz"
+        self.rng = np.random.default_rng(settings["seed"])
+        self.step = 0
+        self.status = ""
+        if resume:
+            self._load()
+        else:
+            self._start()
+        atoms.calc = calculator
+        atoms.get_forces()  # what is wrong with the structure shows before there are files
+        self.integrator = _integrator(atoms, settings, self.rng)
+        self.has_pressure = bool(atoms.pbc.all()) and "stress" in calculator.implemented_properties
+        columns = (*COLUMNS, PRESSURE) if self.has_pressure else COLUMNS
+        self.log = CsvLog(folder / "thermo.csv", columns, self.step if resume else None)
+        if not resume:
+            self._record()
+            self.save()
+
+    def advance(self) -> None:
+        """One step, and what is due after it."""
+        try:
+            self.integrator.step()
+        except ValueError as error:  # positions that are not finite, atoms that coincide
+            raise RuntimeError(
+                f"step {self.step + 1} failed: {error}. Try a shorter timestep than "
+                f"{self.settings['timestep']} fs; {self.trajectory} shows what happened before"
+            ) from error
+        self.step += 1
+        if self.step % self.settings["interval"] == 0:
+            self._record()
+        if self.step % RESTART_INTERVAL == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Write the restart file."""
+        state = {
+            "format": RESTART_FORMAT,
+            "settings": self.settings,
+            "step": self.step,
+            "atomic_numbers": self.atoms.numbers.tolist(),
+            "cell": self.atoms.cell.array.tolist(),
+            "positions": self.atoms.positions.tolist(),
+            "momenta": self.atoms.get_momenta().tolist(),
+            "random": self.rng.bit_generator.state,
+            "trajectory_bytes": self.trajectory.stat().st_size,
+        }
+        with atomic_write(self.restart) as temporary:
+            temporary.write_text(json.dumps(state), encoding="utf-8")
+
+    def _start(self) -> None:
+        for name in (self.restart.name, "thermo.csv", self.trajectory.name):
+            if (self.folder / name).exists():
+                raise FileExistsError(
+                    f"{self.folder} already holds {name} of a run; resume it or choose another folder"
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.atoms.get_momenta().any():
+            draw_momenta(self.atoms, self.settings["temperature"], self.rng)
+
+    def _load(self) -> None:
+        if not self.restart.is_file():
+            raise FileNotFoundError(f"there is no run to resume in {self.folder}: {self.restart} is absent")
+        try:
+            state = json.loads(self.restart.read_text(encoding="utf-8"))
+            found = state["format"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{self.restart} is damaged or not a restart file ({error!r})") from error
+        if found != RESTART_FORMAT:
+            raise ValueError(f"{self.restart} has format {found}; this version reads format {RESTART_FORMAT}")
+        for name, value in self.settings.items():
+            if state["settings"][name] != value:
+                raise ValueError(f"{name} = {value}, but the run to resume has {state['settings'][name]}")
+        if state["atomic_numbers"] != self.atoms.numbers.tolist():
+            raise ValueError(f"the atoms are not those of the run to resume in {self.folder}")
+        self.step = state["step"]
+        self.atoms.set_cell(state["cell"])
+        self.atoms.set_positions(state["positions"], apply_constraint=False)
+        self.atoms.set_momenta(state["momenta"], apply_constraint=False)
+        self.rng.bit_generator.state = state["random"]
+        os.truncate(self.trajectory, state["trajectory_bytes"])  # frames after the restart file come again
+
+    def _record(self) -> None:
+        """Add a row to the table and a frame to the trajectory."""
+        atoms = self.atoms
+        time = round(self.step * self.settings["timestep"] / 1000, 9)
+        potential, kinetic = float(atoms.get_potential_energy()), float(atoms.get_kinetic_energy())
+        values = (self.step, time, potential, kinetic, potential + kinetic, float(atoms.get_temperature()))
+        row: dict[str, Any] = dict(zip(COLUMNS, values, strict=True))
+        if self.has_pressure:
+            stress = atoms.get_stress(apply_constraint=False, include_ideal_gas=True)
+            row[PRESSURE] = float(-stress[:3].mean() / units.GPa)
+        self.log.write(row)
+        frame = labelled(atoms)
+        frame.info |= {"step": self.step, "time_ps": time}
+        write(self.trajectory, frame, format="extxyz", append=True)
+        self.status = f"{time:.3f} ps  {row['temperature_K']:.0f} K  {row['total_eV']:.4f} eV"
+
+
+def draw_momenta(atoms: Atoms, temperature: float, rng: np.random.Generator) -> None:
+    """Draw momenta from the Maxwell-Boltzmann distribution, scaled to exactly the temperature (K).
+
+    Without constraints the centre of mass rests, and without periodicity the structure does not rotate.
+    """
+    masses = atoms.get_masses()[:, None]
+    momenta = np.sqrt(masses * units.kB * temperature) * rng.normal(size=(len(atoms), 3))
+    if len(atoms) > 1 and not atoms.constraints:
+        momenta -= masses * momenta.sum(axis=0) / masses.sum()
+        if not atoms.pbc.any():
+            arms = atoms.positions - atoms.get_center_of_mass()
+            inertia = (masses * arms).T @ arms
+            inertia = np.trace(inertia) * np.eye(3) - inertia
+            turning = np.linalg.pinv(inertia, rcond=1e-8) @ np.cross(arms, momenta).sum(axis=0)
+            momenta -= masses * np.cross(turning, arms)
+    atoms.set_momenta(momenta)
+    if (drawn := atoms.get_temperature()) > 0:
+        atoms.set_momenta(atoms.get_momenta() * np.sqrt(temperature / drawn))
+
+
+def _integrator(
+    atoms: Atoms, settings: dict[str, Any], rng: np.random.Generator
+) -> VelocityVerlet | Langevin:
+    timestep = settings["timestep"] * units.fs
+    if settings["ensemble"] == "nve":
+        return VelocityVerlet(atoms, timestep)
+    bath = {"temperature_K": settings["temperature"], "friction": settings["friction"] / units.fs}
+    return Langevin(atoms, timestep, rng=rng, fixcm=False, **bath)  # fixcm would distort the distribution
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    if settings["ensemble"] not in ("nve", "langevin"):
+        raise ValueError(f"ensemble must be nve or langevin, got {settings['ensemble']!r}")
+    for name, unit in (("timestep", "fs"), ("friction", "1/fs")):
+        if not 0 < settings[name] < np.inf:
+            raise ValueError(f"{name} must be positive (in {unit}), got {settings[name]}")
+    if not 0 <= settings["temperature"] < np.inf:
+        raise ValueError(f"temperature must be at least 0 K, got {settings['temperature']}")
+    for name in ("steps", "interval"):
+        if settings[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {settings[name]}")
+
+
+def _progress(show: bool, steps: int, done: int) -> Progress:
+    status = TextColumn("{task.fields[status]}")
+    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), status)
+    bar = Progress(*columns)
+    bar.disable = not show or not bar.console.is_terminal
+    bar.add_task("md", total=steps, completed=done, status="")
+    return bar
+
+
+def _finish(folder: Path, steps: int, finished: bool, num_atoms: int, ensemble: str) -> DynamicsResult:
+    """Statistics and figure of the whole run, from its table."""
+    rows = read_csv(folder / "thermo.csv")
+    table = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+    change = 1000 * (table["total_eV"] - table["total_eV"][0]) / num_atoms
+    _plot(table, change, folder / "thermo.png")
+    drift = deviation = None
+    if ensemble == "nve":
+        deviation = float(np.abs(change).max())
+        drift = float(np.polyfit(table["time_ps"], change, 1)[0]) if len(rows) > 1 else None
+    return DynamicsResult(steps, finished, float(table["temperature_K"].mean()), drift, deviation)
+
+
+def _plot(table: dict[str, np.ndarray], change: np.ndarray, path: Path) -> None:
+    from matplotlib.figure import Figure  # takes a second to import
+
+    panels = [("total energy - start (meV/atom)", change), ("temperature (K)", table["temperature_K"])]
+    panels += [("pressure (GPa)", table[PRESSURE])] if PRESSURE in table else []
+    figure = Figure(figsize=(7, 2.3 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True)
+    for axis, (label, values) in zip(axes, panels, strict=True):
+        axis.plot(table["time_ps"], values, linewidth=1)
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[-1].set_xlabel("time (ps)")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

@@ -1,0 +1,290 @@
+"""Molecular dynamics: conservation, the right temperature, exact restarts, and what is written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from ase import Atoms, units
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms
+from ase.io import read
+
+from dpa4.simulation import DPA4Calculator, run_md
+from dpa4.simulation.dynamics import draw_momenta
+from dpa4.training.state import read_csv
+from helpers import crystal, molecule, random_potential
+
+
+def copper(repeat: int = 2) -> Atoms:
+    return bulk("Cu", cubic=True).repeat(repeat)
+
+
+def run(atoms, calculator, folder, **options):
+    return run_md(atoms, calculator, folder, **({"progress": False} | options))
+
+
+def thermo(folder, column: str) -> np.ndarray:
+    return np.array([float(row[column]) for row in read_csv(folder / "thermo.csv")])
+
+
+def test_energy_error_of_a_potential_falls_with_the_square_of_the_timestep(tmp_path):
+    calculator = DPA4Calculator(random_potential(), device="cpu", dtype="float64")
+    deviations = []
+    for steps in (15, 30, 60):
+        options = {"timestep": 22.5 / steps, "interval": steps // 15, "steps": steps}
+        deviations.append(run(crystal(), calculator, tmp_path / str(steps), **options).deviation)
+    # velocity Verlet is of second order, so halving the timestep divides the error by four
+    assert deviations[0] / deviations[1] == pytest.approx(4, rel=0.1)
+    assert deviations[1] / deviations[2] == pytest.approx(4, rel=0.1)
+    kinetic = thermo(tmp_path / "60", "kinetic_eV")
+    assert (
+        1000 * np.ptp(kinetic) / 6 > 100 * deviations[2]
+    )  # the energy goes to and fro much more than it drifts
+
+
+def test_files_and_statistics(tmp_path):
+    atoms = copper()
+    start = atoms.copy()
+    result = run(atoms, EMT(), tmp_path / "a" / "run", steps=40, timestep=5.0, interval=4)
+    folder = tmp_path / "a" / "run"
+    assert (result.steps, result.finished) == (40, True)
+    time, total = thermo(folder, "time_ps"), thermo(folder, "total_eV")
+    np.testing.assert_allclose(time, np.arange(11) * 0.02, atol=1e-12)
+    assert thermo(folder, "temperature_K")[0] == pytest.approx(300)
+    assert result.temperature == pytest.approx(thermo(folder, "temperature_K").mean())
+    assert result.deviation == pytest.approx(1000 * np.abs(total - total[0]).max() / 32)
+    slope = np.cov(time, total)[0, 1] / np.var(time, ddof=1)
+    assert result.drift == pytest.approx(1000 * slope / 32, rel=1e-6)
+    np.testing.assert_allclose(total, thermo(folder, "potential_eV") + thermo(folder, "kinetic_eV"))
+    frames = read(folder / "trajectory.xyz", ":")
+    assert [f.info["step"] for f in frames] == list(range(0, 41, 4))
+    np.testing.assert_allclose(frames[0].positions, start.positions, atol=1e-7)
+    last = frames[-1]
+    np.testing.assert_allclose(last.positions, atoms.positions, atol=1e-7)
+    np.testing.assert_allclose(last.get_momenta(), atoms.get_momenta(), atol=1e-7)
+    np.testing.assert_allclose(last.get_forces(), atoms.get_forces(), atol=1e-7)
+    assert last.get_potential_energy() == pytest.approx(thermo(folder, "potential_eV")[-1])
+    pressure = -atoms.get_stress(include_ideal_gas=True)[:3].mean() / units.GPa
+    assert thermo(folder, "pressure_GPa")[-1] == pytest.approx(pressure)
+    assert (folder / "thermo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_drift_of_a_table_is_its_slope(tmp_path):
+    """The fit over a run whose energy is replaced by a known line."""
+    from dpa4.simulation.dynamics import COLUMNS, _finish
+    from dpa4.training.state import CsvLog
+
+    log = CsvLog(tmp_path / "thermo.csv", COLUMNS)
+    for step in range(5):
+        log.write(
+            dict(zip(COLUMNS, (step, 0.1 * step, 0.0, 0.0, 7 + 0.002 * step, 100.0 + step), strict=True))
+        )
+    log.close()
+    result = _finish(tmp_path, 4, True, num_atoms=10, ensemble="nve")
+    assert result.drift == pytest.approx(2.0)  # 0.02 eV/ps over 10 atoms
+    assert result.deviation == pytest.approx(0.8)
+    assert result.temperature == pytest.approx(102)
+    assert _finish(tmp_path, 4, True, num_atoms=10, ensemble="langevin").drift is None
+
+
+def test_isolated_structures_have_no_pressure(tmp_path):
+    calculator = DPA4Calculator(random_potential(), device="cpu", dtype="float64")
+    run(molecule(), calculator, tmp_path, steps=3, interval=1)
+    assert "pressure_GPa" not in read_csv(tmp_path / "thermo.csv")[0]
+    assert len(read(tmp_path / "trajectory.xyz", ":")) == 4
+
+
+def test_langevin_reaches_its_temperature(tmp_path):
+    atoms = copper(2)
+    options = {"ensemble": "langevin", "temperature": 500.0, "friction": 0.05, "timestep": 5.0}
+    result = run(atoms, EMT(), tmp_path, steps=400, interval=5, **options)
+    assert result.drift is None and result.deviation is None
+    late = thermo(tmp_path, "temperature_K")[30:]
+    # standard error of the mean: 500 K sqrt(2 / 96 degrees of freedom) / sqrt(20 independent samples) = 16 K
+    assert late.mean() == pytest.approx(500, abs=50)
+
+
+def test_drawn_momenta():
+    atoms = molecule(n=9)
+    draw_momenta(atoms, 250.0, np.random.default_rng(0))
+    assert atoms.get_temperature() == pytest.approx(250)
+    np.testing.assert_allclose(atoms.get_momenta().sum(axis=0), 0, atol=1e-12)
+    np.testing.assert_allclose(atoms.get_angular_momentum(), 0, atol=1e-12)
+    linear = Atoms("OCO", [(-1.2, 0, 0), (0, 0, 0), (1.2, 0, 0)])
+    draw_momenta(linear, 250.0, np.random.default_rng(0))
+    np.testing.assert_allclose(linear.get_angular_momentum(), 0, atol=1e-12)
+    assert linear.get_temperature() == pytest.approx(250)
+    one = Atoms("C", [(0, 0, 0)])
+    draw_momenta(one, 250.0, np.random.default_rng(0))
+    assert one.get_temperature() == pytest.approx(250)
+    fixed = copper(1)
+    fixed.set_constraint(FixAtoms([0]))
+    draw_momenta(fixed, 250.0, np.random.default_rng(0))
+    assert np.all(fixed.get_momenta()[0] == 0)
+    assert fixed.get_temperature() == pytest.approx(250)
+
+
+def test_distribution_of_drawn_momenta():
+    atoms = Atoms(["H", "O"] * 4000, positions=np.zeros((8000, 3)), pbc=True, cell=[5] * 3)
+    draw_momenta(atoms, 300.0, np.random.default_rng(0))
+    momenta = atoms.get_momenta()
+    for element, mass in (("H", 1.008), ("O", 15.999)):
+        own = momenta[atoms.symbols == element]
+        assert (own**2).mean() / mass == pytest.approx(units.kB * 300, rel=0.05)  # equipartition
+        assert (own**4).mean() / (own**2).mean() ** 2 == pytest.approx(3, rel=0.1)  # a normal distribution
+
+
+def test_momenta_and_constraints_are_kept(tmp_path):
+    atoms = copper(1)
+    atoms.rattle(0.1, seed=0)
+    atoms.set_constraint(FixAtoms([1]))
+    momenta = np.random.default_rng(0).normal(size=(4, 3))
+    atoms.set_momenta(momenta)
+    fixed = atoms.positions[1].copy()
+    run(atoms, EMT(), tmp_path, steps=5, interval=1, temperature=900.0)
+    first = read(tmp_path / "trajectory.xyz", 0)
+    np.testing.assert_allclose(first.get_momenta(), momenta * [[1], [0], [1], [1]], atol=1e-7)
+    assert np.array_equal(atoms.positions[1], fixed)
+
+
+class Small(DPA4Calculator):
+    """A tiny potential that calls a function at one evaluation; without a skin it has no memory."""
+
+    def __init__(self, at: int = 0, action=None):
+        super().__init__(random_potential(n_blocks=1, lmax=1), device="cpu", dtype="float64")
+        self.left, self.action = at, action
+
+    def calculate(self, *arguments, **options):
+        self.left -= 1
+        if self.left == 0:
+            self.action()
+        super().calculate(*arguments, **options)
+
+
+def send(number: int):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def same_files(one, two) -> bool:
+    return all((one / n).read_text() == (two / n).read_text() for n in ("thermo.csv", "trajectory.xyz"))
+
+
+@pytest.mark.parametrize("ensemble", ["nve", "langevin"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed_is_the_same_run(tmp_path, ensemble, number):
+    options = {"ensemble": ensemble, "timestep": 1.0, "interval": 4, "steps": 30}
+    whole = crystal()
+    expected = run(whole, Small(), tmp_path / "whole", **options)
+    handler = signal.getsignal(number)
+    stopped = run(crystal(), Small(18, send(number)), tmp_path / "parted", **options)
+    assert not stopped.finished and 15 < stopped.steps < 19
+    assert signal.getsignal(number) is handler
+    resumed = crystal()
+    result = run(resumed, Small(), tmp_path / "parted", resume=True, **options)
+    assert result == expected
+    assert np.array_equal(resumed.positions, whole.positions)
+    assert np.array_equal(resumed.get_momenta(), whole.get_momenta())
+    assert same_files(tmp_path / "parted", tmp_path / "whole")
+
+
+def test_a_killed_run_repeats_what_came_after_the_restart_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("dpa4.simulation.dynamics.RESTART_INTERVAL", 10)
+    options = {"timestep": 1.0, "interval": 4, "steps": 40}
+    run(crystal(), Small(), tmp_path / "whole", **options)
+
+    class Killed(BaseException):
+        pass
+
+    def kill():
+        raise Killed
+
+    with pytest.raises(Killed):
+        run(crystal(), Small(30, kill), tmp_path / "killed", **options)
+    assert json.loads((tmp_path / "killed" / "restart.json").read_text())["step"] == 20
+    assert thermo(tmp_path / "killed", "step")[-1] == 28
+    run(crystal(), Small(), tmp_path / "killed", resume=True, **options)
+    assert same_files(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_finished_run_is_extended(tmp_path):
+    run(crystal(), Small(), tmp_path / "whole", steps=20)
+    run(crystal(), Small(), tmp_path / "extended", steps=10)
+    assert run(crystal(), Small(), tmp_path / "extended", steps=10, resume=True).steps == 10
+    assert run(crystal(), Small(), tmp_path / "extended", steps=20, resume=True).finished
+    assert same_files(tmp_path / "extended", tmp_path / "whole")
+
+
+def test_seed_decides_the_run(tmp_path):
+    positions = []
+    for number, seed in enumerate((1, 1, 2)):
+        atoms = copper(1)
+        run(atoms, EMT(), tmp_path / str(number), steps=5, seed=seed)
+        positions.append(atoms.positions)
+    assert np.array_equal(positions[0], positions[1])
+    assert not np.allclose(positions[0], positions[2])
+
+
+def test_second_signal_acts_at_once():
+    code = (
+        "import os, signal\nfrom dpa4.simulation.interrupt import stop_requests\n"
+        "with stop_requests() as stopped:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n    assert stopped == [signal.SIGINT]\n"
+        "    try:\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except KeyboardInterrupt:\n        print('interrupted')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "interrupted\n"
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no run to resume in"):
+        run(copper(1), EMT(), tmp_path / "none", steps=5, resume=True)
+    with pytest.raises(ValueError, match="element N"):
+        run(Atoms("N2", [(0, 0, 0), (0, 0, 1)]), Small(), tmp_path, steps=5)
+    run(copper(1), EMT(), tmp_path, steps=5)  # the failed start left nothing in the way
+    with pytest.raises(FileExistsError, match="already holds restart.json of a run; resume"):
+        run(copper(1), EMT(), tmp_path, steps=5)
+    with pytest.raises(ValueError, match="timestep = 1.0, but the run to resume has 0.5"):
+        run(copper(1), EMT(), tmp_path, steps=5, timestep=1, resume=True)
+    with pytest.raises(ValueError, match="the atoms are not those of the run to resume"):
+        run(copper(2), EMT(), tmp_path, steps=5, resume=True)
+    restart = tmp_path / "restart.json"
+    state = json.loads(restart.read_text())
+    restart.write_text(json.dumps(state | {"format": 2}))
+    with pytest.raises(ValueError, match="has format 2; this version reads format 1"):
+        run(copper(1), EMT(), tmp_path, steps=5, resume=True)
+    restart.write_text('{"form')
+    with pytest.raises(ValueError, match="damaged or not a restart file"):
+        run(copper(1), EMT(), tmp_path, steps=5, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("ensemble", "npt", "ensemble must be nve or langevin, got 'npt'"),
+        ("timestep", 0, r"timestep must be positive \(in fs\), got 0"),
+        ("friction", -1, r"friction must be positive \(in 1/fs\), got -1"),
+        ("temperature", -5, "temperature must be at least 0 K, got -5"),
+        ("steps", 0, "steps must be at least 1, got 0"),
+        ("interval", 0, "interval must be at least 1, got 0"),
+    ],
+)
+def test_arguments(tmp_path, option, value, message):
+    with pytest.raises(ValueError, match=message):
+        run(copper(1), EMT(), tmp_path, **({"steps": 5} | {option: value}))
+
+
+def test_an_explosion_is_explained(tmp_path):
+    class Exploding(DPA4Calculator):
+        def calculate(self, *arguments, **options):
+            super().calculate(*arguments, **options)
+            self.results["forces"] = self.results["forces"] + np.inf
+
+    calculator = Exploding(random_potential(), device="cpu")
+    with pytest.raises(RuntimeError, match="step 1 failed: .*not finite.*shorter timestep than 0.5 fs"):
+        run(molecule(), calculator, tmp_path, steps=5)
