@@ -1,0 +1,172 @@
+"""Atomic reference energies, the data table and the checks before a run."""
+
+import dataclasses
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase import Atoms
+from rich.console import Console
+
+from dpa4.data import (
+    Frame,
+    check_charge_spin,
+    check_elements,
+    check_labels,
+    frame_from_atoms,
+    is_isolated_atom,
+    label_counts,
+    read_frames,
+    reference_energies,
+    summarize,
+    without_isolated_atoms,
+)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+ENERGIES = {"H": -13.5, "C": -1027.0, "O": -2038.25}
+
+
+def frame(symbols: str, energy: float | None = None, origin: str = "a.xyz, frame 0", **info) -> Frame:
+    atoms = Atoms(symbols, positions=np.arange(len(Atoms(symbols)))[:, None] * [1.0, 0, 0])
+    atoms.info |= info if energy is None else info | {"energy": energy}
+    return frame_from_atoms(atoms, origin=origin)
+
+
+def total(symbols: str, binding: float = 0.0) -> Frame:
+    return frame(symbols, sum(ENERGIES[s] for s in Atoms(symbols).symbols) + binding)
+
+
+FREE_ATOMS = [frame(e, value, config_type="IsolatedAtom") for e, value in ENERGIES.items()]
+MOLECULES = [total("H2O"), total("CH4"), total("CO2"), total("CH3OH")]
+
+
+def test_isolated_atoms_are_recognised():
+    boxed = Atoms("H", cell=[20, 20, 20], pbc=True)
+    assert not is_isolated_atom(frame_from_atoms(boxed))  # a crystal of one atom per cell
+    for name in ("IsolatedAtom", "isolated_atom", "isolated_atoms"):
+        boxed.info["config_type"] = name
+        assert is_isolated_atom(frame_from_atoms(boxed))
+    assert is_isolated_atom(frame("H"))
+    assert not is_isolated_atom(frame("H2"))
+    assert not is_isolated_atom(frame("H2", config_type="IsolatedAtom"))
+    assert without_isolated_atoms([*FREE_ATOMS, *MOLECULES]) == MOLECULES
+
+
+def test_given():
+    assert reference_energies(ENERGIES | {"N": 1.0}, [], ["O", "H"]) == {"O": -2038.25, "H": -13.5}
+    with pytest.raises(ValueError, match=r"reference_energies has no value for \['N'\]; every element"):
+        reference_energies(ENERGIES, [], ["H", "N"])
+    with pytest.raises(ValueError, match=r"reference_energies of \['H'\] are not finite"):
+        reference_energies({"H": np.nan}, [], ["H"])
+
+
+def test_isolated():
+    frames = [*FREE_ATOMS, total("H2O", binding=-9.0)]
+    assert reference_energies("isolated", frames, ["C", "H"]) == {"C": -1027.0, "H": -13.5}
+    with pytest.raises(ValueError, match=r"isolated, but no frame is a free atom of \['N'\] with an energy"):
+        reference_energies("isolated", frames, ["C", "N"])
+    unlabelled = frame("N", config_type="IsolatedAtom")
+    with pytest.raises(ValueError, match=r"no frame is a free atom of \['N'\]"):
+        reference_energies("isolated", [*frames, unlabelled], ["N"])
+
+
+def test_contradicting_free_atoms():
+    frames = [frame("H", -13.5, "a.xyz, frame 0"), frame("H", -13.6, "b.xyz, frame 3")]
+    with pytest.raises(
+        ValueError, match="free atoms of H have different .*-13.5 eV in a.xyz, frame 0, -13.6 eV"
+    ):
+        reference_energies("isolated", frames, ["H"])
+    assert reference_energies("isolated", [frames[0], frames[0]], ["H"]) == {"H": -13.5}
+
+
+def test_least_squares_recovers_a_composition_model():
+    found = reference_energies("least_squares", MOLECULES, ["O", "N", "H", "C"])
+    assert list(found) == ["O", "N", "H", "C"]
+    assert found == pytest.approx(ENERGIES | {"N": 0.0}, abs=1e-9)
+
+
+def test_least_squares_of_one_composition_is_the_minimum_norm():
+    """Energies proportional to the counts, as for a trajectory of water (model-3 section 11)."""
+    frames = [frame("H2O", -467.0), frame("H2O", -469.0)]
+    found = reference_energies("least_squares", frames, ["O", "H"])
+    assert found == pytest.approx({"O": -93.6, "H": -187.2}, abs=1e-9)
+
+
+def test_least_squares_ignores_free_atoms_and_missing_energies():
+    frames = [frame("H", 1e6), frame("O2"), *MOLECULES]
+    assert reference_energies("least_squares", frames, ["H", "C", "O"]) == pytest.approx(ENERGIES, abs=1e-9)
+    with pytest.raises(ValueError, match="cannot be fitted, because no frame has an energy; give them"):
+        reference_energies("least_squares", [frame("O2")], ["O"])
+    with pytest.raises(ValueError, match=r"element C \(6\) of a.xyz, frame 0 is not in model.elements"):
+        reference_energies("least_squares", MOLECULES, ["H", "O"])
+
+
+def test_auto():
+    bound = [*MOLECULES, total("CO", binding=-11.0)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert reference_energies("auto", [*FREE_ATOMS, *bound], ["H", "C", "O"]) == ENERGIES
+        fitted = reference_energies("auto", bound, ["H", "C", "O"])
+        assert fitted == reference_energies("least_squares", bound, ["H", "C", "O"]) != ENERGIES
+        assert reference_energies("auto", [frame("O2")], ["O"]) == {"O": 0.0}
+    with pytest.warns(
+        UserWarning, match=r"fitted by least squares, because no frame is a free atom of \['O'\]"
+    ):
+        assert reference_energies("auto", [*FREE_ATOMS[:2], *bound], ["H", "C", "O"]) == fitted
+
+
+def test_unknown_source():
+    with pytest.raises(ValueError, match="must be auto, isolated, least_squares or a map .*, got 'lstsq'"):
+        reference_energies("lstsq", MOLECULES, ["H"])
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason=f"needs the reference data in {SHARED}")
+def test_real_isolated_atoms():
+    frames = read_frames([SHARED / "acac/isolated_atoms.xyz", SHARED / "acac/train_300K.xyz"])
+    assert len(without_isolated_atoms(frames)) == 500
+    energies = reference_energies("auto", frames, ["H", "C", "O"])
+    assert energies == pytest.approx({"H": -13.5684, "C": -1026.8539, "O": -2037.7969}, abs=1e-3)
+    binding = [f.energy - sum(energies["XH....CXO"[z]] for z in f.atomic_numbers) for f in frames[3:]]
+    assert -80 < min(binding) < max(binding) < -55  # C5H8O2: 14 bonds and a C=C and C=O
+
+
+def labelled_frames() -> list[Frame]:
+    plain = [frame("H2O", -1.0), frame("CH4", -2.0), frame("O2")]
+    return [dataclasses.replace(plain[0], forces=np.zeros((3, 3))), *plain[1:]]
+
+
+def test_summary_table():
+    frames = labelled_frames()
+    assert label_counts(frames) == {"energy": 2, "forces": 1, "virial": 0}
+    console = Console(file=io.StringIO(), width=100)
+    console.print(summarize({"training": frames, "validation": []}))
+    text = console.file.getvalue()
+    for part in ("training", "3", "2/3.3/5", "H C O", "energy 2/3", "forces 1/3", "virial 0/3", "energy 0/0"):
+        assert part in text
+
+
+def test_check_labels():
+    frames = labelled_frames()
+    check_labels(frames, {"energy": 1.0, "forces": 20.0, "virial": 0.0})
+    message = (
+        r"training.virial_weight = 5, but no structure has a label for virial \(found energy 2/3, forces 1/3"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_labels(frames, {"energy": 1.0, "forces": 20.0, "virial": 5.0})
+
+
+def test_check_elements():
+    check_elements(MOLECULES, ["O", "C", "H"])
+    strange = frame("OPu", origin="train.xyz, frame 12")
+    message = r"element Pu \(94\) of train.xyz, frame 12 is not in model.elements \['H', 'O'\]; retrain"
+    with pytest.raises(ValueError, match=message):
+        check_elements([MOLECULES[0], strange], ["H", "O"])
+
+
+def test_check_charge_spin():
+    charged = frame("OH", charge=-1, origin="b.xyz, frame 0")
+    check_charge_spin([charged])
+    with pytest.raises(ValueError, match="a.xyz, frame 0 has no charge and spin multiplicity"):
+        check_charge_spin([charged, MOLECULES[0]])
