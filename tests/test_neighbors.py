@@ -111,7 +111,7 @@ def test_very_flat_cells():
     """Many cells along one axis, one along the others: vesin's cell list divides by zero without help."""
     positions = np.array([[0, 0, 0], [0.1, 0.2, 0.3], [0.1, 0.3, 9000.0]])
     assert assert_same(positions, np.diag([1.0, 1.0, 12000.0]), [True] * 3, 0.1) == 0
-    assert_same(positions, np.diag([0.5, 0.5, 60000.0]), [True] * 3, 0.6)
+    assert assert_same(positions, np.diag([0.5, 0.5, 60000.0]), [True] * 3, 0.51) > 12
 
 
 def test_unwrapped_atoms_have_the_same_distances():
