@@ -276,7 +276,7 @@ def _finish(folder: Path, steps: int, finished: bool, num_atoms: int, ensemble: 
 def _plot(table: dict[str, np.ndarray], change: np.ndarray, path: Path) -> None:
     from matplotlib.figure import Figure  # takes a second to import
 
-    panels = [("total energy - start (meV/atom)", change), ("temperature (K)", table["temperature_K"])]
+    panels = [("energy change (meV/atom)", change), ("temperature (K)", table["temperature_K"])]
     panels += [("pressure (GPa)", table[PRESSURE])] if PRESSURE in table else []
     figure = Figure(figsize=(7, 2.3 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True)
