@@ -24,8 +24,10 @@ def test_the_starting_file_is_valid_and_changes_nothing(tmp_path):
 def test_the_starting_file_names_and_explains_every_option():
     lines = default_config_text().splitlines()
     for name, field in TrainingOptions.model_fields.items():
-        at = next(i for i, line in enumerate(lines) if line.startswith(f"  {name}:"))
-        assert lines[at - 1] == f"  # {field.description}"
+        at = end = next(i for i, line in enumerate(lines) if line.startswith(f"  {name}:"))
+        while lines[at - 1].startswith("  # "):
+            at -= 1
+        assert " ".join(line.removeprefix("  # ") for line in lines[at:end]) == field.description
     options = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
     comments = [line for line in lines if line.lstrip().startswith("#")]
     assert len(comments) > len(options)

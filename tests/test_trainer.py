@@ -1,4 +1,5 @@
 import csv
+import io
 import os
 import random
 import signal
@@ -26,6 +27,7 @@ from dpa4.training.prepare import batch_budget, changed_options, split
 from dpa4.training.state import CsvLog, load_state, read_csv, save_state
 from dpa4.training.trainer import Trainer, train
 
+SILENT = Console(quiet=True)
 MODEL = {"preset": "nano", "channels": 8, "cutoff": 4.0, "n_radial": 6, "mixing_layers": 1, "n_blocks": 1}
 
 
@@ -72,24 +74,16 @@ def options(data: Path, output: Path, **training) -> dict:
 
 
 def run(data, output, resume=False, **training) -> tuple[Path, str]:
-    console = Console(file=open(os.devnull, "w"), record=True, width=200)
-    try:
-        best = train(
-            RunConfig.model_validate(options(data, output, **training)), resume=resume, console=console
-        )
-    finally:
-        console.file.close()
+    console = Console(file=io.StringIO(), record=True, width=200)
+    config = RunConfig.model_validate(options(data, output, **training))
+    best = train(config, resume=resume, console=console)
     return best, console.export_text()
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(path)
 
 
 def assert_same_run(one: Path, two: Path) -> None:
     """Models, and logs without their times, are equal bit for bit."""
     for name in ("best.safetensors", "last.safetensors"):
-        a, b = weights(one / name), weights(two / name)
+        a, b = load_file(one / name), load_file(two / name)
         assert a.keys() == b.keys()
         for key in a:
             assert torch.equal(a[key], b[key]), (name, key)
@@ -154,8 +148,8 @@ def test_what_is_printed(data, tmp_path):
     assert best == tmp_path / "run" / "best.safetensors"
     assert "training.virial_weight = 5, because there are stress or virial labels" in text
     assert "parameters" in text and "elements Ar" in text and "reference energies (eV): Ar" in text
-    assert "2 steps of 4 batches per epoch, validation every 1 steps" in text
-    assert "MAE/RMSE  energy" in text and "meV/Å" in text and "best" in text
+    assert "2 steps, 4 per epoch; MAE/RMSE of the validation data every 1 steps" in text
+    assert "energy" in text and "meV/Å" in text and "best" in text
 
 
 @pytest.mark.parametrize(
@@ -195,9 +189,9 @@ def test_training_learns(data, tmp_path):
 def test_without_validation_the_last_model_is_the_best(data, tmp_path):
     values = options(data, tmp_path / "run", steps=3, validation_interval=2)
     values["data"]["validation_fraction"] = 0
-    train(RunConfig.model_validate(values), console=Console(file=open(os.devnull, "w")))
+    train(RunConfig.model_validate(values), console=SILENT)
     assert read_csv(tmp_path / "run" / "valid.csv") == []
-    best, last = (weights(tmp_path / "run" / f"{name}.safetensors") for name in ("best", "last"))
+    best, last = (load_file(tmp_path / "run" / f"{name}.safetensors") for name in ("best", "last"))
     assert all(torch.equal(best[key], last[key]) for key in last)
 
 
@@ -205,7 +199,7 @@ def test_a_validation_file_is_used_whole(data, tmp_path):
     ase.io.write(tmp_path / "valid.xyz", argon(3, seed=5))
     values = options(data, tmp_path / "run", steps=1)
     values["data"]["validation"] = str(tmp_path / "valid.xyz")
-    train(RunConfig.model_validate(values), console=Console(file=open(os.devnull, "w")))
+    train(RunConfig.model_validate(values), console=SILENT)
     table = evaluate(
         load_potential(tmp_path / "run" / "best.safetensors"), read_frames(tmp_path / "valid.xyz")
     )
@@ -354,6 +348,7 @@ def test_a_process_killed_at_random_moments_and_resumed(data, tmp_path):
         process = start("part", "resume")
     assert process.wait(timeout=200) == 0, process.stderr.read()
     assert kills >= 3, "the run was over before it was killed often enough"
+    assert not list((tmp_path / "part").glob(".*"))
     assert_same_run(tmp_path / "whole", tmp_path / "part")
 
 
@@ -377,7 +372,7 @@ def test_resume_refuses_another_model_and_names_other_changes(data, tmp_path):
     values = options(data, tmp_path / "run", steps=2)
     values["model"] = MODEL | {"lmax": 2}
     with pytest.raises(ValueError, match=r"cannot be resumed .* model\.lmax: None -> 2"):
-        train(RunConfig.model_validate(values), resume=True, console=Console(file=open(os.devnull, "w")))
+        train(RunConfig.model_validate(values), resume=True, console=SILENT)
     _, text = run(data, tmp_path / "run", resume=True, steps=4, validation_interval=2)
     assert "changed since the checkpoint: training.steps: 2 -> 4" in text
     assert load_state(tmp_path / "run" / "last.pt")["step"] == 4
@@ -424,7 +419,7 @@ def test_cuda_that_is_not_there(data, tmp_path):
     with pytest.raises(
         RuntimeError, match="device = cuda, but no CUDA device is available; use device: cpu or auto"
     ):
-        train(RunConfig.model_validate(values), console=Console(file=open(os.devnull, "w")))
+        train(RunConfig.model_validate(values), console=SILENT)
 
 
 def test_a_split_that_leaves_nothing(data):

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from dpa4.model.config import ModelConfig
-from dpa4.model.presets import preset
+from dpa4.model.presets import PRESETS, preset
 
 
 class _Section(BaseModel):
@@ -32,9 +33,7 @@ class ModelOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    preset: str = Field(
-        "mini", description="Published model to start from: nano, mini, neo, air, plus, paper-air, ..."
-    )
+    preset: str = Field("mini", description=f"Published model to start from: {', '.join(PRESETS)}.")
     elements: Literal["auto"] | tuple[str, ...] = Field(
         "auto",
         description="Chemical symbols the model knows; auto takes those of the training and validation data.",
@@ -289,7 +288,10 @@ def _commented(section: BaseModel, depth: int = 0) -> list[str]:
         value = getattr(section, name)
         if depth == 0 and lines:
             lines.append("")
-        lines.append(f"{pad}# {field.description}")
+        comment = f"{pad}# "
+        lines += textwrap.wrap(
+            field.description or "", 100, initial_indent=comment, subsequent_indent=comment
+        )
         if isinstance(value, BaseModel):
             lines += [f"{pad}{name}:", *_commented(value, depth + 1)]
         else:

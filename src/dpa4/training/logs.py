@@ -74,14 +74,14 @@ class RunLog:
         self._valid.write(row)
         self._scalars("validation", row)
         units = {"energy": "meV/atom", "forces": "meV/Å", "virial": "meV/atom"}
-        errors = "   ".join(
-            f"{name} {row[f'{name}_mae']:.3g}/{row[f'{name}_rmse']:.3g} {unit}"
+        errors = "  ".join(
+            f"{name} {row[f'{name}_mae']:.4g}/{row[f'{name}_rmse']:.4g} {unit}"
             for name, unit in units.items()
             if row.get(f"{name}_mae") is not None
         )
         best = "  [green]best[/green]" if row["best"] else ""
-        line = f"step {row['step']:>7}  epoch {row['epoch']:>4}  MAE/RMSE  {errors}{best}"
-        self._console.print(line, highlight=False)
+        line = f"step {row['step']:>7}  epoch {row['epoch']:>4}  {errors}{best}"
+        self._console.print(line, highlight=False, soft_wrap=True)
 
     def _scalars(self, prefix: str, row: dict[str, Any]) -> None:
         if self._tensorboard is not None:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
-from dpa4.data.dataset import Batch
 from torch import Tensor
 
+from dpa4.data.dataset import Batch
 from dpa4.potential import Prediction
 
 LossKind = Literal["mae", "mse", "huber"]

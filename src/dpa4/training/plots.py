@@ -21,11 +21,11 @@ def plot_parity(data: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64
     figure = _figure(4 * len(data), 6)
     axes = figure.subplots(2, len(data), squeeze=False, height_ratios=[2, 1])
     for (name, (label, value)), (top, bottom) in zip(data.items(), axes.T, strict=True):
+        error = value - label
         ends = [min(label.min(), value.min()), max(label.max(), value.max())]
         top.plot(ends, ends, color="0.6", linewidth=1, zorder=0)
-        top.plot(label, value, ".", markersize=3, alpha=0.5, markeredgewidth=0)
+        top.plot(label, value, ".", markersize=6 if error.size < 1000 else 3, alpha=0.5, markeredgewidth=0)
         top.set(title=name, xlabel="label", ylabel="prediction")
-        error = value - label
         # A range of its own: numpy refuses to bin errors that are all equal.
         span = 1.05 * max(float(np.abs(error).max()), 1e-9)
         bottom.hist(error, bins=min(100, max(11, error.size // 20)), range=(-span, span))

@@ -52,7 +52,11 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
         FloatingPointError: If the loss or the gradient is not finite; the state before that step is saved.
     """
     console = console or Console()
-    state = load_state(config.output / "last.pt") if resume else None
+    state = None
+    if resume:
+        state = load_state(config.output / "last.pt")
+        for leftover in config.output.glob(".*.tmp"):  # of writes that were killed
+            leftover.unlink()
     if not resume and config.output.exists() and any(config.output.iterdir()):
         raise FileExistsError(
             f"output folder {config.output} is not empty; continue that run with --resume, or choose another "
@@ -100,7 +104,7 @@ class Trainer:
             options.decay_fraction,
         )
         console.print(
-            f"{self.total} steps of {per_epoch} batches per epoch, validation every {interval} steps"
+            f"{self.total} steps, {per_epoch} per epoch; MAE/RMSE of the validation data every {interval} steps:"
         )
         self.step = 0  # finished steps
         self.epoch, self.batch = 0, 0  # the next batch and its epoch
