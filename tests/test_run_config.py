@@ -80,7 +80,7 @@ def test_numbers_of_yaml_1_1_that_would_be_strings(run_file):
         ("training.virial_weight=-1", r"training\.virial_weight must be >= 0 or auto, got -1"),
         (
             "training.final_learning_rate=1",
-            r"training\.final_learning_rate = 1\.0 must be at most .* = 0\.001",
+            r"training\.final_learning_rate = 1\.0 must be at most .* = 0\.004",
         ),
         ("data.train=[]", r"data\.train = \[\]: list should have at least 1 item"),
         ("data.train=null", r"data\.train = None: input should be a list"),
