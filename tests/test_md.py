@@ -231,7 +231,7 @@ def test_seed_decides_the_run(tmp_path):
 
 def test_second_signal_acts_at_once():
     code = (
-        "import os, signal\nfrom dpa4.simulation.interrupt import stop_requests\n"
+        "import os, signal\nfrom dpa4.system import stop_requests\n"
         "with stop_requests() as stopped:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n    assert stopped == [signal.SIGINT]\n"
         "    try:\n        os.kill(os.getpid(), signal.SIGINT)\n"

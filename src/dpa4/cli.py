@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -19,7 +19,9 @@ console = Console()
 Model = Annotated[Path, typer.Argument(help="Model: .safetensors, or a deepmd-kit checkpoint .pt.")]
 Branch = Annotated[str | None, typer.Option(help="Branch of a multitask deepmd-kit checkpoint.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a GPU if there is one.")]
-Dtype = Annotated[str, typer.Option(help="Precision of the network: float32 or float64.")]
+Dtype = Annotated[
+    Literal["float32", "float64"], typer.Option(help="Precision of the network: float32 or float64.")
+]
 Structures = Annotated[Path, typer.Argument(help="Structures in any format ASE reads.")]
 
 
@@ -80,16 +82,19 @@ def evaluate_command(
     branch: Branch = None,
 ) -> None:
     """Compare predictions with labels: error table, parity plots, predictions as extxyz."""
+    import torch
+
     from dpa4.data import read_frames
     from dpa4.potential import load_potential
-    from dpa4.training import choose_device, evaluate
+    from dpa4.system import choose_device
+    from dpa4.training import evaluate
 
     with user_errors():
         chosen = choose_device(device)
-        potential = load_potential(model, device=chosen, dtype=_dtype(dtype), branch=branch)
-        frames = [frame for path in data for frame in read_frames(path)]
+        potential = load_potential(model, device=chosen, dtype=getattr(torch, dtype), branch=branch)
+        frames = read_frames(data)
         table = evaluate(potential, frames, max_atoms=max_atoms, output=output, device=chosen)
-    console.print(table)
+    console.print(table.to_rich())
     console.print(f"table, plots and predictions are in {output}/")
 
 
@@ -121,13 +126,75 @@ def info(
         console.print(model_card(source, branch))
 
 
-def _dtype(name: str):  # type: ignore[no-untyped-def]
-    import torch
+@app.command()
+def md(
+    model: Model,
+    structure: Annotated[
+        Path, typer.Argument(help="Start, in any format ASE reads; the last image is taken.")
+    ],
+    steps: Annotated[int, typer.Option(help="Steps of the whole run.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("md"),
+    ensemble: Annotated[Literal["nve", "langevin"], typer.Option(help="nve or langevin.")] = "nve",
+    temperature: Annotated[float, typer.Option(help="Of the initial velocities and the bath, in K.")] = 300.0,
+    timestep: Annotated[float, typer.Option(help="In fs.")] = 0.5,
+    friction: Annotated[float, typer.Option(help="Of the Langevin bath, in 1/fs.")] = 0.01,
+    interval: Annotated[int, typer.Option(help="Steps between rows of the table and frames.")] = 10,
+    skin: Annotated[float, typer.Option(help="Verlet skin of the neighbour list, in Angstrom.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    branch: Branch = None,
+) -> None:
+    """Run molecular dynamics: NVE or Langevin."""
+    from ase.io import iread
 
-    known = {"float32": torch.float32, "float64": torch.float64}
-    if name not in known:
-        raise ValueError(f"--dtype must be float32 or float64, got {name}")
-    return known[name]
+    from dpa4.simulation import DPA4Calculator, run_md
+
+    with user_errors():
+        atoms = list(iread(structure))[-1]
+        calculator = DPA4Calculator(model, device=device, dtype=dtype, branch=branch, neighbor_skin=skin)
+        result = run_md(
+            atoms, calculator, output, steps=steps, ensemble=ensemble, temperature=temperature, timestep=timestep,
+            friction=friction, interval=interval, seed=seed, resume=resume,
+        )  # fmt: skip
+    console.print(f"{'finished' if result.finished else 'stopped'} after {result.steps} steps")
+    console.print(f"mean temperature {result.temperature:.1f} K", highlight=False)
+    if result.drift is not None:
+        console.print(
+            f"energy drift {result.drift:+.4f} meV/atom/ps, largest deviation {result.deviation:.3f} meV/atom"
+        )
+    console.print(f"trajectory.xyz, thermo.csv and thermo.png are in {output}/")
+
+
+@app.command()
+def relax(
+    model: Model,
+    structures: Structures,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("relax"),
+    fmax: Annotated[float, typer.Option(help="Largest force of a relaxed structure, in eV/Angstrom.")] = 0.02,
+    steps: Annotated[int, typer.Option(help="Most steps per structure.")] = 500,
+    optimizer: Annotated[Literal["fire", "bfgs", "lbfgs"], typer.Option(help="Method.")] = "fire",
+    cell: Annotated[bool, typer.Option("--cell", help="Relax the cell too.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    branch: Branch = None,
+) -> None:
+    """Relax every structure of a file."""
+    from ase.io import iread
+
+    from dpa4.simulation import DPA4Calculator, relax_all
+
+    with user_errors():
+        images = list(iread(structures))
+        calculator = DPA4Calculator(model, device=device, dtype=dtype, branch=branch)
+        results = relax_all(
+            images, calculator, output, fmax=fmax, steps=steps, optimizer=optimizer, cell=cell
+        )
+    converged = sum(result.converged for result in results)
+    console.print(
+        f"{converged} of {len(images)} structures converged; relaxed.xyz and relax.csv are in {output}/"
+    )
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from dpa4.model import ModelConfig
 from dpa4.potential.deepmd import read_deepmd
 from dpa4.potential.deepmd_export import export_deepmd
 from dpa4.potential.deepmd_options import first_problem
-from dpa4.potential.files import atomic_write
 from dpa4.potential.potential import Potential
+from dpa4.system import atomic_write
 
 FORMAT = "dpa4"
 FORMAT_VERSION = 1

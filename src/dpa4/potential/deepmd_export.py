@@ -13,8 +13,8 @@ from dpa4.model.config import ModelConfig
 from dpa4.model.layers import degree_of
 from dpa4.potential.deepmd_names import deepmd_name
 from dpa4.potential.deepmd_options import config_to_deepmd
-from dpa4.potential.files import atomic_write
 from dpa4.potential.potential import Potential
+from dpa4.system import atomic_write
 
 _MODEL = "model.Default."
 _ATOMIC = f"{_MODEL}atomic_model."

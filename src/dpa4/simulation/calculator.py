@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dpa4.graph import Graph, build_graph, within_cutoff
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import load_potential
+from dpa4.system import choose_device
 
 Model = str | Path | Potential
 Results = dict[str, Any]
@@ -72,9 +73,7 @@ class DPA4Calculator(Calculator):
         models = [model] if isinstance(model, str | Path | Potential) else list(model)
         if not models:
             raise ValueError("model is an empty list; give at least one checkpoint or potential")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = choose_device(device)
         self.potentials = [_load(m, self.device, getattr(torch, dtype), branch) for m in models]
         self.cutoff = max(p.config.cutoff for p in self.potentials)
         self.neighbor_skin = neighbor_skin

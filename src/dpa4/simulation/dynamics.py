@@ -14,9 +14,8 @@ from ase.md.langevin import Langevin
 from ase.md.verlet import VelocityVerlet
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dpa4.potential.files import atomic_write
 from dpa4.simulation.calculator import labelled
-from dpa4.simulation.interrupt import stop_requests
+from dpa4.system import atomic_write, stop_requests
 from dpa4.training.state import CsvLog, read_csv
 
 Ensemble = Literal["nve", "langevin"]

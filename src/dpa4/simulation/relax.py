@@ -15,7 +15,7 @@ from ase.optimize import BFGS, FIRE, LBFGS
 from rich.progress import track
 
 from dpa4.simulation.calculator import labelled
-from dpa4.simulation.interrupt import stop_requests
+from dpa4.system import stop_requests
 
 OPTIMIZERS = {"fire": FIRE, "bfgs": BFGS, "lbfgs": LBFGS}
 

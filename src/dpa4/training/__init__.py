@@ -2,13 +2,11 @@
 
 from dpa4.training.config import RunConfig, default_config_text, load_run_config
 from dpa4.training.evaluation import ErrorTable, evaluate
-from dpa4.training.prepare import choose_device
 from dpa4.training.trainer import train
 
 __all__ = [
     "ErrorTable",
     "RunConfig",
-    "choose_device",
     "default_config_text",
     "evaluate",
     "load_run_config",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpa4.potential.files import atomic_write
+from dpa4.system import atomic_write
 from dpa4.training.state import read_csv
 
 

@@ -24,6 +24,7 @@ from dpa4.data import (
 )
 from dpa4.data.summary import elements_in
 from dpa4.potential import Potential
+from dpa4.system import choose_device
 from dpa4.training.config import RunConfig, TrainingOptions
 from dpa4.training.loss import Loss
 
@@ -84,19 +85,6 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
         provenance=_provenance(config, frames, validation),
         run_text=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
     )
-
-
-def choose_device(name: str) -> torch.device:
-    """The device "auto", "cpu" or "cuda" stands for.
-
-    Raises:
-        RuntimeError: If cuda is asked for and there is none.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("device = cuda, but no CUDA device is available; use device: cpu or auto")
-    return torch.device(name)
 
 
 def split(frames: Sequence[Frame], fraction: float, seed: int) -> tuple[list[Frame], list[Frame]]:

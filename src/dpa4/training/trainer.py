@@ -1,8 +1,6 @@
 """The training loop: exact resume, validation, checkpoints."""
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,6 +14,7 @@ from torch import Tensor
 from dpa4.data import Batch
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import save_potential
+from dpa4.system import stop_requests
 from dpa4.training.config import RunConfig
 from dpa4.training.ema import MovingAverage
 from dpa4.training.evaluation import error_table, predict
@@ -121,7 +120,7 @@ class Trainer:
         options, folder = self.config.training, self.config.output
         resume_step = self.step if self.resumed else None
         with (
-            _signals() as stopped,
+            stop_requests() as stopped,
             RunLog(folder, self.console, self.total, resume_step, options.tensorboard) as self.log,
         ):
             last_tick = self.plotted = time.monotonic()
@@ -320,24 +319,3 @@ def _optimizer(config: RunConfig, potential: Potential) -> torch.optim.Optimizer
     for group in groups:
         group["weight_decay"] = 0.0 if group["route"] == "adam" else options.weight_decay
     return torch.optim.AdamW(groups, options.learning_rate, betas=(0.9, 0.95))
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM append to; a second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def handle(number: int, _: Any) -> None:
-        if number == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may handle signals
-        return
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
