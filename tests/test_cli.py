@@ -1,0 +1,133 @@
+"""The commands, end to end on a tiny model and a few structures."""
+
+import json
+
+import numpy as np
+import pytest
+from ase.io import read, write
+from helpers import molecule, shared
+from typer.testing import CliRunner
+
+from dpa4.cli import app
+from dpa4.simulation import DPA4Calculator
+
+TINY = ["model.channels=8", "model.lmax=1", "model.n_blocks=1", "model.mixing_layers=1", "model.cutoff=4"]
+
+
+def run(*arguments: object, ok: bool = True) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert (result.exit_code == 0) == ok, result.output
+    return result.output
+
+
+def labelled(n: int) -> list:
+    """Clusters with the energy and forces of a spring to the origin."""
+    frames = []
+    for seed in range(n):
+        atoms = molecule(seed, 5)
+        atoms.info["REF_energy"] = 0.5 * float((atoms.positions**2).sum())
+        atoms.arrays["REF_forces"] = -atoms.positions
+        frames.append(atoms)
+    return frames
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    write(folder / "train.xyz", labelled(12))
+    config = folder / "run.yaml"
+    run("init", config, "--train", folder / "train.xyz")
+    settings = [*TINY, "training.steps=6", "training.batch_size=4", f"output={folder / 'run'}", "device=cpu"]
+    run("train", config, *(x for s in settings for x in ("--set", s)))
+    return folder
+
+
+def test_training_leaves_models_tables_and_plots(trained):
+    names = {p.name for p in (trained / "run").iterdir()}
+    assert {"best.safetensors", "last.safetensors", "last.pt", "train.csv", "valid.csv", "learning_curve.png"} <= names
+
+
+def test_a_used_output_folder_is_refused(trained):
+    output = f"output={trained / 'run'}"
+    assert "--resume" in run("train", trained / "run.yaml", "--set", output, ok=False)
+
+
+def test_eval_writes_table_plots_and_predictions(trained):
+    model = trained / "run" / "best.safetensors"
+    output = run("eval", model, trained / "train.xyz", "-o", trained / "eval", "--device", "cpu")
+    assert "meV/atom" in output and "meV/Å" in output
+    names = {p.name for p in (trained / "eval").iterdir()}
+    assert any(n.endswith(".png") for n in names) and any(n.endswith(".csv") for n in names)
+    (predictions,) = (trained / "eval").glob("*.xyz")
+    atoms = read(predictions, "0")
+    assert np.isfinite(atoms.get_forces()).all() and "REF_energy" in atoms.info
+
+
+def test_info_md_and_relax(trained):
+    model = trained / "run" / "best.safetensors"
+    assert "trainable parameters" in run("info", model)
+    write(trained / "start.xyz", molecule(3, 5))
+    options = ("--steps", 20, "--timestep", 0.1, "--interval", 5, "--device", "cpu")
+    output = run("md", model, trained / "start.xyz", "-o", trained / "md", *options)
+    assert "energy drift" in output
+    assert len(read(trained / "md" / "trajectory.xyz", ":")) == 5  # the start and every fifth step
+    output = run("relax", model, trained / "start.xyz", "-o", trained / "relax", "--steps", 3, "--device", "cpu")
+    assert "of 1 structures converged" in output
+
+
+def test_convert_to_deepmd_and_back_keeps_the_energy(trained):
+    model, there, back = trained / "run" / "best.safetensors", trained / "m.pt", trained / "m.safetensors"
+    run("convert", model, there)
+    run("convert", there, back)
+    energies = []
+    for path in (model, there, back):
+        atoms = molecule(3, 5)
+        atoms.calc = DPA4Calculator(path, device="cpu")
+        energies.append(atoms.get_potential_energy())
+    assert energies[0] == energies[1] == energies[2]
+    assert "exists; choose another name" in run("convert", model, there, ok=False)
+
+
+def test_info_of_a_preset():
+    assert "2,762,885" in run("info", "paper-air")
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (("info", "paper-ari"), "paper-air"),
+        (("eval", "absent.pt", "x.xyz"), "there is no checkpoint absent.pt"),
+        (("train", "absent.yaml"), "absent.yaml"),
+    ],
+)
+def test_mistakes_give_one_line_and_status_one(arguments, message):
+    output = run(*arguments, ok=False)
+    assert message in output and "Traceback" not in output
+
+
+def test_unknown_option_suggests_the_right_one(trained):
+    output = run("train", trained / "run.yaml", "--set", "training.lerning_rate=1", ok=False)
+    assert "unknown option training.lerning_rate; did you mean 'learning_rate'?" in output
+
+
+def test_published_checkpoint_through_the_calculator():
+    """The checkpoint that ships with deepmd-kit, straight from its .pt, on 192 atoms of water."""
+    path = shared("reference/fixtures/P_pretrained/model_f32.pt")
+    with np.load(shared("reference/fixtures/P_pretrained/ref.npz")) as file:
+        reference = {k.split("/")[1]: file[k] for k in file.files if k.startswith("water192/")}
+    from ase import Atoms
+
+    atoms = Atoms(reference["Z"], positions=reference["pos"], cell=reference["cell"].reshape(3, 3), pbc=True)
+    atoms.calc = DPA4Calculator(path, device="cpu")
+    # float32 rounding: 5e-7 eV per atom, 3e-5 eV/Angstrom
+    assert atoms.get_potential_energy() == pytest.approx(float(np.ravel(reference["energy"])[0]), abs=5e-7 * 192)
+    np.testing.assert_allclose(atoms.get_forces(), reference["forces"].reshape(-1, 3), atol=3e-5)
+    stress = -reference["virial"].reshape(3, 3) / atoms.get_volume()
+    np.testing.assert_allclose(atoms.get_stress(voigt=False), stress, atol=1e-6)
+
+
+def test_run_file_is_recorded(trained):
+    header = (trained / "run" / "last.safetensors").read_bytes()
+    length = int.from_bytes(header[:8], "little")
+    metadata = json.loads(header[8 : 8 + length])["__metadata__"]
+    assert "provenance" in " ".join(metadata)
