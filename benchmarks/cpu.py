@@ -58,7 +58,9 @@ def water(seed: int = 0) -> Atoms:
 
 def main() -> None:
     """Time both programs and compare their forces."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--deepmd-python", type=Path)
     options = parser.parse_args()
@@ -83,7 +85,12 @@ def main() -> None:
         print(json.dumps(ours | {"efv_ms": round(1e3 * float(np.median(times[2:])), 1), "atoms": len(atoms)}))
         if options.deepmd_python:
             types = np.where(atoms.numbers == 8, 1, 0)
-            np.savez(f"{folder}/x.npz", positions=atoms.positions.ravel(), cell=atoms.cell.array.ravel(), types=types)
+            np.savez(
+                f"{folder}/x.npz",
+                positions=atoms.positions.ravel(),
+                cell=atoms.cell.array.ravel(),
+                types=types,
+            )
             arguments = [str(exported), f"{folder}/x.npz", str(options.threads), f"{folder}/f.npy"]
             command = [str(options.deepmd_python), "-c", DEEPMD, *arguments]
             out = subprocess.run(command, capture_output=True, text=True, check=True).stdout

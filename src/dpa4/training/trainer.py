@@ -27,6 +27,10 @@ from dpa4.training.routing import parameter_groups
 from dpa4.training.schedule import Schedule
 from dpa4.training.state import load_state, save_state
 
+PLOT_SECONDS = 60.0  # drawing takes half a second, so not at every validation
+_TARGETS = {"energy": "energy per atom", "forces": "forces", "virial": "virial per atom"}
+_COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds")
+
 
 def train(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Path:
     """Train a potential as the configuration says.
@@ -304,11 +308,6 @@ class Trainer:
         path = best if best.is_file() else folder / "last.safetensors"
         self.console.print(f"model: {path}")
         return path
-
-
-PLOT_SECONDS = 60.0  # drawing takes half a second, so not at every validation
-_TARGETS = {"energy": "energy per atom", "forces": "forces", "virial": "virial per atom"}
-_COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds")
 
 
 def _optimizer(config: RunConfig, potential: Potential) -> torch.optim.Optimizer:
