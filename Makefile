@@ -19,16 +19,18 @@ demo: $(STAMP)
 	rm -rf $(DEMO)
 	$(BIN)/dpa4 train examples/organic/run.yaml --set output=$(DEMO)/training
 	$(BIN)/dpa4 eval $(DEMO)/training/best.safetensors examples/organic/test.xyz --output $(DEMO)/evaluation
-	$(BIN)/dpa4 md $(DEMO)/training/best.safetensors examples/organic/md-start.xyz --output $(DEMO)/md \
-	    --ensemble nve --temperature 300 --timestep 0.5 --steps 2000
+	$(BIN)/dpa4 relax $(DEMO)/training/best.safetensors examples/organic/ethanol.xyz --output $(DEMO)/relax
+	$(BIN)/dpa4 md $(DEMO)/training/best.safetensors $(DEMO)/relax/relaxed.xyz --output $(DEMO)/md \
+	    --ensemble nve --temperature 600 --timestep 0.5 --steps 2000
 	@echo
 	@echo "Done. In $(DEMO)/:"
 	@echo "  training/    best.safetensors (the model), learning_curve.png, train.csv, valid.csv"
 	@echo "  evaluation/  error table, parity plots, predictions of the held-out structures"
+	@echo "  relax/       ethanol relaxed with the model"
 	@echo "  md/          trajectory, thermo table and plot of 1 ps of molecular dynamics"
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
