@@ -14,7 +14,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[aselmdb,tensorboard,dev]'
 	touch $(STAMP)
 
-# Train a small potential on the bundled data, evaluate it, run molecular dynamics.
+# Train a small potential on the bundled data, evaluate it, run molecular dynamics. For systems as small as these a
+# second thread gains nothing, and costs a lot when another program is running.
+demo: export OMP_NUM_THREADS = 1
 demo: $(STAMP)
 	rm -rf $(DEMO)
 	$(BIN)/dpa4 train examples/organic/run.yaml --set output=$(DEMO)/training

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 from ase.io import read, write
-from helpers import molecule, shared
 from typer.testing import CliRunner
 
 from dpa4.cli import app
 from dpa4.simulation import DPA4Calculator
+from helpers import molecule, shared
 
 TINY = ["model.channels=8", "model.lmax=1", "model.n_blocks=1", "model.mixing_layers=1", "model.cutoff=4"]
 
@@ -44,7 +44,14 @@ def trained(tmp_path_factory):
 
 def test_training_leaves_models_tables_and_plots(trained):
     names = {p.name for p in (trained / "run").iterdir()}
-    assert {"best.safetensors", "last.safetensors", "last.pt", "train.csv", "valid.csv", "learning_curve.png"} <= names
+    assert {
+        "best.safetensors",
+        "last.safetensors",
+        "last.pt",
+        "train.csv",
+        "valid.csv",
+        "learning_curve.png",
+    } <= names
 
 
 def test_a_used_output_folder_is_refused(trained):
@@ -63,6 +70,16 @@ def test_eval_writes_table_plots_and_predictions(trained):
     assert np.isfinite(atoms.get_forces()).all() and "REF_energy" in atoms.info
 
 
+def test_eval_with_named_labels(trained):
+    atoms = molecule(3, 5)
+    atoms.info["dft"] = -1.0
+    write(trained / "named.xyz", atoms)
+    model = trained / "run" / "best.safetensors"
+    arguments = ("eval", model, trained / "named.xyz", "-o", trained / "named", "--device", "cpu")
+    assert "meV/atom" in run(*arguments, "--key", "energy=dft")
+    assert "--key must be LABEL=NAME" in run(*arguments, "--key", "enrgy=dft", ok=False)
+
+
 def test_info_md_and_relax(trained):
     model = trained / "run" / "best.safetensors"
     assert "trainable parameters" in run("info", model)
@@ -71,7 +88,9 @@ def test_info_md_and_relax(trained):
     output = run("md", model, trained / "start.xyz", "-o", trained / "md", *options)
     assert "energy drift" in output
     assert len(read(trained / "md" / "trajectory.xyz", ":")) == 5  # the start and every fifth step
-    output = run("relax", model, trained / "start.xyz", "-o", trained / "relax", "--steps", 3, "--device", "cpu")
+    output = run(
+        "relax", model, trained / "start.xyz", "-o", trained / "relax", "--steps", 3, "--device", "cpu"
+    )
     assert "of 1 structures converged" in output
 
 
@@ -120,7 +139,9 @@ def test_published_checkpoint_through_the_calculator():
     atoms = Atoms(reference["Z"], positions=reference["pos"], cell=reference["cell"].reshape(3, 3), pbc=True)
     atoms.calc = DPA4Calculator(path, device="cpu")
     # float32 rounding: 5e-7 eV per atom, 3e-5 eV/Angstrom
-    assert atoms.get_potential_energy() == pytest.approx(float(np.ravel(reference["energy"])[0]), abs=5e-7 * 192)
+    assert atoms.get_potential_energy() == pytest.approx(
+        float(np.ravel(reference["energy"])[0]), abs=5e-7 * 192
+    )
     np.testing.assert_allclose(atoms.get_forces(), reference["forces"].reshape(-1, 3), atol=3e-5)
     stress = -reference["virial"].reshape(3, 3) / atoms.get_volume()
     np.testing.assert_allclose(atoms.get_stress(voigt=False), stress, atol=1e-6)

@@ -76,6 +76,9 @@ def evaluate_command(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for table, plots, predictions.")
     ] = Path("eval"),
+    key: Annotated[
+        list[str] | None, typer.Option(help="Name of a label in the data: energy=dft_energy.")
+    ] = None,
     max_atoms: Annotated[int, typer.Option(help="Atoms per batch.")] = 2000,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -84,7 +87,7 @@ def evaluate_command(
     """Compare predictions with labels: error table, parity plots, predictions as extxyz."""
     import torch
 
-    from dpa4.data import read_frames
+    from dpa4.data import LabelKeys, read_frames
     from dpa4.potential import load_potential
     from dpa4.system import choose_device
     from dpa4.training import evaluate
@@ -92,10 +95,22 @@ def evaluate_command(
     with user_errors():
         chosen = choose_device(device)
         potential = load_potential(model, device=chosen, dtype=getattr(torch, dtype), branch=branch)
-        frames = read_frames(data)
+        frames = read_frames(data, LabelKeys(**_label_keys(key or [])))
         table = evaluate(potential, frames, max_atoms=max_atoms, output=output, device=chosen)
     console.print(table.to_rich())
     console.print(f"table, plots and predictions are in {output}/")
+
+
+def _label_keys(pairs: list[str]) -> dict[str, str]:
+    """ "energy=dft_energy" and the like as a map."""
+    known = ("energy", "forces", "stress", "virial")
+    keys = dict(pair.partition("=")[::2] for pair in pairs)
+    for name, value in keys.items():
+        if name not in known or not value:
+            raise ValueError(
+                f"--key must be LABEL=NAME with a label of {', '.join(known)}, got {name}={value}"
+            )
+    return keys
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from dpa4.model.config import Bridging, ModelConfig
@@ -78,6 +78,33 @@ def rotation_blocks(rows: Rows, lmax: int, mmax: int) -> Tensor:
     return torch.cat(blocks, dim=1)
 
 
+class FullRange(nn.Module):
+    """No bridging: true lengths, open gates."""
+
+    def forward(self, vector: Tensor, source: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors (E, 3), their lengths (E,) and the gates of the edges (E,)."""
+        length = (vector.square().sum(-1) + SOFTENING**2).sqrt()
+        return vector, length, torch.ones_like(length)
+
+
+class FrozenCore(FullRange):
+    """Zone bridging: lengths frozen below r_inner, gates closed for atoms that have such a neighbour."""
+
+    def __init__(self, bridging: Bridging):
+        super().__init__()
+        self.bridging = bridging
+
+    def forward(self, vector: Tensor, source: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors (E, 3), their clamped lengths (E,) and the gates of the edges (E,)."""
+        vector, length, _ = super().forward(vector, source, num_nodes)
+        clamped = clamp_length(length, self.bridging)
+        return (
+            vector * (clamped / length)[:, None],
+            clamped,
+            freeze_gate(clamped, source, num_nodes, self.bridging),
+        )
+
+
 class EdgeGeometry(ConstantModule):
     """Edge vectors to `Edges`."""
 
@@ -87,7 +114,8 @@ class EdgeGeometry(ConstantModule):
         self.mmax = min(config.mmax, lmax)
         self.wigner = WignerRows(lmax, self.mmax)
         self.block_degrees = sorted(set(config.degrees))
-        self.cutoff, self.exponent, self.bridging = config.cutoff, config.env_exp[1], config.bridging
+        self.cutoff, self.exponent = config.cutoff, config.env_exp[1]
+        self.short_range = FullRange() if config.bridging is None else FrozenCore(config.bridging)
         self.degree_floor = SOFTENING if config.pre_release else 0.25
         for l in self.block_degrees:
             m = min(self.mmax, l)
@@ -97,12 +125,7 @@ class EdgeGeometry(ConstantModule):
 
     def forward(self, vector: Tensor, source: Tensor, destination: Tensor, num_nodes: int) -> Edges:
         """Geometry of edge vectors (E, 3) in Angstrom."""
-        length = (vector.square().sum(-1) + SOFTENING**2).sqrt()
-        gate = torch.ones_like(length)
-        if self.bridging is not None:
-            clamped = clamp_length(length, self.bridging)
-            vector, length = vector * (clamped / length)[:, None], clamped
-            gate = freeze_gate(length, source, num_nodes, self.bridging)
+        vector, length, gate = self.short_range(vector, source, num_nodes)
         weight = envelope(length, self.cutoff, self.exponent)
         coordination = scatter_sum(weight.square(), destination, num_nodes)
         rows = self.wigner(edge_frame(vector / length[:, None]))

@@ -27,7 +27,7 @@ class Embedding(nn.Module):
 
 
 class ChargeSpinEmbedding(nn.Module):
-    """Vector added to the element embedding for the total charge and spin multiplicity of the structure."""
+    """Adds a vector for the total charge and spin multiplicity of the structure to its element embeddings."""
 
     MAX_CHARGE, MAX_SPIN = 100, 99
 
@@ -37,17 +37,41 @@ class ChargeSpinEmbedding(nn.Module):
         self.spin = Embedding(self.MAX_SPIN + 1, channels)
         self.mix = Linear(2 * channels, channels, bias=True)
 
-    def forward(self, charge_spin: Tensor) -> Tensor:
-        """(B, 2) int64 -> (B, C)."""
+    def forward(self, types: Tensor, charge_spin: Tensor) -> Tensor:
+        """Element embeddings (N, C) and the charge and spin of each atom's structure, (N, 2) int64, to (N, C)."""
         charge, spin = charge_spin.unbind(-1)
         both = torch.cat([self.charge(charge + self.MAX_CHARGE), self.spin(spin)], dim=-1)
-        return functional.silu(self.mix(both))
+        return types + functional.silu(self.mix(both))
+
+
+class Unconditioned(nn.Module):
+    """Leaves the element embeddings as they are, whatever the charge and spin."""
+
+    def forward(self, types: Tensor, charge_spin: Tensor) -> Tensor:
+        """Return the element embeddings."""
+        return types
+
+
+class ElementSeed(nn.Module):
+    """Initial node features of the element alone: scalars, zero for l >= 1."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.padding = (config.degrees[0] + 1) ** 2 - 1
+
+    def forward(
+        self, types: Tensor, species: Tensor, basis: Tensor, radial: RadialFeatures, edges: Edges
+    ) -> Tensor:
+        """(N, C) to (N, D, C)."""
+        return functional.pad(types[:, None], (0, 0, 0, self.padding))
 
 
 class EnvironmentSeed(nn.Module):
-    """Scale and shift of the element embedding by a learned invariant of the environment (FiLM).
+    """Initial node features of the environment.
 
-    Per node a 4 x A matrix sums (1/r, v/r^2) times a learned function of length and elements; its Gram matrix is
+    Scalars are the element embedding, scaled and shifted by a learned invariant of the environment (FiLM); higher
+    degrees are the neighbours' harmonics times their radial features. For the scalars, per node a 4 x A matrix
+    sums (1/r, v/r^2) times a learned function of length and elements; its Gram matrix is
     rotation invariant and gives the logits of scale and shift.
     """
 
@@ -56,6 +80,7 @@ class EnvironmentSeed(nn.Module):
         c, rows = config.channels, len(config.elements)
         width = min(c, 128)
         type_width = min(32, max(8, c // 4))
+        self.lmax = config.degrees[0]
         self.axes = min(4 if width < 64 else 8, max(1, width - 1))
         basis_width = max(32, width - 2 * type_width)
         pair_width = basis_width + 2 * type_width
@@ -73,13 +98,30 @@ class EnvironmentSeed(nn.Module):
         self.scale_strength = nn.Parameter(torch.full((1,), math.log(0.01)))
         self.shift_strength = nn.Parameter(torch.full((1,), math.log(0.01)))
 
-    def forward(self, x: Tensor, species: Tensor, basis: Tensor, edges: Edges) -> Tensor:
-        """Element embeddings x (N, C) to seeded scalars (N, C); basis is (E, n_radial)."""
-        types = self.types(species)
+    def forward(
+        self, types: Tensor, species: Tensor, basis: Tensor, radial: RadialFeatures, edges: Edges
+    ) -> Tensor:
+        """Features of every node.
+
+        Args:
+            types: Element embeddings, (N, C).
+            species: Index of the element, (N,).
+            basis: Radial basis of the edges, (E, n_radial).
+            radial: Radial features of the edges.
+            edges: Geometry of the edges.
+
+        Returns:
+            (N, D, C).
+        """
+        scalars = self._modulate(types, species, basis, edges)
+        return torch.cat([scalars[:, None], *self._geometric(radial, edges)], dim=1)
+
+    def _modulate(self, types: Tensor, species: Tensor, basis: Tensor, edges: Edges) -> Tensor:
+        own = self.types(species)
         features = [
             self.basis_out(functional.silu(self.basis_in(basis))),
-            gather(types, edges.source),
-            gather(types, edges.destination),
+            gather(own, edges.source),
+            gather(own, edges.destination),
         ]
         filters = self.pair_out(functional.silu(self.pair_in(torch.cat(features, dim=-1))))
         inverse = torch.rsqrt(edges.vector.square().sum(-1, keepdim=True) + SOFTENING**2)
@@ -90,16 +132,18 @@ class EnvironmentSeed(nn.Module):
         gram = matrix.transpose(1, 2) @ matrix[:, :, : self.axes]
         scale, shift = self.output(gram.flatten(1)).unflatten(1, (2, 1, -1)).unbind(1)
         scale, shift = self.scale_norm(scale)[:, 0], self.shift_norm(shift)[:, 0]
-        return x * (1 + self.scale_strength.exp() * scale.tanh()) + self.shift_strength.exp() * shift.tanh()
+        return (
+            types * (1 + self.scale_strength.exp() * scale.tanh()) + self.shift_strength.exp() * shift.tanh()
+        )
 
+    def _geometric(self, radial: RadialFeatures, edges: Edges) -> list[Tensor]:
+        """Features of each degree l >= 1, (N, 2l + 1, C).
 
-def geometric_embedding(radial: RadialFeatures, edges: Edges, lmax: int) -> Tensor:
-    """Initial features of degree l >= 1: neighbours' harmonics times radial features, (N, D - 1, C).
-
-    The hidden radial features are summed first and the last radial layer acts on nodes, which are fewer.
-    """
-    angular = edges.harmonics()[:, 1:] * edges.gate[:, None]
-    summed = scatter_sum(angular[:, :, None] * radial.hidden[:, None, :], edges.destination, edges.num_nodes)
-    summed = summed * edges.degree_norm[:, None, None]
-    rows = [summed[:, l * l - 1 : (l + 1) ** 2 - 1] @ radial.last[:, l] for l in range(1, lmax + 1)]
-    return torch.cat(rows, dim=1)
+        The hidden radial features are summed first; the last radial layer acts on nodes, which are fewer.
+        """
+        angular = edges.harmonics()[:, 1:] * edges.gate[:, None]
+        summed = scatter_sum(
+            angular[:, :, None] * radial.hidden[:, None, :], edges.destination, edges.num_nodes
+        )
+        summed = summed * edges.degree_norm[:, None, None]
+        return [summed[:, l * l - 1 : (l + 1) ** 2 - 1] @ radial.last[:, l] for l in range(1, self.lmax + 1)]

@@ -7,7 +7,7 @@ from torch.nn import functional
 from dpa4.model.block import Block, read_out
 from dpa4.model.config import ModelConfig, auto_width
 from dpa4.model.edges import EdgeGeometry
-from dpa4.model.embedding import ChargeSpinEmbedding, Embedding, EnvironmentSeed, geometric_embedding
+from dpa4.model.embedding import ChargeSpinEmbedding, ElementSeed, Embedding, EnvironmentSeed, Unconditioned
 from dpa4.model.layers import Linear
 from dpa4.model.radial import BesselBasis, GaussianBasis, RadialNetwork
 from dpa4.model.segments import gather
@@ -54,10 +54,12 @@ class DPA4(nn.Module):
         basis = BesselBasis if config.basis == "bessel" else GaussianBasis
         self.basis = basis(config.n_radial, config.cutoff, config.env_exp[0])
         hidden = [width or c for width in config.radial_mlp]
-        self.radial = RadialNetwork(config.n_radial, hidden, lmax + 1, c, config.edge_norm)
+        self.radial = RadialNetwork(
+            config.n_radial, hidden, lmax + 1, c, norm=config.edge_norm, weighted=not config.pre_release
+        )
         self.types = Embedding(len(config.elements), c, padding=True)
-        self.charge_spin = ChargeSpinEmbedding(c) if config.charge_spin else None
-        self.seed = EnvironmentSeed(config) if config.use_env_seed else None
+        self.charge_spin = ChargeSpinEmbedding(c) if config.charge_spin else Unconditioned()
+        self.seed = EnvironmentSeed(config) if config.use_env_seed else ElementSeed(config)
         self.blocks = nn.ModuleList(Block(config, l) for l in config.degrees)
         readout_degree = config.degrees[-1] if config.so3_readout != "none" else 0
         self.readout_size = (readout_degree + 1) ** 2
@@ -87,17 +89,9 @@ class DPA4(nn.Module):
         """Invariant features of every atom, (N, C); arguments as in `forward`."""
         edges = self.geometry(vectors, source, destination, len(species))
         basis = self.basis(edges.length)
-        types = self.types(species)
-        if self.charge_spin is not None:
-            types = types + self.charge_spin(charge_spin)
-        weight = torch.ones_like(edges.weight) if self.config.pre_release else edges.weight
-        radial = self.radial(basis, weight, gather(types, source) + gather(types, destination))
-
-        x = (types if self.seed is None else self.seed(types, species, basis, edges))[:, None]
-        if self.seed is not None and self.lmax > 0:
-            x = torch.cat([x, geometric_embedding(radial, edges, self.lmax)], dim=1)
-        else:
-            x = functional.pad(x, (0, 0, 0, (self.lmax + 1) ** 2 - 1))
+        types = self.charge_spin(self.types(species), charge_spin)
+        radial = self.radial(basis, edges.weight, gather(types, source) + gather(types, destination))
+        x = self.seed(types, species, basis, radial, edges)
         with torch.autocast(x.device.type, self.block_autocast, enabled=self.block_autocast is not None):
             for block in self.blocks:
                 x = block(x, radial, edges)

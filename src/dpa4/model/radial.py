@@ -84,20 +84,25 @@ class RadialFeatures(NamedTuple):
 
 
 class RadialNetwork(nn.Module):
-    """Dense layers from the radial basis to (lmax + 1) * channels features; the last layer is kept apart."""
+    """Dense layers from the radial basis to (lmax + 1) * channels features; the last layer is kept apart.
 
-    def __init__(self, n_radial: int, hidden: list[int], num_degrees: int, channels: int, norm: bool):
+    ``weighted`` multiplies the features by the edge weight; checkpoints of format below 1.1 do not.
+    """
+
+    def __init__(
+        self, n_radial: int, hidden: list[int], num_degrees: int, channels: int, *, norm: bool, weighted: bool
+    ):
         super().__init__()
         widths = [n_radial, *hidden]
         self.hidden = nn.ModuleList(Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
         self.norms = nn.ModuleList(RMSNorm(w) if norm else nn.Identity() for w in hidden)
         self.last = Linear(widths[-1], num_degrees * channels)
-        self.num_degrees = num_degrees
+        self.num_degrees, self.weighted = num_degrees, weighted
 
     def forward(self, basis: Tensor, weight: Tensor, pair: Tensor) -> RadialFeatures:
         """Features from the basis (E, n_radial), an edge weight (E,) and the pair feature (E, C)."""
         for layer, norm in zip(self.hidden, self.norms, strict=True):
             basis = functional.silu(norm(layer(basis)))
-        return RadialFeatures(
-            basis * weight[:, None], pair, self.last.weight.unflatten(1, (self.num_degrees, -1))
-        )
+        if self.weighted:
+            basis = basis * weight[:, None]
+        return RadialFeatures(basis, pair, self.last.weight.unflatten(1, (self.num_degrees, -1)))

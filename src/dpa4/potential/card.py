@@ -58,7 +58,7 @@ def model_card(source: str | Path, branch: str | None = None) -> ModelCard:
         ValueError: If the file cannot be read, or ``source`` is neither a file nor a preset.
     """
     path = Path(source)
-    if not path.exists() and not path.suffix and len(path.parts) == 1:
+    if not path.is_file() and not path.suffix and len(path.parts) == 1:
         return _preset_card(str(source))
     stored = read_checkpoint(path, branch)
     parameters = sum(weight.numel() for weight in stored.weights.values())

@@ -62,7 +62,7 @@ def deepmd_state(potential: Potential) -> dict[str, Any]:
         state[f"{_MODEL}inter_potential.atomic_numbers"] = torch.tensor(numbers, dtype=torch.float64)
     buffers = derived_buffers(config, dtype)
     state |= {f"{_ATOMIC}{key}": value.contiguous() for key, value in (weights | buffers).items()}
-    state["_extra_state"] = {"model_params": params, "train_infos": {"lr": 0.0, "step": 0}}
+    state["_extra_state"] = {"model_params": params, "train_infos": {}}
     return state
 
 

@@ -11,7 +11,7 @@ from dpa4.graph import Graph
 from dpa4.model import DPA4, ModelConfig
 from dpa4.model.embedding import ChargeSpinEmbedding
 from dpa4.model.segments import scatter_sum
-from dpa4.potential.zbl import zbl_edge_energy
+from dpa4.potential.zbl import NoRepulsion, NuclearRepulsion
 
 
 class Prediction(NamedTuple):
@@ -53,6 +53,7 @@ class Potential(nn.Module):
         self.config = config
         self.elements = config.elements
         self.model = DPA4(config)
+        self.repulsion = _repulsion(config)
         energies = [reference_energies.get(e, 0.0) for e in config.elements]
         self.register_buffer("reference_energies", torch.tensor(energies, dtype=torch.float64))
         species_of = torch.full((len(chemical_symbols),), -1)
@@ -112,13 +113,8 @@ class Potential(nn.Module):
         species = self.species_of[graph.atomic_numbers]
         charge_spin = graph.charge_spin[graph.structure]
         network = self.model(species, vectors.to(self.dtype), graph.source, graph.destination, charge_spin)
-        atomic = network.double() + self.reference_energies[species]
-        if self.config.bridging is not None:
-            exponent = self.config.env_exp[1] if self.config.bridging.smooth_cutoff else None
-            z_i, z_j = graph.atomic_numbers[graph.destination], graph.atomic_numbers[graph.source]
-            repulsion = zbl_edge_energy(vectors, z_i, z_j, self.config.cutoff, exponent)
-            atomic = atomic + scatter_sum(repulsion, graph.destination, graph.num_atoms)
-        return atomic
+        repulsion = self.repulsion(vectors, graph.source, graph.destination, graph.atomic_numbers)
+        return network.double() + self.reference_energies[species] + repulsion
 
     def descriptor(self, graph: Graph) -> Tensor:
         """Invariant features of every atom that feed the energy network, (N, channels)."""
@@ -152,3 +148,9 @@ class Potential(nn.Module):
         return graph._replace(
             source=graph.source[keep], destination=graph.destination[keep], shift=graph.shift[keep]
         )
+
+
+def _repulsion(config: ModelConfig) -> nn.Module:
+    if config.bridging is None:
+        return NoRepulsion()
+    return NuclearRepulsion(config.cutoff, config.env_exp[1] if config.bridging.smooth_cutoff else None)

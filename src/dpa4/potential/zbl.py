@@ -1,9 +1,10 @@
 """Ziegler-Biersack-Littmark nuclear repulsion (model-3 section 10.1)."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpa4.model.radial import envelope
+from dpa4.model.segments import scatter_sum
 
 COULOMB = 14.3996  # e^2 / (4 pi epsilon_0), eV Angstrom
 BOHR = 0.5291772109  # Angstrom
@@ -31,11 +32,28 @@ def zbl_pair_energy(length: Tensor, z_i: Tensor, z_j: Tensor) -> Tensor:
     return COULOMB * z_i * z_j / length * screening
 
 
-def zbl_edge_energy(vectors: Tensor, z_i: Tensor, z_j: Tensor, cutoff: float, exponent: int | None) -> Tensor:
-    """Half the pair energy for each directed edge (E, 3), so that a pair counts once.
+class NuclearRepulsion(nn.Module):
+    """ZBL energy of every atom: half of each of its pairs.
 
     ``exponent`` is that of the cutoff envelope; None cuts off abruptly, as the reference does.
     """
-    length = torch.linalg.vector_norm(vectors, dim=-1)
-    energy = 0.5 * zbl_pair_energy(length, z_i, z_j)
-    return energy if exponent is None else energy * envelope(length, cutoff, exponent)
+
+    def __init__(self, cutoff: float, exponent: int | None):
+        super().__init__()
+        self.cutoff, self.exponent = cutoff, exponent
+
+    def forward(self, vectors: Tensor, source: Tensor, destination: Tensor, atomic_numbers: Tensor) -> Tensor:
+        """Edge vectors (E, 3) in Angstrom and atomic numbers (N,) to energies (N,) in eV."""
+        length = torch.linalg.vector_norm(vectors, dim=-1)
+        energy = 0.5 * zbl_pair_energy(length, atomic_numbers[destination], atomic_numbers[source])
+        if self.exponent is not None:
+            energy = energy * envelope(length, self.cutoff, self.exponent)
+        return scatter_sum(energy, destination, len(atomic_numbers))
+
+
+class NoRepulsion(nn.Module):
+    """The network describes all distances."""
+
+    def forward(self, vectors: Tensor, source: Tensor, destination: Tensor, atomic_numbers: Tensor) -> Tensor:
+        """Zeros, (N,)."""
+        return vectors.new_zeros(len(atomic_numbers))

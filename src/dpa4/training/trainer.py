@@ -66,11 +66,11 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
             "output"
         )
     preparation = prepare(config, console)
-    config.output.mkdir(parents=True, exist_ok=True)
-    (config.output / "run.yaml").write_text(preparation.run_text, encoding="utf-8")
     trainer = Trainer(config, preparation, console)
     if state is not None:
         trainer.load(state)
+    config.output.mkdir(parents=True, exist_ok=True)
+    (config.output / "run.yaml").write_text(preparation.run_text, encoding="utf-8")
     return trainer.run()
 
 
