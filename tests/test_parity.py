@@ -18,7 +18,6 @@ REFUSED = {
     "D_node_wise_so3": "node_wise_so3",
     "D_so2_attn_res_ind": "so2_attn_res",
 }
-LARGE = {"G1_air", "G1_neo", "C_neo", "A_water_mini", "B_water_zbl", "T_trained12", "C_nano"}
 
 if not INDEX:
     pytest.skip(f"needs the reference collection: {FIXTURES} is absent", allow_module_level=True)
@@ -48,8 +47,6 @@ def deviations(name: str, dtype: torch.dtype, suffix: str = "") -> dict[str, lis
     potential = load_potential(FIXTURES / name / "model_f32.pt", dtype=dtype)
     found: dict[str, list] = {}
     for label, reference in structures(name).items():
-        if label == "water192" and name in LARGE and dtype == torch.float64 and name != "A_water_mini":
-            continue  # 17,000 edges in float64 once is enough
         graph = graph_of(reference, potential, name)
         result = potential(graph)
         with torch.no_grad():

@@ -18,6 +18,7 @@ VARIANTS = {
     "high orders": {"lmax": 3, "mmax": 3, "radial_so2_mode": "none", "kmax": 2, "ffn_on": "so3"},
     "pyramid": {"l_schedule": (3, 2, 1), "readout_layers": 2, "ffn_blocks": 2},
     "bridging": {"bridging": Bridging(r_inner=0.8, r_outer=1.4), "lmax": 2},
+    "degree six": {"lmax": 6, "n_blocks": 1, "channels": 4, "mixing_layers": 1},
     "scalars": {"lmax": 0, "kmax": 0, "mmax": 0},
 }
 
