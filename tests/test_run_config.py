@@ -13,11 +13,12 @@ def run_file(tmp_path):
     return path
 
 
-def test_the_starting_file_is_valid_and_changes_nothing(tmp_path):
+def test_the_starting_file_is_the_default_with_a_smooth_cutoff(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(default_config_text("some/train.xyz"))
     config = load_run_config(path)
-    assert config == RunConfig.model_validate({"data": {"train": "some/train.xyz"}})
+    default = {"model": {"edge_norm": False}, "data": {"train": "some/train.xyz"}}
+    assert config == RunConfig.model_validate(default)
     assert config.data.train == (Path("some/train.xyz"),)
 
 

@@ -278,10 +278,16 @@ def default_config_text(train: str = "train.xyz") -> str:
     head = ["# Training run of dpa4. Energies are in eV, lengths in Angstrom. null means: not set.", ""]
     body = _commented(RunConfig.model_validate({"data": {"train": train}}))
     at = next(i for i, line in enumerate(body) if line.startswith("data:")) - 2
-    extra = ["  # Any other option of the model may be added, for example:"]
+    extra = [
+        "  # The published models were trained with true; false is smoother at the cutoff.",
+        "  edge_norm: false",
+    ]
+    extra += ["  # Any other option of the model may be added, for example:"]
+    start = preset("mini", elements=("H",))
     for name in ("cutoff", "channels", "lmax"):
-        field = ModelConfig.model_fields[name]
-        extra.append(f"  # {name}: {_scalar(field.default)}  # {field.description}")
+        extra.append(
+            f"  # {name}: {_scalar(getattr(start, name))}  # {ModelConfig.model_fields[name].description}"
+        )
     return "\n".join(head + body[:at] + extra + body[at:]) + "\n"
 
 
