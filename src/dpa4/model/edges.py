@@ -28,9 +28,8 @@ class Edges(NamedTuple):
     gate: Tensor  # (E,) freeze gate of the source atom; ones without bridging
     degree_norm: Tensor  # (N,) inverse square root of the smooth coordination number
     rows: Rows  # rows |m| <= mmax of the edge's Wigner matrices
-    to_global: dict[
-        int, Tensor
-    ]  # per block degree: (E, D, M) rotation back, with the rescale of degrees > mmax
+    to_local: dict[int, Tensor]  # by block degree: packed coefficients to rows of the edge frame, (E, M, D)
+    to_global: dict[int, Tensor]  # by block degree: the way back, degrees > mmax rescaled, (E, D, M)
 
     def harmonics(self) -> Tensor:
         """Z_{l,m} of the edge direction, (E, D)."""
@@ -129,10 +128,8 @@ class EdgeGeometry(ConstantModule):
         weight = envelope(length, self.cutoff, self.exponent)
         coordination = scatter_sum(weight.square(), destination, num_nodes)
         rows = self.wigner(edge_frame(vector / length[:, None]))
-        to_global = {}
-        for l in self.block_degrees:
-            local = rotation_blocks(rows, l, min(self.mmax, l))
-            to_global[l] = (local * getattr(self, f"rescale_{l}")).transpose(1, 2)
+        to_local = {l: rotation_blocks(rows, l, min(self.mmax, l)) for l in self.block_degrees}
+        to_global = {l: (m * getattr(self, f"rescale_{l}")).transpose(1, 2) for l, m in to_local.items()}
         return Edges(
             source=source,
             destination=destination,
@@ -143,5 +140,6 @@ class EdgeGeometry(ConstantModule):
             gate=gate,
             degree_norm=torch.rsqrt(coordination + self.degree_floor),
             rows=rows,
+            to_local=to_local,
             to_global=to_global,
         )

@@ -8,7 +8,7 @@ the orders separately, so the runs are never joined inside it.
 import torch
 from torch import Tensor, nn
 
-from dpa4.model.edges import Edges, rotation_blocks
+from dpa4.model.edges import Edges, reduced_degrees
 from dpa4.model.layers import FocusLinear, truncated_normal
 from dpa4.model.radial import RadialFeatures
 from dpa4.model.segments import gather
@@ -34,13 +34,12 @@ class ElementwiseProduct(nn.Module):
 
     def __init__(self, lmax: int, mmax: int, width: int):
         super().__init__()
-        self.lmax, self.mmax = lmax, mmax
-        order = [list(range(m, lmax + 1)) * min(m + 1, 2) for m in range(mmax + 1)]
-        self.register_buffer("degree", torch.tensor(sum(order, [])), persistent=False)
+        self.lmax = lmax
+        self.register_buffer("degree", torch.tensor(reduced_degrees(lmax, mmax)), persistent=False)
 
     def forward(self, x: Tensor, radial: RadialFeatures, hidden: Tensor, edges: Edges) -> Tensor:
         """Nodes (N, D, C) to rows of the edge frame (E, M, C); ``hidden`` (C0, C) maps radial channels."""
-        local = rotation_blocks(edges.rows, self.lmax, self.mmax) @ gather(x, edges.source)
+        local = edges.to_local[self.lmax] @ gather(x, edges.source)
         return local * radial.per_degree(hidden, self.lmax + 1)[:, self.degree]
 
 
