@@ -198,6 +198,20 @@ def test_precision_changes_do_not_lose_the_constants(potential):
     torch.testing.assert_close(potential(graph).energy, expected, rtol=0, atol=0)
 
 
+def test_mixed_precision_in_the_blocks(potential):
+    """bfloat16 has 8 bits: results within a few per cent, everything outside the blocks in full precision."""
+    potential.float().train()
+    exact = potential(graph_of(molecule()))
+    potential.model.block_autocast = torch.bfloat16
+    mixed = potential(graph_of(molecule()))
+    assert mixed.energy.dtype == mixed.forces.dtype == torch.float64
+    assert not torch.equal(mixed.forces, exact.forces)
+    assert_close(mixed.forces, exact.forces, 0.1)
+    mixed.forces.square().sum().backward()
+    gradients = [p.grad for p in potential.parameters() if p.grad is not None]
+    assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in gradients)
+
+
 def test_excluded_pairs_do_not_interact():
     potential = random_potential(excluded_pairs=(("C", "O"),))
     near, far = (
