@@ -38,7 +38,8 @@ def trained(tmp_path_factory):
     config = folder / "run.yaml"
     run("init", config, "--train", folder / "train.xyz")
     settings = [*TINY, "training.steps=6", "training.batch_size=4", f"output={folder / 'run'}", "device=cpu"]
-    run("train", config, *(x for s in settings for x in ("--set", s)))
+    output = run("train", config, *(x for s in settings for x in ("--set", s)))
+    assert "best" in output and "[green]" not in output
     return folder
 
 
@@ -122,6 +123,12 @@ def test_info_of_a_preset():
 def test_mistakes_give_one_line_and_status_one(arguments, message):
     output = run(*arguments, ok=False)
     assert message in output and "Traceback" not in output
+
+
+def test_square_brackets_of_a_message_are_printed(tmp_path):
+    """An option such as dpa4[aselmdb], or a path, is no markup."""
+    assert "absent[bold].pt" in run("eval", "absent[bold].pt", "x.xyz", ok=False)
+    assert "[/tmp].pt" in run("eval", tmp_path / "[/tmp].pt", "x.xyz", ok=False)
 
 
 def test_unknown_option_suggests_the_right_one(trained):

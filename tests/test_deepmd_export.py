@@ -11,7 +11,7 @@ import torch
 
 from dpa4.model import Bridging
 from dpa4.model.presets import preset
-from dpa4.potential.checkpoint import import_deepmd, load_potential
+from dpa4.potential.checkpoint import load_potential
 from dpa4.potential.deepmd_export import deepmd_state, export_deepmd
 from dpa4.potential.potential import Potential
 from helpers import SHARED, graph_of, molecule, random_potential, randomize
@@ -41,7 +41,7 @@ np.savez(sys.argv[2], **results)
 def test_a_reference_checkpoint_survives_import_and_export(name):
     path = FIXTURES / name / "model_f32.pt"
     original = torch.load(path, weights_only=True)["model"]
-    exported = deepmd_state(import_deepmd(path))
+    exported = deepmd_state(load_potential(path))
     assert exported.keys() == original.keys()
     for key in original.keys() - {"_extra_state"}:
         if key.endswith(("out_bias", "bias_atom_e", "version_tensor", *STATISTICS)):

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from dpa4.graph import build_graph
 from dpa4.model import ModelConfig
-from dpa4.potential.checkpoint import import_deepmd, load_potential, read_checkpoint
+from dpa4.potential.checkpoint import load_potential, read_checkpoint
 from dpa4.potential.deepmd_export import deepmd_state
 from dpa4.potential.potential import Potential
 from helpers import SHARED, graph_of, molecule, random_potential, shared
@@ -41,7 +41,7 @@ def load(tmp_path):
     def save_and_import(state, **options):
         path = tmp_path / "model.pt"
         torch.save({"model": state}, path)
-        return import_deepmd(path, **options)
+        return load_potential(path, **options)
 
     return save_and_import
 
@@ -55,7 +55,7 @@ def energies_of(potential):
 
 @pytest.mark.parametrize("name", ["A_water_mini", "D_atom_ener", "D_legacy_version1.0", "P_pretrained"])
 def test_energies_and_forces_are_those_of_the_reference(name):
-    potential = import_deepmd(shared(f"reference/fixtures/{name}/model_f32.pt"), dtype=torch.float64)
+    potential = load_potential(shared(f"reference/fixtures/{name}/model_f32.pt"), dtype=torch.float64)
     with np.load(FIXTURES / name / "ref.npz") as reference:
         structure = "ethanol" if name != "P_pretrained" else "water192"
         get = {
@@ -77,7 +77,7 @@ def test_energies_and_forces_are_those_of_the_reference(name):
 )
 def test_models_with_switches_of_no_published_model_are_refused(name, option):
     with pytest.raises(ValueError, match=f"{option} is not supported"):
-        import_deepmd(shared(f"reference/fixtures/{name}/model_f32.pt"))
+        load_potential(shared(f"reference/fixtures/{name}/model_f32.pt"))
 
 
 def fill_by_rule(state):
@@ -463,7 +463,7 @@ def test_truncated_files_are_refused(state, tmp_path, keep):
 def test_foreign_files_are_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(ValueError, match=message):
-        import_deepmd(tmp_path / "model.pt")
+        load_potential(tmp_path / "model.pt")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -475,4 +475,4 @@ def test_frozen_models_are_recognised(tmp_path):
 
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no checkpoint .*model.pt"):
-        import_deepmd(tmp_path / "model.pt")
+        load_potential(tmp_path / "model.pt")

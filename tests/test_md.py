@@ -16,7 +16,7 @@ from ase.io import read
 
 from dpa4.simulation import DPA4Calculator, run_md
 from dpa4.simulation.dynamics import draw_momenta
-from dpa4.training.state import read_csv
+from dpa4.system import read_csv
 from helpers import crystal, molecule, random_potential
 
 
@@ -77,7 +77,7 @@ def test_files_and_statistics(tmp_path):
 def test_drift_of_a_table_is_its_slope(tmp_path):
     """The fit over a run whose energy is replaced by a known line."""
     from dpa4.simulation.dynamics import COLUMNS, _finish
-    from dpa4.training.state import CsvLog
+    from dpa4.system import CsvLog
 
     log = CsvLog(tmp_path / "thermo.csv", COLUMNS)
     for step in range(5):

@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 
 from dpa4.data import read_frames
 from dpa4.potential.checkpoint import load_potential
+from dpa4.system import CsvLog, read_csv
 from dpa4.training import trainer as trainer_module
 from dpa4.training.config import RunConfig
 from dpa4.training.evaluation import evaluate
 from dpa4.training.prepare import batch_budget, changed_options, split
-from dpa4.training.state import CsvLog, load_state, read_csv, save_state
+from dpa4.training.state import load_state, save_state
 from dpa4.training.trainer import Trainer, train
 
 SILENT = Console(quiet=True)

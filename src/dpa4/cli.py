@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 app = typer.Typer(
     help="Train and run DPA4 interatomic potentials. Units: eV and Angstrom.",
@@ -14,7 +15,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-console = Console()
+console = Console(markup=False)  # names of files and options may hold square brackets
 
 Model = Annotated[Path, typer.Argument(help="Model: .safetensors, or a deepmd-kit checkpoint .pt.")]
 Branch = Annotated[str | None, typer.Option(help="Branch of a multitask deepmd-kit checkpoint.")]
@@ -31,9 +32,8 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
-        Console(stderr=True).print(
-            f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True, emoji=False
-        )
+        message = Text.assemble(("error:", "bold red"), f" {error}")
+        Console(stderr=True).print(message, soft_wrap=True)
         raise typer.Exit(1) from error
 
 
@@ -102,7 +102,7 @@ def evaluate_command(
 
 
 def _label_keys(pairs: list[str]) -> dict[str, str]:
-    """ "energy=dft_energy" and the like as a map."""
+    """Map of label to name from pairs such as energy=dft_energy."""
     known = ("energy", "forces", "stress", "virial")
     keys = dict(pair.partition("=")[::2] for pair in pairs)
     for name, value in keys.items():
@@ -167,7 +167,7 @@ def md(
     from dpa4.simulation import DPA4Calculator, run_md
 
     with user_errors():
-        atoms = list(iread(structure))[-1]
+        atoms = next(iread(structure, index=-1))
         calculator = DPA4Calculator(model, device=device, dtype=dtype, branch=branch, neighbor_skin=skin)
         result = run_md(
             atoms, calculator, output, steps=steps, ensemble=ensemble, temperature=temperature, timestep=timestep,

@@ -34,7 +34,7 @@ class LabelKeys:
     energy: str | None = None  # eV
     forces: str | None = None  # eV/Angstrom
     stress: str | None = (
-        None  # eV/Angstrom^3, tensile positive; Voigt xx, yy, zz, yz, xz, xy, or nine numbers
+        None  # eV/Angstrom^3, tensile positive; six in Voigt order xx, yy, zz, yz, xz, xy, or nine
     )
     virial: str | None = None  # eV, -dE/dstrain = -volume * stress
 

@@ -16,6 +16,11 @@ def degree_of(lmax: int) -> Tensor:
     return l.repeat_interleave(2 * l + 1, output_size=(lmax + 1) ** 2)
 
 
+def balance_of(lmax: int, channels: int) -> Tensor:
+    """Weight of each packed coefficient in a norm where every degree counts equally, (D,) float64."""
+    return 1 / ((2 * degree_of(lmax).double() + 1) * (lmax + 1) * channels)
+
+
 def truncated_normal(shape: tuple[int, ...], fan_in: int, fan_out: int) -> Tensor:
     """Normal of standard deviation 1/sqrt(fan_in + fan_out), cut at three of them (model-2 section 2)."""
     std = (fan_in + fan_out) ** -0.5
@@ -124,8 +129,7 @@ class EquivariantRMSNorm(ConstantModule):
         self.eps = eps
         degree = degree_of(lmax)
         self.register_buffer("degree", degree, persistent=False)
-        balance = 1 / ((2 * degree.double() + 1) * (lmax + 1) * channels)
-        self.register_constant("balance", balance[:, None])
+        self.register_constant("balance", balance_of(lmax, channels)[:, None])
         self.register_constant("scalar", (degree == 0).double()[:, None])
 
     def forward(self, x: Tensor) -> Tensor:

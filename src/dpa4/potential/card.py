@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpa4.model import DPA4, ModelConfig
-from dpa4.model.presets import PRESETS, preset
+from dpa4.model.presets import preset
 from dpa4.potential.checkpoint import read_checkpoint
 
 UNITS = "energy eV, length Å, forces eV/Å, virial eV (-dE/dstrain), stress eV/Å³ (tensile positive)"
@@ -73,12 +73,10 @@ def model_card(source: str | Path, branch: str | None = None) -> ModelCard:
 
 
 def _preset_card(name: str) -> ModelCard:
-    if name not in PRESETS:
-        try:
-            preset(name)
-        except ValueError as error:
-            raise ValueError(f"there is no file {name!r} and {error}") from None
-    config = preset(name)
+    try:
+        config = preset(name)
+    except ValueError as error:
+        raise ValueError(f"there is no file {name!r} and {error}") from None
     parameters = sum(parameter.numel() for parameter in DPA4(config).parameters())
     sections = _sections(config, parameters)
     sections["Provenance"] = {

@@ -102,13 +102,6 @@ def load_potential(
     return _assemble(path, stored, dtype or stored.dtype).to(device)
 
 
-def import_deepmd(
-    path: str | Path, *, branch: str | None = None, dtype: torch.dtype | None = None
-) -> Potential:
-    """Load a potential from a checkpoint of deepmd-kit; see `load_potential`."""
-    return load_potential(path, dtype=dtype, branch=branch)
-
-
 def convert(source: str | Path, target: str | Path, branch: str | None = None) -> None:
     """Convert a checkpoint to the format of the suffix of ``target``: .safetensors, or .pt for deepmd-kit.
 

@@ -10,7 +10,8 @@ from ase.data import atomic_numbers
 from torch import Tensor
 
 from dpa4.model.config import ModelConfig
-from dpa4.model.layers import degree_of
+from dpa4.model.edges import reduced_degrees
+from dpa4.model.layers import balance_of, degree_of
 from dpa4.potential.deepmd_names import deepmd_name
 from dpa4.potential.deepmd_options import config_to_deepmd
 from dpa4.potential.potential import Potential
@@ -107,7 +108,6 @@ def derived_buffers(config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor
 
 def _block_buffers(config: ModelConfig, lmax: int, dtype: torch.dtype) -> dict[str, Tensor]:
     degree = degree_of(lmax)
-    balance = 1 / ((2 * degree.double() + 1) * (lmax + 1) * config.channels)
     buffers = {f"so2_conv.{side}_focus_mix.expand_index": degree for side in ("pre", "post")}
     names = ["pre_so2_norm", "post_so2_norm"], ["pre_ffn_norms", "post_ffn_norms"]
     norms = [name for name, used in zip(names[0], config.sandwich_norm[:2], strict=True) if used]
@@ -118,7 +118,10 @@ def _block_buffers(config: ModelConfig, lmax: int, dtype: torch.dtype) -> dict[s
         ffn = _ffn_buffers(lmax, gated=config.ffn_on == "degrees")
         buffers |= {f"ffns.{i}.{key}": value for key, value in ffn.items()}
     for norm in norms:
-        buffers |= {f"{norm}.expand_index": degree, f"{norm}.balance_weight": balance.to(dtype)}
+        buffers |= {
+            f"{norm}.expand_index": degree,
+            f"{norm}.balance_weight": balance_of(lmax, config.channels).to(dtype),
+        }
 
     orders = order_positions(lmax, min(config.mmax, lmax))
     negative = torch.cat([torch.tensor([], dtype=torch.int64), *(minus for minus, _ in orders[1:])])
@@ -127,9 +130,7 @@ def _block_buffers(config: ModelConfig, lmax: int, dtype: torch.dtype) -> dict[s
         linear = f"so2_conv.so2_linears.{t}."
         buffers |= {f"{linear}m0_idx": orders[0][0], f"{linear}neg_indices": negative}
         buffers[f"{linear}pos_indices"] = positive
-    edge_degree = torch.cat(
-        [torch.arange(lmax + 1), *(torch.arange(m, lmax + 1).repeat(2) for m in range(1, len(orders)))]
-    )
+    edge_degree = torch.tensor(reduced_degrees(lmax, min(config.mmax, lmax)))
     for t in range(config.mixing_layers - 1):
         buffers[f"so2_conv.non_linearities.{t}.expand_index"] = edge_degree[edge_degree > 0] - 1
     if config.radial_so2_mode != "none":

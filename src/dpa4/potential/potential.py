@@ -110,19 +110,20 @@ class Potential(nn.Module):
 
     def atomic_energies(self, graph: Graph, vectors: Tensor) -> Tensor:
         """Energy of each atom (N,) in eV as a function of the edge vectors (E, 3); differentiable."""
-        species = self.species_of[graph.atomic_numbers]
-        charge_spin = graph.charge_spin[graph.structure]
-        network = self.model(species, vectors.to(self.dtype), graph.source, graph.destination, charge_spin)
+        inputs = self._inputs(graph, vectors)
         repulsion = self.repulsion(vectors, graph.source, graph.destination, graph.atomic_numbers)
-        return network.double() + self.reference_energies[species] + repulsion
+        return self.model(*inputs).double() + self.reference_energies[inputs[0]] + repulsion
 
     def descriptor(self, graph: Graph) -> Tensor:
         """Invariant features of every atom that feed the energy network, (N, channels)."""
         graph = self._without_excluded(graph)
+        return self.model.descriptor(*self._inputs(graph, graph.edge_vectors()))
+
+    def _inputs(self, graph: Graph, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Arguments of the network: species, vectors in its precision, source, destination, charge and spin."""
         species = self.species_of[graph.atomic_numbers]
         charge_spin = graph.charge_spin[graph.structure]
-        vectors = graph.edge_vectors().to(self.dtype)
-        return self.model.descriptor(species, vectors, graph.source, graph.destination, charge_spin)
+        return species, vectors.to(self.dtype), graph.source, graph.destination, charge_spin
 
     def _gradient(self, atomic: Tensor, vectors: Tensor) -> Tensor:
         if vectors.shape[0] == 0:  # autograd has no path from an energy without edges

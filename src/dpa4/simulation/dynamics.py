@@ -15,8 +15,7 @@ from ase.md.verlet import VelocityVerlet
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dpa4.simulation.calculator import labelled
-from dpa4.system import atomic_write, stop_requests
-from dpa4.training.state import CsvLog, read_csv
+from dpa4.system import CsvLog, atomic_write, read_csv, stop_requests
 
 Ensemble = Literal["nve", "langevin"]
 

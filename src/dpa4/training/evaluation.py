@@ -13,6 +13,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
+from rich.markup import escape
 from rich.table import Table
 
 from dpa4.data import Batch, EpochBatches, Frame, FrameDataset, check_elements
@@ -77,7 +78,7 @@ class ErrorTable(NamedTuple):
         for i, r in enumerate(self.rows):
             errors = (f"{e:.3f}" for e in (r.mae, r.rmse, r.maximum))
             last = i + 1 == len(self.rows) or self.rows[i + 1].group != r.group
-            table.add_row(r.group, r.quantity, r.unit, str(r.values), *errors, end_section=last)
+            table.add_row(escape(r.group), r.quantity, r.unit, str(r.values), *errors, end_section=last)
         return table
 
     def write_csv(self, path: Path) -> None:

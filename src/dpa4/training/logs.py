@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dpa4.training.state import CsvLog
+from dpa4.system import CsvLog
 
 TERMS = ("energy", "forces", "virial", "loss", "gradient_norm")
 TRAIN_COLUMNS = ("step", "epoch", "learning_rate", *TERMS, "seconds")
@@ -81,7 +81,7 @@ class RunLog:
         )
         best = "  [green]best[/green]" if row["best"] else ""
         line = f"step {row['step']:>7}  epoch {row['epoch']:>4}  {errors}{best}"
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, highlight=False, soft_wrap=True, markup=True)
 
     def _scalars(self, prefix: str, row: dict[str, Any]) -> None:
         if self._tensorboard is not None:

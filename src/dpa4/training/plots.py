@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpa4.system import atomic_write
-from dpa4.training.state import read_csv
+from dpa4.system import atomic_write, read_csv
 
 
 def plot_parity(data: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]], path: Path) -> None:

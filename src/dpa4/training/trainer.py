@@ -275,7 +275,7 @@ class Trainer:
                 "Restore them or choose another output"
             )
         for change in changed:
-            self.console.print(f"[yellow]changed since the checkpoint:[/yellow] {change}")
+            self.console.print(f"changed since the checkpoint: {change}", style="yellow", markup=False)
         self.potential.load_state_dict(state["potential"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
@@ -306,7 +306,7 @@ class Trainer:
             )
         best = folder / "best.safetensors"
         path = best if best.is_file() else folder / "last.safetensors"
-        self.console.print(f"model: {path}")
+        self.console.print(f"model: {path}", markup=False)
         return path
 
 
