@@ -1,4 +1,4 @@
-"""Neighbour lists against a brute-force twin."""
+"""Neighbour lists: both searches against a brute-force twin and each other."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,8 @@ from ase.geometry import complete_cell
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpa4.graph import build_graph, neighbor_list, within_cutoff
+from dpa4.graph import build_graph, collate, neighbor_list, neighbor_list_torch, within_cutoff
+from dpa4.graph.neighbors import Neighbors
 
 Pair = tuple[int, int, int, int, int]  # source, destination, shift
 
@@ -36,14 +37,32 @@ def pairs(neighbors) -> list[Pair]:
     ]
 
 
+def torch_search(positions, cell, pbc, cutoff) -> Neighbors:
+    """The search for accelerators, on the CPU."""
+    tensors = (torch.tensor(np.asarray(x, float)) for x in (positions, cell))
+    found = neighbor_list_torch(*tensors, torch.tensor(np.asarray(pbc, bool)), cutoff)
+    return Neighbors(*(t.numpy().astype(np.int64) for t in found))
+
+
+def search(positions, cell, pbc, cutoff) -> Neighbors:
+    """The list of one search, after comparing it to that of the other, order included."""
+    found = neighbor_list(positions, cell, pbc, cutoff)
+    for name, ours, theirs in zip(
+        found._fields, found, torch_search(positions, cell, pbc, cutoff), strict=True
+    ):
+        assert np.array_equal(ours, theirs), name
+    return found
+
+
 def assert_same(positions, cell, pbc, cutoff) -> int:
     """Pair-by-pair comparison; returns the number of pairs."""
     positions, cell, pbc = np.asarray(positions, float), np.asarray(cell, float), np.asarray(pbc, bool)
-    found = neighbor_list(positions, cell, pbc, cutoff)
+    found = search(positions, cell, pbc, cutoff)
     listed = pairs(found)
     assert len(set(listed)) == len(listed), "a pair is listed twice"
     assert set(listed) == brute_force(positions, cell, pbc, cutoff)
-    assert (np.diff(found.destination) >= 0).all()
+    key = [(i, j, *s) for j, i, *s in listed]
+    assert key == sorted(key)
     return len(listed)
 
 
@@ -88,9 +107,9 @@ def test_a_pair_at_the_cutoff_is_kept(cutoff, periodic):
     cell = np.diag([cutoff, 20, 20]) if periodic else np.zeros((3, 3))
     positions = [[0, 0, 0], [0, cutoff, 0]]
     expected = 6 if periodic else 2
-    assert len(neighbor_list(positions, cell, [periodic] * 3, cutoff).source) == expected
+    assert len(search(positions, cell, [periodic] * 3, cutoff).source) == expected
     below = np.nextafter(cutoff, 0)
-    assert len(neighbor_list(positions, cell, [periodic] * 3, below).source) == 0
+    assert len(search(positions, cell, [periodic] * 3, below).source) == 0
 
 
 @pytest.mark.parametrize("distance", [1e3, 1e6, 1e9])
@@ -100,9 +119,9 @@ def test_fragments_far_apart(pbc, distance):
     cell = np.diag([2.5, 3.0, 0.0]) * np.array(pbc)[:, None]
     far = distance * np.where(pbc, 0, 1)
     positions = np.array([[0, 0, 0], [0.3, 0.8, 0.1], [0.5, 0, 1], [0.5, 1, 1]])
-    together = set(pairs(neighbor_list(positions, cell, pbc, 4.0)))
+    together = set(pairs(search(positions, cell, pbc, 4.0)))
     positions[2:] += far
-    apart = set(pairs(neighbor_list(positions, cell, pbc, 4.0)))
+    apart = set(pairs(search(positions, cell, pbc, 4.0)))
     assert apart == {p for p in together if (p[0] < 2) == (p[1] < 2)}
     assert apart
 
@@ -159,13 +178,57 @@ def test_within_cutoff_of_a_larger_list():
     atoms.positions += np.random.default_rng(1).uniform(-0.25, 0.25, (8, 3))  # at most 0.433 < 1.0 / 2
     moved = within_cutoff(skinned._replace(positions=torch.tensor(atoms.positions)), 5.0)
     fresh = build_graph(atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc, 5.0)
-    as_set = [
-        {tuple(edge) for edge in torch.column_stack((g.source, g.destination, g.shift)).tolist()}
-        for g in (moved, fresh)
-    ]
-    assert as_set[0] == as_set[1]
+    assert all(torch.equal(a, b) for a, b in zip(moved, fresh, strict=True))
     assert moved.num_edges < skinned.num_edges
-    assert (moved.destination.diff() >= 0).all()
+    both = within_cutoff(collate([skinned, skinned]), 5.0)
+    assert torch.equal(both.source, collate([within_cutoff(skinned, 5.0)] * 2).source)
+
+
+def test_within_cutoff_refuses_coincident_atoms():
+    graph = build_graph([1, 1], [[0, 0, 0], [0, 0, 0.3]], np.zeros((3, 3)), [False] * 3, 3.0)
+    with pytest.raises(ValueError, match="atoms 0 and 1 coincide"):
+        within_cutoff(graph._replace(positions=torch.zeros(2, 3, dtype=torch.float64)), 2.0)
+
+
+def test_order_of_atoms_very_many_cells_apart():
+    """Numbers of cells too large for a common sort key do not change the list."""
+    positions = np.array([[0, 0, 0], [1.0, 0, 0], [0, 1.2, 0]])
+    far = np.array([[0, 0, 0], [1e6, -1e6, 1e6], [-1e6, 1e6, 1e6]])
+    near, apart = (
+        np.sort(lengths(p, search(p, CUBE, [True] * 3, 5.0))) for p in (positions, positions + 4 * far)
+    )
+    np.testing.assert_allclose(near, apart, atol=1e-8)  # coordinates of 4e6 are exact to 5e-10
+
+
+def lengths(positions, found) -> np.ndarray:
+    vectors = positions[found.source] - positions[found.destination] + found.shift @ CUBE
+    return np.linalg.norm(vectors, axis=1)
+
+
+def test_graph_of_tensors():
+    """Tensors are taken as arrays are, and copied."""
+    atoms = bulk("NaCl", "rocksalt", a=5.0, cubic=True)
+    arguments = (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc, 5.0, (1, 2))
+    expected = build_graph(*arguments)
+    tensors = [torch.tensor(np.asarray(a)) for a in arguments[:4]]
+    for a, b in zip(build_graph(*tensors, *arguments[4:], device="cpu"), expected, strict=True):
+        assert torch.equal(a, b)
+    assert tensors[1].data_ptr() != build_graph(*tensors, 5.0).positions.data_ptr()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("seed", range(5))
+def test_graph_on_the_gpu_is_that_on_the_cpu(seed):
+    rng = np.random.default_rng(seed)
+    atoms = bulk("Cu", cubic=True) * (3, 2, 1)
+    atoms.rattle(0.2, seed=seed)
+    atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.normal(scale=0.1, size=(3, 3))), scale_atoms=True)
+    atoms.pbc = rng.random(3) < 0.7
+    arguments = (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc, 6.0)
+    on_gpu, on_cpu = build_graph(*arguments, device="cuda"), build_graph(*arguments)
+    for name, a, b in zip(on_gpu._fields, on_gpu, on_cpu, strict=True):
+        assert a.device.type == "cuda" and torch.equal(a.cpu(), b), name
 
 
 CUBE = np.eye(3) * 4
@@ -187,9 +250,10 @@ CUBE = np.eye(3) * 4
         ([[0, 0, 0]], CUBE, [1, 1, 1], np.nan, "cutoff must be a positive length in Angstrom, got nan"),
     ],
 )
-def test_errors(positions, cell, pbc, cutoff, message):
+@pytest.mark.parametrize("function", [neighbor_list, torch_search])
+def test_errors(function, positions, cell, pbc, cutoff, message):
     with pytest.raises(ValueError, match=message):
-        neighbor_list(positions, cell, pbc, cutoff)
+        function(positions, cell, pbc, cutoff)
 
 
 def test_atomic_numbers_must_fit():

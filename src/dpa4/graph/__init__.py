@@ -1,6 +1,16 @@
 """Graphs of atoms and edges."""
 
 from dpa4.graph.graph import Graph, collate
-from dpa4.graph.neighbors import build_graph, neighbor_list, within_cutoff
+from dpa4.graph.neighbors import build_graph, neighbor_list, neighbor_list_torch, within_cutoff
+from dpa4.graph.skin import SKIN, SkinnedNeighbors
 
-__all__ = ["Graph", "build_graph", "collate", "neighbor_list", "within_cutoff"]
+__all__ = [
+    "SKIN",
+    "Graph",
+    "SkinnedNeighbors",
+    "build_graph",
+    "collate",
+    "neighbor_list",
+    "neighbor_list_torch",
+    "within_cutoff",
+]

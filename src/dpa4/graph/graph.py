@@ -11,7 +11,8 @@ class Graph(NamedTuple):
     """B structures with N atoms and E directed edges in flat lists.
 
     A message flows source -> destination. Each pair within the cutoff gives two edges; periodic images, also
-    those of an atom with itself, are edges of their own. Edges are sorted by destination.
+    those of an atom with itself, are edges of their own. Edges are sorted by destination; neighbour searches sort
+    those of an atom by source and shift.
     """
 
     atomic_numbers: Tensor  # (N,) int64

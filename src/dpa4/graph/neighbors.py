@@ -1,25 +1,28 @@
 """Neighbour lists: every pair of atoms within the cutoff, over all periodic images.
 
-The search is vesin's; which pairs belong to the list is decided here, in float64, so that the list has the
-edges of the definition 0 < |r_j + S cell - r_i| <= cutoff and no others.
+The search is vesin's on the CPU and a cell list in torch operations on accelerators. Which pairs belong to the
+list is decided here, by one formula in float64, so that either search gives the edges of the definition
+0 < |r_j + S cell - r_i| <= cutoff and no others, in one order: by destination, source and shift.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from ase.geometry import complete_cell
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 from vesin import NeighborList
 
+from dpa4.graph.cell_list import candidate_pairs
 from dpa4.graph.graph import Graph
+from dpa4.graph.lattice import check_cutoff, check_positions, completed, periodic_lattice
 
 MIN_DISTANCE = 1e-5  # Angstrom: closer atoms are one atom given twice
-MIN_HEIGHT = 0.1  # Angstrom: an atom cannot have its own periodic image this near
+SEARCH_MARGIN = 1 + 1e-6  # searches look a little farther, since their rounding is not that of the definition
 
 
 class Neighbors(NamedTuple):
-    """Directed edges of one structure, sorted by destination."""
+    """Directed edges of one structure, sorted by destination, source and shift."""
 
     source: NDArray[np.int64]  # (E,) neighbour j
     destination: NDArray[np.int64]  # (E,) centre i
@@ -42,23 +45,80 @@ def neighbor_list(positions: ArrayLike, cell: ArrayLike, pbc: ArrayLike, cutoff:
         ValueError: If a shape is wrong, a number is not finite, the cutoff is not positive, a periodic cell
             vector is zero or nearly in the plane of the others, or two atoms coincide.
     """
-    positions, cell, pbc = _checked(positions, cell, pbc)
-    if not (np.isfinite(cutoff) and cutoff > 0):
-        raise ValueError(f"the cutoff must be a positive length in Angstrom, got {cutoff}")
+    positions = np.ascontiguousarray(positions, dtype=np.float64)
+    check_positions(torch.from_numpy(positions))
+    lattice, periodic = periodic_lattice(cell, pbc)
+    check_cutoff(cutoff)
     if len(positions) == 0:
         return Neighbors(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3), np.int64))
 
-    lattice = np.where(pbc[:, None], cell, 0.0)
-    full_cell, heights = _completed(lattice, pbc)
-    compact, extents = _closed_gaps(positions, full_cell, pbc, 2 * cutoff)
-    radius = _search_radius(np.where(pbc, heights, extents), cutoff * (1 + 1e-6))
-    search = NeighborList(cutoff=radius, full_list=True, sorted=True, n_threads=1)
-    i, j, shift = search.compute(compact, lattice, pbc, "ijS")
-    vectors = positions[j] + shift @ lattice - positions[i]
-    squared = np.einsum("ei,ei->e", vectors, vectors)
-    _refuse_coincident(i, j, squared)
-    keep = squared <= cutoff * cutoff
-    return Neighbors(j[keep].astype(np.int64), i[keep].astype(np.int64), shift[keep].astype(np.int64))
+    full_cell, heights = completed(lattice, periodic)
+    compact, extents = _closed_gaps(positions, full_cell, periodic, 2 * cutoff)
+    radius = _search_radius(np.where(periodic, heights, extents), cutoff * SEARCH_MARGIN)
+    search = NeighborList(cutoff=radius, full_list=True, sorted=False, n_threads=1)
+    i, j, shift = search.compute(compact, lattice, periodic, "ijS")
+    i, j, shift = i.astype(np.int64), j.astype(np.int64), shift.astype(np.int64)
+    squared = _squared_lengths(
+        torch.from_numpy(positions),
+        torch.from_numpy(lattice),
+        torch.from_numpy(j),
+        torch.from_numpy(i),
+        torch.from_numpy(shift).double(),
+    ).numpy()
+    keep = np.flatnonzero(squared <= cutoff * cutoff)
+    keep = keep[_order(i[keep], j[keep], shift[keep])]
+    i, j, shift = i[keep], j[keep], shift[keep]
+    _refuse_coincident(torch.from_numpy(i), torch.from_numpy(j), torch.from_numpy(squared[keep]))
+    return Neighbors(j, i, shift)
+
+
+def neighbor_list_torch(
+    positions: Tensor, cell: Tensor, pbc: Tensor, cutoff: float, structure: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the pairs of ``neighbor_list`` on the device of the positions, of many structures at once if wanted.
+
+    Memory grows with the number of atoms and edges, whatever the extent of the structure.
+
+    Args:
+        positions: Atom positions (N, 3) float64, in Angstrom.
+        cell: Cell vectors as rows (3, 3), or (B, 3, 3) of several structures, in Angstrom.
+        pbc: Periodicity of the three axes (3,) or (B, 3).
+        cutoff: Cutoff radius, in Angstrom; a pair at exactly this distance is kept.
+        structure: The structure of each atom (N,) int64, ascending; left out for one structure.
+
+    Returns:
+        source: Neighbours j (E,) int64.
+        destination: Centres i (E,) int64, ascending.
+        shift: Whole cell vectors added to the neighbour (E, 3) float64.
+
+    Raises:
+        ValueError: As ``neighbor_list``.
+    """
+    positions = positions.double()
+    check_positions(positions)
+    if structure is None:
+        structure = torch.zeros(len(positions), dtype=torch.int64, device=positions.device)
+        cell, pbc = cell[None], pbc[None]
+    if structure.shape != positions.shape[:1] or cell.shape[0] != pbc.shape[0]:
+        raise ValueError(
+            f"structure {tuple(structure.shape)}, cell {tuple(cell.shape)} and pbc {tuple(pbc.shape)} do not fit "
+            f"each other or {len(positions)} positions"
+        )
+    pairs = zip(cell.cpu().numpy(), pbc.cpu().numpy(), strict=True)
+    lattices = [periodic_lattice(one_cell, one_pbc) for one_cell, one_pbc in pairs]
+    check_cutoff(cutoff)
+    if len(positions) == 0:
+        none = structure.new_zeros(0)
+        return none, none, positions.new_zeros(0, 3)
+
+    destination, source, shift = candidate_pairs(positions, lattices, structure, cutoff * SEARCH_MARGIN)
+    lattice = torch.from_numpy(np.stack([one for one, _ in lattices])).to(positions.device)
+    rows = lattice[0] if len(lattice) == 1 else lattice[structure[destination]]
+    squared = _squared_lengths(positions, rows, source, destination, shift)
+    keep = (squared <= cutoff * cutoff).nonzero().squeeze(1)
+    source, destination = source[keep], destination[keep]
+    _refuse_coincident(destination, source, squared[keep])
+    return source, destination, shift[keep]
 
 
 def build_graph(
@@ -68,8 +128,9 @@ def build_graph(
     pbc: ArrayLike,
     cutoff: float,
     charge_spin: tuple[int, int] = (0, 1),
+    device: torch.device | str = "cpu",
 ) -> Graph:
-    """Build the graph of one structure on the CPU.
+    """Build the graph of one structure, by the search of its device.
 
     Args:
         atomic_numbers: Nuclear charges (N,).
@@ -78,24 +139,33 @@ def build_graph(
         pbc: Periodicity of the three axes (3,).
         cutoff: Cutoff radius, in Angstrom.
         charge_spin: Total charge in e and spin multiplicity 2S + 1.
+        device: Where to build it; tensors given may lie on any device.
 
     Raises:
         ValueError: As ``neighbor_list``, or if there is not one atomic number per position.
     """
-    numbers = np.asarray(atomic_numbers, dtype=np.int64)
-    positions = np.asarray(positions, dtype=np.float64)
-    if numbers.shape != positions.shape[:1]:
-        raise ValueError(f"atomic_numbers {numbers.shape} do not fit positions {positions.shape}")
-    neighbors = neighbor_list(positions, cell, pbc, cutoff)
+    device = torch.device(device)
+    numbers = _copied(atomic_numbers, torch.int64, device)
+    places = _copied(positions, torch.float64, device)
+    rows = _copied(cell, torch.float64, device)
+    if numbers.shape != places.shape[:1]:
+        raise ValueError(f"atomic_numbers {tuple(numbers.shape)} do not fit positions {tuple(places.shape)}")
+    if device.type == "cuda":
+        periodic = torch.as_tensor(np.asarray(_on_host(pbc), dtype=bool))
+        source, destination, shift = neighbor_list_torch(places, rows, periodic, cutoff)
+    else:
+        found = neighbor_list(places.numpy(), rows.numpy(), _on_host(pbc), cutoff)
+        source, destination = torch.from_numpy(found.source), torch.from_numpy(found.destination)
+        shift = torch.from_numpy(found.shift).double()
     return Graph(
-        atomic_numbers=torch.tensor(numbers),
-        positions=torch.tensor(positions),
-        cell=torch.tensor(np.asarray(cell, dtype=np.float64))[None],
-        structure=torch.zeros(len(numbers), dtype=torch.int64),
-        source=torch.from_numpy(neighbors.source),
-        destination=torch.from_numpy(neighbors.destination),
-        shift=torch.from_numpy(neighbors.shift.astype(np.float64)),
-        charge_spin=torch.tensor([charge_spin], dtype=torch.int64),
+        atomic_numbers=numbers,
+        positions=places,
+        cell=rows[None],
+        structure=torch.zeros_like(numbers),
+        source=source,
+        destination=destination,
+        shift=shift,
+        charge_spin=torch.tensor([charge_spin], dtype=torch.int64, device=device),
     )
 
 
@@ -103,50 +173,64 @@ def within_cutoff(graph: Graph, cutoff: float) -> Graph:
     """Keep the edges of a graph that are at most ``cutoff`` (Angstrom) long at its present positions.
 
     A graph built with cutoff + skin stays complete until an atom has moved by half the skin; until then this
-    reduces it to the exact edges.
+    reduces it to the edges of a new one, in the same order.
+
+    Raises:
+        ValueError: If two atoms coincide.
     """
-    keep = graph.edge_vectors().square().sum(1) <= cutoff * cutoff
-    return graph._replace(
-        source=graph.source[keep], destination=graph.destination[keep], shift=graph.shift[keep]
+    rows = graph.cell[0] if graph.num_structures == 1 else graph.cell[graph.structure[graph.destination]]
+    squared = _squared_lengths(graph.positions, rows, graph.source, graph.destination, graph.shift)
+    keep = (squared <= cutoff * cutoff).nonzero().squeeze(1)
+    source, destination = graph.source.index_select(0, keep), graph.destination.index_select(0, keep)
+    _refuse_coincident(destination, source, squared.index_select(0, keep))
+    return graph._replace(source=source, destination=destination, shift=graph.shift.index_select(0, keep))
+
+
+def _squared_lengths(
+    positions: Tensor, rows: Tensor, source: Tensor, destination: Tensor, shift: Tensor
+) -> Tensor:
+    """Squared edge lengths (E,), the same to the last bit on every device; ``rows`` is (3, 3) or (E, 3, 3).
+
+    One rounding per operation in a fixed order: a matrix product could fuse or reorder them.
+    """
+    columns = positions.t().contiguous()
+    x, y, z = (
+        columns[a].index_select(0, source)
+        - columns[a].index_select(0, destination)
+        + shift[:, 0] * rows[..., 0, a]
+        + shift[:, 1] * rows[..., 1, a]
+        + shift[:, 2] * rows[..., 2, a]
+        for a in range(3)
     )
+    return x * x + y * y + z * z
 
 
-def _checked(
-    positions: ArrayLike, cell: ArrayLike, pbc: ArrayLike
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    """Arrays of the right type and shape."""
-    positions = np.ascontiguousarray(positions, dtype=np.float64)
-    cell = np.ascontiguousarray(cell, dtype=np.float64)
-    periodic = np.asarray(pbc, dtype=bool)
-    if positions.ndim != 2 or positions.shape[1] != 3:
-        raise ValueError(f"positions must have the shape (atoms, 3), got {positions.shape}")
-    if cell.shape != (3, 3) or periodic.shape != (3,):
-        raise ValueError(f"cell must be (3, 3) and pbc (3,), got {cell.shape} and {periodic.shape}")
-    if len(broken := np.flatnonzero(~np.isfinite(positions).all(1))):
-        raise ValueError(f"the position of atom {broken[0]} is not finite: {positions[broken[0]]}")
-    if not np.isfinite(cell).all():
-        raise ValueError(f"the cell is not finite: {cell.tolist()}")
-    return positions, cell, periodic
+def _order(i: NDArray[np.int64], j: NDArray[np.int64], shift: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Permutation that sorts edges by destination, source and shift."""
+    columns = [i, j, *shift.T]
+    if len(i) == 0:
+        return i
+    lows = [int(c.min()) for c in columns]
+    widths = [int(c.max()) - low + 1 for c, low in zip(columns, lows, strict=True)]
+    if np.prod([float(w) for w in widths]) >= 2**62:  # atoms very many cells away from each other
+        return np.lexsort(columns[::-1])
+    key = columns[0] - lows[0]
+    for column, low, width in zip(columns[1:], lows[1:], widths[1:], strict=True):
+        key = key * width + (column - low)
+    return np.argsort(key)
 
 
-def _completed(
-    lattice: NDArray[np.float64], pbc: NDArray[np.bool_]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Complete the periodic rows by orthogonal unit vectors; also the distances of opposite faces (3,)."""
-    full, heights = lattice, np.linalg.norm(lattice, axis=1)
-    if np.linalg.matrix_rank(lattice) == pbc.sum():
-        full = complete_cell(lattice)
-        heights = 1 / np.linalg.norm(np.linalg.inv(full), axis=0)
-    elif (heights[pbc] > 0).all():
-        heights = np.zeros(3)
-    if (heights[pbc] < MIN_HEIGHT).any():
-        axis = int(np.flatnonzero(pbc & (heights < MIN_HEIGHT))[0])
-        raise ValueError(
-            f"axis {axis} is periodic but its cell vector {lattice[axis].tolist()} is zero or nearly in the "
-            f"plane of the others (faces {heights[axis]:.3g} Angstrom apart); correct the cell, reduce it "
-            "(ase.geometry.minkowski_reduce) or make the axis non-periodic"
+def _copied(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A copy on the device, of a tensor or of what numpy takes."""
+    if not isinstance(values, Tensor):
+        values = torch.from_numpy(
+            np.asarray(values).astype(np.float64 if dtype == torch.float64 else np.int64)
         )
-    return full, heights
+    return values.to(device, dtype, copy=True)
+
+
+def _on_host(values: Any) -> Any:
+    return values.cpu().numpy() if isinstance(values, Tensor) else values
 
 
 def _closed_gaps(
@@ -186,9 +270,11 @@ def _search_radius(extents: NDArray[np.float64], radius: float) -> float:
         radius *= 1.2
 
 
-def _refuse_coincident(i: NDArray, j: NDArray, squared: NDArray[np.float64]) -> None:
+def _refuse_coincident(i: Tensor, j: Tensor, squared: Tensor) -> None:
     """Error for two atoms at one place."""
-    if len(same := np.flatnonzero(squared < MIN_DISTANCE**2)):
-        a, b = sorted((int(i[same[0]]), int(j[same[0]])))
-        distance = np.sqrt(squared[same[0]])
+    same = squared < MIN_DISTANCE**2
+    if same.any():
+        edge = int(same.nonzero()[0])
+        a, b = sorted((int(i[edge]), int(j[edge])))
+        distance = float(squared[edge].sqrt())
         raise ValueError(f"atoms {a} and {b} coincide (distance {distance:.1e} Angstrom); remove one of them")

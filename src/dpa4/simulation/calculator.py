@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
-from dpa4.graph import Graph, build_graph, within_cutoff
+from dpa4.graph import SKIN, Graph, SkinnedNeighbors, within_cutoff
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import load_potential
 from dpa4.system import choose_device
@@ -47,7 +46,7 @@ class DPA4Calculator(Calculator):
         device: str | torch.device = "auto",
         dtype: Literal["float32", "float64"] = "float32",
         branch: str | None = None,
-        neighbor_skin: float = 0.0,
+        neighbor_skin: float = SKIN,
         compute_stress: bool = True,
     ):
         """Load the models.
@@ -58,7 +57,8 @@ class DPA4Calculator(Calculator):
             dtype: Precision of the network. Energies are summed in float64 in either case.
             branch: Branch of a multitask checkpoint of deepmd-kit.
             neighbor_skin: Edges are kept this much beyond the cutoff (Angstrom) and searched anew only after
-                an atom has moved by half of it; the results do not depend on it. 0 searches in every step.
+                an atom has moved by about half of it, or the cell has changed as much; the results do not
+                depend on it. 0 searches in every step.
             compute_stress: Offer the stress of periodic cells.
 
         Raises:
@@ -83,7 +83,9 @@ class DPA4Calculator(Calculator):
         if len(self.potentials) > 1:
             deviations = [f"{name}_std" for name in _COMMITTEE if name in self.implemented_properties]
             self.implemented_properties += deviations
-        self._edges: _Edges | None = None
+        self._neighbors = SkinnedNeighbors(self.cutoff, neighbor_skin, self.device)
+        self._checked: tuple[NDArray[np.int64], list[tuple[int, int]]] | None = None
+        self._charge_spin: list[torch.Tensor] = []  # (1, 2) for each model, of the structure checked
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last calculation, charge and spin included."""
@@ -124,18 +126,16 @@ class DPA4Calculator(Calculator):
     def _graphs(self, atoms: Atoms) -> list[Graph]:
         """The graph for each model, on the device."""
         pairs = [_charge_spin(potential, atoms) for potential in self.potentials]
-        radius = self.cutoff + self.neighbor_skin
-        if self._edges is None or not self._edges.hold(atoms, pairs, self.neighbor_skin):
-            graph = build_graph(atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc, radius)
-            charge_spin = [torch.tensor([pair]) for pair in pairs]
-            for potential, own in zip(self.potentials, charge_spin, strict=True):
+        graph = self._neighbors.graph(atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc)
+        known = self._checked
+        if known is None or pairs != known[1] or not np.array_equal(atoms.numbers, known[0]):
+            self._charge_spin = [torch.tensor([pair], device=self.device) for pair in pairs]
+            for potential, own in zip(self.potentials, self._charge_spin, strict=True):
                 potential.check(graph._replace(charge_spin=own))
-            on_device = [own.to(self.device) for own in charge_spin]
-            self._edges = _Edges(atoms.copy(), pairs, graph.to(self.device), on_device)
-        shared = self._edges.graph._replace(positions=torch.from_numpy(atoms.positions).to(self.device))
-        graphs = [shared._replace(charge_spin=own) for own in self._edges.charge_spin]
+            self._checked = atoms.numbers.copy(), pairs
+        graphs = [graph._replace(charge_spin=own) for own in self._charge_spin]
         cutoffs = [potential.config.cutoff for potential in self.potentials]
-        return [g if c == radius else within_cutoff(g, c) for g, c in zip(graphs, cutoffs, strict=True)]
+        return [g if c == self.cutoff else within_cutoff(g, c) for g, c in zip(graphs, cutoffs, strict=True)]
 
 
 def labelled(atoms: Atoms) -> Atoms:
@@ -146,26 +146,6 @@ def labelled(atoms: Atoms) -> Atoms:
         results["stress"] = atoms.get_stress(apply_constraint=False)
     frame.calc = SinglePointCalculator(frame, **results)
     return frame
-
-
-@dataclass(frozen=True)
-class _Edges:
-    """Edges found for an earlier structure, and what each model knew of its charge and spin."""
-
-    atoms: Atoms
-    pairs: list[tuple[int, int]]
-    graph: Graph
-    charge_spin: list[torch.Tensor]  # (1, 2) for each model
-
-    def hold(self, atoms: Atoms, pairs: list[tuple[int, int]], skin: float) -> bool:
-        """Whether no pair of the structure can be within the cutoff that was beyond cutoff + skin."""
-        then = self.atoms
-        if skin == 0 or pairs != self.pairs or not np.array_equal(atoms.numbers, then.numbers):
-            return False
-        if not (np.array_equal(atoms.pbc, then.pbc) and np.array_equal(atoms.cell.array, then.cell.array)):
-            return False
-        moved = np.linalg.norm(atoms.positions - then.positions, axis=1).max(initial=0.0)
-        return bool(moved <= skin / 2)  # false for positions that are not finite: the search refuses those
 
 
 def _load(model: Model, device: torch.device, dtype: torch.dtype, branch: str | None) -> Potential:

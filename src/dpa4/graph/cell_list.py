@@ -1,0 +1,158 @@
+"""Cell list in torch operations: candidate pairs on any device, in memory that grows with the number of atoms.
+
+Periodic images that can have a neighbour in the cell become atoms of their own. What is left is a search
+without periodicity: atoms are binned along the Cartesian axes and sorted by bin, so that the bins of one column
+around an atom are one range of the sorted list, found by bisection. No array has an entry per bin.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpa4.graph.lattice import completed
+
+Lattice = tuple[NDArray[np.float64], NDArray[np.bool_]]  # cell vectors (3, 3) and periodicity (3,)
+
+REACH = (2, 2, 4)  # bins per search radius along x, y and z; finer ones along z cost nothing
+FARTHEST_BIN = 2**40  # atoms beyond are binned together
+MOST_BINS = 2**62  # numbers of bins are int64
+ATOMS_AT_ONCE = 2**14  # bounds the memory of the candidates
+
+
+def candidate_pairs(
+    positions: Tensor, lattices: list[Lattice], structure: Tensor, radius: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs within the radius, up to rounding, sorted by destination, source and shift.
+
+    Args:
+        positions: Finite positions (N, 3) float64 of at least one atom, in Angstrom.
+        lattices: Cell vectors as rows, zero for axes that are not periodic, and periodicity, per structure.
+        structure: The structure of each atom (N,) int64.
+        radius: Search radius, in Angstrom.
+
+    Returns:
+        destination (E,) int64, source (E,) int64, shift (E, 3) float64.
+
+    Raises:
+        ValueError: If a periodic cell vector is zero or nearly in the plane of the others.
+    """
+    source, image, places, turns = _images(positions, lattices, structure, radius)
+    home = (image == 0).all(1).nonzero().squeeze(1)  # one per atom, in their order
+    number, strides = _bin_numbers(places, structure[source], radius)
+    found = _near_pairs(places, home, number, strides, radius)
+    destination = found.div(len(source), rounding_mode="floor")
+    found -= destination * len(source)
+    neighbor = source[found]
+    if len(lattices) > 1:  # bins that were enlarged may hold atoms of several structures
+        same = (structure[neighbor] == structure[destination]).nonzero().squeeze(1)
+        found, neighbor, destination = found[same], neighbor[same], destination[same]
+    return destination, neighbor, image[found] - turns[neighbor] + turns[destination]
+
+
+def _images(
+    positions: Tensor, lattices: list[Lattice], structure: Tensor, radius: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Atoms wrapped into their cells, and all their images that are not farther than the radius from the cell.
+
+    Sorted by atom and image, so that their number orders the edges of an atom by source and shift.
+
+    Returns:
+        Atom (G,), image in whole cell vectors (G, 3), position (G, 3), and the cell vectors by which each atom
+        was wrapped (N, 3).
+    """
+    device = positions.device
+    cells = [completed(*one) for one in lattices]
+    inverse = _on(np.stack([np.linalg.inv(full) for full, _ in cells]), device)
+    margins = np.stack(
+        [np.where(pbc, radius / h, 0.0) for (_, pbc), (_, h) in zip(lattices, cells, strict=True)]
+    )
+    periodic = np.stack([pbc for _, pbc in lattices])
+    lattice = _on(np.stack([rows for rows, _ in lattices]), device)
+    margin, is_periodic = _on(margins, device), _on(periodic, device)
+
+    fraction = torch.einsum("na,nab->nb", positions, inverse[structure])
+    turns = torch.where(is_periodic[structure], fraction.floor(), 0.0)
+    fraction = fraction - turns
+    source = torch.arange(len(positions), device=device)
+    columns: list[Tensor] = []
+    for axis in range(3):
+        most = int(1 + margins[:, axis].max()) if periodic[:, axis].any() else 0
+        steps = torch.arange(-most, most + 1, device=device, dtype=torch.float64)
+        own = structure[source]
+        moved = fraction[source, axis, None] + steps
+        beside = margin[own, axis, None]
+        inside = torch.where(
+            is_periodic[own, axis, None], (moved >= -beside) & (moved <= 1 + beside), steps == 0
+        )
+        row, column = inside.nonzero(as_tuple=True)
+        source = source[row]
+        columns = [c[row] for c in columns] + [steps[column]]
+    image = torch.stack(columns, 1)
+    wrap = torch.einsum("ga,gab->gb", image - turns[source], lattice[structure[source]])
+    return source, image, positions[source] + wrap, turns
+
+
+def _bin_numbers(places: Tensor, structure: Tensor, radius: float) -> tuple[Tensor, tuple[int, int]]:
+    """Number of the bin of each place (G,), z running fastest, and the strides of x and y.
+
+    Rows of bins have as many empty ones at their ends as the search looks at beyond.
+    """
+    reach = torch.tensor(REACH, device=places.device, dtype=torch.float64)
+    bins = ((places - places.amin(0)) * (reach / radius)).clamp(max=FARTHEST_BIN).long()
+    bins[:, 0] += structure * (bins[:, 0].max() + REACH[0] + 1)  # structures side by side
+    for axis in range(3):  # shorten the gaps, which may be astronomic, to the least that is out of reach
+        values, which = torch.unique(bins[:, axis], return_inverse=True)
+        steps = values.diff().clamp(max=REACH[axis] + 1)
+        bins[:, axis] = torch.cat((steps.new_zeros(1), steps.cumsum(0)))[which]
+    most = bins.amax(0).tolist()
+    widths = [m + 1 + 2 * r for m, r in zip(most, REACH, strict=True)]
+    while widths[0] * widths[1] * widths[2] >= MOST_BINS and max(most) > 0:
+        bins = bins.div(2, rounding_mode="floor")  # larger bins: what was in reach stays in reach
+        most = [m // 2 for m in most]
+        widths = [m + 1 + 2 * r for m, r in zip(most, REACH, strict=True)]
+    strides = (widths[1] * widths[2], widths[2])
+    number = (
+        (bins[:, 0] + REACH[0]) * strides[0] + (bins[:, 1] + REACH[1]) * strides[1] + bins[:, 2] + REACH[2]
+    )
+    return number, strides
+
+
+def _near_pairs(
+    places: Tensor, home: Tensor, number: Tensor, strides: tuple[int, int], radius: float
+) -> Tensor:
+    """Pairs within the radius as atom * G + place, ascending.
+
+    Args:
+        places: Atoms and images (G, 3), in Angstrom.
+        home: Which of them the atoms are (N,).
+        number: Bins of the places (G,).
+        strides: Of the bins along x and y.
+        radius: Search radius, in Angstrom.
+    """
+    device, total = places.device, len(places)
+    key, order = number.sort()
+    x, y = (torch.arange(-r, r + 1, device=device) for r in REACH[:2])
+    columns = (x[:, None] * strides[0] + y * strides[1]).flatten()
+    sorted_places = places[order]
+    pairs = []
+    for atoms in torch.arange(len(home), device=device).split(ATOMS_AT_ONCE):
+        middle = number[home[atoms], None] + columns
+        first = torch.searchsorted(key, middle - REACH[2])
+        count = (torch.searchsorted(key, middle + REACH[2], right=True) - first).flatten()
+        end = count.cumsum(0)
+        size = int(end[-1])
+        begin = first.flatten() - (end - count)
+        column = torch.repeat_interleave(torch.arange(len(count), device=device), count, output_size=size)
+        image = torch.arange(size, device=device) + begin[column]
+        centre = column.div(len(columns), rounding_mode="floor")
+        distance = sorted_places[image] - places[home[atoms]][centre]
+        near = (distance.square().sum(1) <= radius * radius).nonzero().squeeze(1)
+        centre, image = atoms[centre[near]], order[image[near]]
+        other = image != home[centre]
+        pairs.append((centre * total + image)[other].sort().values)
+    return torch.cat(pairs)
+
+
+def _on(values: NDArray, device: torch.device) -> Tensor:
+    return torch.from_numpy(values).to(device)
