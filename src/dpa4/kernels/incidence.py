@@ -1,0 +1,38 @@
+"""Which node each edge belongs to, also in the order of the nodes: what a sum over the edges of a node needs."""
+
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+
+class Incidence(NamedTuple):
+    """One end of the edges: the node of every edge, and the edges of every node.
+
+    The edges of node n are ``order[offsets[n]:offsets[n + 1]]``, ascending. Build it with `of` or `of_sorted`;
+    nothing in either waits for the device.
+    """
+
+    index: Tensor  # node of each edge, (E,) int64
+    order: Tensor | None  # permutation that sorts the edges by node, (E,) int64; None if they are sorted
+    offsets: Tensor  # (N + 1,) int64
+
+    @classmethod
+    def of_sorted(cls, index: Tensor, num_nodes: int) -> Self:
+        """From the nodes of edges that are sorted by node, (E,) int64 in [0, num_nodes)."""
+        return cls(index, None, _offsets(index, num_nodes))
+
+    @classmethod
+    def of(cls, index: Tensor, num_nodes: int) -> Self:
+        """From the nodes of edges in any order, (E,) int64 in [0, num_nodes)."""
+        order = torch.argsort(index, stable=True)
+        return cls(index, order, _offsets(index[order], num_nodes))
+
+    @property
+    def num_nodes(self) -> int:
+        """N, also of nodes without edges."""
+        return self.offsets.shape[0] - 1
+
+
+def _offsets(ascending: Tensor, num_nodes: int) -> Tensor:
+    return torch.searchsorted(ascending, torch.arange(num_nodes + 1, device=ascending.device))

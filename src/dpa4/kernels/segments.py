@@ -1,0 +1,68 @@
+"""From nodes to edges and back: a gather and a deterministic sum, each the derivative of the other."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpa4.kernels.incidence import Incidence
+
+
+def gather(x: Tensor, incidence: Incidence) -> Tensor:
+    """Value of each edge's node: (N, ...) -> (E, ...)."""
+    return _Gather.apply(x, *incidence)
+
+
+def segment_sum(x: Tensor, incidence: Incidence) -> Tensor:
+    """Sum over the edges of each node: (E, ...) -> (N, ...); zero for a node without edges.
+
+    Low precision is accumulated in float32. Two calls agree to the last bit.
+    """
+    return _SegmentSum.apply(x, *incidence)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(index, order, offsets)
+        return x[index]  # not an operator of its own: a compiler merges it with what uses it
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _SegmentSum.apply(grad, *ctx.saved_tensors), None, None, None
+
+
+class _SegmentSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(index, order, offsets)
+        return torch.ops.dpa4.segment_sum(x.contiguous(), index, order, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Gather.apply(grad, *ctx.saved_tensors), None, None, None
+
+
+def _eager(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+    wide = x.float() if x.itemsize < 4 else x
+    return wide.new_zeros(offsets.shape[0] - 1, *x.shape[1:]).index_add(0, index, wide).to(x.dtype)
+
+
+def _cuda(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+    from dpa4.kernels import triton_segments  # a machine without a GPU may have no Triton
+
+    return triton_segments.segment_sum(x, order, offsets)
+
+
+def _fake(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+    return x.new_empty(offsets.shape[0] - 1, *x.shape[1:])
+
+
+_library = torch.library.Library("dpa4", "FRAGMENT")
+_library.define(
+    "segment_sum(Tensor x, Tensor index, Tensor? order, Tensor offsets) -> Tensor",
+    tags=[torch.Tag.pt2_compliant_tag],
+)
+_library.impl("segment_sum", _eager, "CPU")
+_library.impl("segment_sum", _cuda, "CUDA")
+torch.library.register_fake("dpa4::segment_sum", _fake, lib=_library)
