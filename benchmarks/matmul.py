@@ -1,0 +1,153 @@
+"""Products (E, K) @ (K, N) of float32 matrices on one CUDA device: time and error of every way to compute them.
+
+    python benchmarks/matmul.py [--edges 212992] [--sizes 256 384]
+
+K = N = size. Milliseconds are medians of triton.testing.do_bench (cache cleared before every call) and include the
+splitting of w; TFLOP/s counts 2 E K N. Errors are against float64: the largest of a row over the largest |y| of that
+row, worst of 8192 rows, for random normal x and w (normal), for rows scaled by 1e-4 to 1e4 and columns of x by 1 to
+1e-3 (scaled), and for |x| and |w| (positive: truncation adds up). A variant that fails says why.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+from triton.testing import do_bench
+
+from dpa4.kernels.matmul import precise_matmul
+from dpa4.kernels.triton_matmul import SCHEMES, Scheme, Tile, matmul
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+TILES = [
+    Tile(128, 128, 32, 8, 3),
+    Tile(64, 128, 32, 4, 3),
+    Tile(128, 128, 64, 8, 2),
+    Tile(64, 128, 64, 4, 2),
+    Tile(64, 256, 32, 8, 3),
+    Tile(128, 64, 32, 4, 3),
+]
+
+
+def reduced(precision: str) -> Product:
+    """Torch's own product at "highest", "high" (TF32) precision."""
+
+    def product(x: Tensor, w: Tensor) -> Tensor:
+        torch.set_float32_matmul_precision(precision)
+        y = x @ w
+        torch.set_float32_matmul_precision("highest")
+        return y
+
+    return product
+
+
+def halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """float16 pieces of x, x = (high + low) * scale, with a power of two for every row (dim 1) or column (dim 0)."""
+    exponent = torch.frexp(x.abs().amax(dim, keepdim=True)).exponent - 15
+    x = torch.ldexp(x, -exponent)
+    high = x.half()
+    return high, (x - high).half(), torch.ldexp(torch.ones_like(exponent, dtype=x.dtype), exponent)
+
+
+def pieces_side_by_side(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(E, 3K) and (3K, N) in float16 whose product is x @ w up to the scale, which comes third."""
+    high, low, scale_x = halves(x, 1)
+    w_high, w_low, scale_w = halves(w, 0)
+    return torch.cat([high, low, high], 1), torch.cat([w_low, w_high, w_high], 0), scale_x * scale_w
+
+
+def mm(left: Tensor, right: Tensor) -> Tensor:
+    """The library's float16 product with float32 results."""
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
+def split_mm(x: Tensor, w: Tensor) -> Tensor:
+    """The same of operands split by ordinary operators."""
+    left, right, scale = pieces_side_by_side(x, w)
+    return mm(left, right) * scale
+
+
+def with_tile(scheme: Scheme, tile: Tile) -> Product:
+    return lambda x, w: matmul(x, w, scheme, tile)
+
+
+def variants() -> list[tuple[str, str, Product]]:
+    """(name, tile, product)."""
+    found: list[tuple[str, str, Product]] = [
+        ("torch float32", "", reduced("highest")),
+        ("torch TF32", "", reduced("high")),
+        ("torch bfloat16, casts included", "", lambda x, w: (x.bfloat16() @ w.bfloat16()).float()),
+        ("torch float16 x 3, eager split", "", split_mm),
+        ("precise_matmul (as installed)", "", precise_matmul),
+    ]
+    for scheme in SCHEMES:
+        tiles = TILES if scheme.startswith("fp16") else TILES[:2]
+        found += [(scheme, "x".join(map(str, tile)), with_tile(scheme, tile)) for tile in tiles]
+    return found
+
+
+def errors(product: Product, size: int) -> list[float]:
+    """Largest errors: normal, scaled, positive."""
+    rng = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(8192, size, device="cuda", generator=rng)
+    w = torch.randn(size, size, device="cuda", generator=rng)
+    rows = torch.logspace(-4, 4, len(x), device="cuda")[:, None]
+    columns = torch.logspace(0, -3, size, device="cuda")
+    found = []
+    for left, right in ((x, w), (x * rows * columns, w), (x.abs(), w.abs())):
+        exact = left.double() @ right.double()
+        error = (product(left, right).double() - exact).abs().amax(1) / exact.abs().amax(1)
+        found.append(error.max().item())
+    return found
+
+
+def milliseconds(product: Product, x: Tensor, w: Tensor) -> float:
+    return float(do_bench(lambda: product(x, w), warmup=10, rep=40, return_mode="median"))
+
+
+def line(name: str, tile: str, size: int, rest: str) -> None:
+    print(f"{name:<34} {tile:<16} {size:>4}  {rest}", flush=True)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description="Time and error of float32 matrix products.")
+    parser.add_argument("--edges", type=int, default=212_992)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384])
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs a CUDA device")
+    start = time.perf_counter()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    print(f"E = {arguments.edges}; tiles: rows x columns x inner x warps x stages")
+    heading = f"{'ms':>8} {'TFLOP/s':>8} {'normal':>9} {'scaled':>9} {'positive':>9}"
+    print(f"{'variant':<34} {'tile':<16} {'K=N':>4}  {heading}")
+    for size in arguments.sizes:
+        x = torch.randn(arguments.edges, size, device="cuda")
+        w = torch.randn(size, size, device="cuda")
+        flop = 2 * x.numel() * size
+        for name, tile, product in variants():
+            try:
+                measured = errors(product, size)
+                ms = milliseconds(product, x, w)
+            except Exception as error:  # a tile may not fit: the others are still of interest
+                line(name, tile, size, " ".join(f"{type(error).__name__}: {error}".split())[:100])
+                continue
+            numbers = f"{ms:8.3f} {flop / ms / 1e9:8.0f} " + " ".join(f"{e:9.1e}" for e in measured)
+            line(name, tile, size, numbers)
+        try:
+            left, right, _ = pieces_side_by_side(x, w)
+            ms = milliseconds(mm, left, right)
+            line("torch float16 x 3, split not timed", "", size, f"{ms:8.3f} {flop / ms / 1e9:8.0f}")
+            ms = milliseconds(torch.mm, x.bfloat16(), w.bfloat16())
+            line("torch bfloat16, casts not timed", "", size, f"{ms:8.3f} {flop / ms / 1e9:8.0f}")
+        except Exception as error:
+            line("torch, operands prepared", "", size, str(error)[:100])
+    print(f"{time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Matrix product of float32 accuracy that uses tensor cores where there are any.
+
+float32 units of a GPU are several times slower than its tensor cores, which multiply shorter numbers. On CUDA the
+operands are split into sums of short numbers on chip, so that the result is as accurate as float32 (see
+`dpa4.kernels.triton_matmul`). Elsewhere it is the ordinary product.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("dpa4", "FRAGMENT")
+_library.define("precise_matmul(Tensor x, Tensor w) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def precise_matmul(x: Tensor, w: Tensor) -> Tensor:
+    """x @ w, differentiable any number of times; dL/dx is again such a product, dL/dw an ordinary one.
+
+    In float32 the error is below 1e-6 sum_k |x_k w_k| plus 1e-11 K max|x| max|w| over the row of x and the column of
+    w, on every device, for magnitudes between 1e-30 and 1e30. Other types, and mixed precision by autocast, get the
+    ordinary product.
+
+    Args:
+        x: (E, K) or (F, E, K), with any strides; fastest where the last axis is contiguous.
+        w: (K, N) or (F, K, N), with as many axes as x.
+
+    Returns:
+        (E, N) or (F, E, N).
+
+    Raises:
+        ValueError: If the shapes do not fit.
+    """
+    if (
+        x.dim() != w.dim()
+        or x.dim() not in (2, 3)
+        or x.shape[:-2] != w.shape[:-2]
+        or x.shape[-1] != w.shape[-2]
+    ):
+        raise ValueError(
+            f"x and w must be (E, K) and (K, N) or (F, E, K) and (F, K, N), "
+            f"got {tuple(x.shape)} and {tuple(w.shape)}"
+        )
+    if x.dtype != torch.float32 or w.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
+        return x @ w
+    product: Tensor = _PreciseMatmul.apply(x, w)
+    return product
+
+
+class _PreciseMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        product: Tensor = torch.ops.dpa4.precise_matmul(x, w)
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, w = ctx.saved_tensors
+        need_x, need_w = ctx.needs_input_grad
+        return precise_matmul(grad, w.mT) if need_x else None, x.mT @ grad if need_w else None
+
+
+def _cpu(x: Tensor, w: Tensor) -> Tensor:
+    return torch.matmul(x, w).contiguous()
+
+
+def _cuda(x: Tensor, w: Tensor) -> Tensor:
+    from dpa4.kernels import triton_matmul  # triton is needed on CUDA only
+
+    with torch.cuda.device(x.device):  # Triton launches on the current device
+        return triton_matmul.matmul(x, w)
+
+
+def _fake(x: Tensor, w: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w.shape[-1]))
+
+
+_library.impl("precise_matmul", _cpu, "CPU")
+_library.impl("precise_matmul", _cuda, "CUDA")
+torch.library.register_fake("dpa4::precise_matmul", _fake, lib=_library)
