@@ -13,7 +13,7 @@ class Incidence(NamedTuple):
     nothing in either waits for the device.
     """
 
-    index: Tensor  # node of each edge, (E,) int64
+    index: Tensor  # type: ignore[assignment]  # node of each edge, (E,) int64; hides tuple.index, which nobody needs
     order: Tensor | None  # permutation that sorts the edges by node, (E,) int64; None if they are sorted
     offsets: Tensor  # (N + 1,) int64
 

@@ -49,7 +49,7 @@ def _eager(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> T
 
 
 def _cuda(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
-    from dpa4.kernels import triton_segments  # a machine without a GPU may have no Triton
+    from dpa4.kernels import triton_segments  # here, since a machine without a GPU may have no Triton
 
     return triton_segments.segment_sum(x, order, offsets)
 
