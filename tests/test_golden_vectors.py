@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from dpa4.graph import build_graph
+from dpa4.kernels.incidence import Incidence
 from dpa4.model import ModelConfig
 from dpa4.model.block import Block
 from dpa4.model.convolution import SO2Convolution
-from dpa4.model.edges import EdgeGeometry, Edges
+from dpa4.model.edges import EdgeGeometry, Neighborhood, Neighborhoods
 from dpa4.model.layers import EquivariantRMSNorm
 from dpa4.model.radial import RadialFeatures
 from dpa4.potential import Potential, load_potential
@@ -51,7 +52,7 @@ FEATURE_CASES = json.loads(shared("reference/vectors/A_testvec.json").read_text(
 SPIN_CASES = {case for case in FEATURE_CASES if "spin" in case} - set(FEATURE_OPTIONS)  # not supported
 
 
-def first_block_input(case: str) -> tuple[torch.Tensor, RadialFeatures, Edges, Potential]:
+def first_block_input(case: str) -> tuple[torch.Tensor, RadialFeatures, Neighborhood, Potential]:
     """What the first block receives for the four atoms of the golden cases."""
     options = {"elements": ("H", "O"), "channels": 8, "n_radial": 4, "lmax": 2, "n_blocks": 1, "cutoff": 6.0}
     potential = Potential(ModelConfig(**(options | FEATURE_OPTIONS[case]))).double().eval()
@@ -78,7 +79,8 @@ def first_block_input(case: str) -> tuple[torch.Tensor, RadialFeatures, Edges, P
     assert graph.num_edges == 12
     with torch.no_grad():
         potential.atomic_energies(graph, graph.edge_vectors())
-    return *caught[0], potential
+    x, hoods = caught[0]
+    return x, hoods.radial[0], hoods.parts[0], potential
 
 
 def test_every_supported_feature_case_is_checked():
@@ -88,26 +90,27 @@ def test_every_supported_feature_case_is_checked():
 @pytest.mark.parametrize("case", FEATURE_OPTIONS)
 def test_features_before_the_first_block(case):
     expected = FEATURE_CASES[case]
-    x, radial, edges, _ = first_block_input(case)
+    x, radial, hood, _ = first_block_input(case)
     assert_close(x[0, :, 0], golden(expected["x_atom0_ch0"]))
     assert_close(x[2, :, 3], golden(expected["x_atom2_ch3"]))
     assert_close(x.square().sum(), golden(expected["x_sumsq"]))
     features = torch.einsum("ew,wlc->elc", radial.hidden, radial.last) + radial.pair[:, None]
-    edge = (edges.source == 1) & (edges.destination == 0)
+    edge = (hood.source.index == 1) & (hood.destination.index == 0)
     assert_close(features[edge][0, :, 0], golden(expected["radial_edge_1to0_ch0"]))
 
 
 @pytest.mark.parametrize("case", FEATURE_OPTIONS)
 def test_geometry_of_the_edges(case):
     expected = FEATURE_CASES[case]
-    _, _, edges, potential = first_block_input(case)
-    edge = (edges.source == 1) & (edges.destination == 0)
+    _, _, hood, potential = first_block_input(case)
+    edges = hood.edges
+    edge = (hood.source.index == 1) & (hood.destination.index == 0)
     assert_close(edges.vector[edge][0], golden(expected["edge_vec_1to0"]))
     assert_close(edges.weight[edge][0], golden(expected["edge_env_1to0"]))
     assert_close(potential.model.basis(edges.length)[edge][0].detach(), golden(expected["edge_rbf_1to0"]))
-    assert_close(edges.degree_norm**-2 - 0.25, golden(expected["deg"]))
+    assert_close(hood.degree_norm**-2 - 0.25, golden(expected["deg"]))
     gates = expected.get("gate_by_src", dict.fromkeys("0123", 1.0))
-    assert_close(edges.gate, golden([gates[str(int(atom))] for atom in edges.source]))
+    assert_close(edges.gate, golden([gates[str(int(atom))] for atom in hood.source.index]))
 
 
 # Convolutions and the block
@@ -151,18 +154,24 @@ def load_weights(module: torch.nn.Module, weights: dict, ours: str, theirs: str,
             parameter.copy_(value.view_as(parameter))
 
 
-def edges_and_radial(inputs: dict, config: ModelConfig) -> tuple[Edges, RadialFeatures]:
-    """The given envelope, gate, normalisation and radial features on the geometry of the edge vectors."""
-    geometry = EdgeGeometry(config).double()
-    edges = geometry(inputs["edge_vec"], inputs["src"], inputs["dst"], len(inputs["x"]))
-    edges = edges._replace(weight=inputs["edge_env"][:, 0])
+def edges_and_radial(inputs: dict, config: ModelConfig) -> tuple[Neighborhood, RadialFeatures]:
+    """The given envelope, gate, normalisation and radial features on the geometry of the edge vectors.
+
+    Edges are brought into the order of their destinations.
+    """
+    order = torch.argsort(inputs["dst"], stable=True)
+    source = Incidence.of(inputs["src"][order], len(inputs["x"]))
+    destination = Incidence.of_sorted(inputs["dst"][order], len(inputs["x"]))
+    hood = EdgeGeometry(config).double()(inputs["edge_vec"][order], source, destination)
+    edges = hood.edges._replace(weight=inputs["edge_env"][order, 0])
     if "edge_src_gate" in inputs:
-        edges = edges._replace(gate=inputs["edge_src_gate"].flatten())
+        edges = edges._replace(gate=inputs["edge_src_gate"].flatten()[order])
+    hood = hood._replace(edges=edges)
     if "inv_sqrt_deg" in inputs:
-        edges = edges._replace(degree_norm=inputs["inv_sqrt_deg"].flatten())
-    radial = inputs["radial"]
+        hood = hood._replace(degree_norm=inputs["inv_sqrt_deg"].flatten())
+    radial = inputs["radial"][order]
     identity = torch.eye(radial[0].numel(), dtype=torch.float64).unflatten(1, radial.shape[1:])
-    return edges, RadialFeatures(radial.flatten(1), torch.zeros_like(radial[:, 0]), identity)
+    return hood, RadialFeatures(radial.flatten(1), torch.zeros_like(radial[:, 0]), identity)
 
 
 with np.load(VECTORS / "B_golden.npz") as _file:
@@ -177,9 +186,9 @@ def test_convolution(case):
     config = config_of(options)
     convolution = SO2Convolution(config, config.lmax).double()
     load_weights(convolution, weights, "blocks.0.conv.", "descriptor.blocks.0.so2_conv.", config)
-    edges, radial = edges_and_radial(inputs, config)
+    hood, radial = edges_and_radial(inputs, config)
     with torch.no_grad():
-        assert_close(convolution(inputs["x"], radial, edges), expected)
+        assert_close(convolution(inputs["x"], radial, hood), expected)
 
 
 def test_block():
@@ -187,11 +196,11 @@ def test_block():
     config = config_of(options)
     block = Block(config, config.lmax).double()
     load_weights(block, weights, "blocks.0.", "descriptor.blocks.0.", config)
-    edges, radial = edges_and_radial(inputs, config)
+    hood, radial = edges_and_radial(inputs, config)
     caught = []
     block.conv_norm_out.register_forward_hook(lambda module, arguments, output: caught.append(output))
     with torch.no_grad():
-        out = block(inputs["x"].squeeze(2), radial, edges)
+        out = block(inputs["x"].squeeze(2), Neighborhoods.of(hood, radial, 10**9))
     assert_close(caught[0], inputs["so2_unit_out"].squeeze(2))
     assert_close(out, expected.squeeze(2))
 

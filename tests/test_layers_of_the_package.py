@@ -11,9 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "dpa4"
-LAYERS = ["system", "graph", "data", "model", "potential", "training", "simulation", "cli"]
+LAYERS = ["system", "graph", "data", "kernels", "model", "potential", "training", "simulation", "cli"]
 """Lowest first; a module imports from its own layer and from those before it."""
-OPTIONAL = ["matplotlib", "tensorboard", "tblite", "deepmd", "ase_db_backends"]
+OPTIONAL = ["triton", "matplotlib", "tensorboard", "tblite", "deepmd", "ase_db_backends"]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -9,16 +9,18 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+from dpa4.kernels.incidence import Incidence
+from dpa4.kernels.segments import gather, segment_sum
 from dpa4.model import ModelConfig
 from dpa4.model.block import GatedActivation, feed_forward
 from dpa4.model.config import Bridging
 from dpa4.model.convolution import SO2Convolution
-from dpa4.model.edges import EdgeGeometry, Edges, clamp_length, freeze_gate
+from dpa4.model.edges import EdgeGeometry, Neighborhood, clamp_length, freeze_gate
 from dpa4.model.grid import GridActivation, MessageNodeProduct
 from dpa4.model.harmonics import edge_frame
 from dpa4.model.layers import DegreeLinear, EquivariantRMSNorm, degree_of
 from dpa4.model.radial import RadialFeatures, envelope
-from dpa4.model.segments import envelope_softmax, gather, scatter_sum
+from dpa4.model.segments import envelope_softmax
 from dpa4.model.so2 import DegreeProduct, ElementwiseProduct, Gate, SO2Linear, SO2Stack, split_orders
 from helpers import assert_close, randomize
 from test_harmonics import full_wigner
@@ -83,7 +85,9 @@ def assert_equivariant(layer, *inputs: torch.Tensor, lmax: int) -> None:
 # Segments
 
 
-SOURCE, DESTINATION = torch.tensor([0, 1, 2, 2, 0]), torch.tensor([1, 0, 0, 1, 0])  # node 2 receives nothing
+# Edges sorted by destination; node 2 receives nothing.
+SOURCE = Incidence.of(torch.tensor([1, 2, 0, 0, 2]), 3)
+DESTINATION = Incidence.of_sorted(torch.tensor([0, 0, 0, 1, 1]), 3)
 
 
 def softmax_inputs(num_edges: int = 5, focus: int = 2, heads: int = 2) -> list[torch.Tensor]:
@@ -93,27 +97,27 @@ def softmax_inputs(num_edges: int = 5, focus: int = 2, heads: int = 2) -> list[t
 
 
 def softmax(*inputs: torch.Tensor) -> torch.Tensor:
-    return envelope_softmax(*inputs, DESTINATION, 3)
+    return envelope_softmax(*inputs, DESTINATION)
 
 
-def test_gather_and_scatter_sum():
+def test_gather_and_segment_sum():
     x = random(3, 2, 2)
-    assert torch.equal(gather(x, SOURCE), x[SOURCE])
+    assert torch.equal(gather(x, SOURCE), x[SOURCE.index])
     edges = random(5, 2)
-    expected = torch.stack([edges[DESTINATION == n].sum(0) for n in range(3)])
-    assert_close(scatter_sum(edges, DESTINATION, 3), expected)
-    assert torch.equal(scatter_sum(edges, DESTINATION, 3)[2], torch.zeros(2, dtype=torch.float64))
+    expected = torch.stack([edges[DESTINATION.index == n].sum(0) for n in range(3)])
+    assert_close(segment_sum(edges, DESTINATION), expected)
+    assert torch.equal(segment_sum(edges, DESTINATION)[2], torch.zeros(2, dtype=torch.float64))
     check_derivatives(lambda x: gather(x, SOURCE).square(), x)
-    check_derivatives(lambda x: scatter_sum(x, DESTINATION, 3).square(), edges)
+    check_derivatives(lambda x: segment_sum(x, DESTINATION).square(), edges)
 
 
 def test_softmax_is_its_plain_definition():
     logits, weight, gate, null = softmax_inputs()
     mass = (weight.square() * gate)[:, None, None] * logits.exp()
-    expected = mass / (null + scatter_sum(mass, DESTINATION, 3))[DESTINATION]
+    expected = mass / (null + segment_sum(mass, DESTINATION))[DESTINATION.index]
     alpha = softmax(logits, weight, gate, null)
     assert_close(alpha, expected)
-    total = scatter_sum(alpha, DESTINATION, 3)
+    total = segment_sum(alpha, DESTINATION)
     assert (total[:2] > 0).all() and (total < 1).all() and (total[2] == 0).all()
 
 
@@ -147,8 +151,8 @@ def test_large_logits_do_not_overflow(signs, dtype):
     first = torch.autograd.grad(alpha.square().sum(), inputs, create_graph=True)
     second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
     assert all(x.isfinite().all() for x in (alpha, *first, *second))
-    share = scatter_sum(alpha, DESTINATION, 3)
-    wins = scatter_sum(torch.tensor(signs, dtype=dtype).clamp(min=0), DESTINATION, 3) > 0
+    share = segment_sum(alpha, DESTINATION)
+    wins = segment_sum(torch.tensor(signs, dtype=dtype).clamp(min=0), DESTINATION) > 0
     assert_close(share, wins[:, None, None].expand_as(share).to(dtype), 1e-6)  # all attention or none
 
 
@@ -177,14 +181,15 @@ def test_clamp_length_freezes_below_and_leaves_above():
 
 def test_freeze_gate_and_its_derivatives_where_it_is_zero():
     length = torch.tensor([0.6, 0.7, 0.45, 0.75, 1.2], dtype=torch.float64)  # edge 2 closes node 2
-    gate = freeze_gate(length, SOURCE, 3, BRIDGING)
+    source = Incidence.of(torch.tensor([0, 1, 2, 2, 0]), 3)
+    gate = freeze_gate(length, source, BRIDGING)
     assert (gate[[2, 3]] == 0).all() and (gate[[0, 1, 4]] > 0).all() and gate[0] == gate[4]
     t = (length[0] - 0.5) / 0.3
     assert_close(gate[0], t**4 * (35 - 84 * t + 70 * t**2 - 20 * t**3))  # the other edge of node 0 is open
-    check_derivatives(lambda x: freeze_gate(x, SOURCE, 3, BRIDGING), length)
+    check_derivatives(lambda x: freeze_gate(x, source, BRIDGING), length)
     for closing in (0.5, 0.2):  # exactly at the radius, and below
         (r,) = leaves(length.clone().index_fill(0, torch.tensor([2]), closing))
-        first = torch.autograd.grad(freeze_gate(r, SOURCE, 3, BRIDGING).sum(), r, create_graph=True)[0]
+        first = torch.autograd.grad(freeze_gate(r, source, BRIDGING).sum(), r, create_graph=True)[0]
         second = torch.autograd.grad(first.square().sum(), r)[0]
         assert first.isfinite().all() and second.isfinite().all() and (first[[2, 3]] == 0).all()
 
@@ -246,8 +251,10 @@ def test_so2_layers_differentiate_twice(kind):
     check_derivatives(outputs, random(2, 2, 18), module=layer)
 
 
-def edges_of(vectors: torch.Tensor, config: ModelConfig, source=SOURCE, destination=DESTINATION) -> Edges:
-    return EdgeGeometry(config).double()(vectors, source, destination, 3)
+def edges_of(
+    vectors: torch.Tensor, config: ModelConfig, source=SOURCE, destination=DESTINATION
+) -> Neighborhood:
+    return EdgeGeometry(config).double()(vectors, source, destination)
 
 
 def radial_of(num_edges: int, config: ModelConfig) -> RadialFeatures:
@@ -263,15 +270,16 @@ def test_degree_product_is_the_matrix_over_degrees_in_the_edge_frame(mmax, rank)
     product = prepared(DegreeProduct(2, mmax, 4, rank))
     edges, radial = edges_of(random(5, 3), config), radial_of(5, config)
     x, identity = random(3, 9, 4), torch.eye(4, dtype=torch.float64)
-    actual = split_orders(product(x, radial, identity, edges), 2, mmax, 1)
+    actual = split_orders(product(product.spread(x), radial, identity, edges), 2, mmax, 1)
     features = torch.einsum("ew,wlc->elc", radial.hidden, radial.last) + radial.pair[:, None]
     entries = (features.flatten(1) @ product.weight).unflatten(-1, (-1, rank or 1))
     basis = torch.ones(1, 4).double() if rank is None else product.channel_basis
-    for m, kernel in enumerate(entries.split(product.entries, dim=1)):
+    for m, kernel in enumerate(entries.split([(3 - m) ** 2 for m in range(mmax + 1)], dim=1)):
         n = 3 - m
         kernel = kernel.unflatten(1, (n, n))  # degree in, degree out
-        coefficients = [x[edges.source, l * l : (l + 1) ** 2] for l in range(m, 3)]
-        local = [row @ c for row, c in zip(edges.rows[m], coefficients, strict=True)]
+        coefficients = [x[SOURCE.index, l * l : (l + 1) ** 2] for l in range(m, 3)]
+        by_degree = edges.edges.rows[m].split([2 * l + 1 for l in range(m, 3)], dim=-1)
+        local = [row @ c for row, c in zip(by_degree, coefficients, strict=True)]
         local = torch.stack(local, dim=1)  # (E, degree, sign, C)
         expected = torch.einsum("eklr,rc,eksc->eslc", kernel, basis, local)
         assert_close(actual[m][0], expected.flatten(1))
@@ -284,7 +292,9 @@ def test_degree_product_differentiates_twice(rank):
 
     def outputs(vectors, x, hidden, pair, last):
         radial = RadialFeatures(hidden, pair, last)
-        return product(x, radial, torch.eye(2, dtype=torch.float64), edges_of(vectors, config))
+        return product(
+            product.spread(x), radial, torch.eye(2, dtype=torch.float64), edges_of(vectors, config)
+        )
 
     inputs = random(5, 3), random(3, 9, 2), random(5, 5, seed=6), random(5, 2, seed=7), last
     check_derivatives(outputs, *inputs, module=product)
@@ -388,7 +398,7 @@ def test_message_node_product_differentiates_twice():
 @cache
 def empty_cases() -> dict[str, tuple]:
     """A function, its empty inputs, and the shape of the result."""
-    config, none = config_of(lmax=2, mmax=1), torch.zeros(0, dtype=torch.long)
+    config, none = config_of(lmax=2, mmax=1), Incidence.of_sorted(torch.zeros(0, dtype=torch.long), 3)
     nodes, edges = random(3, 9, 4), edges_of(random(0, 3), config, none, none)
     radial, identity = radial_of(0, config), torch.eye(4, dtype=torch.float64)
     grid, channels = grid_activation(2, "mlp", 1)
@@ -398,11 +408,11 @@ def empty_cases() -> dict[str, tuple]:
     none_of = softmax_inputs(num_edges=0)
     cases = {
         "gather": (lambda x: gather(x, none), nodes, (0, 9, 4)),
-        "scatter_sum": (lambda x: scatter_sum(x, none, 3), random(0, 4), (3, 4)),
-        "envelope_softmax": (lambda x: envelope_softmax(x, *none_of[1:], none, 3), none_of[0], (0, 2, 2)),
+        "segment_sum": (lambda x: segment_sum(x, none), random(0, 4), (3, 4)),
+        "envelope_softmax": (lambda x: envelope_softmax(x, *none_of[1:], none), none_of[0], (0, 2, 2)),
         "envelope": (lambda x: envelope(x, 3.0, 5), random(0), (0,)),
         "clamp_length": (lambda x: clamp_length(x, BRIDGING), random(0), (0,)),
-        "freeze_gate": (lambda x: freeze_gate(x, none, 3, BRIDGING), random(0), (0,)),
+        "freeze_gate": (lambda x: freeze_gate(x, none, BRIDGING), random(0), (0,)),
         "SO2Linear": (lambda x: linear(groups_of(x, 2, 1, 2), None)[1], random(2, 0, 14), (2, 0, 8)),
         "Gate": (lambda x: gate(groups_of(x, 2, 1, 2))[1], random(2, 0, 14), (2, 0, 8)),
         "GridActivation on SO(3)": (grid, random(0, 9, channels), (0, 9, 6)),
@@ -412,7 +422,7 @@ def empty_cases() -> dict[str, tuple]:
     }
     for product in (DegreeProduct(2, 1, 4, 2), ElementwiseProduct(2, 1, 4)):
         module = prepared(product)
-        function = lambda x, module=module: module(x, radial, identity, edges)  # noqa: E731
+        function = lambda x, module=module: module(module.spread(x), radial, identity, edges)  # noqa: E731
         cases[type(product).__name__] = (function, nodes, (0, 7, 4))
     for name in NODE_LAYERS:
         out = {"DegreeLinear": 3, "GatedActivation": 2}.get(name, 4)

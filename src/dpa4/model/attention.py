@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dpa4.model.edges import SOFTENING, Edges
+from dpa4.kernels.segments import gather
+from dpa4.model.edges import SOFTENING, Neighborhood
 from dpa4.model.layers import FocusLinear, RMSNorm
 from dpa4.model.radial import RadialFeatures
-from dpa4.model.segments import envelope_softmax, gather
+from dpa4.model.segments import envelope_softmax
 
 
 class EnvelopeGatedAttention(nn.Module):
@@ -27,21 +28,27 @@ class EnvelopeGatedAttention(nn.Module):
         self.gate_norm = RMSNorm(n_focus, width)
         self.gate_logit = nn.Parameter(0.01 * torch.randn(width, n_focus, heads))
 
-    def weights(self, scalars: Tensor, radial: RadialFeatures, hidden: Tensor, edges: Edges) -> Tensor:
-        """Weight of every edge, focus and head, (E, F, H), from node scalars (N, F, c)."""
+    def states(self, scalars: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (N, F, c) of node scalars (N, F, c)."""
         normed = self.qk_norm(scalars)
-        query = gather(self.query(normed), edges.destination)
-        key = gather(self.key(normed), edges.source)
-        product = (query * key).unflatten(-1, (self.heads, -1))
+        return self.query(normed), self.key(normed)
+
+    def weights(
+        self, query: Tensor, key: Tensor, radial: RadialFeatures, hidden: Tensor, hood: Neighborhood
+    ) -> Tensor:
+        """Weight of every edge, focus and head, (E, F, H)."""
+        product = gather(query, hood.destination) * gather(key, hood.source)
+        product = product.unflatten(-1, (self.heads, -1))
         content = product.sum(-1) * product.shape[-1] ** -0.5
-        by_focus = hidden.unflatten(1, (scalars.shape[1], -1))
+        by_focus = hidden.unflatten(1, (query.shape[1], -1))
         projection = torch.einsum("bfc,cfh->bfh", by_focus, self.radial_logit)
         logits = content + radial.project(projection.flatten(1)[None]).view_as(content)
         null = functional.softplus(self.null_logit) + SOFTENING
-        logits = logits.to(null.dtype)
-        return envelope_softmax(logits, edges.weight, edges.gate, null, edges.destination, edges.num_nodes)
+        return envelope_softmax(
+            logits.to(null.dtype), hood.edges.weight, hood.edges.gate, null, hood.destination
+        )
 
-    def output_scale(self, scalars: Tensor, edges: Edges) -> Tensor:
+    def output_scale(self, scalars: Tensor, degree_norm: Tensor) -> Tensor:
         """Gate of every node's aggregate, (N, F, H)."""
         return torch.einsum("nfc,cfh->nfh", self.gate_norm(scalars), self.gate_logit).sigmoid()
 
@@ -49,13 +56,19 @@ class EnvelopeGatedAttention(nn.Module):
 class EnvelopeSum(nn.Module):
     """Sum over neighbours weighted by the envelope, divided by the root of the coordination (section 7.5)."""
 
-    def weights(self, scalars: Tensor, radial: RadialFeatures, hidden: Tensor, edges: Edges) -> Tensor:
-        """Weight of every edge, (E, 1, 1)."""
-        return (edges.weight * edges.gate)[:, None, None]
+    def states(self, scalars: Tensor) -> tuple[Tensor, Tensor]:
+        """What the weights need of the nodes: nothing, so scalars of width zero."""
+        return scalars[..., :0], scalars[..., :0]
 
-    def output_scale(self, scalars: Tensor, edges: Edges) -> Tensor:
+    def weights(
+        self, query: Tensor, key: Tensor, radial: RadialFeatures, hidden: Tensor, hood: Neighborhood
+    ) -> Tensor:
+        """Weight of every edge, (E, 1, 1)."""
+        return (hood.edges.weight * hood.edges.gate)[:, None, None]
+
+    def output_scale(self, scalars: Tensor, degree_norm: Tensor) -> Tensor:
         """Normalisation of every node's aggregate, (N, 1, 1)."""
-        return edges.degree_norm[:, None, None]
+        return degree_norm[:, None, None]
 
 
 class FocusCompetition(nn.Module):

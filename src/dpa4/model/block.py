@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dpa4.model.config import ModelConfig, auto_width
-from dpa4.model.convolution import SO2Convolution
-from dpa4.model.edges import Edges
+from dpa4.model.convolution import NodeStates, SO2Convolution
+from dpa4.model.edges import Neighborhood, Neighborhoods
 from dpa4.model.grid import GridActivation
 from dpa4.model.layers import DegreeLinear, EquivariantRMSNorm, FocusLinear, degree_of
 from dpa4.model.radial import RadialFeatures
@@ -93,10 +93,31 @@ class Block(nn.Module):
         scales = range(count if config.layer_scale else 0)
         self.ffn_scales = nn.ParameterList(torch.full((c,), 1e-3) for _ in scales)
 
-    def forward(self, x: Tensor, radial: RadialFeatures, edges: Edges) -> Tensor:
+    def forward(self, x: Tensor, hoods: Neighborhoods) -> Tensor:
         """Nodes of at least the block's degree to nodes of its degree, (N, D, C)."""
         x = x[:, : self.size]
-        x = x + self.conv_norm_out(self.conv(self.conv_norm_in(x), radial, edges))
+        states = self.states(x)
+        queries = states.query.split(hoods.sizes)
+        totals = [
+            self.messages(states.sources, query, states.key, radial, hood)
+            for query, radial, hood in zip(queries, hoods.radial, hoods.parts, strict=True)
+        ]
+        total = totals[0] if len(totals) == 1 else torch.cat(totals)
+        return self.update(x, states.own, total, hoods.degree_norm)
+
+    def states(self, x: Tensor) -> NodeStates:
+        """What the messages need of the nodes (N, D, C)."""
+        return self.conv.states(self.conv_norm_in(x))
+
+    def messages(
+        self, sources: Tensor, query: Tensor, key: Tensor, radial: RadialFeatures, hood: Neighborhood
+    ) -> Tensor:
+        """Sums of messages, (n, D, F c); see `SO2Convolution.messages`."""
+        return self.conv.messages(sources, query, key, radial, hood)
+
+    def update(self, x: Tensor, own: Tensor, total: Tensor, degree_norm: Tensor) -> Tensor:
+        """Nodes (N, D, C) after the messages and the feed-forward networks."""
+        x = x + self.conv_norm_out(self.conv.update(own, total, degree_norm))
         for i, ffn in enumerate(self.ffns):
             update = self.ffn_norms_out[i](ffn(self.ffn_norms_in[i](x)))
             x = x + (update * self.ffn_scales[i] if self.ffn_scales else update)

@@ -1,15 +1,17 @@
 """The EMFA SO(2) convolution: edge-node product, multiple foci, envelope-gated attention (model-2 section 7)."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
+from dpa4.kernels.rotate import scatter_matmul
 from dpa4.model.attention import EnvelopeGatedAttention, EnvelopeSum, FocusCompetition, SingleFocus
 from dpa4.model.config import ModelConfig
-from dpa4.model.edges import Edges
+from dpa4.model.edges import Edges, LocalFrame, Neighborhood
 from dpa4.model.grid import MessageNodeProduct, NoProduct
 from dpa4.model.layers import ChannelLinear, DegreeLinear
 from dpa4.model.radial import RadialFeatures
-from dpa4.model.segments import scatter_sum
 from dpa4.model.so2 import DegreeProduct, ElementwiseProduct, SO2Stack, join_orders, split_orders
 
 
@@ -23,8 +25,19 @@ class SameChannels(nn.Module):
         self.register_buffer("weight", torch.eye(channels), persistent=False)
 
 
+class NodeStates(NamedTuple):
+    """What a convolution needs of its nodes."""
+
+    own: Tensor  # (N, D, F c)
+    sources: Tensor  # as the edge-node product gathers them, (N, K, F c)
+    query: Tensor  # (N, F, c)
+    key: Tensor  # (N, F, c)
+
+
 class SO2Convolution(nn.Module):
-    """Message passing of one block: nodes (N, D, C) to their aggregated messages (N, D, C)."""
+    """Message passing of one block, in three parts: on nodes, on edges, on nodes again."""
+
+    scalar_degree: Tensor
 
     def __init__(self, config: ModelConfig, lmax: int):
         super().__init__()
@@ -34,7 +47,7 @@ class SO2Convolution(nn.Module):
         self.pre_mix = DegreeLinear(lmax, c, hidden, bias=config.mlp_bias)
         self.radial_hidden = ChannelLinear(c, hidden) if hidden != c else SameChannels(c)
         if config.radial_so2_mode == "none":
-            self.product: nn.Module = ElementwiseProduct(lmax, self.mmax, hidden)
+            self.product: ElementwiseProduct | DegreeProduct = ElementwiseProduct(lmax, self.mmax, hidden)
         else:
             rank = config.radial_so2_rank if config.radial_so2_mode == "degree_channel" else None
             self.product = DegreeProduct(lmax, self.mmax, hidden, rank)
@@ -49,36 +62,54 @@ class SO2Convolution(nn.Module):
         self.node_product = MessageNodeProduct(config, lmax) if config.message_node_so3 else NoProduct()
         self.post_mix = DegreeLinear(lmax, hidden, c, bias=config.mlp_bias, zero=True)
         self.biased = config.mlp_bias
+        self.frame = LocalFrame(lmax, self.mmax)
+        self.register_buffer("scalar_degree", torch.zeros(1, dtype=torch.int64), persistent=False)
 
-    def forward(self, x: Tensor, radial: RadialFeatures, edges: Edges) -> Tensor:
-        """Aggregate messages.
+    def forward(self, x: Tensor, radial: RadialFeatures, hood: Neighborhood) -> Tensor:
+        """Nodes (N, D, C) to their aggregated messages (N, D, C)."""
+        states = self.states(x)
+        total = self.messages(states.sources, states.query, states.key, radial, hood)
+        return self.update(states.own, total, hood.degree_norm)
+
+    def states(self, x: Tensor) -> NodeStates:
+        """What the convolution needs of its nodes (N, D, C)."""
+        x = self.pre_mix(x)
+        query, key = self.attention.states(self._scalars(x))
+        return NodeStates(x, self.product.spread(x), query, key)
+
+    def messages(
+        self, sources: Tensor, query: Tensor, key: Tensor, radial: RadialFeatures, hood: Neighborhood
+    ) -> Tensor:
+        """Weighted sum of the messages to every centre, (n, D, F c).
 
         Args:
-            x: Node features of the block's degree, (N, D, C).
+            sources: `NodeStates.sources` of all nodes.
+            query: Of the centres, (n, F, c).
+            key: Of all nodes.
             radial: Radial features of the edges.
-            edges: Geometry of the edges.
+            hood: The edges, complete for the n centres.
         """
-        x = self.pre_mix(x)
         to_hidden = self.radial_hidden.weight
-        groups = split_orders(self.product(x, radial, to_hidden, edges), self.lmax, self.mmax, self.n_focus)
+        x = self.product(sources, radial, to_hidden, hood)
+        groups = split_orders(x, self.lmax, self.mmax, self.n_focus)
         share = self.focus(groups[0][..., : self.width])
-        groups = self.stack(groups, self._bias_scale(radial, to_hidden, edges) if self.biased else None)
+        groups = self.stack(groups, self._bias_scale(radial, to_hidden, hood.edges) if self.biased else None)
+        weight = self.attention.weights(query, key, radial, to_hidden, hood) * share
+        # One matrix per head weighs, rotates back and rescales.
+        message = join_orders(groups, self.width)
+        back = self.frame.matrix(hood.edges.rows, back=True)[:, None] * weight.flatten(1)[:, :, None, None]
+        return scatter_matmul(back.to(message.dtype), message, hood.destination)
 
-        scalars = x[:, 0].unflatten(-1, (self.n_focus, -1))
-        weight = self.attention.weights(scalars, radial, to_hidden, edges) * share
-        message = self._scale(join_orders(groups, self.width), weight)
-        rotated = edges.to_global[self.lmax].to(message.dtype) @ message
-        total = scatter_sum(rotated, edges.destination, edges.num_nodes)
-        total = self._scale(total, self.attention.output_scale(scalars, edges))
+    def update(self, x: Tensor, total: Tensor, degree_norm: Tensor) -> Tensor:
+        """Aggregated messages of every node, (N, D, C), from its own state (N, D, F c) and their sum."""
+        factor = self.attention.output_scale(self._scalars(x), degree_norm).flatten(1)
+        total = (total.unflatten(-1, (factor.shape[-1], -1)) * factor[:, None, :, None]).flatten(2)
         return self.post_mix(self.node_product(total, x))
+
+    def _scalars(self, x: Tensor) -> Tensor:
+        return x[:, 0].unflatten(-1, (self.n_focus, -1))
 
     def _bias_scale(self, radial: RadialFeatures, to_hidden: Tensor, edges: Edges) -> Tensor:
         """Factor of the first layer's bias, so that it vanishes with the envelope, (F, E, c)."""
-        scale = radial.per_degree(to_hidden, 1)[:, 0] * edges.weight[:, None]
+        scale = radial.of_degrees(to_hidden, self.scalar_degree)[:, 0] * edges.weight[:, None]
         return scale.unflatten(-1, (self.n_focus, -1)).transpose(0, 1)
-
-    @staticmethod
-    def _scale(x: Tensor, factor: Tensor) -> Tensor:
-        """Multiply channels (n, rows, F H d) by one factor per focus and head, (n, F, H)."""
-        heads = factor.flatten(1)
-        return (x.unflatten(-1, (heads.shape[-1], -1)) * heads[:, None, :, None]).flatten(2)

@@ -2,38 +2,78 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.utils import _pytree as pytree
 
+from dpa4.kernels.incidence import Incidence
+from dpa4.kernels.segments import gather, segment_sum
 from dpa4.model.config import Bridging, ModelConfig
 from dpa4.model.constants import ConstantModule
 from dpa4.model.harmonics import Rows, WignerRows, edge_frame
-from dpa4.model.radial import envelope
-from dpa4.model.segments import gather, scatter_sum
+from dpa4.model.layers import after_zeros, degree_of
+from dpa4.model.radial import RadialFeatures, envelope
 
 SOFTENING = 1e-7
 """Length added in quadrature to every edge length, in Angstrom (the reference's ``eps``)."""
 
 
 class Edges(NamedTuple):
-    """What the network knows about E edges between N nodes."""
+    """Geometry of E edges; every tensor has one row per edge."""
 
-    source: Tensor  # (E,)
-    destination: Tensor  # (E,)
-    num_nodes: int
     vector: Tensor  # (E, 3), Angstrom; clamped when bridging
     length: Tensor  # (E,), Angstrom; clamped when bridging
     weight: Tensor  # (E,) cutoff envelope w
     gate: Tensor  # (E,) freeze gate of the source atom; ones without bridging
-    degree_norm: Tensor  # (N,) inverse square root of the smooth coordination number
     rows: Rows  # rows |m| <= mmax of the edge's Wigner matrices
-    to_local: dict[int, Tensor]  # by block degree: packed coefficients to rows of the edge frame, (E, M, D)
-    to_global: dict[int, Tensor]  # by block degree: the way back, degrees > mmax rescaled, (E, D, M)
 
     def harmonics(self) -> Tensor:
         """Z_{l,m} of the edge direction, (E, D)."""
-        return torch.cat([row[:, 0] for row in self.rows[0]], dim=-1)
+        return self.rows[0][:, 0]
+
+
+class Neighborhood(NamedTuple):
+    """Edges and the nodes that they join."""
+
+    edges: Edges
+    source: Incidence  # of the neighbours
+    destination: Incidence  # of the centres
+    degree_norm: Tensor  # (N,) inverse square root of the smooth coordination number of the centres
+
+
+class Neighborhoods(NamedTuple):
+    """A neighborhood in parts, each with all edges of a run of centres: what is alive at once stays small."""
+
+    parts: list[Neighborhood]
+    radial: list[RadialFeatures]
+    sizes: list[int]  # centres of each part
+    degree_norm: Tensor  # (N,)
+
+    @staticmethod
+    def of(hood: Neighborhood, radial: RadialFeatures, max_edges: int) -> "Neighborhoods":
+        """Split so that parts have at most ``max_edges`` edges, unless one centre has more."""
+        num_nodes, num_edges = hood.destination.num_nodes, len(hood.destination.index)
+        if num_edges <= max_edges:
+            return Neighborhoods([hood], [radial], [num_nodes], hood.degree_norm)
+        offsets = hood.destination.offsets.cpu().numpy()  # waits for the device
+        cuts = [0]
+        while cuts[-1] < num_nodes:
+            last = np.searchsorted(offsets, offsets[cuts[-1]] + max_edges, side="right") - 1
+            cuts.append(max(cuts[-1] + 1, int(last)))
+        nodes, edges = np.diff(cuts).tolist(), np.diff(offsets[cuts]).tolist()
+        split = [t.split(edges) for t in pytree.tree_leaves((hood.edges, radial.hidden, radial.pair))]
+        spec = pytree.tree_structure((hood.edges, radial.hidden, radial.pair))
+        norms = hood.degree_norm.split(nodes)
+        sources, destinations = hood.source.index.split(edges), hood.destination.index.split(edges)
+        parts, features = [], []
+        for k, (start, size) in enumerate(zip(cuts, nodes, strict=False)):
+            own, hidden, pair = pytree.tree_unflatten([s[k] for s in split], spec)
+            source = Incidence.of(sources[k], num_nodes)
+            destination = Incidence.of_sorted(destinations[k] - start, size)
+            parts.append(Neighborhood(own, source, destination, norms[k]))
+            features.append(RadialFeatures(hidden, pair, radial.last))
+        return Neighborhoods(parts, features, nodes, hood.degree_norm)
 
 
 def clamp_length(length: Tensor, bridging: Bridging) -> Tensor:
@@ -44,7 +84,7 @@ def clamp_length(length: Tensor, bridging: Bridging) -> Tensor:
     return torch.where(length >= bridging.r_outer, length, inner)
 
 
-def freeze_gate(length: Tensor, source: Tensor, num_nodes: int, bridging: Bridging) -> Tensor:
+def freeze_gate(length: Tensor, source: Incidence, bridging: Bridging) -> Tensor:
     """Gate of each edge: zero if any neighbour of its source is within r_inner (model-1 section 7.5), (E,).
 
     The product over a node's edges is the exponential of a sum of logarithms over the non-zero factors, so
@@ -53,8 +93,8 @@ def freeze_gate(length: Tensor, source: Tensor, num_nodes: int, bridging: Bridgi
     t = ((length - bridging.r_inner) / (bridging.r_outer - bridging.r_inner)).clamp(0, 1)
     switch = t**4 * (35 + t * (-84 + t * (70 - 20 * t)))
     open_ = switch > 0
-    log_product = scatter_sum(torch.where(open_, switch, 1.0).log(), source, num_nodes)
-    closed = scatter_sum((~open_).to(length.dtype), source, num_nodes) > 0
+    log_product = segment_sum(torch.where(open_, switch, 1.0).log(), source)
+    closed = segment_sum((~open_).to(length.dtype), source) > 0
     return gather(torch.where(closed, 0.0, log_product.exp()), source)
 
 
@@ -66,21 +106,35 @@ def reduced_degrees(lmax: int, mmax: int) -> list[int]:
     return order
 
 
-def rotation_blocks(rows: Rows, lmax: int, mmax: int) -> Tensor:
-    """Rows of the Wigner matrices as one matrix per edge, packed coefficients to m-major rows, (E, M, D)."""
-    size = (lmax + 1) ** 2
-    blocks = []
-    for m in range(mmax + 1):
-        for s in range(min(m, 1) + 1):
-            for l in range(m, lmax + 1):
-                blocks.append(functional.pad(rows[m][l - m][:, s : s + 1], (l * l, size - (l + 1) ** 2)))
-    return torch.cat(blocks, dim=1)
+class LocalFrame(ConstantModule):
+    """The rotation between packed coefficients and m-major rows of the edge frame, of one block."""
+
+    def __init__(self, lmax: int, mmax: int):
+        super().__init__()
+        self.lmax, self.mmax = lmax, min(mmax, lmax)
+        degree = degree_of(lmax)
+        for m in range(self.mmax + 1):
+            rows = torch.arange(m, lmax + 1, dtype=torch.float64)[:, None]
+            same = (rows == degree[m * m :]).double()
+            # Coefficients of orders beyond mmax are lost on the way; the others make up for them in size.
+            rescale = torch.where(rows > self.mmax, ((2 * rows + 1) / (2 * self.mmax + 1)).sqrt(), 1.0)
+            self.register_constant(f"degree_{m}", same)
+            self.register_constant(f"rescaled_{m}", same * rescale)
+
+    def matrix(self, rows: Rows, back: bool = False) -> Tensor:
+        """One matrix per edge, (E, M, D); ``back``: the one whose transpose leads back, rescaled."""
+        parts = []
+        for m in range(self.mmax + 1):
+            mask = getattr(self, f"rescaled_{m}" if back else f"degree_{m}")
+            part = rows[m][:, :, None, : mask.shape[1]] * mask
+            parts.append(after_zeros(part.flatten(1, 2), m * m))
+        return torch.cat(parts, dim=1)
 
 
 class FullRange(nn.Module):
     """No bridging: true lengths, open gates."""
 
-    def forward(self, vector: Tensor, source: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, vector: Tensor, source: Incidence) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors (E, 3), their lengths (E,) and the gates of the edges (E,)."""
         length = (vector.square().sum(-1) + SOFTENING**2).sqrt()
         return vector, length, torch.ones_like(length)
@@ -93,53 +147,33 @@ class FrozenCore(FullRange):
         super().__init__()
         self.bridging = bridging
 
-    def forward(self, vector: Tensor, source: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, vector: Tensor, source: Incidence) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors (E, 3), their clamped lengths (E,) and the gates of the edges (E,)."""
-        vector, length, _ = super().forward(vector, source, num_nodes)
+        vector, length, _ = super().forward(vector, source)
         clamped = clamp_length(length, self.bridging)
         return (
             vector * (clamped / length)[:, None],
             clamped,
-            freeze_gate(clamped, source, num_nodes, self.bridging),
+            freeze_gate(clamped, source, self.bridging),
         )
 
 
-class EdgeGeometry(ConstantModule):
-    """Edge vectors to `Edges`."""
+class EdgeGeometry(nn.Module):
+    """Edge vectors to a `Neighborhood`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         lmax = config.degrees[0]
-        self.mmax = min(config.mmax, lmax)
-        self.wigner = WignerRows(lmax, self.mmax)
-        self.block_degrees = sorted(set(config.degrees))
+        self.wigner = WignerRows(lmax, min(config.mmax, lmax))
         self.cutoff, self.exponent = config.cutoff, config.env_exp[1]
         self.short_range = FullRange() if config.bridging is None else FrozenCore(config.bridging)
         self.degree_floor = SOFTENING if config.pre_release else 0.25
-        for l in self.block_degrees:
-            m = min(self.mmax, l)
-            degree = torch.tensor(reduced_degrees(l, m), dtype=torch.float64)
-            rescale = torch.where(degree > m, ((2 * degree + 1) / (2 * m + 1)).sqrt(), 1.0)
-            self.register_constant(f"rescale_{l}", rescale[:, None])
 
-    def forward(self, vector: Tensor, source: Tensor, destination: Tensor, num_nodes: int) -> Edges:
+    def forward(self, vector: Tensor, source: Incidence, destination: Incidence) -> Neighborhood:
         """Geometry of edge vectors (E, 3) in Angstrom."""
-        vector, length, gate = self.short_range(vector, source, num_nodes)
+        vector, length, gate = self.short_range(vector, source)
         weight = envelope(length, self.cutoff, self.exponent)
-        coordination = scatter_sum(weight.square(), destination, num_nodes)
+        coordination = segment_sum(weight.square(), destination)
         rows = self.wigner(edge_frame(vector / length[:, None]))
-        to_local = {l: rotation_blocks(rows, l, min(self.mmax, l)) for l in self.block_degrees}
-        to_global = {l: (m * getattr(self, f"rescale_{l}")).transpose(1, 2) for l, m in to_local.items()}
-        return Edges(
-            source=source,
-            destination=destination,
-            num_nodes=num_nodes,
-            vector=vector,
-            length=length,
-            weight=weight,
-            gate=gate,
-            degree_norm=torch.rsqrt(coordination + self.degree_floor),
-            rows=rows,
-            to_local=to_local,
-            to_global=to_global,
-        )
+        degree_norm = torch.rsqrt(coordination + self.degree_floor)
+        return Neighborhood(Edges(vector, length, weight, gate, rows), source, destination, degree_norm)

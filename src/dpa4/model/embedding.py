@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dpa4.kernels.segments import gather, segment_sum
 from dpa4.model.config import ModelConfig
-from dpa4.model.edges import SOFTENING, Edges
-from dpa4.model.layers import Linear, RMSNorm
+from dpa4.model.edges import SOFTENING, Neighborhood
+from dpa4.model.layers import Linear, RMSNorm, before_zeros
 from dpa4.model.radial import RadialFeatures
-from dpa4.model.segments import gather, scatter_sum
 
 
 class Embedding(nn.Module):
@@ -23,7 +23,7 @@ class Embedding(nn.Module):
 
     def forward(self, index: Tensor) -> Tensor:
         """(n,) -> (n, width)."""
-        return gather(self.table, index)
+        return self.table[index]
 
 
 class ChargeSpinEmbedding(nn.Module):
@@ -60,10 +60,10 @@ class ElementSeed(nn.Module):
         self.padding = (config.degrees[0] + 1) ** 2 - 1
 
     def forward(
-        self, types: Tensor, species: Tensor, basis: Tensor, radial: RadialFeatures, edges: Edges
+        self, types: Tensor, species: Tensor, basis: Tensor, radial: RadialFeatures, hood: Neighborhood
     ) -> Tensor:
         """(N, C) to (N, D, C)."""
-        return functional.pad(types[:, None], (0, 0, 0, self.padding))
+        return before_zeros(types[:, None], self.padding, 0)
 
 
 class EnvironmentSeed(nn.Module):
@@ -99,7 +99,7 @@ class EnvironmentSeed(nn.Module):
         self.shift_strength = nn.Parameter(torch.full((1,), math.log(0.01)))
 
     def forward(
-        self, types: Tensor, species: Tensor, basis: Tensor, radial: RadialFeatures, edges: Edges
+        self, types: Tensor, species: Tensor, basis: Tensor, radial: RadialFeatures, hood: Neighborhood
     ) -> Tensor:
         """Features of every node.
 
@@ -108,27 +108,27 @@ class EnvironmentSeed(nn.Module):
             species: Index of the element, (N,).
             basis: Radial basis of the edges, (E, n_radial).
             radial: Radial features of the edges.
-            edges: Geometry of the edges.
+            hood: Edges and their nodes.
 
         Returns:
             (N, D, C).
         """
-        scalars = self._modulate(types, species, basis, edges)
-        return torch.cat([scalars[:, None], *self._geometric(radial, edges)], dim=1)
+        scalars = self._modulate(types, species, basis, hood)
+        return torch.cat([scalars[:, None], *self._geometric(radial, hood)], dim=1)
 
-    def _modulate(self, types: Tensor, species: Tensor, basis: Tensor, edges: Edges) -> Tensor:
-        own = self.types(species)
+    def _modulate(self, types: Tensor, species: Tensor, basis: Tensor, hood: Neighborhood) -> Tensor:
+        own, edges = self.types(species), hood.edges
         features = [
             self.basis_out(functional.silu(self.basis_in(basis))),
-            gather(own, edges.source),
-            gather(own, edges.destination),
+            gather(own, hood.source),
+            gather(own, hood.destination),
         ]
         filters = self.pair_out(functional.silu(self.pair_in(torch.cat(features, dim=-1))))
         inverse = torch.rsqrt(edges.vector.square().sum(-1, keepdim=True) + SOFTENING**2)
         radial = (edges.weight * edges.gate)[:, None] * inverse
         vector = torch.cat([radial, radial * edges.vector * inverse], dim=-1)
-        matrix = scatter_sum(vector[:, :, None] * filters[:, None, :], edges.destination, edges.num_nodes)
-        matrix = matrix * edges.degree_norm[:, None, None]
+        matrix = segment_sum(vector[:, :, None] * filters[:, None, :], hood.destination)
+        matrix = matrix * hood.degree_norm[:, None, None]
         gram = matrix.transpose(1, 2) @ matrix[:, :, : self.axes]
         scale, shift = self.output(gram.flatten(1)).unflatten(1, (2, 1, -1)).unbind(1)
         scale, shift = self.scale_norm(scale)[:, 0], self.shift_norm(shift)[:, 0]
@@ -136,14 +136,12 @@ class EnvironmentSeed(nn.Module):
             types * (1 + self.scale_strength.exp() * scale.tanh()) + self.shift_strength.exp() * shift.tanh()
         )
 
-    def _geometric(self, radial: RadialFeatures, edges: Edges) -> list[Tensor]:
+    def _geometric(self, radial: RadialFeatures, hood: Neighborhood) -> list[Tensor]:
         """Features of each degree l >= 1, (N, 2l + 1, C).
 
         The hidden radial features are summed first; the last radial layer acts on nodes, which are fewer.
         """
-        angular = edges.harmonics()[:, 1:] * edges.gate[:, None]
-        summed = scatter_sum(
-            angular[:, :, None] * radial.hidden[:, None, :], edges.destination, edges.num_nodes
-        )
-        summed = summed * edges.degree_norm[:, None, None]
+        angular = hood.edges.harmonics()[:, 1:] * hood.edges.gate[:, None]
+        summed = segment_sum(angular[:, :, None] * radial.hidden[:, None, :], hood.destination)
+        summed = summed * hood.degree_norm[:, None, None]
         return [summed[:, l * l - 1 : (l + 1) ** 2 - 1] @ radial.last[:, l] for l in range(1, self.lmax + 1)]

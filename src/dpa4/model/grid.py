@@ -14,7 +14,7 @@ from torch.nn import functional
 from dpa4.model.config import GridOperation, ModelConfig
 from dpa4.model.constants import ConstantModule
 from dpa4.model.harmonics import WignerRows, edge_frame, spherical_harmonics
-from dpa4.model.layers import ChannelLinear, DegreeLinear, FocusLinear, degree_of
+from dpa4.model.layers import ChannelLinear, DegreeLinear, FocusLinear, before_zeros, degree_of
 
 LEBEDEV_DEGREES = (*range(3, 32, 2), *range(35, 132, 6))
 
@@ -47,12 +47,11 @@ def so3_grid(lmax: int, kmax: int) -> tuple[Tensor, Tensor]:
     minus, axis, plus = frame.unbind(2)  # (Z(e2), Z(n), -Z(e1)): a roll turns the outer two into each other
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     frame = torch.stack([cos * minus - sin * plus, axis, cos * plus + sin * minus], dim=2).flatten(0, 1)
-    wigner = WignerRows(lmax, kmax).double()(frame)
+    rows = WignerRows(lmax, kmax).double()(frame)
     evaluate = torch.zeros(len(frame), (lmax + 1) ** 2, 2 * kmax + 1, dtype=torch.float64)
     for k in range(kmax + 1):
         slots = [0] if k == 0 else [2 * k - 1, 2 * k]
-        for l in range(k, lmax + 1):
-            evaluate[:, l * l : (l + 1) ** 2, slots] = wigner[k][l - k].transpose(1, 2)
+        evaluate[:, k * k :, slots] = rows[k].transpose(1, 2)
     weight = torch.from_numpy(weights).repeat_interleave(rolls) / rolls
     factor = (2 * degree_of(lmax) + 1)[:, None] * weight[:, None, None]
     return evaluate.flatten(1), (factor * evaluate).flatten(1).T.contiguous()
@@ -150,7 +149,7 @@ def scalar_path(y: Tensor, gate: Tensor, first: Tensor, second: Tensor) -> Tenso
     y = (y.unflatten(-1, (-1, width)) * gate[:, None, None]).flatten(2)
     direct = functional.silu(first) * second
     rows, columns = y.shape[1] - 1, y.shape[2] - width
-    return y + functional.pad(direct[:, None], (0, columns, 0, rows))
+    return y + before_zeros(direct[:, None], rows, columns)
 
 
 class GridActivation(nn.Module):

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from dpa4.model.constants import ConstantModule
 
-Rows = list[list[Tensor]]
-"""rows[m][l - m]: rows -m and +m of D^l, shape (E, 2, 2l+1); for m = 0 the single row, (E, 1, 2l+1)."""
+Rows = tuple[Tensor, ...]
+"""rows[m]: rows -m and +m of D^m, D^{m+1}, ..., D^lmax side by side, (E, 2, (lmax+1)^2 - m^2); for m = 0 the single
+row, (E, 1, (lmax+1)^2)."""
 
 
 def spherical_harmonics(l: int, directions: np.ndarray) -> np.ndarray:
@@ -92,7 +93,7 @@ class WignerRows(ConstantModule):
         """Rows of an edge frame (E, 3, 3) as `edge_frame` returns it."""
         minus, axis, plus = frame[:, 0:1], frame[:, 1:2], frame[:, 2:3]
         pair = frame[:, 0::2]
-        rows: Rows = [[frame.new_ones(len(frame), 1, 1), axis][: self.lmax + 1]]
+        rows = [[frame.new_ones(frame.shape[0], 1, 1), axis][: self.lmax + 1]]  # [order][degree - order]
         for l in range(2, self.lmax + 1):
             rows[0].append(self._couple(rows[0][l - 1], axis, l))
         for m in range(1, self.mmax + 1):
@@ -113,4 +114,4 @@ class WignerRows(ConstantModule):
                     down = self._couple(low_plus, minus, l) + self._couple(low_minus, plus, l)
                     current.append(norm / 2**0.5 * torch.cat([down, up], dim=1))
             rows.append(current)
-        return rows
+        return tuple(torch.cat(degrees, dim=-1) for degrees in rows)

@@ -21,6 +21,17 @@ def balance_of(lmax: int, channels: int) -> Tensor:
     return 1 / ((2 * degree_of(lmax).double() + 1) * (lmax + 1) * channels)
 
 
+def after_zeros(x: Tensor, count: int) -> Tensor:
+    """``count`` zeros before the entries of the last axis; ``functional.pad`` freezes symbolic sizes."""
+    return torch.cat([x.new_zeros((*x.shape[:-1], count)), x], dim=-1) if count else x
+
+
+def before_zeros(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Zeros after the entries of the last two axes."""
+    x = torch.cat([x, x.new_zeros((*x.shape[:-1], columns))], dim=-1) if columns else x
+    return torch.cat([x, x.new_zeros((*x.shape[:-2], rows, x.shape[-1]))], dim=-2) if rows else x
+
+
 def truncated_normal(shape: tuple[int, ...], fan_in: int, fan_out: int) -> Tensor:
     """Normal of standard deviation 1/sqrt(fan_in + fan_out), cut at three of them (model-2 section 2)."""
     std = (fan_in + fan_out) ** -0.5

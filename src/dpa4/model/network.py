@@ -4,13 +4,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dpa4.kernels.incidence import Incidence
+from dpa4.kernels.segments import gather
 from dpa4.model.block import Block, read_out
 from dpa4.model.config import ModelConfig, auto_width
-from dpa4.model.edges import EdgeGeometry
+from dpa4.model.edges import EdgeGeometry, Edges, Neighborhood, Neighborhoods
 from dpa4.model.embedding import ChargeSpinEmbedding, ElementSeed, Embedding, EnvironmentSeed, Unconditioned
 from dpa4.model.layers import Linear
-from dpa4.model.radial import BesselBasis, GaussianBasis, RadialNetwork
-from dpa4.model.segments import gather
+from dpa4.model.radial import BesselBasis, GaussianBasis, RadialFeatures, RadialNetwork
 
 
 class EnergyNetwork(nn.Module):
@@ -43,6 +44,8 @@ class DPA4(nn.Module):
     Attributes:
         block_autocast: Lower precision (torch.bfloat16) for the matrix products of the interaction blocks;
             geometry, norms, softmax, residual stream and read-out keep the precision of the parameters.
+        max_edges: Edges that are worked on at once, by type of device. On a CPU their features stay in the cache; on
+            a GPU they bound the memory.
     """
 
     def __init__(self, config: ModelConfig):
@@ -50,6 +53,7 @@ class DPA4(nn.Module):
         c, lmax = config.channels, config.degrees[0]
         self.config, self.lmax = config, lmax
         self.block_autocast: torch.dtype | None = None
+        self.max_edges = {"cpu": 2048, "cuda": 262_144}
         self.geometry = EdgeGeometry(config)
         basis = BesselBasis if config.basis == "bessel" else GaussianBasis
         self.basis = basis(config.n_radial, config.cutoff, config.env_exp[0])
@@ -67,15 +71,15 @@ class DPA4(nn.Module):
         self.energy = EnergyNetwork(c, config.fitting)
 
     def forward(
-        self, species: Tensor, vectors: Tensor, source: Tensor, destination: Tensor, charge_spin: Tensor
+        self, species: Tensor, vectors: Tensor, source: Incidence, destination: Incidence, charge_spin: Tensor
     ) -> Tensor:
         """Energy of every atom, without its reference energy.
 
         Args:
             species: Index into config.elements, (N,).
             vectors: Edge vectors from destination to source, (E, 3), in Angstrom.
-            source: Neighbour of each edge, (E,).
-            destination: Centre of each edge, (E,).
+            source: Neighbour of each edge.
+            destination: Centre of each edge; edges are sorted by it.
             charge_spin: Total charge and multiplicity of the atom's structure, (N, 2) int64.
 
         Returns:
@@ -84,17 +88,32 @@ class DPA4(nn.Module):
         return self.energy(self.descriptor(species, vectors, source, destination, charge_spin))
 
     def descriptor(
-        self, species: Tensor, vectors: Tensor, source: Tensor, destination: Tensor, charge_spin: Tensor
+        self, species: Tensor, vectors: Tensor, source: Incidence, destination: Incidence, charge_spin: Tensor
     ) -> Tensor:
         """Invariant features of every atom, (N, C); arguments as in `forward`."""
-        edges = self.geometry(vectors, source, destination, len(species))
-        basis = self.basis(edges.length)
-        types = self.charge_spin(self.types(species), charge_spin)
-        radial = self.radial(basis, edges.weight, gather(types, source) + gather(types, destination))
-        x = self.seed(types, species, basis, radial, edges)
+        x, hidden, pair, edges, degree_norm = self.embed(species, vectors, source, destination, charge_spin)
+        hood = Neighborhood(edges, source, destination, degree_norm)
+        radial = RadialFeatures(hidden, pair, self.radial.last_of_degrees())
+        hoods = Neighborhoods.of(hood, radial, self.max_edges[x.device.type])
         with torch.autocast(x.device.type, self.block_autocast, enabled=self.block_autocast is not None):
             for block in self.blocks:
-                x = block(x, radial, edges)
+                x = block(x, hoods)
+        return self.read_out(x)
+
+    def embed(
+        self, species: Tensor, vectors: Tensor, source: Incidence, destination: Incidence, charge_spin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Edges, Tensor]:
+        """Initial nodes (N, D, C), `RadialFeatures.hidden` and ``pair``, geometry, `Neighborhood.degree_norm`."""
+        hood = self.geometry(vectors, source, destination)
+        basis = self.basis(hood.edges.length)
+        types = self.charge_spin(self.types(species), charge_spin)
+        pair = gather(types, source) + gather(types, destination)
+        radial = self.radial(basis, hood.edges.weight, pair)
+        x = self.seed(types, species, basis, radial, hood)
+        return x, radial.hidden, radial.pair, hood.edges, hood.degree_norm
+
+    def read_out(self, x: Tensor) -> Tensor:
+        """Invariant features (N, C) of nodes (N, D, C)."""
         x = x[:, : self.readout_size]
         for layer in self.readout:
             x = x + layer(x)

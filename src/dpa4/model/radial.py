@@ -76,10 +76,10 @@ class RadialFeatures(NamedTuple):
         merged = torch.einsum("wlc,lck->wk", self.last[:, : len(weight)], weight)
         return torch.cat([self.hidden, self.pair], -1) @ torch.cat([merged, weight.sum(0)])
 
-    def per_degree(self, weight: Tensor, num_degrees: int) -> Tensor:
-        """Map the channels of each degree: weight (C, K) gives (E, num_degrees, K)."""
-        merged = torch.einsum("wlc,ck->wlk", self.last[:, :num_degrees], weight)
-        by_degree = (self.hidden @ merged.flatten(1)).unflatten(1, (num_degrees, -1))
+    def of_degrees(self, weight: Tensor, degrees: Tensor) -> Tensor:
+        """Map the channels of the features of some degrees (n,): weight (C, K) gives (E, n, K)."""
+        merged = torch.einsum("wlc,ck->wlk", self.last.index_select(1, degrees), weight)
+        by_degree = (self.hidden @ merged.flatten(1)).unflatten(1, (len(degrees), -1))
         return by_degree + (self.pair @ weight)[:, None]
 
 
@@ -105,4 +105,8 @@ class RadialNetwork(nn.Module):
             basis = functional.silu(norm(layer(basis)))
         if self.weighted:
             basis = basis * weight[:, None]
-        return RadialFeatures(basis, pair, self.last.weight.unflatten(1, (self.num_degrees, -1)))
+        return RadialFeatures(basis, pair, self.last_of_degrees())
+
+    def last_of_degrees(self) -> Tensor:
+        """Weight of the last layer, (W, L, C)."""
+        return self.last.weight.unflatten(1, (self.num_degrees, -1))

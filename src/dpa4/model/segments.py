@@ -1,24 +1,14 @@
-"""Gathers, sums and softmax over the edges that share a node.
-
-The only place where node and edge tensors meet: a fused kernel replaces these three functions.
-"""
+"""Softmax over the edges that share a node."""
 
 import torch
 from torch import Tensor
 
-
-def gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of a node tensor for each edge: (N, ...) and (E,) -> (E, ...)."""
-    return x.index_select(0, index)
-
-
-def scatter_sum(x: Tensor, index: Tensor, num_nodes: int) -> Tensor:
-    """Sum of edge rows per node: (E, ...) and (E,) -> (num_nodes, ...); nodes without edges get zero."""
-    return x.new_zeros((num_nodes, *x.shape[1:])).index_add(0, index, x)
+from dpa4.kernels.incidence import Incidence
+from dpa4.kernels.segments import gather, segment_sum
 
 
 def envelope_softmax(
-    logits: Tensor, envelope: Tensor, gate: Tensor, null: Tensor, destination: Tensor, num_nodes: int
+    logits: Tensor, envelope: Tensor, gate: Tensor, null: Tensor, destination: Incidence
 ) -> Tensor:
     r"""Attention weights that vanish smoothly with the cutoff envelope (model-2 section 8).
 
@@ -32,18 +22,17 @@ def envelope_softmax(
         envelope: w, (E,), in [0, 1].
         gate: g, (E,), in [0, 1].
         null: zeta > 0, the weight of attending to nothing, (F, H).
-        destination: (E,).
-        num_nodes: N.
+        destination: Centre of each edge.
 
     Returns:
         (E, F, H); the weights of a node sum to less than one.
     """
     with torch.no_grad():
         log_weight = logits + (2 * envelope.log() + gate.log())[:, None, None]
-        start = null.log().to(logits.dtype).expand(num_nodes, *null.shape)
-        index = destination[:, None, None].expand_as(log_weight)
+        start = null.log().to(logits.dtype).expand(destination.num_nodes, *null.shape)
+        index = destination.index[:, None, None].expand_as(log_weight)
         shift = start.scatter_reduce(0, index, log_weight, "amax", include_self=True)
     root = envelope[:, None, None] * torch.exp(0.5 * (logits - gather(shift, destination)))
     weight = root * root * gate[:, None, None]
-    total = scatter_sum(weight, destination, num_nodes) + null * torch.exp(-shift)
+    total = segment_sum(weight, destination) + null * torch.exp(-shift)
     return weight / gather(total, destination)

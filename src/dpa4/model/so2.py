@@ -8,10 +8,10 @@ the orders separately, so the runs are never joined inside it.
 import torch
 from torch import Tensor, nn
 
-from dpa4.model.edges import Edges, reduced_degrees
-from dpa4.model.layers import FocusLinear, truncated_normal
+from dpa4.kernels.rotate import edge_matmul
+from dpa4.model.edges import LocalFrame, Neighborhood, reduced_degrees
+from dpa4.model.layers import FocusLinear, after_zeros, degree_of, truncated_normal
 from dpa4.model.radial import RadialFeatures
-from dpa4.model.segments import gather
 
 
 def join_orders(groups: list[Tensor], width: int) -> Tensor:
@@ -34,13 +34,17 @@ class ElementwiseProduct(nn.Module):
 
     def __init__(self, lmax: int, mmax: int, width: int):
         super().__init__()
-        self.lmax = lmax
+        self.frame = LocalFrame(lmax, mmax)
         self.register_buffer("degree", torch.tensor(reduced_degrees(lmax, mmax)), persistent=False)
 
-    def forward(self, x: Tensor, radial: RadialFeatures, hidden: Tensor, edges: Edges) -> Tensor:
-        """Nodes (N, D, C) to rows of the edge frame (E, M, C); ``hidden`` (C0, C) maps radial channels."""
-        local = edges.to_local[self.lmax] @ gather(x, edges.source)
-        return local * radial.per_degree(hidden, self.lmax + 1)[:, self.degree]
+    def spread(self, x: Tensor) -> Tensor:
+        """Nodes as the product gathers them, (N, D, C)."""
+        return x
+
+    def forward(self, x: Tensor, radial: RadialFeatures, hidden: Tensor, hood: Neighborhood) -> Tensor:
+        """Spread nodes (N, D, C) to rows of the edge frame (E, M, C); ``hidden`` (C0, C) maps radial channels."""
+        rotation = self.frame.matrix(hood.edges.rows).to(x.dtype)
+        return edge_matmul(rotation[:, None], x, hood.source) * radial.of_degrees(hidden, self.degree)
 
 
 class DegreeProduct(nn.Module):
@@ -51,29 +55,42 @@ class DegreeProduct(nn.Module):
     basis acts on nodes before the gather, and matrix and rotation combine into one small product per edge.
     """
 
+    columns: Tensor
+
     def __init__(self, lmax: int, mmax: int, width: int, rank: int | None):
         super().__init__()
         self.lmax, self.mmax, self.rank = lmax, mmax, rank or 1
-        self.entries = [(lmax - m + 1) ** 2 for m in range(mmax + 1)]
-        shape = ((lmax + 1) * width, sum(self.entries) * self.rank)
+        entries = [(lmax - m + 1) ** 2 for m in range(mmax + 1)]
+        shape = ((lmax + 1) * width, sum(entries) * self.rank)
         self.weight = nn.Parameter(truncated_normal(shape, *shape))
         self.channel_basis = nn.Parameter(truncated_normal((rank, width), rank, width)) if rank else None
+        # The entry of degrees l, l' and rank r serves all coefficients of degree l: repeated on the weights, which
+        # are small, it needs no indexing on the edges. Order within |m|: (l', r, coefficient).
+        columns, start = [], 0
+        for m in range(mmax + 1):
+            n, degree = lmax - m + 1, degree_of(lmax)[m * m :] - m
+            entry = (degree * n + torch.arange(n)[:, None, None]) * self.rank
+            columns.append((start + entry + torch.arange(self.rank)[:, None]).flatten())
+            start += entries[m] * self.rank
+        self.sizes = [len(c) for c in columns]
+        self.register_buffer("columns", torch.cat(columns), persistent=False)
 
-    def forward(self, x: Tensor, radial: RadialFeatures, hidden: Tensor, edges: Edges) -> Tensor:
-        """Nodes (N, D, C) to rows of the edge frame (E, M, C); ``hidden`` (C0, C) maps radial channels."""
-        weight = torch.einsum("bc,lck->lbk", hidden, self.weight.unflatten(0, (self.lmax + 1, -1)))
-        kernel = radial.project(weight).unflatten(-1, (-1, self.rank))
+    def spread(self, x: Tensor) -> Tensor:
+        """Nodes as the product gathers them: (N, D, C) to (N, R D, C)."""
+        if self.channel_basis is None:
+            return x
+        return (x[:, None] * self.channel_basis[:, None, :]).flatten(1, 2).to(x.dtype)
+
+    def forward(self, x: Tensor, radial: RadialFeatures, hidden: Tensor, hood: Neighborhood) -> Tensor:
+        """Spread nodes to rows of the edge frame (E, M, C); ``hidden`` (C0, C) maps radial channels."""
+        weight = self.weight.index_select(1, self.columns).unflatten(0, (self.lmax + 1, -1))
+        kernel = radial.project(torch.einsum("bc,lck->lbk", hidden, weight))
         combined = []
-        for m, block in enumerate(kernel.split(self.entries, dim=1)):
-            n = self.lmax - m + 1
-            block = block.unflatten(1, (n, n))
-            columns = [block.new_zeros(len(block), min(m + 1, 2), n, self.rank, m * m)]
-            for k in range(n):  # input degree l = m + k: (E, sign, l', R, order of l)
-                columns.append(block[:, None, k, :, :, None] * edges.rows[m][k][:, :, None, None, :])
-            combined.append(torch.cat(columns, dim=-1).flatten(3).flatten(1, 2))
-        if self.channel_basis is not None:
-            x = (x[:, None] * self.channel_basis[:, None, :]).flatten(1, 2)
-        return torch.cat(combined, dim=1) @ gather(x, edges.source)
+        for m, block in enumerate(kernel.split(self.sizes, dim=1)):
+            rows = hood.edges.rows[m][:, :, None, None, : (self.lmax + 1) ** 2 - m * m]
+            block = block.unflatten(1, (1, self.lmax - m + 1, self.rank, -1)) * rows
+            combined.append(after_zeros(block, m * m).flatten(3).flatten(1, 2))
+        return edge_matmul(torch.cat(combined, dim=1).to(x.dtype)[:, None], x, hood.source)
 
 
 class SO2Linear(nn.Module):

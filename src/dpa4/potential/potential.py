@@ -8,9 +8,10 @@ from ase.data import atomic_numbers, chemical_symbols
 from torch import Tensor, nn
 
 from dpa4.graph import Graph
+from dpa4.kernels.incidence import Incidence
+from dpa4.kernels.segments import segment_sum
 from dpa4.model import DPA4, ModelConfig
 from dpa4.model.embedding import ChargeSpinEmbedding
-from dpa4.model.segments import scatter_sum
 from dpa4.potential.zbl import NoRepulsion, NuclearRepulsion
 
 
@@ -111,7 +112,8 @@ class Potential(nn.Module):
     def atomic_energies(self, graph: Graph, vectors: Tensor) -> Tensor:
         """Energy of each atom (N,) in eV as a function of the edge vectors (E, 3); differentiable."""
         inputs = self._inputs(graph, vectors)
-        repulsion = self.repulsion(vectors, graph.source, graph.destination, graph.atomic_numbers)
+        _, _, source, destination, _ = inputs
+        repulsion = self.repulsion(vectors, source, destination, graph.atomic_numbers)
         return self.model(*inputs).double() + self.reference_energies[inputs[0]] + repulsion
 
     def descriptor(self, graph: Graph) -> Tensor:
@@ -119,11 +121,12 @@ class Potential(nn.Module):
         graph = self._without_excluded(graph)
         return self.model.descriptor(*self._inputs(graph, graph.edge_vectors()))
 
-    def _inputs(self, graph: Graph, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _inputs(self, graph: Graph, vectors: Tensor) -> tuple[Tensor, Tensor, Incidence, Incidence, Tensor]:
         """Arguments of the network: species, vectors in its precision, source, destination, charge and spin."""
         species = self.species_of[graph.atomic_numbers]
         charge_spin = graph.charge_spin[graph.structure]
-        return species, vectors.to(self.dtype), graph.source, graph.destination, charge_spin
+        source, destination = _ends(graph)
+        return species, vectors.to(self.dtype), source, destination, charge_spin
 
     def _gradient(self, atomic: Tensor, vectors: Tensor) -> Tensor:
         if vectors.shape[0] == 0:  # autograd has no path from an energy without edges
@@ -134,11 +137,11 @@ class Potential(nn.Module):
     @staticmethod
     def _assemble(graph: Graph, atomic: Tensor, vectors: Tensor, gradient: Tensor) -> Prediction:
         """Forces and virial from dE/d(edge vector); moving an atom moves the edges it ends and starts."""
-        forces = scatter_sum(gradient, graph.destination, graph.num_atoms)
-        forces = forces - scatter_sum(gradient, graph.source, graph.num_atoms)
-        structure = graph.structure[graph.destination]
-        virial = scatter_sum(gradient[:, :, None] * -vectors[:, None, :], structure, graph.num_structures)
-        energy = scatter_sum(atomic, graph.structure, graph.num_structures)
+        source, destination = _ends(graph)
+        forces = segment_sum(gradient, destination) - segment_sum(gradient, source)
+        structure = Incidence.of_sorted(graph.structure, graph.num_structures)
+        virial = segment_sum(gradient[:, :, None] * -vectors[:, None, :], destination)
+        virial, energy = segment_sum(virial, structure), segment_sum(atomic, structure)
         return Prediction(energy, atomic, forces, virial)
 
     def _without_excluded(self, graph: Graph) -> Graph:
@@ -149,6 +152,12 @@ class Potential(nn.Module):
         return graph._replace(
             source=graph.source[keep], destination=graph.destination[keep], shift=graph.shift[keep]
         )
+
+
+def _ends(graph: Graph) -> tuple[Incidence, Incidence]:
+    """Sources and destinations of the edges."""
+    source = Incidence.of(graph.source, graph.num_atoms)
+    return source, Incidence.of_sorted(graph.destination, graph.num_atoms)
 
 
 def _repulsion(config: ModelConfig) -> nn.Module:

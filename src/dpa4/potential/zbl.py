@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from dpa4.kernels.incidence import Incidence
+from dpa4.kernels.segments import segment_sum
 from dpa4.model.radial import envelope
-from dpa4.model.segments import scatter_sum
 
 COULOMB = 14.3996  # e^2 / (4 pi epsilon_0), eV Angstrom
 BOHR = 0.5291772109  # Angstrom
@@ -42,18 +43,24 @@ class NuclearRepulsion(nn.Module):
         super().__init__()
         self.cutoff, self.exponent = cutoff, exponent
 
-    def forward(self, vectors: Tensor, source: Tensor, destination: Tensor, atomic_numbers: Tensor) -> Tensor:
+    def forward(
+        self, vectors: Tensor, source: Incidence, destination: Incidence, atomic_numbers: Tensor
+    ) -> Tensor:
         """Edge vectors (E, 3) in Angstrom and atomic numbers (N,) to energies (N,) in eV."""
         length = torch.linalg.vector_norm(vectors, dim=-1)
-        energy = 0.5 * zbl_pair_energy(length, atomic_numbers[destination], atomic_numbers[source])
+        energy = 0.5 * zbl_pair_energy(
+            length, atomic_numbers[destination.index], atomic_numbers[source.index]
+        )
         if self.exponent is not None:
             energy = energy * envelope(length, self.cutoff, self.exponent)
-        return scatter_sum(energy, destination, len(atomic_numbers))
+        return segment_sum(energy, destination)
 
 
 class NoRepulsion(nn.Module):
     """The network describes all distances."""
 
-    def forward(self, vectors: Tensor, source: Tensor, destination: Tensor, atomic_numbers: Tensor) -> Tensor:
+    def forward(
+        self, vectors: Tensor, source: Incidence, destination: Incidence, atomic_numbers: Tensor
+    ) -> Tensor:
         """Zeros, (N,)."""
         return vectors.new_zeros(len(atomic_numbers))

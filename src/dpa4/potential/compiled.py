@@ -1,0 +1,110 @@
+"""Compilation of a potential, and the check that it changed nothing."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpa4.graph import Graph
+from dpa4.kernels.incidence import Incidence
+from dpa4.kernels.region import Region, RegionCode
+from dpa4.model.edges import Edges, Neighborhood
+from dpa4.model.radial import RadialFeatures
+from dpa4.potential.potential import Potential
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-4}
+"""Largest deviation of compiled results, relative to the largest entry: rounding, amplified by sums that cancel."""
+
+BF16_TOLERANCE = 0.1
+"""The same with bfloat16 products, whose rounding (0.4 %) depends on how operations are fused."""
+
+
+def compile_potential(
+    potential: Potential, report: Callable[[str, float], None] = lambda name, seconds: None
+) -> None:
+    """Replace the parts of the network by compiled ones, in place; code is made when first needed.
+
+    Call it when the potential is on its device and in its precision. Blocks of equal degree share their code.
+
+    Args:
+        potential: The potential.
+        report: Called with the name of a part and the seconds it took to compile.
+    """
+    model = potential.model
+    rows = ("edge",) * (model.geometry.wigner.mmax + 1)
+    edges: Any = Edges("edge", "edge", "edge", "edge", rows)  # type: ignore[arg-type]
+    source: Any = Incidence("edge", "edge", "node+1")  # type: ignore[arg-type]
+    center: Any = Incidence("edge", None, "center+1")  # type: ignore[arg-type]
+    radial: Any = RadialFeatures("edge", "edge", "static")  # type: ignore[arg-type]
+    hood: Any = Neighborhood(edges, source, center, "center")  # type: ignore[arg-type]
+    node_hood = ("node", "edge", source, Incidence("edge", None, "node+1"), "node")  # type: ignore[arg-type]
+    parts = ["geometry", "basis", "radial", "types", "charge_spin", "seed"]
+    model.embed = Region(model, "embed", parts, RegionCode("embedding", node_hood, report))  # type: ignore
+    model.read_out = Region(model, "read_out", ["readout"], RegionCode("read-out", ("node",), report))  # type: ignore
+    codes: dict[int, list[RegionCode]] = {}
+    update = [
+        f"{name}" for name in ("conv_norm_out", "ffns", "ffn_norms_in", "ffn_norms_out", "ffn_scales", "conv")
+    ]
+    for block, degree in zip(model.blocks, model.config.degrees, strict=True):
+        if degree not in codes:
+            codes[degree] = [
+                RegionCode(f"node states of degree {degree}", ("node",), report),
+                RegionCode(f"messages of degree {degree}", ("node", "center", "node", radial, hood), report),
+                RegionCode(f"node update of degree {degree}", ("node", "node", "node", "node"), report),
+            ]
+        states, messages, updates = codes[degree]
+        own = ["conv.product", "conv.pre_mix", "conv.attention", "conv_norm_in"]
+        on_edges = ["product", "stack", "focus", "attention", "radial_hidden", "frame", "scalar_degree"]
+        block.states = Region(block, "states", own, states)  # type: ignore
+        block.messages = Region(block, "messages", [f"conv.{n}" for n in on_edges], messages)  # type: ignore
+        block.update = Region(block, "update", update, updates)  # type: ignore
+
+
+def restore_eager(potential: Potential) -> None:
+    """Undo `compile_potential`."""
+    for module, names in (
+        (potential.model, ("embed", "read_out")),
+        *((block, ("states", "messages", "update")) for block in potential.model.blocks),
+    ):
+        for name in names:
+            module.__dict__.pop(name, None)
+
+
+def compare_with_eager(potential: Potential, graph: Graph) -> dict[str, float]:
+    """Deviation of a compiled potential from its eager form on a graph.
+
+    Returns:
+        Largest deviations relative to the largest eager entry: of the energy, the forces, and, in training mode, of
+        the parameter gradients of the mean square force, in which second derivatives would be wrong first.
+    """
+    compiled = _probe(potential, graph)
+    kept = [(m, dict(m.__dict__)) for m in (potential.model, *potential.model.blocks)]
+    restore_eager(potential)
+    try:
+        eager = _probe(potential, graph)
+    finally:
+        for module, attributes in kept:
+            module.__dict__.update({k: v for k, v in attributes.items() if isinstance(v, Region)})
+    return {name: _deviation(compiled[name], eager[name]) for name in eager}
+
+
+def _probe(potential: Potential, graph: Graph) -> dict[str, list[Tensor]]:
+    prediction = potential(graph)
+    found = {"energy": [prediction.energy.detach()], "forces": [prediction.forces.detach()]}
+    if potential.training and graph.num_edges:
+        parameters = list(potential.parameters())
+        loss = prediction.forces.square().mean()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        zipped = zip(gradients, parameters, strict=True)
+        found["parameter gradients"] = [torch.zeros_like(p) if g is None else g for g, p in zipped]
+    return found
+
+
+def _deviation(actual: list[Tensor], expected: list[Tensor]) -> float:
+    scale = max(float(t.abs().max()) if t.numel() else 0.0 for t in expected)
+    worst = max(
+        float((a - b).abs().max()) if b.numel() else 0.0 for a, b in zip(actual, expected, strict=True)
+    )
+    return worst / scale if scale and math.isfinite(scale) else worst
