@@ -1,10 +1,10 @@
 """Compiled regions: parts of the model as compiled functions with compiled first and second derivatives.
 
-Training on forces differentiates twice, which the compiler's own autograd does not do. A region is therefore traced
-three times: its value, its vector-Jacobian product, and the vector-Jacobian product of that. Each is a flat graph of
-ATen operators and kernels in which nothing is left to differentiate. Two ``torch.autograd.Function`` tie them together,
-so ``torch.autograd.grad(..., create_graph=True)`` and ``loss.backward()`` work as in eager mode. Derivatives recompute
-the region from its arguments: only those are kept in memory (docs/adr/0011).
+Training on forces differentiates twice, which the compiler's own autograd does not do. A region is therefore
+traced three times: its value, its vector-Jacobian product, and the vector-Jacobian product of that. Each is a flat
+graph of ATen operators and kernels in which nothing is left to differentiate. Two ``torch.autograd.Function`` tie
+them together, so ``torch.autograd.grad(..., create_graph=True)`` and ``loss.backward()`` work as in eager mode.
+Derivatives recompute the region from its arguments: only those are kept in memory (docs/adr/0011).
 """
 
 import time
@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import torch._inductor
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -140,7 +141,7 @@ class _Call:
         fakes = self._fakes(mode, inputs)
         groups: list[list[Tensor | None]] = [fakes]
         if grads:
-            with mode, torch.no_grad():
+            with mode, enable_python_dispatcher(), torch.no_grad():
                 groups.append([_contiguous_like(r) for r in self.value(fakes)])
         if cotangents:
             chosen = zip(_chosen(fakes, mask), cotangents, strict=True)
@@ -159,7 +160,8 @@ class _Call:
             return [r for r in results if r is not None]
 
         flat: list[Any] = [t for group in groups for t in group if t is not None]
-        graph = make_fx(traced)(*flat)
+        with enable_python_dispatcher():  # decompositions that keep symbolic sizes
+            graph = make_fx(traced)(*flat)
         graph.graph.eliminate_dead_code()
         with torch.no_grad():
             artifact = torch._inductor.standalone_compile(graph, flat, dynamic_shapes="from_graph")
@@ -175,7 +177,7 @@ class _Call:
         axis: dict[str, Any] = {}
         for k, name in enumerate(("node", "center", "edge")):
             # Odd and different: nothing may be concluded from the sizes at hand.
-            hint = (self.sizes.get(name, 0) | 1) + 4 * k
+            hint = (self.sizes.get(name, 0) | 1) + 4 * k  # type: ignore[call-overload]
             context: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
             size = mode.from_tensor(torch.empty(hint), symbolic_context=context).shape[0]
             axis |= {name: size, f"{name}+1": size + 1}

@@ -8,6 +8,7 @@ the orders separately, so the runs are never joined inside it.
 import torch
 from torch import Tensor, nn
 
+from dpa4.kernels.matmul import precise_matmul
 from dpa4.kernels.rotate import edge_matmul
 from dpa4.model.edges import LocalFrame, Neighborhood, reduced_degrees
 from dpa4.model.layers import FocusLinear, after_zeros, degree_of, truncated_normal
@@ -123,7 +124,7 @@ class SO2Linear(nn.Module):
 
     def forward(self, groups: list[Tensor], bias_scale: Tensor | None) -> list[Tensor]:
         """Map [(F, E, K_m)]; the scalar bias is multiplied by ``bias_scale`` (F, E, c) where that is given."""
-        out = [x @ w for x, w in zip(groups, self.matrices(), strict=True)]
+        out = [precise_matmul(x, w) for x, w in zip(groups, self.matrices(), strict=True)]
         if self.bias is not None:
             bias = self.bias.view(self.n_focus, 1, -1)
             scalars, rest = out[0].tensor_split([self.width], dim=-1)

@@ -1,0 +1,167 @@
+"""Time training steps and energy+forces of the published sizes; checks that fast and plain agree in the same run.
+
+Structures: rattled simple-cubic lattices of 0.06 atoms per cubic Angstrom, 89 elements, cutoff 6 Angstrom. Neighbour
+search is not timed. One JSON line per measurement.
+
+    python benchmarks/speed.py paper-air --train 32x64 --atoms 216 1000 4096
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+
+import ase
+import numpy as np
+import torch
+from ase.data import chemical_symbols
+
+from dpa4.graph import Graph, build_graph, collate
+from dpa4.model.presets import preset
+from dpa4.potential import Potential
+from dpa4.potential.compiled import compare_with_eager, compile_potential, restore_eager
+
+ELEMENTS = tuple(chemical_symbols[1:90])
+
+
+def structure(atoms: int, seed: int) -> Graph:
+    rng = np.random.default_rng(seed)
+    side = int(np.ceil(round(atoms ** (1 / 3), 6)))
+    length = (atoms / 0.06) ** (1 / 3)
+    grid = np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), -1).reshape(-1, 3)[:atoms]
+    positions = grid * length / side + rng.normal(0, 0.1, (atoms, 3))
+    cell = ase.Atoms(cell=[length] * 3, pbc=True).cell.array
+    return build_graph(rng.integers(1, 90, atoms), positions, cell, [True] * 3, 6.0)
+
+
+def potential_of(name: str, device: str) -> Potential:
+    """Fresh weights with the zero-initialised layers filled, so that every part contributes."""
+    torch.manual_seed(0)
+    potential = Potential(preset(name, ELEMENTS))
+    with torch.no_grad():
+        for p in potential.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return potential.to(device)
+
+
+def timed(function, device: str, repeats: int) -> tuple[float, float, float]:
+    """Median milliseconds, peak GiB, and the seconds of the first call."""
+    cuda = device == "cuda"
+    start = time.perf_counter()
+    function()
+    if cuda:
+        torch.cuda.synchronize()
+    first = time.perf_counter() - start
+    for _ in range(2):
+        function()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(repeats):
+        if cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            function()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end))
+        else:
+            start = time.perf_counter()
+            function()
+            times.append(1e3 * (time.perf_counter() - start))
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
+    return statistics.median(times), peak, first
+
+
+def profile(function, rows: int) -> None:
+    """Print where the device's time goes."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    with record(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        function()
+        torch.cuda.synchronize()
+    events = [e for e in found.key_averages() if e.device_type.name == "CUDA"]
+    events.sort(key=lambda e: -e.self_device_time_total)
+    print(
+        f"total on device: {sum(e.self_device_time_total for e in events) / 1e3:.1f} ms, {len(events)} kinds"
+    )
+    for e in events[:rows]:
+        print(f"{e.self_device_time_total / 1e3:8.3f} ms {e.count:5d} x {e.key[:110]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--train", help="frames x atoms, such as 32x64")
+    parser.add_argument("--atoms", type=int, nargs="*", default=[])
+    parser.add_argument("--ways", nargs="*", default=["eager", "compiled"], choices=["eager", "compiled"])
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"], help="of training")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument(
+        "--profile", type=int, default=0, help="rows of the profile of every compiled measurement"
+    )
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    base = {"model": options.model, "device": name, "torch": torch.__version__}
+
+    def run(record: dict, function, way: str) -> None:
+        try:
+            ms, peak, first = timed(function, device, options.repeats)
+        except torch.cuda.OutOfMemoryError:
+            print(json.dumps(base | record | {"way": way, "error": "out of memory"}), flush=True)
+            return
+        result = {"way": way, "ms": round(ms, 2), "peak_gib": round(peak, 2), "first_s": round(first, 1)}
+        print(json.dumps(base | record | result), flush=True)
+        if options.profile and way == "compiled" and device == "cuda":
+            profile(function, options.profile)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    if options.train:
+        frames, atoms = map(int, options.train.split("x"))
+        potential = potential_of(options.model, device).train()
+        graph = collate([structure(atoms, i) for i in range(frames)]).to(device)
+        potential.model.block_autocast = torch.bfloat16 if options.precision == "bf16" else None
+        optimizer = torch.optim.AdamW(potential.parameters(), 1e-4, fused=device == "cuda")
+        energy = torch.randn(frames, dtype=torch.float64, device=device)
+        forces = torch.randn(graph.num_atoms, 3, dtype=torch.float64, device=device)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            found = potential(graph)
+            loss = (found.energy - energy).square().mean() / atoms + (found.forces - forces).square().mean()
+            loss.backward()
+            optimizer.step()
+
+        record = {"work": "train", "frames": frames, "atoms": graph.num_atoms, "edges": graph.num_edges}
+        record |= {"precision": options.precision}
+        seconds: list[float] = []
+        for way in options.ways:
+            restore_eager(potential)
+            if way == "compiled":
+                compile_potential(potential, lambda part, s: seconds.append(s))
+                print(
+                    json.dumps(base | record | {"parity": compare_with_eager(potential, graph)}), flush=True
+                )
+                print(f"compiled in {sum(seconds):.1f} s: {len(seconds)} pieces", flush=True)
+            run(record, step, way)
+        del potential, optimizer
+    for atoms in options.atoms:
+        potential = potential_of(options.model, device).eval()
+        graph = structure(atoms, 0).to(device)
+        record = {"work": "energy+forces", "atoms": graph.num_atoms, "edges": graph.num_edges}
+        for way in options.ways:
+            restore_eager(potential)
+            if way == "compiled":
+                compile_potential(potential)
+                print(
+                    json.dumps(base | record | {"parity": compare_with_eager(potential, graph)}), flush=True
+                )
+            run(record, lambda: potential(graph), way)  # noqa: B023
+
+
+if __name__ == "__main__":
+    main()
