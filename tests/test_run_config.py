@@ -70,6 +70,7 @@ def test_numbers_of_yaml_1_1_that_would_be_strings(run_file):
         ("model.lmax=-1", r"model\.lmax = -1: input should be greater than or equal to 0"),
         ("model.elements=[H, Xq]", r"model\.elements has \['Xq'\]; allowed are chemical symbols"),
         ("training.loss=l1", r"training\.loss = 'l1': input should be 'mae', 'mse' or 'huber'"),
+        ("training.compile=maybe", r"training\.compile = 'maybe': input should be a valid boolean"),
         ("training.batch_size=0", r"training\.batch_size = 0: input should be greater than 0"),
         ("training.max_atoms=x", r"training\.max_atoms = 'x': input should be a valid integer$"),
         ("training.ema_decay=2", r"training\.ema_decay = 2: input should be less than 1"),

@@ -2,6 +2,7 @@ import csv
 import io
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,16 +16,19 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.lj import LennardJones
+from ase.calculators.singlepoint import SinglePointCalculator
 from rich.console import Console
 from safetensors.torch import load_file
 
 from dpa4.data import read_frames
+from dpa4.kernels.region import Region
 from dpa4.potential.checkpoint import load_potential
 from dpa4.system import CsvLog, read_csv
+from dpa4.training import compilation
 from dpa4.training import trainer as trainer_module
 from dpa4.training.config import RunConfig
 from dpa4.training.evaluation import evaluate
-from dpa4.training.prepare import batch_budget, changed_options, split
+from dpa4.training.prepare import batch_budget, changed_options, prepare, split
 from dpa4.training.state import load_state, save_state
 from dpa4.training.trainer import Trainer, train
 
@@ -351,6 +355,276 @@ def test_a_process_killed_at_random_moments_and_resumed(data, tmp_path):
     assert kills >= 3, "the run was over before it was killed often enough"
     assert not list((tmp_path / "part").glob(".*"))
     assert_same_run(tmp_path / "whole", tmp_path / "part")
+
+
+# --- compilation
+
+
+class Stand(Region):
+    """Stands for a compiled part without compiling anything."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+
+def compile_as(monkeypatch, make_read_out) -> None:
+    """Let compilation take no time, and replace the read-out: ``make_read_out(model)`` is the compiled one."""
+
+    def compile_potential(potential, report):
+        report("read-out", 1000.0)
+        potential.model.read_out = Stand(make_read_out(potential.model))
+
+    monkeypatch.setattr(compilation, "compile_potential", compile_potential)
+
+
+def faithful(model):
+    return type(model).read_out.__get__(model)
+
+
+def wrong_derivative(model):
+    """The right energy, and forces that are too small."""
+    return lambda x: faithful(model)(0.9 * x + 0.1 * x.detach())
+
+
+def wrong_parameter_gradients(model):
+    """The right energy and forces; the weights of the read-out get no gradient."""
+    layer = model.readout[0]
+
+    def read_out(x):
+        detached = {name: p.detach() for name, p in layer.named_parameters()}
+        x = x[:, : model.readout_size]
+        return (x + torch.func.functional_call(layer, detached, x))[:, 0]
+
+    return read_out
+
+
+def wrong_in_evaluation(model):
+    return lambda x: faithful(model)(x) * (1.0 if model.training else 1.01)
+
+
+def not_a_number(model):
+    return lambda x: faithful(model)(x) * float("nan")
+
+
+def no_compiler(model):
+    raise RuntimeError("Compiler: g++ is not found.\n\nSearched in [bold]\nx\ny\nand elsewhere")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_compiled_training_is_checked_and_changes_nothing_else(
+    data, tmp_path, monkeypatch, uninterrupted, precision
+):
+    """Weights, random numbers, order of the data and averages are those of a run without the check."""
+    compile_as(monkeypatch, faithful)
+    _, text = run(data, tmp_path / "run", compile=True, precision=precision)
+    allowed = {"float32": "2e-04", "bf16": "1e-01"}[precision]
+    assert (
+        "compiled 1 pieces in 1000 s; deviation from eager mode on the first batch: energy 0e+00, forces 0e+00, "
+        f"parameter gradients 0e+00 (allowed {allowed}); in evaluation energy 0e+00, forces 0e+00 (allowed 2e-04)"
+    ) in text
+    assert "Compilation failed" not in text
+    if precision == "bf16":
+        run(data, tmp_path / "eager", precision=precision)
+    assert_same_run(uninterrupted if precision == "float32" else tmp_path / "eager", tmp_path / "run")
+    rows = read_csv(tmp_path / "run" / "train.csv")
+    assert all(0 < float(row["seconds"]) < 500 for row in rows)
+
+
+def test_the_check_leaves_the_trainer_as_it_was(data, tmp_path, monkeypatch):
+    compile_as(monkeypatch, faithful)
+    config = RunConfig.model_validate(options(data, tmp_path / "run", compile=True))
+    trainer = Trainer(config, prepare(config, SILENT), SILENT)
+    before = {name: t.clone() for name, t in trainer.potential.state_dict().items()}
+    random_state = torch.get_rng_state()
+    trainer._compile()
+    assert trainer.compiled.active
+    assert isinstance(trainer.potential.model.read_out, Stand)
+    after = trainer.potential.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(p.grad is None for p in trainer.potential.parameters())
+    assert trainer.potential.training and not trainer.optimizer.state
+
+
+def test_compiled_and_eager_parts_of_a_run_can_be_resumed(data, tmp_path, monkeypatch, uninterrupted):
+    compile_as(monkeypatch, faithful)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 8)
+        with pytest.raises(Killed):
+            run(data, tmp_path / "run", compile=True)
+    run(data, tmp_path / "run", resume=True, compile=True)
+    assert_same_run(uninterrupted, tmp_path / "run")
+    # nothing is compiled where nothing is left to do
+    compile_as(monkeypatch, no_compiler)
+    _, text = run(data, tmp_path / "run", resume=True, compile=True)
+    assert "Compilation failed" not in text
+
+
+@pytest.mark.parametrize(
+    ("make_read_out", "cause"),
+    [
+        (
+            wrong_derivative,
+            r"DeviationError: forces in training: relative deviation .* 0\.1, allowed 0\.0002",
+        ),
+        (wrong_parameter_gradients, r"DeviationError: parameter gradients in training: relative deviation"),
+        (wrong_in_evaluation, r"DeviationError: energy in evaluation: relative deviation"),
+        (not_a_number, r"DeviationError: energy in training: relative deviation from eager mode nan"),
+        (no_compiler, r"RuntimeError: Compiler: g\+\+ is not found\.[\s│]*Searched in \[bold\]"),
+    ],
+)
+def test_a_failed_check_is_loud_and_training_goes_on_eagerly(
+    data, tmp_path, monkeypatch, uninterrupted, make_read_out, cause
+):
+    compile_as(monkeypatch, make_read_out)
+    _, text = run(data, tmp_path / "run", compile=True)
+    assert "Compilation failed" in text and "Training goes on in eager mode" in text
+    assert re.search(cause, text), text
+    assert "deviation from eager mode on the first batch" not in text
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.parametrize("phase", ["training", "evaluation"])
+def test_a_part_that_fails_later_does_not_end_the_run(data, tmp_path, monkeypatch, uninterrupted, phase):
+    calls = []
+
+    def make_read_out(model):
+        def read_out(x):
+            if compilation_is_over:
+                calls.append(model.training)
+                if calls.count(phase == "training") == 3:
+                    raise RuntimeError("no code for this size")
+            return faithful(model)(x)
+
+        return read_out
+
+    compilation_is_over = []
+    original = compilation.CompiledTraining.start
+
+    def start(self, batches):
+        original(self, batches)
+        compilation_is_over.append(True)
+
+    monkeypatch.setattr(compilation.CompiledTraining, "start", start)
+    compile_as(monkeypatch, make_read_out)
+    _, text = run(data, tmp_path / "run", compile=True)
+    assert text.count("RuntimeError: no code for this size") == 1
+    assert calls[-1] is (phase == "training")
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+def test_code_that_is_made_later_is_reported_and_not_timed(data, tmp_path, monkeypatch):
+    def compile_potential(potential, report):
+        def read_out(x):
+            if len(calls) == 30:
+                report("late", 300.0)
+            calls.append(x)
+            return faithful(potential.model)(x)
+
+        potential.model.read_out = Stand(read_out)
+
+    calls = []
+    monkeypatch.setattr(compilation, "compile_potential", compile_potential)
+    _, text = run(data, tmp_path / "run", compile=True, steps=40, validation_interval=40, log_interval=1)
+    assert "compiled late in 300 s" in text
+    seconds = [float(row["seconds"]) for row in read_csv(tmp_path / "run" / "train.csv")]
+    assert 0 < seconds[0] < 100 and -300 < seconds[-1] < -200
+
+
+def test_errors_that_are_not_the_compilers_are_raised(data, tmp_path, monkeypatch):
+    """Out of memory: at once. Errors of eager mode, too: after a second try."""
+    compile_as(monkeypatch, faithful)
+
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(trainer_module, "training_step", broken)
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        run(data, tmp_path / "memory", compile=True)
+    error = ValueError("wrong data")
+    with pytest.raises(ValueError, match="wrong data"):
+        run(data, tmp_path / "data", compile=True)
+
+
+@pytest.mark.parametrize("fits", [0, 1])
+def test_a_batch_that_is_too_large_for_eager_mode_is_checked_in_part(data, tmp_path, monkeypatch, fits):
+    original = compilation.compare_with_eager
+
+    def compare(potential, graph):
+        if graph.num_structures > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(potential, graph)
+
+    monkeypatch.setattr(compilation, "compare_with_eager", compare)
+    compile_as(monkeypatch, faithful)
+    _, text = run(data, tmp_path / "run", compile=True, steps=1)
+    if fits:
+        assert "deviation from eager mode on 1 structures of the first batch: energy 0e+00" in text
+    else:
+        assert "Compilation failed" in text and "OutOfMemoryError: CUDA out of memory" in text
+
+
+def test_data_without_edges(tmp_path, monkeypatch):
+    images = []
+    for i in range(6):
+        atoms = Atoms("Ar2", positions=[[0, 0, 0], [0, 0, 9.0 + i]])
+        atoms.calc = SinglePointCalculator(atoms, energy=-0.1 * i, forces=np.zeros((2, 3)))
+        images.append(atoms)
+    ase.io.write(tmp_path / "far.xyz", images)
+    compile_as(monkeypatch, faithful)
+    _, text = run(tmp_path / "far.xyz", tmp_path / "run", compile=True, steps=2)
+    assert (
+        "on the first batch, which has no edges, so that derivatives were not compared: energy 0e+00" in text
+    )
+
+
+def test_the_first_batch_that_is_compiled_is_taken(data, tmp_path, monkeypatch):
+    config = RunConfig.model_validate(options(data, tmp_path / "run"))
+    preparation = prepare(config, SILENT)
+    order, chosen = preparation.train.indices(0), []
+    wanted = preparation.train.dataset.batch(order[2]).graph
+    monkeypatch.setattr(compilation, "_is_compiled", lambda graph: torch.equal(graph.shift, wanted.shift))
+    monkeypatch.setattr(
+        compilation.CompiledTraining, "_self_check", lambda self, _, b: chosen.append(b) or ""
+    )
+    compile_as(monkeypatch, faithful)
+    compilation.CompiledTraining(preparation.potential, SILENT).start(preparation.train)
+    assert chosen == [order[2]]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "compiled"),
+    [(None, "cpu", 0), (None, "cuda", 1), (True, "cpu", 1), (False, "cpu", 0), (False, "cuda", 0)],
+)
+def test_what_is_compiled(data, tmp_path, monkeypatch, wanted, device, compiled):
+    starts = []
+    monkeypatch.setattr(compilation.CompiledTraining, "start", lambda self, _: starts.append(1))
+    config = RunConfig.model_validate(options(data, tmp_path / "run", compile=wanted))
+    trainer = Trainer(config, prepare(config, SILENT), SILENT)
+    trainer.device = torch.device(device)
+    trainer._compile()
+    assert len(starts) == compiled
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_compiled_training_equals_eager_training(data, tmp_path):
+    _, text = run(data, tmp_path / "compiled", compile=True, steps=5)
+    found = re.search(r"compiled (\d+) pieces in", text)
+    assert found and int(found.group(1)) > 10 and "Compilation failed" not in text
+    run(data, tmp_path / "eager", steps=5)
+    for name in ("train.csv", "valid.csv"):
+        for one, two in zip(
+            read_csv(tmp_path / "compiled" / name), read_csv(tmp_path / "eager" / name), strict=True
+        ):
+            for key in one.keys() - {"seconds"}:
+                assert float(one[key]) == pytest.approx(float(two[key]), rel=2e-3), key
+    compiled, eager = (load_file(tmp_path / name / "last.safetensors") for name in ("compiled", "eager"))
+    assert compiled.keys() == eager.keys()
 
 
 # --- refusals

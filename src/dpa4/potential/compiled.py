@@ -103,8 +103,14 @@ def _probe(potential: Potential, graph: Graph) -> dict[str, list[Tensor]]:
 
 
 def _deviation(actual: list[Tensor], expected: list[Tensor]) -> float:
-    scale = max(float(t.abs().max()) if t.numel() else 0.0 for t in expected)
-    worst = max(
-        float((a - b).abs().max()) if b.numel() else 0.0 for a, b in zip(actual, expected, strict=True)
-    )
+    """Largest difference relative to the largest expected entry; not a number if an entry is not."""
+    scale = _largest(expected)
+    worst = _largest([a - b for a, b in zip(actual, expected, strict=True)])
     return worst / scale if scale and math.isfinite(scale) else worst
+
+
+def _largest(tensors: list[Tensor]) -> float:
+    sizes = [t.abs().max() for t in tensors if t.numel()]
+    return (
+        float(torch.stack(sizes).max()) if sizes else 0.0
+    )  # unlike Python's max, keeps what is not a number

@@ -164,6 +164,10 @@ class TrainingOptions(_Section):
     precision: Literal["float32", "bf16"] = Field(
         "float32", description="float32, or bf16: mixed precision in the interaction blocks (GPU)."
     )
+    compile: bool | None = Field(
+        None,
+        description="Compile the network and compare it with eager mode at the start; null: on a GPU.",
+    )
     seed: int = Field(0, description="Seed of initial weights and batch order.")
     log_interval: PositiveInt = Field(20, description="Steps between rows of train.csv.")
     validation_interval: PositiveInt | None = Field(

@@ -2,7 +2,8 @@
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpa4.data import Batch, EpochBatches, Frame, FrameDataset, check_elements
+from dpa4.model import DPA4
 from dpa4.potential import Potential
 from dpa4.training.plots import plot_parity
 
@@ -120,6 +122,16 @@ def predict(potential: Potential, batches: Iterable[Batch]) -> list[FramePredict
     finally:
         potential.train(training)
     return results
+
+
+@contextmanager
+def full_precision(model: DPA4) -> Iterator[None]:
+    """Within the block, the interaction blocks have the precision of the parameters."""
+    autocast, model.block_autocast = model.block_autocast, None
+    try:
+        yield
+    finally:
+        model.block_autocast = autocast
 
 
 def pairs(frame: Frame, prediction: FramePrediction) -> dict[str, Pair]:

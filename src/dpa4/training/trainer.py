@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -17,7 +17,7 @@ from dpa4.potential.checkpoint import save_potential
 from dpa4.system import stop_requests
 from dpa4.training.config import RunConfig
 from dpa4.training.ema import MovingAverage
-from dpa4.training.evaluation import error_table, predict
+from dpa4.training.evaluation import error_table, full_precision, predict
 from dpa4.training.logs import ERROR_COLUMNS, TERMS, RunLog
 from dpa4.training.loss import Loss
 from dpa4.training.muon import HybridMuon
@@ -26,6 +26,11 @@ from dpa4.training.prepare import Preparation, changed_options, prepare
 from dpa4.training.routing import parameter_groups
 from dpa4.training.schedule import Schedule
 from dpa4.training.state import load_state, save_state
+
+if TYPE_CHECKING:
+    from dpa4.training.compilation import CompiledTraining
+
+T = TypeVar("T")
 
 PLOT_SECONDS = 60.0  # drawing takes half a second, so not at every validation
 _TARGETS = {"energy": "energy per atom", "forces": "forces", "virial": "virial per atom"}
@@ -116,6 +121,7 @@ class Trainer:
         self.sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
         self.summed, self.seconds = 0, 0.0
         self.resumed = False
+        self.compiled: CompiledTraining | None = None
 
     # --- the loop
 
@@ -123,14 +129,13 @@ class Trainer:
         """Train to the end, an early stop or a signal; returns the best model."""
         options, folder = self.config.training, self.config.output
         resume_step = self.step if self.resumed else None
-        with (
-            stop_requests() as stopped,
-            RunLog(folder, self.console, self.total, resume_step, options.tensorboard) as self.log,
-        ):
-            last_tick = self.plotted = time.monotonic()
+        self.log = RunLog(folder, self.console, self.total, resume_step, options.tensorboard)
+        self._compile()
+        with stop_requests() as stopped, self.log:
+            last_tick = self.plotted = self._clock()
             for batch in self._batches():
                 self._train_on(batch)
-                now = time.monotonic()
+                now = self._clock()
                 self.seconds, last_tick = self.seconds + now - last_tick, now
                 done = self.step == self.total
                 if self.step % options.log_interval == 0 or done:
@@ -140,7 +145,7 @@ class Trainer:
                     self._validate()
                     if now > self.plotted + PLOT_SECONDS:
                         plot_learning_curve(folder)
-                        self.plotted = time.monotonic()
+                        self.plotted = self._clock()
                     done = done or self._exhausted()
                 if self.step % self.checkpoint_interval == 0 or done or stopped:
                     self.save()
@@ -149,7 +154,7 @@ class Trainer:
         return self._finish(bool(stopped))
 
     def _batches(self) -> Iterator[Batch]:
-        while self.step < self.total and not self._exhausted():
+        while not self._over():
             for batch in self.preparation.train.batches(self.epoch, start=self.batch):
                 if self.epoch == 0:
                     self.potential.check(batch.graph)
@@ -163,9 +168,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.potential.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, terms = training_step(self.potential, batch.to(self.device), self.loss)
-        loss.backward()
+        batch = batch.to(self.device)
+        loss, terms = self._compiled_or_eager(lambda: self._differentiate(batch))
         norm = self._clip()
         record = torch.stack([terms["energy"], terms["forces"], terms["virial"], loss.detach(), norm])
         # The one place that waits for the device: a bad number must not reach the weights.
@@ -177,6 +181,12 @@ class Trainer:
         self.sums += record
         self.summed += 1
         self.step += 1
+
+    def _differentiate(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, terms = training_step(self.potential, batch, self.loss)
+        loss.backward()
+        return loss, terms
 
     def _clip(self) -> Tensor:
         """Scale the gradient down to the largest norm; returns its norm before, float64."""
@@ -197,6 +207,25 @@ class Trainer:
             "atoms too close in the data, or lower training.learning_rate"
         )
 
+    # --- compilation
+
+    def _compile(self) -> None:
+        """Compile the network if that is wanted and there is something left to do."""
+        wanted = self.config.training.compile
+        if not (self.device.type == "cuda" if wanted is None else wanted) or self._over():
+            return
+        from dpa4.training.compilation import CompiledTraining  # takes a second, and imports Triton
+
+        self.compiled = CompiledTraining(self.potential, self.console)
+        self.compiled.start(self.preparation.train)
+
+    def _compiled_or_eager(self, work: Callable[[], T]) -> T:
+        return work() if self.compiled is None else self.compiled.run(work)
+
+    def _clock(self) -> float:
+        """Seconds, those of compilation left out."""
+        return time.monotonic() - (0.0 if self.compiled is None else self.compiled.seconds)
+
     # --- logs, validation
 
     def _log_step(self) -> None:
@@ -214,7 +243,8 @@ class Trainer:
             if batches is None:
                 self._save_model("best.safetensors", math.nan)
                 return
-            table = error_table(batches.dataset.frames, predict(self.potential, batches.batches(0)))
+            predictions = self._compiled_or_eager(lambda: predict(self.potential, batches.batches(0)))
+            table = error_table(batches.dataset.frames, predictions)
             found = {name: r for name, quantity in _TARGETS.items() if (r := table.row(quantity))}
             errors = {
                 f"{name}_{kind}": getattr(r, kind) for name, r in found.items() for kind in ("mae", "rmse")
@@ -233,13 +263,16 @@ class Trainer:
         patience = self.config.training.patience
         return patience is not None and self.stale >= patience
 
+    def _over(self) -> bool:
+        """Whether there is no step left to do."""
+        return self.step >= self.total or self._exhausted()
+
     @contextmanager
     def _evaluated_weights(self) -> Iterator[None]:
         """The averaged weights, if any, in full precision."""
-        autocast, self.potential.model.block_autocast = self.potential.model.block_autocast, None
-        with self.average.applied() if self.average is not None else nullcontext():
+        averaged = self.average.applied() if self.average is not None else nullcontext()
+        with full_precision(self.potential.model), averaged:
             yield
-        self.potential.model.block_autocast = autocast
 
     # --- files
 

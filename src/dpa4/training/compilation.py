@@ -1,0 +1,176 @@
+"""Compiled training: trusted after a comparison with eager mode, and given up for it where it fails."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+from rich.panel import Panel
+from rich.status import Status
+from rich.text import Text
+from torch import Tensor
+
+from dpa4.data import EpochBatches
+from dpa4.graph import Graph
+from dpa4.potential import Potential
+from dpa4.potential.compiled import (
+    BF16_TOLERANCE,
+    TOLERANCES,
+    compare_with_eager,
+    compile_potential,
+    restore_eager,
+)
+from dpa4.training.evaluation import full_precision
+
+T = TypeVar("T")
+
+NOISE = 0.05
+"""Of the weights in the self-check. Fresh models have layers of zeros, whose forces and gradients are zero, too: no
+wrong derivative would show. More noise than this makes forces so large that rounding grows."""
+
+
+class DeviationError(ArithmeticError):
+    """Compiled and eager results differ by more than rounding."""
+
+
+class CompiledTraining:
+    """A potential whose parts are compiled, or eager again after something failed.
+
+    Args:
+        potential: The potential, on its device and in its precision.
+        console: Where to say what happens.
+
+    Attributes:
+        active: Whether compiled code is in use.
+        seconds: Time spent on compilation so far.
+    """
+
+    def __init__(self, potential: Potential, console: Console):
+        self.potential, self.console = potential, console
+        self.active, self.pieces, self.seconds = False, 0, 0.0
+        self._status: Status | None = None
+
+    def start(self, batches: EpochBatches) -> None:
+        """Compile, compare with eager mode on the first batch, and print what was found.
+
+        Weights, their gradients and the state of the random numbers are afterwards as before.
+
+        Raises:
+            ValueError: If an element, charge or spin is outside the model.
+        """
+        # Also in a resumed run from the first epoch: code depends on the sizes it was made with.
+        order = batches.indices(0)
+        batch = next((b for b in order if _is_compiled(batches.dataset.batch(b).graph)), order[0])
+        self.potential.check(batches.dataset.batch(batch).graph)
+        device, training = self.potential.reference_energies.device, self.potential.training
+        self.active = True
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            _noise_on(self.potential.parameters()),
+            self.console.status("compiling the network") as self._status,
+        ):
+            try:
+                compile_potential(self.potential, self._report)
+                line = self._self_check(batches, batch)
+            except Exception as error:
+                self._give_up(error)
+            else:
+                self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._status = None
+        self.potential.train(training)
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Result of the work, which is repeated in eager mode if compiled code raises.
+
+        Something that the self-check did not meet can make new code necessary at any time. Being out of memory is
+        no reason for eager mode, which needs more.
+        """
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if not self.active:
+                raise
+            self._give_up(error)
+        return work()
+
+    def _self_check(self, batches: EpochBatches, batch: Sequence[int]) -> str:
+        """The line to print.
+
+        Raises:
+            DeviationError: If a deviation is larger than allowed or not finite.
+        """
+        count = len(batch)
+        while True:
+            graph = batches.dataset.batch(batch[:count]).graph.to(self.potential.reference_energies.device)
+            try:
+                training, evaluation = self._compare(graph, True), self._compare(graph, False)
+                break
+            except (
+                torch.OutOfMemoryError
+            ):  # a batch may fit compiled code and still be too large for eager mode
+                if count == 1:
+                    raise
+            count //= 2
+        where = "the first batch" if count == len(batch) else f"{count} structures of the first batch"
+        if not _is_compiled(graph):
+            where += ", which has no edges, so that derivatives were not compared"
+        return (
+            f"compiled {self.pieces} pieces in {self.seconds:.0f} s; deviation from eager mode on {where}: "
+            f"{training}; in evaluation {evaluation}"
+        )
+
+    def _compare(self, graph: Graph, training: bool) -> str:
+        """Deviations from eager mode on a graph, as validation (in full precision) or training meets them."""
+        model = self.potential.train(training).model
+        with nullcontext() if training else full_precision(model):
+            allowed = BF16_TOLERANCE if model.block_autocast else TOLERANCES[self.potential.dtype]
+            found = compare_with_eager(self.potential, graph)
+        for name, deviation in found.items():
+            if not deviation <= allowed:  # also if it is not a number
+                raise DeviationError(
+                    f"{name} in {'training' if training else 'evaluation'}: relative deviation from eager mode "
+                    f"{deviation:.1g}, allowed {allowed:.0g}"
+                )
+        return ", ".join(f"{name} {d:.0e}" for name, d in found.items()) + f" (allowed {allowed:.0e})"
+
+    def _report(self, name: str, seconds: float) -> None:
+        self.pieces, self.seconds = self.pieces + 1, self.seconds + seconds
+        if self._status is not None:
+            self._status.update(
+                f"compiling the network: {self.pieces} pieces in {self.seconds:.0f} s ({name})"
+            )
+        else:
+            self.console.print(f"compiled {name} in {seconds:.0f} s", highlight=False)
+
+    def _give_up(self, error: Exception) -> None:
+        restore_eager(self.potential)
+        self.active = False
+        lines = [line[:300] for line in str(error).splitlines() if line.strip()]
+        text = Text.assemble(
+            ("\n".join([f"{type(error).__name__}: {lines[0] if lines else ''}", *lines[1:4]]), "bold"),
+            "\n\nTraining goes on in eager mode: right, but slower and with more memory. "
+            "training.compile = false leaves compilation out.",
+        )
+        self.console.print(Panel(text, title="Compilation failed", border_style="bold red"))
+
+
+def _is_compiled(graph: Graph) -> bool:
+    """Whether a graph is large enough for compiled code; smaller sizes run eagerly."""
+    return graph.num_atoms > 1 and graph.num_edges > 1
+
+
+@contextmanager
+def _noise_on(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Within the block there is noise on the parameters; afterwards they are the same bit for bit."""
+    parameters = [p.detach() for p in parameters]
+    own = [p.clone() for p in parameters]
+    torch.manual_seed(0)
+    for p in parameters:
+        p.add_(NOISE * torch.randn_like(p))
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(parameters, own)
