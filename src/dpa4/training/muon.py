@@ -2,15 +2,18 @@
 
 Muon replaces the momentum of a matrix by its nearest (semi-)orthogonal matrix, found by Newton-Schulz
 iteration, so that every singular direction moves by the same amount. A weight of more than two axes is a
-stack of independent blocks. Blocks of one shape are processed together as batched matrix products, so the
-number of kernels does not grow with the number of parameters, and no step waits for the device.
+stack of independent blocks. All blocks are processed together as a few batched matrix products (see
+``_Packing``), so the number of kernels does not grow with the number of parameters, and no step waits for the
+device.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -31,6 +34,10 @@ _POLAR_EXPRESS = [
 ]
 GRAM_COEFFICIENTS = [(a / 1.05, b / 1.05**3, c / 1.05**5) for a, b, c in _POLAR_EXPRESS]
 GRAM_RESTART = 2  # iteration before which the Gram matrix is formed anew
+
+# Blocks of different shapes are padded with zeros and iterated together while that adds no more
+# multiplications than this: a stack of its own takes about thirty kernels, which is more time on a GPU.
+PADDING_LIMIT = 2e8
 
 
 def block_shape(shape: Iterable[int]) -> tuple[int, int, int] | None:
@@ -66,7 +73,7 @@ def _newton_schulz(blocks: Tensor) -> Tensor:
     x = blocks.bfloat16()
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for a, b, c in SQUARE_COEFFICIENTS:
-        gram = x @ x.mT
+        gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
@@ -107,23 +114,19 @@ def _half_product(x: Tensor) -> Callable[..., Tensor]:
     return product
 
 
-def update_magma_score(score: Tensor, momentum: Tensor, gradient: Tensor) -> Tensor:
+def update_magma_score(score: Tensor, dot: Tensor, norms: Tensor) -> Tensor:
     """Damp blocks whose gradient disagrees with their momentum ("Magma-lite").
 
     Args:
         score: (K,) running agreement, updated in place.
-        momentum: (K, m, n).
-        gradient: (K, m, n).
+        dot: (K,) product of momentum and gradient.
+        norms: (K,) product of their norms.
 
     Returns:
         (K,) factor of the step, between 0.1 and 1.
     """
-    dot = (momentum * gradient).sum((-2, -1))
-    norms = torch.linalg.vector_norm(momentum, dim=(-2, -1)) * torch.linalg.vector_norm(
-        gradient, dim=(-2, -1)
-    )
     cosine = (dot / norms.clamp(min=1e-12)).clamp(-1, 1)
-    low, high = torch.sigmoid(torch.tensor(-0.5)).item(), torch.sigmoid(torch.tensor(0.5)).item()
+    low, high = 1 / (1 + math.exp(0.5)), 1 / (1 + math.exp(-0.5))
     agreement = ((torch.sigmoid(0.5 * cosine) - low) / (high - low)).clamp(0, 1)
     score.mul_(0.9).add_(agreement, alpha=0.1)
     return 0.1 + 0.9 * score
@@ -164,6 +167,7 @@ class HybridMuon(Optimizer):
             "scale": scale,
         }
         super().__init__(groups, defaults)
+        self._packings: dict[int, _Packing] = {}  # by the index of the group
         for group in self.param_groups:
             for p in group["params"]:
                 if group["route"] == "muon" and block_shape(p.shape) is None:
@@ -174,14 +178,14 @@ class HybridMuon(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
             if group["route"] != "adam":
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             if group["route"] == "muon":
-                self._muon(params, group)
+                self._muon(self._packing(index, params, group["scale"]), group)
             else:
                 self._adam(params, group)
 
@@ -204,29 +208,138 @@ class HybridMuon(Optimizer):
         sizes = [-group["lr"] / (1 - beta1 ** state["step"]) for state in states]
         torch._foreach_addcdiv_(params, mean, denominator, sizes)
 
-    def _muon(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def _muon(self, pack: "_Packing", group: dict[str, Any]) -> None:
+        weight = 1 - group["momentum"]
+        momentum, gradient, work = pack.momentum, pack.gradient, pack.work
+        torch._foreach_copy_(pack.gradients, [p.grad for p in pack.params if p.grad is not None])
+        momentum.lerp_(gradient, weight)
+
+        work.copy_(momentum)
+        norms = torch.cat([torch.linalg.vector_norm(pair, dim=-1) for pair in pack.pairs], dim=1).prod(0)
+        work.mul_(gradient)
+        dot = torch.cat([product.sum(-1) for product in pack.products])
+        factors = update_magma_score(pack.score, dot, norms)[:, None, None].split(pack.counts)
+
+        torch.lerp(momentum, gradient, weight, out=work)
+        updates = []
+        for index, scale, factor in zip(pack.indices, pack.scales, factors, strict=True):
+            x = orthogonalize(work.take(index).float())
+            updates.append(((x * scale).to(x.dtype) * factor.to(x.dtype)).view(-1))
+        # The gradient is used up: the updates take its place, brought into the order of the weights.
+        torch.take(torch.cat(updates).to(gradient.dtype), pack.inverse, out=gradient[:-1])
+        torch._foreach_add_(pack.params, pack.gradients, alpha=-group["lr"])
+
+    def _packing(self, index: int, params: list[Tensor], scale: float) -> "_Packing":
+        """Packing of a group's ``params``; a new one if other parameters had a gradient in the last step."""
+        pack = self._packings.get(index)
+        if pack is None or pack.key != [id(p) for p in params]:
+            pack = self._packings[index] = _Packing(params, self.state, scale)
+        return pack
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a loaded or unpickled state; its tensors are not packed yet."""
+        super().__setstate__(state)
+        self._packings = {}
+
+
+class _Packing:
+    """Weights of a Muon group as flat buffers, one weight after the other, and as a few stacks of blocks.
+
+    Statistics of the blocks are reductions of the flat buffers, one per block shape. For the orthogonalisation
+    the blocks are gathered, transposed to wide and padded with zeros, which add nothing to any product. The
+    optimiser state of the weights becomes views of the buffers.
+
+    Args:
+        params: The weights, of one data type and device.
+        state: State by parameter; an empty one is filled.
+        scale: Root mean square of an update.
+
+    Attributes:
+        params: The weights in the order of the buffers.
+        momentum, gradient, work: (P + 1,) buffers; the last entry is the zero that pads. ``momentum`` has memory
+            of its own, all of which a saved state holds.
+        score: (K,) Magma scores of all blocks.
+        gradients: Views of ``gradient`` shaped like the weights.
+        products: For each shape, the view (k, m n) of ``work``.
+        pairs: For each shape, the view (2, k, m n) of ``work`` and ``gradient``.
+        indices: For each stack, (k, m, n) positions of its elements in the buffers.
+        inverse: (P,) positions of the buffers' elements in all stacks, one after the other.
+        counts: Number of blocks of each stack.
+        scales: For each stack, (k, 1, 1) factors that give an orthogonalised block the root mean square.
+    """
+
+    def __init__(self, params: list[Tensor], state: dict[Tensor, dict[str, Tensor]], scale: float):
+        self.key = [id(p) for p in params]
         by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
         for p in params:
-            count, rows, columns = _matrix_shape(p)
-            by_shape[min(rows, columns), max(rows, columns)].append(p)
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                self.state[p]["magma_score"] = torch.full((count,), 0.5, device=p.device)
-        for (_, columns), members in by_shape.items():
-            buffers = [self.state[p]["momentum_buffer"] for p in members]
-            scores = [self.state[p]["magma_score"] for p in members]
-            gradient = torch.cat([_to_blocks(p.grad) for p in members if p.grad is not None])
-            momentum = torch.cat([_to_blocks(b) for b in buffers]).lerp_(gradient, 1 - group["momentum"])
-            score = torch.cat(scores)
-            factor = update_magma_score(score, momentum, gradient)[:, None, None]
-            update = orthogonalize(momentum.lerp(gradient, 1 - group["momentum"]).float())
-            update = update * (group["scale"] * columns**0.5) * factor.to(update.dtype)
-            counts = [len(s) for s in scores]
-            torch._foreach_copy_(scores, list(score.split(counts)))
-            torch._foreach_copy_(buffers, _from_blocks(momentum.split(counts), members))
-            torch._foreach_add_(
-                members, _from_blocks(update.to(gradient.dtype).split(counts), members), alpha=-group["lr"]
-            )
+            by_shape[_wide_shape(p)].append(p)
+        stacks = _stacks({s: sum(map(_num_blocks, members)) for s, members in by_shape.items()})
+        shapes = [shape for stack in stacks for shape in stack]
+        self.params = [p for shape in shapes for p in by_shape[shape]]
+
+        dtype, device = params[0].dtype, params[0].device
+        sizes = [p.numel() for p in self.params]
+        total = sum(sizes)
+        self.momentum = torch.zeros(total + 1, dtype=dtype, device=device)
+        buffers = torch.zeros(2, total + 1, dtype=dtype, device=device)
+        self.work, self.gradient = buffers
+        blocks = [_num_blocks(p) for p in self.params]
+        self.score = torch.full((sum(blocks),), 0.5, device=device)
+        self.gradients = [
+            g.view(p.shape) for g, p in zip(self.gradient[:-1].split(sizes), self.params, strict=True)
+        ]
+        for p, flat, score in zip(
+            self.params, self.momentum[:-1].split(sizes), self.score.split(blocks), strict=True
+        ):
+            momentum = flat.view(p.shape)
+            if old := state[p]:
+                momentum.copy_(old["momentum_buffer"])
+                score.copy_(old["magma_score"])
+            state[p].update(momentum_buffer=momentum, magma_score=score)
+
+        lengths = [sum(p.numel() for p in by_shape[shape]) for shape in shapes]
+        parts = zip(buffers[:, :-1].split(lengths, dim=1), shapes, strict=True)
+        self.pairs = [part.view(2, -1, m * n) for part, (m, n) in parts]
+        self.products = [pair[0] for pair in self.pairs]
+
+        positions = dict(zip(self.params, torch.arange(total).split(sizes), strict=True))
+        indices, self.counts, self.scales = [], [], []
+        for stack in stacks:
+            rows, columns = max(m for m, _ in stack), max(n for _, n in stack)
+            index, roots = [], []
+            for m, n in stack:
+                for p in by_shape[m, n]:
+                    block = _to_blocks(positions[p].view(p.shape))
+                    index.append(F.pad(block, (0, columns - n, 0, rows - m), value=total))
+                    roots += [scale * n**0.5] * len(block)
+            indices.append(torch.cat(index))
+            self.counts.append(len(roots))
+            self.scales.append(torch.tensor(roots, device=device)[:, None, None])
+        inverse = torch.empty(total + 1, dtype=torch.int64)
+        elements = torch.cat([index.view(-1) for index in indices])
+        inverse[elements] = torch.arange(len(elements))
+        self.inverse = inverse[:-1].to(device)
+        self.indices = [index.to(device) for index in indices]
+
+
+def _stacks(blocks: dict[tuple[int, int], int]) -> list[list[tuple[int, int]]]:
+    """Group the shapes (m, n) of blocks, given their numbers, that are padded to a common shape."""
+
+    def cost(number: int, m: int, n: int) -> int:
+        """Multiplications of the Gram iteration; of the iteration of square blocks up to a factor."""
+        return number * m * m * (14 * m + 4 * n)
+
+    stacks: list[list[tuple[int, int]]] = []
+    for square in (True, False):
+        stack: list[tuple[int, int]] = []
+        for shape in sorted((s for s in blocks if (s[0] == s[1]) == square), reverse=True):
+            joined = [*stack, shape]
+            padded = cost(sum(blocks[s] for s in joined), joined[0][0], max(n for _, n in joined))
+            if not stack or padded - sum(cost(blocks[s], *s) for s in joined) > PADDING_LIMIT:
+                stack = []
+                stacks.append(stack)
+            stack.append(shape)
+    return stacks
 
 
 def _matrix_shape(p: Tensor) -> tuple[int, int, int]:
@@ -235,17 +348,18 @@ def _matrix_shape(p: Tensor) -> tuple[int, int, int]:
     return shape
 
 
+def _num_blocks(p: Tensor) -> int:
+    return _matrix_shape(p)[0]
+
+
+def _wide_shape(p: Tensor) -> tuple[int, int]:
+    """Rows and columns of the blocks, transposed to wide."""
+    _, rows, columns = _matrix_shape(p)
+    return min(rows, columns), max(rows, columns)
+
+
 def _to_blocks(t: Tensor) -> Tensor:
     """A weight as its blocks (K, m, n), transposed to wide."""
     count, rows, columns = _matrix_shape(t)
     blocks = t.reshape(count, rows, columns)
     return blocks.mT if rows > columns else blocks
-
-
-def _from_blocks(pieces: Iterable[Tensor], like: list[Tensor]) -> list[Tensor]:
-    """Invert ``_to_blocks`` for the weights ``like``."""
-    out = []
-    for blocks, p in zip(pieces, like, strict=True):
-        _, rows, columns = _matrix_shape(p)
-        out.append((blocks.mT if rows > columns else blocks).reshape(p.shape))
-    return out
