@@ -245,11 +245,21 @@ def test_a_gradient_that_comes_and_goes_keeps_the_momentum():
             twins["square"].grad = gradient["square"].clone()
             b.step()
     assert torch.equal(parameters["square"], twins["square"])
-    copied = copy.deepcopy(a)  # with parameters of its own
-    a.step()
-    copied.step()
-    for group, other in zip(a.param_groups, copied.param_groups, strict=True):
-        assert all(map(torch.equal, group["params"], other["params"]))
+
+
+def test_a_copied_optimizer_steps_its_own_parameters():
+    parameters = random_parameters()
+    optimizer = optimizer_of(parameters)
+    steps = gradients(3)
+    assign(parameters, steps[0])
+    optimizer.step()
+    twins, twin = copy.deepcopy((parameters, optimizer))
+    for gradient in steps[1:]:
+        for p, o in ((parameters, optimizer), (twins, twin)):
+            assign(p, gradient)
+            o.step()
+    for name, p in parameters.items():
+        assert torch.equal(p, twins[name]), name
 
 
 def test_saved_state_holds_the_momentum_once(tmp_path):
