@@ -25,9 +25,9 @@ from dpa4.training.evaluation import full_precision
 
 T = TypeVar("T")
 
-NOISE = 0.05
-"""Of the weights in the self-check. Fresh models have layers of zeros, whose forces and gradients are zero, too: no
-wrong derivative would show. More noise than this makes forces so large that rounding grows."""
+NOISE = 0.02
+"""Of the weights in the self-check. Fresh models have layers of zeros, which make forces and all gradients zero: no
+wrong derivative would show. With 0.05, bfloat16 alone changes the energy of the largest presets by 7 %."""
 
 
 class DeviationError(ArithmeticError):
