@@ -21,7 +21,9 @@ from dpa4.graph import Graph, build_graph, collate
 from dpa4.model.presets import preset
 from dpa4.potential import Potential
 from dpa4.potential.compiled import compare_with_eager, compile_potential, restore_eager
+from dpa4.potential.replay import Replay
 
+WAYS = ["eager", "compiled", "recompute", "replay"]  # compiled; without kept results; as a CUDA graph
 ELEMENTS = tuple(chemical_symbols[1:90])
 
 
@@ -96,8 +98,14 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--train", help="frames x atoms, such as 32x64")
     parser.add_argument("--atoms", type=int, nargs="*", default=[])
-    parser.add_argument("--ways", nargs="*", default=["eager", "compiled"], choices=["eager", "compiled"])
+    parser.add_argument(
+        "--ways",
+        nargs="*",
+        default=["eager", "compiled"],
+        choices=["eager", "compiled", "recompute", "replay"],
+    )
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"], help="of training")
+    parser.add_argument("--fast", action="store_true", help="bfloat16 products for energy+forces, too")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument(
         "--profile", type=int, default=0, help="rows of the profile of every compiled measurement"
@@ -115,7 +123,7 @@ def main() -> None:
             return
         result = {"way": way, "ms": round(ms, 2), "peak_gib": round(peak, 2), "first_s": round(first, 1)}
         print(json.dumps(base | record | result), flush=True)
-        if options.profile and way == "compiled" and device == "cuda":
+        if options.profile and way != "eager" and device == "cuda":
             profile(function, options.profile)
         gc.collect()
         torch.cuda.empty_cache()
@@ -138,29 +146,38 @@ def main() -> None:
 
         record = {"work": "train", "frames": frames, "atoms": graph.num_atoms, "edges": graph.num_edges}
         record |= {"precision": options.precision}
-        seconds: list[float] = []
+        pieces: list[tuple[str, float]] = []
         for way in options.ways:
             restore_eager(potential)
             if way == "compiled":
-                compile_potential(potential, lambda part, s: seconds.append(s))
+                compile_potential(potential, lambda part, s: pieces.append((part, round(s, 1))))
                 print(
                     json.dumps(base | record | {"parity": compare_with_eager(potential, graph)}), flush=True
                 )
-                print(f"compiled in {sum(seconds):.1f} s: {len(seconds)} pieces", flush=True)
+                print(f"compiled in {sum(s for _, s in pieces):.1f} s: {pieces}", flush=True)
             run(record, step, way)
         del potential, optimizer
     for atoms in options.atoms:
         potential = potential_of(options.model, device).eval()
+        potential.model.block_autocast = torch.bfloat16 if options.fast else None
         graph = structure(atoms, 0).to(device)
         record = {"work": "energy+forces", "atoms": graph.num_atoms, "edges": graph.num_edges}
+        record |= {"precision": "fast" if options.fast else "high"}
         for way in options.ways:
             restore_eager(potential)
-            if way == "compiled":
-                compile_potential(potential)
-                print(
-                    json.dumps(base | record | {"parity": compare_with_eager(potential, graph)}), flush=True
+            if way != "eager":
+                pieces = []
+                compile_potential(
+                    potential,
+                    lambda part, s: pieces.append(s),  # noqa: B023
+                    max_kept=0 if way == "recompute" else 2**31,
                 )
-            run(record, lambda: potential(graph), way)  # noqa: B023
+                parity = compare_with_eager(potential, graph) if atoms <= 10_000 else {}
+                record["compile_s"] = round(sum(pieces), 1)
+                print(json.dumps(base | record | {"way": way, "parity": parity}), flush=True)
+            called = Replay(potential) if way == "replay" else potential
+            run(record, lambda: called(graph), way)  # noqa: B023
+            called = None
 
 
 if __name__ == "__main__":

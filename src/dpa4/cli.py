@@ -23,6 +23,13 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a GPU i
 Dtype = Annotated[
     Literal["float32", "float64"], typer.Option(help="Precision of the network: float32 or float64.")
 ]
+Precision = Annotated[
+    Literal["high", "fast"],
+    typer.Option(help="high: of the dtype. fast: products in bfloat16, for screening."),
+]
+Compile = Annotated[
+    bool | None, typer.Option("--compile/--no-compile", help="Compile first; by default on a GPU in float32.")
+]
 Structures = Annotated[Path, typer.Argument(help="Structures in any format ASE reads.")]
 
 
@@ -159,6 +166,8 @@ def md(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    precision: Precision = "high",
+    compile: Compile = None,
     branch: Branch = None,
 ) -> None:
     """Run molecular dynamics: NVE or Langevin."""
@@ -168,7 +177,15 @@ def md(
 
     with user_errors():
         atoms = next(iread(structure, index=-1))
-        calculator = DPA4Calculator(model, device=device, dtype=dtype, branch=branch, neighbor_skin=skin)
+        calculator = DPA4Calculator(
+            model,
+            device=device,
+            dtype=dtype,
+            precision=precision,
+            compile=compile,
+            branch=branch,
+            neighbor_skin=skin,
+        )
         result = run_md(
             atoms, calculator, output, steps=steps, ensemble=ensemble, temperature=temperature, timestep=timestep,
             friction=friction, interval=interval, seed=seed, resume=resume,
@@ -193,6 +210,8 @@ def relax(
     cell: Annotated[bool, typer.Option("--cell", help="Relax the cell too.")] = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    precision: Precision = "high",
+    compile: Compile = None,
     branch: Branch = None,
 ) -> None:
     """Relax every structure of a file."""
@@ -202,7 +221,9 @@ def relax(
 
     with user_errors():
         images = list(iread(structures))
-        calculator = DPA4Calculator(model, device=device, dtype=dtype, branch=branch)
+        calculator = DPA4Calculator(
+            model, device=device, dtype=dtype, precision=precision, compile=compile, branch=branch
+        )
         results = relax_all(
             images, calculator, output, fmax=fmax, steps=steps, optimizer=optimizer, cell=cell
         )

@@ -1,31 +1,56 @@
 """Compiled regions: parts of the model as compiled functions with compiled first and second derivatives.
 
-Training on forces differentiates twice, which the compiler's own autograd does not do. A region is therefore
-traced three times: its value, its vector-Jacobian product, and the vector-Jacobian product of that. Each is a flat
-graph of ATen operators and kernels in which nothing is left to differentiate. Two ``torch.autograd.Function`` tie
-them together, so ``torch.autograd.grad(..., create_graph=True)`` and ``loss.backward()`` work as in eager mode.
-Derivatives recompute the region from its arguments: only those are kept in memory (docs/adr/0011).
+Training on forces differentiates twice, which the compiler's own autograd does not do. A region y = f(p, x) of
+parameters p and arguments x is therefore traced once through all that such a step asks of it, in four stages:
+
+0. y, in the forward pass;
+1. g J, given the gradient g of y: the backward pass that yields the forces (J is the Jacobian with respect to x);
+2. J c, given the cotangent c of stage 1: the way of the loss from the forces back through stage 1;
+3. the derivatives of <c, g J> + <G, y> with respect to p and x, given the gradient G of y.
+
+The trace is a flat graph of ATen operators and kernels in which nothing is left to differentiate. It is cut into the
+stages: products of matrices and kernels over edges are computed once and kept for later stages, everything else is
+computed again where it is needed, since reading it from memory would take as long (docs/adr/0011). Two
+``torch.autograd.Function`` tie the stages together, so ``torch.autograd.grad(..., create_graph=True)`` and
+``loss.backward()`` work as in eager mode.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 import torch._inductor
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch._functorch.compile_utils import fx_graph_cse
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
-Axis = Literal["node", "node+1", "center", "center+1", "edge", "static"]
-"""What the leading axis of an argument counts; "center" are the nodes that receive, "static" does not vary."""
+Axis = Literal["node", "node+1", "center", "center+1", "edge", "vector", "static"]
+"""What the leading axis of an argument counts.
+
+"center" are the nodes that receive; "static" does not vary, and such arguments are taken for parameters. "vector"
+counts edges, too, and marks data: arguments with a derivative in stage 1, that of the forces, but none in stage 3.
+"""
+
+Maybe = Tensor | None
 
 _COUNTED = ("node", "center", "edge")
-Mask = tuple[bool, ...]
+
+_OPTIONS = {
+    "comprehensive_padding": False,  # what stages keep for each other is contiguous
+    "pattern_matcher": False,  # finds nothing here, and takes long to do so
+    "size_asserts": False,  # cost more time on the host than some kernels on the device
+    "alignment_asserts": False,
+}
+
+_EXPENSIVE = {"mm", "bmm", "addmm", "baddbmm", "scatter_reduce", "index_add", "index_put"}
+_REDUCTIONS = {"sum", "mean", "amax"}
 
 
 class RegionCode:
@@ -41,9 +66,8 @@ class RegionCode:
         self, name: str, arguments: Any, report: Callable[[str, float], None] = lambda name, seconds: None
     ):
         self.name, self.report = name, report
-        self.axes: list[Axis] = pytree.tree_leaves(arguments)
-        self.compiled: dict[Any, Callable[[list[Tensor]], list[Tensor | None]]] = {}
-        self.out_spec: Any = None
+        self.axes: list[str] = pytree.tree_leaves(arguments)  # of `Axis`
+        self.programs: dict[Any, _Program] = {}
 
 
 class Region:
@@ -51,171 +75,290 @@ class Region:
 
     Arguments and results are tensors or (named) tuples of them. The method must be a function of its arguments and of
     the parameters and buffers of the named submodules alone. Sizes along node and edge axes may differ from call to
-    call without compiling again; where a size is zero or one, the method itself runs. Gradients of parameters are
-    computed in training mode, and only by a backward pass that is not itself differentiated.
+    call without compiling again; where a size is zero or one, the method itself runs. In training mode a region can
+    be differentiated twice and has gradients of parameters; else once, with respect to its arguments.
+
+    Args:
+        module: The module.
+        method: Name of the method.
+        submodules: Names of the submodules and parameters that the method uses.
+        code: Shared by all regions of the same code.
+        max_kept: Nodes up to which stages keep results for each other outside of training. With more nodes, or
+            where the centres are not all nodes, the derivatives compute everything again: memory stays small.
     """
 
-    def __init__(self, module: nn.Module, method: str, submodules: Sequence[str], code: RegionCode):
-        self.module, self.eager, self.code = module, getattr(module, method), code
+    def __init__(
+        self,
+        module: nn.Module,
+        method: str,
+        submodules: Sequence[str],
+        code: RegionCode,
+        max_kept: int = 2**62,
+    ):
+        self.module, self.eager, self.code, self.max_kept = module, getattr(module, method), code, max_kept
         prefixes = tuple(f"{name}." for name in submodules)
         named = [*module.named_parameters(), *module.named_buffers()]
-        named = [(n, t) for n, t in named if n.startswith(prefixes)]
+        named = [(n, t) for n, t in named if f"{n}.".startswith(prefixes)]
         self.names, self.tensors = [n for n, _ in named], [t for _, t in named]
 
     def __call__(self, *args: Any) -> Any:
         """The method's result for its arguments."""
         leaves, spec = pytree.tree_flatten(args)
-        call = _Call(self, spec, leaves)
-        if min(call.sizes.values()) < 2:  # compilers treat sizes 0 and 1 as special
+        sizes = {a: len(t) for a, t in zip(self.code.axes, leaves, strict=True) if a in _COUNTED}
+        if min(sizes.values()) < 2:  # compilers treat sizes 0 and 1 as special
             return self.eager(*args)
-        results = _Value.apply(call, *self.tensors, *leaves)
-        return pytree.tree_unflatten(results, self.code.out_spec)
+        program = self._program(leaves, spec, sizes)
+        *results, _ = _Value.apply(_Call(program), *self.tensors, *leaves)
+        return pytree.tree_unflatten(results, program.out_spec)
 
-
-class _Call:
-    """One call of a region: the three functions of flat lists of tensors, and how to run them compiled.
-
-    Inputs are parameters, buffers and arguments, in this order.
-    """
-
-    def __init__(self, region: Region, spec: Any, leaves: list[Any]):
-        self.region, self.code, self.spec = region, region.code, spec
-        axes = self.code.axes
-        self.sizes = {a: len(t) for a, t in zip(axes, leaves, strict=True) if a in _COUNTED}
-        self.device = leaves[0].device.type
-        enabled = torch.is_autocast_enabled(self.device)
-        self.autocast = torch.get_autocast_dtype(self.device) if enabled else None
-
-    def value(self, inputs: Sequence[Any]) -> list[Tensor]:
-        """Results of the module."""
-        state = dict(zip(self.region.names, inputs, strict=False))
-        args = pytree.tree_unflatten(list(inputs[len(state) :]), self.spec)
-        with torch.autocast(
-            self.device, self.autocast, enabled=self.autocast is not None, cache_enabled=False
-        ):
-            with _reparametrize_module(self.region.module, state):
-                result = self.region.eager(*args)
-        leaves, self.code.out_spec = pytree.tree_flatten(result)
-        return leaves
-
-    @torch.enable_grad()
-    def vjp(self, mask: Mask, inputs: Sequence[Any], grads: Sequence[Any]) -> list[Tensor | None]:
-        """Gradients of the inputs in the mask, given those of the results."""
-        inputs = _require_grad(inputs, mask)
-        return _gradient(self.value(inputs), _chosen(inputs, mask), grads)
-
-    @torch.enable_grad()
-    def second_vjp(
-        self, mask: Mask, wanted: Mask, inputs: Sequence[Any], grads: Sequence[Any], cotangents: Sequence[Any]
-    ) -> list[Tensor | None]:
-        """Gradients of the wanted ones of inputs and grads, given cotangents of what ``vjp`` returns."""
-        needed = [w or m for w, m in zip(wanted, [*mask, *[False] * len(grads)], strict=True)]
-        both = _require_grad([*inputs, *grads], needed)
-        inputs, grads = both[: len(inputs)], both[len(inputs) :]
-        first = _gradient(self.value(inputs), _chosen(inputs, mask), grads, create_graph=True)
-        return _gradient(first, _chosen(both, wanted), cotangents)
-
-    def run(
-        self,
-        inputs: Sequence[Any],
-        grads: Sequence[Any] = (),
-        cotangents: Sequence[Any] = (),
-        mask: Mask = (),
-        wanted: Mask = (),
-    ) -> list[Any]:
-        """``value``, ``vjp`` (with a mask) or ``second_vjp`` (with wanted ones) in compiled form."""
-        flat = [t.detach().contiguous() for t in (*inputs, *grads, *cotangents) if t is not None]
-        exists = tuple(t is not None for t in (*inputs, *cotangents))
-        key = (mask, wanted, exists, tuple(t.dtype for t in flat), self.autocast, flat[0].device)
-        if key not in self.code.compiled:
+    def _program(self, leaves: list[Maybe], spec: Any, sizes: dict[str, int]) -> "_Program":
+        inputs = [*self.tensors, *leaves]
+        device = next(t.device for t in leaves if t is not None)
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        training = self.module.training
+        whole = sizes.get("center", sizes["node"]) == sizes["node"]
+        keep = whole and (training or sizes["node"] <= self.max_kept)
+        key = (
+            tuple(t if t is None else (t.dtype, t.requires_grad) for t in inputs),
+            device,
+            autocast,
+            training,
+            keep,
+        )
+        if key not in self.code.programs:
             start = time.monotonic()
-            self.code.compiled[key] = self._compile(inputs, grads, cotangents, mask, wanted)
+            program = _Program(self, inputs, spec, sizes, device.type, autocast, keep)
+            self.code.programs[key] = program
             self.code.report(self.code.name, time.monotonic() - start)
-        with torch.autocast(self.device, enabled=False):  # the casts are part of the compiled code
-            return self.code.compiled[key](flat)
+        return self.code.programs[key]
 
-    def _compile(
-        self, inputs: Sequence[Any], grads: Sequence[Any], cotangents: Sequence[Any], mask: Mask, wanted: Mask
-    ) -> Callable[[list[Tensor]], list[Tensor | None]]:
+
+class _Program:
+    """The stages of a region for one kind of arguments."""
+
+    def __init__(
+        self,
+        region: Region,
+        inputs: list[Maybe],
+        spec: Any,
+        sizes: dict[str, int],
+        device: str,
+        autocast: torch.dtype | None,
+        keep: bool,
+    ):
+        self.name, self.report, self.device = region.code.name, region.code.report, device
+        self.num_inputs = len(inputs)
+        axes = ["static"] * len(region.tensors) + region.code.axes
+        differentiable = [t is not None and t.requires_grad for t in inputs]
+        # What stages 1 and 3 differentiate with respect to.
+        self.mask = [d and a != "static" for d, a in zip(differentiable, axes, strict=True)]
+        self.last_mask = [d and a != "vector" for d, a in zip(differentiable, axes, strict=True)]
+        training = region.module.training
+
+        def value(inputs: Sequence[Maybe]) -> list[Tensor]:
+            state: dict[str, Any] = dict(zip(region.names, inputs, strict=False))
+            args = pytree.tree_unflatten(list(inputs[len(state) :]), spec)
+            enabled = autocast is not None
+            with torch.autocast(device, autocast, enabled=enabled, cache_enabled=False):
+                with _reparametrize_module(region.module, state):
+                    leaves, self.out_spec = pytree.tree_flatten(region.eager(*args))
+            return leaves
+
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        fakes = self._fakes(mode, inputs)
-        groups: list[list[Tensor | None]] = [fakes]
-        if grads:
-            with mode, enable_python_dispatcher(), torch.no_grad():
-                groups.append([_contiguous_like(r) for r in self.value(fakes)])
-        if cotangents:
-            chosen = zip(_chosen(fakes, mask), cotangents, strict=True)
-            with mode:
-                groups.append([None if c is None else _contiguous_like(f) for f, c in chosen])
-        exists: list[bool] = []
+        fakes = _fakes(mode, inputs, axes, sizes)
+        with mode, enable_python_dispatcher(), torch.no_grad():
+            grads = [_contiguous_like(r) for r in value(fakes)]
+        with mode:
+            cotangents = [
+                _contiguous_like(f) for f, m in zip(fakes, self.mask, strict=True) if m and f is not None
+            ]
+            last_grads = [_contiguous_like(g) for g in grads]
+        # What becomes available one after another; between them, what each stage keeps.
+        groups: list[Any] = [fakes, grads, cotangents, last_grads] if training else [fakes, grads]
+        layout: list[tuple[int, int]] = []
+        self.exists: list[list[bool]] = []
 
-        def traced(*flat: Tensor) -> list[Tensor]:
+        @torch.enable_grad()
+        def traced(*flat: Tensor) -> list[list[Tensor]]:
             rest = iter(flat)
             given = [[None if t is None else next(rest) for t in group] for group in groups]
-            if wanted:
-                results: Sequence[Tensor | None] = self.second_vjp(mask, wanted, *given)
-            else:
-                results = self.vjp(mask, *given) if mask else self.value(*given)
-            exists[:] = [r is not None for r in results]
-            return [r for r in results if r is not None]
+            wanted = differentiable if training else self.mask
+            x = [
+                None if t is None else t.detach().requires_grad_(w)
+                for t, w in zip(given[0], wanted, strict=True)
+            ]
+            g = [
+                t.detach().requires_grad_(training and t.is_floating_point())
+                for t in given[1]
+                if t is not None
+            ]
+            y = value(x)
+            first = _gradient(
+                y, [t for t, m in zip(x, self.mask, strict=True) if m and t is not None], g, training
+            )
+            stages: list[list[Maybe]] = [list(y), first]
+            if training:
+                own = [t for t, w in zip(x, self.last_mask, strict=True) if w and t is not None]
+                gradient = _gradient([*first, *y], [*g, *own], [*given[2], *given[3]])
+                stages += [gradient[: len(g)], gradient[len(g) :]]
+            self.exists[:] = [[r is not None for r in stage] for stage in stages]
+            return [[r.detach() for r in stage if r is not None] for stage in stages]
 
+        for k, group in enumerate(groups):
+            layout += [(2 * k, i) for i, t in enumerate(group) if t is not None]
         flat: list[Any] = [t for group in groups for t in group if t is not None]
         with enable_python_dispatcher():  # decompositions that keep symbolic sizes
-            graph = make_fx(traced)(*flat)
-        graph.graph.eliminate_dead_code()
-        with torch.no_grad():
-            artifact = torch._inductor.standalone_compile(graph, flat, dynamic_shapes="from_graph")
+            graph = make_fx(traced)(*flat).graph
+        # Every stage gets an argument of each axis, so that it knows all symbolic sizes.
+        shaped = [(0, axes.index(a)) for a in _COUNTED if a in axes]
+        self.stages = _cut(graph, layout, shaped, keep)
 
-        def compiled(flat: list[Tensor]) -> list[Tensor | None]:
-            results = iter(artifact(*flat))
-            return [next(results) if e else None for e in exists]
+    def run(self, stage: int, given: Sequence[Sequence[Maybe]]) -> tuple[list[Maybe], list[Tensor]]:
+        """Results of a stage (None where an input has no influence) and what it keeps for later ones.
 
-        return compiled
+        Args:
+            stage: 0 to 3.
+            given: Inputs, kept of stage 0, g, kept of stage 1, c, kept of stage 2, G; of these the first 2 stage + 1.
+        """
+        code = self.stages[stage]
+        flat = [t.contiguous() for t in (given[group][i] for group, i in code.takes) if t is not None]
+        start = time.monotonic()
+        new = code.compiled is None
+        if code.compiled is None:
+            with torch.no_grad():
+                code.compiled = torch._inductor.standalone_compile(
+                    code.graph,
+                    code.examples,
+                    dynamic_shapes="from_graph",
+                    options={"config_patches": _OPTIONS},
+                )
+        with (
+            torch.no_grad(),
+            torch.autocast(self.device, enabled=False),
+        ):  # the casts are part of the compiled code
+            results = code.compiled(*flat)
+        if new:
+            self.report(self.name, time.monotonic() - start)
+        exists = self.exists[stage]
+        found = iter(results)
+        return [next(found) if e else None for e in exists], list(found)
 
-    def _fakes(self, mode: FakeTensorMode, inputs: Sequence[Any]) -> list[Tensor | None]:
-        """The inputs without their data, symbolic along node and edge axes."""
-        axis: dict[str, Any] = {}
-        for k, name in enumerate(("node", "center", "edge")):
-            # Odd and different: nothing may be concluded from the sizes at hand.
-            hint = (self.sizes.get(name, 0) | 1) + 4 * k  # type: ignore[call-overload]
-            context: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-            size = mode.from_tensor(torch.empty(hint), symbolic_context=context).shape[0]
-            axis |= {name: size, f"{name}+1": size + 1}
-        axes = ["static"] * len(self.region.tensors) + self.code.axes
-        fakes: list[Tensor | None] = []
-        with mode:
-            for t, a in zip(inputs, axes, strict=True):
-                if t is None:
-                    fakes.append(None)
-                else:
-                    shape = t.shape if a == "static" else (axis[a], *t.shape[1:])
-                    fakes.append(torch.empty(shape, dtype=t.dtype, device=t.device))
-        return fakes
+
+class _Stage:
+    """One stage: its graph, where its arguments are found, and its code once it was needed."""
+
+    def __init__(self, graph: fx.GraphModule, takes: list[tuple[int, int]], examples: list[Any]):
+        self.graph, self.takes, self.examples = graph, takes, examples
+        self.compiled: Callable[..., Sequence[Tensor]] | None = None
+
+
+def _cut(
+    joint: fx.Graph, layout: list[tuple[int, int]], shaped: list[tuple[int, int]], keep: bool
+) -> list[_Stage]:
+    """Cut a graph that returns the results of all stages into the stages.
+
+    Args:
+        joint: Its placeholders are the original inputs, its output the lists of results.
+        layout: Group and position of every placeholder, see `_Program.run`.
+        shaped: Placeholders that every stage gets.
+        keep: Whether stages keep results for later ones.
+    """
+    joint = fx_graph_cse(joint)
+    nodes = list(joint.nodes)
+    place = dict(zip([n for n in nodes if n.op == "placeholder"], layout, strict=True))
+    outputs: list[list[fx.Node]] = nodes[-1].args[0]  # type: ignore[assignment]
+    order = {n: i for i, n in enumerate(nodes)}
+    made: dict[fx.Node, int] = {}  # stage that computes a node first
+    kept: list[list[fx.Node]] = [[] for _ in outputs]
+    needed: list[tuple[set[fx.Node], set[fx.Node]]] = []
+    for stage, results in enumerate(outputs):
+        taken, inside, todo = set(), set(), list(results)
+        while todo:
+            n = todo.pop()
+            if n in taken or n in inside:
+                continue
+            if n in place:
+                taken.add(n)
+            elif keep and made.get(n, stage) < stage and _worth_keeping(n):
+                taken.add(n)
+                if n not in kept[made[n]]:
+                    kept[made[n]].append(n)
+            else:
+                inside.add(n)
+                todo += n.all_input_nodes
+        for n in inside:
+            made.setdefault(n, stage)
+        needed.append((taken, inside))
+    for stage, members in enumerate(kept):
+        place |= {n: (2 * stage + 1, i) for i, n in enumerate(members)}
+    position = {p: n for n, p in place.items()}
+    stages = []
+    for (taken, inside), results, members in zip(needed, outputs, kept, strict=True):
+        graph, copies, examples = fx.Graph(), {}, []
+        arguments = sorted(taken | {position[p] for p in shaped}, key=order.__getitem__)
+        for n in arguments:
+            copies[n] = graph.placeholder(n.name)
+            with n.meta["val"].fake_mode:
+                examples.append(_contiguous_like(n.meta["val"]))
+            copies[n].meta["val"] = examples[-1]
+        for n in sorted(inside, key=order.__getitem__):
+            copies[n] = graph.node_copy(n, copies.__getitem__)
+        graph.output([copies[n] for n in (*results, *members)])
+        stages.append(_Stage(fx.GraphModule({}, graph), [place[n] for n in arguments], examples))
+    return stages
+
+
+def _worth_keeping(n: fx.Node) -> bool:
+    """Whether reading a result takes less time than computing it again in one pass over its arguments."""
+    if not isinstance(n.target, torch._ops.OpOverload) or not isinstance(n.meta["val"], Tensor):
+        return False
+    name = n.target.overloadpacket.__name__
+    if n.target.namespace == "dpa4" or name in _EXPENSIVE:
+        return True
+    return name in _REDUCTIONS and 8 * _size(n) <= _size(n.all_input_nodes[0])
+
+
+def _size(n: fx.Node) -> int:
+    return math.prod(int(s) if isinstance(s, int) else s.node.hint for s in n.meta["val"].shape)
+
+
+def _fakes(
+    mode: FakeTensorMode, inputs: Sequence[Maybe], axes: Sequence[str], sizes: dict[str, int]
+) -> list[Maybe]:
+    """The inputs without their data, symbolic along node and edge axes."""
+    axis: dict[str, Any] = {}
+    for k, name in enumerate(_COUNTED):
+        # Odd and different: nothing may be concluded from the sizes at hand.
+        hint = (sizes.get(name, 0) | 1) + 4 * k
+        context: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        size = mode.from_tensor(torch.empty(hint), symbolic_context=context).shape[0]
+        axis |= {name: size, f"{name}+1": size + 1}
+    axis["vector"] = axis["edge"]
+    fakes: list[Maybe] = []
+    with mode:
+        for t, a in zip(inputs, axes, strict=True):
+            if t is None:
+                fakes.append(None)
+            else:
+                shape = t.shape if a == "static" else (axis[a], *t.shape[1:])
+                fakes.append(torch.empty(shape, dtype=t.dtype, device=t.device))
+    return fakes
 
 
 def _contiguous_like(t: Tensor) -> Tensor:
     return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
 
-def _chosen(tensors: Sequence[Any], mask: Mask) -> list[Any]:
-    return [t for t, m in zip(tensors, mask, strict=True) if m]
-
-
-def _require_grad(tensors: Sequence[Any], mask: Sequence[bool]) -> list[Any]:
-    """Leaves of a new graph, differentiable where the mask says so."""
-    return [t if t is None else t.detach().requires_grad_(m) for t, m in zip(tensors, mask, strict=True)]
-
-
 def _gradient(
-    results: Sequence[Any], inputs: Sequence[Tensor], grads: Sequence[Any], create_graph: bool = False
-) -> list[Tensor | None]:
+    results: Sequence[Maybe], inputs: Sequence[Tensor], grads: Sequence[Maybe], create_graph: bool = False
+) -> list[Maybe]:
     """Gradients of the results that depend on the inputs; None for inputs without influence."""
     pairs = [
         (r, g)
         for r, g in zip(results, grads, strict=True)
         if r is not None and g is not None and r.requires_grad
     ]
-    if not pairs:
+    if not pairs or not inputs:
         return [None] * len(inputs)
     outputs, cotangents = zip(*pairs, strict=True)
     return list(
@@ -223,41 +366,87 @@ def _gradient(
     )
 
 
+class _Call:
+    """One call of a region: hands what stage 2 found to stage 3 of the same backward pass."""
+
+    def __init__(self, program: _Program):
+        self.program = program
+        self.handed: tuple[int, list[list[Maybe]]] | None = None
+
+    def hand_over(self, given: list[list[Maybe]]) -> None:
+        self.handed = torch._C._current_graph_task_id(), given
+
+    def take_over(self) -> list[list[Maybe]] | None:
+        handed, self.handed = self.handed, None
+        return handed[1] if handed is not None and handed[0] == torch._C._current_graph_task_id() else None
+
+
 class _Value(torch.autograd.Function):
-    """Value of a region; its derivative is `_Vjp`."""
+    """Stage 0; its derivative is stage 1, or, in the last backward pass of training, stage 3.
+
+    The last result is empty. It enters stage 1 so that the derivative of that is taken before stage 3.
+    """
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: _Call, *inputs: Maybe) -> tuple[Tensor, ...]:
+        inputs = tuple(None if t is None else t.detach().contiguous() for t in inputs)
+        results, kept = call.program.run(0, [inputs])
+        token = torch.empty(0, device=call.program.device)
         ctx.call = call
-        ctx.save_for_backward(*inputs)
-        return tuple(call.run(inputs))
+        ctx.save_for_backward(token, *inputs, *kept)
+        return *results, token  # type: ignore[arg-type]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        call, inputs = ctx.call, ctx.saved_tensors
-        region = call.region
-        # Forces are a gradient of arguments, taken in evaluation or differentiated again.
-        parameters = region.module.training and not torch.is_grad_enabled()
-        own = len(region.tensors)
-        mask = tuple(n and (parameters or i >= own) for i, n in enumerate(ctx.needs_input_grad[1:]))
-        found = iter(_Vjp.apply(call, mask, *inputs, *grads))
-        return None, *(next(found) if m else None for m in mask)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Maybe, ...]:
+        call, program = ctx.call, ctx.call.program
+        token, *saved = ctx.saved_tensors
+        inputs, kept = saved[: program.num_inputs], saved[program.num_inputs :]
+        if len(program.stages) == 2:  # not in training: the last derivative there is
+            found, _ = program.run(1, [inputs, kept, grads[:-1]])
+            mask = program.mask
+        elif torch.is_grad_enabled():
+            found = list(_Vjp.apply(call, token, len(kept), *inputs, *kept, *grads[:-1]))
+            mask = program.mask
+        else:
+            given = call.take_over()
+            if given is None:  # the loss does not depend on stage 1
+                given = [inputs, kept, [torch.zeros_like(g) for g in grads[:-1]]]
+                first, kept_1 = program.run(1, given)
+                given += [kept_1, _cotangents(program, inputs, [None] * len(first))]
+                given.append(program.run(2, given)[1])
+            found, _ = program.run(3, [*given, grads[:-1]])
+            mask = program.last_mask
+        rest = iter(found)
+        return None, *(next(rest) if m else None for m in mask)
 
 
 class _Vjp(torch.autograd.Function):
-    """Vector-Jacobian product of a region; its derivative is the last that there is."""
+    """Stage 1; its derivative is stage 2 with respect to g, and left to stage 3 with respect to the rest."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, mask: Mask, *tensors: Any) -> tuple[Tensor | None, ...]:
-        ctx.call, ctx.mask = call, mask
+    def forward(ctx: Any, call: _Call, token: Tensor, num_kept: int, *tensors: Maybe) -> tuple[Maybe, ...]:
+        program = call.program
+        split = program.num_inputs, program.num_inputs + num_kept
+        parts = tensors[: split[0]], tensors[split[0] : split[1]], tensors[split[1] :]
+        given: list[Sequence[Maybe]] = [*parts]
+        results, kept = program.run(1, given)
+        ctx.call, ctx.lengths = call, [len(g) for g in (*given, kept)]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        return tuple(call.run(tensors[: len(mask)], tensors[len(mask) :], mask=mask))
+        ctx.save_for_backward(*(t for group in (*given, kept) for t in group))
+        return tuple(results)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
-        tensors, mask, wanted = ctx.saved_tensors, ctx.mask, ctx.needs_input_grad[2:]
-        inputs, grads = tensors[: len(mask)], tensors[len(mask) :]
-        found = iter(ctx.call.run(inputs, grads, cotangents, mask, wanted))
-        return None, None, *(next(found) if w else None for w in wanted)
+    def backward(ctx: Any, *cotangents: Maybe) -> tuple[Maybe, ...]:
+        program, saved = ctx.call.program, iter(ctx.saved_tensors)
+        given = [[next(saved) for _ in range(n)] for n in ctx.lengths]
+        given.append(_cotangents(program, given[0], cotangents))
+        found, kept = program.run(2, given)
+        ctx.call.hand_over([*given, kept])
+        return None, None, None, *[None] * (ctx.lengths[0] + ctx.lengths[1]), *found
+
+
+def _cotangents(program: _Program, inputs: Sequence[Maybe], cotangents: Sequence[Maybe]) -> list[Maybe]:
+    """With zeros where there are none."""
+    like = [t for t, m in zip(inputs, program.mask, strict=True) if m and t is not None]
+    return [torch.zeros_like(t) if c is None else c for c, t in zip(cotangents, like, strict=True)]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dpa4.kernels.matmul import precise_matmul
 from dpa4.model.constants import ConstantModule
 
 
@@ -84,7 +85,7 @@ class FocusLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, F, in) -> (n, F, out)."""
-        y = torch.bmm(x.transpose(0, 1), self.per_focus()).transpose(0, 1)
+        y = precise_matmul(x.transpose(0, 1), self.per_focus()).transpose(0, 1)
         return y if self.bias is None else y + self.bias.view(self.n_focus, -1)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dpa4.kernels.matmul import precise_matmul
 from dpa4.model.layers import Linear, RMSNorm
 
 
@@ -74,7 +75,7 @@ class RadialFeatures(NamedTuple):
     def project(self, weight: Tensor) -> Tensor:
         """Contract degrees and channels: weight (L', C, K) with L' <= L gives (E, K)."""
         merged = torch.einsum("wlc,lck->wk", self.last[:, : len(weight)], weight)
-        return torch.cat([self.hidden, self.pair], -1) @ torch.cat([merged, weight.sum(0)])
+        return precise_matmul(torch.cat([self.hidden, self.pair], -1), torch.cat([merged, weight.sum(0)]))
 
     def of_degrees(self, weight: Tensor, degrees: Tensor) -> Tensor:
         """Map the channels of the features of some degrees (n,): weight (C, K) gives (E, n, K)."""

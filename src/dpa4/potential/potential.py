@@ -101,8 +101,11 @@ class Potential(nn.Module):
 
     def forward(self, graph: Graph) -> Prediction:
         """Energy, forces and virial of a graph on the device of the model."""
+        return self.of_edges(self.without_excluded(graph))
+
+    def of_edges(self, graph: Graph) -> Prediction:
+        """`forward` of a graph without excluded pairs; nothing in it waits for the device."""
         with torch.enable_grad():
-            graph = self._without_excluded(graph)
             vectors = graph.edge_vectors().detach().requires_grad_()
             atomic = self.atomic_energies(graph, vectors)
             gradient = self._gradient(atomic, vectors)
@@ -118,7 +121,7 @@ class Potential(nn.Module):
 
     def descriptor(self, graph: Graph) -> Tensor:
         """Invariant features of every atom that feed the energy network, (N, channels)."""
-        graph = self._without_excluded(graph)
+        graph = self.without_excluded(graph)
         return self.model.descriptor(*self._inputs(graph, graph.edge_vectors()))
 
     def _inputs(self, graph: Graph, vectors: Tensor) -> tuple[Tensor, Tensor, Incidence, Incidence, Tensor]:
@@ -144,7 +147,8 @@ class Potential(nn.Module):
         virial, energy = segment_sum(virial, structure), segment_sum(atomic, structure)
         return Prediction(energy, atomic, forces, virial)
 
-    def _without_excluded(self, graph: Graph) -> Graph:
+    def without_excluded(self, graph: Graph) -> Graph:
+        """The graph without edges between elements whose pair the model leaves out."""
         if not self.config.excluded_pairs:
             return graph
         species = self.species_of[graph.atomic_numbers]

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from dpa4.graph import SKIN, Graph, SkinnedNeighbors, within_cutoff
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import load_potential
+from dpa4.potential.evaluator import Evaluator
 from dpa4.system import choose_device
 
 Model = str | Path | Potential
 Results = dict[str, Any]
+Precision = Literal["high", "fast"]
 
 _INFO_KEYS = ("charge", "spin")
 _COMMITTEE = ("energy", "forces", "stress")
@@ -48,6 +50,8 @@ class DPA4Calculator(Calculator):
         branch: str | None = None,
         neighbor_skin: float = SKIN,
         compute_stress: bool = True,
+        precision: Precision = "high",
+        compile: bool | None = None,
     ):
         """Load the models.
 
@@ -60,6 +64,10 @@ class DPA4Calculator(Calculator):
                 an atom has moved by about half of it, or the cell has changed as much; the results do not
                 depend on it. 0 searches in every step.
             compute_stress: Offer the stress of periodic cells.
+            precision: "high" is the accuracy of the dtype. "fast" multiplies in bfloat16 within the interaction
+                blocks, for screening rather than for dynamics: see the force errors in docs/running.md.
+            compile: Compile at the first calculation, which takes up to a minute once per machine; None does so on
+                a GPU in float32. A failure is a warning, and eager mode goes on.
 
         Raises:
             FileNotFoundError: If a checkpoint does not exist.
@@ -68,6 +76,10 @@ class DPA4Calculator(Calculator):
         super().__init__()
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be float32 or float64, got {dtype!r}")
+        if precision not in ("high", "fast"):
+            raise ValueError(f"precision must be high or fast, got {precision!r}")
+        if precision == "fast" and dtype != "float32":
+            raise ValueError(f"precision 'fast' needs dtype float32, got {dtype!r}")
         if not 0 <= neighbor_skin < np.inf:
             raise ValueError(f"neighbor_skin must be a distance >= 0 in Angstrom, got {neighbor_skin}")
         models = [model] if isinstance(model, str | Path | Potential) else list(model)
@@ -75,6 +87,12 @@ class DPA4Calculator(Calculator):
             raise ValueError("model is an empty list; give at least one checkpoint or potential")
         self.device = choose_device(device)
         self.potentials = [_load(m, self.device, getattr(torch, dtype), branch) for m in models]
+        if compile is None:
+            compile = self.device.type == "cuda" and dtype == "float32"
+        if precision == "fast":
+            for potential in self.potentials:
+                potential.model.block_autocast = torch.bfloat16
+        self._evaluators = [Evaluator(potential, compile) for potential in self.potentials]
         self.cutoff = max(p.config.cutoff for p in self.potentials)
         self.neighbor_skin = neighbor_skin
         self.compute_stress = compute_stress
@@ -110,8 +128,8 @@ class DPA4Calculator(Calculator):
         with_stress = self.compute_stress and bool(self.atoms.pbc.all())
         graphs = self._graphs(self.atoms)
         members = [
-            _results(potential(graph), self.atoms.get_volume() if with_stress else None)
-            for potential, graph in zip(self.potentials, graphs, strict=True)
+            _results(evaluate(graph), self.atoms.get_volume() if with_stress else None)
+            for evaluate, graph in zip(self._evaluators, graphs, strict=True)
         ]
         if len(members) == 1:
             self.results = members[0]

@@ -15,11 +15,10 @@ from dpa4.data import EpochBatches
 from dpa4.graph import Graph
 from dpa4.potential import Potential
 from dpa4.potential.compiled import (
-    BF16_TOLERANCE,
-    TOLERANCES,
     compare_with_eager,
     compile_potential,
     restore_eager,
+    tolerance,
 )
 from dpa4.training.evaluation import full_precision
 
@@ -126,7 +125,7 @@ class CompiledTraining:
         """Deviations from eager mode on a graph, as validation (in full precision) or training meets them."""
         model = self.potential.train(training).model
         with nullcontext() if training else full_precision(model):
-            allowed = BF16_TOLERANCE if model.block_autocast else TOLERANCES[self.potential.dtype]
+            allowed = tolerance(self.potential)
             found = compare_with_eager(self.potential, graph)
         for name, deviation in found.items():
             if not deviation <= allowed:  # also if it is not a number

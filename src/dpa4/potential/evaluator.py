@@ -1,0 +1,59 @@
+"""Energies and forces as fast as the device allows."""
+
+import logging
+import warnings
+
+from dpa4.graph import Graph
+from dpa4.potential.potential import Potential, Prediction
+
+_log = logging.getLogger(__name__)
+
+
+class Evaluator:
+    """A potential in evaluation mode, compiled at its first call and replayed as a CUDA graph where it is small.
+
+    The first call compares with eager mode. If that fails or deviates, a warning says why and eager mode stays.
+
+    Args:
+        potential: On its device and in its precision.
+        compile: Whether to compile.
+    """
+
+    def __init__(self, potential: Potential, compile: bool):
+        self.potential = potential.eval()
+        self._pending = compile
+        self._call = potential.__call__
+
+    def __call__(self, graph: Graph) -> Prediction:
+        """Prediction for a graph of one structure, on the device."""
+        if (
+            self._pending and min(graph.num_atoms, graph.num_edges) > 1
+        ):  # smaller ones run eagerly in any case
+            self._pending = False
+            self._compile(graph)
+        return self._call(graph)
+
+    def _compile(self, graph: Graph) -> None:
+        from dpa4.potential import compiled  # takes a second to import
+        from dpa4.potential.replay import Replay
+
+        seconds: list[float] = []
+        allowed = compiled.tolerance(self.potential)
+        try:
+            compiled.compile_potential(self.potential, lambda name, s: seconds.append(s))
+            found = compiled.compare_with_eager(self.potential, graph)
+            if not all(deviation <= allowed for deviation in found.values()):
+                raise ArithmeticError(f"relative deviations from eager mode are {found}, allowed {allowed}")
+        except Exception as error:
+            compiled.restore_eager(self.potential)
+            cause = f"{type(error).__name__}: {str(error)[:500]}"
+            warnings.warn(
+                f"compilation failed, so calculations go on in eager mode, right but slower ({cause}); "
+                "compile=False leaves it out",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return
+        _log.info("compiled in %.0f s; relative deviations from eager mode: %s", sum(seconds), found)
+        if graph.positions.is_cuda:
+            self._call = Replay(self.potential)

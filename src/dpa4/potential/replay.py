@@ -1,0 +1,99 @@
+"""Energy and forces as a CUDA graph: in small systems it takes longer to launch the kernels than to run them."""
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+
+from dpa4.graph import Graph, collate
+from dpa4.potential.potential import Potential, Prediction
+
+MAX_ATOMS = 4096
+"""Largest system that is replayed. Larger ones keep the device busy, and a CUDA graph never gives memory back."""
+
+
+class _Recording(NamedTuple):
+    graph: "torch.cuda.CUDAGraph"
+    inputs: Graph
+    prediction: Prediction
+
+
+class Replay:
+    """Calls a potential on one structure at a time, by replaying recorded kernels.
+
+    Sizes are rounded up with atoms far from everything, by at most 1/16, so one recording serves many structures.
+
+    Args:
+        potential: In evaluation mode, on a GPU; its weights must not move afterwards.
+        max_recordings: Of different sizes, that are held at a time.
+    """
+
+    def __init__(self, potential: Potential, max_recordings: int = 4):
+        self.potential, self.max_recordings = potential, max_recordings
+        self.recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
+
+    def __call__(self, graph: Graph) -> Prediction:
+        """Prediction for a graph of one structure, on the device."""
+        graph = self.potential.without_excluded(graph)
+        if graph.num_atoms > MAX_ATOMS or graph.num_edges < 2:
+            return self.potential.of_edges(graph)
+        n = graph.num_atoms
+        padded = pad(graph, self.potential.config.cutoff)
+        size = padded.num_atoms, padded.num_edges
+        if size not in self.recordings:
+            self.recordings[size] = self._record(padded)
+            while len(self.recordings) > self.max_recordings:
+                self.recordings.popitem(last=False)
+        self.recordings.move_to_end(size)
+        recording = self.recordings[size]
+        for own, new in zip(recording.inputs, padded, strict=True):
+            own.copy_(new)
+        recording.graph.replay()
+        energy, atomic, forces, virial = recording.prediction
+        return Prediction(energy[:1].clone(), atomic[:n].clone(), forces[:n].clone(), virial[:1].clone())
+
+    def _record(self, padded: Graph) -> _Recording:
+        inputs = Graph(*(t.clone() for t in padded))
+        stream = torch.cuda.Stream(padded.positions.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles, and fills caches that must not be filled while recording
+                self.potential.of_edges(inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            prediction = self.potential.of_edges(inputs)
+        return _Recording(graph, inputs, prediction)
+
+
+def pad(graph: Graph, cutoff: float) -> Graph:
+    """Add a structure so that the numbers of atoms and edges are among few.
+
+    Its atoms are those of the first element met; each edge joins an atom to an image of itself beyond the cutoff, so
+    that it has no energy. Nothing of it touches the other structures.
+
+    Args:
+        graph: The graph.
+        cutoff: Of the model, in Angstrom.
+    """
+    atoms = rounded_up(graph.num_atoms + 1) - graph.num_atoms
+    edges = rounded_up(graph.num_edges) - graph.num_edges
+    device = graph.positions.device
+    own = torch.arange(edges, device=device) * atoms // max(edges, 1)  # spread evenly, ascending
+    extra = Graph(
+        atomic_numbers=graph.atomic_numbers[:1].expand(atoms),
+        positions=torch.zeros(atoms, 3, dtype=torch.float64, device=device),
+        cell=(cutoff + 1) * torch.eye(3, dtype=torch.float64, device=device)[None],
+        structure=torch.zeros(atoms, dtype=torch.int64, device=device),
+        source=own,
+        destination=own,
+        shift=torch.ones(edges, 3, dtype=torch.float64, device=device),
+        charge_spin=graph.charge_spin[:1],
+    )
+    return collate([graph, extra])
+
+
+def rounded_up(n: int) -> int:
+    """The next number with five binary digits and zeros after them."""
+    unit = 1 << max(n.bit_length() - 5, 0)
+    return -(-n // unit) * unit
