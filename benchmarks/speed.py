@@ -27,10 +27,10 @@ WAYS = ["eager", "compiled", "recompute", "replay"]  # compiled; without kept re
 ELEMENTS = tuple(chemical_symbols[1:90])
 
 
-def structure(atoms: int, seed: int) -> Graph:
+def structure(atoms: int, seed: int, density: float = 0.06) -> Graph:
     rng = np.random.default_rng(seed)
     side = int(np.ceil(round(atoms ** (1 / 3), 6)))
-    length = (atoms / 0.06) ** (1 / 3)
+    length = (atoms / density) ** (1 / 3)
     grid = np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), -1).reshape(-1, 3)[:atoms]
     positions = grid * length / side + rng.normal(0, 0.1, (atoms, 3))
     cell = ase.Atoms(cell=[length] * 3, pbc=True).cell.array
@@ -106,6 +106,9 @@ def main() -> None:
     )
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"], help="of training")
     parser.add_argument("--fast", action="store_true", help="bfloat16 products for energy+forces, too")
+    parser.add_argument(
+        "--density", type=float, default=0.06, help="atoms per cubic Angstrom; copper has 0.0847"
+    )
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument(
         "--profile", type=int, default=0, help="rows of the profile of every compiled measurement"
@@ -160,7 +163,7 @@ def main() -> None:
     for atoms in options.atoms:
         potential = potential_of(options.model, device).eval()
         potential.model.block_autocast = torch.bfloat16 if options.fast else None
-        graph = structure(atoms, 0).to(device)
+        graph = structure(atoms, 0, options.density).to(device)
         record = {"work": "energy+forces", "atoms": graph.num_atoms, "edges": graph.num_edges}
         record |= {"precision": "fast" if options.fast else "high"}
         for way in options.ways:

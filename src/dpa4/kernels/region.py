@@ -49,6 +49,9 @@ _OPTIONS = {
     "alignment_asserts": False,
 }
 
+_INDEX_LIMIT = 2**31
+"""Elements beyond which an index needs 64 bits."""
+
 _EXPENSIVE = {"mm", "bmm", "addmm", "baddbmm", "scatter_reduce", "index_add", "index_put"}
 _REDUCTIONS = {"sum", "mean", "amax"}
 
@@ -118,18 +121,17 @@ class Region:
         training = self.module.training
         whole = sizes.get("center", sizes["node"]) == sizes["node"]
         keep = whole and (training or sizes["node"] <= self.max_kept)
-        key = (
-            tuple(t if t is None else (t.dtype, t.requires_grad) for t in inputs),
-            device,
-            autocast,
-            training,
-            keep,
-        )
-        if key not in self.code.programs:
-            start = time.monotonic()
-            program = _Program(self, inputs, spec, sizes, device.type, autocast, keep)
-            self.code.programs[key] = program
-            self.code.report(self.code.name, time.monotonic() - start)
+        kinds = tuple(t if t is None else (t.dtype, t.requires_grad) for t in inputs)
+        for wide in (False, True):
+            key = (kinds, device, autocast, training, keep, wide)
+            if key not in self.code.programs:
+                start = time.monotonic()
+                hints = dict.fromkeys(sizes, _INDEX_LIMIT) if wide else sizes
+                self.code.programs[key] = _Program(self, inputs, spec, hints, device.type, autocast, keep)
+                self.code.report(self.code.name, time.monotonic() - start)
+            # The compiler takes for granted that indices have 32 bits if they do at the sizes it sees.
+            if all(sizes[a] * n < _INDEX_LIMIT for a, n in self.code.programs[key].elements.items()):
+                break
         return self.code.programs[key]
 
 
@@ -165,7 +167,7 @@ class _Program:
             return leaves
 
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        fakes = _fakes(mode, inputs, axes, sizes)
+        fakes, symbols = _fakes(mode, inputs, axes, sizes)
         with mode, enable_python_dispatcher(), torch.no_grad():
             grads = [_contiguous_like(r) for r in value(fakes)]
         with mode:
@@ -212,6 +214,7 @@ class _Program:
         # Every stage gets an argument of each axis, so that it knows all symbolic sizes.
         shaped = [(0, axes.index(a)) for a in _COUNTED if a in axes]
         self.stages = _cut(graph, layout, shaped, keep)
+        self.elements = _elements(graph, {s: a for s, a in symbols.items() if a in sizes})
 
     def run(self, stage: int, given: Sequence[Sequence[Maybe]]) -> tuple[list[Maybe], list[Tensor]]:
         """Results of a stage (None where an input has no influence) and what it keeps for later ones.
@@ -322,17 +325,31 @@ def _size(n: fx.Node) -> int:
     return math.prod(int(s) if isinstance(s, int) else s.node.hint for s in n.meta["val"].shape)
 
 
+def _elements(graph: fx.Graph, axes: dict[Any, str]) -> dict[str, int]:
+    """Most elements per entry of each axis that any tensor of the graph has; axes by their symbols."""
+    elements = dict.fromkeys(axes.values(), 1)
+    for n in graph.nodes:
+        size: Any = n.meta["val"].numel() if isinstance(n.meta.get("val"), Tensor) else 0
+        if isinstance(size, torch.SymInt):
+            for symbol in size.node.expr.free_symbols & axes.keys():
+                per_entry = int(size.node.expr.subs(symbol, 2) - size.node.expr.subs(symbol, 1))
+                elements[axes[symbol]] = max(elements[axes[symbol]], per_entry)
+    return elements
+
+
 def _fakes(
     mode: FakeTensorMode, inputs: Sequence[Maybe], axes: Sequence[str], sizes: dict[str, int]
-) -> list[Maybe]:
-    """The inputs without their data, symbolic along node and edge axes."""
+) -> tuple[list[Maybe], dict[Any, str]]:
+    """The inputs without their data, symbolic along node and edge axes, and the symbols of the axes."""
     axis: dict[str, Any] = {}
+    symbols = {}
     for k, name in enumerate(_COUNTED):
         # Odd and different: nothing may be concluded from the sizes at hand.
         hint = (sizes.get(name, 0) | 1) + 4 * k
         context: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-        size = mode.from_tensor(torch.empty(hint), symbolic_context=context).shape[0]
+        size: Any = mode.from_tensor(torch.empty(hint, device="meta"), symbolic_context=context).shape[0]
         axis |= {name: size, f"{name}+1": size + 1}
+        symbols[size.node.expr] = name
     axis["vector"] = axis["edge"]
     fakes: list[Maybe] = []
     with mode:
@@ -342,7 +359,7 @@ def _fakes(
             else:
                 shape = t.shape if a == "static" else (axis[a], *t.shape[1:])
                 fakes.append(torch.empty(shape, dtype=t.dtype, device=t.device))
-    return fakes
+    return fakes, symbols
 
 
 def _contiguous_like(t: Tensor) -> Tensor:

@@ -1,0 +1,289 @@
+"""Compiled regions: a trace cut into stages is the same function with the same derivatives, at every size.
+
+Compilers take minutes on a CPU, so here the stages are run as the graphs that a compiler would get.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from dpa4.graph import collate
+from dpa4.kernels import region as regions
+from dpa4.kernels.incidence import Incidence
+from dpa4.kernels.region import Region, RegionCode
+from dpa4.kernels.segments import gather, segment_sum
+from dpa4.potential import Potential
+from dpa4.potential.compiled import compare_with_eager, compile_potential, restore_eager
+from helpers import assert_close, crystal, graph_of, molecule, random_potential
+
+SOURCE = Incidence("edge", "edge", "node+1")
+CENTER = Incidence("edge", None, "center+1")
+WIDTH = 5
+
+
+@pytest.fixture
+def compilations(monkeypatch) -> list:
+    """Graphs that were to be compiled; they are run as they are."""
+    graphs: list = []
+
+    def run_as_it_is(graph, examples, **_):
+        graphs.append(graph)
+        return lambda *flat: graph(*flat)
+
+    monkeypatch.setattr(torch._inductor, "standalone_compile", run_as_it_is)
+    return graphs
+
+
+class Layer(nn.Module):
+    """Messages with a parameter on nodes and one on edges, and a result of its own for the edges."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.inner = nn.Linear(WIDTH, WIDTH).double()
+        self.outer = nn.Linear(WIDTH, WIDTH, bias=False).double()
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def apply_to(self, x, length, source, center):
+        states = self.inner(x)
+        message = functional.silu(gather(states, source) * length[:, None])
+        return segment_sum(self.outer(message), center), message.square().sum(-1)
+
+
+def as_region(layer: Layer, code: RegionCode | None = None, **options) -> RegionCode:
+    code = code or RegionCode("layer", ("node", "edge", SOURCE, CENTER))
+    layer.region = Region(layer, "apply_to", ["inner", "outer"], code, **options)
+    return code
+
+
+def arguments(nodes: int, edges: int, centers: int | None = None):
+    generator = torch.Generator().manual_seed(nodes)
+    centers = nodes if centers is None else centers
+    x = torch.randn(nodes, WIDTH, generator=generator, dtype=torch.float64)
+    length = torch.rand(edges, generator=generator, dtype=torch.float64)
+    source = torch.randint(nodes, (edges,), generator=generator)
+    center = torch.randint(centers, (edges,), generator=generator).sort().values
+    return x, length, Incidence.of(source, nodes), Incidence.of_sorted(center, centers)
+
+
+def derivatives(function, layer: Layer, x, length, source, center, energy=1.0, forces=1.0):
+    """Results, their derivative by the lengths, and gradients of a loss of both by all that has any."""
+    x, length = x.clone().requires_grad_(), length.clone().requires_grad_()
+    total, own = function(x.sin(), length.square(), source, center)
+    value = total.sin().sum() + own.sum()
+    (force,) = torch.autograd.grad(value, length, create_graph=layer.training)
+    if not layer.training:
+        return [total, own, force]
+    loss = energy * value.square() + forces * force.square().sum()
+    gradients = torch.autograd.grad(loss, [x, *layer.inner.parameters(), *layer.outer.parameters()])
+    return [total, own, force, *gradients]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"max_kept": 0}])
+def test_ten_sizes_one_compilation(compilations, training, options):
+    layer = Layer().train(training)
+    code = as_region(layer, **options)
+    for n in range(2, 12):
+        given = arguments(n, 4 * n + 3)
+        found = derivatives(layer.region, layer, *given)
+        for a, b in zip(found, derivatives(layer.apply_to, layer, *given), strict=True):
+            assert_close(a, b)
+    assert len(code.programs) == 1
+    assert len(compilations) == (4 if training else 2)
+
+
+def test_centres_may_be_some_of_the_nodes(compilations):
+    layer = Layer()
+    as_region(layer)
+    given = arguments(9, 20, centers=4)
+    expected = derivatives(layer.apply_to, layer, *given)
+    for a, b in zip(derivatives(layer.region, layer, *given), expected, strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize(("energy", "forces"), [(1.0, 0.0), (0.0, 1.0)])
+def test_losses_of_one_kind(compilations, energy, forces):
+    layer = Layer()
+    as_region(layer)
+    given = arguments(6, 20)
+    found = derivatives(layer.region, layer, *given, energy, forces)
+    for a, b in zip(found, derivatives(layer.apply_to, layer, *given, energy, forces), strict=True):
+        assert_close(a, b)
+
+
+def test_loss_without_the_first_derivative(compilations):
+    """Stages 1 and 2 never ran when stage 3 is asked for."""
+    layer = Layer()
+    as_region(layer)
+    x, length, source, center = arguments(6, 20)
+    found, expected = [
+        torch.autograd.grad(f(x, length, source, center)[0].sin().sum(), list(layer.inner.parameters()))
+        for f in (layer.region, layer.apply_to)
+    ]
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b)
+
+
+def test_backward_twice_and_interleaved_calls(compilations):
+    layer = Layer()
+    as_region(layer)
+    losses = []
+    for n in (5, 7):
+        x, length, source, center = arguments(n, 20)
+        length.requires_grad_()
+        total, own = layer.region(x, length, source, center)
+        (force,) = torch.autograd.grad(total.sum() + own.sum(), length, create_graph=True)
+        losses.append(force.square().sum())
+    parameters = list(layer.inner.parameters())
+    once = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    again = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in reversed(losses)]
+    both = torch.autograd.grad(losses[0] + losses[1], parameters)
+    for k, total in enumerate(both):
+        assert torch.equal(once[0][k], again[1][k]) and torch.equal(once[1][k], again[0][k])
+        assert_close(total, once[0][k] + once[1][k])
+
+
+def test_code_is_shared_and_gradients_are_not(compilations):
+    layers = [Layer(0), Layer(1)]
+    code = None
+    for layer in layers:
+        code = as_region(layer, code)
+    given = arguments(6, 20)
+    for layer in layers:
+        for a, b in zip(
+            derivatives(layer.region, layer, *given), derivatives(layer.apply_to, layer, *given), strict=True
+        ):
+            assert_close(a, b)
+    assert len(compilations) == 4
+
+
+def test_small_sizes_run_eagerly(compilations):
+    layer = Layer()
+    as_region(layer)
+    for nodes, edges in [(1, 3), (3, 1), (3, 0)]:
+        derivatives(layer.region, layer, *arguments(nodes, edges))
+    assert not compilations
+
+
+def test_kept_products_are_not_computed_again(compilations):
+    counts = []
+    for max_kept in (100, 0):
+        layer = Layer().eval()
+        as_region(layer, max_kept=max_kept)
+        derivatives(layer.region, layer, *arguments(6, 20))
+        nodes = [n for graph in compilations for n in graph.graph.nodes if n.op == "call_function"]
+        targets = [str(n.target) for n in nodes]
+        counts.append(sum("mm" in t or "segment_sum" in t for t in targets))
+        compilations.clear()
+    assert counts[0] < counts[1]
+
+
+def test_sizes_beyond_32_bits_get_their_own_code(compilations, monkeypatch):
+    monkeypatch.setattr(regions, "_INDEX_LIMIT", 30 * WIDTH)
+    layer = Layer().eval()
+    code = as_region(layer)
+    derivatives(layer.region, layer, *arguments(6, 20))
+    assert len(code.programs) == 1
+    given = arguments(6, 40)
+    for a, b in zip(
+        derivatives(layer.region, layer, *given), derivatives(layer.apply_to, layer, *given), strict=True
+    ):
+        assert_close(a, b)
+    assert len(code.programs) == 2
+    derivatives(layer.region, layer, *arguments(6, 50))
+    assert len(code.programs) == 2
+
+
+def test_mixed_precision(compilations):
+    layer = Layer().float()
+    as_region(layer)
+    x, length, source, center = arguments(6, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = derivatives(layer.region, layer, x.float(), length.float(), source, center)
+        expected = derivatives(layer.apply_to, layer, x.float(), length.float(), source, center)
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, 0.03)  # eight bits, in another order
+
+
+GENERATIONS = {
+    "S2 grid": {"ffn_on": "s2"},
+    "SO(3) grid": {"message_node_so3": True, "ffn_on": "so3", "ffn_grid": 1, "so3_readout": "mlp"},
+    "foci": {"n_focus": 2, "radial_so2_rank": 2},
+}
+
+
+def batches(count: int):
+    return [
+        collate([graph_of(molecule(k, 3 + k)), graph_of(crystal(k)), graph_of(molecule(k + 1, 1))])
+        for k in range(count)
+    ]
+
+
+@pytest.mark.parametrize("options", GENERATIONS.values(), ids=GENERATIONS)
+@pytest.mark.parametrize("split", [False, True])
+def test_potential_and_its_parameter_gradients(compilations, options, split):
+    potential: Potential = random_potential(**options)
+    if split:
+        potential.model.max_edges = {"cpu": 60}
+    for training in (True, False):
+        compile_potential(potential.train(training))
+        for graph in batches(2):
+            for name, deviation in compare_with_eager(potential, graph).items():
+                assert deviation < 1e-11, name  # float64, another order of sums
+
+
+def test_potential_compiles_once_for_ten_batches(compilations):
+    potential = random_potential(n_blocks=1).train()
+    compile_potential(potential)
+    for k, graph in enumerate(batches(10)):
+        potential(graph).forces.square().mean().backward()
+        if k == 0:
+            count = len(compilations)
+    assert len(compilations) == count == 20  # five regions of four stages
+
+
+def test_wrong_code_is_detected(compilations):
+    potential = random_potential().train()
+    compile_potential(potential)
+    graph = batches(1)[0]
+    right = potential.model.read_out
+    potential.model.__dict__["read_out"] = Wrong(lambda x: right(x) + 1e-3 * (x[:, 0] - x[:, 0].detach()))
+    found = compare_with_eager(potential, graph)
+    assert found["energy"] < 1e-11  # only derivatives are wrong
+    assert found["forces"] > 1e-6 and found["parameter gradients"] > 1e-6
+
+
+class Wrong(Region):
+    """A region with the right value and wrong derivatives."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+
+def test_compiling_twice_and_back(compilations):
+    potential = random_potential()
+    graph = batches(1)[0]
+    expected = potential(graph)
+    compile_potential(potential)
+    compile_potential(potential)
+    assert_close(potential(graph).forces, expected.forces)
+    restore_eager(potential)
+    assert torch.equal(potential(graph).forces, expected.forces)
+
+
+@pytest.mark.slow
+def test_the_real_compiler():
+    layer = Layer().float()
+    as_region(layer)
+    for n in (4, 9, 17):
+        x, length, source, center = arguments(n, 4 * n)
+        given = x.float(), length.float(), source, center
+        for a, b in zip(
+            derivatives(layer.region, layer, *given), derivatives(layer.apply_to, layer, *given), strict=True
+        ):
+            assert_close(a, b, 1e-5)  # float32

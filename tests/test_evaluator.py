@@ -1,0 +1,118 @@
+"""Evaluation as fast as the device allows: padding and replay, compilation that may fail, precision."""
+
+import numpy as np
+import pytest
+import torch
+
+from dpa4.graph import collate
+from dpa4.potential import compiled
+from dpa4.potential.evaluator import Evaluator
+from dpa4.potential.replay import Replay, pad, rounded_up
+from dpa4.simulation import DPA4Calculator
+from helpers import crystal, graph_of, molecule, random_potential
+
+CUTOFF = 4.0  # of random_potential
+
+
+def test_rounded_up_wastes_little_and_has_few_values():
+    sizes = {n: rounded_up(n) for n in range(100_000)}
+    assert all(n <= s <= n + n / 16 for n, s in sizes.items())
+    assert len(set(sizes.values())) < 250
+
+
+@pytest.mark.parametrize("structure", [molecule, crystal])
+def test_padding_changes_nothing(structure):
+    potential = random_potential()
+    graph = graph_of(structure())
+    padded = pad(graph, CUTOFF)
+    assert padded.num_atoms == rounded_up(graph.num_atoms + 1)
+    assert padded.num_edges == rounded_up(graph.num_edges)
+    assert (padded.destination.diff() >= 0).all()
+    expected, found = potential(graph), potential(padded)
+    n = graph.num_atoms
+    # another order of the sums of float64
+    torch.testing.assert_close(found.energy[:1], expected.energy, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.forces[:n], expected.forces, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.virial[:1], expected.virial, rtol=1e-10, atol=1e-11)
+    assert not found.forces[n:].any() and not found.virial[1:].any()
+
+
+def test_padding_of_several_structures():
+    graph = collate([graph_of(molecule(1)), graph_of(molecule(2))])
+    padded = pad(graph, CUTOFF)
+    assert padded.num_structures == 3
+    assert torch.equal(padded.structure[: graph.num_atoms], graph.structure)
+
+
+def test_failed_compilation_is_a_warning(monkeypatch):
+    def fail(potential, report):
+        raise OSError("no compiler found")
+
+    monkeypatch.setattr(compiled, "compile_potential", fail)
+    potential, graph = random_potential(), graph_of(molecule())
+    expected, evaluate = potential(graph), Evaluator(potential, compile=True)
+    with pytest.warns(RuntimeWarning, match="OSError: no compiler found"):
+        found = evaluate(graph)
+    assert torch.equal(found.forces, expected.forces)
+    assert torch.equal(evaluate(graph).forces, expected.forces)  # without another warning
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_deviating_code_is_not_used(monkeypatch, factor):
+    def wrong(potential, report):
+        network = potential.model
+        network.read_out = lambda x: factor * type(network).read_out(network, x)
+
+    monkeypatch.setattr(compiled, "compile_potential", wrong)
+    monkeypatch.setattr(compiled, "compare_with_eager", lambda *_: {"energy": abs(factor - 1)})
+    potential, graph = random_potential(), graph_of(molecule())
+    expected = potential(graph)
+    with pytest.warns(RuntimeWarning, match="relative deviations from eager mode"):
+        found = Evaluator(potential, compile=True)(graph)
+    assert torch.equal(found.energy, expected.energy)
+
+
+def test_compilation_waits_for_a_structure_with_edges(monkeypatch):
+    calls = []
+    monkeypatch.setattr(compiled, "compile_potential", lambda *_: calls.append(1))
+    evaluate = Evaluator(random_potential(), compile=True)
+    evaluate(graph_of(molecule(n=1)))
+    assert not calls
+    evaluate(graph_of(molecule()))
+    evaluate(graph_of(molecule()))
+    assert len(calls) == 1
+
+
+def test_fast_is_close_to_high_and_not_the_same():
+    atoms, potential = crystal(), random_potential(channels=16)
+    high, fast = (DPA4Calculator(potential, device="cpu", precision=p) for p in ("high", "fast"))
+    expected, found = high.get_forces(atoms), fast.get_forces(atoms)
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert 1e-5 < error < 0.1  # bfloat16 has a relative rounding of 4e-3, amplified by sums that cancel
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "low"}, "precision must be high or fast, got 'low'"),
+        ({"precision": "fast", "dtype": "float64"}, "precision 'fast' needs dtype float32, got 'float64'"),
+    ],
+)
+def test_precision_that_does_not_exist(options, message):
+    with pytest.raises(ValueError, match=message):
+        DPA4Calculator(random_potential(), device="cpu", **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_replay_follows_the_structure():
+    potential = random_potential().float().cuda()
+    replay = Replay(potential, max_recordings=2)
+    for seed, n in [(0, 9), (1, 9), (2, 10), (3, 12), (4, 14), (0, 9)]:
+        graph = graph_of(molecule(seed, n)).to("cuda")
+        expected, found = potential(graph), replay(graph)
+        # float32, another order of the sums
+        torch.testing.assert_close(found.energy, expected.energy, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(found.forces, expected.forces, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.virial, expected.virial, rtol=1e-4, atol=1e-4)
+        assert len(replay.recordings) <= 2
