@@ -6,7 +6,7 @@ import torch
 
 from dpa4.graph import collate
 from dpa4.potential import compiled
-from dpa4.potential.evaluator import Evaluator
+from dpa4.potential.evaluator import Evaluator, first_atoms
 from dpa4.potential.replay import Replay, pad, rounded_up
 from dpa4.simulation import DPA4Calculator
 from helpers import crystal, graph_of, molecule, random_potential
@@ -55,6 +55,13 @@ def test_failed_compilation_is_a_warning(monkeypatch):
         found = evaluate(graph)
     assert torch.equal(found.forces, expected.forces)
     assert torch.equal(evaluate(graph).forces, expected.forces)  # without another warning
+
+
+def test_first_atoms_are_a_structure():
+    atoms = molecule(n=12)
+    found = first_atoms(graph_of(atoms), 7)
+    for a, b in zip(found, graph_of(atoms[:7]), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
