@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from dpa4.kernels.matmul import precise_matmul
-from dpa4.kernels.triton_matmul import SCHEMES, Scheme, Tile, matmul
+from dpa4.kernels.triton_matmul import Tile, matmul
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -70,8 +70,8 @@ def split_mm(x: Tensor, w: Tensor) -> Tensor:
     return mm(left, right) * scale
 
 
-def with_tile(scheme: Scheme, tile: Tile) -> Product:
-    return lambda x, w: matmul(x, w, scheme, tile)
+def with_tile(tile: Tile) -> Product:
+    return lambda x, w: matmul(x, w, tile)
 
 
 def variants() -> list[tuple[str, str, Product]]:
@@ -83,10 +83,7 @@ def variants() -> list[tuple[str, str, Product]]:
         ("torch float16 x 3, eager split", "", split_mm),
         ("precise_matmul (as installed)", "", precise_matmul),
     ]
-    for scheme in SCHEMES:
-        tiles = TILES if scheme.startswith("fp16") else TILES[:2]
-        found += [(scheme, "x".join(map(str, tile)), with_tile(scheme, tile)) for tile in tiles]
-    return found
+    return found + [("our kernel", "x".join(map(str, tile)), with_tile(tile)) for tile in TILES]
 
 
 def errors(product: Product, size: int) -> list[float]:

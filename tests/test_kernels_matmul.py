@@ -1,4 +1,4 @@
-"""Matrix products on tensor cores: accuracy of every scheme in Triton's interpreter, derivatives of the operator."""
+"""Matrix products on tensor cores: accuracy in Triton's interpreter, derivatives of the operator."""
 
 import importlib.util
 import multiprocessing
@@ -14,9 +14,6 @@ from dpa4.kernels.matmul import precise_matmul
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-SCHEMES = ["fp16x3", "fp16x3_blocks", "fp16x3_single", "tf32x3", "bf16x6"]
-INTERPRETED = [scheme for scheme in SCHEMES if scheme != "bf16x6"]
-"""The interpreter multiplies the bit patterns of bfloat16, so that scheme is tested on the device only."""
 SMALL = (32, 32, 16, 4, 1)
 """Tile of several blocks along every axis of small matrices."""
 
@@ -34,13 +31,12 @@ def interpreter():
         yield lambda *args: pool.submit(interpreted, *args).result()
 
 
-def interpreted(x: np.ndarray, w: np.ndarray, scheme: str, tile: tuple | None, order: tuple) -> np.ndarray:
+def interpreted(x: np.ndarray, w: np.ndarray, tile: tuple | None, order: tuple) -> np.ndarray:
     """Product by the interpreted kernel; ``order`` permutes the axes of x first, which changes strides only."""
     from dpa4.kernels import triton_matmul as kernel
 
-    assert tuple(SCHEMES) == kernel.SCHEMES
     tile = None if tile is None else kernel.Tile(*tile)
-    y = kernel.matmul(torch.from_numpy(x).permute(order), torch.from_numpy(w), scheme, tile)
+    y = kernel.matmul(torch.from_numpy(x).permute(order), torch.from_numpy(w), tile)
     assert y.is_contiguous()
     return y.numpy()
 
@@ -60,19 +56,17 @@ def relative_error(y, x, w):
 
 
 @needs_triton
-@pytest.mark.parametrize("scheme", INTERPRETED)
 @pytest.mark.parametrize(("e", "k", "n"), [(70, 48, 80), (33, 35, 19), (1, 16, 1), (5, 1, 3)])
-def test_any_size(interpreter, scheme, e, k, n):
+def test_any_size(interpreter, e, k, n):
     x, w = operands((e, k), (k, n))
-    assert relative_error(interpreter(x, w, scheme, SMALL, (0, 1)), x, w) < TOLERANCE
+    assert relative_error(interpreter(x, w, SMALL, (0, 1)), x, w) < TOLERANCE
 
 
 @needs_triton
-@pytest.mark.parametrize("scheme", ["fp16x3", "fp16x3_blocks"])
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])
-def test_batches_and_strides(interpreter, scheme, order):
+def test_batches_and_strides(interpreter, order):
     x, w = operands([(3, 40, 32)[order.index(axis)] for axis in range(3)], (3, 32, 20))
-    y = interpreter(x, w, scheme, SMALL, order)
+    y = interpreter(x, w, SMALL, order)
     assert relative_error(y, x.transpose(order), w) < TOLERANCE
 
 
@@ -80,7 +74,7 @@ def test_batches_and_strides(interpreter, scheme, order):
 @pytest.mark.parametrize("shape", [(0, 32), (4, 0), (2, 0, 32)])
 def test_no_rows_or_no_terms(interpreter, shape):
     x, w = operands(shape, (*shape[:-2], shape[-1], 16))
-    y = interpreter(x, w, "fp16x3_blocks", SMALL, tuple(range(x.ndim)))
+    y = interpreter(x, w, SMALL, tuple(range(x.ndim)))
     assert y.shape == (*shape[:-1], 16) and not y.any()
 
 
@@ -88,23 +82,21 @@ def test_no_rows_or_no_terms(interpreter, shape):
 @pytest.mark.parametrize("k", [32, 192, 96])
 def test_default_tiles(interpreter, k):
     x, w = operands((130, k), (k, k))
-    assert relative_error(interpreter(x, w, "fp16x3_blocks", None, (0, 1)), x, w) < TOLERANCE
+    assert relative_error(interpreter(x, w, None, (0, 1)), x, w) < TOLERANCE
 
 
 @needs_triton
-@pytest.mark.parametrize("scheme", INTERPRETED)
-def test_badly_scaled_rows_and_columns(interpreter, scheme):
+def test_badly_scaled_rows_and_columns(interpreter):
     """Rows and columns from 1e-14 to 1e14, far outside of float16, and entries that differ by 1e3 within a row."""
     x, w = operands((64, 64), (64, 48))
     x *= np.float32(10) ** np.linspace(-14, 14, 64, dtype=np.float32)[:, None]
     x *= np.float32(10) ** -np.linspace(0, 3, 64, dtype=np.float32)
     w *= np.float32(10) ** np.linspace(14, -14, 48, dtype=np.float32)
-    assert relative_error(interpreter(x, w, scheme, SMALL, (0, 1)), x, w) < TOLERANCE
+    assert relative_error(interpreter(x, w, SMALL, (0, 1)), x, w) < TOLERANCE
 
 
 @needs_triton
-@pytest.mark.parametrize("scheme", INTERPRETED)
-def test_entries_far_below_the_largest(interpreter, scheme):
+def test_entries_far_below_the_largest(interpreter):
     """Terms x_k w_k of one size from factors 1e-8 to 1: what float16 loses is small beside the largest factors."""
     x, w = operands((40, 64), (64, 32))
     factor = np.float32(10) ** np.linspace(-8, 0, 64, dtype=np.float32)
@@ -112,16 +104,15 @@ def test_entries_far_below_the_largest(interpreter, scheme):
     exact = x.astype(np.float64) @ w.astype(np.float64)
     bound = TOLERANCE * (np.abs(x) @ np.abs(w))
     bound += 1e-11 * 64 * np.abs(x).max(1, keepdims=True) * np.abs(w).max(0, keepdims=True)
-    assert (np.abs(interpreter(x, w, scheme, SMALL, (0, 1)) - exact) <= bound).all()
+    assert (np.abs(interpreter(x, w, SMALL, (0, 1)) - exact) <= bound).all()
 
 
 @needs_triton
-@pytest.mark.parametrize("scheme", INTERPRETED)
-def test_zeros_stay_zero_and_what_is_not_finite_is_seen(interpreter, scheme):
+def test_zeros_stay_zero_and_what_is_not_finite_is_seen(interpreter):
     x, w = operands((6, 32), (32, 16))
     x[0], w[:, 0] = 0, 0
     x[2, 3], x[3, 3], x[4, 3] = np.nan, np.inf, 1e-42
-    y = interpreter(x, w, scheme, SMALL, (0, 1))
+    y = interpreter(x, w, SMALL, (0, 1))
     assert not y[0].any() and not y[[1, 4, 5], 0].any()
     assert not np.isfinite(y[[2, 3], 1:]).any() and np.isfinite(y[[0, 1, 4, 5]]).all()
 
@@ -201,14 +192,13 @@ def test_shapes_that_do_not_fit(x, w):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(("e", "k", "n"), [(1000, 256, 256), (515, 384, 384), (77, 40, 24), (300, 96, 128)])
-def test_schemes_on_the_device(scheme, e, k, n):
+def test_sizes_on_the_device(e, k, n):
     from dpa4.kernels import triton_matmul as kernel
 
     x, w = operands((2, e, k), (2, k, n))
     x *= np.float32(10) ** np.linspace(-4, 4, e, dtype=np.float32)[:, None]
-    y = kernel.matmul(torch.from_numpy(x).cuda(), torch.from_numpy(w).cuda(), scheme).cpu().numpy()
+    y = kernel.matmul(torch.from_numpy(x).cuda(), torch.from_numpy(w).cuda()).cpu().numpy()
     assert relative_error(y, x, w) < TOLERANCE
 
 
