@@ -21,7 +21,15 @@ from dpa4.model.harmonics import edge_frame
 from dpa4.model.layers import DegreeLinear, EquivariantRMSNorm, degree_of
 from dpa4.model.radial import RadialFeatures, envelope
 from dpa4.model.segments import envelope_softmax
-from dpa4.model.so2 import DegreeProduct, ElementwiseProduct, Gate, SO2Linear, SO2Stack, split_orders
+from dpa4.model.so2 import (
+    DegreeProduct,
+    ElementwiseProduct,
+    FusedSO2Stack,
+    Gate,
+    SO2Linear,
+    SO2Stack,
+    split_streams,
+)
 from helpers import assert_close, randomize
 from test_harmonics import full_wigner
 
@@ -207,11 +215,17 @@ def so2_layer(kind: str, lmax: int, mmax: int, width: int = 2, focus: int = 2) -
         return prepared(SO2Linear(lmax, mmax, width, focus, bias=True))
     if kind == "gate":
         return prepared(Gate(lmax, width, focus, bias=True))
+    if kind == "fused stack":
+        return prepared(FusedSO2Stack(lmax, mmax, width, focus, 3))
     return prepared(SO2Stack(lmax, mmax, width, focus, 3, bias=True, layer_scale=True))
 
 
 def apply_so2(layer: torch.nn.Module, groups: list[torch.Tensor]) -> list[torch.Tensor]:
-    return layer(groups) if isinstance(layer, Gate) else layer(groups, None)
+    if isinstance(layer, Gate):
+        return layer(groups)
+    if isinstance(layer, SO2Linear):
+        return layer(groups, None)
+    return list(layer(torch.cat(groups, -1), None).split([x.shape[-1] for x in groups], dim=-1))
 
 
 def roll(groups: list[torch.Tensor], angle: torch.Tensor) -> list[torch.Tensor]:
@@ -227,7 +241,7 @@ def roll(groups: list[torch.Tensor], angle: torch.Tensor) -> list[torch.Tensor]:
 SO2_SIZES = [(0, 0), (1, 1), (3, 1), (3, 2), (4, 4)]
 
 
-@pytest.mark.parametrize("kind", ["linear", "gate", "stack"])
+@pytest.mark.parametrize("kind", ["linear", "gate", "stack", "fused stack"])
 @pytest.mark.parametrize(("lmax", "mmax"), SO2_SIZES)
 def test_so2_layers_commute_with_turns_about_the_edge(kind, lmax, mmax):
     layer = so2_layer(kind, lmax, mmax)
@@ -270,7 +284,7 @@ def test_degree_product_is_the_matrix_over_degrees_in_the_edge_frame(mmax, rank)
     product = prepared(DegreeProduct(2, mmax, 4, rank))
     edges, radial = edges_of(random(5, 3), config), radial_of(5, config)
     x, identity = random(3, 9, 4), torch.eye(4, dtype=torch.float64)
-    actual = split_orders(product(product.spread(x), radial, identity, edges), 2, mmax, 1)
+    actual = groups_of(split_streams(product(product.spread(x), radial, identity, edges), 1), 2, mmax, 4)
     features = torch.einsum("ew,wlc->elc", radial.hidden, radial.last) + radial.pair[:, None]
     entries = (features.flatten(1) @ product.weight).unflatten(-1, (-1, rank or 1))
     basis = torch.ones(1, 4).double() if rank is None else product.channel_basis

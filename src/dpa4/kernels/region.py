@@ -1,21 +1,15 @@
 """Compiled regions: parts of the model as compiled functions with compiled first and second derivatives.
 
 Training on forces differentiates twice, which the compiler's own autograd does not do. A region y = f(p, x) of
-parameters p and arguments x is therefore traced once through all that such a step asks of it, in four stages:
-
-0. y, in the forward pass;
-1. g J, given the gradient g of y: the backward pass that yields the forces (J is the Jacobian with respect to x);
-2. J c, given the cotangent c of stage 1: the way of the loss from the forces back through stage 1;
-3. the derivatives of <c, g J> + <G, y> with respect to p and x, given the gradient G of y.
-
-The trace is a flat graph of ATen operators and kernels in which nothing is left to differentiate. It is cut into the
-stages: products of matrices and kernels over edges are computed once and kept for later stages, everything else is
-computed again where it is needed, since reading it from memory would take as long (docs/adr/0011). Two
-``torch.autograd.Function`` tie the stages together, so ``torch.autograd.grad(..., create_graph=True)`` and
-``loss.backward()`` work as in eager mode.
+parameters p and arguments x is therefore traced once through all that such a step asks of it, the four stages of
+`dpa4.kernels.twice`. The trace is a flat graph of ATen operators and kernels in which nothing is left to
+differentiate. It is cut into the stages: products of matrices and kernels over edges are computed once and kept for
+later stages, everything else is computed again where it is needed, since reading it from memory would take as long
+(docs/adr/0011).
 """
 
 import math
+import operator
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -31,14 +25,15 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
+from dpa4.kernels import twice
+from dpa4.kernels.twice import Maybe
+
 Axis = Literal["node", "node+1", "center", "center+1", "edge", "vector", "static"]
 """What the leading axis of an argument counts.
 
 "center" are the nodes that receive; "static" does not vary, and such arguments are taken for parameters. "vector"
 counts edges, too, and marks data: arguments with a derivative in stage 1, that of the forces, but none in stage 3.
 """
-
-Maybe = Tensor | None
 
 _COUNTED = ("node", "center", "edge")
 
@@ -111,8 +106,7 @@ class Region:
         if min(sizes.values()) < 2:  # compilers treat sizes 0 and 1 as special
             return self.eager(*args)
         program = self._program(leaves, spec, sizes)
-        *results, _ = _Value.apply(_Call(program), *self.tensors, *leaves)
-        return pytree.tree_unflatten(results, program.out_spec)
+        return pytree.tree_unflatten(twice.apply(program, [*self.tensors, *leaves]), program.out_spec)
 
     def _program(self, leaves: list[Maybe], spec: Any, sizes: dict[str, int]) -> "_Program":
         inputs = [*self.tensors, *leaves]
@@ -214,15 +208,11 @@ class _Program:
         # Every stage gets an argument of each axis, so that it knows all symbolic sizes.
         shaped = [(0, axes.index(a)) for a in _COUNTED if a in axes]
         self.stages = _cut(graph, layout, shaped, keep)
+        self.once = not training
         self.elements = _elements(graph, {s: a for s, a in symbols.items() if a in sizes})
 
     def run(self, stage: int, given: Sequence[Sequence[Maybe]]) -> tuple[list[Maybe], list[Tensor]]:
-        """Results of a stage (None where an input has no influence) and what it keeps for later ones.
-
-        Args:
-            stage: 0 to 3.
-            given: Inputs, kept of stage 0, g, kept of stage 1, c, kept of stage 2, G; of these the first 2 stage + 1.
-        """
+        """See `dpa4.kernels.twice.Stages`."""
         code = self.stages[stage]
         flat = [t.contiguous() for t in (given[group][i] for group, i in code.takes) if t is not None]
         start = time.monotonic()
@@ -245,6 +235,14 @@ class _Program:
         exists = self.exists[stage]
         found = iter(results)
         return [next(found) if e else None for e in exists], list(found)
+
+    def without_first(self, given: list[list[Maybe]], grads: Sequence[Tensor]) -> list[Maybe]:
+        """See `dpa4.kernels.twice.Stages`; stages 1 and 2 of zeros."""
+        given = [*given, [torch.zeros_like(g) for g in grads]]
+        first, kept = self.run(1, given)
+        given += [list(kept), twice.with_zeros(self, given[0], [None] * len(first))]
+        given.append(list(self.run(2, given)[1]))
+        return self.run(3, [*given, grads])[0]
 
 
 class _Stage:
@@ -282,10 +280,11 @@ def _cut(
                 continue
             if n in place:
                 taken.add(n)
-            elif keep and made.get(n, stage) < stage and _worth_keeping(n):
+            elif keep and (maker := made.get(_kernel(n), stage)) < stage and _worth_keeping(n):
                 taken.add(n)
-                if n not in kept[made[n]]:
-                    kept[made[n]].append(n)
+                if n not in kept[maker]:
+                    kept[maker].append(n)
+                    needed[maker][1].add(n)
             else:
                 inside.add(n)
                 todo += n.all_input_nodes
@@ -313,12 +312,20 @@ def _cut(
 
 def _worth_keeping(n: fx.Node) -> bool:
     """Whether reading a result takes less time than computing it again in one pass over its arguments."""
-    if not isinstance(n.target, torch._ops.OpOverload) or not isinstance(n.meta["val"], Tensor):
+    if not isinstance(n.meta["val"], Tensor):
         return False
-    name = n.target.overloadpacket.__name__
-    if n.target.namespace == "dpa4" or name in _EXPENSIVE:
+    target = _kernel(n).target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    name = target.overloadpacket.__name__
+    if target.namespace == "dpa4" or name in _EXPENSIVE:
         return True
     return name in _REDUCTIONS and 8 * _size(n) <= _size(n.all_input_nodes[0])
+
+
+def _kernel(n: fx.Node) -> fx.Node:
+    """What computes a node: another one, if the node is one of several results."""
+    return n.all_input_nodes[0] if n.target is operator.getitem else n
 
 
 def _size(n: fx.Node) -> int:
@@ -381,89 +388,3 @@ def _gradient(
     return list(
         torch.autograd.grad(outputs, inputs, cotangents, create_graph=create_graph, allow_unused=True)
     )
-
-
-class _Call:
-    """One call of a region: hands what stage 2 found to stage 3 of the same backward pass."""
-
-    def __init__(self, program: _Program):
-        self.program = program
-        self.handed: tuple[int, list[list[Maybe]]] | None = None
-
-    def hand_over(self, given: list[list[Maybe]]) -> None:
-        self.handed = torch._C._current_graph_task_id(), given
-
-    def take_over(self) -> list[list[Maybe]] | None:
-        handed, self.handed = self.handed, None
-        return handed[1] if handed is not None and handed[0] == torch._C._current_graph_task_id() else None
-
-
-class _Value(torch.autograd.Function):
-    """Stage 0; its derivative is stage 1, or, in the last backward pass of training, stage 3.
-
-    The last result is empty. It enters stage 1 so that the derivative of that is taken before stage 3.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, *inputs: Maybe) -> tuple[Tensor, ...]:
-        inputs = tuple(None if t is None else t.detach().contiguous() for t in inputs)
-        results, kept = call.program.run(0, [inputs])
-        token = torch.empty(0, device=call.program.device)
-        ctx.call = call
-        ctx.save_for_backward(token, *inputs, *kept)
-        return *results, token  # type: ignore[arg-type]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Maybe, ...]:
-        call, program = ctx.call, ctx.call.program
-        token, *saved = ctx.saved_tensors
-        inputs, kept = saved[: program.num_inputs], saved[program.num_inputs :]
-        if len(program.stages) == 2:  # not in training: the last derivative there is
-            found, _ = program.run(1, [inputs, kept, grads[:-1]])
-            mask = program.mask
-        elif torch.is_grad_enabled():
-            found = list(_Vjp.apply(call, token, len(kept), *inputs, *kept, *grads[:-1]))
-            mask = program.mask
-        else:
-            given = call.take_over()
-            if given is None:  # the loss does not depend on stage 1
-                given = [inputs, kept, [torch.zeros_like(g) for g in grads[:-1]]]
-                first, kept_1 = program.run(1, given)
-                given += [kept_1, _cotangents(program, inputs, [None] * len(first))]
-                given.append(program.run(2, given)[1])
-            found, _ = program.run(3, [*given, grads[:-1]])
-            mask = program.last_mask
-        rest = iter(found)
-        return None, *(next(rest) if m else None for m in mask)
-
-
-class _Vjp(torch.autograd.Function):
-    """Stage 1; its derivative is stage 2 with respect to g, and left to stage 3 with respect to the rest."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, token: Tensor, num_kept: int, *tensors: Maybe) -> tuple[Maybe, ...]:
-        program = call.program
-        split = program.num_inputs, program.num_inputs + num_kept
-        parts = tensors[: split[0]], tensors[split[0] : split[1]], tensors[split[1] :]
-        given: list[Sequence[Maybe]] = [*parts]
-        results, kept = program.run(1, given)
-        ctx.call, ctx.lengths = call, [len(g) for g in (*given, kept)]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*(t for group in (*given, kept) for t in group))
-        return tuple(results)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *cotangents: Maybe) -> tuple[Maybe, ...]:
-        program, saved = ctx.call.program, iter(ctx.saved_tensors)
-        given = [[next(saved) for _ in range(n)] for n in ctx.lengths]
-        given.append(_cotangents(program, given[0], cotangents))
-        found, kept = program.run(2, given)
-        ctx.call.hand_over([*given, kept])
-        return None, None, None, *[None] * (ctx.lengths[0] + ctx.lengths[1]), *found
-
-
-def _cotangents(program: _Program, inputs: Sequence[Maybe], cotangents: Sequence[Maybe]) -> list[Maybe]:
-    """With zeros where there are none."""
-    like = [t for t, m in zip(inputs, program.mask, strict=True) if m and t is not None]
-    return [torch.zeros_like(t) if c is None else c for c, t in zip(cotangents, like, strict=True)]

@@ -21,6 +21,21 @@ def segment_sum(x: Tensor, incidence: Incidence) -> Tensor:
     return _SegmentSum.apply(x, *incidence)
 
 
+def materialized(x: Tensor) -> Tensor:
+    """x, as a result that a compiler writes to memory once instead of computing it anew wherever it is used."""
+    return _Materialized.apply(x)
+
+
+class _Materialized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.ops.dpa4.materialized(x.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return materialized(grad)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
@@ -66,3 +81,6 @@ _library.define(
 _library.impl("segment_sum", _eager, "CPU")
 _library.impl("segment_sum", _cuda, "CUDA")
 torch.library.register_fake("dpa4::segment_sum", _fake, lib=_library)
+_library.define("materialized(Tensor x) -> Tensor", tags=[torch.Tag.pt2_compliant_tag])
+_library.impl("materialized", torch.clone, "CompositeExplicitAutograd")
+torch.library.register_fake("dpa4::materialized", lambda x: x.new_empty(x.shape), lib=_library)

@@ -44,22 +44,28 @@ def matmul(x: Tensor, w: Tensor, tile: Tile | None = None) -> Tensor:
         (E, N) or (F, E, N), contiguous. An infinity in x or w gives NaN.
     """
     y = x.new_empty((*x.shape[:-1], w.shape[-1]))
+    x_FEK, w_FKN, y_FEN = (x, w, y) if x.dim() == 3 else (x[None], w[None], y[None])
+    matmul_into(y_FEN, x_FEK, w_FKN, None, tile)
+    return y
+
+
+def matmul_into(y: Tensor, x: Tensor, w: Tensor, add: Tensor | None, tile: Tile | None = None) -> None:
+    """Write x w + add to y (F, E, N), which has the strides of ``add`` and contiguous rows; see `matmul`."""
     if y.numel() == 0:
-        return y
-    x_FEK, w_FKN = (x, w) if x.dim() == 3 else (x[None], w[None])
-    if x_FEK.stride(-1) != 1:
-        x_FEK = x_FEK.contiguous()
-    (n_batch, rows, inner), columns = x_FEK.shape, w.shape[-1]
+        return
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    (n_batch, rows, inner), columns = x.shape, w.shape[-1]
     tile = default_tile(columns) if tile is None else tile
-    pieces, scale = split_weight(w_FKN)
+    pieces, scale = split_weight(w)
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns), n_batch)
     _matmul[grid](
-        x_FEK, pieces, scale, y, rows, x_FEK.stride(0), x_FEK.stride(1), n_batch,
-        INNER=inner, COLUMNS=columns,
+        x, pieces, scale, y, y if add is None else add,
+        rows, x.stride(0), x.stride(1), y.stride(0), y.stride(1), n_batch,
+        INNER=inner, COLUMNS=columns, ADD=add is not None,
         BLOCK_E=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return y
 
 
 def split_weight(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,8 +124,8 @@ def _split_weight(
 
 @triton.jit
 def _matmul(
-    x, pieces, scale, y, rows, stride_f, stride_e, n_batch,
-    INNER: tl.constexpr, COLUMNS: tl.constexpr,
+    x, pieces, scale, y, add, rows, stride_f, stride_e, stride_yf, stride_ye, n_batch,
+    INNER: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program (row block and column block, batch); column blocks run first, so x comes from the cache after that."""
@@ -153,5 +159,8 @@ def _matmul(
         acc += block * down[None, :]
 
     acc = acc * tl.load(scale + batch * COLUMNS + n, mask=n < COLUMNS, other=0.0)[:, None]
-    y += (batch * rows + first) * COLUMNS + e[:, None] * COLUMNS + n[None, :]
-    tl.store(y, tl.trans(acc), mask=inside & (n < COLUMNS)[None, :])
+    out = tl.trans(acc)
+    at = batch * stride_yf + first.to(tl.int64) * stride_ye + e[:, None] * stride_ye + n[None, :]
+    if ADD:
+        out += tl.load(add + at, mask=inside & (n < COLUMNS)[None, :], other=0.0)
+    tl.store(y + at, out, mask=inside & (n < COLUMNS)[None, :])

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from dpa4.kernels.rotate import scatter_matmul
+from dpa4.kernels.segments import materialized
 from dpa4.model.attention import EnvelopeGatedAttention, EnvelopeSum, FocusCompetition, SingleFocus
 from dpa4.model.config import ModelConfig
 from dpa4.model.edges import Edges, LocalFrame, Neighborhood
 from dpa4.model.grid import MessageNodeProduct, NoProduct
 from dpa4.model.layers import ChannelLinear, DegreeLinear
 from dpa4.model.radial import RadialFeatures
-from dpa4.model.so2 import DegreeProduct, ElementwiseProduct, SO2Stack, join_orders, split_orders
+from dpa4.model.so2 import DegreeProduct, ElementwiseProduct, join_streams, so2_layers, split_streams
 
 
 class SameChannels(nn.Module):
@@ -51,7 +52,7 @@ class SO2Convolution(nn.Module):
         else:
             rank = config.radial_so2_rank if config.radial_so2_mode == "degree_channel" else None
             self.product = DegreeProduct(lmax, self.mmax, hidden, rank)
-        self.stack = SO2Stack(
+        self.stack = so2_layers(
             lmax, self.mmax, width, focus, config.mixing_layers, config.mlp_bias, config.layer_scale
         )
         self.focus = (
@@ -91,12 +92,12 @@ class SO2Convolution(nn.Module):
         """
         to_hidden = self.radial_hidden.weight
         x = self.product(sources, radial, to_hidden, hood)
-        groups = split_orders(x, self.lmax, self.mmax, self.n_focus)
-        share = self.focus(groups[0][..., : self.width])
-        groups = self.stack(groups, self._bias_scale(radial, to_hidden, hood.edges) if self.biased else None)
-        weight = self.attention.weights(query, key, radial, to_hidden, hood) * share
+        x = split_streams(x, self.n_focus)
+        share = self.focus(x[..., : self.width])
+        x = self.stack(x, self._bias_scale(radial, to_hidden, hood.edges) if self.biased else None)
+        weight = materialized(self.attention.weights(query, key, radial, to_hidden, hood) * share)
         # One matrix per head weighs, rotates back and rescales.
-        message = join_orders(groups, self.width)
+        message = join_streams(x, self.stack.rows)
         back = self.frame.matrix(hood.edges.rows, back=True)[:, None] * weight.flatten(1)[:, :, None, None]
         return scatter_matmul(back.to(message.dtype), message, hood.destination)
 

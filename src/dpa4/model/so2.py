@@ -1,31 +1,33 @@
 """SO(2)-equivariant mixing in the edge frame (model-2 sections 5 to 7.3).
 
-Edge features are held as one tensor per order |m|: (F, E, K_m) with K_0 = (lmax + 1) c and
-K_m = 2 (lmax - m + 1) c, the -m run before the +m run and channels fastest. Every operation of the stack acts on
-the orders separately, so the runs are never joined inside it.
+Edge features are held as (F, E, W): for every focus stream and edge the rows of the edge frame one after another,
+each with c channels. An order |m| owns a run of K_m columns: K_0 = (lmax + 1) c and K_m = 2 (lmax - m + 1) c, the -m
+rows before the +m rows. Every operation of the stack acts on the orders separately.
 """
+
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from dpa4.kernels.gate import Rows
 from dpa4.kernels.matmul import precise_matmul
 from dpa4.kernels.rotate import edge_matmul
+from dpa4.kernels.so2 import so2_stack
 from dpa4.model.edges import LocalFrame, Neighborhood, reduced_degrees
 from dpa4.model.layers import FocusLinear, after_zeros, degree_of, truncated_normal
 from dpa4.model.radial import RadialFeatures
 
 
-def join_orders(groups: list[Tensor], width: int) -> Tensor:
-    """Edge features per order, [(F, E, K_m)], to rows of the edge frame, (E, M, F width)."""
-    rows = torch.cat([g.unflatten(-1, (-1, width)) for g in groups], dim=2)
-    return rows.permute(1, 2, 0, 3).flatten(2)
+def join_streams(x: Tensor, rows: Rows) -> Tensor:
+    """Edge features (F, E, W) to rows of the edge frame, (E, M, F c)."""
+    return x.unflatten(-1, (rows.total, -1)).permute(1, 2, 0, 3).flatten(2)
 
 
-def split_orders(x: Tensor, lmax: int, mmax: int, n_focus: int) -> list[Tensor]:
-    """Rows of the edge frame (E, M, F c) to edge features per order, [(F, E, K_m)]."""
-    sizes = [lmax + 1] + [2 * (lmax - m + 1) for m in range(1, mmax + 1)]
-    streams = x.unflatten(-1, (n_focus, -1)).permute(2, 0, 1, 3)
-    return [rows.flatten(2) for rows in streams.split(sizes, dim=2)]
+def split_streams(x: Tensor, n_focus: int) -> Tensor:
+    """Rows of the edge frame (E, M, F c) to edge features, (F, E, W)."""
+    return x.unflatten(-1, (n_focus, -1)).permute(2, 0, 1, 3).flatten(2)
 
 
 class ElementwiseProduct(nn.Module):
@@ -139,7 +141,14 @@ class Gate(nn.Module):
     def __init__(self, lmax: int, width: int, n_focus: int, bias: bool):
         super().__init__()
         self.width = width
+        self.n_focus = n_focus
         self.linear = FocusLinear(width, lmax * width, n_focus, bias, std=0.01) if lmax else None
+
+    def weight(self, x: Tensor) -> Tensor:
+        """Weight of the gates of the degrees above zero, (F, c, lmax c), in x's precision and on its device."""
+        if self.linear is None:
+            return x.new_empty(self.n_focus, self.width, 0)
+        return self.linear.per_focus()
 
     def forward(self, groups: list[Tensor]) -> list[Tensor]:
         """Gate [(F, E, K_m)]; silu(x) = x sigmoid(x), so one sigmoid serves scalars and gates."""
@@ -161,6 +170,7 @@ class SO2Stack(nn.Module):
         self, lmax: int, mmax: int, width: int, n_focus: int, layers: int, bias: bool, layer_scale: bool
     ):
         super().__init__()
+        self.rows = Rows(lmax, mmax)
         self.linears = nn.ModuleList(SO2Linear(lmax, mmax, width, n_focus, bias) for _ in range(layers))
         self.gates = nn.ModuleList(
             Gate(lmax, width, n_focus, bias) if t < layers - 1 else nn.Identity() for t in range(layers)
@@ -168,12 +178,36 @@ class SO2Stack(nn.Module):
         scales = range(layers if layer_scale else 0)
         self.scales = nn.ParameterList(torch.full((n_focus, width), 1e-3) for _ in scales)
 
-    def forward(self, groups: list[Tensor], bias_scale: Tensor | None) -> list[Tensor]:
-        """Mix [(F, E, K_m)]; ``bias_scale`` (F, E, c) multiplies the bias of the first layer."""
+    def forward(self, x: Tensor, bias_scale: Tensor | None) -> Tensor:
+        """Mix (F, E, W); ``bias_scale`` (F, E, c) multiplies the bias of the first layer."""
+        width = x.shape[-1] // self.rows.total
+        groups = list(x.split([count * width for _, count in self.rows.orders()], dim=-1))
         for t, (linear, gate) in enumerate(zip(self.linears, self.gates, strict=True)):
             update = gate(linear(groups, bias_scale if t == 0 else None))
             if self.scales:
                 scale = self.scales[t][:, None]
                 update = [u * scale.tile(u.shape[-1] // scale.shape[-1]) for u in update]
             groups = [x + u for x, u in zip(groups, update, strict=True)]
-        return groups
+        return torch.cat(groups, dim=-1)
+
+
+class FusedSO2Stack(SO2Stack):
+    """The same without biases and layer scales, which no published model has, in few passes over the edges."""
+
+    def __init__(self, lmax: int, mmax: int, width: int, n_focus: int, layers: int):
+        super().__init__(lmax, mmax, width, n_focus, layers, bias=False, layer_scale=False)
+
+    def forward(self, x: Tensor, bias_scale: Tensor | None) -> Tensor:
+        """Mix (F, E, W)."""
+        linears, gates = cast(Iterable[SO2Linear], self.linears), cast(list[Gate], list(self.gates)[:-1])
+        matrices = [linear.matrices() for linear in linears]
+        return so2_stack(x, matrices, [gate.weight(x) for gate in gates], self.rows, self.training)
+
+
+def so2_layers(
+    lmax: int, mmax: int, width: int, n_focus: int, layers: int, bias: bool, layer_scale: bool
+) -> SO2Stack:
+    """The stack of a configuration."""
+    if bias or layer_scale:
+        return SO2Stack(lmax, mmax, width, n_focus, layers, bias, layer_scale)
+    return FusedSO2Stack(lmax, mmax, width, n_focus, layers)

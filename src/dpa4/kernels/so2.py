@@ -1,0 +1,285 @@
+r"""The stack of SO(2) layers as one operator per stage of training (model-2 section 7.3, step 6).
+
+Layer t maps edge features x (F, E, W), rows of the edge frame one after another in the last axis (`gate.Rows`), by
+
+.. math:: u = x W_t, \qquad x \leftarrow x + u \, \sigma(u)
+
+with one matrix per order |m| and the gates of `dpa4.kernels.gate`; the last layer has none. The four stages of
+`dpa4.kernels.twice` are written out here, since they need fewer passes over edge tensors than what follows from
+differentiating layer by layer: a product and one gate kernel per layer and stage.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpa4.kernels import gate, twice
+from dpa4.kernels.gate import Rows
+from dpa4.kernels.matmul import order_matmul
+from dpa4.kernels.twice import Maybe
+
+Matrices = Sequence[Tensor]
+"""One matrix per order, (F, K_m, K_m)."""
+
+
+def so2_stack(
+    x: Tensor, matrices: Sequence[Matrices], gates: Sequence[Tensor], rows: Rows, training: bool
+) -> Tensor:
+    """Apply the layers; can be differentiated twice by x.
+
+    Args:
+        x: (F, E, W).
+        matrices: Of every layer, one per order, (F, K_m, K_m).
+        gates: Weights of the gates of every layer but the last, (F, C, lmax C).
+        rows: The rows of the edge frame.
+        training: Whether matrices and gates are differentiated, too. If not, asking for their gradients is an
+            error.
+
+    Returns:
+        (F, E, W).
+
+    Raises:
+        RuntimeError: In a backward pass that asks for gradients of the weights without ``training``.
+    """
+    weights = [w.to(x.dtype).contiguous() for w in (*(w for layer in matrices for w in layer), *gates)]
+    if not training:
+        weights = [_Constant.apply(w) for w in weights]
+    (y,) = twice.apply(_Stack(len(matrices), rows, training), [x, *weights])
+    return y
+
+
+class _Constant(torch.autograd.Function):
+    """A weight outside of training."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError(
+            "gradients of the parameters were asked for in evaluation mode, which has none; call "
+            "potential.train() before the forward pass"
+        )
+
+
+class _Stack:
+    """The stages; inputs are x, the matrices of all layers, the gates."""
+
+    once = False
+
+    def __init__(self, layers: int, rows: Rows, training: bool):
+        self.rows, self.layers, self.training = rows, layers, training
+        self.num_inputs = 1 + layers * (rows.mmax + 1) + layers - 1
+        self.mask = [True] + [False] * (self.num_inputs - 1)
+        self.last_mask = [True] + [training] * (self.num_inputs - 1)
+
+    def run(self, stage: int, given: Sequence[Sequence[Maybe]]) -> tuple[list[Maybe], list[Tensor]]:
+        """See `dpa4.kernels.twice.Stages`."""
+        shared, (x, us, xs), ops = self._shared(given[0]), self._kept(given), torch.ops.dpa4
+        if stage == 0:
+            y, *kept = ops.so2_value(x, *shared, self.training)
+            return [y], kept
+        if stage == 1:
+            dx, *kept = ops.so2_vjp(given[2][0], us, *shared, True)
+            return [dx], kept
+        c = given[4][0]
+        if stage == 2:
+            y, *kept = ops.so2_tangent(c, us, *shared)
+            return [y], kept
+        vs, ds, grads = (
+            given[5][: self.layers - 1],
+            [c, *given[5][self.layers - 1 :]],
+            [*given[3], given[2][0]],
+        )
+        return list(ops.so2_joint(given[6][0], xs, us, grads, ds, vs, *shared)), []
+
+    def without_first(self, given: list[list[Maybe]], grads: Sequence[Tensor]) -> list[Maybe]:
+        """See `dpa4.kernels.twice.Stages`."""
+        shared, (_, us, xs) = self._shared(given[0]), self._kept(given)
+        if not self.training:
+            return list(torch.ops.dpa4.so2_vjp(grads[0], us, *shared, False))
+        return list(torch.ops.dpa4.so2_joint(grads[0], xs, us, [], [], [], *shared))
+
+    def _shared(self, inputs: Sequence[Maybe]) -> tuple[Any, ...]:
+        """The last arguments of every operator."""
+        first = 1 + self.layers * (self.rows.mmax + 1)
+        return inputs[1:first], inputs[first:], *self.rows
+
+    def _kept(self, given: Sequence[Sequence[Maybe]]) -> tuple[Any, ...]:
+        """x, what stage 0 kept of the products, and the inputs of the layers (none outside of training)."""
+        x, kept = given[0][0], given[1] if len(given) > 1 else []
+        return x, kept[: self.layers - 1], [x, *kept[self.layers - 1 :]] if self.training else []
+
+
+# The stages. Lists run over the layers; the last one has no gate, so lists of what belongs to gates are shorter.
+
+
+def _by_layer(matrices: Sequence[Tensor], mmax: int) -> list[Matrices]:
+    return [matrices[i : i + mmax + 1] for i in range(0, len(matrices), mmax + 1)]
+
+
+def _value(
+    x: Tensor, matrices: list[Tensor], gates: list[Tensor], lmax: int, mmax: int, keep: bool
+) -> list[Tensor]:
+    """y, the products u of the gated layers, and (keep) the inputs x of all layers but the first."""
+    rows, us, xs = Rows(lmax, mmax), [], []
+    *gated, last = _by_layer(matrices, mmax)
+    for layer, g in zip(gated, gates, strict=True):
+        us.append(order_matmul(x, layer))
+        x = gate.value(x, us[-1], g, rows)
+        xs.append(x)
+    return [order_matmul(x, last, add=x), *us, *(xs if keep else [])]
+
+
+def _vjp(
+    a: Tensor, us: list[Tensor], matrices: list[Tensor], gates: list[Tensor], lmax: int, mmax: int, keep: bool
+) -> list[Tensor]:
+    """Gradient of x, and (keep) of the results of all layers but the last."""
+    rows = Rows(lmax, mmax)
+    *gated, last = _by_layer(matrices, mmax)
+    a = order_matmul(a, [w.mT for w in last], add=a)
+    kept = []
+    for layer, g, u in zip(reversed(gated), reversed(gates), reversed(us), strict=True):
+        kept.append(a)
+        du, _ = gate.vjp(a, u, g, rows)
+        a = order_matmul(du, [w.mT for w in layer], add=a, overwrite=not keep)
+    return [a, *(kept[::-1] if keep else [])]
+
+
+def _tangent(
+    d: Tensor, us: list[Tensor], matrices: list[Tensor], gates: list[Tensor], lmax: int, mmax: int
+) -> list[Tensor]:
+    """Change of y where x changes by d; those of the products u, and of the inputs of all layers but the first."""
+    rows, vs, ds = Rows(lmax, mmax), [], []
+    *gated, last = _by_layer(matrices, mmax)
+    for layer, g, u in zip(gated, gates, us, strict=True):
+        vs.append(order_matmul(d, layer))
+        d = gate.tangent(d, vs[-1], u, g, rows)
+        ds.append(d)
+    return [order_matmul(d, last, add=d), *vs, *ds]
+
+
+def _joint(
+    b: Tensor,
+    xs: list[Tensor],
+    us: list[Tensor],
+    grads: list[Tensor],
+    ds: list[Tensor],
+    vs: list[Tensor],
+    matrices: list[Tensor],
+    gates: list[Tensor],
+    lmax: int,
+    mmax: int,
+) -> list[Tensor]:
+    """Gradient of x and, if ``xs`` is given, of the matrices and the gates.
+
+    Without ``grads``, ``ds`` and ``vs`` those of <b, y> alone.
+
+    Args:
+        b: Gradient of y in the last backward pass.
+        xs: Inputs of the layers.
+        us: Their products with the matrices.
+        grads: Gradients of the results of the layers in the backward pass of the forces.
+        ds: Changes of the inputs in stage 2.
+        vs: Changes of the products.
+        matrices: Weights.
+        gates: Weights of the gates.
+        lmax: Largest degree.
+        mmax: Largest order.
+    """
+    rows, c = Rows(lmax, mmax), b.shape[-1] // Rows(lmax, mmax).total
+    layers = _by_layer(matrices, mmax)
+    of_matrices: list[list[Tensor]] = []
+    of_gates: list[Tensor] = []
+    for t in reversed(range(len(layers))):
+        # Pairs of tensors whose products, summed over the edges, are the gradients of the weights.
+        if t == len(layers) - 1:
+            du, for_gates = b, []
+            for_matrices = [(ds[t], grads[t])] if ds else []
+        elif ds:
+            du, da, q, p = gate.joint(b, vs[t], grads[t], us[t], gates[t], rows)
+            for_gates = [(us[t][..., :c], q), (vs[t][..., :c], p)]
+            for_matrices = [(ds[t], da)]
+        else:
+            du, p = gate.vjp(b, us[t], gates[t], rows)
+            for_gates, for_matrices = [(us[t][..., :c], p)], []
+        if xs:
+            pairs = [(xs[t], du), *for_matrices]
+            columns = _columns(layers[t])
+            of_matrices.append(
+                [_sum_of_products([(x[..., s], y[..., s]) for x, y in pairs]) for s in columns]
+            )
+            of_gates += [_sum_of_products(for_gates)] if for_gates else []
+        b = order_matmul(du, [w.mT for w in layers[t]], add=b, overwrite=t < len(layers) - 1)
+    return [b, *(w for layer in reversed(of_matrices) for w in layer), *reversed(of_gates)]
+
+
+def _columns(layer: Matrices) -> list[slice]:
+    """Columns of an edge tensor that belong to each order."""
+    ends = list(accumulate(w.shape[-1] for w in layer))
+    return [slice(end - w.shape[-1], end) for end, w in zip(ends, layer, strict=True)]
+
+
+def _sum_of_products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Sum of x^T y over the pairs and the edges, (F, K, N)."""
+    (x, y), *others = pairs
+    total = torch.bmm(x.mT, y)
+    for x, y in others:
+        total.baddbmm_(x.mT, y)
+    return total
+
+
+# The operators. What tracing sees are results without values.
+
+
+def _new_value(
+    x: Tensor, matrices: list[Tensor], gates: list[Tensor], lmax: int, mmax: int, keep: bool
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for _ in range(1 + (1 + keep) * len(gates))]
+
+
+def _new_vjp(
+    a: Tensor, us: list[Tensor], matrices: list[Tensor], gates: list[Tensor], lmax: int, mmax: int, keep: bool
+) -> list[Tensor]:
+    return [a.new_empty(a.shape) for _ in range(1 + keep * len(gates))]
+
+
+def _new_tangent(
+    d: Tensor, us: list[Tensor], matrices: list[Tensor], gates: list[Tensor], lmax: int, mmax: int
+) -> list[Tensor]:
+    return [d.new_empty(d.shape) for _ in range(1 + 2 * len(gates))]
+
+
+def _new_joint(
+    b: Tensor,
+    xs: list[Tensor],
+    us: list[Tensor],
+    grads: list[Tensor],
+    ds: list[Tensor],
+    vs: list[Tensor],
+    matrices: list[Tensor],
+    gates: list[Tensor],
+    lmax: int,
+    mmax: int,
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (b, *matrices, *gates)][: None if xs else 1]
+
+
+_library = torch.library.Library("dpa4", "FRAGMENT")
+for _schema, _stage, _new in (
+    ("so2_value(Tensor x, Tensor[] matrices, Tensor[] gates, int lmax, int mmax, bool keep)", _value, _new_value),
+    ("so2_vjp(Tensor a, Tensor[] us, Tensor[] matrices, Tensor[] gates, int lmax, int mmax, bool keep)",
+     _vjp, _new_vjp),
+    ("so2_tangent(Tensor d, Tensor[] us, Tensor[] matrices, Tensor[] gates, int lmax, int mmax)",
+     _tangent, _new_tangent),
+    ("so2_joint(Tensor b, Tensor[] xs, Tensor[] us, Tensor[] grads, Tensor[] ds, Tensor[] vs, Tensor[] matrices, "
+     "Tensor[] gates, int lmax, int mmax)", _joint, _new_joint),
+):  # fmt: skip
+    _name = _library.define(f"{_schema} -> Tensor[]", tags=[torch.Tag.pt2_compliant_tag])
+    _library.impl(_name, torch.autocast("cpu", enabled=False)(_stage), "CPU")
+    _library.impl(_name, torch.autocast("cuda", enabled=False)(_stage), "CUDA")
+    torch.library.register_fake(f"dpa4::{_name}", _new, lib=_library)
