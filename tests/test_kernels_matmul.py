@@ -212,5 +212,5 @@ def test_operator_on_the_device():
 
     x, w = (torch.from_numpy(t).cuda() for t in operands((2, 70, 64), (2, 64, 48)))
     for single, double in zip(force_loss(x, w), force_loss(x.double(), w.double()), strict=True):
-        # Entries are of order 1e3, from a dozen operations with unit roundoff 6e-8.
-        torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-2)
+        # A dozen operations with unit roundoff 6e-8 and sums of 64 terms: float32 on a CPU deviates by 8e-6.
+        torch.testing.assert_close(single.double(), double, rtol=0, atol=3e-5 * float(double.abs().max()))

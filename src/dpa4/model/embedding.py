@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dpa4.kernels.segments import gather, segment_sum
+from dpa4.kernels.rotate import scatter_matmul
+from dpa4.kernels.segments import gather
 from dpa4.model.config import ModelConfig
 from dpa4.model.edges import SOFTENING, Neighborhood
 from dpa4.model.layers import Linear, RMSNorm, before_zeros
@@ -127,7 +128,7 @@ class EnvironmentSeed(nn.Module):
         inverse = torch.rsqrt(edges.vector.square().sum(-1, keepdim=True) + SOFTENING**2)
         radial = (edges.weight * edges.gate)[:, None] * inverse
         vector = torch.cat([radial, radial * edges.vector * inverse], dim=-1)
-        matrix = segment_sum(vector[:, :, None] * filters[:, None, :], hood.destination)
+        matrix = _sum_of_products(vector, filters, hood)
         matrix = matrix * hood.degree_norm[:, None, None]
         gram = matrix.transpose(1, 2) @ matrix[:, :, : self.axes]
         scale, shift = self.output(gram.flatten(1)).unflatten(1, (2, 1, -1)).unbind(1)
@@ -142,6 +143,11 @@ class EnvironmentSeed(nn.Module):
         The hidden radial features are summed first; the last radial layer acts on nodes, which are fewer.
         """
         angular = hood.edges.harmonics()[:, 1:] * hood.edges.gate[:, None]
-        summed = segment_sum(angular[:, :, None] * radial.hidden[:, None, :], hood.destination)
+        summed = _sum_of_products(angular, radial.hidden, hood)
         summed = summed * hood.degree_norm[:, None, None]
         return [summed[:, l * l - 1 : (l + 1) ** 2 - 1] @ radial.last[:, l] for l in range(1, self.lmax + 1)]
+
+
+def _sum_of_products(a: Tensor, b: Tensor, hood: Neighborhood) -> Tensor:
+    """Outer products of (E, k) and (E, c), summed over the edges of every centre without being kept: (N, k, c)."""
+    return scatter_matmul(a[:, None, None], b[:, None], hood.destination)

@@ -106,30 +106,36 @@ class Potential(nn.Module):
     def of_edges(self, graph: Graph) -> Prediction:
         """`forward` of a graph without excluded pairs; nothing in it waits for the device."""
         with torch.enable_grad():
-            vectors = graph.edge_vectors().detach().requires_grad_()
-            atomic = self.atomic_energies(graph, vectors)
+            vectors, ends = graph.edge_vectors().detach().requires_grad_(), _ends(graph)
+            atomic = self._atomic_energies(graph, vectors, ends)
             gradient = self._gradient(atomic, vectors)
         atomic = atomic if self.training else atomic.detach()
-        return self._assemble(graph, atomic, vectors.detach(), gradient)
+        return self._assemble(graph, ends, atomic, vectors.detach(), gradient)
 
     def atomic_energies(self, graph: Graph, vectors: Tensor) -> Tensor:
-        """Energy of each atom (N,) in eV as a function of the edge vectors (E, 3); differentiable."""
-        inputs = self._inputs(graph, vectors)
-        _, _, source, destination, _ = inputs
-        repulsion = self.repulsion(vectors, source, destination, graph.atomic_numbers)
+        """Energy of each atom (N,) in eV as a function of the edge vectors (E, 3); differentiable.
+
+        In training mode parameters can be differentiated, too.
+        """
+        return self._atomic_energies(graph, vectors, _ends(graph))
+
+    def _atomic_energies(self, graph: Graph, vectors: Tensor, ends: "Ends") -> Tensor:
+        inputs = self._inputs(graph, vectors, ends)
+        repulsion = self.repulsion(vectors, *ends, graph.atomic_numbers)
         return self.model(*inputs).double() + self.reference_energies[inputs[0]] + repulsion
 
     def descriptor(self, graph: Graph) -> Tensor:
         """Invariant features of every atom that feed the energy network, (N, channels)."""
         graph = self.without_excluded(graph)
-        return self.model.descriptor(*self._inputs(graph, graph.edge_vectors()))
+        return self.model.descriptor(*self._inputs(graph, graph.edge_vectors(), _ends(graph)))
 
-    def _inputs(self, graph: Graph, vectors: Tensor) -> tuple[Tensor, Tensor, Incidence, Incidence, Tensor]:
+    def _inputs(
+        self, graph: Graph, vectors: Tensor, ends: "Ends"
+    ) -> tuple[Tensor, Tensor, Incidence, Incidence, Tensor]:
         """Arguments of the network: species, vectors in its precision, source, destination, charge and spin."""
         species = self.species_of[graph.atomic_numbers]
         charge_spin = graph.charge_spin[graph.structure]
-        source, destination = _ends(graph)
-        return species, vectors.to(self.dtype), source, destination, charge_spin
+        return species, vectors.to(self.dtype), *ends, charge_spin
 
     def _gradient(self, atomic: Tensor, vectors: Tensor) -> Tensor:
         if vectors.shape[0] == 0:  # autograd has no path from an energy without edges
@@ -138,9 +144,11 @@ class Potential(nn.Module):
         return gradient
 
     @staticmethod
-    def _assemble(graph: Graph, atomic: Tensor, vectors: Tensor, gradient: Tensor) -> Prediction:
+    def _assemble(
+        graph: Graph, ends: "Ends", atomic: Tensor, vectors: Tensor, gradient: Tensor
+    ) -> Prediction:
         """Forces and virial from dE/d(edge vector); moving an atom moves the edges it ends and starts."""
-        source, destination = _ends(graph)
+        source, destination = ends
         forces = segment_sum(gradient, destination) - segment_sum(gradient, source)
         structure = Incidence.of_sorted(graph.structure, graph.num_structures)
         virial = segment_sum(gradient[:, :, None] * -vectors[:, None, :], destination)
@@ -158,8 +166,11 @@ class Potential(nn.Module):
         )
 
 
-def _ends(graph: Graph) -> tuple[Incidence, Incidence]:
-    """Sources and destinations of the edges."""
+Ends = tuple[Incidence, Incidence]
+"""Sources and destinations of the edges."""
+
+
+def _ends(graph: Graph) -> Ends:
     source = Incidence.of(graph.source, graph.num_atoms)
     return source, Incidence.of_sorted(graph.destination, graph.num_atoms)
 
