@@ -1,14 +1,19 @@
 """The model card tells what a checkpoint or preset is."""
 
 import io
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import pytest
 import torch
 from rich.console import Console
 
+from dpa4.model.presets import PRESETS, preset
+from dpa4.model.so2 import FusedSO2Stack
 from dpa4.potential.card import model_card
 from dpa4.potential.checkpoint import save_potential
 from dpa4.potential.deepmd_export import export_deepmd
+from dpa4.potential.gpu_kernels import triton_version, unsupported
 from helpers import random_potential
 
 
@@ -54,6 +59,36 @@ def test_switches_that_differ_from_the_defaults_come_first(saved):
     assert line(different, "channels") == "8"
     assert line(default, "mmax") == "1"
     assert "fitting" not in default
+
+
+def test_the_card_tells_which_kernels_a_gpu_has_for_the_model(saved, monkeypatch):
+    monkeypatch.setattr("dpa4.potential.card.triton_version", lambda: "3.6.0")
+    text = model_card(saved).text
+    assert line(text, "SO(2) layers") == "fused, Triton kernels"
+    assert line(text, "Triton") == "3.6.0"
+    monkeypatch.setattr("dpa4.potential.card.triton_version", lambda: None)
+    assert line(model_card(saved).text, "Triton") == "not installed; without it no model runs on a GPU"
+    save_potential(random_potential(mlp_bias=True), saved)
+    assert "mlp_bias = True" in line(model_card(saved).text, "SO(2) layers")
+
+
+@pytest.mark.parametrize("switches", [{}, {"mlp_bias": True}, {"layer_scale": True}])
+def test_reasons_are_those_by_which_the_network_chooses_its_layers(switches):
+    potential = random_potential(**switches)
+    reasons = unsupported(potential.config)
+    fused = {type(block.conv.stack) is FusedSO2Stack for block in potential.model.blocks}
+    assert fused == {not reasons}
+    assert [reason.partition(" = ")[0] for reason in reasons] == list(switches)
+    assert unsupported(potential.config, torch.float64)[:-1] == reasons
+    assert unsupported(potential.config, torch.float64)[-1].startswith("float64: ")
+
+
+def test_published_models_have_all_kernels():
+    assert not any(unsupported(preset(name)) for name in PRESETS)
+
+
+def test_the_version_of_triton_is_that_of_the_package():
+    assert triton_version() == (version("triton") if find_spec("triton") else None)
 
 
 def test_checkpoints_of_deepmd_kit_have_a_card(saved):

@@ -141,7 +141,7 @@ def info(
     source: Annotated[str, typer.Argument(help="A model file, or the name of a preset such as paper-air.")],
     branch: Branch = None,
 ) -> None:
-    """Print the model card: parameters, elements, switches, units, provenance."""
+    """Print the model card: parameters, elements, switches, units, kernels on a GPU, provenance."""
     from dpa4.potential import model_card
 
     with user_errors():

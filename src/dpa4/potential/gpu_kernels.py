@@ -1,0 +1,50 @@
+"""Which kernels a model gets on a GPU, from its configuration, its precision and what is installed."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from dpa4.model import ModelConfig
+
+_PLAIN_SO2 = {"mlp_bias": "biases", "layer_scale": "learned scales"}
+"""Switches of the model with which the SO(2) layers are not one fused operator, and what they add."""
+
+
+def triton_version() -> str | None:
+    """Version of the installed Triton."""
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
+
+
+def unsupported(config: ModelConfig, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Why a model runs in plain operations on a GPU where there are kernels for others; empty if it does not.
+
+    Args:
+        config: The model.
+        dtype: Precision of the network. Mixed precision in bfloat16 is as good as float32.
+    """
+    reasons = [
+        f"{switch} = True: SO(2) layers with {what} are not fused, they run operation by operation"
+        for switch, what in _PLAIN_SO2.items()
+        if getattr(config, switch)
+    ]
+    if dtype == torch.float64:
+        reasons.append("float64: there are no Triton kernels for it but that of sums over edges")
+    return reasons
+
+
+def gpu_kernels(config: ModelConfig, triton: str | None) -> dict[str, str]:
+    """Lines for the model card.
+
+    Args:
+        config: The model.
+        triton: Version of Triton, or ``None`` where it is not installed.
+    """
+    return {
+        "Triton": triton or "not installed; without it no model runs on a GPU",
+        "edges and nodes": "Triton kernels",
+        "SO(2) layers": "; ".join(unsupported(config)) or "fused, Triton kernels",
+        "with --dtype float64": "plain operations, not compiled",
+    }
