@@ -17,11 +17,15 @@ import numpy as np
 import torch
 from ase.data import chemical_symbols
 
+from dpa4.data import Batch
 from dpa4.graph import Graph, build_graph, collate
 from dpa4.model.presets import preset
 from dpa4.potential import Potential
 from dpa4.potential.compiled import compare_with_eager, compile_potential, restore_eager
 from dpa4.potential.replay import Replay
+from dpa4.training.loss import Loss
+from dpa4.training.replay import Recorder, ReplayedStep
+from dpa4.training.trainer import training_step
 
 WAYS = ["eager", "compiled", "recompute", "replay"]  # compiled; without kept results; as a CUDA graph
 ELEMENTS = tuple(chemical_symbols[1:90])
@@ -76,6 +80,24 @@ def timed(function, device: str, repeats: int) -> tuple[float, float, float]:
     return statistics.median(times), peak, first
 
 
+def replayed(potential: Potential, batch: Batch, optimizer: torch.optim.Optimizer):
+    """A training step as the trainer replays it: copy of the batch, loss and gradients recorded, optimizer."""
+
+    def differentiate(batch: Batch):
+        optimizer.zero_grad(set_to_none=True)
+        loss, terms = training_step(potential, batch, Loss(1.0, 1.0, 0.0, "mse"))
+        loss.backward()
+        return loss.detach(), terms
+
+    step = ReplayedStep(potential, differentiate, Recorder(differentiate, potential.parameters()))
+
+    def function() -> None:
+        step(batch)
+        optimizer.step()
+
+    return function
+
+
 def profile(function, rows: int) -> None:
     """Print where the device's time goes."""
     from torch.profiler import ProfilerActivity
@@ -125,6 +147,8 @@ def main() -> None:
             print(json.dumps(base | record | {"way": way, "error": "out of memory"}), flush=True)
             return
         result = {"way": way, "ms": round(ms, 2), "peak_gib": round(peak, 2), "first_s": round(first, 1)}
+        if way == "replay":  # a recording's memory is not counted as allocated
+            result["reserved_gib"] = round(torch.cuda.memory_reserved() / 2**30, 2)
         print(json.dumps(base | record | result), flush=True)
         if options.profile and way != "eager" and device == "cuda":
             profile(function, options.profile)
@@ -152,13 +176,21 @@ def main() -> None:
         pieces: list[tuple[str, float]] = []
         for way in options.ways:
             restore_eager(potential)
-            if way == "compiled":
+            if way in ("compiled", "replay"):
+                pieces.clear()
                 compile_potential(potential, lambda part, s: pieces.append((part, round(s, 1))))
                 print(
                     json.dumps(base | record | {"parity": compare_with_eager(potential, graph)}), flush=True
                 )
                 print(f"compiled in {sum(s for _, s in pieces):.1f} s: {pieces}", flush=True)
-            run(record, step, way)
+            called = step
+            if way == "replay":
+                flags = [torch.full((frames,), known, device=device) for known in (True, True, False)]
+                virial = torch.zeros(frames, 3, 3, dtype=torch.float64, device=device)
+                batch = Batch(graph, energy, forces, virial, *flags, weight=torch.ones_like(energy))
+                called = replayed(potential, batch, optimizer)
+            run(record, called, way)
+            called = None
         del potential, optimizer
     for atoms in options.atoms:
         potential = potential_of(options.model, device).eval()

@@ -42,6 +42,9 @@ def test_padding_of_several_structures():
     padded = pad(graph, CUTOFF)
     assert padded.num_structures == 3
     assert torch.equal(padded.structure[: graph.num_atoms], graph.structure)
+    more = pad(graph, CUTOFF, 4)
+    assert more.num_structures == 6 and more.charge_spin.shape == (6, 2)
+    assert torch.equal(more.structure, padded.structure)  # the others are empty
 
 
 def test_failed_compilation_is_a_warning(monkeypatch):

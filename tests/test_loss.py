@@ -121,6 +121,26 @@ def test_gradient_agrees_with_finite_differences(kind):
     assert torch.autograd.gradcheck(value, (fixed.energy, fixed.forces, fixed.virial))
 
 
+@pytest.mark.parametrize("kind", ["mae", "mse", "huber"])
+def test_structures_without_atoms_change_nothing(kind):
+    p, labels = prediction(), batch()
+    expected, _ = Loss(2.0, 3.0, 5.0, kind)(p, labels)
+    b, none = 2, torch.zeros(2, dtype=torch.bool)
+    leaf = torch.zeros(b, dtype=torch.float64, requires_grad=True)
+    longer = {
+        name: torch.cat([getattr(labels, name), none]) for name in ("has_energy", "has_forces", "has_virial")
+    }
+    longer |= {name: torch.cat([getattr(labels, name), leaf.detach()]) for name in ("energy", "weight")}
+    zeros = torch.zeros(b, 3, 3, dtype=torch.float64)
+    graph = labels.graph._replace(cell=torch.cat([labels.graph.cell, zeros]))
+    padded = labels._replace(graph=graph, virial=torch.cat([labels.virial, zeros]), **longer)
+    q = p._replace(energy=torch.cat([p.energy, leaf]), virial=torch.cat([p.virial, zeros]))
+    loss, _ = Loss(2.0, 3.0, 5.0, kind)(q, padded)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
 def test_targets_of_weight_zero_are_reported_but_not_differentiated():
     p = prediction()
     loss, terms = Loss(1.0, 1.0, 0.0)(p, batch())

@@ -29,6 +29,7 @@ from dpa4.training import trainer as trainer_module
 from dpa4.training.config import RunConfig
 from dpa4.training.evaluation import evaluate
 from dpa4.training.prepare import batch_budget, changed_options, prepare, split
+from dpa4.training.replay import ReplayedStep
 from dpa4.training.state import load_state, save_state
 from dpa4.training.trainer import Trainer, train
 
@@ -592,7 +593,7 @@ def test_the_first_batch_that_is_compiled_is_taken(data, tmp_path, monkeypatch):
         compilation.CompiledTraining, "_self_check", lambda self, _, b: chosen.append(b) or ""
     )
     compile_as(monkeypatch, faithful)
-    compilation.CompiledTraining(preparation.potential, SILENT).start(preparation.train)
+    compilation.CompiledTraining(preparation.potential, None, SILENT).start(preparation.train)
     assert chosen == [order[2]]
 
 
@@ -610,6 +611,134 @@ def test_what_is_compiled(data, tmp_path, monkeypatch, wanted, device, compiled)
     assert len(starts) == compiled
 
 
+def replay_as(monkeypatch, record) -> list[ReplayedStep]:
+    """Replay steps on a CPU, too: ``record(step, batch)`` is the step recorded for the size of the batch."""
+    made = []
+    original = compilation.CompiledTraining.start
+
+    def start(self, batches):
+        original(self, batches)
+        step = self.differentiate
+        made.append(ReplayedStep(self.potential, step, lambda batch: record(step, batch)))
+        self._step = made[-1]
+
+    compile_as(monkeypatch, faithful)
+    monkeypatch.setattr(compilation.CompiledTraining, "start", start)
+    return made
+
+
+def assert_similar_run(one: Path, two: Path) -> None:
+    """Logs agree up to the rounding of float32 in sums of another order."""
+    for name in ("train.csv", "valid.csv"):
+        for a, b in zip(read_csv(one / name), read_csv(two / name), strict=True):
+            for key in a.keys() - {"seconds"}:
+                assert float(a[key]) == pytest.approx(float(b[key]), rel=2e-3), key
+
+
+def test_steps_are_replayed_once_their_size_has_come_twice(data, tmp_path, monkeypatch, uninterrupted):
+    calls = []
+
+    def record(step, batch):
+        step(batch)  # as recording leaves gradients of its own
+        return lambda other: calls.append(other.graph.num_atoms) or step(other)
+
+    made = replay_as(monkeypatch, record)
+    _, text = run(data, tmp_path / "run", compile=True)
+    assert "failed" not in text
+    assert sum(made[0].seen.values()) == 13  # each step counts once
+    assert len(calls) == sum(n - 1 for n in made[0].seen.values()) > 3
+    assert_similar_run(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
+def test_recording_that_fails_is_said_once_and_training_goes_on(
+    data, tmp_path, monkeypatch, uninterrupted, kind
+):
+    tries = []
+
+    def record(step, batch):
+        step(batch)
+        tries.append(batch)
+        raise kind("operation not permitted when stream is capturing")
+
+    replay_as(monkeypatch, record)
+    _, text = run(data, tmp_path / "run", compile=True)
+    assert len(tries) == 1 and text.count("Replay of training steps failed") == 1
+    assert f"RecordingError: {kind.__name__}: operation not permitted when stream is capturing" in text
+    assert "Training goes on with compiled steps that are not replayed" in text
+    assert "Compilation failed" not in text
+    assert_similar_run(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.parametrize("where", ["steps", "validation"])
+def test_recordings_are_given_up_for_memory(data, tmp_path, monkeypatch, uninterrupted, where):
+    """Once; the next time there is nothing left to give up."""
+    replay_as(monkeypatch, lambda step, batch: step)
+    name = {"steps": "training_step", "validation": "predict"}[where]
+    original, calls = getattr(trainer_module, name), []
+
+    def work(*arguments):
+        calls.append(1)
+        if len(calls) in failures:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(*arguments)
+
+    monkeypatch.setattr(trainer_module, name, work)
+    failures = {2}
+    _, text = run(data, tmp_path / "run", compile=True)
+    assert text.count("OutOfMemoryError: CUDA out of memory") == 1
+    assert text.count("Replay of training steps failed") == 1
+    assert_similar_run(uninterrupted, tmp_path / "run")
+    calls.clear()
+    failures = {2, 3}
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        run(data, tmp_path / "other", compile=True)
+
+
+def test_without_compiled_code_nothing_is_replayed(data, tmp_path, monkeypatch):
+    def record(step, batch):
+        raise AssertionError
+
+    made = replay_as(monkeypatch, record)
+    original, calls = trainer_module.training_step, []
+
+    def broken(*arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("no code for this size")
+        return original(*arguments)
+
+    monkeypatch.setattr(trainer_module, "training_step", broken)
+    _, text = run(data, tmp_path / "run", compile=True)
+    assert "Compilation failed" in text and "Replay" not in text
+    assert sum(made[0].seen.values()) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("optimizer", ["hybrid_muon", "adamw"])
+def test_replayed_training_on_the_gpu_equals_eager_training(data, tmp_path, monkeypatch, optimizer):
+    made = []
+    original = compilation.ReplayedStep
+
+    def replayed(*arguments):
+        made.append(original(*arguments))
+        return made[0]
+
+    monkeypatch.setattr(compilation, "ReplayedStep", replayed)
+    texts = []
+    for compile in (True, False):
+        values = options(data, tmp_path / str(compile), optimizer=optimizer, compile=compile)
+        console = Console(file=io.StringIO(), record=True, width=200)
+        train(RunConfig.model_validate(values | {"device": "cuda"}), console=console)
+        texts.append(console.export_text())
+    assert "failed" not in texts[0] and "deviation from eager mode" in texts[0]
+    assert made[0].recordings and sum(made[0].seen.values()) == 13
+    assert_similar_run(tmp_path / "False", tmp_path / "True")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_compiled_training_equals_eager_training(data, tmp_path):
@@ -617,12 +746,7 @@ def test_compiled_training_equals_eager_training(data, tmp_path):
     found = re.search(r"compiled (\d+) pieces in", text)
     assert found and int(found.group(1)) > 10 and "Compilation failed" not in text
     run(data, tmp_path / "eager", steps=5)
-    for name in ("train.csv", "valid.csv"):
-        for one, two in zip(
-            read_csv(tmp_path / "compiled" / name), read_csv(tmp_path / "eager" / name), strict=True
-        ):
-            for key in one.keys() - {"seconds"}:
-                assert float(one[key]) == pytest.approx(float(two[key]), rel=2e-3), key
+    assert_similar_run(tmp_path / "compiled", tmp_path / "eager")
     compiled, eager = (load_file(tmp_path / name / "last.safetensors") for name in ("compiled", "eager"))
     assert compiled.keys() == eager.keys()
 

@@ -1,12 +1,15 @@
 """Energy and forces as a CUDA graph: in small systems it takes longer to launch the kernels than to run them."""
 
 from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from dpa4.graph import Graph, collate
 from dpa4.potential.potential import Potential, Prediction
+
+T = TypeVar("T")
 
 MAX_ATOMS = 4096
 """Largest system that is replayed. Larger ones keep the device busy, and a CUDA graph never gives memory back."""
@@ -55,26 +58,48 @@ class Replay:
     def _record(self, padded: Graph) -> _Recording:
         inputs = Graph(*(t.clone() for t in padded))
         stream = torch.cuda.Stream(padded.positions.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles, and fills caches that must not be filled while recording
-                self.potential.of_edges(inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            prediction = self.potential.of_edges(inputs)
+        graph, prediction = record(lambda: self.potential.of_edges(inputs), stream)
         return _Recording(graph, inputs, prediction)
 
 
-def pad(graph: Graph, cutoff: float) -> Graph:
-    """Add a structure so that the numbers of atoms and edges are among few.
+def record(work: Callable[[], T], stream: "torch.cuda.Stream", pool: Any = None) -> tuple[Any, T]:
+    """Record the kernels of some work, which is done twice before.
 
-    Its atoms are those of the first element met; each edge joins an atom to an image of itself beyond the cutoff, so
-    that it has no energy. Nothing of it touches the other structures.
+    Args:
+        work: Nothing in it may wait for the device; its inputs stay where they are.
+        stream: What the work is done on while it is recorded.
+        pool: Handle of the memory that it takes. Recordings may share it if none is replayed before the results of
+            another have been used, since it may overwrite them.
+
+    Returns:
+        The ``torch.cuda.CUDAGraph``, and the results, which each replay overwrites.
+    """
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles, and fills caches that must not be filled while recording
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # The outer block brings the former stream back even if the recording cannot be ended. Other threads may go on
+    # to allocate memory (of batches to come): "thread_local".
+    with (
+        torch.cuda.stream(stream),
+        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+    ):
+        results = work()
+    return graph, results
+
+
+def pad(graph: Graph, cutoff: float, structures: int = 1) -> Graph:
+    """Add structures so that the numbers of atoms and edges are among few.
+
+    The first one has atoms of the first element met; each edge joins an atom to an image of itself beyond the cutoff,
+    so that it has no energy. Further ones are empty. Nothing of them touches the other structures.
 
     Args:
         graph: The graph.
         cutoff: Of the model, in Angstrom.
+        structures: How many are added.
     """
     atoms = rounded_up(graph.num_atoms + 1) - graph.num_atoms
     edges = rounded_up(graph.num_edges) - graph.num_edges
@@ -83,12 +108,12 @@ def pad(graph: Graph, cutoff: float) -> Graph:
     extra = Graph(
         atomic_numbers=graph.atomic_numbers[:1].expand(atoms),
         positions=torch.zeros(atoms, 3, dtype=torch.float64, device=device),
-        cell=(cutoff + 1) * torch.eye(3, dtype=torch.float64, device=device)[None],
+        cell=(cutoff + 1) * torch.eye(3, dtype=torch.float64, device=device).expand(structures, 3, 3),
         structure=torch.zeros(atoms, dtype=torch.int64, device=device),
         source=own,
         destination=own,
         shift=torch.ones(edges, 3, dtype=torch.float64, device=device),
-        charge_spin=graph.charge_spin[:1],
+        charge_spin=graph.charge_spin[:1].expand(structures, 2),
     )
     return collate([graph, extra])
 

@@ -11,7 +11,7 @@ from rich.status import Status
 from rich.text import Text
 from torch import Tensor
 
-from dpa4.data import EpochBatches
+from dpa4.data import Batch, EpochBatches
 from dpa4.graph import Graph
 from dpa4.potential import Potential
 from dpa4.potential.compiled import (
@@ -21,6 +21,7 @@ from dpa4.potential.compiled import (
     tolerance,
 )
 from dpa4.training.evaluation import full_precision
+from dpa4.training.replay import Recorder, RecordingError, ReplayedStep, Step
 
 T = TypeVar("T")
 
@@ -34,10 +35,11 @@ class DeviationError(ArithmeticError):
 
 
 class CompiledTraining:
-    """A potential whose parts are compiled, or eager again after something failed.
+    """A potential whose parts are compiled, or eager again after something failed. On a GPU its steps are replayed.
 
     Args:
         potential: The potential, on its device and in its precision.
+        differentiate: A step up to the gradients of the parameters.
         console: Where to say what happens.
 
     Attributes:
@@ -45,9 +47,10 @@ class CompiledTraining:
         seconds: Time spent on compilation so far.
     """
 
-    def __init__(self, potential: Potential, console: Console):
-        self.potential, self.console = potential, console
+    def __init__(self, potential: Potential, differentiate: Step, console: Console):
+        self.potential, self.differentiate, self.console = potential, differentiate, console
         self.active, self.pieces, self.seconds = False, 0, 0.0
+        self._step = differentiate
         self._status: Status | None = None
 
     def start(self, batches: EpochBatches) -> None:
@@ -76,24 +79,33 @@ class CompiledTraining:
                 self._give_up(error)
             else:
                 self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+                if device.type == "cuda":
+                    recorder = Recorder(self.differentiate, self.potential.parameters())
+                    self._step = ReplayedStep(self.potential, self.differentiate, recorder)
         self._status = None
         self.potential.train(training)
+
+    def step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """`differentiate`, replayed where that is possible, compiled or eager; to be used before the next call."""
+        return self.run(lambda: self._step(batch))
 
     def run(self, work: Callable[[], T]) -> T:
         """Result of the work, which is repeated in eager mode if compiled code raises.
 
         Something that the self-check did not meet can make new code necessary at any time. Being out of memory is
-        no reason for eager mode, which needs more.
+        no reason for eager mode, which needs more, but one to give up recordings, which hold some.
         """
         try:
             return work()
-        except torch.OutOfMemoryError:
-            raise
+        except (RecordingError, torch.OutOfMemoryError) as error:
+            if self._step is self.differentiate:
+                raise
+            self._give_up_replay(error)
         except Exception as error:
             if not self.active:
                 raise
             self._give_up(error)
-        return work()
+        return self.run(work)  # out of the handlers, which hold on to the memory of what failed
 
     def _self_check(self, batches: EpochBatches, batch: Sequence[int]) -> str:
         """The line to print.
@@ -146,14 +158,27 @@ class CompiledTraining:
 
     def _give_up(self, error: Exception) -> None:
         restore_eager(self.potential)
-        self.active = False
-        lines = [line[:300] for line in str(error).splitlines() if line.strip()]
-        text = Text.assemble(
-            ("\n".join([f"{type(error).__name__}: {lines[0] if lines else ''}", *lines[1:4]]), "bold"),
-            "\n\nTraining goes on in eager mode: right, but slower and with more memory. "
+        self.active, self._step = False, self.differentiate
+        self._say(
+            "Compilation failed",
+            error,
+            "Training goes on in eager mode: right, but slower and with more memory. "
             "training.compile = false leaves compilation out.",
         )
-        self.console.print(Panel(text, title="Compilation failed", border_style="bold red"))
+
+    def _give_up_replay(self, error: Exception) -> None:
+        self._step = self.differentiate
+        self._say(
+            "Replay of training steps failed",
+            error,
+            "Training goes on with compiled steps that are not replayed: right, but slower with small batches.",
+        )
+
+    def _say(self, title: str, error: Exception, consequence: str) -> None:
+        lines = [line[:300] for line in str(error).splitlines() if line.strip()]
+        cause = "\n".join([f"{type(error).__name__}: {lines[0] if lines else ''}", *lines[1:4]])
+        text = Text.assemble((cause, "bold"), f"\n\n{consequence}")
+        self.console.print(Panel(text, title=title, border_style="bold red"))
 
 
 def _is_compiled(graph: Graph) -> bool:

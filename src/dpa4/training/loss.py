@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dpa4.data.dataset import Batch
+from dpa4.kernels.incidence import Incidence
 from dpa4.potential import Prediction
 
 LossKind = Literal["mae", "mse", "huber"]
@@ -23,7 +24,7 @@ class Loss(NamedTuple):
     ``huber`` is quadratic below ``huber_delta`` (eV/atom or eV/Angstrom) and linear above. A structure
     without a label does not enter that term's mean; a term without any label is exactly zero and still part
     of the graph. Weights of structures multiply their error; they are not divided out, so a batch of one
-    structure feels its weight.
+    structure feels its weight. Structures without atoms are allowed. Nothing waits for the device.
     """
 
     energy: float
@@ -36,7 +37,8 @@ class Loss(NamedTuple):
         """Loss, a float64 scalar, and its detached unweighted terms by the name of the target."""
         penalty = self._penalty()
         structure = batch.graph.structure
-        atoms = torch.bincount(structure, minlength=batch.graph.num_structures).to(batch.energy.dtype)
+        offsets = Incidence.of_sorted(structure, batch.graph.num_structures).offsets
+        atoms = offsets.diff().clamp(min=1).to(batch.energy.dtype)
 
         energy = penalty((prediction.energy - batch.energy) / atoms)
         virial = penalty((prediction.virial - batch.virial) / atoms[:, None, None]).mean((-1, -2))

@@ -80,8 +80,8 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
 
 
 def training_step(potential: Potential, batch: Batch, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of a batch, and its terms by target; everything that is differentiated."""
-    return loss(potential(batch.graph), batch)
+    """Loss of a batch without excluded pairs, and its terms by target; everything that is differentiated."""
+    return loss(potential.of_edges(batch.graph), batch)
 
 
 class Trainer:
@@ -169,9 +169,10 @@ class Trainer:
             group["lr"] = rate
         self.potential.train()
         batch = batch.to(self.device)
-        loss, terms = self._compiled_or_eager(lambda: self._differentiate(batch))
+        batch = batch._replace(graph=self.potential.without_excluded(batch.graph))
+        loss, terms = (self._differentiate if self.compiled is None else self.compiled.step)(batch)
         norm = self._clip()
-        record = torch.stack([terms["energy"], terms["forces"], terms["virial"], loss.detach(), norm])
+        record = torch.stack([terms["energy"], terms["forces"], terms["virial"], loss, norm])
         # The one place that waits for the device: a bad number must not reach the weights.
         if not bool(torch.isfinite(record).all()):
             self._abort(record)
@@ -183,10 +184,11 @@ class Trainer:
         self.step += 1
 
     def _differentiate(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The detached loss and its terms; the parameters have their gradients."""
         self.optimizer.zero_grad(set_to_none=True)
         loss, terms = training_step(self.potential, batch, self.loss)
         loss.backward()
-        return loss, terms
+        return loss.detach(), terms
 
     def _clip(self) -> Tensor:
         """Scale the gradient down to the largest norm; returns its norm before, float64."""
@@ -216,7 +218,7 @@ class Trainer:
             return
         from dpa4.training.compilation import CompiledTraining  # takes a second, and imports Triton
 
-        self.compiled = CompiledTraining(self.potential, self.console)
+        self.compiled = CompiledTraining(self.potential, self._differentiate, self.console)
         self.compiled.start(self.preparation.train)
 
     def _compiled_or_eager(self, work: Callable[[], T]) -> T:
