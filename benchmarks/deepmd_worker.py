@@ -1,0 +1,146 @@
+"""deepmd-kit's side of beside_deepmd.py; run by an interpreter that has deepmd-kit, without dpa4.
+
+    python benchmarks/deepmd_worker.py WORK FOLDER THREADS
+
+Prepares WORK (evaluate, of_edges, train, train_of_edges) from the files in FOLDER and answers. Then, for every number
+on a line of its input, it does so many calls and answers with their milliseconds. An answer is a line of JSON after
+"@"; all other output is the program's.
+"""
+
+import json
+import os
+import runpy
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import deepmd
+import numpy as np
+import torch
+from deepmd.infer import DeepPot
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+START = time.perf_counter()
+WARM_UP = 3
+CUDA = torch.cuda.is_available()
+
+
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def answer(**record) -> None:
+    if CUDA:
+        record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        torch.cuda.reset_peak_memory_stats()
+    print("@" + json.dumps(record), flush=True)
+
+
+def wanted() -> int:
+    """Calls asked for; the end of the input ends the process."""
+    line = sys.stdin.readline()
+    if not line:
+        os._exit(0)
+    return int(line)
+
+
+def serve(call: Callable[[], object], **result) -> NoReturn:
+    for _ in range(WARM_UP):
+        call()
+    synchronize()
+    versions = {"program": f"deepmd-kit {deepmd.__version__}", "torch": torch.__version__}
+    answer(**versions, warm_up_s=round(time.perf_counter() - START, 1), **result)
+    while True:
+        times = []
+        for _ in range(wanted()):
+            start = time.perf_counter()
+            call()
+            synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+        answer(ms=times)
+
+
+def evaluate(folder: Path) -> NoReturn:
+    """Energy, forces and virial through the Python interface, neighbour search included."""
+    data = np.load(folder / "frames.npz")
+    potential = DeepPot(str(folder / "model.pt"))
+    arguments = data["positions"].reshape(1, -1), data["cells"].reshape(1, -1), data["types"][0].tolist()
+    np.save(folder / "forces.npy", potential.eval(*arguments)[1][0])
+    serve(lambda: potential.eval(*arguments))
+
+
+def of_edges(folder: Path, train: bool) -> NoReturn:
+    """Energy, forces and virial of given edges; in training a step of AdamW, too."""
+    data = np.load(folder / "frames.npz")
+    device = "cuda" if CUDA else "cpu"
+    model = DeepPot(str(folder / "model.pt")).deep_eval.dp.model["Default"].train(train)
+    tensors = {name: torch.from_numpy(data[name]).to(device) for name in data.files}
+    ends = torch.stack([tensors["source"], tensors["destination"]])
+    arguments = {
+        "coord": tensors["positions"],
+        "atype": tensors["types"],
+        "edge_index": ends,
+        "edge_vec": tensors["vectors"],
+        "edge_scatter_index": ends,
+        "edge_mask": torch.ones(ends.shape[1], dtype=torch.bool, device=device),
+    }
+    if not train:
+        np.save(folder / "forces.npy", model.forward_lower(**arguments)["extended_force"][0].detach().cpu())
+        serve(lambda: model.forward_lower(**arguments))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=CUDA)
+    atoms = tensors["types"].shape[1]
+
+    def loss() -> torch.Tensor:
+        found = model.forward_lower(**arguments)
+        energy = (found["energy"][:, 0] - tensors["energy"]).square().mean() / atoms
+        return energy + (found["extended_force"] - tensors["forces"]).square().mean()
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss().backward()
+        optimizer.step()
+
+    first = loss()
+    first.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    serve(step, loss=float(first.detach()), gradient_norm=float(norm))
+
+
+def dp_train(folder: Path) -> None:
+    """``dp --pt train`` as it is, data loading and neighbour search included: the time from step to step."""
+    times: list[float] = []
+    calls = WARM_UP
+    last = time.perf_counter()
+
+    def after_step(*_: object) -> None:
+        nonlocal times, calls, last
+        synchronize()
+        times.append(1e3 * (time.perf_counter() - last))
+        if len(times) == calls:
+            versions = {"program": f"deepmd-kit {deepmd.__version__}", "torch": torch.__version__}
+            answer(**versions, warm_up_s=round(time.perf_counter() - START, 1), ms=times)
+            times, calls = [], wanted()
+        last = time.perf_counter()
+
+    register_optimizer_step_post_hook(after_step)
+    os.chdir(folder)
+    sys.argv = ["dp", "--pt", "train", "input.json", "--skip-neighbor-stat"]
+    runpy.run_module("deepmd", run_name="__main__")
+
+
+def main() -> None:
+    work, folder, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(threads)
+    if work == "train":
+        dp_train(folder)
+    elif work == "evaluate":
+        evaluate(folder)
+    else:
+        of_edges(folder, train=work == "train_of_edges")
+
+
+if __name__ == "__main__":
+    main()
