@@ -180,6 +180,16 @@ def test_kept_products_are_not_computed_again(compilations):
     assert counts[0] < counts[1]
 
 
+@pytest.mark.parametrize(("max_kept", "calls"), [(100, [{}]), (0, [{}, {"first_wanted": False}])])
+def test_kernels_with_several_results(compilations, max_kept, calls):
+    """All results of one call are kept, or those that are needed are computed again without the others."""
+    potential = random_potential(n_blocks=1).eval()
+    compile_potential(potential, max_kept=max_kept)
+    assert compare_with_eager(potential, batches(1)[0])["forces"] < 1e-11
+    nodes = [n for graph in compilations for n in graph.graph.nodes if "so2_value" in str(n.target)]
+    assert [dict(n.kwargs) for n in nodes] == calls
+
+
 def test_sizes_beyond_32_bits_get_their_own_code(compilations, monkeypatch):
     monkeypatch.setattr(regions, "_INDEX_LIMIT", 30 * WIDTH)
     layer = Layer().eval()
@@ -226,7 +236,7 @@ def batches(count: int):
 def test_potential_and_its_parameter_gradients(compilations, options, split):
     potential: Potential = random_potential(**options)
     if split:
-        potential.model.max_edges = {"cpu": 60}
+        potential.model.max_edges = potential.model.part_edges = {"cpu": 60}
     for training in (True, False):
         compile_potential(potential.train(training))
         for graph in batches(2):

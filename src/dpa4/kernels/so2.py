@@ -123,16 +123,23 @@ def _by_layer(matrices: Sequence[Tensor], mmax: int) -> list[Matrices]:
 
 
 def _value(
-    x: Tensor, matrices: list[Tensor], gates: list[Tensor], lmax: int, mmax: int, keep: bool
+    x: Tensor,
+    matrices: list[Tensor],
+    gates: list[Tensor],
+    lmax: int,
+    mmax: int,
+    keep: bool,
+    first_wanted: bool = True,
 ) -> list[Tensor]:
-    """y, the products u of the gated layers, and (keep) the inputs x of all layers but the first."""
+    """y (empty if not wanted), the products u of the gated layers, and (keep) the inputs of all layers but one."""
     rows, us, xs = Rows(lmax, mmax), [], []
     *gated, last = _by_layer(matrices, mmax)
     for layer, g in zip(gated, gates, strict=True):
         us.append(order_matmul(x, layer))
         x = gate.value(x, us[-1], g, rows)
         xs.append(x)
-    return [order_matmul(x, last, add=x), *us, *(xs if keep else [])]
+    y = order_matmul(x, last, add=x) if first_wanted else x.new_empty(0)
+    return [y, *us, *(xs if keep else [])]
 
 
 def _vjp(
@@ -237,9 +244,16 @@ def _sum_of_products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _new_value(
-    x: Tensor, matrices: list[Tensor], gates: list[Tensor], lmax: int, mmax: int, keep: bool
+    x: Tensor,
+    matrices: list[Tensor],
+    gates: list[Tensor],
+    lmax: int,
+    mmax: int,
+    keep: bool,
+    first_wanted: bool = True,
 ) -> list[Tensor]:
-    return [x.new_empty(x.shape) for _ in range(1 + (1 + keep) * len(gates))]
+    kept = [x.new_empty(x.shape) for _ in range((1 + keep) * len(gates))]
+    return [x.new_empty(x.shape if first_wanted else 0), *kept]
 
 
 def _new_vjp(
@@ -271,7 +285,8 @@ def _new_joint(
 
 _library = torch.library.Library("dpa4", "FRAGMENT")
 for _schema, _stage, _new in (
-    ("so2_value(Tensor x, Tensor[] matrices, Tensor[] gates, int lmax, int mmax, bool keep)", _value, _new_value),
+    ("so2_value(Tensor x, Tensor[] matrices, Tensor[] gates, int lmax, int mmax, bool keep, bool first_wanted=True)",
+     _value, _new_value),
     ("so2_vjp(Tensor a, Tensor[] us, Tensor[] matrices, Tensor[] gates, int lmax, int mmax, bool keep)",
      _vjp, _new_vjp),
     ("so2_tangent(Tensor d, Tensor[] us, Tensor[] matrices, Tensor[] gates, int lmax, int mmax)",

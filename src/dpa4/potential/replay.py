@@ -38,7 +38,10 @@ class Replay:
     def __call__(self, graph: Graph) -> Prediction:
         """Prediction for a graph of one structure, on the device."""
         graph = self.potential.without_excluded(graph)
-        if graph.num_atoms > MAX_ATOMS or graph.num_edges < 2:
+        most = self.potential.model.max_edges[
+            "cuda"
+        ]  # more are worked on in parts, for which the device is waited for
+        if graph.num_atoms > MAX_ATOMS or not 1 < graph.num_edges < most * 15 // 16:
             return self.potential.of_edges(graph)
         n = graph.num_atoms
         padded = pad(graph, self.potential.config.cutoff)
