@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpa4.kernels import gate
 from dpa4.kernels.gate import Rows
-from dpa4.model.so2 import FusedSO2Stack, SO2Stack
+from dpa4.model.so2 import FusedSO2Stack, SO2Stack, so2_layers
 from helpers import assert_close
 
 SIZES = {  # (lmax, mmax, c, F, layers, E)
@@ -124,6 +124,11 @@ def test_evaluation_has_one_derivative_and_no_gradients_of_weights():
     assert_close(*results)
     with pytest.raises(RuntimeError, match="evaluation mode, which has none; call potential.train()"):
         fused(features(size), None).sum().backward()
+
+
+def test_no_layers_change_nothing():
+    x = torch.randn(1, 5, 7 * 3)
+    assert torch.equal(so2_layers(2, 1, 3, 1, 0, False, False)(x, None), x)
 
 
 def test_low_precision_keeps_the_type():

@@ -306,18 +306,8 @@ def _cut(
         for n in sorted(inside, key=order.__getitem__):
             copies[n] = graph.node_copy(n, copies.__getitem__)
         graph.output([copies[n] for n in (*results, *members)])
-        _leave_out_unused(graph)
         stages.append(_Stage(fx.GraphModule({}, graph), [place[n] for n in arguments], examples))
     return stages
-
-
-def _leave_out_unused(graph: fx.Graph) -> None:
-    """Tell kernels whose first result is not used, as in a stage that computes what it needs again."""
-    for n in graph.nodes:
-        if isinstance(n.target, torch._ops.OpOverload):
-            if any(a.name == "first_wanted" for a in n.target._schema.arguments):
-                if not any(user.args[1] == 0 for user in n.users):
-                    n.kwargs = {**n.kwargs, "first_wanted": False}
 
 
 def _worth_keeping(n: fx.Node) -> bool:

@@ -123,23 +123,16 @@ def _by_layer(matrices: Sequence[Tensor], mmax: int) -> list[Matrices]:
 
 
 def _value(
-    x: Tensor,
-    matrices: list[Tensor],
-    gates: list[Tensor],
-    lmax: int,
-    mmax: int,
-    keep: bool,
-    first_wanted: bool = True,
+    x: Tensor, matrices: list[Tensor], gates: list[Tensor], lmax: int, mmax: int, keep: bool
 ) -> list[Tensor]:
-    """y (empty if not wanted), the products u of the gated layers, and (keep) the inputs of all layers but one."""
+    """y, the products u of the gated layers, and (keep) the inputs x of all layers but the first."""
     rows, us, xs = Rows(lmax, mmax), [], []
     *gated, last = _by_layer(matrices, mmax)
     for layer, g in zip(gated, gates, strict=True):
         us.append(order_matmul(x, layer))
         x = gate.value(x, us[-1], g, rows)
         xs.append(x)
-    y = order_matmul(x, last, add=x) if first_wanted else x.new_empty(0)
-    return [y, *us, *(xs if keep else [])]
+    return [order_matmul(x, last, add=x), *us, *(xs if keep else [])]
 
 
 def _vjp(
@@ -244,16 +237,9 @@ def _sum_of_products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _new_value(
-    x: Tensor,
-    matrices: list[Tensor],
-    gates: list[Tensor],
-    lmax: int,
-    mmax: int,
-    keep: bool,
-    first_wanted: bool = True,
+    x: Tensor, matrices: list[Tensor], gates: list[Tensor], lmax: int, mmax: int, keep: bool
 ) -> list[Tensor]:
-    kept = [x.new_empty(x.shape) for _ in range((1 + keep) * len(gates))]
-    return [x.new_empty(x.shape if first_wanted else 0), *kept]
+    return [x.new_empty(x.shape) for _ in range(1 + (1 + keep) * len(gates))]
 
 
 def _new_vjp(
@@ -285,7 +271,7 @@ def _new_joint(
 
 _library = torch.library.Library("dpa4", "FRAGMENT")
 for _schema, _stage, _new in (
-    ("so2_value(Tensor x, Tensor[] matrices, Tensor[] gates, int lmax, int mmax, bool keep, bool first_wanted=True)",
+    ("so2_value(Tensor x, Tensor[] matrices, Tensor[] gates, int lmax, int mmax, bool keep)",
      _value, _new_value),
     ("so2_vjp(Tensor a, Tensor[] us, Tensor[] matrices, Tensor[] gates, int lmax, int mmax, bool keep)",
      _vjp, _new_vjp),

@@ -208,6 +208,6 @@ def so2_layers(
     lmax: int, mmax: int, width: int, n_focus: int, layers: int, bias: bool, layer_scale: bool
 ) -> SO2Stack:
     """The stack of a configuration."""
-    if bias or layer_scale:
+    if bias or layer_scale or layers == 0:
         return SO2Stack(lmax, mmax, width, n_focus, layers, bias, layer_scale)
     return FusedSO2Stack(lmax, mmax, width, n_focus, layers)
