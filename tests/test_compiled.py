@@ -236,7 +236,7 @@ def batches(count: int):
 def test_potential_and_its_parameter_gradients(compilations, options, split):
     potential: Potential = random_potential(**options)
     if split:
-        potential.model.max_edges = potential.model.part_edges = {"cpu": 60}
+        potential.model.max_edges = {"cpu": 60}
     for training in (True, False):
         compile_potential(potential.train(training))
         for graph in batches(2):

@@ -51,15 +51,15 @@ class Neighborhoods(NamedTuple):
     degree_norm: Tensor  # (N,)
 
     @staticmethod
-    def of(hood: Neighborhood, radial: RadialFeatures, max_edges: int, part_edges: int) -> "Neighborhoods":
-        """Split more than ``max_edges`` edges into parts of ``part_edges``, more only where one centre has more."""
+    def of(hood: Neighborhood, radial: RadialFeatures, max_edges: int) -> "Neighborhoods":
+        """Split so that parts have at most ``max_edges`` edges, unless one centre has more."""
         num_nodes, num_edges = hood.destination.num_nodes, len(hood.destination.index)
         if num_edges <= max_edges:
             return Neighborhoods([hood], [radial], [num_nodes], hood.degree_norm)
         offsets = hood.destination.offsets.cpu().numpy()  # waits for the device
         cuts = [0]
         while cuts[-1] < num_nodes:
-            last = np.searchsorted(offsets, offsets[cuts[-1]] + part_edges, side="right") - 1
+            last = np.searchsorted(offsets, offsets[cuts[-1]] + max_edges, side="right") - 1
             cuts.append(max(cuts[-1] + 1, int(last)))
         nodes, edges = np.diff(cuts).tolist(), np.diff(offsets[cuts]).tolist()
         split = [t.split(edges) for t in pytree.tree_leaves((hood.edges, radial.hidden, radial.pair))]

@@ -103,7 +103,7 @@ class DegreeLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, D, in) -> (n, D, out)."""
-        y = precise_matmul(x.transpose(0, 1), self.weight.index_select(0, self.degree)).transpose(0, 1)
+        y = torch.bmm(x.transpose(0, 1), self.weight.index_select(0, self.degree)).transpose(0, 1)
         if self.bias is None:
             return y
         return y + functional.pad(self.bias[None], (0, 0, 0, len(self.degree) - 1))

@@ -44,8 +44,8 @@ class DPA4(nn.Module):
     Attributes:
         block_autocast: Lower precision (torch.bfloat16) for the matrix products of the interaction blocks;
             geometry, norms, softmax, residual stream and read-out keep the precision of the parameters.
-        max_edges: Edges that are worked on at once, by type of device; more are worked on in parts.
-        part_edges: Edges of a part. On a CPU their features stay in the cache; on a GPU they bound the memory.
+        max_edges: Edges that are worked on at once, by type of device. On a CPU their features stay in the cache; on
+            a GPU they bound the memory.
     """
 
     def __init__(self, config: ModelConfig):
@@ -54,7 +54,6 @@ class DPA4(nn.Module):
         self.config, self.lmax = config, lmax
         self.block_autocast: torch.dtype | None = None
         self.max_edges = {"cpu": 2048, "cuda": 262_144}
-        self.part_edges = {"cpu": 2048, "cuda": 65_536}
         self.geometry = EdgeGeometry(config)
         basis = BesselBasis if config.basis == "bessel" else GaussianBasis
         self.basis = basis(config.n_radial, config.cutoff, config.env_exp[0])
@@ -95,9 +94,7 @@ class DPA4(nn.Module):
         x, hidden, pair, edges, degree_norm = self.embed(species, vectors, source, destination, charge_spin)
         hood = Neighborhood(edges, source, destination, degree_norm)
         radial = RadialFeatures(hidden, pair, self.radial.last_of_degrees())
-        hoods = Neighborhoods.of(
-            hood, radial, self.max_edges[x.device.type], self.part_edges[x.device.type]
-        )
+        hoods = Neighborhoods.of(hood, radial, self.max_edges[x.device.type])
         with torch.autocast(x.device.type, self.block_autocast, enabled=self.block_autocast is not None):
             for block in self.blocks:
                 x = block(x, hoods)

@@ -85,11 +85,17 @@ def record(work: Callable[[], T], stream: "torch.cuda.Stream", pool: Any = None)
     graph = torch.cuda.CUDAGraph()
     # The outer block brings the former stream back even if the recording cannot be ended. Other threads may go on
     # to allocate memory (of batches to come): "thread_local".
-    with (
-        torch.cuda.stream(stream),
-        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-    ):
-        results = work()
+    try:
+        with (
+            torch.cuda.stream(stream),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            results = work()
+    except BaseException:
+        # Random numbers would go on to be recorded; a copy of their state does not know that they were.
+        generator = torch.cuda.default_generators[stream.device_index]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
     return graph, results
 
 
