@@ -97,12 +97,13 @@ class Block(nn.Module):
         """Nodes of at least the block's degree to nodes of its degree, (N, D, C)."""
         x = x[:, : self.size]
         states = self.states(x)
-        updated = []
-        by_part = (t.split(hoods.sizes) for t in (x, states.own, states.query))
-        for part, own, query, radial, hood in zip(*by_part, hoods.radial, hoods.parts, strict=True):
-            total = self.messages(states.sources, query, states.key, radial, hood)
-            updated.append(self.update(part, own, total, hood.degree_norm))
-        return updated[0] if len(updated) == 1 else torch.cat(updated)
+        queries = states.query.split(hoods.sizes)
+        totals = [
+            self.messages(states.sources, query, states.key, radial, hood)
+            for query, radial, hood in zip(queries, hoods.radial, hoods.parts, strict=True)
+        ]
+        total = totals[0] if len(totals) == 1 else torch.cat(totals)
+        return self.update(x, states.own, total, hoods.degree_norm)
 
     def states(self, x: Tensor) -> NodeStates:
         """What the messages need of the nodes (N, D, C)."""

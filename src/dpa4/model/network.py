@@ -98,8 +98,7 @@ class DPA4(nn.Module):
         with torch.autocast(x.device.type, self.block_autocast, enabled=self.block_autocast is not None):
             for block in self.blocks:
                 x = block(x, hoods)
-        parts = [self.read_out(part) for part in x.split(hoods.sizes)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self.read_out(x)
 
     def embed(
         self, species: Tensor, vectors: Tensor, source: Incidence, destination: Incidence, charge_spin: Tensor
