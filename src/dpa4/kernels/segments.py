@@ -40,7 +40,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(index, order, offsets)
-        return x[index]  # not an operator of its own: a compiler merges it with what uses it
+        return x.index_select(0, index)  # not an operator of its own: a compiler merges it with what uses it
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -128,9 +128,10 @@ class GridBranches(nn.Module):
         frames = (self.grid.frames, -1)
         left = self.grid.to_grid(self.left(left.unflatten(-1, frames)).flatten(2))
         right = self.grid.to_grid(self.right(right.unflatten(-1, frames)).flatten(2))
-        share = self.router(scalars).softmax(-1)
-        values = (left * right).unflatten(-1, (self.branches, -1))
-        values = (values * share[:, None, :, None]).sum(2)
+        values = left * right
+        if self.branches > 1:  # a single branch has all of the share
+            share = self.router(scalars).softmax(-1)
+            values = (values.unflatten(-1, (self.branches, -1)) * share[:, None, :, None]).sum(2)
         return self.out(self.grid.from_grid(values).unflatten(-1, frames)).flatten(2)
 
 

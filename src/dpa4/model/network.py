@@ -53,7 +53,7 @@ class DPA4(nn.Module):
         c, lmax = config.channels, config.degrees[0]
         self.config, self.lmax = config, lmax
         self.block_autocast: torch.dtype | None = None
-        self.max_edges = {"cpu": 2048, "cuda": 262_144}
+        self.max_edges = {"cpu": 8192, "cuda": 262_144}
         self.geometry = EdgeGeometry(config)
         basis = BesselBasis if config.basis == "bessel" else GaussianBasis
         self.basis = basis(config.n_radial, config.cutoff, config.env_exp[0])
