@@ -124,7 +124,7 @@ def main() -> None:
         "--ways",
         nargs="*",
         default=["eager", "compiled"],
-        choices=["eager", "compiled", "recompute", "replay"],
+        choices=WAYS,
     )
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"], help="of training")
     parser.add_argument("--fast", action="store_true", help="bfloat16 products for energy+forces, too")

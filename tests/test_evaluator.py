@@ -47,6 +47,21 @@ def test_padding_of_several_structures():
     assert torch.equal(more.structure, padded.structure)  # the others are empty
 
 
+def test_systems_in_parts_are_not_recorded(monkeypatch):
+    potential, recorded = random_potential().eval(), []
+    replay = Replay(potential)
+    monkeypatch.setattr(replay, "_record", lambda padded: recorded.append(padded) or 1 / 0)
+    graph = graph_of(crystal())
+    padded = rounded_up(graph.num_edges)
+    potential.model.max_edges = {"cpu": padded - 1}
+    assert torch.equal(replay(graph).forces, potential(graph).forces)
+    assert not recorded
+    potential.model.max_edges = {"cpu": padded}
+    with pytest.raises(ZeroDivisionError):
+        replay(graph)
+    assert recorded[0].num_edges == padded
+
+
 def test_failed_compilation_is_a_warning(monkeypatch):
     def fail(potential, report):
         raise OSError("no compiler found")

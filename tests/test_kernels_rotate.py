@@ -5,7 +5,6 @@ is imported: a test starts it in a process of its own.
 """
 
 import importlib.util
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from dpa4.kernels import rotate
 from dpa4.kernels.incidence import Incidence
 from dpa4.kernels.rotate import edge_matmul, edge_outer, scatter_matmul
 from dpa4.kernels.segments import gather, segment_sum
+from helpers import run_in_the_interpreter
 
 SIZES = {  # (N, E, H, M, K, c)
     "degree 0": (4, 9, 1, 1, 1, 3),
@@ -235,15 +235,7 @@ edge_outer(y, scatter_matmul(torch.ones(2, 1, 3, 4), y, end), end, 1)
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_triton_kernels_in_the_interpreter():
-    run = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [str(len(SIZES)), "sizes"]
+    assert run_in_the_interpreter(__file__).split() == [str(len(SIZES)), "sizes"]
 
 
 @pytest.mark.gpu

@@ -5,9 +5,6 @@ is imported: a test starts it in a process of its own.
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from torch import Tensor
 from dpa4.kernels import gate
 from dpa4.kernels.gate import Rows
 from dpa4.model.so2 import FusedSO2Stack, SO2Stack, so2_layers
-from helpers import assert_close
+from helpers import assert_close, run_in_the_interpreter
 
 SIZES = {  # (lmax, mmax, c, F, layers, E)
     "degree 0": (0, 0, 3, 1, 2, 5),
@@ -191,15 +188,7 @@ def check_in_the_interpreter() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_triton_kernels_in_the_interpreter():
-    run = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [str(len(SIZES)), "sizes"]
+    assert run_in_the_interpreter(__file__).split() == [str(len(SIZES)), "sizes"]
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ operands are split into sums of short numbers on chip, so that the result is as 
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -63,12 +64,15 @@ def order_matmul(
         (F, E, W), contiguous.
     """
     y = add if overwrite and add is not None else torch.empty_like(x)
-    start = 0
-    for w in matrices:
-        run = slice(start, start + w.shape[-1])
+    for run, w in zip(columns_of(matrices), matrices, strict=True):
         _matmul_into(y[..., run], x[..., run], w, None if add is None else add[..., run])
-        start = run.stop
     return y
+
+
+def columns_of(matrices: Sequence[Tensor]) -> list[slice]:
+    """Columns of each block of a block-diagonal matrix."""
+    ends = list(accumulate(w.shape[-1] for w in matrices))
+    return [slice(end - w.shape[-1], end) for end, w in zip(ends, matrices, strict=True)]
 
 
 def _matmul_into(y: Tensor, x: Tensor, w: Tensor, add: Tensor | None) -> None:

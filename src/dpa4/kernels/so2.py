@@ -10,7 +10,6 @@ differentiating layer by layer: a product and one gate kernel per layer and stag
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from dpa4.kernels import gate, twice
 from dpa4.kernels.gate import Rows
-from dpa4.kernels.matmul import order_matmul
+from dpa4.kernels.matmul import columns_of, order_matmul
 from dpa4.kernels.twice import Maybe
 
 Matrices = Sequence[Tensor]
@@ -79,7 +78,8 @@ class _Stack:
 
     def run(self, stage: int, given: Sequence[Sequence[Maybe]]) -> tuple[list[Maybe], list[Tensor]]:
         """See `dpa4.kernels.twice.Stages`."""
-        shared, (x, us, xs), ops = self._shared(given[0]), self._kept(given), torch.ops.dpa4
+        x, (us, xs) = given[0][0], self._kept(given)
+        shared, ops = self._shared(given[0]), torch.ops.dpa4
         if stage == 0:
             y, *kept = ops.so2_value(x, *shared, self.training)
             return [y], kept
@@ -99,7 +99,7 @@ class _Stack:
 
     def without_first(self, given: list[list[Maybe]], grads: Sequence[Tensor]) -> list[Maybe]:
         """See `dpa4.kernels.twice.Stages`."""
-        shared, (_, us, xs) = self._shared(given[0]), self._kept(given)
+        shared, (us, xs) = self._shared(given[0]), self._kept(given)
         if not self.training:
             return list(torch.ops.dpa4.so2_vjp(grads[0], us, *shared, False))
         return list(torch.ops.dpa4.so2_joint(grads[0], xs, us, [], [], [], *shared))
@@ -110,9 +110,9 @@ class _Stack:
         return inputs[1:first], inputs[first:], *self.rows
 
     def _kept(self, given: Sequence[Sequence[Maybe]]) -> tuple[Any, ...]:
-        """x, what stage 0 kept of the products, and the inputs of the layers (none outside of training)."""
+        """What stage 0 kept of the products, and the inputs of the layers (none outside of training)."""
         x, kept = given[0][0], given[1] if len(given) > 1 else []
-        return x, kept[: self.layers - 1], [x, *kept[self.layers - 1 :]] if self.training else []
+        return kept[: self.layers - 1], [x, *kept[self.layers - 1 :]] if self.training else []
 
 
 # The stages. Lists run over the layers; the last one has no gate, so lists of what belongs to gates are shorter.
@@ -209,19 +209,13 @@ def _joint(
             for_gates, for_matrices = [(us[t][..., :c], p)], []
         if xs:
             pairs = [(xs[t], du), *for_matrices]
-            columns = _columns(layers[t])
+            columns = columns_of(layers[t])
             of_matrices.append(
                 [_sum_of_products([(x[..., s], y[..., s]) for x, y in pairs]) for s in columns]
             )
             of_gates += [_sum_of_products(for_gates)] if for_gates else []
         b = order_matmul(du, [w.mT for w in layers[t]], add=b, overwrite=t < len(layers) - 1)
     return [b, *(w for layer in reversed(of_matrices) for w in layer), *reversed(of_gates)]
-
-
-def _columns(layer: Matrices) -> list[slice]:
-    """Columns of an edge tensor that belong to each order."""
-    ends = list(accumulate(w.shape[-1] for w in layer))
-    return [slice(end - w.shape[-1], end) for end, w in zip(ends, layer, strict=True)]
 
 
 def _sum_of_products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -38,13 +38,12 @@ class Replay:
     def __call__(self, graph: Graph) -> Prediction:
         """Prediction for a graph of one structure, on the device."""
         graph = self.potential.without_excluded(graph)
-        most = self.potential.model.max_edges[
-            "cuda"
-        ]  # more are worked on in parts, for which the device is waited for
-        if graph.num_atoms > MAX_ATOMS or not 1 < graph.num_edges < most * 15 // 16:
+        if graph.num_atoms > MAX_ATOMS or graph.num_edges < 2:
             return self.potential.of_edges(graph)
         n = graph.num_atoms
         padded = pad(graph, self.potential.config.cutoff)
+        if is_in_parts(self.potential, padded):
+            return self.potential.of_edges(graph)
         size = padded.num_atoms, padded.num_edges
         if size not in self.recordings:
             self.recordings[size] = self._record(padded)
@@ -97,6 +96,11 @@ def record(work: Callable[[], T], stream: "torch.cuda.Stream", pool: Any = None)
         generator.graphsafe_set_state(generator.clone_state())
         raise
     return graph, results
+
+
+def is_in_parts(potential: Potential, graph: Graph) -> bool:
+    """Whether the network works on a graph in parts: cutting it waits for the device, so it cannot be recorded."""
+    return graph.num_edges > potential.model.max_edges[graph.positions.device.type]
 
 
 def pad(graph: Graph, cutoff: float, structures: int = 1) -> Graph:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from dpa4.data import Batch
 from dpa4.potential import Potential
-from dpa4.potential.replay import pad, record
+from dpa4.potential.replay import is_in_parts, pad, record
 
 Step = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 """Detached loss of a batch without excluded pairs, and its terms; the parameters have their gradients afterwards."""
@@ -62,7 +62,7 @@ class ReplayedStep:
             return self.step(batch)
         padded = pad_batch(batch, self.potential.config.cutoff)
         graph = padded.graph
-        if graph.num_edges > self.potential.model.max_edges[graph.positions.device.type]:
+        if is_in_parts(self.potential, graph):
             return self.step(batch)
         size = graph.num_structures, graph.num_atoms, graph.num_edges
         self.seen[size] += 1
