@@ -117,6 +117,7 @@ def test_code_that_keeps_nothing_stands_in_for_code_that_deviates(monkeypatch):
 @pytest.mark.slow
 def test_forces_of_degree_four_and_many_edges():
     # torch 2.11 with Triton 3.6 compiles the kept results of this size wrongly (benchmarks/README.md).
+    torch.manual_seed(0)
     potential = Potential(preset("paper-plus", ("Cu",)).model_copy(update={"n_blocks": 1})).cuda()
     with torch.no_grad():
         for p in potential.parameters():
@@ -126,7 +127,9 @@ def test_forces_of_degree_four_and_many_edges():
     graph = build_graph(atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc, 6.0).to("cuda")
     assert graph.num_edges > 56_000
     expected = copy.deepcopy(potential).eval().double()(graph).forces
-    found = Evaluator(potential, compile=True)(graph).forces
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # eager mode, too, would be right
+        found = Evaluator(potential, compile=True)(graph).forces
     # float32 deviates by 3e-6 of the largest force, the wrong code by 5e-2
     assert float((found - expected).abs().max()) < 1e-4 * float(expected.abs().max())
 
