@@ -14,7 +14,7 @@ from dpa4.potential import Potential, compiled
 from dpa4.potential.evaluator import Evaluator, first_atoms
 from dpa4.potential.replay import Replay, pad, rounded_up
 from dpa4.simulation import DPA4Calculator
-from helpers import crystal, graph_of, molecule, random_potential
+from helpers import crystal, graph_of, molecule, random_potential, randomize
 
 CUTOFF = 4.0  # of random_potential
 
@@ -117,11 +117,9 @@ def test_code_that_keeps_nothing_stands_in_for_code_that_deviates(monkeypatch):
 @pytest.mark.slow
 def test_forces_of_degree_four_and_many_edges():
     # torch 2.11 with Triton 3.6 compiles the kept results of this size wrongly (benchmarks/README.md).
-    torch.manual_seed(0)
-    potential = Potential(preset("paper-plus", ("Cu",)).model_copy(update={"n_blocks": 1})).cuda()
-    with torch.no_grad():
-        for p in potential.parameters():
-            p.add_(0.02 * torch.randn_like(p))
+    potential = Potential(preset("paper-plus", ("Cu",)).model_copy(update={"n_blocks": 1}))
+    randomize(potential.model, scale=0.02)
+    potential.cuda()
     atoms = bulk("Cu", cubic=True) * (6, 6, 6)
     atoms.rattle(0.1, seed=0)
     graph = build_graph(atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc, 6.0).to("cuda")
