@@ -14,7 +14,7 @@ from dpa4.kernels.incidence import Incidence
 from dpa4.kernels.region import Region, RegionCode
 from dpa4.kernels.segments import gather, segment_sum
 from dpa4.potential import Potential
-from dpa4.potential.compiled import compare_with_eager, compile_potential, restore_eager
+from dpa4.potential.compiled import compare_with_eager, compile_potential, keep_results, restore_eager
 from helpers import assert_close, crystal, graph_of, molecule, random_potential
 
 SOURCE = Incidence("edge", "edge", "node+1")
@@ -263,6 +263,17 @@ def test_wrong_code_is_detected(compilations):
     found = compare_with_eager(potential, graph)
     assert found["energy"] < 1e-11  # only derivatives are wrong
     assert found["forces"] > 1e-6 and found["parameter gradients"] > 1e-6
+
+
+def test_keeping_results_can_be_changed(compilations):
+    potential, graph = random_potential(n_blocks=1).eval(), batches(1)[0]
+    expected, counts = potential(graph).forces, []
+    compile_potential(potential)
+    for max_kept in (graph.num_atoms, graph.num_atoms - 1, graph.num_atoms):
+        keep_results(potential, max_kept)
+        assert_close(potential(graph).forces, expected)
+        counts.append(len(compilations))
+    assert counts == [10, 20, 20]  # five regions of two stages, of two kinds
 
 
 class Wrong(Region):

@@ -68,7 +68,7 @@ def test_systems_in_parts_are_not_recorded(monkeypatch):
 
 
 def test_failed_compilation_is_a_warning(monkeypatch):
-    def fail(potential, report, max_kept):
+    def fail(potential, report):
         raise OSError("no compiler found")
 
     monkeypatch.setattr(compiled, "compile_potential", fail)
@@ -89,7 +89,7 @@ def test_first_atoms_are_a_structure():
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
 def test_deviating_code_is_not_used(monkeypatch, factor):
-    def wrong(potential, report, max_kept):
+    def wrong(potential, report):
         network = potential.model
         network.read_out = lambda x: factor * type(network).read_out(network, x)
 
@@ -102,21 +102,67 @@ def test_deviating_code_is_not_used(monkeypatch, factor):
     assert torch.equal(found.energy, expected.energy)
 
 
+class Comparisons:
+    """Stands for the compiler; records which kind of code is compared, and lets one kind deviate."""
+
+    def __init__(self, monkeypatch, deviating: int | None = None):
+        self.made, self.kept, self.limit, self.deviating = 0, [], None, deviating
+        monkeypatch.setattr(compiled, "MAX_KEPT", 8)
+        monkeypatch.setattr(compiled, "compile_potential", self._compile)
+        monkeypatch.setattr(compiled, "keep_results", lambda potential, limit: setattr(self, "limit", limit))
+        monkeypatch.setattr(compiled, "compare_with_eager", self._compare)
+
+    def _compile(self, potential, report):
+        self.made += 1
+
+    def _compare(self, potential, graph):
+        self.kept.append(self.limit)
+        return {"forces": float(self.limit == self.deviating)}
+
+
+def test_each_kind_of_code_is_compared_once(monkeypatch):
+    seen = Comparisons(monkeypatch)
+    evaluate = Evaluator(random_potential(), compile=True)
+    for n, kinds in [(5, [8]), (7, [8]), (12, [8, 0]), (12, [8, 0]), (6, [8, 0])]:
+        evaluate(graph_of(molecule(n=n)))
+        assert seen.kept == kinds and seen.limit == 8
+    assert seen.made == 1
+
+
+def test_a_large_system_first_does_not_slow_down_small_ones(monkeypatch):
+    seen = Comparisons(monkeypatch)
+    evaluate = Evaluator(random_potential(), compile=True)
+    evaluate(graph_of(molecule(n=12)))
+    assert seen.kept == [0] and seen.limit == 8
+    evaluate(graph_of(molecule(n=5)))
+    assert seen.kept == [0, 8]
+
+
 def test_code_that_keeps_nothing_stands_in_for_code_that_deviates(monkeypatch):
-    tried = []
-    monkeypatch.setattr(compiled, "compile_potential", lambda potential, report, kept: tried.append(kept))
-    monkeypatch.setattr(compiled, "compare_with_eager", lambda *_: {"forces": float(tried[-1] > 0)})
-    potential, graph = random_potential(), graph_of(molecule())
+    seen = Comparisons(monkeypatch, deviating=8)
+    evaluate = Evaluator(random_potential(), compile=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Evaluator(potential, compile=True)(graph)
-    assert tried == [compiled.MAX_KEPT, 0]
+        for n in (5, 12, 6):
+            evaluate(graph_of(molecule(n=n)))
+    assert seen.kept == [8, 0] and seen.limit == 0
+
+
+def test_large_systems_that_deviate_end_compilation(monkeypatch):
+    Comparisons(monkeypatch, deviating=0)
+    evaluate = Evaluator(random_potential(), compile=True)
+    evaluate(graph_of(molecule(n=5)))
+    with pytest.warns(RuntimeWarning, match="relative deviations"):
+        evaluate(graph_of(molecule(n=12)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(graph_of(molecule(n=5)))
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_forces_of_degree_four_and_many_edges():
-    # torch 2.11 with Triton 3.6 compiles the kept results of this size wrongly (benchmarks/README.md).
+    # Triton 3.6 compiled the sum over the entries of the rotation matrix wrongly (docs/adr/0014).
     potential = Potential(preset("paper-plus", ("Cu",)).model_copy(update={"n_blocks": 1}))
     randomize(potential.model, scale=0.02)
     potential.cuda()

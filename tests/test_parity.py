@@ -86,13 +86,13 @@ def test_float32(name):
     """Rounding of a float32 network, which the random weights of the D series amplify.
 
     deepmd-kit 3.2.0 in float32 differs from its own float64 by up to 5e-7 eV in single atoms of the published
-    sizes and by up to 1.6e-6 eV/atom in the D series (measured: D_fit_24_40); the order of summation is another
-    one here.
+    sizes and by up to 1.6e-6 eV/atom in the D series (measured: D_fit_24_40); the order of operations is another
+    one here, and the edges of a cell of one atom round alike (1.1e-6 eV).
     """
     found = deviations(name, torch.float32)
     per_atom = 5e-6 if name.startswith("D_") else 5e-7
     for label, difference, _, atoms in found["energy"]:
-        assert difference <= per_atom * atoms + 5e-7, f"energy of {label}: {difference:.2e}"
+        assert difference <= per_atom * atoms + 1e-6, f"energy of {label}: {difference:.2e}"
     for label, difference, largest, _ in found["forces"]:
         assert difference <= 3e-5 * max(largest / 10, 1.0), f"forces of {label}: {difference:.2e}"
 

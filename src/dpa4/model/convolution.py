@@ -96,9 +96,12 @@ class SO2Convolution(nn.Module):
         share = self.focus(x[..., : self.width])
         x = self.stack(x, self._bias_scale(radial, to_hidden, hood.edges) if self.biased else None)
         weight = materialized(self.attention.weights(query, key, radial, to_hidden, hood) * share)
-        # One matrix per head weighs, rotates back and rescales.
+        # One matrix per head weighs, rotates back and rescales. Its rows are weighed before the matrix is made of
+        # them: the derivative of the weight is then a sum over rows, not over the whole matrix (docs/adr/0012).
         message = join_streams(x, self.stack.rows)
-        back = self.frame.matrix(hood.edges.rows, back=True)[:, None] * weight.flatten(1)[:, :, None, None]
+        back = self.frame.matrix(
+            [r[:, None] * weight.flatten(1)[..., None, None] for r in hood.edges.rows], back=True
+        )
         return scatter_matmul(back.to(message.dtype), message, hood.destination)
 
     def update(self, x: Tensor, total: Tensor, degree_norm: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Geometry of the edges, computed once per step and shared by all blocks (model-1 sections 5 to 8)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -121,14 +122,14 @@ class LocalFrame(ConstantModule):
             self.register_constant(f"degree_{m}", same)
             self.register_constant(f"rescaled_{m}", same * rescale)
 
-    def matrix(self, rows: Rows, back: bool = False) -> Tensor:
-        """One matrix per edge, (E, M, D); ``back``: the one whose transpose leads back, rescaled."""
+    def matrix(self, rows: Sequence[Tensor], back: bool = False) -> Tensor:
+        """Matrices (..., M, D) of Wigner rows (..., k, D'); ``back``: those whose transpose leads back, rescaled."""
         parts = []
         for m in range(self.mmax + 1):
             mask = getattr(self, f"rescaled_{m}" if back else f"degree_{m}")
-            part = rows[m][:, :, None, : mask.shape[1]] * mask
-            parts.append(after_zeros(part.flatten(1, 2), m * m))
-        return torch.cat(parts, dim=1)
+            part = rows[m][..., None, : mask.shape[1]] * mask
+            parts.append(after_zeros(part.flatten(-3, -2), m * m))
+        return torch.cat(parts, dim=-2)
 
 
 class FullRange(nn.Module):

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Callable
 
 from dpa4.graph import Graph
 from dpa4.potential.potential import Potential, Prediction
@@ -13,11 +14,13 @@ _log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """A potential in evaluation mode, compiled at its first call and replayed as a CUDA graph where it is small.
+    """A potential in evaluation mode, compiled when first needed and replayed as a CUDA graph where it is small.
 
-    The first call compares with eager mode, of large systems the first atoms. Code that deviates is replaced by code
-    that keeps nothing for the derivatives: other kernels, which a fault of the compiler may not meet. If that
-    deviates, too, or something fails, a warning says why and eager mode stays.
+    There are two kinds of code: for small systems one that keeps results of the forward pass for the derivatives, for
+    large ones one that keeps nothing. The first call of either compares it with eager mode, on large systems for the
+    first atoms. Small systems take the code that keeps nothing, too, if theirs deviates: those are other kernels,
+    which a fault of the compiler may not meet. If that deviates or something fails, a warning says why and eager
+    mode stays.
 
     Args:
         potential: On its device and in its precision.
@@ -26,46 +29,61 @@ class Evaluator:
 
     def __init__(self, potential: Potential, compile: bool):
         self.potential = potential.eval()
-        self._pending = compile
-        self._call = potential.__call__
+        self._compile = compile
+        self._keep_results = True  # in small systems
+        self._compared: set[bool] = (
+            set()
+        )  # whether the code keeps results, of the code that has been compared
+        self._call: Callable[[Graph], Prediction] = potential.__call__
 
     def __call__(self, graph: Graph) -> Prediction:
         """Prediction for a graph of one structure, on the device."""
-        if (
-            self._pending and min(graph.num_atoms, graph.num_edges) > 1
-        ):  # smaller ones run eagerly in any case
-            self._pending = False
-            self._compile(graph)
+        # smaller ones run eagerly in any case
+        if self._compile and min(graph.num_atoms, graph.num_edges) > 1:
+            self._prepare(graph)
         return self._call(graph)
 
-    def _compile(self, graph: Graph) -> None:
+    def _prepare(self, graph: Graph) -> None:
+        """Compile the code that a graph takes and compare it with eager mode, unless that is done."""
         from dpa4.potential import compiled  # takes a second to import
         from dpa4.potential.replay import Replay
 
+        keep = self._keep_results and graph.num_atoms <= compiled.MAX_KEPT
+        if keep in self._compared:
+            return
         seconds: list[float] = []
         allowed = compiled.tolerance(self.potential)
         try:
-            for max_kept in (compiled.MAX_KEPT, 0):
-                compiled.compile_potential(self.potential, lambda name, s: seconds.append(s), max_kept)
+            if not self._compared:
+                compiled.compile_potential(self.potential, lambda name, s: seconds.append(s))
+            while True:
+                compiled.keep_results(self.potential, compiled.MAX_KEPT if keep else 0)
                 self.potential(graph)  # so that code is made for these sizes
                 found = compiled.compare_with_eager(self.potential, first_atoms(graph, COMPARED))
                 if all(deviation <= allowed for deviation in found.values()):
                     break
-                _log.info("compiled with up to %d atoms kept: %s, allowed %s", max_kept, found, allowed)
-            else:
-                raise ArithmeticError(f"relative deviations from eager mode are {found}, allowed {allowed}")
+                if not keep:
+                    raise ArithmeticError(
+                        f"relative deviations from eager mode are {found}, allowed {allowed}"
+                    )
+                _log.info("code that keeps results deviates by %s, allowed %s", found, allowed)
+                keep = self._keep_results = False
         except Exception as error:
+            self._compile = False
+            self._call = self.potential.__call__
             compiled.restore_eager(self.potential)
             cause = f"{type(error).__name__}: {str(error)[:500]}"
             warnings.warn(
                 f"compilation failed, so calculations go on in eager mode, right but slower ({cause}); "
                 "compile=False leaves it out",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
             return
+        compiled.keep_results(self.potential, compiled.MAX_KEPT if self._keep_results else 0)
+        self._compared.add(keep)
         _log.info("compiled in %.0f s; relative deviations from eager mode: %s", sum(seconds), found)
-        if graph.positions.is_cuda:
+        if graph.positions.is_cuda and not isinstance(self._call, Replay):
             self._call = Replay(self.potential)
 
 

@@ -1,0 +1,5 @@
+"""``python -m dpa4.cli``."""
+
+from dpa4.cli import app
+
+app()

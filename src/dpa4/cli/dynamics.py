@@ -1,0 +1,67 @@
+"""Molecular dynamics on the command line."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dpa4.cli.options import (
+    Branch,
+    Compile,
+    Device,
+    Dtype,
+    Model,
+    Precision,
+    console,
+    user_errors,
+)
+
+
+def md(
+    model: Model,
+    structure: Annotated[
+        Path, typer.Argument(help="Start, in any format ASE reads; the last image is taken.")
+    ],
+    steps: Annotated[int, typer.Option(help="Steps of the whole run.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("md"),
+    ensemble: Annotated[Literal["nve", "langevin"], typer.Option(help="nve or langevin.")] = "nve",
+    temperature: Annotated[float, typer.Option(help="Of the initial velocities and the bath, in K.")] = 300.0,
+    timestep: Annotated[float, typer.Option(help="In fs.")] = 0.5,
+    friction: Annotated[float, typer.Option(help="Of the Langevin bath, in 1/fs.")] = 0.01,
+    interval: Annotated[int, typer.Option(help="Steps between rows of the table and frames.")] = 10,
+    skin: Annotated[float, typer.Option(help="Verlet skin of the neighbour list, in Angstrom.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    precision: Precision = "high",
+    compile: Compile = None,
+    branch: Branch = None,
+) -> None:
+    """Run molecular dynamics: NVE or Langevin."""
+    from ase.io import iread
+
+    from dpa4.simulation import DPA4Calculator, run_md
+
+    with user_errors():
+        atoms = next(iread(structure, index=-1))
+        calculator = DPA4Calculator(
+            model,
+            device=device,
+            dtype=dtype,
+            precision=precision,
+            compile=compile,
+            branch=branch,
+            neighbor_skin=skin,
+        )
+        result = run_md(
+            atoms, calculator, output, steps=steps, ensemble=ensemble, temperature=temperature, timestep=timestep,
+            friction=friction, interval=interval, seed=seed, resume=resume,
+        )  # fmt: skip
+    console.print(f"{'finished' if result.finished else 'stopped'} after {result.steps} steps")
+    console.print(f"mean temperature {result.temperature:.1f} K", highlight=False)
+    if result.drift is not None:
+        console.print(
+            f"energy drift {result.drift:+.4f} meV/atom/ps, largest deviation {result.deviation:.3f} meV/atom"
+        )
+    console.print(f"trajectory.xyz, thermo.csv and thermo.png are in {output}/")

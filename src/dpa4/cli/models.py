@@ -1,0 +1,34 @@
+"""Commands about model files."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpa4.cli.options import Branch, console, user_errors
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="Model to read: .pt or .safetensors.")],
+    target: Annotated[Path, typer.Argument(help="File to write: .safetensors, or .pt for deepmd-kit.")],
+    branch: Branch = None,
+) -> None:
+    """Convert between deepmd-kit checkpoints and native files."""
+    from dpa4 import potential
+
+    with user_errors():
+        if target.exists():
+            raise FileExistsError(f"{target} exists; choose another name or remove it")
+        potential.convert(source, target, branch)
+    console.print(f"wrote {target}")
+
+
+def info(
+    source: Annotated[str, typer.Argument(help="A model file, or the name of a preset such as paper-air.")],
+    branch: Branch = None,
+) -> None:
+    """Print the model card: parameters, elements, switches, units, kernels on a GPU, provenance."""
+    from dpa4.potential import model_card
+
+    with user_errors():
+        console.print(model_card(source, branch))

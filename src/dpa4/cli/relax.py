@@ -1,0 +1,51 @@
+"""Relaxation on the command line."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dpa4.cli.options import (
+    Branch,
+    Compile,
+    Device,
+    Dtype,
+    Model,
+    Precision,
+    Structures,
+    console,
+    user_errors,
+)
+
+
+def relax(
+    model: Model,
+    structures: Structures,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("relax"),
+    fmax: Annotated[float, typer.Option(help="Largest force of a relaxed structure, in eV/Angstrom.")] = 0.02,
+    steps: Annotated[int, typer.Option(help="Most steps per structure.")] = 500,
+    optimizer: Annotated[Literal["fire", "bfgs", "lbfgs"], typer.Option(help="Method.")] = "fire",
+    cell: Annotated[bool, typer.Option("--cell", help="Relax the cell too.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    precision: Precision = "high",
+    compile: Compile = None,
+    branch: Branch = None,
+) -> None:
+    """Relax every structure of a file."""
+    from ase.io import iread
+
+    from dpa4.simulation import DPA4Calculator, relax_all
+
+    with user_errors():
+        images = list(iread(structures))
+        calculator = DPA4Calculator(
+            model, device=device, dtype=dtype, precision=precision, compile=compile, branch=branch
+        )
+        results = relax_all(
+            images, calculator, output, fmax=fmax, steps=steps, optimizer=optimizer, cell=cell
+        )
+    converged = sum(result.converged for result in results)
+    console.print(
+        f"{converged} of {len(images)} structures converged; relaxed.xyz and relax.csv are in {output}/"
+    )

@@ -1,0 +1,81 @@
+"""Commands that train and evaluate."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpa4.cli.options import Branch, Device, Dtype, Model, console, user_errors
+
+
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("run.yaml"),
+    train: Annotated[str, typer.Option(help="Training data to name in it.")] = "train.xyz",
+) -> None:
+    """Write a commented starting file for a training run."""
+    from dpa4.training import default_config_text
+
+    with user_errors():
+        if path.exists():
+            raise FileExistsError(f"{path} exists; choose another name or remove it")
+        path.write_text(default_config_text(train), encoding="utf-8")
+    console.print(f"wrote {path}; edit it, then run: dpa4 train {path}")
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file, see dpa4 init.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Replace an option: training.seed=3.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in its output folder.")] = False,
+) -> None:
+    """Train a potential."""
+    from dpa4.training import load_run_config
+    from dpa4.training import train as run
+
+    with user_errors():
+        best = run(load_run_config(config, set_ or []), resume=resume, console=console)
+    console.print(f"best model: {best}")
+
+
+def evaluate_command(
+    model: Model,
+    data: Annotated[list[Path], typer.Argument(help="Labelled structures.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for table, plots, predictions.")
+    ] = Path("eval"),
+    key: Annotated[
+        list[str] | None, typer.Option(help="Name of a label in the data: energy=dft_energy.")
+    ] = None,
+    max_atoms: Annotated[int, typer.Option(help="Atoms per batch.")] = 2000,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    branch: Branch = None,
+) -> None:
+    """Compare predictions with labels: error table, parity plots, predictions as extxyz."""
+    import torch
+
+    from dpa4.data import LabelKeys, read_frames
+    from dpa4.potential import load_potential
+    from dpa4.system import choose_device
+    from dpa4.training import evaluate
+
+    with user_errors():
+        chosen = choose_device(device)
+        potential = load_potential(model, device=chosen, dtype=getattr(torch, dtype), branch=branch)
+        frames = read_frames(data, LabelKeys(**_label_keys(key or [])))
+        table = evaluate(potential, frames, max_atoms=max_atoms, output=output, device=chosen)
+    console.print(table.to_rich())
+    console.print(f"table, plots and predictions are in {output}/")
+
+
+def _label_keys(pairs: list[str]) -> dict[str, str]:
+    """Map of label to name from pairs such as energy=dft_energy."""
+    known = ("energy", "forces", "stress", "virial")
+    keys = dict(pair.partition("=")[::2] for pair in pairs)
+    for name, value in keys.items():
+        if name not in known or not value:
+            raise ValueError(
+                f"--key must be LABEL=NAME with a label of {', '.join(known)}, got {name}={value}"
+            )
+    return keys
