@@ -276,6 +276,29 @@ def test_keeping_results_can_be_changed(compilations):
     assert counts == [10, 20, 20]  # five regions of two stages, of two kinds
 
 
+def test_code_for_one_size_only_is_detected(compilations):
+    potential, graph = random_potential().eval(), batches(1)[0]
+    compile_potential(potential)
+    right, size = potential.model.read_out, graph.num_atoms
+
+    def fixed(x):
+        return right(x) if len(x) == size else 0.9 * right(x)
+
+    potential.model.__dict__["read_out"] = Wrong(fixed)
+    assert compare_with_eager(potential, graph)["forces"] > 1e-3
+
+
+def test_sizes_are_not_mistaken_for_fixed_ones(compilations):
+    # The hints of nodes, centres and edges are what the compiler compares with lengths of axes.
+    layer = Layer()
+    code = as_region(layer)
+    derivatives(layer.region, layer, *arguments(5, 20))
+    (program,) = code.programs.values()
+    hints = {int(s.node.hint) for e in program.stages[0].examples for s in e.shape if not isinstance(s, int)}
+    fixed = {int(s) for e in program.stages[0].examples for s in e.shape if isinstance(s, int)}
+    assert len(hints) >= 2 and min(hints) > 10 * max(fixed)
+
+
 class Wrong(Region):
     """A region with the right value and wrong derivatives."""
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from ase.build import bulk
 
-from dpa4.graph import build_graph, collate
+from dpa4.graph import build_graph, collate, first_atoms
 from dpa4.model.presets import preset
 from dpa4.potential import Potential, compiled
-from dpa4.potential.evaluator import Evaluator, first_atoms
+from dpa4.potential.evaluator import Evaluator
 from dpa4.potential.replay import Replay, pad, rounded_up
 from dpa4.simulation import DPA4Calculator
 from helpers import crystal, graph_of, molecule, random_potential, randomize

@@ -1,6 +1,6 @@
 """Graphs of atoms and edges."""
 
-from dpa4.graph.graph import Graph, collate
+from dpa4.graph.graph import Graph, collate, first_atoms
 from dpa4.graph.neighbors import build_graph, neighbor_list, neighbor_list_torch, within_cutoff
 from dpa4.graph.skin import SKIN, SkinnedNeighbors
 
@@ -10,6 +10,7 @@ __all__ = [
     "SkinnedNeighbors",
     "build_graph",
     "collate",
+    "first_atoms",
     "neighbor_list",
     "neighbor_list_torch",
     "within_cutoff",

@@ -82,3 +82,16 @@ def collate(graphs: Sequence[Graph]) -> Graph:
         shift=torch.cat([g.shift for g in graphs]),
         charge_spin=torch.cat([g.charge_spin for g in graphs]),
     )
+
+
+def first_atoms(graph: Graph, count: int) -> Graph:
+    """The first atoms of a graph, with the edges between them."""
+    keep = (graph.source < count) & (graph.destination < count)
+    return graph._replace(
+        atomic_numbers=graph.atomic_numbers[:count],
+        positions=graph.positions[:count],
+        structure=graph.structure[:count],
+        source=graph.source[keep],
+        destination=graph.destination[keep],
+        shift=graph.shift[keep],
+    )

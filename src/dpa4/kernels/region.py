@@ -47,6 +47,10 @@ _OPTIONS = {
 _INDEX_LIMIT = 2**31
 """Elements beyond which an index needs 64 bits."""
 
+_SMALLEST_HINT = 20_000
+"""Least number of nodes and edges the compiler is told. Where one equalled the length of a fixed axis (221 columns at
+degree 4, and 221 nodes), code was made on a GPU that takes the number of nodes for fixed."""
+
 _EXPENSIVE = {"mm", "bmm", "addmm", "baddbmm", "scatter_reduce", "index_add", "index_put"}
 _REDUCTIONS = {"sum", "mean", "amax"}
 
@@ -351,8 +355,8 @@ def _fakes(
     axis: dict[str, Any] = {}
     symbols = {}
     for k, name in enumerate(_COUNTED):
-        # Odd and different: nothing may be concluded from the sizes at hand.
-        hint = (sizes.get(name, 0) | 1) + 4 * k
+        # Odd, different, and larger than sizes that are fixed: nothing may be concluded from the sizes at hand.
+        hint = (max(sizes.get(name, 0), _SMALLEST_HINT) | 1) + 4 * k
         context: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
         size: Any = mode.from_tensor(torch.empty(hint, device="meta"), symbolic_context=context).shape[0]
         axis |= {name: size, f"{name}+1": size + 1}

@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable
 
-from dpa4.graph import Graph
+from dpa4.graph import Graph, first_atoms
 from dpa4.potential.potential import Potential, Prediction
 
 COMPARED = 512
@@ -20,7 +20,8 @@ class Evaluator:
     large ones one that keeps nothing. The first call of either compares it with eager mode, on large systems for the
     first atoms. Small systems take the code that keeps nothing, too, if theirs deviates: those are other kernels,
     which a fault of the compiler may not meet. If that deviates or something fails, a warning says why and eager
-    mode stays.
+    mode stays. Graphs of several structures are compiled, too, but not replayed: their sizes keep changing, and
+    together they keep the device busy.
 
     Args:
         potential: On its device and in its precision.
@@ -37,11 +38,11 @@ class Evaluator:
         self._call: Callable[[Graph], Prediction] = potential.__call__
 
     def __call__(self, graph: Graph) -> Prediction:
-        """Prediction for a graph of one structure, on the device."""
+        """Prediction for a graph on the device."""
         # smaller ones run eagerly in any case
         if self._compile and min(graph.num_atoms, graph.num_edges) > 1:
             self._prepare(graph)
-        return self._call(graph)
+        return self._call(graph) if graph.num_structures == 1 else self.potential(graph)
 
     def _prepare(self, graph: Graph) -> None:
         """Compile the code that a graph takes and compare it with eager mode, unless that is done."""
@@ -85,16 +86,3 @@ class Evaluator:
         _log.info("compiled in %.0f s; relative deviations from eager mode: %s", sum(seconds), found)
         if graph.positions.is_cuda and not isinstance(self._call, Replay):
             self._call = Replay(self.potential)
-
-
-def first_atoms(graph: Graph, count: int) -> Graph:
-    """The first atoms of a graph of one structure, with the edges between them."""
-    keep = (graph.source < count) & (graph.destination < count)
-    return graph._replace(
-        atomic_numbers=graph.atomic_numbers[:count],
-        positions=graph.positions[:count],
-        structure=graph.structure[:count],
-        source=graph.source[keep],
-        destination=graph.destination[keep],
-        shift=graph.shift[keep],
-    )
