@@ -73,7 +73,8 @@ def test_results_are_those_of_the_potential():
     np.testing.assert_allclose(atoms.get_forces(), expected.forces, atol=1e-13)
     virial = -voigt_6_to_full_3x3_stress(atoms.get_stress()) * atoms.get_volume()
     np.testing.assert_allclose(virial, expected.virial[0], atol=1e-12)
-    assert set(atoms.calc.results) == {"energy", "free_energy", "energies", "forces", "stress"}
+    assert set(atoms.calc.results) == {"energy", "free_energy", "energies", "forces", "stress", "virial"}
+    np.testing.assert_array_equal(atoms.calc.results["virial"], expected.virial[0])
 
 
 def test_single_precision_agrees_and_leaves_the_given_potential_alone():

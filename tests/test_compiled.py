@@ -13,6 +13,7 @@ from dpa4.kernels import region as regions
 from dpa4.kernels.incidence import Incidence
 from dpa4.kernels.region import Region, RegionCode
 from dpa4.kernels.segments import gather, segment_sum
+from dpa4.model.config import Bridging
 from dpa4.potential import Potential
 from dpa4.potential.compiled import compare_with_eager, compile_potential, keep_results, restore_eager
 from helpers import assert_close, crystal, graph_of, molecule, random_potential
@@ -242,6 +243,17 @@ def test_potential_and_its_parameter_gradients(compilations, options, split):
         for graph in batches(2):
             for name, deviation in compare_with_eager(potential, graph).items():
                 assert deviation < 1e-11, name  # float64, another order of sums
+
+
+def test_freeze_gates_are_an_argument_of_compiled_code(compilations):
+    """Computed before it, they depend on the same edges: both ways to the forces count."""
+    potential = random_potential(n_blocks=1, bridging=Bridging(r_inner=0.8, r_outer=1.4)).train()
+    graph = graph_of(molecule())
+    lengths = graph.edge_vectors().norm(dim=1)
+    assert ((lengths > 0.8) & (lengths < 1.4)).any()
+    compile_potential(potential)
+    for name, deviation in compare_with_eager(potential, graph).items():
+        assert deviation < 1e-11, name
 
 
 def test_potential_compiles_once_for_ten_batches(compilations):

@@ -78,6 +78,10 @@ def test_every_page_of_the_documentation_is_checked():
         "docs/training.md",
         "docs/models.md",
         "docs/running.md",
+        "docs/crystals.md",
+        "docs/bench.md",
+        "docs/properties.md",
+        "docs/torchsim.md",
     } <= {*IDS}
 
 
@@ -121,23 +125,43 @@ def test_commands_exist(path):
         if command == "--help":
             continue
         assert command in COMMANDS, f"{path}: {line}"
-        known = {option for parameter in COMMANDS[command].params for option in parameter.opts} | {"--help"}
+        found = COMMANDS[command]
+        if hasattr(found, "commands") and arguments:  # a group, such as bench
+            command, *arguments = arguments
+            assert command in found.commands, f"{path}: {line}"
+            found = found.commands[command]
+        known = {option for parameter in found.params for option in parameter.opts} | {"--help"}
         unknown = [a for a in arguments if a.startswith("-") and a.partition("=")[0] not in known]
         assert not unknown, f"{path}: {line}: {unknown}"
 
 
 def test_options_of_commands_in_tables():
     """Tables of options name existing ones, with their defaults."""
-    sections = {"md": "## Molecular dynamics", "relax": "## Relaxation"}
-    for command, heading in sections.items():
-        rows = text("docs/running.md").partition(heading)[2].partition("\n## ")[0]
-        found = re.findall(r"^\| `(--\w+)` \| (\S+) \|", rows, re.MULTILINE)
+    sections = {
+        "md": ("docs/running.md", "## Molecular dynamics"),
+        "relax": ("docs/running.md", "## Relaxation"),
+        "eos": ("docs/crystals.md", "## Equation of state"),
+        "elastic": ("docs/crystals.md", "## Elastic tensor"),
+        "phonon": ("docs/crystals.md", "## Phonons"),
+        "embed": ("docs/properties.md", "## Embeddings"),
+        "dimer": ("docs/properties.md", "## Pair curves"),
+        "neb": ("docs/properties.md", "## Barriers"),
+        "screen": ("docs/torchsim.md", "## Screening"),
+        "lammps": ("docs/lammps.md", "## Without compiling"),
+    }
+    for command, (page, heading) in sections.items():
+        rows = text(page).partition(heading)[2].partition("\n## ")[0]
+        found = re.findall(r"^\| `(--[\w-]+)` \| (\S+) \|", rows, re.MULTILINE)
         assert found, heading
         parameters = {p.opts[0]: p for p in COMMANDS[command].params}
         for option, default in found:
             parameter = parameters[option]
             expected = parameter.default
-            shown = "required" if parameter.required else "off" if expected is False else str(expected)
+            if expected is None and not parameter.required:
+                continue  # what is done then is for words
+            if isinstance(expected, bool):
+                expected = "on" if expected else "off"
+            shown = "required" if parameter.required else str(expected)
             assert default.removesuffix(".0") == shown.removesuffix(".0"), option
 
 

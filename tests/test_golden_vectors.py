@@ -79,7 +79,7 @@ def first_block_input(case: str) -> tuple[torch.Tensor, RadialFeatures, Neighbor
     assert graph.num_edges == 12
     with torch.no_grad():
         potential.atomic_energies(graph, graph.edge_vectors())
-    x, hoods = caught[0]
+    x, hoods, _ = caught[0]
     return x, hoods.radial[0], hoods.parts[0], potential
 
 
@@ -162,7 +162,9 @@ def edges_and_radial(inputs: dict, config: ModelConfig) -> tuple[Neighborhood, R
     order = torch.argsort(inputs["dst"], stable=True)
     source = Incidence.of(inputs["src"][order], len(inputs["x"]))
     destination = Incidence.of_sorted(inputs["dst"][order], len(inputs["x"]))
-    hood = EdgeGeometry(config).double()(inputs["edge_vec"][order], source, destination)
+    geometry, vectors = EdgeGeometry(config).double(), inputs["edge_vec"][order]
+    open_ = geometry.openness(vectors, source, destination)
+    hood = geometry(vectors, open_, source, destination)
     edges = hood.edges._replace(weight=inputs["edge_env"][order, 0])
     if "edge_src_gate" in inputs:
         edges = edges._replace(gate=inputs["edge_src_gate"].flatten()[order])

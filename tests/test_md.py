@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 from ase import Atoms, units
 from ase.build import bulk
+from ase.calculators.calculator import Calculator
 from ase.calculators.emt import EMT
-from ase.constraints import FixAtoms
-from ase.io import read
+from ase.constraints import FixAtoms, FixBondLength
+from ase.io import read, write
+from typer.testing import CliRunner
 
+from dpa4.cli import app
+from dpa4.potential.checkpoint import save_potential
 from dpa4.simulation import DPA4Calculator, run_md
-from dpa4.simulation.dynamics import draw_momenta
+from dpa4.simulation.integrators import make_integrator
+from dpa4.simulation.momenta import degrees_of_freedom, draw_momenta, temperature
 from dpa4.system import read_csv
 from helpers import crystal, molecule, random_potential
 
@@ -32,13 +37,23 @@ def thermo(folder, column: str) -> np.ndarray:
     return np.array([float(row[column]) for row in read_csv(folder / "thermo.csv")])
 
 
-def test_energy_error_of_a_potential_falls_with_the_square_of_the_timestep(tmp_path):
+BATHS = [
+    {"ensemble": "nve"},
+    {"ensemble": "nvt", "tdamp": 20.0},
+    {"ensemble": "npt", "tdamp": 20.0, "pdamp": 60.0, "pressure": 3.0, "cell": "volume"},
+    {"ensemble": "npt", "tdamp": 20.0, "pdamp": 60.0, "pressure": 3.0, "cell": "full"},
+]
+
+
+@pytest.mark.parametrize("ensemble", BATHS, ids=["nve", "nvt", "npt-volume", "npt-full"])
+def test_energy_error_of_a_potential_falls_with_the_square_of_the_timestep(tmp_path, ensemble):
+    """Of the total energy, or of that of structure and baths together."""
     calculator = DPA4Calculator(random_potential(), device="cpu", dtype="float64")
     deviations = []
     for steps in (15, 30, 60):
-        options = {"timestep": 22.5 / steps, "interval": steps // 15, "steps": steps}
+        options = {"timestep": 22.5 / steps, "interval": steps // 15, "steps": steps} | ensemble
         deviations.append(run(crystal(), calculator, tmp_path / str(steps), **options).deviation)
-    # velocity Verlet is of second order, so halving the timestep divides the error by four
+    # the integrators are of second order, so halving the timestep divides the error by four
     assert deviations[0] / deviations[1] == pytest.approx(4, rel=0.1)
     assert deviations[1] / deviations[2] == pytest.approx(4, rel=0.1)
     kinetic = thermo(tmp_path / "60", "kinetic_eV")
@@ -109,24 +124,135 @@ def test_langevin_reaches_its_temperature(tmp_path):
     assert late.mean() == pytest.approx(500, abs=50)
 
 
+def test_nose_hoover_chains_reach_the_temperature(tmp_path):
+    """Of four atoms whose centre of mass rests; a bath for 12 instead of 9 momenta would give 400 K."""
+    atoms = copper(1)
+    options = {"ensemble": "nvt", "tdamp": 20.0, "timestep": 4.0, "interval": 5}
+    result = run(atoms, EMT(), tmp_path, steps=2500, **options)
+    # standard error of the mean: 300 K sqrt(2 / 9) / sqrt(200 independent samples, one in 50 fs) = 10 K
+    assert result.temperature == pytest.approx(300, abs=40)
+    np.testing.assert_allclose(atoms.get_momenta().sum(axis=0), 0, atol=1e-9)
+    assert abs(result.drift) < 0.1 and result.deviation < 2
+    conserved, total = thermo(tmp_path, "conserved_eV"), thermo(tmp_path, "total_eV")
+    assert result.deviation == pytest.approx(1000 * np.abs(conserved - conserved[0]).max() / 4)
+    assert np.ptp(total) > 20 * np.ptp(conserved)  # the bath takes and gives energy
+
+
+class Gas(Calculator):
+    """Atoms without interaction."""
+
+    implemented_properties = ["energy", "free_energy", "forces", "stress"]
+
+    def calculate(self, atoms, *arguments):
+        super().calculate(atoms, *arguments)
+        still = {"forces": np.zeros((len(atoms), 3)), "stress": np.zeros(6)}
+        self.results = {"energy": 0.0, "free_energy": 0.0} | still
+
+
+@pytest.mark.parametrize("cell", ["volume", "full"])
+def test_ideal_gas_at_constant_pressure(cell):
+    """Eight atoms whose centre of mass rests have a volume distributed as V^7 exp(-pV/kT)."""
+    pressure = 0.02
+    volume = 8 * units.kB * 300 / (pressure * units.GPa)  # mean of the distribution
+    atoms = Atoms(["He"] * 8, cell=[volume ** (1 / 3)] * 3, pbc=True)
+    rng = np.random.default_rng(0)
+    atoms.set_scaled_positions(rng.random((8, 3)))
+    atoms.calc = Gas()
+    draw_momenta(atoms, 300.0, rng)
+    settings = {"ensemble": "npt", "timestep": 10.0, "temperature": 300.0, "tdamp": 100.0, "pdamp": 200.0}
+    integrator = make_integrator(atoms, settings | {"pressure": pressure, "cell": cell}, rng)
+    cell_energy, kelvin, volumes = [], [], []
+    for _ in range(3000):
+        integrator.step()
+        rates = integrator._p_g if cell == "full" else integrator._p_eps
+        cell_energy.append(np.square(rates).sum() / integrator._barostat.W / (units.kB * 300))
+        kelvin.append(temperature(atoms))
+        volumes.append(atoms.get_volume())
+    # the volume forgets in about 300 fs: 100 samples, standard errors 0.354 / sqrt(100) and 0.354 / sqrt(200)
+    assert np.mean(volumes) / volume == pytest.approx(1, abs=0.1)
+    assert np.std(volumes) / volume == pytest.approx(8**-0.5, rel=0.25)
+    assert np.mean(kelvin) == pytest.approx(300, rel=0.05)
+    if cell == "full":  # equipartition over six strain rates: sqrt(2 / 6 / 100) = 6 %
+        assert np.mean(cell_energy) == pytest.approx(6, rel=0.2)
+
+
+def test_atoms_that_are_fixed_take_no_part_in_the_temperature(tmp_path):
+    atoms = copper(1)
+    atoms.set_constraint(FixAtoms([0, 1]))
+    fixed = atoms.positions[:2].copy()
+    options = {"ensemble": "nvt", "tdamp": 20.0, "timestep": 4.0, "interval": 5}
+    result = run(atoms, EMT(), tmp_path, steps=2500, **options)
+    assert np.array_equal(atoms.positions[:2], fixed)
+    # a bath for 12 instead of 6 momenta would give 600 K; standard error as above, 12 K
+    assert result.temperature == pytest.approx(300, abs=50)
+
+
+def test_volume_and_density_of_npt(tmp_path):
+    atoms = copper(1)
+    shape = atoms.cell.array / atoms.cell.array[0, 0]
+    options = {"ensemble": "npt", "timestep": 2.0, "pressure": 20.0, "pdamp": 50.0}
+    result = run(atoms, EMT(), tmp_path, steps=40, interval=1, **options)
+    volume, density = thermo(tmp_path, "volume_A3"), thermo(tmp_path, "density_g_cm3")
+    assert volume[-1] == pytest.approx(atoms.get_volume()) and volume[-1] < volume[0]
+    # copper: 63.546 g/mol, four atoms per cell, 6.02214076e23 per mol
+    np.testing.assert_allclose(density, 4 * 63.546 / 6.02214076e23 / (volume * 1e-24), rtol=1e-6)
+    assert result.density == pytest.approx(density.mean())
+    np.testing.assert_allclose(atoms.cell.array / atoms.cell.array[0, 0], shape, atol=1e-12)
+    cells = [frame.cell.volume for frame in read(tmp_path / "trajectory.xyz", ":")]
+    np.testing.assert_allclose(cells, volume, rtol=1e-6)  # eight digits behind the point
+
+
+def test_motion_of_the_centre_of_mass_is_no_temperature(tmp_path):
+    atoms = copper(1)
+    draw_momenta(atoms, 300.0, np.random.default_rng(0))
+    atoms.set_momenta(atoms.get_momenta() + atoms.get_masses()[:, None])
+    assert temperature(atoms) == pytest.approx(300)
+    assert atoms.get_temperature() > 1000
+    run(atoms.copy(), EMT(), tmp_path / "nve", steps=1, interval=1)
+    frame = read(tmp_path / "nve" / "trajectory.xyz", 0)
+    np.testing.assert_allclose(frame.get_momenta(), atoms.get_momenta(), atol=1e-7)
+    run(atoms.copy(), EMT(), tmp_path / "nvt", steps=1, interval=1, ensemble="nvt")
+    np.testing.assert_allclose(
+        read(tmp_path / "nvt" / "trajectory.xyz", 0).get_momenta().sum(axis=0), 0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("structure", "periodic", "freedom"),
+    [(copper(1), True, 9), (molecule(n=9), False, 21), (Atoms("O2", [(0, 0, 0), (0, 0, 1)]), False, 1),
+     (Atoms("O"), False, 3)],
+)  # fmt: skip
+def test_degrees_of_freedom(structure, periodic, freedom):
+    assert structure.pbc.any() == periodic and degrees_of_freedom(structure) == freedom
+    # the mean of what is drawn before scaling: each degree of freedom has kT/2
+    rng = np.random.default_rng(0)
+    masses = structure.get_masses()[:, None]
+    means = []
+    for _ in range(400):
+        structure.set_momenta(np.sqrt(masses * units.kB * 300) * rng.normal(size=(len(structure), 3)))
+        means.append(temperature(structure))
+    # standard error: sqrt(2 / freedom / 400), 7 % for one
+    assert np.mean(means) == pytest.approx(300, rel=0.25 if freedom == 1 else 0.1)
+
+
 def test_drawn_momenta():
     atoms = molecule(n=9)
     draw_momenta(atoms, 250.0, np.random.default_rng(0))
-    assert atoms.get_temperature() == pytest.approx(250)
+    assert temperature(atoms) == pytest.approx(250)
     np.testing.assert_allclose(atoms.get_momenta().sum(axis=0), 0, atol=1e-12)
     np.testing.assert_allclose(atoms.get_angular_momentum(), 0, atol=1e-12)
     linear = Atoms("OCO", [(-1.2, 0, 0), (0, 0, 0), (1.2, 0, 0)])
     draw_momenta(linear, 250.0, np.random.default_rng(0))
     np.testing.assert_allclose(linear.get_angular_momentum(), 0, atol=1e-12)
-    assert linear.get_temperature() == pytest.approx(250)
+    assert temperature(linear) == pytest.approx(250)
     one = Atoms("C", [(0, 0, 0)])
     draw_momenta(one, 250.0, np.random.default_rng(0))
-    assert one.get_temperature() == pytest.approx(250)
+    assert temperature(one) == pytest.approx(250)
     fixed = copper(1)
     fixed.set_constraint(FixAtoms([0]))
     draw_momenta(fixed, 250.0, np.random.default_rng(0))
     assert np.all(fixed.get_momenta()[0] == 0)
-    assert fixed.get_temperature() == pytest.approx(250)
+    assert temperature(fixed) == fixed.get_temperature() == pytest.approx(250)
 
 
 def test_distribution_of_drawn_momenta():
@@ -174,10 +300,19 @@ def same_files(one, two) -> bool:
     return all((one / n).read_text() == (two / n).read_text() for n in ("thermo.csv", "trajectory.xyz"))
 
 
-@pytest.mark.parametrize("ensemble", ["nve", "langevin"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+ENSEMBLES = [
+    {"ensemble": "nve"},
+    {"ensemble": "langevin"},
+    {"ensemble": "nvt", "tdamp": 10.0},
+    {"ensemble": "npt", "tdamp": 10.0, "pdamp": 30.0, "pressure": 2.0, "cell": "volume"},
+    {"ensemble": "npt", "tdamp": 10.0, "pdamp": 30.0, "pressure": 2.0, "cell": "full"},
+]
+SIGNALS = [signal.SIGINT] * 5 + [signal.SIGTERM]
+
+
+@pytest.mark.parametrize(("ensemble", "number"), [*zip([*ENSEMBLES, ENSEMBLES[0]], SIGNALS, strict=True)])
 def test_interrupted_and_resumed_is_the_same_run(tmp_path, ensemble, number):
-    options = {"ensemble": ensemble, "timestep": 1.0, "interval": 4, "steps": 30}
+    options = {"timestep": 1.0, "interval": 4, "steps": 30} | ensemble
     whole = crystal()
     expected = run(whole, Small(), tmp_path / "whole", **options)
     handler = signal.getsignal(number)
@@ -189,6 +324,8 @@ def test_interrupted_and_resumed_is_the_same_run(tmp_path, ensemble, number):
     assert result == expected
     assert np.array_equal(resumed.positions, whole.positions)
     assert np.array_equal(resumed.get_momenta(), whole.get_momenta())
+    assert np.array_equal(resumed.cell.array, whole.cell.array)
+    assert np.array_equal(whole.cell.array, crystal().cell.array) == (ensemble["ensemble"] != "npt")
     assert same_files(tmp_path / "parted", tmp_path / "whole")
 
 
@@ -249,14 +386,30 @@ def test_refusals(tmp_path):
     run(copper(1), EMT(), tmp_path, steps=5)  # the failed start left nothing in the way
     with pytest.raises(FileExistsError, match="already holds restart.json of a run; resume"):
         run(copper(1), EMT(), tmp_path, steps=5)
+    for constraint, ensemble, allowed in (
+        (
+            FixBondLength(0, 1),
+            "nvt",
+            "keeps only FixAtoms, FixCartesian, FixedLine and FixedPlane, got FixBondLengths",
+        ),
+        (FixAtoms([0]), "npt", "keeps no constraints, got FixAtoms"),
+    ):
+        held = copper(1)
+        held.set_constraint(constraint)
+        with pytest.raises(ValueError, match=f"ensemble {ensemble} {allowed}"):
+            run(held, EMT(), tmp_path / "held", steps=5, ensemble=ensemble)
+    with pytest.raises(ValueError, match="ensemble npt needs a cell periodic along all three axes"):
+        run(molecule(), Small(), tmp_path / "molecule", steps=5, ensemble="npt")
+    with pytest.raises(ValueError, match="temperature must be above 0 K in ensemble nvt"):
+        run(copper(1), EMT(), tmp_path / "cold", steps=5, ensemble="nvt", temperature=0)
     with pytest.raises(ValueError, match="timestep = 1.0, but the run to resume has 0.5"):
         run(copper(1), EMT(), tmp_path, steps=5, timestep=1, resume=True)
     with pytest.raises(ValueError, match="the atoms are not those of the run to resume"):
         run(copper(2), EMT(), tmp_path, steps=5, resume=True)
     restart = tmp_path / "restart.json"
     state = json.loads(restart.read_text())
-    restart.write_text(json.dumps(state | {"format": 2}))
-    with pytest.raises(ValueError, match="has format 2; this version reads format 1"):
+    restart.write_text(json.dumps(state | {"format": 1}))
+    with pytest.raises(ValueError, match="has format 1; this version reads format 2"):
         run(copper(1), EMT(), tmp_path, steps=5, resume=True)
     restart.write_text('{"form')
     with pytest.raises(ValueError, match="damaged or not a restart file"):
@@ -266,7 +419,12 @@ def test_refusals(tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("ensemble", "npt", "ensemble must be nve or langevin, got 'npt'"),
+        ("ensemble", "nph", "ensemble must be one of nve, langevin, nvt, npt, got 'nph'"),
+        ("cell", "shape", "cell must be one of volume, full, got 'shape'"),
+        ("tdamp", 0, r"tdamp must be positive \(in fs\), got 0"),
+        ("pdamp", float("inf"), r"pdamp must be positive \(in fs\), got inf"),
+        ("pressure", 1, "pressure = 1.0 GPa has no effect in ensemble nve; use npt"),
+        ("pressure", float("nan"), "pressure must be a number in GPa, got nan"),
         ("timestep", 0, r"timestep must be positive \(in fs\), got 0"),
         ("friction", -1, r"friction must be positive \(in 1/fs\), got -1"),
         ("temperature", -5, "temperature must be at least 0 K, got -5"),
@@ -277,6 +435,41 @@ def test_refusals(tmp_path):
 def test_arguments(tmp_path, option, value, message):
     with pytest.raises(ValueError, match=message):
         run(copper(1), EMT(), tmp_path, **({"steps": 5} | {option: value}))
+
+
+def test_command_runs_at_constant_pressure(tmp_path):
+    save_potential(random_potential(n_blocks=1, lmax=1), tmp_path / "m.safetensors")
+    write(tmp_path / "start.xyz", crystal())
+    arguments = [
+        "md",
+        tmp_path / "m.safetensors",
+        tmp_path / "start.xyz",
+        "-o",
+        tmp_path / "out",
+        "--steps",
+        4,
+    ]
+    options = [
+        "--ensemble",
+        "npt",
+        "--pressure",
+        2,
+        "--cell",
+        "full",
+        "--tdamp",
+        50,
+        "--pdamp",
+        500,
+        "--interval",
+        2,
+    ]
+    shown = CliRunner().invoke(app, [str(a) for a in (*arguments, *options, "--device", "cpu")])
+    assert shown.exit_code == 0, shown.output
+    assert "mean density" in shown.output and "energy drift" in shown.output
+    settings = json.loads((tmp_path / "out" / "restart.json").read_text())["settings"]
+    expected = {"ensemble": "npt", "pressure": 2.0, "cell": "full", "tdamp": 50.0, "pdamp": 500.0}
+    assert settings | expected == settings
+    assert len(thermo(tmp_path / "out", "density_g_cm3")) == 3
 
 
 def test_an_explosion_is_explained(tmp_path):

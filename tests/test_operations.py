@@ -15,7 +15,7 @@ from dpa4.model import ModelConfig
 from dpa4.model.block import GatedActivation, feed_forward
 from dpa4.model.config import Bridging
 from dpa4.model.convolution import SO2Convolution
-from dpa4.model.edges import EdgeGeometry, Neighborhood, clamp_length, freeze_gate
+from dpa4.model.edges import EdgeGeometry, Neighborhood, clamp_length, openness
 from dpa4.model.grid import GridActivation, MessageNodeProduct
 from dpa4.model.harmonics import edge_frame
 from dpa4.model.layers import DegreeLinear, EquivariantRMSNorm, degree_of
@@ -190,14 +190,18 @@ def test_clamp_length_freezes_below_and_leaves_above():
 def test_freeze_gate_and_its_derivatives_where_it_is_zero():
     length = torch.tensor([0.6, 0.7, 0.45, 0.75, 1.2], dtype=torch.float64)  # edge 2 closes node 2
     source = Incidence.of(torch.tensor([0, 1, 2, 2, 0]), 3)
-    gate = freeze_gate(length, source, BRIDGING)
+
+    def freeze_gate(length):
+        return gather(openness(length, source, BRIDGING), source)
+
+    gate = freeze_gate(length)
     assert (gate[[2, 3]] == 0).all() and (gate[[0, 1, 4]] > 0).all() and gate[0] == gate[4]
     t = (length[0] - 0.5) / 0.3
     assert_close(gate[0], t**4 * (35 - 84 * t + 70 * t**2 - 20 * t**3))  # the other edge of node 0 is open
-    check_derivatives(lambda x: freeze_gate(x, source, BRIDGING), length)
+    check_derivatives(freeze_gate, length)
     for closing in (0.5, 0.2):  # exactly at the radius, and below
         (r,) = leaves(length.clone().index_fill(0, torch.tensor([2]), closing))
-        first = torch.autograd.grad(freeze_gate(r, source, BRIDGING).sum(), r, create_graph=True)[0]
+        first = torch.autograd.grad(freeze_gate(r).sum(), r, create_graph=True)[0]
         second = torch.autograd.grad(first.square().sum(), r)[0]
         assert first.isfinite().all() and second.isfinite().all() and (first[[2, 3]] == 0).all()
 
@@ -268,7 +272,8 @@ def test_so2_layers_differentiate_twice(kind):
 def edges_of(
     vectors: torch.Tensor, config: ModelConfig, source=SOURCE, destination=DESTINATION
 ) -> Neighborhood:
-    return EdgeGeometry(config).double()(vectors, source, destination)
+    geometry = EdgeGeometry(config).double()
+    return geometry(vectors, geometry.openness(vectors, source, destination), source, destination)
 
 
 def radial_of(num_edges: int, config: ModelConfig) -> RadialFeatures:
@@ -426,7 +431,7 @@ def empty_cases() -> dict[str, tuple]:
         "envelope_softmax": (lambda x: envelope_softmax(x, *none_of[1:], none), none_of[0], (0, 2, 2)),
         "envelope": (lambda x: envelope(x, 3.0, 5), random(0), (0,)),
         "clamp_length": (lambda x: clamp_length(x, BRIDGING), random(0), (0,)),
-        "freeze_gate": (lambda x: freeze_gate(x, none, BRIDGING), random(0), (0,)),
+        "openness": (lambda x: openness(x, none, BRIDGING), random(0), (3,)),
         "SO2Linear": (lambda x: linear(groups_of(x, 2, 1, 2), None)[1], random(2, 0, 14), (2, 0, 8)),
         "Gate": (lambda x: gate(groups_of(x, 2, 1, 2))[1], random(2, 0, 14), (2, 0, 8)),
         "GridActivation on SO(3)": (grid, random(0, 9, channels), (0, 9, 6)),

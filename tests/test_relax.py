@@ -1,17 +1,22 @@
 """Relaxation: minima are reached, cells too, constraints hold, and what is written."""
 
 import csv
+import json
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
-from ase import Atoms
+from ase import Atoms, units
 from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
-from ase.io import read
+from ase.io import read, write
+from typer.testing import CliRunner
 
+from dpa4.cli import app
+from dpa4.potential.checkpoint import save_potential
 from dpa4.simulation import DPA4Calculator, relax, relax_all
 from helpers import crystal, molecule, random_potential
 
@@ -40,13 +45,13 @@ def test_reaches_a_minimum(optimizer):
 
 def test_relaxes_the_cell():
     atoms = squeezed()
-    result = relax(atoms, EMT(), fmax=1e-3, optimizer="lbfgs", cell=True)
+    result = relax(atoms, EMT(), fmax=1e-3, optimizer="lbfgs", cell="full")
     assert result.converged
     np.testing.assert_allclose(atoms.cell.lengths(), 3.59, atol=0.01)  # the lattice constant of EMT
     np.testing.assert_allclose(atoms.get_stress(), 0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("structure", "cell"), [(molecule, False), (crystal, True)])
+@pytest.mark.parametrize(("structure", "cell"), [(molecule, "fixed"), (crystal, "full")])
 def test_lowers_the_energy_and_forces_of_a_potential(structure, cell):
     atoms = structure()
     calculator = DPA4Calculator(random_potential(), device="cpu", dtype="float64")
@@ -57,6 +62,84 @@ def test_lowers_the_energy_and_forces_of_a_potential(structure, cell):
     assert np.linalg.norm(atoms.get_forces(), axis=1).max() == pytest.approx(result.max_force)
     assert result.max_force < before / 2
     assert result.energy < result.initial_energy
+
+
+def test_pressure_is_reached():
+    """The enthalpy's minimum: the stress of the structure balances the pressure."""
+    atoms = squeezed()
+    result = relax(atoms, EMT(), fmax=1e-4, optimizer="bfgs", cell="full", pressure=10.0)
+    assert result.converged
+    # fmax bounds the virial of the cell per atom: 4 * 1e-4 eV of 44 Angstrom^3 are 1.5e-3 GPa
+    np.testing.assert_allclose(atoms.get_stress() / units.GPa, [-10, -10, -10, 0, 0, 0], rtol=0, atol=2e-3)
+    assert result.pressure == pytest.approx(10, abs=2e-3)
+    assert result.volume == atoms.get_volume()
+
+
+@pytest.mark.parametrize(
+    ("cell", "zero"),  # components of the stress that vanish, and what the cell keeps
+    [("volume", []), ("shape", []), ("xy", [0, 1, 5]), ("z", [2])],
+)
+def test_part_of_the_cell_is_relaxed(cell, zero):
+    atoms = squeezed()
+    atoms.set_cell(atoms.cell.array @ [[1, 0.03, 0], [0.03, 1, 0.02], [0, 0.02, 1]], scale_atoms=True)
+    start = atoms.copy()
+    assert relax(atoms, EMT(), fmax=2e-4, optimizer="bfgs", cell=cell).converged
+    deformation = np.linalg.solve(start.cell.array, atoms.cell.array).T
+    stress = atoms.get_stress()
+    np.testing.assert_allclose(stress[zero], 0, atol=2e-5)  # 4 * 2e-4 eV / 46 Angstrom^3
+    assert np.abs(stress).max() > 1e-3
+    assert not np.allclose(deformation, np.eye(3), atol=1e-3)
+    if cell == "volume":
+        np.testing.assert_allclose(deformation, np.eye(3) * deformation[0, 0], atol=1e-10)
+        assert stress[:3].sum() == pytest.approx(0, abs=6e-5)
+    elif cell == "shape":
+        assert atoms.get_volume() == pytest.approx(start.get_volume(), rel=1e-9)
+        np.testing.assert_allclose(stress, [*[stress[:3].mean()] * 3, 0, 0, 0], atol=3e-5)
+    else:
+        kept = [(2, 2), (0, 2), (1, 2)] if cell == "xy" else [(0, 0), (1, 1), (0, 1), (0, 2), (1, 2)]
+        for i, j in kept:
+            assert deformation[i, j] == pytest.approx(float(i == j), abs=1e-10)
+
+
+def test_symmetry_is_kept():
+    """Forces that break the symmetry do not move a tetragonal cell of copper off it."""
+    dataset = pytest.importorskip("spglib").get_symmetry_dataset
+    atoms = bulk("Cu", a=3.6, cubic=True)
+    atoms.set_cell([3.55, 3.55, 3.7], scale_atoms=True)
+    atoms.rattle(1e-3, seed=0)
+    noisy = np.random.default_rng(0).normal(scale=1e-3, size=(4, 3))
+
+    class Noisy(EMT):
+        """Errors that do not know about symmetry."""
+
+        def calculate(self, *arguments):
+            super().calculate(*arguments)
+            self.results["forces"] = self.results["forces"] + noisy
+
+    result = relax(atoms, Noisy(), fmax=1e-3, optimizer="bfgs", cell="shape", symmetry=True, symprec=0.05)
+    assert result.converged and not atoms.constraints
+    number = dataset((atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers), symprec=1e-5).number
+    assert number == 139  # I4/mmm, the space group of the start
+    assert result.max_force < 1e-10  # no force is symmetric here
+
+
+def test_symmetry_is_refused_where_it_cannot_be_kept(monkeypatch):
+    fixed = bulk("Cu")
+    fixed.set_constraint(FixAtoms([0]))
+    with pytest.raises(ValueError, match="symmetry cannot be kept beside FixAtoms"):
+        relax(fixed, EMT(), symmetry=True)
+    with pytest.raises(ValueError, match="symmetry needs a cell periodic along all three axes"):
+        relax(molecule(), EMT(), symmetry=True)
+    with pytest.raises(ValueError, match="symprec must be a positive distance in Angstrom, got 0"):
+        relax(bulk("Cu"), EMT(), symmetry=True, symprec=0)
+    with pytest.raises(ValueError, match="cell = z breaks the symmetry of the structure"):
+        relax(bulk("Cu"), EMT(), symmetry=True, cell="z")
+    tetragonal = bulk("Cu", cubic=True)
+    tetragonal.set_cell([3.6, 3.6, 3.7], scale_atoms=True)
+    assert relax(tetragonal, EMT(), symmetry=True, cell="z", fmax=0.05).converged
+    monkeypatch.setitem(sys.modules, "spglib", None)
+    with pytest.raises(ImportError, match=r"spglib is not installed; pip install 'dpa4\[symmetry\]'"):
+        relax(bulk("Cu"), EMT(), symmetry=True)
 
 
 def test_constraints_and_momenta_are_kept():
@@ -111,6 +194,69 @@ def test_interruption_keeps_what_was_reached(tmp_path):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def files(folder):
+    return [(folder / name).read_text() for name in ("relax.csv", "relaxed.xyz")]
+
+
+def test_resumed_relaxations(tmp_path):
+    """Finished structures are taken over, the one that was interrupted goes on where it was."""
+    options = {"fmax": 0.01, "progress": False}
+    starts = [bulk("Cu", a=3.6), squeezed(), squeezed(), bulk("Cu", a=3.5)]
+    expected = relax_all([a.copy() for a in starts], EMT(), tmp_path / "whole", **options)
+    structures = [a.copy() for a in starts]
+    assert len(relax_all(structures, Interrupting(), tmp_path / "parts", **options)) == 2
+    begun = structures[1].positions.copy()
+    results = relax_all(starts, EMT(), tmp_path / "parts", resume=True, **options)
+    assert results[0] == expected[0]
+    for one, other in zip(results[2:], expected[2:], strict=True):  # EMT's order of summation has a memory
+        assert one.steps == other.steps and one.energy == pytest.approx(other.energy, abs=1e-10)
+    assert results[1].converged and results[1].energy == pytest.approx(expected[1].energy, abs=1e-3)
+    assert results[1].initial_energy < expected[1].initial_energy
+    np.testing.assert_allclose(starts[1].positions, begun, atol=0.2)
+    whole, parts = files(tmp_path / "whole"), files(tmp_path / "parts")
+    assert len(read(tmp_path / "parts" / "relaxed.xyz", ":")) == 4
+    assert [row.split(",")[:3] for row in parts[0].split()] == [
+        row.split(",")[:3] for row in whole[0].split()
+    ]
+    # a finished call has nothing left to do
+    again = [bulk("Cu", a=3.6), squeezed(), squeezed(), bulk("Cu", a=3.5)]
+    assert relax_all(again, None, tmp_path / "parts", resume=True, **options) == results
+    np.testing.assert_allclose(again[1].positions, starts[1].positions, atol=1e-7)
+    assert files(tmp_path / "parts") == parts
+
+
+def test_a_killed_relaxation_loses_one_structure(tmp_path):
+    options = {"fmax": 0.01, "progress": False}
+    starts = [squeezed(), bulk("Cu", a=3.6), bulk("Cu", a=3.5)]
+    relax_all([a.copy() for a in starts], EMT(), tmp_path / "whole", **options)
+
+    class Killed(BaseException):
+        pass
+
+    class Killing(EMT):
+        def calculate(self, atoms, *arguments):
+            if len(atoms) == 1 and atoms.cell.volume < 11:
+                raise Killed
+            super().calculate(atoms, *arguments)
+
+    with pytest.raises(Killed):
+        relax_all([a.copy() for a in starts], Killing(), tmp_path / "killed", **options)
+    with (tmp_path / "killed" / "relaxed.xyz").open("a") as file:
+        file.write("1\nLatt")  # torn by the kill
+    relax_all([a.copy() for a in starts], EMT(), tmp_path / "killed", resume=True, **options)
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_what_cannot_be_resumed(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no relaxation to resume in"):
+        relax_all([squeezed()], EMT(), tmp_path / "none", resume=True, progress=False)
+    relax_all([squeezed()], EMT(), tmp_path, fmax=0.05, progress=False)
+    with pytest.raises(ValueError, match="fmax = 0.01, but the relaxation to resume has 0.05"):
+        relax_all([squeezed()], EMT(), tmp_path, fmax=0.01, resume=True, progress=False)
+    with pytest.raises(ValueError, match="the structures are not those of the relaxation to resume"):
+        relax_all([bulk("Cu")], EMT(), tmp_path, fmax=0.05, resume=True, progress=False)
+
+
 def test_many_structures(tmp_path):
     structures = [squeezed(), bulk("Cu", a=3.6)]
     results = relax_all(structures, EMT(), tmp_path / "out", fmax=0.01, progress=False)
@@ -124,6 +270,27 @@ def test_many_structures(tmp_path):
     assert (rows[0]["formula"], rows[1]["formula"]) == ("Cu4", "Cu")
 
 
+def test_command_passes_its_options(tmp_path):
+    save_potential(random_potential(n_blocks=1, lmax=1), tmp_path / "m.safetensors")
+    write(tmp_path / "start.xyz", crystal())
+    command = [
+        "relax",
+        tmp_path / "m.safetensors",
+        tmp_path / "start.xyz",
+        "-o",
+        tmp_path / "out",
+        "--steps",
+        1,
+    ]
+    command += ["--cell", "volume", "--pressure", 2, "--symmetry", "--symprec", 0.001, "--device", "cpu"]
+    for extra in ([], ["--resume"]):
+        shown = CliRunner().invoke(app, [str(a) for a in (*command, *extra)])
+        assert shown.exit_code == 0 and "0 of 1 structures converged" in shown.output, shown.output
+    options = json.loads((tmp_path / "out" / "relax.json").read_text())["options"]
+    expected = {"cell": "volume", "pressure": 2.0, "symmetry": True, "symprec": 0.001, "steps": 1}
+    assert options | expected == options
+
+
 def test_arguments(tmp_path):
     with pytest.raises(ValueError, match="optimizer must be one of fire, bfgs, lbfgs, got 'newton'"):
         relax(squeezed(), EMT(), optimizer="newton")
@@ -131,7 +298,13 @@ def test_arguments(tmp_path):
         relax(squeezed(), EMT(), fmax=0)
     with pytest.raises(ValueError, match="steps must be at least 0, got -1"):
         relax(squeezed(), EMT(), steps=-1)
+    with pytest.raises(ValueError, match="cell must be one of fixed, full, volume, shape, xy, z, got True"):
+        relax(squeezed(), EMT(), cell=True)
+    with pytest.raises(ValueError, match="pressure = 1 GPa has no effect with cell = shape"):
+        relax(squeezed(), EMT(), cell="shape", pressure=1)
+    with pytest.raises(ValueError, match="pressure must be a number in GPa, got inf"):
+        relax(squeezed(), EMT(), cell="full", pressure=np.inf)
     with pytest.raises(
-        ValueError, match="structure 0: cell = True needs a cell periodic along all three axes"
+        ValueError, match="structure 0: cell = full needs a cell periodic along all three axes"
     ):
-        relax_all([molecule()], EMT(), tmp_path, cell=True, progress=False)
+        relax_all([molecule()], EMT(), tmp_path, cell="full", progress=False)

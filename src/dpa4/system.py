@@ -1,12 +1,14 @@
 """What a run needs of the machine: a device, files that survive a crash, signals that wait for the step."""
 
 import csv
+import importlib
 import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,6 +30,20 @@ def choose_device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device = {name}, but no CUDA device is available; use device: cpu or auto")
     return device
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import a module of an optional package, named by the extra of dpa4 that installs it.
+
+    Raises:
+        ImportError: If the package is absent.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{module.partition('.')[0]} is not installed; pip install 'dpa4[{extra}]'"
+        ) from error
 
 
 @contextmanager
@@ -87,7 +103,7 @@ class CsvLog:
     """
 
     def __init__(self, path: Path, columns: Sequence[str], resume_step: int | None = None):
-        rows = [] if resume_step is None else [r for r in read_csv(path) if int(r["step"]) <= resume_step]
+        rows = [] if resume_step is None else [r for r in read_csv(path) if int(r[columns[0]]) <= resume_step]
         with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()

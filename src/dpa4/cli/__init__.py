@@ -2,9 +2,17 @@
 
 import typer
 
+from dpa4.cli.bench import bench
+from dpa4.cli.crystal import elastic, eos, phonon
+from dpa4.cli.dimer import dimer
 from dpa4.cli.dynamics import md
+from dpa4.cli.embed import embed
+from dpa4.cli.lammps import lammps
 from dpa4.cli.models import convert, info
+from dpa4.cli.neb import neb
 from dpa4.cli.relax import relax
+from dpa4.cli.report import report
+from dpa4.cli.screen import screen
 from dpa4.cli.training import evaluate_command, init, train
 
 app = typer.Typer(
@@ -20,3 +28,13 @@ app.command()(convert)
 app.command()(info)
 app.command()(md)
 app.command()(relax)
+app.command()(eos)
+app.command()(elastic)
+app.command()(phonon)
+app.command()(embed)
+app.command()(dimer)
+app.command()(neb)
+app.command()(lammps)
+app.command()(report)
+app.command()(screen)
+app.add_typer(bench, name="bench")

@@ -24,10 +24,22 @@ def md(
     ],
     steps: Annotated[int, typer.Option(help="Steps of the whole run.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("md"),
-    ensemble: Annotated[Literal["nve", "langevin"], typer.Option(help="nve or langevin.")] = "nve",
+    ensemble: Annotated[
+        Literal["nve", "langevin", "nvt", "npt"],
+        typer.Option(help="nve, langevin, nvt (Nose-Hoover chains) or npt (Martyna-Tobias-Klein)."),
+    ] = "nve",
     temperature: Annotated[float, typer.Option(help="Of the initial velocities and the bath, in K.")] = 300.0,
     timestep: Annotated[float, typer.Option(help="In fs.")] = 0.5,
     friction: Annotated[float, typer.Option(help="Of the Langevin bath, in 1/fs.")] = 0.01,
+    tdamp: Annotated[
+        float, typer.Option(help="Time constant of the thermostat of nvt and npt, in fs.")
+    ] = 100.0,
+    pressure: Annotated[float, typer.Option(help="External pressure of npt, in GPa.")] = 0.0,
+    pdamp: Annotated[float, typer.Option(help="Time constant of the barostat of npt, in fs.")] = 1000.0,
+    cell: Annotated[
+        Literal["volume", "full"],
+        typer.Option(help="What npt changes: the volume, or all lengths and angles."),
+    ] = "volume",
     interval: Annotated[int, typer.Option(help="Steps between rows of the table and frames.")] = 10,
     skin: Annotated[float, typer.Option(help="Verlet skin of the neighbour list, in Angstrom.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
@@ -38,7 +50,7 @@ def md(
     compile: Compile = None,
     branch: Branch = None,
 ) -> None:
-    """Run molecular dynamics: NVE or Langevin."""
+    """Run molecular dynamics at constant energy, temperature or pressure."""
     from ase.io import iread
 
     from dpa4.simulation import DPA4Calculator, run_md
@@ -56,10 +68,13 @@ def md(
         )
         result = run_md(
             atoms, calculator, output, steps=steps, ensemble=ensemble, temperature=temperature, timestep=timestep,
-            friction=friction, interval=interval, seed=seed, resume=resume,
+            friction=friction, tdamp=tdamp, pressure=pressure, pdamp=pdamp, cell=cell, interval=interval, seed=seed,
+            resume=resume,
         )  # fmt: skip
     console.print(f"{'finished' if result.finished else 'stopped'} after {result.steps} steps")
     console.print(f"mean temperature {result.temperature:.1f} K", highlight=False)
+    if result.density is not None:
+        console.print(f"mean density {result.density:.4f} g/cm3", highlight=False)
     if result.drift is not None:
         console.print(
             f"energy drift {result.drift:+.4f} meV/atom/ps, largest deviation {result.deviation:.3f} meV/atom"

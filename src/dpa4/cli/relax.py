@@ -25,7 +25,14 @@ def relax(
     fmax: Annotated[float, typer.Option(help="Largest force of a relaxed structure, in eV/Angstrom.")] = 0.02,
     steps: Annotated[int, typer.Option(help="Most steps per structure.")] = 500,
     optimizer: Annotated[Literal["fire", "bfgs", "lbfgs"], typer.Option(help="Method.")] = "fire",
-    cell: Annotated[bool, typer.Option("--cell", help="Relax the cell too.")] = False,
+    cell: Annotated[
+        Literal["fixed", "full", "volume", "shape", "xy", "z"],
+        typer.Option(help="What of the cell is relaxed; xy and z are strains in and out of the plane."),
+    ] = "fixed",
+    pressure: Annotated[float, typer.Option(help="External pressure, in GPa.")] = 0.0,
+    symmetry: Annotated[bool, typer.Option("--symmetry", help="Keep the space group.")] = False,
+    symprec: Annotated[float, typer.Option(help="Tolerance of the symmetry, in Angstrom.")] = 0.01,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in the output folder.")] = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
     precision: Precision = "high",
@@ -43,8 +50,9 @@ def relax(
             model, device=device, dtype=dtype, precision=precision, compile=compile, branch=branch
         )
         results = relax_all(
-            images, calculator, output, fmax=fmax, steps=steps, optimizer=optimizer, cell=cell
-        )
+            images, calculator, output, resume=resume, fmax=fmax, steps=steps, optimizer=optimizer, cell=cell,
+            pressure=pressure, symmetry=symmetry, symprec=symprec,
+        )  # fmt: skip
     converged = sum(result.converged for result in results)
     console.print(
         f"{converged} of {len(images)} structures converged; relaxed.xyz and relax.csv are in {output}/"

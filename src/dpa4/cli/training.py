@@ -63,13 +63,13 @@ def evaluate_command(
     with user_errors():
         chosen = choose_device(device)
         potential = load_potential(model, device=chosen, dtype=getattr(torch, dtype), branch=branch)
-        frames = read_frames(data, LabelKeys(**_label_keys(key or [])))
+        frames = read_frames(data, LabelKeys(**label_keys(key or [])))
         table = evaluate(potential, frames, max_atoms=max_atoms, output=output, device=chosen)
     console.print(table.to_rich())
     console.print(f"table, plots and predictions are in {output}/")
 
 
-def _label_keys(pairs: list[str]) -> dict[str, str]:
+def label_keys(pairs: list[str]) -> dict[str, str]:
     """Map of label to name from pairs such as energy=dft_energy."""
     known = ("energy", "forces", "stress", "virial")
     keys = dict(pair.partition("=")[::2] for pair in pairs)

@@ -1,14 +1,17 @@
 """Structures, their labels, and batches of them."""
 
+from dpa4.data.coverage import Coverage, CoverageMonitor, coverage_of
 from dpa4.data.dataset import Batch, EpochBatches, FrameDataset
 from dpa4.data.frame import Frame
 from dpa4.data.labels import LabelKeys, frame_from_atoms
-from dpa4.data.readers import read_frames
+from dpa4.data.readers import read_atoms, read_frames
 from dpa4.data.references import is_isolated_atom, reference_energies, without_isolated_atoms
 from dpa4.data.summary import check_charge_spin, check_elements, check_labels, label_counts, summarize
 
 __all__ = [
     "Batch",
+    "Coverage",
+    "CoverageMonitor",
     "EpochBatches",
     "Frame",
     "FrameDataset",
@@ -16,9 +19,11 @@ __all__ = [
     "check_charge_spin",
     "check_elements",
     "check_labels",
+    "coverage_of",
     "frame_from_atoms",
     "is_isolated_atom",
     "label_counts",
+    "read_atoms",
     "read_frames",
     "reference_energies",
     "summarize",

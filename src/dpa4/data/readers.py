@@ -45,7 +45,7 @@ def read_frames(paths: str | Path | Sequence[str | Path], keys: LabelKeys = USUA
             for system in systems:
                 frames += read_system(system)
         else:
-            for origin, atoms in _read_atoms(path):
+            for origin, atoms in read_atoms(path):
                 frames.append(frame_from_atoms(atoms, keys, group=path.stem, origin=origin))
                 found |= label_names(atoms)
         if len(frames) == before:
@@ -54,8 +54,13 @@ def read_frames(paths: str | Path | Sequence[str | Path], keys: LabelKeys = USUA
     return frames
 
 
-def _read_atoms(path: Path) -> Iterator[tuple[str, Atoms]]:
-    """Structures with their origin."""
+def read_atoms(path: Path) -> Iterator[tuple[str, Atoms]]:
+    """Structures of one path with their origin, in any of the formats of ``read_frames`` but deepmd's.
+
+    Raises:
+        ImportError: If the reader of ``.aselmdb`` files is not installed.
+        ValueError: If the path cannot be read.
+    """
     if path.is_dir():
         shards = sorted(path.glob("*.aselmdb"))
         if not shards:
@@ -63,7 +68,7 @@ def _read_atoms(path: Path) -> Iterator[tuple[str, Atoms]]:
                 f"{path} is a directory with neither deepmd systems (type.raw) nor .aselmdb files"
             )
         for shard in shards:
-            yield from _read_atoms(shard)
+            yield from read_atoms(shard)
     elif path.suffix in (".db", ".json", ".aselmdb"):
         yield from _read_database(path)
     else:

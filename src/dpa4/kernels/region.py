@@ -48,8 +48,8 @@ _INDEX_LIMIT = 2**31
 """Elements beyond which an index needs 64 bits."""
 
 _SMALLEST_HINT = 20_000
-"""Least number of nodes and edges the compiler is told. Where one equalled the length of a fixed axis (221 columns at
-degree 4, and 221 nodes), code was made on a GPU that takes the number of nodes for fixed."""
+"""Least number of nodes and edges the compiler is told, more than any fixed axis has. Where it was told 221 nodes and
+a fixed axis had as many columns, code was made on a GPU that took the number of nodes for fixed."""
 
 _EXPENSIVE = {"mm", "bmm", "addmm", "baddbmm", "scatter_reduce", "index_add", "index_put"}
 _REDUCTIONS = {"sum", "mean", "amax"}

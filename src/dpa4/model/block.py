@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from dpa4.model.config import ModelConfig, auto_width
 from dpa4.model.convolution import NodeStates, SO2Convolution
+from dpa4.model.domain import WHOLE, Domain
 from dpa4.model.edges import Neighborhood, Neighborhoods
 from dpa4.model.grid import GridActivation
 from dpa4.model.layers import DegreeLinear, EquivariantRMSNorm, FocusLinear, degree_of
@@ -93,17 +94,17 @@ class Block(nn.Module):
         scales = range(count if config.layer_scale else 0)
         self.ffn_scales = nn.ParameterList(torch.full((c,), 1e-3) for _ in scales)
 
-    def forward(self, x: Tensor, hoods: Neighborhoods) -> Tensor:
-        """Nodes of at least the block's degree to nodes of its degree, (N, D, C)."""
+    def forward(self, x: Tensor, hoods: Neighborhoods, domain: Domain = WHOLE) -> Tensor:
+        """Own nodes of at least the block's degree to own nodes of its degree, (n, D, C)."""
         x = x[:, : self.size]
-        states = self.states(x)
-        queries = states.query.split(hoods.sizes)
+        states = self.states(domain.with_ghosts(x))
+        queries = domain.own(states.query).split(hoods.sizes)
         totals = [
             self.messages(states.sources, query, states.key, radial, hood)
             for query, radial, hood in zip(queries, hoods.radial, hoods.parts, strict=True)
         ]
         total = totals[0] if len(totals) == 1 else torch.cat(totals)
-        return self.update(x, states.own, total, hoods.degree_norm)
+        return self.update(x, domain.own(states.own), total, hoods.degree_norm)
 
     def states(self, x: Tensor) -> NodeStates:
         """What the messages need of the nodes (N, D, C)."""

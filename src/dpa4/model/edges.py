@@ -12,6 +12,7 @@ from dpa4.kernels.incidence import Incidence
 from dpa4.kernels.segments import gather, segment_sum
 from dpa4.model.config import Bridging, ModelConfig
 from dpa4.model.constants import ConstantModule
+from dpa4.model.domain import WHOLE, Domain
 from dpa4.model.harmonics import Rows, WignerRows, edge_frame
 from dpa4.model.layers import after_zeros, degree_of
 from dpa4.model.radial import RadialFeatures, envelope
@@ -85,8 +86,8 @@ def clamp_length(length: Tensor, bridging: Bridging) -> Tensor:
     return torch.where(length >= bridging.r_outer, length, inner)
 
 
-def freeze_gate(length: Tensor, source: Incidence, bridging: Bridging) -> Tensor:
-    """Gate of each edge: zero if any neighbour of its source is within r_inner (model-1 section 7.5), (E,).
+def openness(length: Tensor, destination: Incidence, bridging: Bridging) -> Tensor:
+    """Freeze gate of each node as a source, (N,): zero if a neighbour is within r_inner (model-1 section 7.5).
 
     The product over a node's edges is the exponential of a sum of logarithms over the non-zero factors, so
     gradients stay finite where a factor is exactly zero (its own derivative is zero there).
@@ -94,9 +95,9 @@ def freeze_gate(length: Tensor, source: Incidence, bridging: Bridging) -> Tensor
     t = ((length - bridging.r_inner) / (bridging.r_outer - bridging.r_inner)).clamp(0, 1)
     switch = t**4 * (35 + t * (-84 + t * (70 - 20 * t)))
     open_ = switch > 0
-    log_product = segment_sum(torch.where(open_, switch, 1.0).log(), source)
-    closed = segment_sum((~open_).to(length.dtype), source) > 0
-    return gather(torch.where(closed, 0.0, log_product.exp()), source)
+    log_product = segment_sum(torch.where(open_, switch, 1.0).log(), destination)
+    closed = segment_sum((~open_).to(length.dtype), destination) > 0
+    return torch.where(closed, 0.0, log_product.exp())
 
 
 def reduced_degrees(lmax: int, mmax: int) -> list[int]:
@@ -132,12 +133,21 @@ class LocalFrame(ConstantModule):
         return torch.cat(parts, dim=-2)
 
 
+def softened_length(vector: Tensor) -> Tensor:
+    """Lengths (E,) of vectors (E, 3), differentiable at zero."""
+    return (vector.square().sum(-1) + SOFTENING**2).sqrt()
+
+
 class FullRange(nn.Module):
     """No bridging: true lengths, open gates."""
 
-    def forward(self, vector: Tensor, source: Incidence) -> tuple[Tensor, Tensor, Tensor]:
+    def openness(self, vector: Tensor, source: Incidence, destination: Incidence, domain: Domain) -> Tensor:
+        """Freeze gate of each node as a source, (N,), from the vectors (E, 3)."""
+        return vector.new_ones(source.num_nodes)
+
+    def forward(self, vector: Tensor, open_: Tensor, source: Incidence) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors (E, 3), their lengths (E,) and the gates of the edges (E,)."""
-        length = (vector.square().sum(-1) + SOFTENING**2).sqrt()
+        length = softened_length(vector)
         return vector, length, torch.ones_like(length)
 
 
@@ -148,15 +158,16 @@ class FrozenCore(FullRange):
         super().__init__()
         self.bridging = bridging
 
-    def forward(self, vector: Tensor, source: Incidence) -> tuple[Tensor, Tensor, Tensor]:
+    def openness(self, vector: Tensor, source: Incidence, destination: Incidence, domain: Domain) -> Tensor:
+        """Freeze gate of each node as a source, (N,), from the vectors (E, 3)."""
+        clamped = clamp_length(softened_length(vector), self.bridging)
+        return domain.with_ghosts(openness(clamped, destination, self.bridging))
+
+    def forward(self, vector: Tensor, open_: Tensor, source: Incidence) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors (E, 3), their clamped lengths (E,) and the gates of the edges (E,)."""
-        vector, length, _ = super().forward(vector, source)
+        length = softened_length(vector)
         clamped = clamp_length(length, self.bridging)
-        return (
-            vector * (clamped / length)[:, None],
-            clamped,
-            freeze_gate(clamped, source, self.bridging),
-        )
+        return vector * (clamped / length)[:, None], clamped, gather(open_, source)
 
 
 class EdgeGeometry(nn.Module):
@@ -170,9 +181,17 @@ class EdgeGeometry(nn.Module):
         self.short_range = FullRange() if config.bridging is None else FrozenCore(config.bridging)
         self.degree_floor = SOFTENING if config.pre_release else 0.25
 
-    def forward(self, vector: Tensor, source: Incidence, destination: Incidence) -> Neighborhood:
-        """Geometry of edge vectors (E, 3) in Angstrom."""
-        vector, length, gate = self.short_range(vector, source)
+    def openness(
+        self, vector: Tensor, source: Incidence, destination: Incidence, domain: Domain = WHOLE
+    ) -> Tensor:
+        """Freeze gate of each node as a source, (N,), which depends on all its neighbours."""
+        return self.short_range.openness(vector, source, destination, domain)
+
+    def forward(
+        self, vector: Tensor, open_: Tensor, source: Incidence, destination: Incidence
+    ) -> Neighborhood:
+        """Geometry of edge vectors (E, 3) in Angstrom; ``open_`` is the `openness` of the nodes."""
+        vector, length, gate = self.short_range(vector, open_, source)
         weight = envelope(length, self.cutoff, self.exponent)
         coordination = segment_sum(weight.square(), destination)
         rows = self.wigner(edge_frame(vector / length[:, None]))

@@ -8,6 +8,7 @@ from dpa4.kernels.incidence import Incidence
 from dpa4.kernels.segments import gather
 from dpa4.model.block import Block, read_out
 from dpa4.model.config import ModelConfig, auto_width
+from dpa4.model.domain import WHOLE, Domain
 from dpa4.model.edges import EdgeGeometry, Edges, Neighborhood, Neighborhoods
 from dpa4.model.embedding import ChargeSpinEmbedding, ElementSeed, Embedding, EnvironmentSeed, Unconditioned
 from dpa4.model.layers import Linear
@@ -71,40 +72,64 @@ class DPA4(nn.Module):
         self.energy = EnergyNetwork(c, config.fitting)
 
     def forward(
-        self, species: Tensor, vectors: Tensor, source: Incidence, destination: Incidence, charge_spin: Tensor
+        self,
+        species: Tensor,
+        vectors: Tensor,
+        source: Incidence,
+        destination: Incidence,
+        charge_spin: Tensor,
+        domain: Domain = WHOLE,
     ) -> Tensor:
-        """Energy of every atom, without its reference energy.
+        """Energy of every own atom of the domain, without its reference energy.
 
         Args:
             species: Index into config.elements, (N,).
             vectors: Edge vectors from destination to source, (E, 3), in Angstrom.
             source: Neighbour of each edge.
-            destination: Centre of each edge; edges are sorted by it.
+            destination: Centre of each edge, an own atom; edges are sorted by it.
             charge_spin: Total charge and multiplicity of the atom's structure, (N, 2) int64.
+            domain: The n own atoms among the N nodes; all of them by default.
 
         Returns:
-            (N,), in eV.
+            (n,), in eV.
         """
-        return self.energy(self.descriptor(species, vectors, source, destination, charge_spin))
+        return self.energy(self.descriptor(species, vectors, source, destination, charge_spin, domain))
 
     def descriptor(
-        self, species: Tensor, vectors: Tensor, source: Incidence, destination: Incidence, charge_spin: Tensor
+        self,
+        species: Tensor,
+        vectors: Tensor,
+        source: Incidence,
+        destination: Incidence,
+        charge_spin: Tensor,
+        domain: Domain = WHOLE,
     ) -> Tensor:
-        """Invariant features of every atom, (N, C); arguments as in `forward`."""
-        x, hidden, pair, edges, degree_norm = self.embed(species, vectors, source, destination, charge_spin)
+        """Invariant features of every own atom, (n, C); arguments as in `forward`."""
+        open_ = self.geometry.openness(vectors, source, destination, domain)
+        centers = destination.among(source.num_nodes)
+        x, hidden, pair, edges, degree_norm = self.embed(
+            species, vectors, source, centers, charge_spin, open_
+        )
+        x, degree_norm = domain.own(x), domain.own(degree_norm)
         hood = Neighborhood(edges, source, destination, degree_norm)
         radial = RadialFeatures(hidden, pair, self.radial.last_of_degrees())
         hoods = Neighborhoods.of(hood, radial, self.max_edges[x.device.type])
         with torch.autocast(x.device.type, self.block_autocast, enabled=self.block_autocast is not None):
             for block in self.blocks:
-                x = block(x, hoods)
+                x = block(x, hoods, domain)
         return self.read_out(x)
 
     def embed(
-        self, species: Tensor, vectors: Tensor, source: Incidence, destination: Incidence, charge_spin: Tensor
+        self,
+        species: Tensor,
+        vectors: Tensor,
+        source: Incidence,
+        destination: Incidence,
+        charge_spin: Tensor,
+        open_: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Edges, Tensor]:
         """Initial nodes (N, D, C), `RadialFeatures.hidden` and ``pair``, geometry, `Neighborhood.degree_norm`."""
-        hood = self.geometry(vectors, source, destination)
+        hood = self.geometry(vectors, open_, source, destination)
         basis = self.basis(hood.edges.length)
         types = self.charge_spin(self.types(species), charge_spin)
         pair = gather(types, source) + gather(types, destination)

@@ -69,6 +69,11 @@ def model_card(source: str | Path, branch: str | None = None) -> ModelCard:
         "precision": str(stored.dtype).removeprefix("torch."),
         "reference energies": ", ".join(f"{element} {energy:.6f}" for element, energy in energies) + " eV",
     }
+    if stored.coverage is not None:
+        sections["Training data"] = {
+            "elements seen": " ".join(stored.coverage.elements),
+            "closest atoms": stored.coverage.text,
+        }
     sections["Provenance"] = {"file": str(path), "format": stored.format} | stored.provenance
     return ModelCard(f"DPA4 potential {path.name}", sections)
 

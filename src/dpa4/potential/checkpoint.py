@@ -1,8 +1,9 @@
 """Saving and loading potentials: one safetensors file with the weights, and a description in its metadata.
 
 The weights keep their names and precision; ``reference_energies`` is a float64 tensor beside them. The
-metadata hold the format version, configuration, elements, reference energies and provenance as JSON, readable
-without the weights. Checkpoints of deepmd-kit are read wherever native ones are.
+metadata hold the format version, configuration, elements, reference energies, provenance and, of models trained
+here, what the training data covered as JSON, readable without the weights. Checkpoints of deepmd-kit are read
+wherever native ones are.
 """
 
 import json
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dpa4 import __version__
+from dpa4.data.coverage import Coverage
 from dpa4.model import ModelConfig
 from dpa4.potential.deepmd import read_deepmd
 from dpa4.potential.deepmd_export import export_deepmd
@@ -42,6 +44,7 @@ class Checkpoint:
     dtype: torch.dtype  # of the network
     provenance: dict[str, str]
     format: str
+    coverage: Coverage | None = None  # of the training data, where the file tells
 
 
 def save_potential(
@@ -75,6 +78,8 @@ def save_potential(
         "reference_energies": json.dumps(energies),
         "provenance": json.dumps(origin | dict(provenance or {})),
     }
+    if potential.coverage is not None:
+        metadata["coverage"] = potential.coverage.to_json()
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata)
 
@@ -162,8 +167,23 @@ def _read_native(path: Path, branch: str | None) -> Checkpoint:
     dtype = next((value.dtype for value in weights.values()), torch.float32)
     provenance = json.loads(metadata.get("provenance", "{}"))
     return Checkpoint(
-        config, weights, energies, dtype, provenance, f"dpa4 checkpoint, format {FORMAT_VERSION}"
+        config,
+        weights,
+        energies,
+        dtype,
+        provenance,
+        f"dpa4 checkpoint, format {FORMAT_VERSION}",
+        _coverage(path, metadata),
     )
+
+
+def _coverage(path: Path, metadata: Mapping[str, str]) -> Coverage | None:
+    if "coverage" not in metadata:
+        return None
+    try:
+        return Coverage.from_json(metadata["coverage"])
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: its entry coverage is {error}") from error
 
 
 def _config(path: Path, metadata: Mapping[str, Any]) -> ModelConfig:
@@ -213,4 +233,5 @@ def _assemble(path: str | Path, stored: Checkpoint, dtype: torch.dtype) -> Poten
         )
     potential.model.load_state_dict(stored.weights)
     potential.reference_energies.copy_(stored.reference_energies)
+    potential.coverage = stored.coverage
     return potential.eval()

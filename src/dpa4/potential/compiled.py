@@ -54,7 +54,8 @@ def compile_potential(
     center: Any = Incidence("edge", None, "center+1")  # type: ignore[arg-type]
     radial: Any = RadialFeatures("edge", "edge", "static")  # type: ignore[arg-type]
     hood: Any = Neighborhood(edges, source, center, "center")  # type: ignore[arg-type]
-    node_hood = ("node", "vector", source, Incidence("edge", None, "node+1"), "node")  # type: ignore[arg-type]
+    centers: Any = Incidence("edge", None, "node+1")  # type: ignore[arg-type]
+    node_hood = ("node", "vector", source, centers, "node", "node")
     parts = ["geometry", "basis", "radial", "types", "charge_spin", "seed"]
     embedding, read_out = (
         RegionCode("embedding", node_hood, report),

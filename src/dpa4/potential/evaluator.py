@@ -4,6 +4,8 @@ import logging
 import warnings
 from collections.abc import Callable
 
+import torch
+
 from dpa4.graph import Graph, first_atoms
 from dpa4.potential.potential import Potential, Prediction
 
@@ -69,6 +71,8 @@ class Evaluator:
                     )
                 _log.info("code that keeps results deviates by %s, allowed %s", found, allowed)
                 keep = self._keep_results = False
+        except torch.OutOfMemoryError:  # no fault of the compiler: a smaller graph may come
+            raise
         except Exception as error:
             self._compile = False
             self._call = self.potential.__call__

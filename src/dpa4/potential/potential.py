@@ -7,10 +7,12 @@ import torch
 from ase.data import atomic_numbers, chemical_symbols
 from torch import Tensor, nn
 
+from dpa4.data.coverage import Coverage
 from dpa4.graph import Graph
 from dpa4.kernels.incidence import Incidence
 from dpa4.kernels.segments import segment_sum
 from dpa4.model import DPA4, ModelConfig
+from dpa4.model.domain import WHOLE, Domain
 from dpa4.model.embedding import ChargeSpinEmbedding
 from dpa4.potential.zbl import NoRepulsion, NuclearRepulsion
 
@@ -29,6 +31,9 @@ class Potential(nn.Module):
 
     Energies are summed in float64 whatever the precision of the network. In training mode forces and virial can
     be differentiated with respect to the parameters.
+
+    Attributes:
+        coverage: What the training data covered, of a potential trained here; it goes along into checkpoints.
     """
 
     reference_energies: Tensor
@@ -53,6 +58,7 @@ class Potential(nn.Module):
             )
         self.config = config
         self.elements = config.elements
+        self.coverage: Coverage | None = None
         self.model = DPA4(config)
         self.repulsion = _repulsion(config)
         energies = [reference_energies.get(e, 0.0) for e in config.elements]
@@ -105,12 +111,21 @@ class Potential(nn.Module):
 
     def of_edges(self, graph: Graph) -> Prediction:
         """`forward` of a graph without excluded pairs; nothing in it waits for the device."""
-        with torch.enable_grad():
-            vectors, ends = graph.edge_vectors().detach().requires_grad_(), _ends(graph)
-            atomic = self._atomic_energies(graph, vectors, ends)
-            gradient = self._gradient(atomic, vectors)
+        ends = _ends(graph)
+        atomic, vectors, gradient = self._differentiated(graph, ends)
         atomic = atomic if self.training else atomic.detach()
-        return self._assemble(graph, ends, atomic, vectors.detach(), gradient)
+        return self._assemble(graph, ends, atomic, vectors, gradient)
+
+    def atomic_virials(self, graph: Graph) -> Tensor:
+        """Virial of each atom, (N, 3, 3) in eV: half of what each edge to or from it adds to the total.
+
+        They add up to the virial of `forward`, which does not compute them. A single one need not be symmetric.
+        """
+        graph = self.without_excluded(graph)
+        source, destination = ends = _ends(graph)
+        _, vectors, gradient = self._differentiated(graph, ends)
+        virial = gradient[:, :, None] * -vectors[:, None, :]
+        return 0.5 * (segment_sum(virial, source) + segment_sum(virial, destination))
 
     def atomic_energies(self, graph: Graph, vectors: Tensor) -> Tensor:
         """Energy of each atom (N,) in eV as a function of the edge vectors (E, 3); differentiable.
@@ -119,23 +134,46 @@ class Potential(nn.Module):
         """
         return self._atomic_energies(graph, vectors, _ends(graph))
 
+    def _differentiated(self, graph: Graph, ends: "Ends") -> tuple[Tensor, Tensor, Tensor]:
+        """Atomic energies (N,), edge vectors (E, 3), and the derivative of the energy with respect to these."""
+        with torch.enable_grad():
+            vectors = graph.edge_vectors().detach().requires_grad_()
+            atomic = self._atomic_energies(graph, vectors, ends)
+            return atomic, vectors.detach(), self._gradient(atomic, vectors)
+
+    def domain_energies(
+        self,
+        atomic_numbers: Tensor,
+        vectors: Tensor,
+        source: Incidence,
+        destination: Incidence,
+        charge_spin: Tensor,
+        domain: Domain = WHOLE,
+    ) -> Tensor:
+        """Energy of each own atom of a domain (n,) in eV, as a function of its edge vectors; differentiable.
+
+        Args:
+            atomic_numbers: Of the nodes, (N,) int64.
+            vectors: From centre to neighbour, (E, 3) float64, in Angstrom, without excluded pairs.
+            source: Neighbour of each edge, a node.
+            destination: Centre of each edge, an own atom, ascending.
+            charge_spin: Total charge and multiplicity of each node's structure, (N, 2) int64.
+            domain: The n own atoms among the N nodes; all of them by default.
+        """
+        species = self.species_of[atomic_numbers]
+        network = self.model(species, vectors.to(self.dtype), source, destination, charge_spin, domain)
+        repulsion = self.repulsion(vectors, source, destination, atomic_numbers)
+        return network.double() + self.reference_energies[domain.own(species)] + repulsion
+
     def _atomic_energies(self, graph: Graph, vectors: Tensor, ends: "Ends") -> Tensor:
-        inputs = self._inputs(graph, vectors, ends)
-        repulsion = self.repulsion(vectors, *ends, graph.atomic_numbers)
-        return self.model(*inputs).double() + self.reference_energies[inputs[0]] + repulsion
+        charge_spin = graph.charge_spin[graph.structure]
+        return self.domain_energies(graph.atomic_numbers, vectors, *ends, charge_spin)
 
     def descriptor(self, graph: Graph) -> Tensor:
         """Invariant features of every atom that feed the energy network, (N, channels)."""
         graph = self.without_excluded(graph)
-        return self.model.descriptor(*self._inputs(graph, graph.edge_vectors(), _ends(graph)))
-
-    def _inputs(
-        self, graph: Graph, vectors: Tensor, ends: "Ends"
-    ) -> tuple[Tensor, Tensor, Incidence, Incidence, Tensor]:
-        """Arguments of the network: species, vectors in its precision, source, destination, charge and spin."""
-        species = self.species_of[graph.atomic_numbers]
-        charge_spin = graph.charge_spin[graph.structure]
-        return species, vectors.to(self.dtype), *ends, charge_spin
+        species, charge_spin = self.species_of[graph.atomic_numbers], graph.charge_spin[graph.structure]
+        return self.model.descriptor(species, graph.edge_vectors().to(self.dtype), *_ends(graph), charge_spin)
 
     def _gradient(self, atomic: Tensor, vectors: Tensor) -> Tensor:
         if vectors.shape[0] == 0:  # autograd has no path from an energy without edges

@@ -46,7 +46,7 @@ class NuclearRepulsion(nn.Module):
     def forward(
         self, vectors: Tensor, source: Incidence, destination: Incidence, atomic_numbers: Tensor
     ) -> Tensor:
-        """Edge vectors (E, 3) in Angstrom and atomic numbers (N,) to energies (N,) in eV."""
+        """Edge vectors (E, 3) in Angstrom and atomic numbers (N,) to energies of the centres (n,) in eV."""
         length = torch.linalg.vector_norm(vectors, dim=-1)
         energy = 0.5 * zbl_pair_energy(
             length, atomic_numbers[destination.index], atomic_numbers[source.index]
@@ -62,5 +62,5 @@ class NoRepulsion(nn.Module):
     def forward(
         self, vectors: Tensor, source: Incidence, destination: Incidence, atomic_numbers: Tensor
     ) -> Tensor:
-        """Zeros, (N,)."""
-        return vectors.new_zeros(len(atomic_numbers))
+        """Zeros, (n,)."""
+        return vectors.new_zeros(destination.num_nodes)

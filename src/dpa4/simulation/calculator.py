@@ -13,6 +13,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
+from dpa4.data import CoverageMonitor
 from dpa4.graph import SKIN, Graph, SkinnedNeighbors, within_cutoff
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import load_potential
@@ -32,11 +33,17 @@ class DPA4Calculator(Calculator):
 
     Results, in eV and Angstrom: ``energy``, ``free_energy`` (the same), ``energies`` (of the atoms, (N,)),
     ``forces`` (N, 3), and for cells periodic along all axes ``stress`` (6,) in the order xx, yy, zz, yz, xz,
-    xy, positive under tension. Several models form a committee: the results are means, and ``energy_std``,
-    ``forces_std`` and ``stress_std`` their standard deviations over the models (divided by their number).
+    xy, positive under tension. ``stresses`` (N, 6), computed only when asked for, are the parts of the stress that
+    belong to the atoms: half of each edge to either end, divided by the volume of the cell. ``results["virial"]``
+    (3, 3), in eV, exists for every structure. Several models form a
+    committee: the results are means, and ``energy_std``, ``forces_std`` and ``stress_std`` their standard deviations
+    over the models (divided by their number).
 
     Models conditioned on charge and spin read the total charge from ``atoms.info["charge"]`` and the
     multiplicity 2S + 1 from ``atoms.info["spin"]``; a change of either gives new results.
+
+    A model that knows its training data warns, once, of elements that were not in them and of atoms closer than
+    they were there.
     """
 
     # Charges and moments of single atoms do not enter.
@@ -74,34 +81,26 @@ class DPA4Calculator(Calculator):
             ValueError: If an argument is not allowed or a checkpoint cannot be read.
         """
         super().__init__()
-        if dtype not in ("float32", "float64"):
-            raise ValueError(f"dtype must be float32 or float64, got {dtype!r}")
-        if precision not in ("high", "fast"):
-            raise ValueError(f"precision must be high or fast, got {precision!r}")
-        if precision == "fast" and dtype != "float32":
-            raise ValueError(f"precision 'fast' needs dtype float32, got {dtype!r}")
         if not 0 <= neighbor_skin < np.inf:
             raise ValueError(f"neighbor_skin must be a distance >= 0 in Angstrom, got {neighbor_skin}")
         models = [model] if isinstance(model, str | Path | Potential) else list(model)
         if not models:
             raise ValueError("model is an empty list; give at least one checkpoint or potential")
         self.device = choose_device(device)
-        self.potentials = [_load(m, self.device, getattr(torch, dtype), branch) for m in models]
+        self.potentials = [load_model(m, self.device, dtype, precision, branch) for m in models]
         if compile is None:
             compile = self.device.type == "cuda" and dtype == "float32"
-        if precision == "fast":
-            for potential in self.potentials:
-                potential.model.block_autocast = torch.bfloat16
         self._evaluators = [Evaluator(potential, compile) for potential in self.potentials]
         self.cutoff = max(p.config.cutoff for p in self.potentials)
         self.neighbor_skin = neighbor_skin
         self.compute_stress = compute_stress
         self.implemented_properties = ["energy", "free_energy", "energies", "forces"]
-        self.implemented_properties += ["stress"] if compute_stress else []
+        self.implemented_properties += ["stress", "stresses"] if compute_stress else []
         if len(self.potentials) > 1:
             deviations = [f"{name}_std" for name in _COMMITTEE if name in self.implemented_properties]
             self.implemented_properties += deviations
         self._neighbors = SkinnedNeighbors(self.cutoff, neighbor_skin, self.device)
+        self._monitor = CoverageMonitor([p.coverage for p in self.potentials], self.device)
         self._checked: tuple[NDArray[np.int64], list[tuple[int, int]]] | None = None
         self._charge_spin: list[torch.Tensor] = []  # (1, 2) for each model, of the structure checked
 
@@ -118,7 +117,7 @@ class DPA4Calculator(Calculator):
         properties: Sequence[str] = ("energy",),
         system_changes: Sequence[str] = all_changes,
     ) -> None:
-        """Compute everything at once; the forces cost little more than the energy alone.
+        """Compute everything but ``stresses`` at once; the forces cost little more than the energy alone.
 
         Raises:
             ValueError: If an element, the charge or the spin is outside a model, a position is not finite,
@@ -138,19 +137,28 @@ class DPA4Calculator(Calculator):
             self.results = {name: values.mean(axis=0) for name, values in stacked.items()}
             spread = {f"{n}_std": stacked[n].std(axis=0) for n in _COMMITTEE if n in stacked}
             self.results |= spread
+        if with_stress and "stresses" in properties:
+            self.results["stresses"] = self._stresses(graphs, self.atoms.get_volume())
         self.results["energy"] = float(self.results["energy"])
         self.results["free_energy"] = self.results["energy"]
 
+    def _stresses(self, graphs: Sequence[Graph], volume: float) -> NDArray[np.float64]:
+        """Parts of the mean stress that belong to the atoms (N, 6), in eV/Angstrom^3."""
+        virials = [p.atomic_virials(g).detach() for p, g in zip(self.potentials, graphs, strict=True)]
+        return full_3x3_to_voigt_6_stress(-_numpy(torch.stack(virials).mean(dim=0)) / volume)
+
     def _graphs(self, atoms: Atoms) -> list[Graph]:
         """The graph for each model, on the device."""
-        pairs = [_charge_spin(potential, atoms) for potential in self.potentials]
+        pairs = [charge_spin_of(potential, atoms) for potential in self.potentials]
         graph = self._neighbors.graph(atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc)
         known = self._checked
         if known is None or pairs != known[1] or not np.array_equal(atoms.numbers, known[0]):
             self._charge_spin = [torch.tensor([pair], device=self.device) for pair in pairs]
             for potential, own in zip(self.potentials, self._charge_spin, strict=True):
                 potential.check(graph._replace(charge_spin=own))
+            self._monitor.elements(graph.atomic_numbers)
             self._checked = atoms.numbers.copy(), pairs
+        self._monitor.distances(graph)
         graphs = [graph._replace(charge_spin=own) for own in self._charge_spin]
         cutoffs = [potential.config.cutoff for potential in self.potentials]
         return [g if c == self.cutoff else within_cutoff(g, c) for g, c in zip(graphs, cutoffs, strict=True)]
@@ -166,17 +174,30 @@ def labelled(atoms: Atoms) -> Atoms:
     return frame
 
 
-def _load(model: Model, device: torch.device, dtype: torch.dtype, branch: str | None) -> Potential:
+def load_model(
+    model: Model, device: torch.device, dtype: str, precision: Precision, branch: str | None
+) -> Potential:
+    """A potential of its own, in evaluation mode, from the arguments of ``DPA4Calculator``."""
+    if dtype not in ("float32", "float64"):
+        raise ValueError(f"dtype must be float32 or float64, got {dtype!r}")
+    if precision not in ("high", "fast"):
+        raise ValueError(f"precision must be high or fast, got {precision!r}")
+    if precision == "fast" and dtype != "float32":
+        raise ValueError(f"precision 'fast' needs dtype float32, got {dtype!r}")
     if not isinstance(model, Potential):
-        return load_potential(model, device=device, dtype=dtype, branch=branch)
-    if branch is not None:
+        potential = load_potential(model, device=device, dtype=getattr(torch, dtype), branch=branch)
+    elif branch is not None:
         raise ValueError(
             f"branch = {branch!r} selects from a checkpoint, but model is a potential; leave it out"
         )
-    return copy.deepcopy(model).to(device=device, dtype=dtype).eval()
+    else:
+        potential = copy.deepcopy(model).to(device=device, dtype=getattr(torch, dtype)).eval()
+    if precision == "fast":
+        potential.model.block_autocast = torch.bfloat16
+    return potential
 
 
-def _charge_spin(potential: Potential, atoms: Atoms) -> tuple[int, int]:
+def charge_spin_of(potential: Potential, atoms: Atoms) -> tuple[int, int]:
     """Total charge and multiplicity for a model; (0, 1) when it does not look at them."""
     if not potential.config.charge_spin:
         return (0, 1)
@@ -199,9 +220,10 @@ def _results(prediction: Any, volume: float | None) -> Results:
         "energy": prediction.energy.item(),
         "energies": _numpy(prediction.atomic_energies),
         "forces": _numpy(prediction.forces),
+        "virial": _numpy(prediction.virial[0]),
     }
     if volume is not None:
-        results["stress"] = full_3x3_to_voigt_6_stress(-_numpy(prediction.virial[0]) / volume)
+        results["stress"] = full_3x3_to_voigt_6_stress(-results["virial"] / volume)
     return results
 
 

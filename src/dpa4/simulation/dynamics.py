@@ -10,19 +10,24 @@ import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator
 from ase.io import write
-from ase.md.langevin import Langevin
-from ase.md.verlet import VelocityVerlet
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dpa4.simulation.calculator import labelled
+from dpa4.simulation.integrators import bath_state, conserved_energy, make_integrator, set_bath_state
+from dpa4.simulation.momenta import draw_momenta, internal_momenta, temperature
+from dpa4.simulation.progress import progress_bar
 from dpa4.system import CsvLog, atomic_write, read_csv, stop_requests
 
-Ensemble = Literal["nve", "langevin"]
+Ensemble = Literal["nve", "langevin", "nvt", "npt"]
+ENSEMBLES = ("nve", "langevin", "nvt", "npt")
+CELLS = ("volume", "full")
 
 COLUMNS = ("step", "time_ps", "potential_eV", "kinetic_eV", "total_eV", "temperature_K")
-PRESSURE = "pressure_GPa"  # last column, of cells periodic along all axes
+CONSERVED = "conserved_eV"  # of structure and baths together; nvt and npt
+PRESSURE = "pressure_GPa"  # of cells periodic along all axes
+VOLUME, DENSITY = "volume_A3", "density_g_cm3"  # npt
 RESTART_INTERVAL = 1000  # steps between restart files; an interruption writes one too
-RESTART_FORMAT = 1
+RESTART_FORMAT = 2
+GRAMS_PER_CM3 = 1e27 * units._amu  # of 1 u/Angstrom^3
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,10 @@ class DynamicsResult:
     steps: int  # done, those before a restart included
     finished: bool  # false after an interruption
     temperature: float  # mean, K
-    drift: float | None  # slope of the total energy by least squares, meV/atom/ps; only nve
-    deviation: float | None  # largest distance of the total energy from its start, meV/atom; only nve
+    # Of the energy that the ensemble conserves, in nve the total energy; not in langevin:
+    drift: float | None  # slope by least squares, meV/atom/ps
+    deviation: float | None  # largest distance from the start, meV/atom
+    density: float | None  # mean, g/cm3; only npt
 
 
 def run_md(
@@ -46,6 +53,10 @@ def run_md(
     temperature: float = 300.0,
     timestep: float = 0.5,
     friction: float = 0.01,
+    tdamp: float = 100.0,
+    pressure: float = 0.0,
+    pdamp: float = 1000.0,
+    cell: Literal["volume", "full"] = "volume",
     interval: int = 10,
     seed: int = 0,
     resume: bool = False,
@@ -59,16 +70,24 @@ def run_md(
     finished run.
 
     Args:
-        atoms: Start. Constraints hold, and momenta are kept; where they are all zero they are drawn.
+        atoms: Start. Constraints hold, and momenta are kept; where they are all zero they are drawn. In nvt and npt
+            the centre of mass is brought to rest, and an isolated structure's rotation, too.
         calculator: ASE calculator.
         output: Folder, made if absent.
         steps: Steps of the whole run, those before a restart included.
-        ensemble: "nve" by velocity Verlet, or "langevin" at constant temperature; the latter lets the centre
-            of mass diffuse.
-        temperature: Of the drawn momenta and of the Langevin bath, in K. From a relaxed start without a bath,
-            half of it goes into the potential energy.
+        ensemble: "nve" by velocity Verlet; "langevin" at constant temperature, which lets the centre of mass
+            diffuse; "nvt" by Nose-Hoover chains; "npt" by Martyna, Tobias and Klein's equations, which needs
+            periodicity along all axes and a stress.
+        temperature: Of the drawn momenta and of the bath, in K, not counting motion of the centre of mass and
+            rotation of isolated structures. From a relaxed start without a bath, half of it goes into the potential
+            energy.
         timestep: In fs.
         friction: Of the Langevin bath, in 1/fs.
+        tdamp: Time constant of the thermostat of nvt and npt, in fs.
+        pressure: External pressure of npt, in GPa.
+        pdamp: Time constant of the barostat of npt, in fs.
+        cell: What the barostat of npt changes: "volume", which keeps the shape, for liquids and cubic crystals, or
+            "full": all lengths and angles.
         interval: Steps between rows of the table and frames of the trajectory.
         seed: Of the random numbers.
         resume: Continue the run in ``output``.
@@ -85,13 +104,17 @@ def run_md(
         "temperature": float(temperature),
         "timestep": float(timestep),
         "friction": float(friction),
+        "tdamp": float(tdamp),
+        "pressure": float(pressure),
+        "pdamp": float(pdamp),
+        "cell": cell,
         "interval": interval,
         "seed": seed,
     }
     _check_settings(settings | {"steps": steps})
     run = _Run(atoms, calculator, Path(output), settings, resume)
     try:
-        with stop_requests() as stopped, _progress(progress, steps, run.step) as bar:
+        with stop_requests() as stopped, progress_bar("step", steps, run.step, progress) as bar:
             while run.step < steps and not stopped:
                 run.advance()
                 bar.update(bar.task_ids[0], completed=run.step, status=run.status)
@@ -112,15 +135,23 @@ class _Run:
         self.rng = np.random.default_rng(settings["seed"])
         self.step = 0
         self.status = ""
-        if resume:
-            self._load()
-        else:
-            self._start()
+        self.ensemble = settings["ensemble"]
+        self.has_pressure = bool(atoms.pbc.all()) and "stress" in calculator.implemented_properties
+        if self.ensemble == "npt" and not self.has_pressure:
+            raise ValueError(
+                "ensemble npt needs a cell periodic along all three axes and a calculator with stress; pbc is "
+                f"{atoms.pbc.tolist()}"
+            )
+        baths = self._load() if resume else self._start()
         atoms.calc = calculator
         atoms.get_forces()  # what is wrong with the structure shows before there are files
-        self.integrator = _integrator(atoms, settings, self.rng)
-        self.has_pressure = bool(atoms.pbc.all()) and "stress" in calculator.implemented_properties
-        columns = (*COLUMNS, PRESSURE) if self.has_pressure else COLUMNS
+        self.integrator = make_integrator(atoms, settings, self.rng)
+        if resume:
+            set_bath_state(self.integrator, baths)
+        columns = [*COLUMNS]
+        columns += [CONSERVED] if self.ensemble in ("nvt", "npt") else []
+        columns += [PRESSURE] if self.has_pressure else []
+        columns += [VOLUME, DENSITY] if self.ensemble == "npt" else []
         self.log = CsvLog(folder / "thermo.csv", columns, self.step if resume else None)
         if not resume:
             self._record()
@@ -152,12 +183,14 @@ class _Run:
             "positions": self.atoms.positions.tolist(),
             "momenta": self.atoms.get_momenta().tolist(),
             "random": self.rng.bit_generator.state,
+            "baths": bath_state(self.integrator),
             "trajectory_bytes": self.trajectory.stat().st_size,
         }
         with atomic_write(self.restart) as temporary:
             temporary.write_text(json.dumps(state), encoding="utf-8")
 
-    def _start(self) -> None:
+    def _start(self) -> dict[str, Any]:
+        """Refuse a used folder, draw momenta; the state of baths at the start."""
         for name in (self.restart.name, "thermo.csv", self.trajectory.name):
             if (self.folder / name).exists():
                 raise FileExistsError(
@@ -166,8 +199,12 @@ class _Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.atoms.get_momenta().any():
             draw_momenta(self.atoms, self.settings["temperature"], self.rng)
+        elif self.ensemble in ("nvt", "npt"):
+            self.atoms.set_momenta(internal_momenta(self.atoms))
+        return {}
 
-    def _load(self) -> None:
+    def _load(self) -> dict[str, Any]:
+        """Take over structure and random numbers of the run to resume; the state of its baths."""
         if not self.restart.is_file():
             raise FileNotFoundError(f"there is no run to resume in {self.folder}: {self.restart} is absent")
         try:
@@ -188,17 +225,23 @@ class _Run:
         self.atoms.set_momenta(state["momenta"], apply_constraint=False)
         self.rng.bit_generator.state = state["random"]
         os.truncate(self.trajectory, state["trajectory_bytes"])  # frames after the restart file come again
+        return state["baths"]
 
     def _record(self) -> None:
         """Add a row to the table and a frame to the trajectory."""
         atoms = self.atoms
         time = round(self.step * self.settings["timestep"] / 1000, 9)
         potential, kinetic = float(atoms.get_potential_energy()), float(atoms.get_kinetic_energy())
-        values = (self.step, time, potential, kinetic, potential + kinetic, float(atoms.get_temperature()))
+        values = (self.step, time, potential, kinetic, potential + kinetic, temperature(atoms))
         row: dict[str, Any] = dict(zip(COLUMNS, values, strict=True))
         if self.has_pressure:
             stress = atoms.get_stress(apply_constraint=False, include_ideal_gas=True)
             row[PRESSURE] = float(-stress[:3].mean() / units.GPa)
+        if self.ensemble in ("nvt", "npt"):
+            row[CONSERVED] = conserved_energy(self.integrator)
+        if self.ensemble == "npt":
+            row[VOLUME] = float(atoms.get_volume())
+            row[DENSITY] = float(GRAMS_PER_CM3 * atoms.get_masses().sum() / row[VOLUME])
         self.log.write(row)
         frame = labelled(atoms)
         frame.info |= {"step": self.step, "time_ps": time}
@@ -206,76 +249,50 @@ class _Run:
         self.status = f"{time:.3f} ps  {row['temperature_K']:.0f} K  {row['total_eV']:.4f} eV"
 
 
-def draw_momenta(atoms: Atoms, temperature: float, rng: np.random.Generator) -> None:
-    """Draw momenta from the Maxwell-Boltzmann distribution, scaled to exactly the temperature (K).
-
-    Without constraints the centre of mass rests, and without periodicity the structure does not rotate.
-    """
-    masses = atoms.get_masses()[:, None]
-    momenta = np.sqrt(masses * units.kB * temperature) * rng.normal(size=(len(atoms), 3))
-    if len(atoms) > 1 and not atoms.constraints:
-        momenta -= masses * momenta.sum(axis=0) / masses.sum()
-        if not atoms.pbc.any():
-            arms = atoms.positions - atoms.get_center_of_mass()
-            inertia = (masses * arms).T @ arms
-            inertia = np.trace(inertia) * np.eye(3) - inertia
-            turning = np.linalg.pinv(inertia, rcond=1e-8) @ np.cross(arms, momenta).sum(axis=0)
-            momenta -= masses * np.cross(turning, arms)
-    atoms.set_momenta(momenta)
-    if (drawn := atoms.get_temperature()) > 0:
-        atoms.set_momenta(atoms.get_momenta() * np.sqrt(temperature / drawn))
-
-
-def _integrator(
-    atoms: Atoms, settings: dict[str, Any], rng: np.random.Generator
-) -> VelocityVerlet | Langevin:
-    timestep = settings["timestep"] * units.fs
-    if settings["ensemble"] == "nve":
-        return VelocityVerlet(atoms, timestep)
-    bath = {"temperature_K": settings["temperature"], "friction": settings["friction"] / units.fs}
-    return Langevin(atoms, timestep, rng=rng, fixcm=False, **bath)  # fixcm would distort the distribution
-
-
 def _check_settings(settings: dict[str, Any]) -> None:
-    if settings["ensemble"] not in ("nve", "langevin"):
-        raise ValueError(f"ensemble must be nve or langevin, got {settings['ensemble']!r}")
-    for name, unit in (("timestep", "fs"), ("friction", "1/fs")):
+    for name, allowed in (("ensemble", ENSEMBLES), ("cell", CELLS)):
+        if settings[name] not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {settings[name]!r}")
+    for name, unit in (("timestep", "fs"), ("friction", "1/fs"), ("tdamp", "fs"), ("pdamp", "fs")):
         if not 0 < settings[name] < np.inf:
             raise ValueError(f"{name} must be positive (in {unit}), got {settings[name]}")
     if not 0 <= settings["temperature"] < np.inf:
         raise ValueError(f"temperature must be at least 0 K, got {settings['temperature']}")
+    if settings["temperature"] == 0 and settings["ensemble"] in ("nvt", "npt"):
+        raise ValueError(f"temperature must be above 0 K in ensemble {settings['ensemble']}; relax instead")
+    if not np.isfinite(settings["pressure"]):
+        raise ValueError(f"pressure must be a number in GPa, got {settings['pressure']}")
+    if settings["pressure"] != 0 and settings["ensemble"] != "npt":
+        raise ValueError(
+            f"pressure = {settings['pressure']} GPa has no effect in ensemble {settings['ensemble']}; use npt"
+        )
     for name in ("steps", "interval"):
         if settings[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {settings[name]}")
-
-
-def _progress(show: bool, steps: int, done: int) -> Progress:
-    status = TextColumn("{task.fields[status]}")
-    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), status)
-    bar = Progress(*columns)
-    bar.disable = not show or not bar.console.is_terminal
-    bar.add_task("md", total=steps, completed=done, status="")
-    return bar
 
 
 def _finish(folder: Path, steps: int, finished: bool, num_atoms: int, ensemble: str) -> DynamicsResult:
     """Statistics and figure of the whole run, from its table."""
     rows = read_csv(folder / "thermo.csv")
     table = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
-    change = 1000 * (table["total_eV"] - table["total_eV"][0]) / num_atoms
+    energy = table.get(CONSERVED, table["total_eV"])
+    change = 1000 * (energy - energy[0]) / num_atoms
     _plot(table, change, folder / "thermo.png")
     drift = deviation = None
-    if ensemble == "nve":
+    if ensemble != "langevin":
         deviation = float(np.abs(change).max())
         drift = float(np.polyfit(table["time_ps"], change, 1)[0]) if len(rows) > 1 else None
-    return DynamicsResult(steps, finished, float(table["temperature_K"].mean()), drift, deviation)
+    density = float(table[DENSITY].mean()) if DENSITY in table else None
+    return DynamicsResult(steps, finished, float(table["temperature_K"].mean()), drift, deviation, density)
 
 
 def _plot(table: dict[str, np.ndarray], change: np.ndarray, path: Path) -> None:
     from matplotlib.figure import Figure  # takes a second to import
 
-    panels = [("energy change (meV/atom)", change), ("temperature (K)", table["temperature_K"])]
+    what = "conserved energy" if CONSERVED in table else "energy"
+    panels = [(f"{what} change\n(meV/atom)", change), ("temperature (K)", table["temperature_K"])]
     panels += [("pressure (GPa)", table[PRESSURE])] if PRESSURE in table else []
+    panels += [("volume (Å³)", table[VOLUME])] if VOLUME in table else []
     figure = Figure(figsize=(7, 2.3 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True)
     for axis, (label, values) in zip(axes, panels, strict=True):

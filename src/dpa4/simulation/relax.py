@@ -1,23 +1,38 @@
 """Relaxation of structures, with or without the cell, by ASE's optimizers."""
 
-import csv
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from ase import Atoms
+from ase import Atoms, units
 from ase.calculators.calculator import Calculator
+from ase.constraints import FixSymmetry
 from ase.filters import FrechetCellFilter
-from ase.io import write
+from ase.io import read, write
 from ase.optimize import BFGS, FIRE, LBFGS
-from rich.progress import track
+from ase.spacegroup.symmetrize import symmetrize_rank2
 
 from dpa4.simulation.calculator import labelled
-from dpa4.system import stop_requests
+from dpa4.simulation.progress import progress_bar
+from dpa4.system import CsvLog, atomic_write, read_csv, require, stop_requests
+
+CellChange = Literal["fixed", "full", "volume", "shape", "xy", "z"]
 
 OPTIMIZERS = {"fire": FIRE, "bfgs": BFGS, "lbfgs": LBFGS}
+# Options of ASE's filter; a mask names the strains xx, yy, zz, yz, xz, xy.
+CELLS: dict[str, dict[str, Any]] = {
+    "fixed": {},
+    "full": {},
+    "volume": {"hydrostatic_strain": True},
+    "shape": {"constant_volume": True},
+    "xy": {"mask": [True, True, False, False, False, True]},
+    "z": {"mask": [False, False, True, False, False, False]},
+}
+STATE_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,8 @@ class Relaxation:
     initial_energy: float  # eV
     energy: float  # eV
     max_force: float  # largest force on an atom, eV/Angstrom
+    volume: float | None  # Angstrom^3; None unless periodic along all three axes
+    pressure: float | None  # GPa, -trace(stress)/3; None where there is no stress
 
 
 def relax(
@@ -39,8 +56,12 @@ def relax(
     fmax: float = 0.02,
     steps: int = 500,
     optimizer: Literal["fire", "bfgs", "lbfgs"] = "fire",
-    cell: bool = False,
+    cell: CellChange = "fixed",
+    pressure: float = 0.0,
+    symmetry: bool = False,
+    symprec: float = 0.01,
     trajectory: str | Path | None = None,
+    watch: Callable[[str], None] | None = None,
 ) -> Relaxation:
     """Relax a structure in place; constraints hold, and momenta stay as they are.
 
@@ -49,15 +70,23 @@ def relax(
     Args:
         atoms: Start; ends as the relaxed structure with the calculator attached.
         calculator: ASE calculator.
-        fmax: Converged when no atom feels a larger force, in eV/Angstrom. With ``cell``, forces count in the
-            starting cell's frame, and the rows of the virial per atom (eV) must be below it too.
+        fmax: Converged when no atom feels a larger force, in eV/Angstrom. With a cell that changes, forces count in
+            the starting cell's frame, and the rows of the virial per atom (eV), less that of the pressure, must be
+            below it too.
         steps: Most steps of the optimizer.
         optimizer: "fire" (robust), "bfgs" (few steps, small structures) or "lbfgs".
-        cell: Relax the cell too, by its Frechet derivative at zero pressure.
+        cell: What of the cell is relaxed, by its Frechet derivative: nothing ("fixed"), all lengths and angles
+            ("full"), the "volume" at constant shape, the "shape" at constant volume, only lengths and angle in the
+            "xy" plane, for layers, or only the extension along "z", for films on a substrate.
+        pressure: External pressure in GPa; needs a cell whose volume changes.
+        symmetry: Keep the space group that spglib finds. The start is symmetrized to it.
+        symprec: How far atoms may be from symmetric positions for ``symmetry``, in Angstrom.
         trajectory: Extended XYZ file for the structure of every step.
+        watch: Gets a line about every step.
 
     Raises:
-        ValueError: If an argument is not allowed, or ``cell`` is asked for a structure that is not periodic
+        ImportError: If ``symmetry`` is asked for and spglib is not installed.
+        ValueError: If an argument is not allowed, or the cell is to change and the structure is not periodic
             along all three axes.
     """
     if optimizer not in OPTIMIZERS:
@@ -66,31 +95,43 @@ def relax(
         raise ValueError(f"fmax must be a positive force in eV/Angstrom, got {fmax}")
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
-    if cell and not atoms.pbc.all():
-        raise ValueError(
-            f"cell = True needs a cell periodic along all three axes, but pbc is {atoms.pbc.tolist()}"
-        )
+    _check_cell(atoms, cell, pressure)
     if trajectory is not None:
         Path(trajectory).unlink(missing_ok=True)
+    constraints = atoms.constraints
+    if symmetry:
+        _keep_symmetry(atoms, cell, symprec)
     atoms.calc = calculator
     initial_energy = float(atoms.get_potential_energy())
-    target: Any = FrechetCellFilter(atoms) if cell else atoms
+    target: Any = atoms
+    if cell != "fixed":
+        target = FrechetCellFilter(atoms, scalar_pressure=pressure * units.GPa, **CELLS[cell])
     engine = OPTIMIZERS[optimizer](target, logfile=None)
     converged = False
-    with stop_requests() as stopped:
-        for below in engine.irun(fmax=fmax, steps=steps):
-            converged = bool(below)
-            if trajectory is not None:
-                write(trajectory, labelled(atoms), format="extxyz", append=True)
-            if stopped:
-                break
+    try:
+        with stop_requests() as stopped:
+            for below in engine.irun(fmax=fmax, steps=steps):
+                converged = bool(below)
+                if trajectory is not None:
+                    write(trajectory, labelled(atoms), format="extxyz", append=True)
+                if watch is not None:
+                    watch(f"step {engine.get_number_of_steps()}  {_max_force(atoms):.4f} eV/Å")
+                if stopped:
+                    break
+        max_force = _max_force(atoms)
+    finally:
+        atoms.set_constraint(constraints)
+    periodic = bool(atoms.pbc.all())
+    with_stress = periodic and "stress" in calculator.implemented_properties
     return Relaxation(
         converged=converged,
         interrupted=bool(stopped),
         steps=engine.get_number_of_steps(),
         initial_energy=initial_energy,
         energy=float(atoms.get_potential_energy()),
-        max_force=float(np.linalg.norm(atoms.get_forces(), axis=1).max(initial=0.0)),
+        max_force=max_force,
+        volume=float(atoms.get_volume()) if periodic else None,
+        pressure=float(-atoms.get_stress()[:3].mean() / units.GPa) if with_stress else None,
     )
 
 
@@ -99,43 +140,147 @@ def relax_all(
     calculator: Calculator,
     output: str | Path,
     *,
+    resume: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> list[Relaxation]:
     """Relax structures in place, one after another.
 
-    Writes into the folder ``output``, replacing earlier files: relaxed.xyz, with energies and forces, and
-    relax.csv, a row per structure. Ctrl-C ends with the structure at hand; the list holds
-    those that were begun.
+    Writes into the folder ``output``, replacing earlier files unless ``resume`` is set: relaxed.xyz, with energies
+    and forces, relax.csv, a row per structure, and relax.json, from which a run goes on. Ctrl-C ends with the
+    structure at hand; the list holds those that were begun.
 
     Args:
         structures: The starts.
         calculator: ASE calculator.
         output: Folder, made if absent.
-        progress: Show a progress bar.
+        resume: Take over the structures that an earlier call with the same options finished, and go on with
+            the one it left from where it was.
+        progress: Show a progress bar on a terminal.
         **options: As ``relax`` takes them, for every structure.
 
     Raises:
-        ValueError: As ``relax``, with the number of the structure.
+        FileNotFoundError: If there is nothing to resume.
+        ValueError: As ``relax``, with the number of the structure; or if options or structures are not those of
+            the call to resume.
     """
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     relaxed = folder / "relaxed.xyz"
-    relaxed.unlink(missing_ok=True)
+    state: dict[str, Any] = {"format": STATE_FORMAT, "options": options, "done": 0, "bytes": 0}
     results: list[Relaxation] = []
-    with (folder / "relax.csv").open("w", newline="", encoding="utf-8") as file:
-        columns = [field.name for field in fields(Relaxation)]
-        table = csv.DictWriter(file, ("structure", "formula", *columns))
-        table.writeheader()
-        for number, atoms in enumerate(track(structures, "relaxing", disable=not progress)):
-            try:
-                result = relax(atoms, calculator, **options)
-            except ValueError as error:
-                raise ValueError(f"structure {number}: {error}") from error
-            results.append(result)
-            table.writerow({"structure": number, "formula": atoms.get_chemical_formula()} | asdict(result))
-            file.flush()
-            write(relaxed, labelled(atoms), format="extxyz", append=True)
-            if result.interrupted:
-                break
+    if resume:
+        state, results = _load(folder, structures, options)
+    else:
+        relaxed.unlink(missing_ok=True)
+        _save(folder, state)
+    columns = ("structure", "formula", *(field.name for field in fields(Relaxation)))
+    table = CsvLog(folder / "relax.csv", columns, state["done"] - 1 if resume else None)
+    try:
+        with progress_bar("structure", len(structures), state["done"], progress) as bar:
+            task = bar.task_ids[0]
+            for number in range(state["done"], len(structures)):
+                atoms = structures[number]
+                try:
+                    result = relax(
+                        atoms, calculator, watch=lambda line: bar.update(task, status=line), **options
+                    )
+                except ValueError as error:
+                    raise ValueError(f"structure {number}: {error}") from error
+                results.append(result)
+                write(relaxed, labelled(atoms), format="extxyz", append=True)
+                row = {"structure": number, "formula": atoms.get_chemical_formula()} | asdict(result)
+                table.write(row)
+                if result.interrupted:
+                    break
+                state |= {"done": number + 1, "bytes": relaxed.stat().st_size}
+                _save(folder, state)
+                bar.update(task, completed=number + 1)
+    finally:
+        table.close()
     return results
+
+
+def _max_force(atoms: Atoms) -> float:
+    return float(np.linalg.norm(atoms.get_forces(), axis=1).max(initial=0.0))
+
+
+def _check_cell(atoms: Atoms, cell: str, pressure: float) -> None:
+    if cell not in CELLS:
+        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+    if not np.isfinite(pressure):
+        raise ValueError(f"pressure must be a number in GPa, got {pressure}")
+    if pressure != 0 and cell in ("fixed", "shape"):
+        raise ValueError(
+            f"pressure = {pressure} GPa has no effect with cell = {cell}, which keeps the volume; use cell = full"
+        )
+    if cell != "fixed" and not atoms.pbc.all():
+        raise ValueError(
+            f"cell = {cell} needs a cell periodic along all three axes, but pbc is {atoms.pbc.tolist()}"
+        )
+
+
+def _keep_symmetry(atoms: Atoms, cell: str, symprec: float) -> None:
+    """Symmetrize a structure and constrain it to its space group."""
+    require("spglib", "symmetry")
+    if not atoms.pbc.all():
+        raise ValueError(
+            f"symmetry needs a cell periodic along all three axes, but pbc is {atoms.pbc.tolist()}"
+        )
+    if atoms.constraints:
+        raise ValueError(
+            f"symmetry cannot be kept beside {type(atoms.constraints[0]).__name__}; remove the constraint"
+        )
+    if not 0 < symprec < np.inf:
+        raise ValueError(f"symprec must be a positive distance in Angstrom, got {symprec}")
+    symmetric = FixSymmetry(atoms, symprec=symprec)
+    if "mask" in CELLS[cell]:
+        allowed = np.diag([1.0, 1.0, 0.0] if cell == "xy" else [0.0, 0.0, 1.0])
+        inverse = atoms.cell.reciprocal().T
+        if not np.allclose(
+            symmetrize_rank2(atoms.cell.array, inverse, allowed, symmetric.rotations), allowed
+        ):
+            raise ValueError(f"cell = {cell} breaks the symmetry of the structure; leave one of them out")
+    atoms.set_constraint(symmetric)
+
+
+def _save(folder: Path, state: dict[str, Any]) -> None:
+    with atomic_write(folder / "relax.json") as temporary:
+        temporary.write_text(json.dumps(state), encoding="utf-8")
+
+
+def _load(
+    folder: Path, structures: Sequence[Atoms], options: dict[str, Any]
+) -> tuple[dict[str, Any], list[Relaxation]]:
+    """State and results of the call to resume; structures are moved to where it left them."""
+    file, relaxed = folder / "relax.json", folder / "relaxed.xyz"
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no relaxation to resume in {folder}: {file} is absent")
+    state = json.loads(file.read_text(encoding="utf-8"))
+    if state["format"] != STATE_FORMAT:
+        raise ValueError(f"{file} has format {state['format']}; this version reads format {STATE_FORMAT}")
+    for name in {**state["options"], **options}:
+        if state["options"].get(name) != options.get(name):
+            raise ValueError(
+                f"{name} = {options.get(name)}, but the relaxation to resume has {state['options'].get(name)}"
+            )
+    rows = read_csv(folder / "relax.csv")[: state["done"] + 1]
+    formulas = [atoms.get_chemical_formula() for atoms in structures]
+    if [row["formula"] for row in rows] != formulas[: len(rows)]:
+        raise ValueError(f"the structures are not those of the relaxation to resume in {folder}")
+    frames = read(relaxed, index=slice(len(rows))) if rows else []
+    for atoms, frame in zip(structures, frames, strict=False):
+        atoms.set_cell(frame.cell)
+        atoms.set_positions(frame.positions, apply_constraint=False)
+    if relaxed.exists():
+        os.truncate(relaxed, state["bytes"])
+    return state, [_result(row) for row in rows[: state["done"]]]
+
+
+def _result(row: dict[str, str]) -> Relaxation:
+    """The result in a row of the table."""
+    values: dict[str, Any] = {}
+    for field in fields(Relaxation):
+        text = row[field.name]
+        values[field.name] = json.loads(text.lower()) if text else None
+    return Relaxation(**values)

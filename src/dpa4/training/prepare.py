@@ -17,6 +17,7 @@ from dpa4.data import (
     check_charge_spin,
     check_elements,
     check_labels,
+    coverage_of,
     read_frames,
     reference_energies,
     summarize,
@@ -77,9 +78,12 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
         dataset = FrameDataset(of, model.cutoff, model.default_charge_spin)
         return EpochBatches(dataset, **batch_budget(options), seed=options.seed, shuffle=shuffle)
 
+    train = batches(frames, shuffle=True)
+    potential.coverage = coverage_of(train.dataset)
+    console.print(f"closest atoms of the training data: {potential.coverage.text}", highlight=False)
     return Preparation(
         potential=potential,
-        train=batches(frames, shuffle=True),
+        train=train,
         validation=batches(validation, shuffle=False) if validation else None,
         loss=loss,
         provenance=_provenance(config, frames, validation),

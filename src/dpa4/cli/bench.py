@@ -1,0 +1,259 @@
+"""Published benchmarks on the command line."""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dpa4.cli.options import Branch, Compile, Device, Dtype, Model, console, user_errors
+from dpa4.cli.training import label_keys
+
+if TYPE_CHECKING:
+    from dpa4.simulation import DPA4Calculator
+    from dpa4.simulation.bench.records import Progressed
+
+bench = typer.Typer(
+    help="Published benchmarks: Matbench Discovery and SPICE-MACE-OFF. The same command goes on after Ctrl-C.",
+    no_args_is_help=True,
+)
+
+Data = Annotated[Path, typer.Option(help="Folder of the published files.")]
+Structures = Annotated[
+    Path | None, typer.Option(help="Structures instead of those of the folder of published files.")
+]
+
+
+@bench.command()
+def discovery(
+    model: Model,
+    data: Data = Path("bench-data"),
+    structures: Structures = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
+        "bench-discovery"
+    ),
+    fmax: Annotated[float, typer.Option(help="Largest force, in eV/Angstrom.")] = 0.02,
+    steps: Annotated[int, typer.Option(help="Most steps per structure.")] = 500,
+    part: Annotated[
+        str, typer.Option(help="i/n: the i-th of n parts, for processes that share a folder.")
+    ] = "1/1",
+    relax_only: Annotated[
+        bool, typer.Option("--relax-only", help="Leave out the metrics and the files they need.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    compile: Compile = None,
+    branch: Branch = None,
+) -> None:
+    """Relax the WBM test set; F1, DAF and RMSD of Matbench Discovery."""
+    from dpa4.simulation.bench import files, relax_structures, score_structures
+    from dpa4.simulation.bench.discovery import read_structures
+
+    with user_errors():
+        source = structures or files.locate(data, files.WBM_INITIAL)
+        if not relax_only:
+            for file in (files.WBM_SUMMARY, files.WBM_ENTRIES, files.MP_REFERENCES):
+                files.locate(data, file)
+        total, images = read_structures(source)
+        state = relax_structures(
+            images, total, _calculator(model, device, dtype, compile, branch), output, fmax=fmax, steps=steps,
+            part=_part(part), model=_fingerprint(model, branch), dtype=dtype,
+        )  # fmt: skip
+        _report(state, "structures relaxed")
+        if relax_only or state.interrupted:
+            return
+        if (done := _records(output)) < total:
+            console.print(f"{done} of {total} structures are in {output}/; metrics follow when all are")
+            return
+        state, score = score_structures(output, data)
+    if score is None:
+        _report(state, "formation energies")
+        return
+    for subset, found in score.stability.items():
+        console.print(
+            f"{subset}: F1 {found.F1:.3f}  DAF {found.DAF:.3f}  precision {found.Precision:.3f}  "
+            f"recall {found.Recall:.3f}  MAE {1e3 * found.MAE:.1f} meV/atom  missing {found.missing_preds}",
+            highlight=False,
+        )
+    console.print(f"RMSD {score.rmsd:.4f}", highlight=False)
+    console.print(f"discovery.csv, summary.json and hull.png are in {output}/")
+
+
+@bench.command()
+def kappa(
+    model: Model,
+    data: Data = Path("bench-data"),
+    structures: Structures = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
+        "bench-kappa"
+    ),
+    fmax: Annotated[float, typer.Option(help="Of the relaxation, in eV/Angstrom.")] = 1e-4,
+    steps: Annotated[int, typer.Option(help="Most steps of a relaxation.")] = 300,
+    displacement: Annotated[float, typer.Option(help="Of atoms, in Angstrom.")] = 0.03,
+    device: Device = "auto",
+    dtype: Dtype = "float64",
+    compile: Compile = None,
+    branch: Branch = None,
+) -> None:
+    """Lattice thermal conductivities of 103 crystals; the metric κ_SRME of Matbench Discovery."""
+    from dpa4.simulation.bench import files, run_kappa, score_kappa
+    from dpa4.simulation.bench.kappa import read_reference
+
+    with user_errors():
+        source = structures or files.locate(data, files.KAPPA_STRUCTURES)
+        reference = read_reference(files.locate(data, files.KAPPA_REFERENCE))
+        state = run_kappa(
+            source, _calculator(model, device, dtype, compile, branch), output, fmax=fmax, steps=steps,
+            displacement=displacement, model=_fingerprint(model, branch), dtype=dtype,
+        )  # fmt: skip
+        score = score_kappa(output, reference)
+    _report(state, "crystals computed")
+    console.print(
+        f"κ_SRME {score.kappa_SRME:.4f}  κ_SRE {score.kappa_SRE:.4f}  "
+        f"{score.failed} of {score.materials} count as 2, {score.missing} of them not computed",
+        highlight=False,
+    )
+    console.print(f"kappa.csv, summary.json and kappa.png are in {output}/")
+
+
+@bench.command()
+def diatomics(
+    model: Model,
+    data: Data = Path("bench-data"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
+        "bench-diatomics"
+    ),
+    elements: Annotated[
+        str | None, typer.Option(help="Such as H,C,O; by default all of the model up to U.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "float64",
+    compile: Compile = None,
+    branch: Branch = None,
+) -> None:
+    """Curves of homonuclear diatomic molecules; their metrics in Matbench Discovery."""
+    from ase.data import atomic_numbers
+
+    from dpa4.simulation.bench import files, run_diatomics, score_diatomics
+    from dpa4.simulation.bench.diatomics import HEAVIEST, read_reference
+
+    with user_errors():
+        calculator = _calculator(model, device, dtype, compile, branch)
+        own = [e for e in calculator.potentials[0].elements if atomic_numbers[e] <= HEAVIEST]
+        wanted = elements.split(",") if elements else own
+        try:
+            reference = read_reference(files.locate(data, files.DIATOMICS_REFERENCE))
+        except FileNotFoundError as error:
+            console.print(f"no comparison with DFT: {error}")
+            reference = None
+        state = run_diatomics(wanted, calculator, output, model=_fingerprint(model, branch), dtype=dtype)
+        _report(state, "curves")
+        score = score_diatomics(output, reference)
+    for name, value in score.metrics.items():
+        console.print(f"{name} {value:.4g}", highlight=False)
+    console.print(f"coverage {score.coverage:.3f}  CDS {score.CDS:.4f}", highlight=False)
+    console.print(f"curves.csv, metrics.csv, summary.json and diatomics.png are in {output}/")
+
+
+@bench.command()
+def spice(
+    model: Model,
+    structures: Annotated[
+        Path | None, typer.Argument(help="Labelled structures; by default the test set in the folder --data.")
+    ] = None,
+    data: Data = Path("bench-data"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
+        "bench-spice"
+    ),
+    key: Annotated[
+        list[str] | None, typer.Option(help="Name of a label in the data: energy=dft_energy.")
+    ] = None,
+    max_atoms: Annotated[int, typer.Option(help="Atoms per batch.")] = 2000,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    branch: Branch = None,
+) -> None:
+    """Errors of energies and forces by subset (config_type), with the logarithmic mean."""
+    import torch
+
+    from dpa4.data import LabelKeys, read_frames
+    from dpa4.potential import load_potential
+    from dpa4.simulation.bench import files, run_spice, score_spice
+    from dpa4.system import choose_device
+
+    with user_errors():
+        frames = read_frames(
+            structures or files.locate(data, files.SPICE_TEST), LabelKeys(**label_keys(key or []))
+        )
+        potential = load_potential(
+            model, device=choose_device(device), dtype=getattr(torch, dtype), branch=branch
+        )
+        fingerprint = _fingerprint(model, branch)
+        state = run_spice(potential, frames, output, max_atoms=max_atoms, model=fingerprint, dtype=dtype)
+        _report(state, "batches")
+        if state.interrupted:
+            return
+        score = score_spice(output)
+    console.print(score.to_rich())
+    console.print(f"errors.csv, structures.csv, summary.json and errors.png are in {output}/")
+
+
+@bench.command("yaml")
+def submission(
+    model: Model,
+    metadata: Annotated[
+        Path, typer.Option(help="YAML file with names, authors, licences; see the documentation.")
+    ],
+    discovery: Annotated[Path | None, typer.Option(help="Folder of dpa4 bench discovery.")] = None,
+    kappa: Annotated[Path | None, typer.Option(help="Folder of dpa4 bench kappa.")] = None,
+    diatomics: Annotated[Path | None, typer.Option(help="Folder of dpa4 bench diatomics.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the submission.")] = Path(
+        "submission"
+    ),
+    branch: Branch = None,
+) -> None:
+    """Write the YAML file and the artifacts of a submission to Matbench Discovery."""
+    from dpa4.simulation.bench.leaderboard import read_metadata, write_submission
+
+    with user_errors():
+        path, score = write_submission(
+            model, read_metadata(metadata), output,
+            discovery=discovery, kappa=kappa, diatomics=diatomics, branch=branch,
+            fingerprint=_fingerprint(model, branch),
+        )  # fmt: skip
+    console.print(f"wrote {path} and its artifacts")
+    if score is not None:
+        console.print(f"CPS {score:.4f}", highlight=False)
+
+
+def _calculator(
+    model: Path, device: str, dtype: str, compile: bool | None, branch: str | None
+) -> "DPA4Calculator":
+    from dpa4.simulation import DPA4Calculator
+
+    return DPA4Calculator(model, device=device, dtype=dtype, compile=compile, branch=branch)  # type: ignore[arg-type]
+
+
+def _fingerprint(model: Path, branch: str | None) -> str:
+    """What tells results of one model from those of another."""
+    digest = hashlib.sha256(model.read_bytes()).hexdigest()[:16]
+    return f"sha256:{digest}" + (f" {branch}" if branch else "")
+
+
+def _part(text: str) -> tuple[int, int]:
+    first, _, parts = text.partition("/")
+    if not (first.isdigit() and parts.isdigit()):
+        raise ValueError(f"--part must be i/n such as 2/8, got {text}")
+    return int(first), int(parts)
+
+
+def _records(output: Path) -> int:
+    from dpa4.simulation.bench.records import Records, read_settings
+
+    with Records(output, read_settings(output)) as records:
+        return len(records)
+
+
+def _report(state: "Progressed", what: str) -> None:
+    failed = f"{state.failed} failed ({state.reason})" if state.failed else "none failed"
+    console.print(f"{state.done} {what}, {failed}{', interrupted' if state.interrupted else ''}")

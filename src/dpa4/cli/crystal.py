@@ -1,0 +1,154 @@
+"""Properties of crystals on the command line: equation of state, elastic tensor, phonons."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from dpa4.cli.options import (
+    Branch,
+    Compile,
+    Device,
+    Dtype,
+    Model,
+    console,
+    user_errors,
+)
+
+Crystal = Annotated[Path, typer.Argument(help="Crystal, in any format ASE reads; the last image is taken.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
+RelaxFirst = Annotated[bool, typer.Option("--relax/--no-relax", help="Relax positions and cell first.")]
+Fmax = Annotated[float, typer.Option(help="Largest force of relaxed structures, in eV/Angstrom.")]
+Steps = Annotated[int, typer.Option(help="Most steps of each relaxation.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Use what an earlier call left in the output folder.")]
+
+
+def eos(
+    model: Model,
+    crystal: Crystal,
+    output: Output = Path("eos"),
+    points: Annotated[int, typer.Option(help="Number of volumes.")] = 11,
+    span: Annotated[float, typer.Option(help="Largest change of the volume, as a fraction of it.")] = 0.1,
+    shape: Annotated[
+        bool, typer.Option("--shape", help="Relax the shape of the cell at every volume.")
+    ] = False,
+    relax: RelaxFirst = True,
+    fmax: Fmax = 1e-4,
+    steps: Steps = 500,
+    resume: Resume = False,
+    device: Device = "auto",
+    dtype: Dtype = "float64",
+    compile: Compile = None,
+    branch: Branch = None,
+) -> None:
+    """Fit the Birch-Murnaghan equation of state to energies at several volumes."""
+    from ase.io import iread
+
+    from dpa4.simulation import DPA4Calculator, equation_of_state
+
+    with user_errors():
+        atoms = next(iread(crystal, index=-1))
+        calculator = DPA4Calculator(model, device=device, dtype=dtype, compile=compile, branch=branch)
+        result = equation_of_state(
+            atoms, calculator, output, points=points, span=span, shape=shape, relax_first=relax, fmax=fmax,
+            steps=steps, resume=resume,
+        )  # fmt: skip
+    lengths = ", ".join(f"{length:.4f}" for length in result.lengths)
+    console.print(f"volume {result.volume:.3f} Å³, cell vectors {lengths} Å", highlight=False)
+    console.print(f"energy {result.energy:.6f} eV, {result.rms:.3f} meV/atom off the curve", highlight=False)
+    console.print(
+        f"bulk modulus {result.bulk_modulus:.1f} GPa, its derivative {result.bulk_modulus_derivative:.2f}",
+        highlight=False,
+    )
+    console.print(f"eos.csv, eos.json, eos.png and eos.xyz are in {output}/")
+
+
+def elastic(
+    model: Model,
+    crystal: Crystal,
+    output: Output = Path("elastic"),
+    strain: Annotated[float, typer.Option(help="Largest strain.")] = 0.01,
+    relax: RelaxFirst = True,
+    fmax: Fmax = 1e-4,
+    steps: Steps = 500,
+    resume: Resume = False,
+    device: Device = "auto",
+    dtype: Dtype = "float64",
+    compile: Compile = None,
+    branch: Branch = None,
+) -> None:
+    """Compute the elastic tensor and the moduli of a polycrystal."""
+    from ase.io import iread
+
+    from dpa4.simulation import DPA4Calculator, elastic_tensor
+
+    with user_errors():
+        atoms = next(iread(crystal, index=-1))
+        calculator = DPA4Calculator(model, device=device, dtype=dtype, compile=compile, branch=branch)
+        result = elastic_tensor(
+            atoms, calculator, output, strain=strain, relax_first=relax, fmax=fmax, steps=steps, resume=resume
+        )
+    names = ("xx", "yy", "zz", "yz", "xz", "xy")
+    table = Table("GPa", *names)
+    for name, row in zip(names, result.stiffness, strict=True):
+        table.add_row(name, *(f"{value:.1f}" for value in row))
+    console.print(table)
+    if result.moduli is None:
+        console.print("not stable: the stiffness has an eigenvalue that is not positive")
+    else:
+        moduli = result.moduli
+        console.print(
+            f"bulk {moduli.bulk:.1f}, shear {moduli.shear:.1f}, Young {moduli.young:.1f} GPa, Poisson "
+            f"{moduli.poisson:.3f} (Hill)",
+            highlight=False,
+        )
+    console.print(f"elastic.csv, stresses.csv, elastic.json and elastic.png are in {output}/")
+
+
+def phonon(
+    model: Model,
+    crystal: Crystal,
+    output: Output = Path("phonon"),
+    supercell: Annotated[
+        tuple[int, int, int] | None, typer.Option(help="Multiples of the cell vectors; else --min-length.")
+    ] = None,
+    min_length: Annotated[float, typer.Option(help="Least width of the supercell, in Angstrom.")] = 12.0,
+    displacement: Annotated[float, typer.Option(help="In Angstrom.")] = 0.01,
+    mesh: Annotated[float, typer.Option(help="Length that decides the mesh of wave vectors.")] = 100.0,
+    max_temperature: Annotated[float, typer.Option(help="Of the thermal properties, in K.")] = 1000.0,
+    symprec: Annotated[float, typer.Option(help="Tolerance of the symmetry, in Angstrom.")] = 1e-3,
+    relax: RelaxFirst = True,
+    fmax: Fmax = 1e-4,
+    steps: Steps = 500,
+    resume: Resume = False,
+    device: Device = "auto",
+    dtype: Dtype = "float64",
+    compile: Compile = None,
+    branch: Branch = None,
+) -> None:
+    """Compute phonons: bands, density of states, thermal properties."""
+    from ase.io import iread
+
+    from dpa4.simulation import DPA4Calculator, phonons
+
+    with user_errors():
+        atoms = next(iread(crystal, index=-1))
+        calculator = DPA4Calculator(model, device=device, dtype=dtype, compile=compile, branch=branch)
+        result = phonons(
+            atoms, calculator, output, supercell=supercell, min_length=min_length, displacement=displacement,
+            mesh=mesh, max_temperature=max_temperature, symprec=symprec, relax_first=relax, fmax=fmax, steps=steps,
+            resume=resume,
+        )  # fmt: skip
+    size = " x ".join(map(str, result.supercell))
+    console.print(f"supercell {size}, {result.displacements} displacements", highlight=False)
+    console.print(
+        f"frequencies {result.min_frequency:.3f} to {result.max_frequency:.3f} THz", highlight=False
+    )
+    if result.imaginary:
+        console.print("imaginary modes: the crystal is not stable here, or the supercell is too small")
+    if result.heat_capacity is not None:
+        console.print(f"heat capacity {result.heat_capacity:.2f} J/(K mol) at 300 K", highlight=False)
+    console.print(
+        f"phonon.png, thermal.png, band.yaml, dos.csv, thermal.csv and phonopy_params.yaml are in {output}/"
+    )

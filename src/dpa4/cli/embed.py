@@ -1,0 +1,39 @@
+"""Embeddings of atoms on the command line."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpa4.cli.options import Branch, Device, Dtype, Model, Structures, console, user_errors
+
+
+def embed(
+    model: Model,
+    structures: Structures,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File: .npz, or .xyz for structures with their embeddings.")
+    ] = Path("embeddings.npz"),
+    mean: Annotated[
+        bool, typer.Option("--mean", help="One vector per structure, the mean over its atoms.")
+    ] = False,
+    max_atoms: Annotated[int, typer.Option(help="Atoms evaluated at once.")] = 2000,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    branch: Branch = None,
+) -> None:
+    """Write the embedding of every atom: invariant features after the last block."""
+    import torch
+    from ase.io import iread
+
+    from dpa4.potential import load_potential, write_embeddings
+    from dpa4.system import choose_device
+
+    with user_errors():
+        images = list(iread(structures))
+        potential = load_potential(
+            model, device=choose_device(device), dtype=getattr(torch, dtype), branch=branch
+        )
+        write_embeddings(potential, images, output, mean=mean, max_atoms=max_atoms)
+    what = f"{len(images)} structures" if mean else f"{sum(map(len, images))} atoms"
+    console.print(f"{potential.config.channels} features of {what} are in {output}")

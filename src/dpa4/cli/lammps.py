@@ -1,0 +1,52 @@
+"""LAMMPS on the command line."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpa4.cli.options import Branch, Compile, Device, Dtype, Model, Precision, console, user_errors
+
+
+def lammps(
+    model: Model,
+    script: Annotated[
+        Path, typer.Argument(help="Input script with the line: fix dpa4 all external pf/callback 1 1")
+    ],
+    elements: Annotated[str, typer.Option(help="Element of every atom type, in their order, such as Si,O.")],
+    var: Annotated[
+        list[str] | None, typer.Option(help="Variable of LAMMPS, as NAME=VALUE; may be repeated.")
+    ] = None,
+    charge: Annotated[int | None, typer.Option(help="Total charge, for models that look at it.")] = None,
+    spin: Annotated[int | None, typer.Option(help="Multiplicity 2S + 1, for models that look at it.")] = None,
+    skin: Annotated[float, typer.Option(help="Verlet skin of the neighbour list, in Angstrom.")] = 1.0,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    precision: Precision = "high",
+    compile: Compile = None,
+    branch: Branch = None,
+) -> None:
+    """Run an input script of LAMMPS; Ctrl-C ends the run after the step."""
+    from dpa4.simulation import DPA4Calculator, run_lammps
+
+    with user_errors():
+        pairs = [pair.partition("=") for pair in var or []]
+        if wrong := [name for name, equals, _ in pairs if not (name and equals)]:
+            raise ValueError(f"--var must be NAME=VALUE, got {', '.join(wrong)}")
+        calculator = DPA4Calculator(
+            model,
+            device=device,
+            dtype=dtype,
+            precision=precision,
+            compile=compile,
+            branch=branch,
+            neighbor_skin=skin,
+        )
+        finished = run_lammps(
+            script,
+            calculator,
+            elements.replace(",", " ").split(),
+            variables={name: value for name, _, value in pairs},
+            info={k: v for k, v in (("charge", charge), ("spin", spin)) if v is not None},
+        )
+    console.print("finished" if finished else "stopped; later runs of the script were left out")

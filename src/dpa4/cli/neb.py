@@ -1,0 +1,58 @@
+"""Barriers on the command line."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpa4.cli.options import (
+    Branch,
+    Compile,
+    Device,
+    Dtype,
+    Model,
+    Precision,
+    console,
+    user_errors,
+)
+
+
+def neb(
+    model: Model,
+    start: Annotated[Path, typer.Argument(help="One minimum; the last image of the file.")],
+    end: Annotated[Path, typer.Argument(help="The other one, with its atoms in the same order.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("neb"),
+    images: Annotated[int, typer.Option(help="Images between the ends.")] = 7,
+    fmax: Annotated[float, typer.Option(help="Largest force of a converged band, in eV/Angstrom.")] = 0.05,
+    steps: Annotated[int, typer.Option(help="Most steps, those before a restart included.")] = 500,
+    spring: Annotated[float, typer.Option(help="Between images, in eV/Angstrom^2.")] = 0.1,
+    relax_ends: Annotated[bool, typer.Option("--relax-ends", help="Relax start and end first.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    precision: Precision = "high",
+    compile: Compile = None,
+    branch: Branch = None,
+) -> None:
+    """Find a minimum energy path and its barrier: climbing-image nudged elastic band."""
+    from ase.io import iread
+
+    from dpa4.simulation import DPA4Calculator, run_neb
+
+    with user_errors():
+        first, last = (next(iread(file, index=-1)) for file in (start, end))
+        calculator = DPA4Calculator(
+            model, device=device, dtype=dtype, precision=precision, compile=compile, branch=branch
+        )
+        result = run_neb(
+            first, last, calculator, output, images=images, fmax=fmax, steps=steps, spring=spring,
+            relax_ends=relax_ends, resume=resume,
+        )  # fmt: skip
+    state = "converged" if result.converged else "interrupted" if result.interrupted else "not converged"
+    console.print(f"{state} after {result.steps} steps, largest force {result.max_force:.3f} eV/Å")
+    console.print(
+        f"barrier {result.barrier:.4f} eV, in reverse {result.reverse_barrier:.4f} eV; end above start by "
+        f"{result.reaction_energy:.4f} eV",
+        highlight=False,
+    )
+    console.print(f"path.xyz, path.csv, path.png and neb.csv are in {output}/")

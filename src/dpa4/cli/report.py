@@ -1,0 +1,28 @@
+"""The report of a training run on the command line."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpa4.cli.options import Device, console, user_errors
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Output folder of dpa4 train.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File; report.html in the folder of the run by default."),
+    ] = None,
+    evaluation: Annotated[Path | None, typer.Option("--eval", help="Output folder of dpa4 eval.")] = None,
+    pairs: Annotated[
+        bool, typer.Option("--pairs/--no-pairs", help="Pair curves of the elements of the training data.")
+    ] = True,
+    device: Device = "auto",
+) -> None:
+    """Write one HTML file about a training run: model, learning curve, errors, pair curves, configuration."""
+    from dpa4.simulation import write_report
+
+    with user_errors():
+        file = write_report(run, output, evaluation=evaluation, pairs=pairs, device=device)
+    console.print(f"wrote {file}")

@@ -1,0 +1,51 @@
+"""Relaxation of many structures at once on the command line."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dpa4.cli.options import Branch, Compile, Device, Dtype, Model, Precision, console, user_errors
+
+
+def screen(
+    model: Model,
+    structures: Annotated[list[Path], typer.Argument(help="Files with structures, in any format ASE reads.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("screen"),
+    fmax: Annotated[float, typer.Option(help="Largest force of a relaxed structure, in eV/Angstrom.")] = 0.02,
+    steps: Annotated[int, typer.Option(help="Most steps per structure.")] = 500,
+    cell: Annotated[
+        Literal["fixed", "full", "volume", "shape"], typer.Option(help="What of the cell is relaxed.")
+    ] = "fixed",
+    pressure: Annotated[float, typer.Option(help="External pressure, in GPa.")] = 0.0,
+    max_edges: Annotated[
+        int, typer.Option(help="Edges of a batch: what the memory of the GPU allows.")
+    ] = 200_000,
+    rank: Annotated[int, typer.Option(help="Number of this process among all, from 0.")] = 0,
+    world_size: Annotated[int, typer.Option(help="How many processes share the work.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in the output folder.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    precision: Precision = "high",
+    compile: Compile = None,
+    branch: Branch = None,
+) -> None:
+    """Relax many structures, in batches; list what happened to each."""
+    with user_errors():
+        from dpa4.simulation.screen import screen as run
+        from dpa4.simulation.torchsim import DPA4Model
+
+        potential = DPA4Model(
+            model, device=device, dtype=dtype, precision=precision, compile=compile, branch=branch
+        )
+        result = run(
+            structures, potential, output, fmax=fmax, steps=steps, cell=cell, pressure=pressure, max_edges=max_edges,
+            rank=rank, world_size=world_size, resume=resume,
+        )  # fmt: skip
+    console.print(", ".join(f"{count} {status}" for status, count in sorted(result.counts.items())) or "none")
+    if result.joined:
+        console.print(f"screen.csv and relaxed.xyz of {result.total} structures are in {output}/")
+    elif result.finished:
+        console.print(f"shard {rank} of {world_size} is finished, others are not; the last one joins them")
+    else:
+        console.print("interrupted; go on with --resume")

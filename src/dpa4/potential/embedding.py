@@ -1,0 +1,118 @@
+"""Embeddings: what the network knows of every atom before it becomes an energy."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+import torch
+from ase import Atoms
+from numpy.typing import NDArray
+from rich.progress import track
+
+from dpa4.data import EpochBatches, FrameDataset, check_charge_spin, check_elements, frame_from_atoms
+from dpa4.potential.potential import Potential
+from dpa4.system import atomic_write
+
+
+def embeddings(
+    potential: Potential, structures: Sequence[Atoms], *, max_atoms: int = 2000, progress: bool = False
+) -> list[NDArray[Any]]:
+    """Invariant features of every atom after the last block, the input of the energy network.
+
+    They do not change when a structure is rotated, moved or wrapped, and change smoothly with the positions. As
+    descriptors they serve to compare, select or cluster atomic environments. Charge and multiplicity are
+    read as by the calculator; labels are not looked at.
+
+    Args:
+        potential: The potential, on the device to compute on.
+        structures: One or more.
+        max_atoms: Atoms evaluated at once.
+        progress: Show a progress bar.
+
+    Returns:
+        For each structure (N, C) in the precision of the network, in the order of its atoms.
+
+    Raises:
+        ValueError: If there is no structure, one has no atoms or a position that is not finite, or an element,
+            charge or spin is outside the model.
+    """
+    if not structures:
+        raise ValueError("there are no structures to embed")
+    frames = [frame_from_atoms(_bare(a), origin=f"structure {i}") for i, a in enumerate(structures)]
+    config, device = potential.config, potential.reference_energies.device
+    check_elements(frames, potential.elements)
+    if config.charge_spin and config.default_charge_spin is None:
+        check_charge_spin(frames)
+    dataset = FrameDataset(frames, config.cutoff, config.default_charge_spin, cache_bytes=0)
+    batches = EpochBatches(dataset, max_atoms=max_atoms, shuffle=False)
+    found: list[NDArray[Any]] = []
+    total = batches.num_batches(0)
+    with torch.no_grad():
+        for batch in track(batches.batches(0), "embedding", total=total, disable=not progress):
+            potential.check(batch.graph)
+            features = potential.descriptor(batch.graph.to(device)).cpu()
+            sizes = torch.bincount(batch.graph.structure, minlength=batch.graph.num_structures).tolist()
+            found += [own.numpy() for own in features.split(sizes)]
+    return found
+
+
+def write_embeddings(
+    potential: Potential,
+    structures: Sequence[Atoms],
+    path: str | Path,
+    *,
+    mean: bool = False,
+    max_atoms: int = 2000,
+    progress: bool = True,
+) -> None:
+    """Write the embeddings of structures to a file, whose suffix decides how.
+
+    ``.npz``: ``embeddings`` (all atoms, C), ``structure`` and ``atomic_numbers`` (all atoms,); with ``mean`` the one
+    array ``embeddings`` (structures, C). ``.xyz`` or ``.extxyz``: the structures with the array ``embedding``, or
+    with ``mean`` the entry ``embedding`` of ``atoms.info``.
+
+    Args:
+        potential: The potential, on the device to compute on.
+        structures: One or more.
+        path: The file; an earlier one is replaced.
+        mean: One vector per structure, the mean over its atoms, instead of one per atom.
+        max_atoms: Atoms evaluated at once.
+        progress: Show a progress bar.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If the suffix is another one, or as ``embeddings``.
+    """
+    path = Path(path)
+    if path.suffix not in (".npz", ".xyz", ".extxyz"):
+        raise ValueError(f"embeddings are written to .npz, .xyz or .extxyz, got {path.name!r}")
+    with atomic_write(path) as temporary:
+        found = embeddings(potential, structures, max_atoms=max_atoms, progress=progress)
+        means = [one.mean(axis=0) for one in found]
+        if path.suffix == ".npz":
+            with temporary.open("wb") as file:
+                if mean:
+                    np.savez(file, embeddings=np.stack(means))
+                else:
+                    np.savez(
+                        file,
+                        embeddings=np.concatenate(found),
+                        structure=np.repeat(np.arange(len(found)), [len(one) for one in found]),
+                        atomic_numbers=np.concatenate([atoms.numbers for atoms in structures]),
+                    )
+            return
+        images = [atoms.copy() for atoms in structures]
+        for image, atomwise, average in zip(images, found, means, strict=True):
+            if mean:
+                image.info["embedding"] = average
+            else:
+                image.arrays["embedding"] = atomwise
+        ase.io.write(temporary, images, format="extxyz")
+
+
+def _bare(atoms: Atoms) -> Atoms:
+    """The structure without labels, whose form does not matter here."""
+    info = {key: atoms.info[key] for key in ("charge", "spin") if key in atoms.info}
+    return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info=info)

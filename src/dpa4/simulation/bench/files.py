@@ -1,0 +1,85 @@
+"""The published files that the benchmarks need: their names, what they hold, where they come from."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class PublishedFile(NamedTuple):
+    """A file to be downloaded."""
+
+    path: str  # below the folder of the data, as Matbench Discovery names it
+    content: str
+    source: str
+
+
+WBM_INITIAL = PublishedFile(
+    "wbm/2024-08-04-wbm-initial-atoms.extxyz.zip",
+    "256,963 crystals of the WBM test set before relaxation",
+    "https://figshare.com/files/48169597",
+)
+WBM_SUMMARY = PublishedFile(
+    "wbm/2023-12-13-wbm-summary.csv.gz",
+    "formation energies, energies above the hull and unique prototypes of the WBM test set by DFT",
+    "https://figshare.com/files/64706751",
+)
+WBM_ENTRIES = PublishedFile(
+    "wbm/2022-10-19-wbm-computed-structure-entries.jsonl.gz",
+    "relaxed structures and settings of the DFT calculations, for energy corrections and RMSD",
+    "https://figshare.com/files/53161832",
+)
+MP_REFERENCES = PublishedFile(
+    "mp/2023-02-07-mp-elemental-reference-entries.json.gz",
+    "the entry of lowest energy of every element in the Materials Project, for formation energies",
+    "https://figshare.com/files/40387775",
+)
+KAPPA_STRUCTURES = PublishedFile(
+    "phonons/2024-11-09-phononDB-PBE-103-structures.extxyz",
+    "103 crystals of PhononDB with supercells and meshes of q-points",
+    "https://figshare.com/files/52179965",
+)
+KAPPA_REFERENCE = PublishedFile(
+    "phonons/2024-11-09-kappas-phononDB-PBE-noNAC.json.gz",
+    "conductivities of the 103 crystals by DFT, resolved by modes",
+    "https://figshare.com/files/59988539",
+)
+DIATOMICS_REFERENCE = PublishedFile(
+    "diatomics/diatomics-dft.json.gz",
+    "curves of diatomic molecules by DFT (PBE and r2SCAN)",
+    "https://github.com/janosh/matbench-discovery, site/src/lib/diatomics-dft.json.gz",
+)
+SPICE_TEST = PublishedFile(
+    "spice/test_large_neut_all.xyz",
+    "50,195 structures of the MACE-OFF23 test set with energies, forces and config_type",
+    "https://doi.org/10.17863/CAM.107498",
+)
+
+
+def locate(folder: str | Path, file: PublishedFile) -> Path:
+    """Path of a published file in a folder, in its subfolder or directly.
+
+    Raises:
+        FileNotFoundError: If it is not there; the message tells where to get it and where to put it.
+    """
+    path = Path(folder) / file.path
+    for candidate in (path, Path(folder) / path.name):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"{path.name} is missing ({file.content}). Download it from {file.source} and save it as {path}"
+    )
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file, which may be compressed by gzip.
+
+    Raises:
+        ValueError: If it is not JSON.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            return json.load(file)
+    except (ValueError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error

@@ -1,0 +1,183 @@
+"""Energy of a crystal against its volume, and the Birch-Murnaghan equation of state."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms, units
+from ase.calculators.calculator import Calculator
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.eos import EquationOfState as Fit
+from ase.eos import birchmurnaghan
+from ase.io import write
+from numpy.typing import NDArray
+
+from dpa4.simulation.bench.records import Record, write_csv, write_json
+from dpa4.simulation.tasks import Calculation, relaxation, structure, structure_record
+from dpa4.system import atomic_write
+
+COLUMNS = ("volume_A3", "energy_eV", "pressure_GPa", "a_A", "b_A", "c_A")
+
+
+@dataclass(frozen=True)
+class EquationOfState:
+    """Birch-Murnaghan equation of state of third order; energy and volume are those of the cell that was given."""
+
+    volume: float  # of least energy, Angstrom^3
+    energy: float  # there, eV
+    bulk_modulus: float  # there, GPa
+    bulk_modulus_derivative: float  # by the pressure
+    lengths: tuple[float, float, float]  # of the cell vectors at that volume, Angstrom
+    rms: float  # of the distances of the energies from the curve, meV/atom
+
+
+def equation_of_state(
+    atoms: Atoms,
+    calculator: Calculator,
+    output: str | Path,
+    *,
+    points: int = 11,
+    span: float = 0.1,
+    shape: bool = False,
+    relax_first: bool = True,
+    fmax: float = 1e-4,
+    steps: int = 500,
+    resume: bool = False,
+    progress: bool = True,
+) -> EquationOfState:
+    """Compute energies at several volumes, with positions relaxed at each, and fit the equation of state.
+
+    Writes into the folder ``output``: eos.csv, eos.json, eos.png and eos.xyz. Ctrl-C ends with the volume at hand;
+    with ``resume`` a later call goes on.
+
+    Args:
+        atoms: Crystal; left as it is.
+        calculator: ASE calculator, with stress.
+        output: Folder, made if absent.
+        points: Number of volumes.
+        span: They range from 1 - span to 1 + span times the volume at the start, in equal steps.
+        shape: Relax the shape of the cell at every volume, too; needed where symmetry does not fix it.
+        relax_first: Relax positions and cell at the start.
+        fmax: Of all relaxations, in eV/Angstrom; see ``relax``.
+        steps: Most steps of each relaxation.
+        resume: Take over the volumes an earlier call has finished.
+        progress: Show progress bars on a terminal.
+
+    Raises:
+        FileExistsError: If ``output`` holds a calculation and ``resume`` is not set.
+        FileNotFoundError: If there is no calculation to resume.
+        RuntimeError: If a relaxation does not converge, or the energies have no minimum among the volumes.
+        Stopped: After Ctrl-C.
+        ValueError: If an argument is not allowed, or the calculation to resume had others.
+    """
+    if points < 5:
+        raise ValueError(
+            f"points must be at least 5, one more than the parameters of the curve, got {points}"
+        )
+    if not 0 < span < 1:
+        raise ValueError(f"span must be a fraction of the volume between 0 and 1, got {span}")
+    folder = Path(output)
+    settings = {"points": points, "span": span, "shape": shape, "relax_first": relax_first, "fmax": fmax}
+    run = Calculation(folder, atoms, calculator, settings, resume=resume, progress=progress)
+    start = run.relaxed(atoms, fmax=fmax, steps=steps) if relax_first else atoms.copy()
+
+    def compute(factor: float) -> Record:
+        strained = start.copy()
+        strained.set_cell(start.cell.array * factor ** (1 / 3), scale_atoms=True)
+        result = relaxation(strained, calculator, fmax=fmax, steps=steps, cell="shape" if shape else "fixed")
+        return structure_record(strained) | asdict(result)
+
+    factors = np.linspace(1 - span, 1 + span, points)
+    parts = [(f"{factor:.4f}", float(factor)) for factor in factors]
+    records = run.run("volumes", parts, compute, "volume")
+    return _finish(folder, records, start)
+
+
+def fit_equation_of_state(
+    volumes: NDArray[np.float64], energies: NDArray[np.float64]
+) -> tuple[float, float, float, float]:
+    """Volume (Angstrom^3), energy (eV), bulk modulus (GPa) and its derivative by the pressure, at least energy.
+
+    Args:
+        volumes: (P,) in Angstrom^3, ascending.
+        energies: (P,) in eV.
+
+    Raises:
+        RuntimeError: If the energies have no minimum among the volumes.
+    """
+    between = 0 < np.argmin(energies) < len(energies) - 1
+    fit = Fit(volumes, energies, eos="birchmurnaghan")
+    if between:
+        fit.fit(warn=False)
+    if not between or not volumes[0] < fit.v0 < volumes[-1]:
+        raise RuntimeError(
+            f"the energies have no minimum between {volumes[0]:.2f} and {volumes[-1]:.2f} Angstrom^3; relax first, "
+            "or start from another volume"
+        )
+    energy, modulus, derivative, volume = fit.eos_parameters
+    return float(volume), float(energy), float(modulus / units.GPa), float(derivative)
+
+
+def birch_murnaghan_pressure(
+    volumes: NDArray[np.float64], volume: float, modulus: float, derivative: float
+) -> NDArray[np.float64]:
+    """Pressure (P,) of the equation of state with these parameters, in the unit of the bulk modulus."""
+    x = (volume / volumes) ** (1 / 3)
+    return 1.5 * modulus * (x**7 - x**5) * (1 + 0.75 * (derivative - 4) * (x**2 - 1))
+
+
+def _finish(folder: Path, records: list[Record], start: Atoms) -> EquationOfState:
+    """Files and result of the volumes."""
+    volumes, energies, pressures = (
+        np.array([record[name] for record in records]) for name in ("volume", "energy", "pressure")
+    )
+    lengths = np.linalg.norm([record["cell"] for record in records], axis=2)  # (P, 3)
+    rows = np.column_stack([volumes, energies, pressures, lengths]).tolist()
+    write_csv(folder / "eos.csv", COLUMNS, [dict(zip(COLUMNS, row, strict=True)) for row in rows])
+    frames = []
+    for record in records:
+        frame = structure(record, start)
+        frame.calc = SinglePointCalculator(frame, energy=record["energy"])
+        frames.append(frame)
+    with atomic_write(folder / "eos.xyz") as temporary:
+        write(temporary, frames, format="extxyz")
+    volume, energy, modulus, derivative = fit_equation_of_state(volumes, energies)
+    fitted = birchmurnaghan(volumes, energy, modulus * units.GPa, derivative, volume)
+    # Lengths divided by the cube root of the volume hardly change with it; at constant shape not at all.
+    relative = [np.interp(volume, volumes, column / np.cbrt(volumes)) for column in lengths.T]
+    a, b, c = (float(length * np.cbrt(volume)) for length in relative)
+    rms = 1000 * float(np.sqrt(np.mean((fitted - energies) ** 2))) / len(start)
+    result = EquationOfState(volume, energy, modulus, derivative, (a, b, c), rms)
+    write_json(folder / "eos.json", asdict(result))
+    _plot(folder / "eos.png", volumes, energies, pressures, result, len(start))
+    return result
+
+
+def _plot(
+    path: Path,
+    volumes: NDArray[np.float64],
+    energies: NDArray[np.float64],
+    pressures: NDArray[np.float64],
+    result: EquationOfState,
+    num_atoms: int,
+) -> None:
+    from matplotlib.figure import Figure  # takes a second to import
+
+    curve = np.linspace(volumes[0], volumes[-1], 201)
+    shape = (result.bulk_modulus, result.bulk_modulus_derivative)
+    energy = birchmurnaghan(curve, 0.0, shape[0] * units.GPa, shape[1], result.volume)
+    panels = [
+        ("energy (meV/atom)", 1000 * (energies - result.energy) / num_atoms, 1000 * energy / num_atoms),
+        ("pressure (GPa)", pressures, birch_murnaghan_pressure(curve, result.volume, *shape)),
+    ]
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
+    for axis, (label, values, line) in zip(axes, panels, strict=True):
+        axis.plot(curve / num_atoms, line, linewidth=1, label="Birch-Murnaghan")
+        axis.plot(volumes / num_atoms, values, "o", markersize=4, label="computed")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    axes[-1].set_xlabel("volume (Å³/atom)")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

@@ -1,0 +1,321 @@
+"""Minimum energy paths and barriers by the climbing-image nudged elastic band, with ASE."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.geometry import find_mic
+from ase.io import iread, write
+from ase.mep import NEB, idpp_interpolate
+from ase.optimize import FIRE
+from ase.utils.forcecurve import fit_raw
+from numpy.typing import NDArray
+
+from dpa4.simulation.progress import progress_bar
+from dpa4.simulation.relax import relax
+from dpa4.system import CsvLog, atomic_write, read_csv, stop_requests
+
+COLUMNS = ("step", "climbing", "max_force_eV_per_A", "barrier_eV", "highest_image")
+BEFORE_CLIMBING = 4.0  # times fmax: forces below which the highest image starts to climb
+SAME = 0.01  # Angstrom; ends that no atom moves farther between are one structure
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """Outcome of a nudged elastic band; energies in eV, of the images themselves, not of a curve through them."""
+
+    converged: bool
+    interrupted: bool  # by Ctrl-C
+    steps: int  # those before a restart included
+    barrier: float  # highest image above the start
+    reverse_barrier: float  # highest image above the end
+    reaction_energy: float  # end above the start
+    highest_image: int  # 0 is the start; that of an end means there is no barrier between them
+    max_force: float  # largest force of the band on an atom, eV/Angstrom
+
+
+def run_neb(
+    start: Atoms,
+    end: Atoms,
+    calculator: Calculator,
+    output: str | Path,
+    *,
+    images: int = 7,
+    fmax: float = 0.05,
+    steps: int = 500,
+    spring: float = 0.1,
+    relax_ends: bool = False,
+    resume: bool = False,
+    progress: bool = True,
+) -> Barrier:
+    """Find the path of lowest barrier near the interpolation between two structures.
+
+    The first path is interpolated between pair distances (IDPP), every atom along the shortest way under
+    periodicity. It is relaxed by FIRE with improved tangents, first without climbing, then with the highest
+    image climbing to the saddle point. Isolated structures without constraints are kept from rotating.
+
+    Writes into the folder ``output``: after every step path.xyz (images with energy, forces and ``path``, their
+    distance along the band) and a row of neb.csv, at the end path.csv and path.png. Ctrl-C finishes the step and
+    saves; with ``resume`` the path of path.xyz is relaxed further.
+
+    Args:
+        start: One minimum. Its constraints hold for all images. Stays as it is.
+        end: The other one: the same atoms in the same order, and the same cell.
+        calculator: ASE calculator; one serves all images.
+        output: Folder, made if absent.
+        images: Number of images between the ends.
+        fmax: Converged when no atom of an image feels a larger force of the band, in eV/Angstrom.
+        steps: Most steps, those before a restart included.
+        spring: Constant of the springs between images, in eV/Angstrom^2; it spaces them and hardly changes the path.
+        relax_ends: Relax start and end first, to half of fmax.
+        resume: Continue the run in ``output``.
+        progress: Show a progress bar on a terminal.
+
+    Raises:
+        FileExistsError: If ``output`` already holds a path and ``resume`` is not set.
+        FileNotFoundError: If there is no path to resume.
+        ValueError: If an argument is not allowed, the ends do not fit each other or are one structure, or the path to
+            resume has other atoms or another number of images.
+        RuntimeError: If an end does not relax.
+        KeyboardInterrupt: If Ctrl-C comes while the ends are relaxed, before there is a path.
+    """
+    _check(start, end, images, fmax, steps, spring)
+    folder = Path(output)
+    file, log_file = folder / "path.xyz", folder / "neb.csv"
+    if resume:
+        band = _Band(_read_path(file, start, images), calculator, spring)
+    else:
+        if file.exists():
+            raise FileExistsError(f"{folder} already holds {file.name}; resume it or choose another folder")
+        ends = _ends(start, end)
+        if relax_ends:
+            for name, atoms in zip(("start", "end"), ends, strict=True):
+                _relax(name, atoms, calculator, fmax / 2, steps)
+        band = _Band(_interpolated(*ends, images), calculator, spring)
+        folder.mkdir(parents=True, exist_ok=True)
+    rows = read_csv(log_file) if resume else []
+    done = int(rows[-1]["step"]) if rows else 0
+    band.climb = bool(rows) and rows[-1]["climbing"] == "1"
+    log = CsvLog(log_file, COLUMNS, done - 1 if rows else None)  # the last row comes again
+    converged = False
+    try:
+        with stop_requests() as stopped, progress_bar("step", steps, done, progress) as bar:
+            while True:
+                phase = FIRE(band, logfile=None)
+                limit = fmax if band.climb else BEFORE_CLIMBING * fmax
+                for below in phase.irun(fmax=limit, steps=max(steps - done, 0)):
+                    step = done + phase.get_number_of_steps()
+                    converged = bool(below) and band.climb
+                    row = band.row(step)
+                    log.write(row)
+                    band.save(file)
+                    status = f"barrier {row['barrier_eV']:.4f} eV  force {row['max_force_eV_per_A']:.3f} eV/Å"
+                    bar.update(bar.task_ids[0], completed=step, status=status)
+                    if stopped:
+                        break
+                done = step
+                if band.climb or stopped or not below:
+                    break
+                band.climb = True
+    finally:
+        log.close()
+    return _finish(band, folder, converged, bool(stopped), done)
+
+
+class _Constant(Calculator):
+    """The energy of an end, wherever a rotation or translation puts it."""
+
+    implemented_properties = ["energy", "free_energy", "forces"]
+
+    def __init__(self, energy: float, forces: NDArray[np.float64]):
+        super().__init__()
+        self.kept = {"energy": energy, "free_energy": energy, "forces": forces}
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        super().calculate(atoms, properties, system_changes)
+        self.results = dict(self.kept)
+
+
+class _Band(NEB):
+    """A band of which each image is computed once per step, with one calculator."""
+
+    def __init__(self, images: Sequence[Atoms], calculator: Calculator, spring: float):
+        for atoms in (images[0], images[-1]):
+            atoms.calc = calculator
+            atoms.calc = _Constant(
+                float(atoms.get_potential_energy()), atoms.get_forces(apply_constraint=False)
+            )
+        for atoms in images[1:-1]:
+            atoms.calc = calculator
+        super().__init__(
+            list(images),
+            k=spring,
+            method="improvedtangent",
+            allow_shared_calculator=True,
+            remove_rotation_and_translation=_is_free(images[0]),
+        )
+        self._known: tuple[NDArray[np.float64], bool, NDArray[np.float64]] | None = None
+
+    def get_forces(self) -> NDArray[np.float64]:
+        """Forces of the band; an optimizer asks twice per step, and a shared calculator remembers one image."""
+        known = self._known
+        if known is None or known[1] != self.climb or not np.array_equal(known[0], self.get_positions()):
+            forces = super().get_forces()
+            self._known = known = self.get_positions(), self.climb, forces
+        return known[2].copy()
+
+    def frames(self) -> list[Atoms]:
+        """The images with their energies, forces and distances along the band."""
+        self.get_forces()
+        frames = []
+        ends = {0: self.images[0].calc.kept["forces"], self.nimages - 1: self.images[-1].calc.kept["forces"]}
+        for number, (atoms, at) in enumerate(zip(self.images, self.path(), strict=True)):
+            frame = atoms.copy()
+            frame.info |= {"image": number, "path": float(at)}
+            forces = ends.get(number, self.real_forces[number])
+            frame.calc = SinglePointCalculator(frame, energy=float(self.energies[number]), forces=forces)
+            frames.append(frame)
+        return frames
+
+    def path(self) -> NDArray[np.float64]:
+        """Distance of each image from the start, along straight lines between images, in Angstrom."""
+        steps = [b.positions - a.positions for a, b in zip(self.images, self.images[1:], strict=False)]
+        return np.concatenate([[0.0], np.cumsum([np.linalg.norm(step) for step in steps])])
+
+    def row(self, step: int) -> dict[str, Any]:
+        """The present state for neb.csv."""
+        force = float(np.linalg.norm(self.get_forces(), axis=1).max())
+        highest = int(self.energies.argmax())
+        values = (step, int(self.climb), force, float(self.energies[highest] - self.energies[0]), highest)
+        return dict(zip(COLUMNS, values, strict=True))
+
+    def save(self, file: Path) -> None:
+        """Write the images."""
+        with atomic_write(file) as temporary:
+            write(temporary, self.frames(), format="extxyz")
+
+
+def _check(start: Atoms, end: Atoms, images: int, fmax: float, steps: int, spring: float) -> None:
+    if images < 1:
+        raise ValueError(f"images must be at least 1, got {images}")
+    if steps < 0:
+        raise ValueError(f"steps must be at least 0, got {steps}")
+    for name, value, unit in (("fmax", fmax, "eV/Angstrom"), ("spring", spring, "eV/Angstrom^2")):
+        if not 0 < value < np.inf:
+            raise ValueError(f"{name} must be positive (in {unit}), got {value}")
+    if not np.array_equal(start.numbers, end.numbers):
+        raise ValueError(
+            f"start ({start.get_chemical_formula()}) and end ({end.get_chemical_formula()}) must have the same atoms "
+            "in the same order"
+        )
+    if not np.array_equal(start.pbc, end.pbc):
+        raise ValueError(f"start has pbc {start.pbc.tolist()}, but end {end.pbc.tolist()}")
+    difference = np.abs(start.cell.array - end.cell.array)[start.pbc].max(initial=0.0)
+    if difference > 1e-8:  # what ASE allows
+        raise ValueError(
+            f"the cells of start and end differ by up to {difference:.2g} Angstrom; give them the same cell"
+        )
+
+
+def _ends(start: Atoms, end: Atoms) -> tuple[Atoms, Atoms]:
+    """Copies with the constraints of the start; the atoms of the end are the images nearest to the start."""
+    first, last = start.copy(), end.copy()
+    last.set_constraint()
+    last.positions = first.positions + find_mic(last.positions - first.positions, first.cell, first.pbc)[0]
+    last.set_constraint(first.constraints)
+    return first, last
+
+
+def _relax(name: str, atoms: Atoms, calculator: Calculator, fmax: float, steps: int) -> None:
+    result = relax(atoms, calculator, fmax=fmax, steps=steps)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    if not result.converged:
+        raise RuntimeError(
+            f"{name} is not relaxed to {fmax:g} eV/Angstrom after {steps} steps (largest force "
+            f"{result.max_force:.3f}); relax it first, or allow more steps"
+        )
+
+
+def _interpolated(first: Atoms, last: Atoms, images: int) -> list[Atoms]:
+    if np.linalg.norm(last.positions - first.positions, axis=1).max() < SAME:
+        raise ValueError("start and end are the same structure, so there is no path between them")
+    path = [first, *(first.copy() for _ in range(images)), last]
+    band = NEB(path, method="improvedtangent", remove_rotation_and_translation=_is_free(first))
+    band.interpolate(mic=False, apply_constraint=True)  # the ends are nearest images of each other
+    idpp_interpolate(band, traj=None, log=None, mic=True)
+    return path
+
+
+def _is_free(atoms: Atoms) -> bool:
+    """Whether nothing keeps the structure from moving and rotating as a whole."""
+    return not atoms.pbc.any() and not atoms.constraints
+
+
+def _read_path(file: Path, start: Atoms, images: int) -> list[Atoms]:
+    """The images of an earlier run, with the constraints of the start."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no path to resume: {file} is absent")
+    path: list[Atoms] = list(iread(file))
+    if len(path) != images + 2:
+        raise ValueError(f"images = {images}, but the path to resume has {len(path) - 2} between its ends")
+    if any(not np.array_equal(atoms.numbers, start.numbers) for atoms in path):
+        raise ValueError(f"the atoms of start are not those of the path to resume in {file}")
+    for atoms in path:
+        atoms.calc = None
+        atoms.set_constraint(start.constraints)
+    return path
+
+
+def _finish(band: _Band, folder: Path, converged: bool, interrupted: bool, steps: int) -> Barrier:
+    """Table and figure of the band as it is."""
+    frames, row = band.frames(), band.row(steps)
+    energies = np.array([frame.get_potential_energy() for frame in frames])
+    forces = [frame.get_forces() for frame in frames]
+    fit = fit_raw(energies, forces, [frame.positions.copy() for frame in frames])
+    with atomic_write(folder / "path.csv") as temporary:
+        columns = np.column_stack([np.arange(len(energies)), fit.path, fit.energies])
+        header = "image,path_A,energy_eV"
+        np.savetxt(temporary, columns, fmt=("%d", "%.6f", "%.9g"), delimiter=",", header=header, comments="")
+    highest = row["highest_image"]
+    _plot(fit, highest, folder / "path.png")
+    top = energies[highest]
+    return Barrier(
+        converged=converged,
+        interrupted=interrupted,
+        steps=steps,
+        barrier=float(top - energies[0]),
+        reverse_barrier=float(top - energies[-1]),
+        reaction_energy=float(energies[-1] - energies[0]),
+        highest_image=highest,
+        max_force=row["max_force_eV_per_A"],
+    )
+
+
+def _plot(fit: Any, highest: int, path: Path) -> None:
+    from matplotlib.figure import Figure  # takes a second to import
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(fit.fit_path, fit.fit_energies, linewidth=1, color="0.5")
+    axis.plot(fit.path, fit.energies, "o", markersize=5)
+    axis.annotate(
+        f"{fit.energies[highest]:.3f} eV", (fit.path[highest], fit.energies[highest]),
+        textcoords="offset points", xytext=(0, 6), ha="center",
+    )  # fmt: skip
+    axis.margins(y=0.12)
+    axis.set_xlabel("path (Å)")
+    axis.set_ylabel("energy (eV)")
+    axis.grid(alpha=0.3)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

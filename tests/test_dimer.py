@@ -1,0 +1,234 @@
+"""Pair curves: derivatives, the definitions of the flags, files, interruption, the command."""
+
+import csv
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from dpa4.cli import app
+from dpa4.model.config import Bridging
+from dpa4.potential import save_potential
+from dpa4.potential.zbl import zbl_pair_energy
+from dpa4.simulation import DPA4Calculator, dimer
+from dpa4.simulation.dimer import PairCurve, diagnose, element_pairs, pair_curves, parse_pairs, scan_pairs
+from helpers import random_potential
+
+R = np.linspace(0.8, 6.0, 261)
+
+
+def curve(energy, force, curvature, r=R) -> PairCurve:
+    return PairCurve(("Ar", "Ar"), r, energy(r), force(r), curvature(r))
+
+
+def lennard_jones(depth: float = 1.0, extra=None) -> PairCurve:
+    """With the minimum at 1.2 Angstrom; ``extra`` gives a bump: its height, place and width."""
+    x = 1.2 / R
+    values = [
+        depth * (x**12 - 2 * x**6),
+        12 * depth / R * (x**12 - x**6),
+        12 * depth / R**2 * (13 * x**12 - 7 * x**6),
+    ]
+    if extra:
+        height, place, width = extra
+        bump, u = height * np.exp(-(((R - place) / width) ** 2) / 2), (R - place) / width
+        values[0] += bump
+        values[1] += bump * u / width
+        values[2] += bump * (u**2 - 1) / width**2
+    return PairCurve(("Ar", "Ar"), R, *values)
+
+
+# --- the curves
+
+
+@pytest.mark.parametrize("options", [{}, {"bridging": Bridging(r_inner=0.6, r_outer=0.9)}])
+def test_force_and_curvature_are_derivatives(options):
+    for found in pair_curves(random_potential(**options), [("H", "C"), ("O", "O")], start=0.5, step=5e-3):
+        h = found.distance[1] - found.distance[0]
+        # central differences: error h^2/6 times the third derivative, 1e-3 of the largest value at most
+        middle = slice(2, -2)
+        slope, change = np.gradient(found.energy, h)[middle], np.gradient(found.force, h)[middle]
+        np.testing.assert_allclose(-slope, found.force[middle], atol=2e-3 * np.abs(found.force).max())
+        np.testing.assert_allclose(
+            -change, found.curvature[middle], atol=2e-3 * np.abs(found.curvature).max()
+        )
+        assert np.abs(found.curvature).max() > 0.1
+        assert found.energy[-1] == found.force[-1] == 0 and found.distance[-1] == 4.0  # the cutoff
+
+
+def test_energies_are_those_of_the_calculator():
+    from ase import Atoms
+
+    potential = random_potential()
+    (found,) = pair_curves(potential, [("C", "O")], step=0.5)
+    calculator = DPA4Calculator(potential, device="cpu", dtype="float64")
+    alone = sum(calculator.get_potential_energy(Atoms(e)) for e in "CO")
+    for r, energy, force in zip(found.distance, found.energy, found.force, strict=True):
+        atoms = Atoms("CO", [(0, 0, 0), (r * 0.6, 0, r * 0.8)])
+        atoms.calc = calculator
+        assert energy == pytest.approx(atoms.get_potential_energy() - alone, abs=1e-12)
+        assert force == pytest.approx(atoms.get_forces()[1] @ (0.6, 0, 0.8), abs=1e-12)
+
+
+def test_nuclear_repulsion_is_all_there_is_at_contact():
+    import torch
+
+    potential = random_potential(bridging=Bridging(r_inner=0.6, r_outer=0.9, smooth_cutoff=False))
+    (found,) = pair_curves(potential, [("C", "O")], start=0.2, step=0.05)
+    near = found.distance < 0.6
+    r = torch.from_numpy(found.distance[near])
+    np.testing.assert_allclose(
+        np.diff(found.energy[near]), np.diff(zbl_pair_energy(r, torch.tensor(6), torch.tensor(8))), rtol=1e-9
+    )
+
+
+def test_pairs_and_distances():
+    potential = random_potential(excluded_pairs=(("H", "O"), ("C", "C")))
+    assert element_pairs(potential) == [("H", "H"), ("H", "C"), ("C", "O"), ("O", "O")]
+    (found,) = pair_curves(potential, [("C", "H")], start=0.3, step=1.0)
+    np.testing.assert_allclose(found.distance, [0.3, 1.225, 2.15, 3.075, 4.0])
+    assert parse_pairs("Si-O, O-O") == [("Si", "O"), ("O", "O")]
+
+
+def test_charge_and_multiplicity():
+    """The default of the model, else those of the neutral pair: H2 a singlet, CH a doublet."""
+    given, found = [], {}
+    for default in (None, (1, 4)):
+        potential = random_potential(charge_spin=True, default_charge_spin=default)
+        potential.register_forward_hook(lambda _, graphs, __: given.append(graphs[0].charge_spin[0].tolist()))
+        found[default] = [c.energy for c in pair_curves(potential, [("H", "H"), ("C", "H")], step=0.5)]
+    assert given == [[0, 1], [0, 2], [1, 4], [1, 4]]
+    assert np.abs(found[None][0] - found[(1, 4)][0]).max() > 1e-4
+
+
+# --- the flags
+
+
+def test_a_wall_and_a_well_are_in_order():
+    found = diagnose(lennard_jones())
+    assert (found.flags, found.force_flips) == ((), 1)
+    assert found.minimum == pytest.approx(1.2) and found.depth == pytest.approx(1)
+    assert found.excess_variation == pytest.approx(0, abs=1e-12)
+    wall = diagnose(curve(lambda r: 9 / r, lambda r: 9 / r**2, lambda r: 18 / r**3))
+    assert (wall.flags, wall.force_flips) == ((), 0)
+
+
+def test_a_bump_is_a_spike():
+    found = diagnose(lennard_jones(extra=(0.4, 2.4, 0.1)))
+    assert found.flags == ("several wells", "spike") and found.force_flips == 3
+    # up and down again, less what the energy of the well rises meanwhile
+    assert 0.7 < found.excess_variation < 0.8
+    small = diagnose(lennard_jones(extra=(0.04, 2.4, 0.1)))
+    assert small.flags == ("several wells",) and 0 < small.excess_variation < 0.1
+
+
+def test_a_hole_is_no_wall():
+    found = diagnose(lennard_jones(extra=(-500.0, 0.8, 0.2)))
+    assert "no wall" in found.flags
+    soft = diagnose(curve(lambda r: 0.5 / r, lambda r: 0.5 / r**2, lambda r: 1 / r**3))
+    assert soft.flags == ("no wall",)  # repulsive, but of 0.6 eV only
+
+
+def test_a_step_is_a_jump():
+    smooth = lennard_jones()
+    broken = PairCurve(smooth.pair, R, smooth.energy + 0.02 * (R > 3), smooth.force, smooth.curvature)
+    found = diagnose(broken)
+    assert found.flags == ("jump",) and found.largest_jump == pytest.approx(0.02, abs=1e-4)
+
+
+def test_what_is_not_finite():
+    energy = lennard_jones().energy
+    energy[3] = np.inf
+    found = diagnose(PairCurve(("Ar", "Ar"), R, energy, R, R))
+    assert found.flags == ("not finite",) and found.depth is None
+
+
+# --- files
+
+
+def test_files(tmp_path):
+    scan = scan_pairs(random_potential(), tmp_path / "a" / "out", step=0.1, progress=False)
+    folder = tmp_path / "a" / "out"
+    assert scan.finished and len(scan.curves) == 6
+    rows = list(csv.DictReader((folder / "pairs.csv").open()))
+    assert len(rows) == 6 * 39
+    own = [row for row in rows if row["pair"] == "C-O"]
+    (found,) = [c for c in scan.curves if c.name == "C-O"]
+    for column, values in (
+        ("distance_A", found.distance),
+        ("energy_eV", found.energy),
+        ("force_eV_per_A", found.force),
+        ("curvature_eV_per_A2", found.curvature),
+    ):
+        np.testing.assert_allclose([float(row[column]) for row in own], values, rtol=1e-8, atol=1e-300)
+    content = json.loads((folder / "pairs.json").read_text())
+    assert content["finished"] and [p["pair"] for p in content["pairs"]] == [c.name for c in scan.curves]
+    assert content["pairs"][0]["flags"] == list(scan.diagnoses[0].flags)
+    assert [p.name for p in folder.glob("*.png")] == ["pairs-01.png"]
+    assert (folder / "pairs-01.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_many_pairs_take_several_figures_and_replace_earlier_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(dimer, "PER_PAGE", 2)
+    scan_pairs(random_potential(), tmp_path, step=1.0, progress=False)
+    assert len(list(tmp_path.glob("pairs-*.png"))) == 3
+    scan_pairs(random_potential(), tmp_path, [("H", "H")], step=1.0, progress=False)
+    assert [p.name for p in tmp_path.glob("pairs-*.png")] == ["pairs-01.png"]
+
+
+def test_interruption_keeps_what_is_done(tmp_path):
+    potential, calls = random_potential(), []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    potential.register_forward_hook(interrupt)
+    scan = scan_pairs(potential, tmp_path, step=0.5, progress=False)
+    assert not scan.finished and len(scan.curves) == len(scan.diagnoses) == 2
+    assert not json.loads((tmp_path / "pairs.json").read_text())["finished"]
+    assert {row["pair"] for row in csv.DictReader((tmp_path / "pairs.csv").open())} == {"H-H", "H-C"}
+
+
+def test_command(tmp_path):
+    save_potential(random_potential(), tmp_path / "m.safetensors")
+    arguments = [
+        "dimer",
+        tmp_path / "m.safetensors",
+        "-o",
+        tmp_path / "out",
+        "--pairs",
+        "C-O,H-H",
+        "--step",
+        0.2,
+    ]
+    result = CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "C-O: no wall" in result.output and "2 of 2 pairs flagged; pairs.csv" in result.output
+    assert "saddle-point" in CliRunner().invoke(app, ["dimer", "--help"]).output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pairs": [("H", "N")]}, "the model describes no pair H-N; its elements are H, C, O"),
+        ({"start": 0}, "start must be a distance between 0 and the cutoff, 4 Angstrom, got 0"),
+        ({"start": 4.5}, "start must be a distance between 0 and the cutoff, 4 Angstrom, got 4.5"),
+        ({"step": 0}, "step must be between 0 and 3.8 Angstrom, got 0"),
+        ({"step": 4}, "step must be between 0 and 3.8 Angstrom, got 4"),
+    ],
+)
+def test_refusals(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        scan_pairs(random_potential(), tmp_path / "out", progress=False, **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["Si", "Si-", "Si-O-O", "Q-O", "X-O", ""])
+def test_pairs_must_be_elements(text):
+    with pytest.raises(ValueError, match="pairs are written as Si-O,O-O"):
+        parse_pairs(text)

@@ -1,0 +1,181 @@
+"""The report of a run: one valid page without anything outside it, also where parts are missing."""
+
+import base64
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+from ase.io import write
+from rich.console import Console
+from typer.testing import CliRunner
+
+from dpa4 import __version__
+from dpa4.cli import app
+from dpa4.data import Coverage, read_frames
+from dpa4.potential import load_potential, save_potential
+from dpa4.simulation import report, write_report
+from dpa4.training import evaluate, load_run_config, train
+from helpers import molecule, random_potential
+
+SECTIONS = ["model", "learning-curve", "errors", "pair-curves", "configuration", "versions"]
+VOID = {"meta", "img"}
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and collects sections, text, images and references."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.sections: list[str] = []
+        self.images: list[str] = []
+        self.references: list[str] = []
+        self.words: dict[str, str] = {}
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.references += [
+            v for k, v in attributes if k in ("src", "href", "action", "data", "poster", "srcset")
+        ]
+        if tag == "section":
+            self.sections.append(values["id"])
+        if tag == "img":
+            self.images.append(values["src"])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.sections:
+            self.words[self.sections[-1]] = self.words.get(self.sections[-1], "") + data
+
+
+def page(path) -> Page:
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("<!DOCTYPE html>")
+    assert not re.search(r"https?://[^<\s]*\.(js|css|woff)|<script|<link|<iframe|@import|url\(", text)
+    found = Page(text)
+    assert all(reference.startswith("data:image/png;base64,") for reference in found.references)
+    for image in found.images:
+        assert base64.b64decode(image.partition(",")[2], validate=True).startswith(b"\x89PNG")
+    assert found.sections == SECTIONS
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run, and its evaluation on structures of two groups, one with a name that needs escaping."""
+    folder = tmp_path_factory.mktemp("report")
+    frames = []
+    for seed in range(6):
+        atoms = molecule(seed, 5)
+        atoms.info |= {"REF_energy": 0.1 * seed, "config_type": "<b>&" if seed % 2 else "plain"}
+        atoms.arrays["REF_forces"] = -atoms.positions
+        frames.append(atoms)
+    write(folder / "train.xyz", frames)
+    (folder / "run.yaml").write_text(
+        f"output: {folder / 'run'}\ndevice: cpu\n"
+        "model: {channels: 8, lmax: 1, n_blocks: 1, mixing_layers: 1, cutoff: 4}\n"
+        f"data: {{train: {folder / 'train.xyz'}, validation_fraction: 0.3}}\n"
+        "training: {steps: 4, batch_size: 2, validation_interval: 2}\n"
+    )
+    best = train(load_run_config(folder / "run.yaml"), console=Console(quiet=True))
+    evaluate(load_potential(best), read_frames(folder / "train.xyz"), output=folder / "eval")
+    return folder
+
+
+def test_a_whole_report(trained):
+    file = write_report(trained / "run", evaluation=trained / "eval", device="cpu", progress=False)
+    assert file == trained / "run" / "report.html"
+    found = page(file)
+    assert len(found.images) == 3  # learning curve, parity, pair curves
+    words = found.words
+    assert "trainable parameters" in words["model"] and "closest atoms" in words["model"]
+    assert "validation score" in words["model"] and "score" in words["learning-curve"]
+    assert "<b>&" in words["errors"] and "meV/Å" in words["errors"]
+    table = json.loads((trained / "eval" / "errors.json").read_text())
+    for row in table:
+        assert f"{row['rmse']:.4g}" in words["errors"]
+    coverage = load_potential(trained / "run" / "best.safetensors").coverage
+    for a, b in coverage.shortest:
+        assert f"{a}-{b}" in words["pair-curves"]
+    assert "validation_fraction: 0.3" in words["configuration"]
+    assert __version__ in words["versions"] and "PyTorch" in words["versions"]
+    assert 'class="missing"' not in file.read_text()
+
+
+def test_missing_parts_name_the_command_that_makes_them(trained, tmp_path):
+    run = tmp_path / "run & <more>"
+    run.mkdir()
+    shutil.copy(trained / "run" / "best.safetensors", run)
+    (tmp_path / "empty").mkdir()
+    found = page(
+        write_report(run, tmp_path / "r.html", evaluation=tmp_path / "empty", pairs=False, progress=False)
+    )
+    assert found.images == []
+    assert 'class="missing"' in (tmp_path / "r.html").read_text()
+    assert "no learning_curve.png: dpa4 train run.yaml --resume" in found.words["learning-curve"]
+    assert (
+        "no errors.json: dpa4 eval " in found.words["errors"] and "best.safetensors" in found.words["errors"]
+    )
+    assert "switched off: dpa4 dimer " in found.words["pair-curves"]
+    assert "no run.yaml: dpa4 train run.yaml" in found.words["configuration"]
+    assert "run & <more>" in found.words["model"]
+
+
+def test_a_run_without_a_model(trained, tmp_path):
+    for name in ("run.yaml", "train.csv"):
+        shutil.copy(trained / "run" / name, tmp_path)
+    found = page(write_report(tmp_path, progress=False))
+    for name in ("model", "pair-curves"):
+        assert "There is no model yet: dpa4 train run.yaml --resume" in found.words[name]
+    assert "No evaluation was given; name its folder by --eval: dpa4 eval" in found.words["errors"]
+    assert "no validation data" in found.words["learning-curve"]
+
+
+def test_pairs_of_the_training_data_only(tmp_path, monkeypatch):
+    potential = random_potential()
+    potential.coverage = Coverage(4.0, ("H", "O"), {("H", "H"): 1.5, ("H", "O"): 0.9})
+    save_potential(potential, tmp_path / "last.safetensors")
+
+    def pairs() -> list[str]:
+        words = page(write_report(tmp_path, device="cpu", progress=False)).words["pair-curves"]
+        return re.findall(r"^[HCO]+-[HCO]+(?=[\d.]+)", words, re.MULTILINE), words
+
+    assert pairs()[0] == ["H-O", "H-H"]  # closest first
+    monkeypatch.setattr(report, "MAX_PAIRS", 1)
+    found, words = pairs()
+    assert found == ["H-O"] and "1 of 2 pairs" in words and "dpa4 dimer" in words
+    monkeypatch.setattr(report, "MAX_PAIRS", 60)
+    potential.coverage = None
+    save_potential(potential, tmp_path / "last.safetensors")
+    assert len(pairs()[0]) == 6
+
+
+def test_refusals(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        write_report(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        write_report(trained / "run", evaluation=tmp_path / "absent")
+    with pytest.raises(
+        ValueError, match="is no output folder of a training run: it has none of best.safetensors"
+    ):
+        write_report(tmp_path)
+    (tmp_path / "errors.json").write_text('[{"group": 1}]')
+    with pytest.raises(ValueError, match="errors.json is damaged"):
+        write_report(trained / "run", tmp_path / "r.html", evaluation=tmp_path, progress=False)
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_command(trained, tmp_path):
+    arguments = [trained / "run", "--output", tmp_path / "r.html", "--eval", trained / "eval", "--no-pairs"]
+    result = CliRunner().invoke(app, ["report", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    assert len(page(tmp_path / "r.html").images) == 2
