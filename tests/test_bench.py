@@ -44,7 +44,7 @@ from dpa4.simulation.bench.diatomics import SCORED, evaluation_window, homonucle
 from dpa4.simulation.bench.discovery import _Corrector, read_structures
 from dpa4.simulation.bench.leaderboard import read_metadata
 from dpa4.simulation.bench.metrics import combined_performance_score
-from dpa4.simulation.bench.records import Interrupted, Records, run_items
+from dpa4.simulation.records import Interrupted, Records, run_items
 from helpers import molecule, random_potential
 
 POTCARS = {"Cu": "Cu_pv", "Au": "Au", "Mg": "Mg_pv", "O": "O"}

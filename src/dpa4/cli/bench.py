@@ -11,7 +11,7 @@ from dpa4.cli.training import label_keys
 
 if TYPE_CHECKING:
     from dpa4.simulation import DPA4Calculator
-    from dpa4.simulation.bench.records import Progressed
+    from dpa4.simulation.records import Progressed
 
 bench = typer.Typer(
     help="Published benchmarks: Matbench Discovery and SPICE-MACE-OFF. The same command goes on after Ctrl-C.",
@@ -248,7 +248,7 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _records(output: Path) -> int:
-    from dpa4.simulation.bench.records import Records, read_settings
+    from dpa4.simulation.records import Records, read_settings
 
     with Records(output, read_settings(output)) as records:
         return len(records)

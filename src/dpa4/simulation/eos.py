@@ -12,7 +12,7 @@ from ase.eos import birchmurnaghan
 from ase.io import write
 from numpy.typing import NDArray
 
-from dpa4.simulation.bench.records import Record, write_csv, write_json
+from dpa4.simulation.records import Record, write_csv, write_json
 from dpa4.simulation.tasks import Calculation, relaxation, structure, structure_record
 from dpa4.system import atomic_write
 

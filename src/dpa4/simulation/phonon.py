@@ -10,7 +10,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 from numpy.typing import NDArray
 
-from dpa4.simulation.bench.records import Record, write_csv, write_json
+from dpa4.simulation.records import Record, write_csv, write_json
 from dpa4.simulation.tasks import Calculation
 from dpa4.system import atomic_write, require
 

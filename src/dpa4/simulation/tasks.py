@@ -10,7 +10,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 
-from dpa4.simulation.bench.records import SETTINGS, Interrupted, Record, Records, run_items
+from dpa4.simulation.records import SETTINGS, Interrupted, Record, Records, run_items
 from dpa4.simulation.relax import CellChange, Relaxation, relax
 
 T = TypeVar("T")

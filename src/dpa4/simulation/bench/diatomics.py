@@ -20,7 +20,7 @@ from dpa4.simulation.bench.metrics import (
     reference_metrics,
 )
 from dpa4.simulation.bench.plots import new_figure, save_figure
-from dpa4.simulation.bench.records import (
+from dpa4.simulation.records import (
     Progressed,
     Record,
     Records,

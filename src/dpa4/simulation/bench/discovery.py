@@ -19,7 +19,7 @@ from ase.calculators.calculator import Calculator
 from dpa4.simulation.bench import files
 from dpa4.simulation.bench.metrics import StabilityMetrics, discovery_metrics, mean_rmsd
 from dpa4.simulation.bench.plots import new_figure, save_figure
-from dpa4.simulation.bench.records import (
+from dpa4.simulation.records import (
     Interrupted,
     Progressed,
     Record,

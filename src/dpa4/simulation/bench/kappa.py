@@ -18,7 +18,7 @@ from dpa4.simulation.bench import files
 from dpa4.simulation.bench.discovery import read_structures
 from dpa4.simulation.bench.metrics import FAILED_SRME, mean_with_failures, sre, srme
 from dpa4.simulation.bench.plots import new_figure, save_figure
-from dpa4.simulation.bench.records import (
+from dpa4.simulation.records import (
     Interrupted,
     Progressed,
     Record,

@@ -18,7 +18,7 @@ import yaml
 from dpa4.potential.checkpoint import read_checkpoint
 from dpa4.simulation.bench.discovery import PREDICTION, pymatgen_structure
 from dpa4.simulation.bench.metrics import combined_performance_score
-from dpa4.simulation.bench.records import Record, Records, read_settings
+from dpa4.simulation.records import Record, Records, read_settings
 from dpa4.system import atomic_write
 
 PACKAGES = ("dpa4", "torch", "ase")

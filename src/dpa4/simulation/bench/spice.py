@@ -12,7 +12,7 @@ from dpa4.data import EpochBatches, Frame, FrameDataset, check_elements
 from dpa4.potential import Potential
 from dpa4.simulation.bench.metrics import log_mean
 from dpa4.simulation.bench.plots import new_figure, save_figure
-from dpa4.simulation.bench.records import (
+from dpa4.simulation.records import (
     Progressed,
     Record,
     Records,
