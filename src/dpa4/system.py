@@ -1,4 +1,4 @@
-"""What a run needs of the machine: a device, files that survive a crash, signals that wait for the step."""
+"""What a run needs of the machine: a device, files and figures that survive a crash, signals that wait for a step."""
 
 import csv
 import importlib
@@ -63,6 +63,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure, in inches."""
+    # The object interface needs no display; imported here because it takes a second.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:
+    """Write a figure as PNG."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format="png")
 
 
 @contextmanager

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dpa4.cli.options import Branch, Compile, Device, Dtype, Model, console, user_errors
+from dpa4.cli.options import (
+    Branch,
+    Compile,
+    Device,
+    Dtype,
+    Model,
+    Output,
+    console,
+    eager_potential,
+    user_errors,
+)
 from dpa4.cli.training import label_keys
 
 if TYPE_CHECKING:
@@ -29,9 +39,7 @@ def discovery(
     model: Model,
     data: Data = Path("bench-data"),
     structures: Structures = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
-        "bench-discovery"
-    ),
+    output: Output = Path("bench-discovery"),
     fmax: Annotated[float, typer.Option(help="Largest force, in eV/Angstrom.")] = 0.02,
     steps: Annotated[int, typer.Option(help="Most steps per structure.")] = 500,
     part: Annotated[
@@ -84,9 +92,7 @@ def kappa(
     model: Model,
     data: Data = Path("bench-data"),
     structures: Structures = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
-        "bench-kappa"
-    ),
+    output: Output = Path("bench-kappa"),
     fmax: Annotated[float, typer.Option(help="Of the relaxation, in eV/Angstrom.")] = 1e-4,
     steps: Annotated[int, typer.Option(help="Most steps of a relaxation.")] = 300,
     displacement: Annotated[float, typer.Option(help="Of atoms, in Angstrom.")] = 0.03,
@@ -120,9 +126,7 @@ def kappa(
 def diatomics(
     model: Model,
     data: Data = Path("bench-data"),
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
-        "bench-diatomics"
-    ),
+    output: Output = Path("bench-diatomics"),
     elements: Annotated[
         str | None, typer.Option(help="Such as H,C,O; by default all of the model up to U.")
     ] = None,
@@ -162,9 +166,7 @@ def spice(
         Path | None, typer.Argument(help="Labelled structures; by default the test set in the folder --data.")
     ] = None,
     data: Data = Path("bench-data"),
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
-        "bench-spice"
-    ),
+    output: Output = Path("bench-spice"),
     key: Annotated[
         list[str] | None, typer.Option(help="Name of a label in the data: energy=dft_energy.")
     ] = None,
@@ -174,20 +176,14 @@ def spice(
     branch: Branch = None,
 ) -> None:
     """Errors of energies and forces by subset (config_type), with the logarithmic mean."""
-    import torch
-
     from dpa4.data import LabelKeys, read_frames
-    from dpa4.potential import load_potential
     from dpa4.simulation.bench import files, run_spice, score_spice
-    from dpa4.system import choose_device
 
     with user_errors():
         frames = read_frames(
             structures or files.locate(data, files.SPICE_TEST), LabelKeys(**label_keys(key or []))
         )
-        potential = load_potential(
-            model, device=choose_device(device), dtype=getattr(torch, dtype), branch=branch
-        )
+        potential = eager_potential(model, device, dtype, branch)
         fingerprint = _fingerprint(model, branch)
         state = run_spice(potential, frames, output, max_atoms=max_atoms, model=fingerprint, dtype=dtype)
         _report(state, "batches")

@@ -6,18 +6,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from dpa4.cli.options import (
-    Branch,
-    Compile,
-    Device,
-    Dtype,
-    Model,
-    console,
-    user_errors,
-)
+from dpa4.cli.options import Branch, Compile, Device, Dtype, Model, Output, console, last_image, user_errors
 
 Crystal = Annotated[Path, typer.Argument(help="Crystal, in any format ASE reads; the last image is taken.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
 RelaxFirst = Annotated[bool, typer.Option("--relax/--no-relax", help="Relax positions and cell first.")]
 Fmax = Annotated[float, typer.Option(help="Largest force of relaxed structures, in eV/Angstrom.")]
 Steps = Annotated[int, typer.Option(help="Most steps of each relaxation.")]
@@ -43,12 +34,10 @@ def eos(
     branch: Branch = None,
 ) -> None:
     """Fit the Birch-Murnaghan equation of state to energies at several volumes."""
-    from ase.io import iread
-
     from dpa4.simulation import DPA4Calculator, equation_of_state
 
     with user_errors():
-        atoms = next(iread(crystal, index=-1))
+        atoms = last_image(crystal)
         calculator = DPA4Calculator(model, device=device, dtype=dtype, compile=compile, branch=branch)
         result = equation_of_state(
             atoms, calculator, output, points=points, span=span, shape=shape, relax_first=relax, fmax=fmax,
@@ -79,12 +68,10 @@ def elastic(
     branch: Branch = None,
 ) -> None:
     """Compute the elastic tensor and the moduli of a polycrystal."""
-    from ase.io import iread
-
     from dpa4.simulation import DPA4Calculator, elastic_tensor
 
     with user_errors():
-        atoms = next(iread(crystal, index=-1))
+        atoms = last_image(crystal)
         calculator = DPA4Calculator(model, device=device, dtype=dtype, compile=compile, branch=branch)
         result = elastic_tensor(
             atoms, calculator, output, strain=strain, relax_first=relax, fmax=fmax, steps=steps, resume=resume
@@ -128,12 +115,10 @@ def phonon(
     branch: Branch = None,
 ) -> None:
     """Compute phonons: bands, density of states, thermal properties."""
-    from ase.io import iread
-
     from dpa4.simulation import DPA4Calculator, phonons
 
     with user_errors():
-        atoms = next(iread(crystal, index=-1))
+        atoms = last_image(crystal)
         calculator = DPA4Calculator(model, device=device, dtype=dtype, compile=compile, branch=branch)
         result = phonons(
             atoms, calculator, output, supercell=supercell, min_length=min_length, displacement=displacement,

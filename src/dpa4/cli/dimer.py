@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from dpa4.cli.options import Branch, Device, Dtype, Model, console, user_errors
+from dpa4.cli.options import Branch, Device, Dtype, Model, Output, console, eager_potential, user_errors
 
 
 def dimer(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("dimer"),
+    output: Output = Path("dimer"),
     pairs: Annotated[
         str | None, typer.Option(help="Such as Si-O,O-O; by default every pair of the model.")
     ] = None,
@@ -23,17 +23,11 @@ def dimer(
     branch: Branch = None,
 ) -> None:
     """Pair curves: energy, force, curvature of two atoms against distance (not the dimer saddle-point method)."""
-    import torch
-
-    from dpa4.potential import load_potential
     from dpa4.simulation.dimer import parse_pairs, scan_pairs
-    from dpa4.system import choose_device
 
     with user_errors():
         wanted = None if pairs is None else parse_pairs(pairs)
-        potential = load_potential(
-            model, device=choose_device(device), dtype=getattr(torch, dtype), branch=branch
-        )
+        potential = eager_potential(model, device, dtype, branch)
         scan = scan_pairs(potential, output, wanted, start=start, step=step)
     for diagnosis in scan.flagged:
         console.print(f"{diagnosis.pair}: {', '.join(diagnosis.flags)}")

@@ -11,8 +11,10 @@ from dpa4.cli.options import (
     Device,
     Dtype,
     Model,
+    Output,
     Precision,
     console,
+    last_image,
     user_errors,
 )
 
@@ -23,7 +25,7 @@ def md(
         Path, typer.Argument(help="Start, in any format ASE reads; the last image is taken.")
     ],
     steps: Annotated[int, typer.Option(help="Steps of the whole run.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("md"),
+    output: Output = Path("md"),
     ensemble: Annotated[
         Literal["nve", "langevin", "nvt", "npt"],
         typer.Option(help="nve, langevin, nvt (Nose-Hoover chains) or npt (Martyna-Tobias-Klein)."),
@@ -51,12 +53,10 @@ def md(
     branch: Branch = None,
 ) -> None:
     """Run molecular dynamics at constant energy, temperature or pressure."""
-    from ase.io import iread
-
     from dpa4.simulation import DPA4Calculator, run_md
 
     with user_errors():
-        atoms = next(iread(structure, index=-1))
+        atoms = last_image(structure)
         calculator = DPA4Calculator(
             model,
             device=device,

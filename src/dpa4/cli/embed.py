@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dpa4.cli.options import Branch, Device, Dtype, Model, Structures, console, user_errors
+from dpa4.cli.options import Branch, Device, Dtype, Model, Structures, console, eager_potential, user_errors
 
 
 def embed(
@@ -23,17 +23,13 @@ def embed(
     branch: Branch = None,
 ) -> None:
     """Write the embedding of every atom: invariant features after the last block."""
-    import torch
     from ase.io import iread
 
-    from dpa4.potential import load_potential, write_embeddings
-    from dpa4.system import choose_device
+    from dpa4.potential import write_embeddings
 
     with user_errors():
         images = list(iread(structures))
-        potential = load_potential(
-            model, device=choose_device(device), dtype=getattr(torch, dtype), branch=branch
-        )
+        potential = eager_potential(model, device, dtype, branch)
         write_embeddings(potential, images, output, mean=mean, max_atoms=max_atoms)
     what = f"{len(images)} structures" if mean else f"{sum(map(len, images))} atoms"
     console.print(f"{potential.config.channels} features of {what} are in {output}")

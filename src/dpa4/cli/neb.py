@@ -11,8 +11,10 @@ from dpa4.cli.options import (
     Device,
     Dtype,
     Model,
+    Output,
     Precision,
     console,
+    last_image,
     user_errors,
 )
 
@@ -21,7 +23,7 @@ def neb(
     model: Model,
     start: Annotated[Path, typer.Argument(help="One minimum; the last image of the file.")],
     end: Annotated[Path, typer.Argument(help="The other one, with its atoms in the same order.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("neb"),
+    output: Output = Path("neb"),
     images: Annotated[int, typer.Option(help="Images between the ends.")] = 7,
     fmax: Annotated[float, typer.Option(help="Largest force of a converged band, in eV/Angstrom.")] = 0.05,
     steps: Annotated[int, typer.Option(help="Most steps, those before a restart included.")] = 500,
@@ -35,12 +37,10 @@ def neb(
     branch: Branch = None,
 ) -> None:
     """Find a minimum energy path and its barrier: climbing-image nudged elastic band."""
-    from ase.io import iread
-
     from dpa4.simulation import DPA4Calculator, run_neb
 
     with user_errors():
-        first, last = (next(iread(file, index=-1)) for file in (start, end))
+        first, last = (last_image(file) for file in (start, end))
         calculator = DPA4Calculator(
             model, device=device, dtype=dtype, precision=precision, compile=compile, branch=branch
         )

@@ -3,11 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+    from dpa4.potential import Potential
 
 console = Console(markup=False)  # names of files and options may hold square brackets
 
@@ -24,6 +29,7 @@ Precision = Annotated[
 Compile = Annotated[
     bool | None, typer.Option("--compile/--no-compile", help="Compile first; by default on a GPU in float32.")
 ]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
 Structures = Annotated[Path, typer.Argument(help="Structures in any format ASE reads.")]
 
 
@@ -36,3 +42,20 @@ def user_errors() -> Iterator[None]:
         message = Text.assemble(("error:", "bold red"), f" {error}")
         Console(stderr=True).print(message, soft_wrap=True)
         raise typer.Exit(1) from error
+
+
+def last_image(file: Path) -> "Atoms":
+    """The last structure of a file in any format ASE reads."""
+    from ase.io import iread
+
+    return next(iread(file, index=-1))
+
+
+def eager_potential(model: Path, device: str, dtype: str, branch: str | None) -> "Potential":
+    """The potential of the commands that do not compile, from their options."""
+    import torch
+
+    from dpa4.potential import load_potential
+    from dpa4.system import choose_device
+
+    return load_potential(model, device=choose_device(device), dtype=getattr(torch, dtype), branch=branch)

@@ -11,6 +11,7 @@ from dpa4.cli.options import (
     Device,
     Dtype,
     Model,
+    Output,
     Precision,
     Structures,
     console,
@@ -21,7 +22,7 @@ from dpa4.cli.options import (
 def relax(
     model: Model,
     structures: Structures,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("relax"),
+    output: Output = Path("relax"),
     fmax: Annotated[float, typer.Option(help="Largest force of a relaxed structure, in eV/Angstrom.")] = 0.02,
     steps: Annotated[int, typer.Option(help="Most steps per structure.")] = 500,
     optimizer: Annotated[Literal["fire", "bfgs", "lbfgs"], typer.Option(help="Method.")] = "fire",

@@ -5,13 +5,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from dpa4.cli.options import Branch, Compile, Device, Dtype, Model, Precision, console, user_errors
+from dpa4.cli.options import Branch, Compile, Device, Dtype, Model, Output, Precision, console, user_errors
 
 
 def screen(
     model: Model,
     structures: Annotated[list[Path], typer.Argument(help="Files with structures, in any format ASE reads.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("screen"),
+    output: Output = Path("screen"),
     fmax: Annotated[float, typer.Option(help="Largest force of a relaxed structure, in eV/Angstrom.")] = 0.02,
     steps: Annotated[int, typer.Option(help="Most steps per structure.")] = 500,
     cell: Annotated[

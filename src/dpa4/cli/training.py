@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dpa4.cli.options import Branch, Device, Dtype, Model, console, user_errors
+from dpa4.cli.options import Branch, Device, Dtype, Model, console, eager_potential, user_errors
 
 
 def init(
@@ -53,18 +53,15 @@ def evaluate_command(
     branch: Branch = None,
 ) -> None:
     """Compare predictions with labels: error table, parity plots, predictions as extxyz."""
-    import torch
-
     from dpa4.data import LabelKeys, read_frames
-    from dpa4.potential import load_potential
-    from dpa4.system import choose_device
     from dpa4.training import evaluate
 
     with user_errors():
-        chosen = choose_device(device)
-        potential = load_potential(model, device=chosen, dtype=getattr(torch, dtype), branch=branch)
+        potential = eager_potential(model, device, dtype, branch)
         frames = read_frames(data, LabelKeys(**label_keys(key or [])))
-        table = evaluate(potential, frames, max_atoms=max_atoms, output=output, device=chosen)
+        table = evaluate(
+            potential, frames, max_atoms=max_atoms, output=output, device=potential.reference_energies.device
+        )
     console.print(table.to_rich())
     console.print(f"table, plots and predictions are in {output}/")
 

@@ -27,16 +27,16 @@ class Evaluator:
 
     Args:
         potential: On its device and in its precision.
-        compile: Whether to compile.
+        compile: Whether to compile; None does so on a GPU in float32.
     """
 
-    def __init__(self, potential: Potential, compile: bool):
+    def __init__(self, potential: Potential, compile: bool | None):
         self.potential = potential.eval()
+        if compile is None:
+            compile = potential.reference_energies.is_cuda and potential.dtype == torch.float32
         self._compile = compile
         self._keep_results = True  # in small systems
-        self._compared: set[bool] = (
-            set()
-        )  # whether the code keeps results, of the code that has been compared
+        self._compared: set[bool] = set()  # kinds of code, by whether they keep results
         self._call: Callable[[Graph], Prediction] = potential.__call__
 
     def __call__(self, graph: Graph) -> Prediction:

@@ -88,8 +88,6 @@ class DPA4Calculator(Calculator):
             raise ValueError("model is an empty list; give at least one checkpoint or potential")
         self.device = choose_device(device)
         self.potentials = [load_model(m, self.device, dtype, precision, branch) for m in models]
-        if compile is None:
-            compile = self.device.type == "cuda" and dtype == "float32"
         self._evaluators = [Evaluator(potential, compile) for potential in self.potentials]
         self.cutoff = max(p.config.cutoff for p in self.potentials)
         self.neighbor_skin = neighbor_skin

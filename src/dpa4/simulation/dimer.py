@@ -20,7 +20,7 @@ from rich.progress import track
 
 from dpa4.graph import Graph, build_graph, collate
 from dpa4.potential import Potential, hessian_vector_product
-from dpa4.system import atomic_write, stop_requests
+from dpa4.system import atomic_write, save_figure, stop_requests
 
 COLUMNS = ("pair", "distance_A", "energy_eV", "force_eV_per_A", "curvature_eV_per_A2")
 FORCE_FLOOR = 0.01  # eV/Angstrom; a smaller force has no direction
@@ -218,8 +218,7 @@ def scan_pairs(
     pages = track(range(0, len(curves), PER_PAGE), "drawing", disable=not progress or total <= PER_PAGE)
     for number, first in enumerate(pages, start=1):
         figure = draw_pairs(curves[first : first + PER_PAGE], scan.diagnoses[first : first + PER_PAGE])
-        with atomic_write(folder / f"pairs-{number:02d}.png") as temporary:
-            figure.savefig(temporary, dpi=110, format="png")
+        save_figure(figure, folder / f"pairs-{number:02d}.png", dpi=110)
     return scan
 
 

@@ -15,7 +15,7 @@ from dpa4.simulation.calculator import labelled
 from dpa4.simulation.integrators import bath_state, conserved_energy, make_integrator, set_bath_state
 from dpa4.simulation.momenta import draw_momenta, internal_momenta, temperature
 from dpa4.simulation.progress import progress_bar
-from dpa4.system import CsvLog, atomic_write, read_csv, stop_requests
+from dpa4.system import CsvLog, atomic_write, new_figure, read_csv, save_figure, stop_requests
 
 Ensemble = Literal["nve", "langevin", "nvt", "npt"]
 ENSEMBLES = ("nve", "langevin", "nvt", "npt")
@@ -287,18 +287,15 @@ def _finish(folder: Path, steps: int, finished: bool, num_atoms: int, ensemble: 
 
 
 def _plot(table: dict[str, np.ndarray], change: np.ndarray, path: Path) -> None:
-    from matplotlib.figure import Figure  # takes a second to import
-
     what = "conserved energy" if CONSERVED in table else "energy"
     panels = [(f"{what} change\n(meV/atom)", change), ("temperature (K)", table["temperature_K"])]
     panels += [("pressure (GPa)", table[PRESSURE])] if PRESSURE in table else []
     panels += [("volume (Å³)", table[VOLUME])] if VOLUME in table else []
-    figure = Figure(figsize=(7, 2.3 * len(panels)), layout="constrained")
+    figure = new_figure(7, 2.3 * len(panels))
     axes = figure.subplots(len(panels), 1, sharex=True)
     for axis, (label, values) in zip(axes, panels, strict=True):
         axis.plot(table["time_ps"], values, linewidth=1)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[-1].set_xlabel("time (ps)")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    save_figure(figure, path)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dpa4.simulation.records import Record, write_csv, write_json
 from dpa4.simulation.tasks import Calculation, relaxation
-from dpa4.system import atomic_write
+from dpa4.system import new_figure, save_figure
 
 VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")
 FRACTIONS = (-1.0, -0.5, 0.5, 1.0)  # of the largest strain
@@ -177,9 +177,7 @@ def _plot(
     path: Path, strains: NDArray[np.float64], stresses: NDArray[np.float64], result: Elasticity
 ) -> None:
     """Stresses against strains with the fit: curved lines mean that the strain is too large."""
-    from matplotlib.figure import Figure  # takes a second to import
-
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    figure = new_figure(10, 6)
     panels = figure.subplots(2, 3, sharex=True).flat
     for number, (axis, component) in enumerate(zip(panels, VOIGT, strict=True)):
         own = (strains[:, number] != 0) | ~strains.any(axis=1)
@@ -194,5 +192,4 @@ def _plot(
     figure.supxlabel("strain (%)")
     figure.supylabel("stress (GPa)")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), title="stress", loc="outside right center")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    save_figure(figure, path)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dpa4.simulation.records import Record, write_csv, write_json
 from dpa4.simulation.tasks import Calculation, relaxation, structure, structure_record
-from dpa4.system import atomic_write
+from dpa4.system import atomic_write, new_figure, save_figure
 
 COLUMNS = ("volume_A3", "energy_eV", "pressure_GPa", "a_A", "b_A", "c_A")
 
@@ -161,8 +161,6 @@ def _plot(
     result: EquationOfState,
     num_atoms: int,
 ) -> None:
-    from matplotlib.figure import Figure  # takes a second to import
-
     curve = np.linspace(volumes[0], volumes[-1], 201)
     shape = (result.bulk_modulus, result.bulk_modulus_derivative)
     energy = birchmurnaghan(curve, 0.0, shape[0] * units.GPa, shape[1], result.volume)
@@ -170,7 +168,7 @@ def _plot(
         ("energy (meV/atom)", 1000 * (energies - result.energy) / num_atoms, 1000 * energy / num_atoms),
         ("pressure (GPa)", pressures, birch_murnaghan_pressure(curve, result.volume, *shape)),
     ]
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = new_figure(7, 5)
     axes = figure.subplots(2, 1, sharex=True)
     for axis, (label, values, line) in zip(axes, panels, strict=True):
         axis.plot(curve / num_atoms, line, linewidth=1, label="Birch-Murnaghan")
@@ -179,5 +177,4 @@ def _plot(
         axis.grid(alpha=0.3)
     axes[0].legend()
     axes[-1].set_xlabel("volume (Å³/atom)")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    save_figure(figure, path)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dpa4.simulation.progress import progress_bar
 from dpa4.simulation.relax import relax
-from dpa4.system import CsvLog, atomic_write, read_csv, stop_requests
+from dpa4.system import CsvLog, atomic_write, new_figure, read_csv, save_figure, stop_requests
 
 COLUMNS = ("step", "climbing", "max_force_eV_per_A", "barrier_eV", "highest_image")
 BEFORE_CLIMBING = 4.0  # times fmax: forces below which the highest image starts to climb
@@ -303,9 +303,7 @@ def _finish(band: _Band, folder: Path, converged: bool, interrupted: bool, steps
 
 
 def _plot(fit: Any, highest: int, path: Path) -> None:
-    from matplotlib.figure import Figure  # takes a second to import
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = new_figure(6, 4)
     axis = figure.subplots()
     axis.plot(fit.fit_path, fit.fit_energies, linewidth=1, color="0.5")
     axis.plot(fit.path, fit.energies, "o", markersize=5)
@@ -317,5 +315,4 @@ def _plot(fit: Any, highest: int, path: Path) -> None:
     axis.set_xlabel("path (Å)")
     axis.set_ylabel("energy (eV)")
     axis.grid(alpha=0.3)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    save_figure(figure, path)

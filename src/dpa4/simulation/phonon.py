@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dpa4.simulation.records import Record, write_csv, write_json
 from dpa4.simulation.tasks import Calculation
-from dpa4.system import atomic_write, require
+from dpa4.system import atomic_write, new_figure, require, save_figure
 
 IMAGINARY = -0.05  # THz; lower frequencies are more than numerical noise of the acoustic modes at Gamma
 BAND_POINTS = 101  # along each line of the path
@@ -202,9 +202,7 @@ def _table(path: Path, columns: Sequence[str], *values: NDArray[np.float64]) -> 
 
 
 def _plot_bands(path: Path, band: Any, labels: list[str], connections: list[bool], dos: Any) -> None:
-    from matplotlib.figure import Figure  # takes a second to import
-
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    figure = new_figure(9, 4.5)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[4, 1])
     for distances, frequencies in zip(band.distances, band.frequencies, strict=True):
         left.plot(distances, frequencies, color="C0", linewidth=1)
@@ -217,8 +215,7 @@ def _plot_bands(path: Path, band: Any, labels: list[str], connections: list[bool
     right.set_xlabel("DOS (1/THz)")
     for axis in (left, right):
         axis.axhline(0, color="black", linewidth=0.5)  # imaginary modes lie below
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    save_figure(figure, path)
 
 
 def _ticks(
@@ -236,19 +233,16 @@ def _ticks(
 
 
 def _plot_thermal(path: Path, thermal: Any) -> None:
-    from matplotlib.figure import Figure
-
     panels = {
         "free energy\n(kJ/mol)": thermal.free_energy,
         "entropy\n(J/K/mol)": thermal.entropy,
         "heat capacity\n(J/K/mol)": thermal.heat_capacity,
     }
-    figure = Figure(figsize=(7, 7), layout="constrained")
+    figure = new_figure(7, 7)
     axes = figure.subplots(3, 1, sharex=True)
     for axis, (label, values) in zip(axes, panels.items(), strict=True):
         axis.plot(thermal.temperatures, values, linewidth=1)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[-1].set_xlabel("temperature (K)")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    save_figure(figure, path)

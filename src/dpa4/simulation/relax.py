@@ -91,11 +91,8 @@ def relax(
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
-    if not 0 < fmax < np.inf:
-        raise ValueError(f"fmax must be a positive force in eV/Angstrom, got {fmax}")
-    if steps < 0:
-        raise ValueError(f"steps must be at least 0, got {steps}")
-    _check_cell(atoms, cell, pressure)
+    check_relaxation(fmax, steps, cell, pressure, tuple(CELLS))
+    check_periodicity(atoms, cell)
     if trajectory is not None:
         Path(trajectory).unlink(missing_ok=True)
     constraints = atoms.constraints
@@ -205,15 +202,32 @@ def _max_force(atoms: Atoms) -> float:
     return float(np.linalg.norm(atoms.get_forces(), axis=1).max(initial=0.0))
 
 
-def _check_cell(atoms: Atoms, cell: str, pressure: float) -> None:
-    if cell not in CELLS:
-        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+def check_relaxation(fmax: float, steps: int, cell: str, pressure: float, cells: Sequence[str]) -> None:
+    """Refuse options that no structure can be relaxed with; ``cells`` are the choices there are.
+
+    Raises:
+        ValueError: If one is not allowed.
+    """
+    if not 0 < fmax < np.inf:
+        raise ValueError(f"fmax must be a positive force in eV/Angstrom, got {fmax}")
+    if steps < 0:
+        raise ValueError(f"steps must be at least 0, got {steps}")
+    if cell not in cells:
+        raise ValueError(f"cell must be one of {', '.join(cells)}, got {cell!r}")
     if not np.isfinite(pressure):
         raise ValueError(f"pressure must be a number in GPa, got {pressure}")
     if pressure != 0 and cell in ("fixed", "shape"):
         raise ValueError(
             f"pressure = {pressure} GPa has no effect with cell = {cell}, which keeps the volume; use cell = full"
         )
+
+
+def check_periodicity(atoms: Atoms, cell: str) -> None:
+    """Refuse to change the cell of a structure that is not a crystal.
+
+    Raises:
+        ValueError: If the cell is to change and the structure is not periodic along all three axes.
+    """
     if cell != "fixed" and not atoms.pbc.all():
         raise ValueError(
             f"cell = {cell} needs a cell periodic along all three axes, but pbc is {atoms.pbc.tolist()}"

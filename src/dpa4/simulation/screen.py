@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from dpa4.graph import build_graph
 from dpa4.potential import Potential
 from dpa4.simulation.calculator import charge_spin_of
 from dpa4.simulation.progress import progress_bar
+from dpa4.simulation.relax import CELLS, check_periodicity, check_relaxation
 from dpa4.simulation.shards import Shard, join
 from dpa4.simulation.torchsim import DPA4Model
 from dpa4.system import require, stop_requests
@@ -34,13 +35,8 @@ from dpa4.system import require, stop_requests
 ts = require("torch_sim", "torchsim")
 
 ScreenedCell = Literal["fixed", "full", "volume", "shape"]
+"""TorchSim's filter has the options of ASE's, but no mask."""
 
-CELLS: dict[str, dict[str, bool]] = {  # options of TorchSim's filter
-    "fixed": {},
-    "full": {},
-    "volume": {"hydrostatic_strain": True},
-    "shape": {"constant_volume": True},
-}
 COLUMNS = (
     "structure", "source", "formula", "atoms", "status", "reason", "steps", "initial_energy", "energy", "max_force",
     "volume",
@@ -78,19 +74,7 @@ class _Options:
     max_edges: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.fmax < np.inf:
-            raise ValueError(f"fmax must be a positive force in eV/Angstrom, got {self.fmax}")
-        if self.steps < 0:
-            raise ValueError(f"steps must be at least 0, got {self.steps}")
-        if self.cell not in CELLS:
-            raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {self.cell!r}")
-        if not np.isfinite(self.pressure):
-            raise ValueError(f"pressure must be a number in GPa, got {self.pressure}")
-        if self.pressure != 0 and self.cell in ("fixed", "shape"):
-            raise ValueError(
-                f"pressure = {self.pressure} GPa has no effect with cell = {self.cell}, which keeps the volume; use "
-                "cell = full"
-            )
+        check_relaxation(self.fmax, self.steps, self.cell, self.pressure, get_args(ScreenedCell))
         if self.max_edges < 1:
             raise ValueError(f"max_edges must be at least 1, got {self.max_edges}")
 
@@ -239,10 +223,7 @@ def _prepare(
             raise ValueError("it has no atoms")
         if found.constraints:
             raise ValueError("constraints are not kept in batches; use dpa4 relax")
-        if cell != "fixed" and not found.pbc.all():
-            raise ValueError(
-                f"cell = {cell} needs a cell periodic along all three axes, but pbc is {found.pbc.tolist()}"
-            )
+        check_periodicity(found, cell)
         pair = charge_spin_of(model.potential, found)
         graph = build_graph(found.numbers, found.positions, found.cell.array, found.pbc, model.cutoff, pair)
         model.potential.check(graph)

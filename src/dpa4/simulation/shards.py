@@ -17,6 +17,7 @@ from typing import IO, Any
 from ase import Atoms
 from ase.io import write
 
+from dpa4.simulation.records import write_csv
 from dpa4.system import CsvLog, atomic_write
 
 FORMAT = 1
@@ -130,7 +131,7 @@ class Shard:
         if self.frames.is_file():
             _copy([span for number, span in spans.items() if number in known], self.frames)
         if self.table.is_file():
-            _write_table(rows, columns, self.table)
+            write_csv(self.table, columns, rows)
         return rows
 
 
@@ -163,7 +164,7 @@ def join(output: Path, world_size: int) -> bool:
     for name in names:
         spans |= _spans(folder / f"{name}.xyz")
     _copy([spans[number] for number in numbers if number in spans], output / FRAMES)
-    _write_table(rows, list(rows[0]), output / TABLE)
+    write_csv(output / TABLE, list(rows[0]), rows)
     return True
 
 
@@ -203,13 +204,6 @@ def _rows(table: Path) -> list[dict[str, str]]:
     content = table.read_bytes()
     text = content[: content.rfind(b"\n") + 1].decode()
     return list(csv.DictReader(io.StringIO(text, newline="")))
-
-
-def _write_table(rows: Sequence[Mapping[str, str]], columns: Sequence[str], path: Path) -> None:
-    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _spans(frames: Path) -> dict[int, Span]:

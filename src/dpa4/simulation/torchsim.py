@@ -80,8 +80,6 @@ class DPA4Model(ModelInterface):
         self.potential = load_model(model, self._device, dtype, precision, branch)
         self.cutoff = self.potential.config.cutoff
         self.charge_spin = self.potential.config.default_charge_spin
-        if compile is None:
-            compile = self._device.type == "cuda" and dtype == "float32"
         self._evaluator = Evaluator(self.potential, compile)
         self._monitor = CoverageMonitor([self.potential.coverage], self._device)
         self._checked: tuple[Tensor, Tensor] | None = None  # atomic numbers, charges and spins

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpa4.system import atomic_write, read_csv
+from dpa4.system import new_figure, read_csv, save_figure
 
 
 def plot_parity(data: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]], path: Path) -> None:
@@ -17,7 +17,7 @@ def plot_parity(data: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64
         data: Labels and predictions by the name (with unit) of the quantity.
         path: PNG file.
     """
-    figure = _figure(4 * len(data), 6)
+    figure = new_figure(4 * len(data), 6)
     axes = figure.subplots(2, len(data), squeeze=False, height_ratios=[2, 1])
     for (name, (label, value)), (top, bottom) in zip(data.items(), axes.T, strict=True):
         error = value - label
@@ -33,13 +33,13 @@ def plot_parity(data: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64
         bottom.set(
             xlabel=f"prediction - label   (MAE {np.abs(error).mean():.3g}, RMSE {rmse:.3g})", yticks=[]
         )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_learning_curve(folder: Path) -> None:
     """Loss, errors and learning rate of a run, from its train.csv and valid.csv, to learning_curve.png."""
     train, valid = read_csv(folder / "train.csv"), read_csv(folder / "valid.csv")
-    figure = _figure(10, 7)
+    figure = new_figure(10, 7)
     panels = figure.subplots(2, 2, sharex=True).ravel()
 
     def curve(panel: Any, rows: list[dict[str, str]], column: str, label: str) -> None:
@@ -61,16 +61,4 @@ def plot_learning_curve(folder: Path) -> None:
             panel.legend()
         panel.grid(alpha=0.3, which="both")
         panel.set_xlabel("step")
-    _save(figure, folder / "learning_curve.png")
-
-
-def _figure(width: float, height: float) -> Any:
-    # The object interface needs no display; imported here because it takes a second.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    save_figure(figure, folder / "learning_curve.png")

@@ -19,7 +19,6 @@ from dpa4.simulation.bench.metrics import (
     energy_jump,
     reference_metrics,
 )
-from dpa4.simulation.bench.plots import new_figure, save_figure
 from dpa4.simulation.records import (
     Progressed,
     Record,
@@ -29,6 +28,7 @@ from dpa4.simulation.records import (
     write_csv,
     write_json,
 )
+from dpa4.system import new_figure, save_figure
 
 DISTANCES = np.geomspace(0.1, 6.0, 119)  # Angstrom
 HEAVIEST = 92

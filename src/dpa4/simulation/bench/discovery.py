@@ -18,7 +18,6 @@ from ase.calculators.calculator import Calculator
 
 from dpa4.simulation.bench import files
 from dpa4.simulation.bench.metrics import StabilityMetrics, discovery_metrics, mean_rmsd
-from dpa4.simulation.bench.plots import new_figure, save_figure
 from dpa4.simulation.records import (
     Interrupted,
     Progressed,
@@ -30,7 +29,7 @@ from dpa4.simulation.records import (
     write_json,
 )
 from dpa4.simulation.relax import relax
-from dpa4.system import require
+from dpa4.system import new_figure, require, save_figure
 
 PREDICTION = "e_form_per_atom_dpa4"  # column of the predicted formation energy, eV/atom
 COLUMNS = (

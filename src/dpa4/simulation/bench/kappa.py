@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from dpa4.simulation.bench import files
 from dpa4.simulation.bench.discovery import read_structures
 from dpa4.simulation.bench.metrics import FAILED_SRME, mean_with_failures, sre, srme
-from dpa4.simulation.bench.plots import new_figure, save_figure
 from dpa4.simulation.records import (
     Interrupted,
     Progressed,
@@ -28,7 +27,7 @@ from dpa4.simulation.records import (
     write_csv,
     write_json,
 )
-from dpa4.system import require
+from dpa4.system import new_figure, require, save_figure
 
 Array = NDArray[np.float64]
 

@@ -1,6 +1,6 @@
 """Error tables of a labelled test set by subset, with the logarithmic mean: the tables of SPICE-MACE-OFF."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -9,9 +9,9 @@ import numpy as np
 from rich.table import Table
 
 from dpa4.data import EpochBatches, Frame, FrameDataset, check_elements
+from dpa4.data.dataset import Budget, pack
 from dpa4.potential import Potential
 from dpa4.simulation.bench.metrics import log_mean
-from dpa4.simulation.bench.plots import new_figure, save_figure
 from dpa4.simulation.records import (
     Progressed,
     Record,
@@ -21,6 +21,7 @@ from dpa4.simulation.records import (
     write_csv,
     write_json,
 )
+from dpa4.system import new_figure, save_figure
 from dpa4.training.evaluation import pairs, predict
 
 BATCH = "batch"
@@ -112,7 +113,8 @@ def run_spice(
             "forces": [float(e["forces"].mean()) for e in errors],  # eV/Angstrom
         }
 
-    batches = list(_batches(frames, max_atoms))
+    atoms = np.array([len(frame) for frame in frames])
+    batches = pack(range(len(frames)), [Budget("atoms", atoms, max_atoms)])
     with Records(Path(output), settings) as records:
         items = ((f"{BATCH} {number}", indices) for number, indices in enumerate(batches))
         return run_items(items, len(batches), compute, records, title="errors", progress=progress)
@@ -151,20 +153,6 @@ def score_spice(output: str | Path) -> SpiceScore:
     write_json(folder / "summary.json", asdict(score) | {"subsets": [s._asdict() for s in subsets]})
     _plot(score, folder / "errors.png")
     return score
-
-
-def _batches(frames: Sequence[Frame], max_atoms: int) -> Iterator[list[int]]:
-    """Numbers of consecutive structures of at most so many atoms, or of one structure."""
-    batch: list[int] = []
-    atoms = 0
-    for number, frame in enumerate(frames):
-        if batch and atoms + len(frame) > max_atoms:
-            yield batch
-            batch, atoms = [], 0
-        batch.append(number)
-        atoms += len(frame)
-    if batch:
-        yield batch
 
 
 def _plot(score: SpiceScore, path: Path) -> None:
