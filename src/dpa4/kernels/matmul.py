@@ -63,9 +63,18 @@ def order_matmul(
     Returns:
         (F, E, W), contiguous.
     """
-    y = add if overwrite and add is not None else torch.empty_like(x)
+    split = x.is_cuda and x.dtype == torch.float32
+    if add is not None and overwrite:
+        y = add
+    elif add is not None and not split:
+        y = add.clone()  # at once: the library would copy each block of columns for itself, which takes twice as long
+    else:
+        y = torch.empty_like(x)
     for run, w in zip(columns_of(matrices), matrices, strict=True):
-        _matmul_into(y[..., run], x[..., run], w, None if add is None else add[..., run])
+        if split:
+            _split_into(y[..., run], x[..., run], w, None if add is None else add[..., run])
+        else:
+            _library_into(y[..., run], x[..., run], w, add is not None)
     return y
 
 
@@ -75,18 +84,21 @@ def columns_of(matrices: Sequence[Tensor]) -> list[slice]:
     return [slice(end - w.shape[-1], end) for end, w in zip(ends, matrices, strict=True)]
 
 
-def _matmul_into(y: Tensor, x: Tensor, w: Tensor, add: Tensor | None) -> None:
-    if x.is_cuda and x.dtype == torch.float32:
-        from dpa4.kernels import triton_matmul
+def _split_into(y: Tensor, x: Tensor, w: Tensor, add: Tensor | None) -> None:
+    from dpa4.kernels import triton_matmul
 
-        with torch.cuda.device(x.device):
-            triton_matmul.matmul_into(y, x, w, add)
-    elif len(x) > 1:
-        torch.bmm(x, w, out=y) if add is None else torch.baddbmm(add, x, w, out=y)
-    elif add is None:
-        torch.mm(x[0], w[0], out=y[0])
+    with torch.cuda.device(x.device):
+        triton_matmul.matmul_into(y, x, w, add)
+
+
+def _library_into(y: Tensor, x: Tensor, w: Tensor, add: bool) -> None:
+    """Product of the library in the place of y, or added to it."""
+    if len(x) > 1:
+        y.baddbmm_(x, w) if add else torch.bmm(x, w, out=y)
+    elif add:
+        y[0].addmm_(x[0], w[0])
     else:
-        torch.addmm(add[0], x[0], w[0], out=y[0])
+        torch.mm(x[0], w[0], out=y[0])
 
 
 class _PreciseMatmul(torch.autograd.Function):
