@@ -68,7 +68,7 @@ def test_systems_in_parts_are_not_recorded(monkeypatch):
 
 
 def test_failed_compilation_is_a_warning(monkeypatch):
-    def fail(potential, report):
+    def fail(potential):
         raise OSError("no compiler found")
 
     monkeypatch.setattr(compiled, "compile_potential", fail)
@@ -89,7 +89,7 @@ def test_first_atoms_are_a_structure():
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
 def test_deviating_code_is_not_used(monkeypatch, factor):
-    def wrong(potential, report):
+    def wrong(potential):
         network = potential.model
         network.read_out = lambda x: factor * type(network).read_out(network, x)
 
@@ -112,7 +112,7 @@ class Comparisons:
         monkeypatch.setattr(compiled, "keep_results", lambda potential, limit: setattr(self, "limit", limit))
         monkeypatch.setattr(compiled, "compare_with_eager", self._compare)
 
-    def _compile(self, potential, report):
+    def _compile(self, potential):
         self.made += 1
 
     def _compare(self, potential, graph):

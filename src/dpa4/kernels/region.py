@@ -47,9 +47,10 @@ _OPTIONS = {
 _INDEX_LIMIT = 2**31
 """Elements beyond which an index needs 64 bits."""
 
-_SMALLEST_HINT = 20_000
-"""Least number of nodes and edges the compiler is told, more than any fixed axis has. Where it was told 221 nodes and
-a fixed axis had as many columns, code was made on a GPU that took the number of nodes for fixed."""
+_HINTS = {"node": 20_001, "center": 20_005, "edge": 100_009}
+"""Sizes the compiler is told to expect. Always the same, so that code depends on the model alone; odd, different, and
+larger than any fixed axis: where it was told 221 nodes and a fixed axis had as many columns, code was made on a GPU
+that took the number of nodes for fixed."""
 
 _EXPENSIVE = {"mm", "bmm", "addmm", "baddbmm", "scatter_reduce", "index_add", "index_put"}
 _REDUCTIONS = {"sum", "mean", "amax"}
@@ -70,6 +71,11 @@ class RegionCode:
         self.name, self.report = name, report
         self.axes: list[str] = pytree.tree_leaves(arguments)  # of `Axis`
         self.programs: dict[Any, _Program] = {}
+        self.make: Callable[[Stage], Callable[..., Sequence[Tensor]]] = Stage.compile
+
+    def stages(self) -> list["Stage"]:
+        """Of all programs."""
+        return [stage for program in self.programs.values() for stage in program.stages]
 
 
 class Region:
@@ -124,8 +130,7 @@ class Region:
             key = (kinds, device, autocast, training, keep, wide)
             if key not in self.code.programs:
                 start = time.monotonic()
-                hints = dict.fromkeys(sizes, _INDEX_LIMIT) if wide else sizes
-                self.code.programs[key] = _Program(self, inputs, spec, hints, device.type, autocast, keep)
+                self.code.programs[key] = _Program(self, inputs, spec, wide, device.type, autocast, keep)
                 self.code.report(self.code.name, time.monotonic() - start)
             # The compiler takes for granted that indices have 32 bits if they do at the sizes it sees.
             if all(sizes[a] * n < _INDEX_LIMIT for a, n in self.code.programs[key].elements.items()):
@@ -141,12 +146,12 @@ class _Program:
         region: Region,
         inputs: list[Maybe],
         spec: Any,
-        sizes: dict[str, int],
+        wide: bool,
         device: str,
         autocast: torch.dtype | None,
         keep: bool,
     ):
-        self.name, self.report, self.device = region.code.name, region.code.report, device
+        self.code, self.device = region.code, device
         self.num_inputs = len(inputs)
         axes = ["static"] * len(region.tensors) + region.code.axes
         differentiable = [t is not None and t.requires_grad for t in inputs]
@@ -165,7 +170,7 @@ class _Program:
             return leaves
 
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        fakes, symbols = _fakes(mode, inputs, axes, sizes)
+        fakes, symbols = _fakes(mode, inputs, axes, wide)
         with mode, enable_python_dispatcher(), torch.no_grad():
             grads = [_contiguous_like(r) for r in value(fakes)]
         with mode:
@@ -213,29 +218,18 @@ class _Program:
         shaped = [(0, axes.index(a)) for a in _COUNTED if a in axes]
         self.stages = _cut(graph, layout, shaped, keep)
         self.once = not training
-        self.elements = _elements(graph, {s: a for s, a in symbols.items() if a in sizes})
+        self.elements = _elements(graph, {s: a for s, a in symbols.items() if a in axes})
 
     def run(self, stage: int, given: Sequence[Sequence[Maybe]]) -> tuple[list[Maybe], list[Tensor]]:
         """See `dpa4.kernels.twice.Stages`."""
         code = self.stages[stage]
         flat = [t.contiguous() for t in (given[group][i] for group, i in code.takes) if t is not None]
-        start = time.monotonic()
-        new = code.compiled is None
-        if code.compiled is None:
-            with torch.no_grad():
-                code.compiled = torch._inductor.standalone_compile(
-                    code.graph,
-                    code.examples,
-                    dynamic_shapes="from_graph",
-                    options={"config_patches": _OPTIONS},
-                )
-        with (
-            torch.no_grad(),
-            torch.autocast(self.device, enabled=False),
-        ):  # the casts are part of the compiled code
-            results = code.compiled(*flat)
-        if new:
-            self.report(self.name, time.monotonic() - start)
+        if code.function is None:
+            start = time.monotonic()
+            code.function = self.code.make(code)
+            self.code.report(self.code.name, time.monotonic() - start)
+        with torch.no_grad(), torch.autocast(self.device, enabled=False):  # the casts are part of the code
+            results = code.function(*flat)
         exists = self.exists[stage]
         found = iter(results)
         return [next(found) if e else None for e in exists], list(found)
@@ -249,17 +243,48 @@ class _Program:
         return self.run(3, [*given, grads])[0]
 
 
-class _Stage:
-    """One stage: its graph, where its arguments are found, and its code once it was needed."""
+class Stage:
+    """One stage: its graph, where its arguments are found, examples of them, and its code once it was needed."""
 
     def __init__(self, graph: fx.GraphModule, takes: list[tuple[int, int]], examples: list[Any]):
         self.graph, self.takes, self.examples = graph, takes, examples
-        self.compiled: Callable[..., Sequence[Tensor]] | None = None
+        self.function: Callable[..., Sequence[Tensor]] | None = None
+
+    def compile(self) -> Callable[..., Sequence[Tensor]]:
+        """Its code, from the compiler's cache on disk if it is there."""
+        with torch.no_grad():
+            function: Callable[..., Sequence[Tensor]] = torch._inductor.standalone_compile(
+                self.graph,
+                self.examples,
+                dynamic_shapes="from_graph",
+                options={"config_patches": _OPTIONS},
+            )
+        return function
+
+    def outline(self) -> Callable[..., Sequence[Tensor]]:
+        """A function that returns results of the right shapes without values."""
+        results = [n.meta["val"] for n in self.graph.graph.output_node().args[0]]  # type: ignore[union-attr]
+
+        def function(*given: Tensor) -> list[Tensor]:
+            sizes: dict[Any, int] = {}
+            for example, t in zip(self.examples, given, strict=True):
+                pairs = zip(example.shape, t.shape, strict=True)
+                sizes |= {
+                    e.node.expr: n for e, n in pairs if isinstance(e, torch.SymInt) and e.node.expr.is_symbol
+                }
+            shapes = [
+                [n if isinstance(n, int) else int(n.node.expr.subs(sizes)) for n in r.shape] for r in results
+            ]
+            return [
+                torch.empty(s, dtype=r.dtype, device=r.device) for s, r in zip(shapes, results, strict=True)
+            ]
+
+        return function
 
 
 def _cut(
     joint: fx.Graph, layout: list[tuple[int, int]], shaped: list[tuple[int, int]], keep: bool
-) -> list[_Stage]:
+) -> list[Stage]:
     """Cut a graph that returns the results of all stages into the stages.
 
     Args:
@@ -310,7 +335,7 @@ def _cut(
         for n in sorted(inside, key=order.__getitem__):
             copies[n] = graph.node_copy(n, copies.__getitem__)
         graph.output([copies[n] for n in (*results, *members)])
-        stages.append(_Stage(fx.GraphModule({}, graph), [place[n] for n in arguments], examples))
+        stages.append(Stage(fx.GraphModule({}, graph), [place[n] for n in arguments], examples))
     return stages
 
 
@@ -349,14 +374,13 @@ def _elements(graph: fx.Graph, axes: dict[Any, str]) -> dict[str, int]:
 
 
 def _fakes(
-    mode: FakeTensorMode, inputs: Sequence[Maybe], axes: Sequence[str], sizes: dict[str, int]
+    mode: FakeTensorMode, inputs: Sequence[Maybe], axes: Sequence[str], wide: bool
 ) -> tuple[list[Maybe], dict[Any, str]]:
     """The inputs without their data, symbolic along node and edge axes, and the symbols of the axes."""
     axis: dict[str, Any] = {}
     symbols = {}
     for k, name in enumerate(_COUNTED):
-        # Odd, different, and larger than sizes that are fixed: nothing may be concluded from the sizes at hand.
-        hint = (max(sizes.get(name, 0), _SMALLEST_HINT) | 1) + 4 * k
+        hint = _INDEX_LIMIT + 1 + 4 * k if wide else _HINTS[name]
         context: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
         size: Any = mode.from_tensor(torch.empty(hint, device="meta"), symbolic_context=context).shape[0]
         axis |= {name: size, f"{name}+1": size + 1}

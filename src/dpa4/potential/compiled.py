@@ -82,12 +82,16 @@ def compile_potential(
         block.update = Region(block, "update", update, updates, max_kept)  # type: ignore
 
 
+def regions(potential: Potential) -> list[Region]:
+    """The compiled parts."""
+    modules = (potential.model, *potential.model.blocks)
+    return [part for module in modules for part in module.__dict__.values() if isinstance(part, Region)]
+
+
 def keep_results(potential: Potential, max_kept: int) -> None:
     """Change up to how many atoms the compiled parts keep results for the derivatives; code that exists stays."""
-    for module in (potential.model, *potential.model.blocks):
-        for region in module.__dict__.values():
-            if isinstance(region, Region):
-                region.max_kept = max_kept
+    for region in regions(potential):
+        region.max_kept = max_kept
 
 
 def restore_eager(potential: Potential) -> None:

@@ -1,5 +1,6 @@
 """Compiled training: trusted after a comparison with eager mode, and given up for it where it fails."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TypeVar
@@ -20,6 +21,7 @@ from dpa4.potential.compiled import (
     restore_eager,
     tolerance,
 )
+from dpa4.potential.precompile import Mode, precompile
 from dpa4.training.evaluation import full_precision
 from dpa4.training.replay import Recorder, RecordingError, ReplayedStep, Step
 
@@ -50,6 +52,7 @@ class CompiledTraining:
     def __init__(self, potential: Potential, differentiate: Step, console: Console):
         self.potential, self.differentiate, self.console = potential, differentiate, console
         self.active, self.pieces, self.seconds = False, 0, 0.0
+        self._evaluates = False  # compiled, and compared
         self._step = differentiate
         self._status: Status | None = None
 
@@ -61,29 +64,17 @@ class CompiledTraining:
         Raises:
             ValueError: If an element, charge or spin is outside the model.
         """
-        # Also in a resumed run from the first epoch: code depends on the sizes it was made with.
-        order = batches.indices(0)
-        batch = next((b for b in order if _is_compiled(batches.dataset.batch(b).graph)), order[0])
-        self.potential.check(batches.dataset.batch(batch).graph)
-        device, training = self.potential.reference_energies.device, self.potential.training
         self.active = True
-        with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            _noise_on(self.potential.parameters()),
-            self.console.status("compiling the network") as self._status,
-        ):
-            try:
-                compile_potential(self.potential, self._report)
-                line = self._self_check(batches, batch)
-            except Exception as error:
-                self._give_up(error)
-            else:
-                self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-                if device.type == "cuda":
-                    recorder = Recorder(self.differentiate, self.potential.parameters())
-                    self._step = ReplayedStep(self.potential, self.differentiate, recorder)
-        self._status = None
-        self.potential.train(training)
+        self._check(batches, training=True)
+        if self.active and self.potential.reference_energies.is_cuda:
+            recorder = Recorder(self.differentiate, self.potential.parameters())
+            self._step = ReplayedStep(self.potential, self.differentiate, recorder)
+
+    def check_evaluation(self, batches: EpochBatches) -> None:
+        """The same for evaluation as validation does it; only the first call does something."""
+        if self.active and not self._evaluates:
+            self._check(batches, training=False)
+            self._evaluates = True
 
     def step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """`differentiate`, replayed where that is possible, compiled or eager; to be used before the next call."""
@@ -107,7 +98,37 @@ class CompiledTraining:
             self._give_up(error)
         return self.run(work)  # out of the handlers, which hold on to the memory of what failed
 
-    def _self_check(self, batches: EpochBatches, batch: Sequence[int]) -> str:
+    def _check(self, batches: EpochBatches, training: bool) -> None:
+        """Make the code of training or evaluation and compare it, or go over to eager mode."""
+        # Also in a resumed run from the first epoch: the same run finds the same.
+        order = batches.indices(0)
+        batch = next((b for b in order if _is_compiled(batches.dataset.batch(b).graph)), order[0])
+        self.potential.check(batches.dataset.batch(batch).graph)
+        device, before = self.potential.reference_energies.device, self.potential.training
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            _noise_on(self.potential.parameters()),
+            self.console.status("compiling the network") as self._status,
+        ):
+            try:
+                if training:
+                    self._compile()
+                line = self._self_check(batches, batch, training)
+            except Exception as error:
+                self._give_up(error)
+            else:
+                self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._status = None
+        self.potential.train(before)
+
+    def _compile(self) -> None:
+        compile_potential(self.potential, self._report)
+        start = time.monotonic()
+        modes = [Mode(training=True, autocast=self.potential.model.block_autocast), Mode(training=False)]
+        precompile(self.potential, modes)
+        self.seconds += time.monotonic() - start
+
+    def _self_check(self, batches: EpochBatches, batch: Sequence[int], training: bool) -> str:
         """The line to print.
 
         Raises:
@@ -117,7 +138,7 @@ class CompiledTraining:
         while True:
             graph = batches.dataset.batch(batch[:count]).graph.to(self.potential.reference_energies.device)
             try:
-                training, evaluation = self._compare(graph, True), self._compare(graph, False)
+                found = self._compare(graph, training)
                 break
             except (
                 torch.OutOfMemoryError
@@ -126,12 +147,10 @@ class CompiledTraining:
                     raise
             count //= 2
         where = "the first batch" if count == len(batch) else f"{count} structures of the first batch"
-        if not _is_compiled(graph):
+        if training and not _is_compiled(graph):
             where += ", which has no edges, so that derivatives were not compared"
-        return (
-            f"compiled {self.pieces} pieces in {self.seconds:.0f} s; deviation from eager mode on {where}: "
-            f"{training}; in evaluation {evaluation}"
-        )
+        where = f"on {where}" if training else f"in evaluation on {where}"
+        return f"compiled {self.pieces} pieces in {self.seconds:.0f} s; deviation from eager mode {where}: {found}"
 
     def _compare(self, graph: Graph, training: bool) -> str:
         """Deviations from eager mode on a graph, as validation (in full precision) or training meets them."""

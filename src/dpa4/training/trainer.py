@@ -245,6 +245,8 @@ class Trainer:
             if batches is None:
                 self._save_model("best.safetensors", math.nan)
                 return
+            if self.compiled is not None:
+                self.compiled.check_evaluation(batches)
             predictions = self._compiled_or_eager(lambda: predict(self.potential, batches.batches(0)))
             table = error_table(batches.dataset.frames, predictions)
             found = {name: r for name, quantity in _TARGETS.items() if (r := table.row(quantity))}
