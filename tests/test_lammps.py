@@ -398,8 +398,8 @@ def test_a_second_interrupt_acts_at_once(lmp):
     handler = signal.getsignal(signal.SIGINT)
 
     def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         with attach_lammps(lmp, Failing(twice), ["Cu"]):
@@ -516,7 +516,7 @@ def test_an_input_script(script):
 
 
 def test_an_interrupted_script_writes_its_restart_file(script):
-    calculator = Failing(lambda: os.kill(os.getpid(), signal.SIGINT))
+    calculator = Failing(lambda: signal.raise_signal(signal.SIGINT))
     assert not run_lammps(script, calculator, ["Cu"], variables={"seed": "7"}, arguments=QUIET)
     assert calculator.evaluations == 5
     assert (script.parent / "parts.txt").read_text().split("\n")[:2] == ["part 1 at 4", "part 2 at 4"]

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import signal
 import sys
 
@@ -180,7 +179,7 @@ class Counting(EMT):
         if len(atoms) > 2:
             self.evaluations += 1
             if self.evaluations == self.at:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
         super().calculate(atoms, *arguments)
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -325,7 +324,7 @@ def test_interruption_and_resume(tmp_path):
 
     def interrupting(state, results):
         if not sent and len(table.read_bytes().splitlines()) >= 3:
-            sent.append(os.kill(os.getpid(), signal.SIGINT))
+            sent.append(signal.raise_signal(signal.SIGINT))
         return results
 
     sent: list[None] = []
