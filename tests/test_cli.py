@@ -125,6 +125,22 @@ def test_mistakes_give_one_line_and_status_one(arguments, message):
     assert message in output and "Traceback" not in output
 
 
+@pytest.mark.parametrize("command", ["md", "relax", "embed", "eos", "neb"])
+def test_files_without_structures(trained, command):
+    model, options = trained / "run" / "best.safetensors", ("--steps", 1) if command == "md" else ()
+    (trained / "empty.xyz").touch()
+    for file, message in (
+        (trained / "absent.xyz", "there is no file"),
+        (model, "best.safetensors cannot be read by ASE: UnknownFileTypeError"),
+        (trained / "run.yaml", "run.yaml cannot be read by ASE"),
+        (trained / "empty.xyz", "empty.xyz"),
+    ):
+        structures = (file, file) if command == "neb" else (file,)
+        output = run(command, model, *structures, "-o", trained / "none.npz", *options, ok=False)
+        assert message in output.replace("\n", "") and "Traceback" not in output
+    assert not (trained / "none.npz").exists()
+
+
 def test_square_brackets_of_a_message_are_printed(tmp_path):
     """An option such as dpa4[aselmdb], or a path, is no markup."""
     assert "absent[bold].pt" in run("eval", "absent[bold].pt", "x.xyz", ok=False)

@@ -44,11 +44,29 @@ def user_errors() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def last_image(file: Path) -> "Atoms":
-    """The last structure of a file in any format ASE reads."""
+def read_structures(file: Path, index: str = ":") -> "list[Atoms]":
+    """Structures of a file in any format ASE reads.
+
+    Raises:
+        FileNotFoundError: If there is no file.
+        ValueError: If ASE cannot read it, or there is no structure in it.
+    """
     from ase.io import iread
 
-    return next(iread(file, index=-1))
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    try:
+        found = list(iread(file, index=index))
+    except Exception as error:  # ASE's readers raise errors of every kind
+        raise ValueError(f"{file} cannot be read by ASE: {type(error).__name__}: {error}") from error
+    if not found:
+        raise ValueError(f"there is no structure in {file}")
+    return found
+
+
+def last_image(file: Path) -> "Atoms":
+    """The last structure of a file in any format ASE reads; errors as of `read_structures`."""
+    return read_structures(file, "-1")[0]
 
 
 def eager_potential(model: Path, device: str, dtype: str, branch: str | None) -> "Potential":

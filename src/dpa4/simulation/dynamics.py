@@ -13,7 +13,7 @@ from ase.io import write
 
 from dpa4.simulation.calculator import labelled
 from dpa4.simulation.integrators import bath_state, conserved_energy, make_integrator, set_bath_state
-from dpa4.simulation.momenta import draw_momenta, internal_momenta, temperature
+from dpa4.simulation.momenta import degrees_of_freedom, draw_momenta, internal_momenta, temperature
 from dpa4.simulation.progress import progress_bar
 from dpa4.system import CsvLog, atomic_write, new_figure, read_csv, save_figure, stop_requests
 
@@ -142,6 +142,8 @@ class _Run:
                 "ensemble npt needs a cell periodic along all three axes and a calculator with stress; pbc is "
                 f"{atoms.pbc.tolist()}"
             )
+        if len(atoms) == 0 or degrees_of_freedom(atoms) == 0:
+            raise ValueError(f"none of {len(atoms)} atoms can move; give atoms without constraints")
         baths = self._load() if resume else self._start()
         atoms.calc = calculator
         atoms.get_forces()  # what is wrong with the structure shows before there are files

@@ -248,7 +248,7 @@ def _relax(name: str, atoms: Atoms, calculator: Calculator, fmax: float, steps: 
 
 
 def _interpolated(first: Atoms, last: Atoms, images: int) -> list[Atoms]:
-    if np.linalg.norm(last.positions - first.positions, axis=1).max() < SAME:
+    if np.linalg.norm(last.positions - first.positions, axis=1).max(initial=0.0) < SAME:
         raise ValueError("start and end are the same structure, so there is no path between them")
     path = [first, *(first.copy() for _ in range(images)), last]
     band = NEB(path, method="improvedtangent", remove_rotation_and_translation=_is_free(first))
