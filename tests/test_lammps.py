@@ -184,13 +184,14 @@ ENSEMBLES = {
     "nvt": ["fix 1 all nvt temp 80 80 0.1", "run 50"],
     "npt": ["fix 1 all npt temp 80 80 0.1 tri 500 500 0.5", "run 50"],
     "npt-iso": ["fix 1 all npt temp 80 80 0.1 iso 500 500 0.5", "run 50"],
+    "shear": ["fix 1 all nve", "fix 2 all deform 1 xz erate 8 remap v flip yes", "run 100"],
     "minimize": ["fix 1 all box/relax tri 500 vmax 0.01", "minimize 0 1e-3 20 40"],
 }
 
 
 @pytest.mark.parametrize("ensemble", ENSEMBLES)
 def test_lennard_jones_as_a_pair_style_and_from_python_run_alike(lmp, other, ensemble):
-    """Baths, barostats with tilts, and minimizations see the same energies, forces and virials."""
+    """Baths, barostats with tilts, cells that flip, and minimizations see the same energies, forces and virials."""
     atoms = argon()
     atoms.calc = calculator = LennardJones(epsilon=EPSILON, sigma=SIGMA, rc=RADIUS)
     commands = ["timestep 0.002", *ENSEMBLES[ensemble]]
@@ -209,6 +210,9 @@ def test_lennard_jones_as_a_pair_style_and_from_python_run_alike(lmp, other, ens
         assert lmp.get_thermo(name) == pytest.approx(other.get_thermo(name), rel=1e-7, abs=1e-6), name
     np.testing.assert_allclose(by_id(lmp, "x"), by_id(other, "x"), atol=1e-9)
     np.testing.assert_allclose(by_id(lmp, "v"), by_id(other, "v"), atol=1e-8)
+    if ensemble == "shear":  # in 0.2 ps; a flip takes off the length along x
+        sheared = atoms.cell[2, 0] + 8 * 0.2 * lmp.get_thermo("lz")
+        assert lmp.get_thermo("xz") == pytest.approx(sheared - lmp.get_thermo("lx"), abs=1e-9)
     if ensemble in ("npt", "minimize"):
         assert abs(lmp.get_thermo("xz") - atoms.cell[2, 0]) > 1e-3
         assert lmp.get_thermo("vol") > 1.01 * atoms.get_volume()  # it was compressed
