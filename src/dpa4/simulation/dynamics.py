@@ -289,8 +289,8 @@ def _finish(folder: Path, steps: int, finished: bool, num_atoms: int, ensemble: 
 
 
 def _plot(table: dict[str, np.ndarray], change: np.ndarray, path: Path) -> None:
-    what = "conserved energy" if CONSERVED in table else "energy"
-    panels = [(f"{what} change\n(meV/atom)", change), ("temperature (K)", table["temperature_K"])]
+    what = "conserved" if CONSERVED in table else "total"
+    panels = [(f"{what} energy,\nchange (meV/atom)", change), ("temperature (K)", table["temperature_K"])]
     panels += [("pressure (GPa)", table[PRESSURE])] if PRESSURE in table else []
     panels += [("volume (Å³)", table[VOLUME])] if VOLUME in table else []
     figure = new_figure(7, 2.3 * len(panels))

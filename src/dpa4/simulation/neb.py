@@ -309,10 +309,10 @@ def _plot(fit: Any, highest: int, path: Path) -> None:
     axis.plot(fit.path, fit.energies, "o", markersize=5)
     axis.annotate(
         f"{fit.energies[highest]:.3f} eV", (fit.path[highest], fit.energies[highest]),
-        textcoords="offset points", xytext=(0, 6), ha="center",
+        textcoords="offset points", xytext=(0, 12), ha="center",
     )  # fmt: skip
-    axis.margins(y=0.12)
-    axis.set_xlabel("path (Å)")
-    axis.set_ylabel("energy (eV)")
+    axis.margins(y=0.15)
+    axis.set_xlabel("distance along the path (Å)")
+    axis.set_ylabel("energy above the start (eV)")
     axis.grid(alpha=0.3)
     save_figure(figure, path)
