@@ -562,3 +562,32 @@ def test_the_command(script):
     assert "part 2 at 20" in (script.parent / "parts.txt").read_text()
     result = CliRunner().invoke(app, [*arguments, "--var", "seed"])
     assert result.exit_code == 1 and "--var must be NAME=VALUE, got seed" in result.output
+
+
+def test_the_command_hands_on_charge_and_spin(script):
+    potential = random_potential(elements=("H", "C", "Cu"), charge_spin=True, n_blocks=1, lmax=1)
+    save_potential(potential, "model.safetensors")
+    script.write_text(SCRIPT.replace("run 10", "run 0").replace("part ${i} at $(step)", "$(pe:%.12f)"))
+    arguments = [
+        "lammps",
+        "model.safetensors",
+        "in.lmp",
+        "--elements",
+        "Cu",
+        "--var",
+        "seed=7",
+        "--device",
+        "cpu",
+    ]
+    arguments += ["--dtype", "float64"]
+    result = CliRunner().invoke(app, [*arguments, "--charge", "1", "--spin", "2"])
+    assert result.exit_code == 0, result.output
+    atoms = bulk("Cu", a=3.6, cubic=True) * (2, 1, 1)
+    atoms.info = {"charge": 1, "spin": 2}
+    atoms.calc = DPA4Calculator(potential, device="cpu", dtype="float64")
+    # twelve digits behind the point
+    assert float((script.parent / "parts.txt").read_text().split()[0]) == pytest.approx(
+        atoms.get_potential_energy(), abs=1e-10
+    )
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1 and "conditioned on charge and spin without a default" in result.output

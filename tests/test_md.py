@@ -481,6 +481,25 @@ def test_command_runs_at_constant_pressure(tmp_path):
     assert len(thermo(tmp_path / "out", "density_g_cm3")) == 3
 
 
+def test_charge_and_spin_of_the_file_act_and_are_kept(tmp_path):
+    potential = random_potential(n_blocks=1, lmax=1, charge_spin=True)
+    save_potential(potential, tmp_path / "m.safetensors")
+    atoms = molecule()
+    atoms.info = {"charge": 1, "spin": 2}
+    write(tmp_path / "start.xyz", atoms)
+    files = [tmp_path / "m.safetensors", tmp_path / "start.xyz", "-o", tmp_path / "out"]
+    options = ["--steps", 2, "--interval", 1, "--device", "cpu", "--dtype", "float64"]
+    shown = CliRunner().invoke(app, [str(a) for a in ("md", *files, *options)])
+    assert shown.exit_code == 0, shown.output
+    for frame in read(tmp_path / "out" / "trajectory.xyz", ":"):
+        assert (frame.info["charge"], frame.info["spin"]) == (1, 2)
+        energy = frame.get_potential_energy()
+        frame.calc = DPA4Calculator(potential, device="cpu", dtype="float64")
+        assert energy == pytest.approx(
+            frame.get_potential_energy(), abs=1e-7
+        )  # positions have eight decimals
+
+
 def test_an_explosion_is_explained(tmp_path):
     class Exploding(DPA4Calculator):
         def calculate(self, *arguments, **options):
