@@ -1,9 +1,10 @@
 """What the commands share: kinds of arguments, the console, errors for people."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -35,13 +36,23 @@ Structures = Annotated[Path, typer.Argument(help="Structures in any format ASE r
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Print what is wrong with the input instead of a traceback, and exit with status 1."""
+    """Print what is wrong with the input instead of a traceback, and exit with status 1; warnings in one line."""
+    shown, warnings.showwarning = warnings.showwarning, _show_warning
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
-        message = Text.assemble(("error:", "bold red"), f" {error}")
-        Console(stderr=True).print(message, soft_wrap=True)
+        _print("error:", "bold red", error)
         raise typer.Exit(1) from error
+    finally:
+        warnings.showwarning = shown
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _print("warning:", "bold yellow", message)
+
+
+def _print(what: str, style: str, message: object) -> None:
+    Console(stderr=True).print(Text.assemble((what, style), f" {message}"), soft_wrap=True)
 
 
 def read_structures(file: Path, index: str = ":") -> "list[Atoms]":
