@@ -41,7 +41,7 @@ def folder(tmp_path, monkeypatch):
     quartz = crystal()
     quartz.numbers[:] = 8
     quartz.numbers[:2] = 14
-    write("quartz.data", quartz, format="lammps-data", specorder=["Si", "O"], masses=True)
+    write("quartz.cif", quartz)
     return tmp_path
 
 
