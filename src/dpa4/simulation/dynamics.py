@@ -96,7 +96,7 @@ def run_md(
     Raises:
         FileExistsError: If ``output`` already holds a run and ``resume`` is not set.
         FileNotFoundError: If there is no run to resume.
-        ValueError: If an argument is not allowed, or the run to resume had other settings or atoms.
+        ValueError: If an argument is not allowed, no atom can move, or the run to resume had other settings or atoms.
         RuntimeError: If a step fails, usually because the timestep is too long.
     """
     settings = {
