@@ -155,6 +155,16 @@ def test_charge_and_spin_must_be_known():
         atoms.get_potential_energy()
 
 
+@pytest.mark.parametrize("charge", ["1", None, float("nan"), float("inf"), np.array([1])], ids=repr)
+def test_a_charge_that_is_no_number(charge):
+    atoms = attach(molecule(), random_potential(charge_spin=True))
+    atoms.info = {"charge": charge, "spin": 1}
+    with pytest.raises(ValueError, match="charge and spin .* must be whole numbers, got charge"):
+        atoms.get_potential_energy()
+    atoms.info = {"charge": np.float32(1), "spin": np.int64(2)}
+    assert np.isfinite(atoms.get_potential_energy())
+
+
 def test_charge_is_ignored_by_a_model_without_it():
     atoms = attach(molecule())
     energy = atoms.get_potential_energy()
@@ -244,6 +254,11 @@ def test_single_atom_and_atoms_beyond_reach():
     lattice.get_stress()
     np.testing.assert_allclose(lattice.get_forces(), 0, atol=1e-13)
     assert lattice.get_potential_energy() != pytest.approx(alone, abs=1e-6)
+
+
+def test_no_atoms():
+    with pytest.raises(ValueError, match="the structure has no atoms"):
+        attach(Atoms()).get_potential_energy()
 
 
 def test_outside_the_model():

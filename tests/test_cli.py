@@ -1,6 +1,7 @@
 """The commands, end to end on a tiny model and a few structures."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -123,6 +124,34 @@ def test_info_of_a_preset():
 def test_mistakes_give_one_line_and_status_one(arguments, message):
     output = run(*arguments, ok=False)
     assert message in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("command", ["md", "relax", "embed", "eos", "neb"])
+def test_files_without_structures(trained, command):
+    model, options = trained / "run" / "best.safetensors", ("--steps", 1) if command == "md" else ()
+    (trained / "empty.xyz").touch()
+    for file, message in (
+        (trained / "absent.xyz", "there is no file"),
+        (model, "best.safetensors cannot be read by ASE: UnknownFileTypeError"),
+        (trained / "run.yaml", "run.yaml cannot be read by ASE"),
+        (trained / "empty.xyz", "empty.xyz"),
+    ):
+        structures = (file, file) if command == "neb" else (file,)
+        output = run(command, model, *structures, "-o", trained / "none.npz", *options, ok=False)
+        assert message in output.replace("\n", "") and "Traceback" not in output
+    assert not (trained / "none.npz").exists()
+
+
+def test_warnings_are_one_line(trained):
+    close = molecule(3, 5)
+    close.positions[1] = close.positions[0] + (0, 0, 0.3)
+    write(trained / "close.xyz", close)
+    shown = warnings.showwarning
+    command = ("relax", trained / "run" / "best.safetensors", trained / "close.xyz", "-o", trained / "close")
+    lines = run(*command, "--steps", 1, "--device", "cpu").splitlines()
+    (warned,) = [line for line in lines if "extrapolates" in line]
+    assert warned.startswith("warning: atoms 0 and 1 are 0.300 Angstrom apart")
+    assert not any("calculator.py" in line for line in lines) and warnings.showwarning is shown
 
 
 def test_square_brackets_of_a_message_are_printed(tmp_path):

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import signal
 
 import numpy as np
@@ -47,7 +46,7 @@ class Counting(EMT):
 
 
 def ctrl_c() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
 
 
 def test_a_known_curve_is_found():

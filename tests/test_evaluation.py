@@ -1,5 +1,7 @@
 import csv
+import io
 import json
+from dataclasses import replace
 
 import ase.io
 import numpy as np
@@ -82,6 +84,16 @@ def test_table_on_the_terminal_and_in_files(tmp_path):
     assert float(rows[0]["mae"]) == table.rows[0].mae
     stored = json.loads((tmp_path / "errors.json").read_text())
     assert stored == [r._asdict() for r in table.rows]
+
+
+def test_long_names_of_groups_are_not_cut_off():
+    from rich.console import Console
+
+    frames, predictions = made_up()
+    frames = [replace(frame, group=f"group-with-a-long-name-{frame.group}") for frame in frames]
+    console = Console(width=70, record=True, file=io.StringIO())
+    console.print(error_table(frames, predictions).to_rich())
+    assert "…" not in console.export_text()
 
 
 @pytest.fixture(scope="module")

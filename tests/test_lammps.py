@@ -184,13 +184,14 @@ ENSEMBLES = {
     "nvt": ["fix 1 all nvt temp 80 80 0.1", "run 50"],
     "npt": ["fix 1 all npt temp 80 80 0.1 tri 500 500 0.5", "run 50"],
     "npt-iso": ["fix 1 all npt temp 80 80 0.1 iso 500 500 0.5", "run 50"],
+    "shear": ["fix 1 all nve", "fix 2 all deform 1 xz erate 8 remap v flip yes", "run 100"],
     "minimize": ["fix 1 all box/relax tri 500 vmax 0.01", "minimize 0 1e-3 20 40"],
 }
 
 
 @pytest.mark.parametrize("ensemble", ENSEMBLES)
 def test_lennard_jones_as_a_pair_style_and_from_python_run_alike(lmp, other, ensemble):
-    """Baths, barostats with tilts, and minimizations see the same energies, forces and virials."""
+    """Baths, barostats with tilts, cells that flip, and minimizations see the same energies, forces and virials."""
     atoms = argon()
     atoms.calc = calculator = LennardJones(epsilon=EPSILON, sigma=SIGMA, rc=RADIUS)
     commands = ["timestep 0.002", *ENSEMBLES[ensemble]]
@@ -209,6 +210,9 @@ def test_lennard_jones_as_a_pair_style_and_from_python_run_alike(lmp, other, ens
         assert lmp.get_thermo(name) == pytest.approx(other.get_thermo(name), rel=1e-7, abs=1e-6), name
     np.testing.assert_allclose(by_id(lmp, "x"), by_id(other, "x"), atol=1e-9)
     np.testing.assert_allclose(by_id(lmp, "v"), by_id(other, "v"), atol=1e-8)
+    if ensemble == "shear":  # in 0.2 ps; a flip takes off the length along x
+        sheared = atoms.cell[2, 0] + 8 * 0.2 * lmp.get_thermo("lz")
+        assert lmp.get_thermo("xz") == pytest.approx(sheared - lmp.get_thermo("lx"), abs=1e-9)
     if ensemble in ("npt", "minimize"):
         assert abs(lmp.get_thermo("xz") - atoms.cell[2, 0]) > 1e-3
         assert lmp.get_thermo("vol") > 1.01 * atoms.get_volume()  # it was compressed
@@ -398,8 +402,8 @@ def test_a_second_interrupt_acts_at_once(lmp):
     handler = signal.getsignal(signal.SIGINT)
 
     def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         with attach_lammps(lmp, Failing(twice), ["Cu"]):
@@ -516,7 +520,7 @@ def test_an_input_script(script):
 
 
 def test_an_interrupted_script_writes_its_restart_file(script):
-    calculator = Failing(lambda: os.kill(os.getpid(), signal.SIGINT))
+    calculator = Failing(lambda: signal.raise_signal(signal.SIGINT))
     assert not run_lammps(script, calculator, ["Cu"], variables={"seed": "7"}, arguments=QUIET)
     assert calculator.evaluations == 5
     assert (script.parent / "parts.txt").read_text().split("\n")[:2] == ["part 1 at 4", "part 2 at 4"]
@@ -558,3 +562,32 @@ def test_the_command(script):
     assert "part 2 at 20" in (script.parent / "parts.txt").read_text()
     result = CliRunner().invoke(app, [*arguments, "--var", "seed"])
     assert result.exit_code == 1 and "--var must be NAME=VALUE, got seed" in result.output
+
+
+def test_the_command_hands_on_charge_and_spin(script):
+    potential = random_potential(elements=("H", "C", "Cu"), charge_spin=True, n_blocks=1, lmax=1)
+    save_potential(potential, "model.safetensors")
+    script.write_text(SCRIPT.replace("run 10", "run 0").replace("part ${i} at $(step)", "$(pe:%.12f)"))
+    arguments = [
+        "lammps",
+        "model.safetensors",
+        "in.lmp",
+        "--elements",
+        "Cu",
+        "--var",
+        "seed=7",
+        "--device",
+        "cpu",
+    ]
+    arguments += ["--dtype", "float64"]
+    result = CliRunner().invoke(app, [*arguments, "--charge", "1", "--spin", "2"])
+    assert result.exit_code == 0, result.output
+    atoms = bulk("Cu", a=3.6, cubic=True) * (2, 1, 1)
+    atoms.info = {"charge": 1, "spin": 2}
+    atoms.calc = DPA4Calculator(potential, device="cpu", dtype="float64")
+    # twelve digits behind the point
+    assert float((script.parent / "parts.txt").read_text().split()[0]) == pytest.approx(
+        atoms.get_potential_energy(), abs=1e-10
+    )
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1 and "conditioned on charge and spin without a default" in result.output

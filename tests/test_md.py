@@ -1,7 +1,6 @@
 """Molecular dynamics: conservation, the right temperature, exact restarts, and what is written."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -293,7 +292,7 @@ class Small(DPA4Calculator):
 
 
 def send(number: int):
-    return lambda: os.kill(os.getpid(), number)
+    return lambda: signal.raise_signal(number)
 
 
 def same_files(one, two) -> bool:
@@ -367,15 +366,19 @@ def test_seed_decides_the_run(tmp_path):
 
 
 def test_second_signal_acts_at_once():
+    """Signals to the process, as Ctrl-C sends them; another thread may take them, so they may act a little later."""
     code = (
-        "import os, signal\nfrom dpa4.system import stop_requests\n"
+        "import os, signal, time\nfrom dpa4.system import stop_requests\n"
         "with stop_requests() as stopped:\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n    assert stopped == [signal.SIGINT]\n"
-        "    try:\n        os.kill(os.getpid(), signal.SIGINT)\n"
-        "    except KeyboardInterrupt:\n        print('interrupted')\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    while not stopped:\n        time.sleep(0.001)\n"
+        "    try:\n        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(60)\n"
+        "    except KeyboardInterrupt:\n        print('interrupted', stopped == [signal.SIGINT])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "interrupted\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == "interrupted True\n"
 
 
 def test_refusals(tmp_path):
@@ -398,6 +401,12 @@ def test_refusals(tmp_path):
         held.set_constraint(constraint)
         with pytest.raises(ValueError, match=f"ensemble {ensemble} {allowed}"):
             run(held, EMT(), tmp_path / "held", steps=5, ensemble=ensemble)
+    held = copper(1)
+    held.set_constraint(FixAtoms([0, 1, 2, 3]))
+    for nothing, count in ((held, 4), (Atoms(), 0)):
+        with pytest.raises(ValueError, match=f"none of {count} atoms can move"):
+            run(nothing, EMT(), tmp_path / "nothing", steps=5)
+    assert not (tmp_path / "nothing").exists()
     with pytest.raises(ValueError, match="ensemble npt needs a cell periodic along all three axes"):
         run(molecule(), Small(), tmp_path / "molecule", steps=5, ensemble="npt")
     with pytest.raises(ValueError, match="temperature must be above 0 K in ensemble nvt"):
@@ -470,6 +479,25 @@ def test_command_runs_at_constant_pressure(tmp_path):
     expected = {"ensemble": "npt", "pressure": 2.0, "cell": "full", "tdamp": 50.0, "pdamp": 500.0}
     assert settings | expected == settings
     assert len(thermo(tmp_path / "out", "density_g_cm3")) == 3
+
+
+def test_charge_and_spin_of_the_file_act_and_are_kept(tmp_path):
+    potential = random_potential(n_blocks=1, lmax=1, charge_spin=True)
+    save_potential(potential, tmp_path / "m.safetensors")
+    atoms = molecule()
+    atoms.info = {"charge": 1, "spin": 2}
+    write(tmp_path / "start.xyz", atoms)
+    files = [tmp_path / "m.safetensors", tmp_path / "start.xyz", "-o", tmp_path / "out"]
+    options = ["--steps", 2, "--interval", 1, "--device", "cpu", "--dtype", "float64"]
+    shown = CliRunner().invoke(app, [str(a) for a in ("md", *files, *options)])
+    assert shown.exit_code == 0, shown.output
+    for frame in read(tmp_path / "out" / "trajectory.xyz", ":"):
+        assert (frame.info["charge"], frame.info["spin"]) == (1, 2)
+        energy = frame.get_potential_energy()
+        frame.calc = DPA4Calculator(potential, device="cpu", dtype="float64")
+        assert energy == pytest.approx(
+            frame.get_potential_energy(), abs=1e-7
+        )  # positions have eight decimals
 
 
 def test_an_explosion_is_explained(tmp_path):

@@ -1,6 +1,5 @@
 """Nudged elastic band: known barriers, ASE used by hand, periodicity, interruption and resuming."""
 
-import os
 import signal
 
 import numpy as np
@@ -168,7 +167,7 @@ def test_isolated_molecules_do_not_rotate(tmp_path):
 
 
 def interrupt_at(call: int):
-    return lambda calls: os.kill(os.getpid(), signal.SIGINT) if calls == call else None
+    return lambda calls: signal.raise_signal(signal.SIGINT) if calls == call else None
 
 
 @pytest.mark.parametrize("call", [20, 60])  # without and with climbing
@@ -219,6 +218,8 @@ def test_refusals(tmp_path):
         run(start, end, DoubleWell(), tmp_path / "none", resume=True)
     with pytest.raises(ValueError, match="start and end are the same structure"):
         run(start, start, DoubleWell(), tmp_path)
+    with pytest.raises(ValueError, match="start and end are the same structure"):
+        run(Atoms(), Atoms(), DoubleWell(), tmp_path)
     run(start, end, DoubleWell(), tmp_path, images=2, steps=1)
     with pytest.raises(FileExistsError, match="already holds path.xyz; resume it or choose another folder"):
         run(start, end, DoubleWell(), tmp_path)

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import signal
 import sys
 
@@ -181,7 +180,7 @@ class Interrupting(EMT):
     def calculate(self, *arguments):
         self.evaluations += 1
         if self.evaluations == 5:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         super().calculate(*arguments)
 
 
@@ -289,6 +288,15 @@ def test_command_passes_its_options(tmp_path):
     options = json.loads((tmp_path / "out" / "relax.json").read_text())["options"]
     expected = {"cell": "volume", "pressure": 2.0, "symmetry": True, "symprec": 0.001, "steps": 1}
     assert options | expected == options
+
+
+def test_isolated_atoms_are_relaxed_and_no_atoms_refused(tmp_path):
+    calculator = DPA4Calculator(random_potential(), device="cpu")
+    for atoms, cell in ((Atoms("C"), "fixed"), (Atoms("C", cell=[9] * 3, pbc=True), "full")):
+        result = relax(atoms, calculator, cell=cell)
+        assert (result.converged, result.steps, result.max_force) == (True, 0, 0.0)
+    with pytest.raises(ValueError, match="structure 1: the structure has no atoms"):
+        relax_all([Atoms("C"), Atoms()], calculator, tmp_path, progress=False)
 
 
 def test_arguments(tmp_path):

@@ -16,10 +16,11 @@ from dpa4.cli import app
 from dpa4.data import Coverage, read_frames
 from dpa4.potential import load_potential, save_potential
 from dpa4.simulation import report, write_report
+from dpa4.system import read_csv
 from dpa4.training import evaluate, load_run_config, train
 from helpers import molecule, random_potential
 
-SECTIONS = ["model", "learning-curve", "errors", "pair-curves", "configuration", "versions"]
+SECTIONS = ["summary", "learning-curve", "errors", "pair-curves", "model", "configuration", "versions"]
 VOID = {"meta", "img"}
 
 
@@ -62,7 +63,10 @@ def page(path) -> Page:
     assert text.startswith("<!DOCTYPE html>")
     assert not re.search(r"https?://[^<\s]*\.(js|css|woff)|<script|<link|<iframe|@import|url\(", text)
     found = Page(text)
-    assert all(reference.startswith("data:image/png;base64,") for reference in found.references)
+    links = [
+        reference for reference in found.references if not reference.startswith("data:image/png;base64,")
+    ]
+    assert links == [f"#{name}" for name in SECTIONS]
     for image in found.images:
         assert base64.b64decode(image.partition(",")[2], validate=True).startswith(b"\x89PNG")
     assert found.sections == SECTIONS
@@ -95,20 +99,47 @@ def test_a_whole_report(trained):
     file = write_report(trained / "run", evaluation=trained / "eval", device="cpu", progress=False)
     assert file == trained / "run" / "report.html"
     found = page(file)
-    assert len(found.images) == 3  # learning curve, parity, pair curves
+    pairs = load_potential(trained / "run" / "best.safetensors").coverage.shortest
+    assert len(found.images) == 2 + -(-len(pairs) // 3)  # learning curve, parity, three pairs to a figure
     words = found.words
     assert "trainable parameters" in words["model"] and "closest atoms" in words["model"]
     assert "validation score" in words["model"] and "score" in words["learning-curve"]
+    assert "options" not in words["model"]  # they are the configuration
     assert "<b>&" in words["errors"] and "meV/Å" in words["errors"]
     table = json.loads((trained / "eval" / "errors.json").read_text())
+    assert {row["group"] for row in table} == {"all", "plain", "<b>&"}
     for row in table:
-        assert f"{row['rmse']:.4g}" in words["errors"]
-    coverage = load_potential(trained / "run" / "best.safetensors").coverage
-    for a, b in coverage.shortest:
+        shown = [f"{row[name]:.4g}" for name in ("mae", "rmse")]
+        assert all(number in words["errors"] for number in shown)
+        assert (shown[0] in words["summary"]) or row["group"] != "all"
+    validation = read_csv(trained / "run" / "valid.csv")
+    best = [row for row in validation if row["best"] == "1"][-1]
+    assert f"validation MAE, best (step {best['step']})" in words["summary"]
+    assert f"energy MAE (meV/atom){float(best['energy_mae']):.4g}" in words["learning-curve"]
+    for a, b in pairs:
         assert f"{a}-{b}" in words["pair-curves"]
     assert "validation_fraction: 0.3" in words["configuration"]
     assert __version__ in words["versions"] and "PyTorch" in words["versions"]
     assert 'class="missing"' not in file.read_text()
+
+
+def test_tables_align_numbers_and_write_them_out():
+    """Columns of numbers are to the right, header included; errors of 13,519 meV are no 1.352e+04."""
+    text = report._table(["pair", "depth (eV)"], [["H-O", report._short(13519.25)], ["H-H", "-"]])
+    assert "<th>pair</th>" in text and '<th class="number">depth (eV)</th>' in text
+    assert '<td class="number">13519</td>' in text and '<td class="number">-</td>' in text
+    assert [report._short(v) for v in (400, "400", 0.123456, -2586.24, None)] == [
+        "400", "400", "0.1235", "-2586", "None",
+    ]  # fmt: skip
+
+
+def test_the_best_and_the_last_validation(tmp_path):
+    columns = "step,epoch,score,best,energy_mae,energy_rmse,forces_mae,forces_rmse,virial_mae,virial_rmse\n"
+    (tmp_path / "valid.csv").write_text(columns + "2,0,1.5,1,20,30,200,300,,\n4,0,1.8,0,25,35,250,350,,\n")
+    (tmp_path / "train.csv").touch()
+    words = page(write_report(tmp_path, progress=False)).words["learning-curve"]
+    assert "best (step 2)last (step 4)" in words and "forces RMSE (meV/Å)300350" in words
+    assert "virial" not in words
 
 
 def test_missing_parts_name_the_command_that_makes_them(trained, tmp_path):

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -297,6 +296,22 @@ def test_charges_and_periodicities_are_those_of_each_structure(tmp_path):
     assert energies[0] == pytest.approx(energies[2], abs=1e-12) and abs(energies[0] - energies[1]) > 1e-5
 
 
+@pytest.mark.parametrize("cell", ["fixed", "full"])
+def test_isolated_atoms_are_relaxed_and_no_atoms_refused(tmp_path, cell):
+    box = {"cell": [20] * 3, "pbc": True} if cell == "full" else {}
+    with connect(tmp_path / "start.db") as database:
+        for atoms in (Atoms("C", **box), Atoms(**box), Atoms("HO", [(0, 0, 0), (9, 0, 0)], **box)):
+            database.write(atoms)
+    result = run(tmp_path / "start.db", Watched(), tmp_path / "out", cell=cell)
+    assert result.counts == {"converged": 2, "refused": 1}
+    table, frames = check(tmp_path / "out", 3, ("converged", "refused"))
+    assert table[1]["reason"] == "it has no atoms"
+    for row, atoms in zip((table[0], table[2]), frames, strict=True):
+        assert (row["steps"], float(row["max_force"])) == ("0", 0.0)
+        atoms.calc = DPA4Calculator(POTENTIAL, device="cpu", dtype="float64")
+        assert float(row["energy"]) == pytest.approx(atoms.get_potential_energy(), abs=1e-12)
+
+
 def test_shards_are_joined_by_the_last_one(tmp_path):
     source = clusters(tmp_path, 7)
     for rank in (2, 0, 1):
@@ -325,7 +340,7 @@ def test_interruption_and_resume(tmp_path):
 
     def interrupting(state, results):
         if not sent and len(table.read_bytes().splitlines()) >= 3:
-            sent.append(os.kill(os.getpid(), signal.SIGINT))
+            sent.append(signal.raise_signal(signal.SIGINT))
         return results
 
     sent: list[None] = []

@@ -74,7 +74,8 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:
-    """Write a figure as PNG."""
+    """Write a figure as PNG, its labels of one column on one line."""
+    figure.align_ylabels()
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=dpi, format="png")
 

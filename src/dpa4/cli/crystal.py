@@ -79,7 +79,7 @@ def elastic(
     names = ("xx", "yy", "zz", "yz", "xz", "xy")
     table = Table("GPa", *names)
     for name, row in zip(names, result.stiffness, strict=True):
-        table.add_row(name, *(f"{value:.1f}" for value in row))
+        table.add_row(name, *(f"{value + 0.0:.1f}" for value in row.round(1)))  # no -0.0
     console.print(table)
     if result.moduli is None:
         console.print("not stable: the stiffness has an eigenvalue that is not positive")
@@ -126,10 +126,9 @@ def phonon(
             resume=resume,
         )  # fmt: skip
     size = " x ".join(map(str, result.supercell))
-    console.print(f"supercell {size}, {result.displacements} displacements", highlight=False)
-    console.print(
-        f"frequencies {result.min_frequency:.3f} to {result.max_frequency:.3f} THz", highlight=False
-    )
+    console.print(f"supercell {size}, displacements: {result.displacements}", highlight=False)
+    lowest = round(result.min_frequency, 3) + 0.0  # no -0.000
+    console.print(f"frequencies {lowest:.3f} to {result.max_frequency:.3f} THz", highlight=False)
     if result.imaginary:
         console.print("imaginary modes: the crystal is not stable here, or the supercell is too small")
     if result.heat_capacity is not None:

@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from dpa4.cli.options import Branch, Device, Dtype, Model, Structures, console, eager_potential, user_errors
+from dpa4.cli.options import (
+    Branch,
+    Device,
+    Dtype,
+    Model,
+    Structures,
+    console,
+    eager_potential,
+    read_structures,
+    user_errors,
+)
 
 
 def embed(
@@ -23,12 +33,10 @@ def embed(
     branch: Branch = None,
 ) -> None:
     """Write the embedding of every atom: invariant features after the last block."""
-    from ase.io import iread
-
     from dpa4.potential import write_embeddings
 
     with user_errors():
-        images = list(iread(structures))
+        images = read_structures(structures)
         potential = eager_potential(model, device, dtype, branch)
         write_embeddings(potential, images, output, mean=mean, max_atoms=max_atoms)
     what = f"{len(images)} structures" if mean else f"{sum(map(len, images))} atoms"

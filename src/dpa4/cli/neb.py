@@ -52,7 +52,7 @@ def neb(
     console.print(f"{state} after {result.steps} steps, largest force {result.max_force:.3f} eV/Å")
     console.print(
         f"barrier {result.barrier:.4f} eV, in reverse {result.reverse_barrier:.4f} eV; end above start by "
-        f"{result.reaction_energy:.4f} eV",
+        f"{round(result.reaction_energy, 4) + 0.0:.4f} eV",
         highlight=False,
     )
     console.print(f"path.xyz, path.csv, path.png and neb.csv are in {output}/")

@@ -1,9 +1,10 @@
 """What the commands share: kinds of arguments, the console, errors for people."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -35,20 +36,48 @@ Structures = Annotated[Path, typer.Argument(help="Structures in any format ASE r
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Print what is wrong with the input instead of a traceback, and exit with status 1."""
+    """Print what is wrong with the input instead of a traceback, and exit with status 1; warnings in one line."""
+    shown, warnings.showwarning = warnings.showwarning, _show_warning
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
-        message = Text.assemble(("error:", "bold red"), f" {error}")
-        Console(stderr=True).print(message, soft_wrap=True)
+        _print("error:", "bold red", error)
         raise typer.Exit(1) from error
+    finally:
+        warnings.showwarning = shown
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _print("warning:", "bold yellow", message)
+
+
+def _print(what: str, style: str, message: object) -> None:
+    Console(stderr=True).print(Text.assemble((what, style), f" {message}"), soft_wrap=True)
+
+
+def read_structures(file: Path, index: str = ":") -> "list[Atoms]":
+    """Structures of a file in any format ASE reads.
+
+    Raises:
+        FileNotFoundError: If there is no file.
+        ValueError: If ASE cannot read it, or there is no structure in it.
+    """
+    from ase.io import iread
+
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    try:
+        found = list(iread(file, index=index))
+    except Exception as error:  # ASE's readers raise errors of every kind
+        raise ValueError(f"{file} cannot be read by ASE: {type(error).__name__}: {error}") from error
+    if not found:
+        raise ValueError(f"there is no structure in {file}")
+    return found
 
 
 def last_image(file: Path) -> "Atoms":
-    """The last structure of a file in any format ASE reads."""
-    from ase.io import iread
-
-    return next(iread(file, index=-1))
+    """The last structure of a file in any format ASE reads; errors as of `read_structures`."""
+    return read_structures(file, "-1")[0]
 
 
 def eager_potential(model: Path, device: str, dtype: str, branch: str | None) -> "Potential":

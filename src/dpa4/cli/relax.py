@@ -15,6 +15,7 @@ from dpa4.cli.options import (
     Precision,
     Structures,
     console,
+    read_structures,
     user_errors,
 )
 
@@ -41,12 +42,10 @@ def relax(
     branch: Branch = None,
 ) -> None:
     """Relax every structure of a file."""
-    from ase.io import iread
-
     from dpa4.simulation import DPA4Calculator, relax_all
 
     with user_errors():
-        images = list(iread(structures))
+        images = read_structures(structures)
         calculator = DPA4Calculator(
             model, device=device, dtype=dtype, precision=precision, compile=compile, branch=branch
         )

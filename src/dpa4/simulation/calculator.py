@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,10 +119,12 @@ class DPA4Calculator(Calculator):
         """Compute everything but ``stresses`` at once; the forces cost little more than the energy alone.
 
         Raises:
-            ValueError: If an element, the charge or the spin is outside a model, a position is not finite,
-                atoms coincide, or a periodic axis has no cell vector.
+            ValueError: If there are no atoms, an element, the charge or the spin is outside a model, a position is
+                not finite, atoms coincide, or a periodic axis has no cell vector.
         """
         super().calculate(atoms, properties, system_changes)
+        if len(self.atoms) == 0:
+            raise ValueError("the structure has no atoms")
         with_stress = self.compute_stress and bool(self.atoms.pbc.all())
         graphs = self._graphs(self.atoms)
         members = [
@@ -207,8 +210,10 @@ def charge_spin_of(potential: Potential, atoms: Atoms) -> tuple[int, int]:
             "(charge in e, spin as the multiplicity 2S + 1)"
         )
     charge, spin = (atoms.info.get(key, d) for key, d in zip(_INFO_KEYS, default or (0, 1), strict=True))
-    if charge != int(charge) or spin != int(spin):
-        raise ValueError(f"charge and spin (2S + 1) must be whole numbers, got charge {charge}, spin {spin}")
+    if not all(isinstance(value, Real) and float(value).is_integer() for value in (charge, spin)):
+        raise ValueError(
+            f"charge and spin (2S + 1) must be whole numbers, got charge {charge!r}, spin {spin!r}"
+        )
     return int(charge), int(spin)
 
 

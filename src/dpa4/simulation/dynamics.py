@@ -13,7 +13,7 @@ from ase.io import write
 
 from dpa4.simulation.calculator import labelled
 from dpa4.simulation.integrators import bath_state, conserved_energy, make_integrator, set_bath_state
-from dpa4.simulation.momenta import draw_momenta, internal_momenta, temperature
+from dpa4.simulation.momenta import degrees_of_freedom, draw_momenta, internal_momenta, temperature
 from dpa4.simulation.progress import progress_bar
 from dpa4.system import CsvLog, atomic_write, new_figure, read_csv, save_figure, stop_requests
 
@@ -96,7 +96,7 @@ def run_md(
     Raises:
         FileExistsError: If ``output`` already holds a run and ``resume`` is not set.
         FileNotFoundError: If there is no run to resume.
-        ValueError: If an argument is not allowed, or the run to resume had other settings or atoms.
+        ValueError: If an argument is not allowed, no atom can move, or the run to resume had other settings or atoms.
         RuntimeError: If a step fails, usually because the timestep is too long.
     """
     settings = {
@@ -142,6 +142,8 @@ class _Run:
                 "ensemble npt needs a cell periodic along all three axes and a calculator with stress; pbc is "
                 f"{atoms.pbc.tolist()}"
             )
+        if len(atoms) == 0 or degrees_of_freedom(atoms) == 0:
+            raise ValueError(f"none of {len(atoms)} atoms can move; give atoms without constraints")
         baths = self._load() if resume else self._start()
         atoms.calc = calculator
         atoms.get_forces()  # what is wrong with the structure shows before there are files
@@ -287,8 +289,8 @@ def _finish(folder: Path, steps: int, finished: bool, num_atoms: int, ensemble: 
 
 
 def _plot(table: dict[str, np.ndarray], change: np.ndarray, path: Path) -> None:
-    what = "conserved energy" if CONSERVED in table else "energy"
-    panels = [(f"{what} change\n(meV/atom)", change), ("temperature (K)", table["temperature_K"])]
+    what = "conserved" if CONSERVED in table else "total"
+    panels = [(f"{what} energy,\nchange (meV/atom)", change), ("temperature (K)", table["temperature_K"])]
     panels += [("pressure (GPa)", table[PRESSURE])] if PRESSURE in table else []
     panels += [("volume (Å³)", table[VOLUME])] if VOLUME in table else []
     figure = new_figure(7, 2.3 * len(panels))

@@ -248,7 +248,7 @@ def _relax(name: str, atoms: Atoms, calculator: Calculator, fmax: float, steps: 
 
 
 def _interpolated(first: Atoms, last: Atoms, images: int) -> list[Atoms]:
-    if np.linalg.norm(last.positions - first.positions, axis=1).max() < SAME:
+    if np.linalg.norm(last.positions - first.positions, axis=1).max(initial=0.0) < SAME:
         raise ValueError("start and end are the same structure, so there is no path between them")
     path = [first, *(first.copy() for _ in range(images)), last]
     band = NEB(path, method="improvedtangent", remove_rotation_and_translation=_is_free(first))
@@ -309,10 +309,10 @@ def _plot(fit: Any, highest: int, path: Path) -> None:
     axis.plot(fit.path, fit.energies, "o", markersize=5)
     axis.annotate(
         f"{fit.energies[highest]:.3f} eV", (fit.path[highest], fit.energies[highest]),
-        textcoords="offset points", xytext=(0, 6), ha="center",
+        textcoords="offset points", xytext=(0, 12), ha="center",
     )  # fmt: skip
-    axis.margins(y=0.12)
-    axis.set_xlabel("path (Å)")
-    axis.set_ylabel("energy (eV)")
+    axis.margins(y=0.15)
+    axis.set_xlabel("distance along the path (Å)")
+    axis.set_ylabel("energy above the start (eV)")
     axis.grid(alpha=0.3)
     save_figure(figure, path)

@@ -235,8 +235,8 @@ def _ticks(
 def _plot_thermal(path: Path, thermal: Any) -> None:
     panels = {
         "free energy\n(kJ/mol)": thermal.free_energy,
-        "entropy\n(J/K/mol)": thermal.entropy,
-        "heat capacity\n(J/K/mol)": thermal.heat_capacity,
+        "entropy\n(J/(K mol))": thermal.entropy,
+        "heat capacity\n(J/(K mol))": thermal.heat_capacity,
     }
     figure = new_figure(7, 7)
     axes = figure.subplots(3, 1, sharex=True)

@@ -86,9 +86,11 @@ def relax(
 
     Raises:
         ImportError: If ``symmetry`` is asked for and spglib is not installed.
-        ValueError: If an argument is not allowed, or the cell is to change and the structure is not periodic
-            along all three axes.
+        ValueError: If an argument is not allowed, there are no atoms, or the cell is to change and the structure is
+            not periodic along all three axes.
     """
+    if len(atoms) == 0:
+        raise ValueError("the structure has no atoms")
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     check_relaxation(fmax, steps, cell, pressure, tuple(CELLS))

@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 from importlib.metadata import version
@@ -16,20 +16,46 @@ from rich.progress import track
 
 from dpa4 import __version__
 from dpa4.potential import Potential, load_potential, model_card
-from dpa4.simulation.dimer import PER_PAGE, Diagnosis, Pair, diagnose, draw_pairs, element_pairs, pair_curves
+from dpa4.potential.card import ModelCard
+from dpa4.simulation.dimer import Diagnosis, Pair, diagnose, draw_pairs, element_pairs, pair_curves
 from dpa4.system import atomic_write, choose_device, read_csv
 
 MAX_PAIRS = 60  # in the report; `dpa4 dimer` draws any number
+PAIRS_OF_A_FIGURE = 3  # as wide as a page
+SUMMARY = (
+    "preset",
+    "trainable parameters",
+    "elements",
+    "cutoff",
+    "training data",
+    "validation data",
+    "step",
+    "date",
+)
+UNITS = {"energy": "meV/atom", "forces": "meV/Å", "virial": "meV/atom"}  # of valid.csv
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
-h2 { border-bottom: 1px solid #ccc; margin-top: 2em; }
+:root { color-scheme: light dark; --line: #ddd; --soft: #f4f4f4; --bad: #a40000; }
+@media (prefers-color-scheme: dark) { :root { --line: #444; --soft: #222; --bad: #ff8a80; } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 0 auto; padding: 1em; }
+h2 { border-bottom: 1px solid var(--line); margin-top: 2em; }
+nav a { margin-right: 1em; }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1em 0; }
-th, td { text-align: left; padding: 2px 12px 2px 0; border-bottom: 1px solid #eee; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 13px; }
-img { max-width: 100%; }
-.missing { color: #a40000; }
+th, td { text-align: left; padding: 2px 16px 2px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td:first-child { white-space: nowrap; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+pre { background: var(--soft); padding: 1em; white-space: pre-wrap; font-size: 13px; }
+img { max-width: 100%; background: white; }
+.missing { color: var(--bad); }
+@media (max-width: 700px) { img { max-width: 200%; } }
+@media print {
+  nav { display: none; }
+  body { font-size: 9pt; max-width: none; padding: 0; }
+  h2, h3 { break-after: avoid; }
+  tr, img { break-inside: avoid; }
+  th, td { padding-right: 8px; }
+}
 """
 
 
@@ -44,8 +70,8 @@ def write_report(
 ) -> Path:
     """Write one self-contained HTML file about a training run.
 
-    Its sections: model card, learning curve, errors on test data, pair curves, configuration, versions. Where
-    something is missing, the section says so and names the command that makes it.
+    Its sections: summary, learning curve, errors on test data, pair curves, model card, configuration, versions.
+    Where something is missing, the section says so and names the command that makes it.
 
     Args:
         run: Output folder of the training.
@@ -72,22 +98,30 @@ def write_report(
         raise ValueError(f"{folder} is no output folder of a training run: it has none of {', '.join(names)}")
     file = folder / "report.html" if output is None else Path(output)
     model = next((folder / name for name in names[:2] if (folder / name).is_file()), None)
+    card = None if model is None else model_card(model)
+    validations = _validations(folder)
+    table = None if evaluation is None else _error_table(Path(evaluation) / "errors.json")
     sections = {
-        "Model": _model(model),
-        "Learning curve": _learning_curve(folder),
-        "Errors": _errors(model, None if evaluation is None else Path(evaluation)),
+        "Summary": _summary(card, validations, table),
+        "Learning curve": _learning_curve(folder, validations),
+        "Errors": _errors(model, None if evaluation is None else Path(evaluation), table),
         "Pair curves": _pair_curves(model, pairs, device, progress),
+        "Model": _model(card),
         "Configuration": _configuration(folder),
         "Versions": _versions(),
     }
+    ids = {title: title.lower().replace(" ", "-") for title in sections}
+    links = "\n".join(f'<a href="#{name}">{title}</a>' for title, name in ids.items())
     body = "\n".join(
-        f'<section id="{escape(title.lower().replace(" ", "-"))}">\n<h2>{escape(title)}</h2>\n{content}\n</section>'
+        f'<section id="{ids[title]}">\n<h2>{title}</h2>\n{content}\n</section>'
         for title, content in sections.items()
     )
     name = escape(folder.resolve().name)
     text = (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{name}: DPA4 training</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>Training run {name}</h1>\n{body}\n</body>\n</html>\n"
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{name}: DPA4 training</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>DPA4 training run: {name}</h1>\n<nav>\n{links}\n</nav>\n{body}\n</body>\n</html>\n"
     )
     with atomic_write(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -97,56 +131,93 @@ def write_report(
 # --- sections
 
 
-def _model(model: Path | None) -> str:
-    if model is None:
-        return _missing("There is no model yet", "dpa4 train run.yaml --resume")
-    card = model_card(model)
-    tables = [f"<h3>{escape(title)}</h3>\n{_pairs_table(lines)}" for title, lines in card.sections.items()]
-    return "\n".join([f"<p>{escape(card.title)}</p>", *tables])
+def _summary(
+    card: ModelCard | None, validations: dict[str, dict[str, str]], table: list[dict[str, Any]] | None
+) -> str:
+    lines: dict[str, str] = {}
+    if card is not None:
+        known = card.sections["Model"] | card.sections["Provenance"]
+        lines |= {name: known[name] for name in SUMMARY if name in known}
+    for label, row in validations.items():
+        errors = [
+            f"{what} {_short(row[f'{what}_mae'])} {unit}"
+            for what, unit in UNITS.items()
+            if row.get(f"{what}_mae")
+        ]
+        lines[f"validation MAE, {label}"] = ", ".join(errors)
+    if table:
+        lines["test MAE"] = ", ".join(
+            f"{r['quantity']} {_short(r['mae'])} {r['unit']}" for r in table if r["group"] == "all"
+        )
+    return _pairs_table(lines) if lines else "<p>There is neither a model nor a validation yet.</p>"
 
 
-def _learning_curve(folder: Path) -> str:
+def _validations(folder: Path) -> dict[str, dict[str, str]]:
+    """Rows of valid.csv: the best and, if it is another, the last; {} without validation."""
+    rows = read_csv(folder / "valid.csv")
+    best = [row for row in rows if row["best"] == "1"]
+    chosen = [("best", row) for row in best[-1:]] + [
+        ("last", row) for row in rows[-1:] if row not in best[-1:]
+    ]
+    return {f"{label} (step {row['step']})": row for label, row in chosen}
+
+
+def _learning_curve(folder: Path, validations: dict[str, dict[str, str]]) -> str:
     parts = []
     if (folder / "learning_curve.png").is_file():
         parts.append(_image((folder / "learning_curve.png").read_bytes(), "Learning curve"))
     else:
         parts.append(_missing("There is no learning_curve.png", "dpa4 train run.yaml --resume"))
-    validations = read_csv(folder / "valid.csv")
-    if validations:
-        best = [row for row in validations if row["best"] == "1"]
-        chosen = {"best": best[-1], "last": validations[-1]} if best else {"last": validations[-1]}
-        columns = [
-            name for name in validations[0] if name != "best" and any(r[name] for r in chosen.values())
-        ]
-        rows = [[label, *(_short(row[name]) for name in columns)] for label, row in chosen.items()]
-        parts += [
-            "<p>Validation; errors of energy and virial in meV/atom, of forces in meV/Å:</p>",
-            _table(["", *columns], rows),
-        ]
-    else:
-        parts.append("<p>There were no validation data.</p>")
-    return "\n".join(parts)
+    if not validations:
+        return "\n".join([*parts, "<p>There were no validation data.</p>"])
+    rows = [["score", *(_short(row["score"]) for row in validations.values())]]
+    for name in next(iter(validations.values())):
+        what, _, kind = name.partition("_")
+        values = [row[name] for row in validations.values()]
+        if what in UNITS and any(values):
+            rows.append([f"{what} {kind.upper()} ({UNITS[what]})", *map(_short, values)])
+    return "\n".join([*parts, "<h3>Validation</h3>", _table(["", *validations], rows)])
 
 
-def _errors(model: Path | None, evaluation: Path | None) -> str:
+def _error_table(file: Path) -> list[dict[str, Any]] | None:
+    """Rows of the table of `dpa4 eval`; None if there is none."""
+    if not file.is_file():
+        return None
+    names = ("group", "quantity", "unit", "values", "mae", "rmse", "maximum")
+    try:
+        return [{name: row[name] for name in names} for row in json.loads(file.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} is damaged ({error!r})") from error
+
+
+def _errors(model: Path | None, evaluation: Path | None, table: list[dict[str, Any]] | None) -> str:
     command = f"dpa4 eval {model or 'best.safetensors'} test.xyz --output eval"
     if evaluation is None:
         return _missing("No evaluation was given; name its folder by --eval", command)
-    parts = []
-    if (evaluation / "errors.json").is_file():
-        columns = ("group", "quantity", "unit", "values", "mae", "rmse", "maximum")
-        try:
-            found = json.loads((evaluation / "errors.json").read_text(encoding="utf-8"))
-            rows = [[_short(row[name]) for name in columns] for row in found]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{evaluation / 'errors.json'} is damaged ({error!r})") from error
-        parts.append(_table(["group", "quantity", "unit", "values", "MAE", "RMSE", "max"], rows))
-    else:
-        parts.append(_missing(f"{evaluation} has no errors.json", command))
+    parts = (
+        [_missing(f"{evaluation} has no errors.json", command)] if table is None else [_error_tables(table)]
+    )
     if (evaluation / "parity.png").is_file():
         parts.append(_image((evaluation / "parity.png").read_bytes(), "Predictions against labels"))
     else:
         parts.append(_missing(f"{evaluation} has no parity.png", command))
+    return "\n".join(parts)
+
+
+def _error_tables(table: list[dict[str, Any]]) -> str:
+    """Errors of all structures, and below those of groups, a row for each."""
+    header = ["quantity", "unit", "values", "MAE", "RMSE", "largest"]
+    names = ("quantity", "unit", "values", "mae", "rmse", "maximum")
+    parts = [_table(header, [[_short(r[n]) for n in names] for r in table if r["group"] == "all"])]
+    groups = list(dict.fromkeys(r["group"] for r in table if r["group"] != "all"))
+    if groups:
+        found = {
+            (r["group"], r["quantity"], kind): _short(r[kind]) for r in table for kind in ("mae", "rmse")
+        }
+        columns = {(r["quantity"], kind): r["unit"] for r in table for kind in ("mae", "rmse")}
+        header = [f"{quantity} {kind.upper()} ({unit})" for (quantity, kind), unit in columns.items()]
+        rows = [[group, *(found.get((group, *column), "-") for column in columns)] for group in groups]
+        parts += ["<h3>By group</h3>", _table(["group", *header], rows)]
     return "\n".join(parts)
 
 
@@ -171,10 +242,10 @@ def _pair_curves(model: Path | None, wanted: bool, device: str | torch.device, p
             f"These are the {MAX_PAIRS} of {len(pairs)} pairs that came closest in the training data; for all"
         )
         parts.append(_missing(text, f"dpa4 dimer {model} --output dimer"))
-    for first in range(0, len(curves), PER_PAGE):
-        page = slice(first, first + PER_PAGE)
+    for first in range(0, len(curves), PAIRS_OF_A_FIGURE):
+        page = slice(first, first + PAIRS_OF_A_FIGURE)
         drawn = io.BytesIO()
-        draw_pairs(curves[page], diagnoses[page]).savefig(drawn, dpi=100, format="png")
+        draw_pairs(curves[page], diagnoses[page]).savefig(drawn, dpi=115, format="png")
         parts.append(_image(drawn.getvalue(), "Pair curves"))
     parts.append(_diagnoses(diagnoses))
     return "\n".join(parts)
@@ -196,6 +267,16 @@ def _diagnoses(diagnoses: Sequence[Diagnosis]) -> str:
         values = (d.minimum, d.depth, d.force_flips, d.excess_variation)
         rows.append([d.pair, *("-" if v is None else _short(v) for v in values), ", ".join(d.flags)])
     return _table(header, rows)
+
+
+def _model(card: ModelCard | None) -> str:
+    if card is None:
+        return _missing("There is no model yet", "dpa4 train run.yaml --resume")
+    tables = []
+    for title, lines in card.sections.items():
+        own = {name: value for name, value in lines.items() if name != "options"}  # see Configuration
+        tables.append(f"<h3>{escape(title)}</h3>\n{_pairs_table(own)}")
+    return "\n".join([f"<p>{escape(card.title)}</p>", *tables])
 
 
 def _configuration(folder: Path) -> str:
@@ -227,7 +308,8 @@ def _missing(what: str, command: str) -> str:
 
 
 def _image(png: bytes, text: str) -> str:
-    return f'<img alt="{escape(text)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    encoded = base64.b64encode(png).decode()
+    return f'<div class="wide"><img alt="{escape(text)}" src="data:image/png;base64,{encoded}"></div>'
 
 
 def _pairs_table(lines: dict[str, str]) -> str:
@@ -235,14 +317,18 @@ def _pairs_table(lines: dict[str, str]) -> str:
     return f"<table>\n{rows}</table>"
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>\n" for row in rows)
-    return f"<table>\n<tr>{head}</tr>\n{body}</table>"
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    numeric = [
+        bool(rows) and all(_is_number(row[k]) or row[k] == "-" for row in rows) for k in range(len(header))
+    ]
 
+    def line(tag: str, cells: Sequence[str]) -> str:
+        kinds = [' class="number"' if number else "" for number in numeric]
+        return "".join(f"<{tag}{kind}>{escape(c)}</{tag}>" for kind, c in zip(kinds, cells, strict=True))
 
-def _cell(text: str) -> str:
-    return f'<td class="number">{escape(text)}</td>' if _is_number(text) else f"<td>{escape(text)}</td>"
+    body = "".join(f"<tr>{line('td', row)}</tr>\n" for row in rows)
+    head = f"<thead><tr>{line('th', header)}</tr></thead>"
+    return f'<div class="wide"><table>\n{head}\n<tbody>\n{body}</tbody></table></div>'
 
 
 def _is_number(text: str) -> bool:
@@ -256,4 +342,7 @@ def _is_number(text: str) -> bool:
 def _short(value: Any) -> str:
     """Text of a value, with four digits if it is a fraction."""
     text = str(value)
-    return f"{float(text):.4g}" if _is_number(text) and not text.lstrip("-").isdecimal() else text
+    if not _is_number(text) or text.lstrip("-").isdecimal():
+        return text
+    number = float(text)
+    return f"{number:.4g}" if abs(number) < 1e4 else f"{number:.0f}"

@@ -15,7 +15,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from dpa4.data import Batch, EpochBatches, Frame, FrameDataset, check_elements
 from dpa4.model import DPA4
@@ -74,7 +74,7 @@ class ErrorTable(NamedTuple):
 
     def to_rich(self) -> Table:
         """Table for the terminal."""
-        table = Table("group", "quantity", "unit", title="Errors")
+        table = Table(Column("group", overflow="fold"), "quantity", "unit", title="Errors")
         for column in ("values", "MAE", "RMSE", "max"):
             table.add_column(column, justify="right")
         for i, r in enumerate(self.rows):
