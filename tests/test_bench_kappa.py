@@ -170,11 +170,8 @@ def test_conductivity_goes_on_after_an_interruption(tmp_path, kappa_run):
     assert run_kappa(path, argon(), tmp_path / "run", progress=False)[:3] == (1, 0, False)
     found = json.loads((tmp_path / "run" / "results.jsonl").read_text())
     assert found["kappa_tot_rta"] == kappa_run[1]["mp-hcp"]["kappa_tot_rta"]
-    assert run_kappa(path, None, tmp_path / "run", progress=False)[:3] == (
-        1,
-        0,
-        False,
-    )  # nothing is left to do
+    # nothing is left to do: no calculator is needed
+    assert run_kappa(path, None, tmp_path / "run", progress=False)[:3] == (1, 0, False)
 
 
 def test_reference_by_columns_and_under_the_first_names(tmp_path):
