@@ -1,6 +1,7 @@
 """Readers: every format, every convention of labels, signs, and messages."""
 
 import sys
+import zipfile
 from pathlib import Path
 
 import ase.db
@@ -105,6 +106,24 @@ def test_aselmdb_without_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ase_db_backends", None)
     with pytest.raises(ImportError, match=r"a.aselmdb needs ase-db-backends: pip install dpa4\[aselmdb\]"):
         read_frames(tmp_path / "a.aselmdb")
+
+
+def test_archive_of_extended_xyz_files(tmp_path):
+    ase.io.write(tmp_path / "a.xyz", [water(), copper(1)], format="extxyz")
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.write(tmp_path / "a.xyz", "set/a.extxyz")
+        archive.write(tmp_path / "a.xyz", "b.xyz")
+        archive.writestr("readme.txt", "no structure")
+    frames = read_frames(tmp_path / "all.zip")
+    assert [len(f) for f in frames] == [3, 4, 3, 4]
+    assert frames[1].origin == f"{tmp_path / 'all.zip'}, set/a.extxyz, frame 1"
+    (tmp_path / "broken.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="broken.zip cannot be read as archive: BadZipFile"):
+        read_frames(tmp_path / "broken.zip")
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
+        pass
+    with pytest.raises(ValueError, match="empty.zip has no structure"):
+        read_frames(tmp_path / "empty.zip")
 
 
 def test_several_paths_are_read_in_order(tmp_path):

@@ -13,10 +13,12 @@ from dpa4.cli.options import (
     Dtype,
     Model,
     Output,
+    Precision,
     console,
     eager_potential,
     user_errors,
 )
+from dpa4.cli.screen import MaxEdges, Rank, WorldSize, report
 from dpa4.cli.training import label_keys
 
 if TYPE_CHECKING:
@@ -42,40 +44,38 @@ def discovery(
     output: Output = Path("bench-discovery"),
     fmax: Annotated[float, typer.Option(help="Largest force, in eV/Angstrom.")] = 0.02,
     steps: Annotated[int, typer.Option(help="Most steps per structure.")] = 500,
-    part: Annotated[
-        str, typer.Option(help="i/n: the i-th of n parts, for processes that share a folder.")
-    ] = "1/1",
-    relax_only: Annotated[
-        bool, typer.Option("--relax-only", help="Leave out the metrics and the files they need.")
-    ] = False,
+    max_edges: MaxEdges = 200_000,
+    rank: Rank = 0,
+    world_size: WorldSize = 1,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    precision: Precision = "high",
     compile: Compile = None,
     branch: Branch = None,
 ) -> None:
-    """Relax the WBM test set; F1, DAF and RMSD of Matbench Discovery."""
-    from dpa4.simulation.bench import files, relax_structures, score_structures
-    from dpa4.simulation.bench.discovery import read_structures
+    """Relax the WBM test set like dpa4 screen; F1, DAF and RMSD of Matbench Discovery."""
+    from dpa4.simulation.bench import files, score_structures
 
     with user_errors():
         source = structures or files.locate(data, files.WBM_INITIAL)
-        if not relax_only:
-            for file in (files.WBM_SUMMARY, files.WBM_ENTRIES, files.MP_REFERENCES):
-                files.locate(data, file)
-        total, images = read_structures(source)
-        state = relax_structures(
-            images, total, _calculator(model, device, dtype, compile, branch), output, fmax=fmax, steps=steps,
-            part=_part(part), model=_fingerprint(model, branch), dtype=dtype,
+        for file in (files.WBM_SUMMARY, files.WBM_ENTRIES, files.MP_REFERENCES):
+            files.locate(data, file)
+        from dpa4.simulation.screen import screen
+        from dpa4.simulation.torchsim import DPA4Model
+
+        potential = DPA4Model(
+            model, device=device, dtype=dtype, precision=precision, compile=compile, branch=branch
+        )
+        result = screen(
+            [source], potential, output, fmax=fmax, steps=steps, cell="full", max_edges=max_edges,
+            rank=rank, world_size=world_size, resume=True,
         )  # fmt: skip
-        _report(state, "structures relaxed")
-        if relax_only or state.interrupted:
+        report(result, output, rank, world_size, "the same command goes on")
+        if not result.joined:
             return
-        if (done := _records(output)) < total:
-            console.print(f"{done} of {total} structures are in {output}/; metrics follow when all are")
-            return
-        state, score = score_structures(output, data)
+        state, score = score_structures(output, data, model=_fingerprint(model, branch), dtype=dtype)
+    _report(state, "formation energies")
     if score is None:
-        _report(state, "formation energies")
         return
     for subset, found in score.stability.items():
         console.print(
@@ -84,6 +84,7 @@ def discovery(
             highlight=False,
         )
     console.print(f"RMSD {score.rmsd:.4f}", highlight=False)
+    _differences(score.differences)
     console.print(f"discovery.csv, summary.json and hull.png are in {output}/")
 
 
@@ -119,6 +120,7 @@ def kappa(
         f"{score.failed} of {score.materials} count as 2, {score.missing} of them not computed",
         highlight=False,
     )
+    _differences(score.differences)
     console.print(f"kappa.csv, summary.json and kappa.png are in {output}/")
 
 
@@ -236,18 +238,9 @@ def _fingerprint(model: Path, branch: str | None) -> str:
     return f"sha256:{digest}" + (f" {branch}" if branch else "")
 
 
-def _part(text: str) -> tuple[int, int]:
-    first, _, parts = text.partition("/")
-    if not (first.isdigit() and parts.isdigit()):
-        raise ValueError(f"--part must be i/n such as 2/8, got {text}")
-    return int(first), int(parts)
-
-
-def _records(output: Path) -> int:
-    from dpa4.simulation.records import Records, read_settings
-
-    with Records(output, read_settings(output)) as records:
-        return len(records)
+def _differences(found: tuple[str, ...]) -> None:
+    for difference in found:
+        console.print(f"differs from the leaderboard: {difference}", highlight=False)
 
 
 def _report(state: "Progressed", what: str) -> None:

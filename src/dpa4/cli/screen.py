@@ -1,11 +1,18 @@
 """Relaxation of many structures at once on the command line."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from dpa4.cli.options import Branch, Compile, Device, Dtype, Model, Output, Precision, console, user_errors
+
+if TYPE_CHECKING:
+    from dpa4.simulation.screen import Screening
+
+MaxEdges = Annotated[int, typer.Option(help="Edges of a batch: what the memory of the GPU allows.")]
+Rank = Annotated[int, typer.Option(help="Number of this process among all, from 0.")]
+WorldSize = Annotated[int, typer.Option(help="How many processes share the work.")]
 
 
 def screen(
@@ -18,11 +25,9 @@ def screen(
         Literal["fixed", "full", "volume", "shape"], typer.Option(help="What of the cell is relaxed.")
     ] = "fixed",
     pressure: Annotated[float, typer.Option(help="External pressure, in GPa.")] = 0.0,
-    max_edges: Annotated[
-        int, typer.Option(help="Edges of a batch: what the memory of the GPU allows.")
-    ] = 200_000,
-    rank: Annotated[int, typer.Option(help="Number of this process among all, from 0.")] = 0,
-    world_size: Annotated[int, typer.Option(help="How many processes share the work.")] = 1,
+    max_edges: MaxEdges = 200_000,
+    rank: Rank = 0,
+    world_size: WorldSize = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on in the output folder.")] = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -42,10 +47,15 @@ def screen(
             structures, potential, output, fmax=fmax, steps=steps, cell=cell, pressure=pressure, max_edges=max_edges,
             rank=rank, world_size=world_size, resume=resume,
         )  # fmt: skip
+    report(result, output, rank, world_size, "go on with --resume")
+
+
+def report(result: "Screening", output: Path, rank: int, world_size: int, how_to_go_on: str) -> None:
+    """Tell what became of the structures."""
     console.print(", ".join(f"{count} {status}" for status, count in sorted(result.counts.items())) or "none")
     if result.joined:
         console.print(f"screen.csv and relaxed.xyz of {result.total} structures are in {output}/")
     elif result.finished:
         console.print(f"shard {rank} of {world_size} is finished, others are not; the last one joins them")
     else:
-        console.print("interrupted; go on with --resume")
+        console.print(f"interrupted; {how_to_go_on}")

@@ -1,5 +1,7 @@
 """Reading structures and labels from files, the only place where they enter."""
 
+import io
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +18,8 @@ def read_frames(paths: str | Path | Sequence[str | Path], keys: LabelKeys = USUA
     """Read every structure of one or more files or directories.
 
     Files: all ASE reads (extended XYZ, trajectories, VASP and other outputs), ASE databases (``.db``,
-    ``.json``) and ``.aselmdb``. Directories: deepmd npy systems at any depth, or ``.aselmdb`` shards.
+    ``.json``), ``.aselmdb``, and ``.zip`` archives of extended XYZ files. Directories: deepmd npy systems at
+    any depth, or ``.aselmdb`` shards.
 
     Labels are in eV and Angstrom. Without ``keys`` they are looked for in the calculator's results, then as
     ``REF_energy``, ``REF_forces``, ``REF_stress``, ``REF_virial(s)``, then under the plain names. A virial is
@@ -71,6 +74,8 @@ def read_atoms(path: Path) -> Iterator[tuple[str, Atoms]]:
             yield from read_atoms(shard)
     elif path.suffix in (".db", ".json", ".aselmdb"):
         yield from _read_database(path)
+    elif path.suffix == ".zip":
+        yield from _read_archive(path)
     else:
         try:
             images = ase.io.read(path, index=":")
@@ -78,6 +83,19 @@ def read_atoms(path: Path) -> Iterator[tuple[str, Atoms]]:
             raise ValueError(f"{path} cannot be read by ASE: {type(error).__name__}: {error}") from error
         for k, atoms in enumerate(images):
             yield f"{path}, frame {k}", atoms
+
+
+def _read_archive(path: Path) -> Iterator[tuple[str, Atoms]]:
+    """Structures of the extended XYZ files in an archive, which is not unpacked."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith((".extxyz", ".xyz")):
+                    text = io.StringIO(archive.read(name).decode())
+                    for k, atoms in enumerate(ase.io.iread(text, index=":", format="extxyz")):
+                        yield f"{path}, {name}, frame {k}", atoms
+    except Exception as error:  # of the archive or ASE's reader, of every kind
+        raise ValueError(f"{path} cannot be read as archive: {type(error).__name__}: {error}") from error
 
 
 def _read_database(path: Path) -> Iterator[tuple[str, Atoms]]:

@@ -38,8 +38,8 @@ ScreenedCell = Literal["fixed", "full", "volume", "shape"]
 """TorchSim's filter has the options of ASE's, but no mask."""
 
 COLUMNS = (
-    "structure", "source", "formula", "atoms", "status", "reason", "steps", "initial_energy", "energy", "max_force",
-    "volume",
+    "structure", "source", "material_id", "formula", "atoms", "status", "reason", "steps", "initial_energy", "energy",
+    "max_force", "volume",
 )  # fmt: skip
 STEPS_BETWEEN_CHECKS = 5
 EXPLODED = 4.0  # a volume that changes by more than this factor
@@ -246,6 +246,7 @@ def _row(job: _Job, status: str, reason: str = "", **results: float | None) -> d
     return {
         "structure": job.number,
         "source": job.source,
+        "material_id": job.atoms.info.get("material_id"),
         "formula": job.atoms.get_chemical_formula(),
         "atoms": len(job.atoms),
         "status": status,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ase import Atoms
-from ase.io import write
+from ase.io import iread, write
 
 from dpa4.simulation.records import write_csv
 from dpa4.system import CsvLog, atomic_write
@@ -166,6 +166,39 @@ def join(output: Path, world_size: int) -> bool:
     _copy([spans[number] for number in numbers if number in spans], output / FRAMES)
     write_csv(output / TABLE, list(rows[0]), rows)
     return True
+
+
+class FinishedRun:
+    """What a run left once its shards were joined.
+
+    Attributes:
+        settings: Of the run.
+        rows: Of the table.
+    """
+
+    def __init__(self, output: Path):
+        """Read settings and table; structures are read one by one.
+
+        Raises:
+            FileNotFoundError: If there is no such run.
+        """
+        markers = sorted((output / "shards").glob("*-of-*.json"))
+        if not markers or not (output / TABLE).is_file():
+            raise FileNotFoundError(f"there is no finished run of dpa4 screen in {output}")
+        self.settings = _read_marker(markers[0])["settings"]
+        self.rows = _rows(output / TABLE)
+        self._spans = _spans(output / FRAMES)
+
+    def atoms(self, number: int) -> Atoms:
+        """The relaxed structure of a number.
+
+        Raises:
+            KeyError: If there is none.
+        """
+        path, begin, length = self._spans[number]
+        with path.open("rb") as file:
+            file.seek(begin)
+            return next(iread(io.StringIO(file.read(length).decode()), format="extxyz"))
 
 
 def _same_settings(settings: dict[str, Any], earlier: dict[str, Any], output: Path) -> None:

@@ -1,7 +1,7 @@
 """Published benchmarks: Matbench Discovery, its conductivities and diatomic molecules, and SPICE-MACE-OFF."""
 
 from dpa4.simulation.bench.diatomics import DiatomicsScore, run_diatomics, score_diatomics
-from dpa4.simulation.bench.discovery import DiscoveryScore, relax_structures, score_structures
+from dpa4.simulation.bench.discovery import DiscoveryScore, score_structures
 from dpa4.simulation.bench.kappa import KappaScore, run_kappa, score_kappa
 from dpa4.simulation.bench.leaderboard import write_submission
 from dpa4.simulation.bench.spice import SpiceScore, run_spice, score_spice
@@ -11,7 +11,6 @@ __all__ = [
     "DiscoveryScore",
     "KappaScore",
     "SpiceScore",
-    "relax_structures",
     "run_diatomics",
     "run_kappa",
     "run_spice",

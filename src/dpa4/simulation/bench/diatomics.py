@@ -11,13 +11,14 @@ from ase.data import atomic_masses, atomic_numbers, chemical_symbols, covalent_r
 from numpy.typing import NDArray
 
 from dpa4.simulation.bench import files
-from dpa4.simulation.bench.metrics import (
+from dpa4.simulation.bench.curves import (
     Curve,
     combined_diatomics_score,
     curve_metrics,
     energy_diff_flips,
     energy_jump,
     reference_metrics,
+    wall_error,
 )
 from dpa4.simulation.records import (
     Progressed,
@@ -34,6 +35,7 @@ DISTANCES = np.geomspace(0.1, 6.0, 119)  # Angstrom
 HEAVIEST = 92
 UNSCORED = frozenset({"Po", "At", "Rn", "Fr", "Ra"})  # not in the Materials Project
 SCORED = tuple(s for s in chemical_symbols[1 : HEAVIEST + 1] if s not in UNSCORED)  # 87
+INNER, INNER_WALL = 0.9, 0.8  # covalent radii where the windows begin; that of the wall reaches as far as DFT
 LEAST_POINTS = 5
 ROUGH_JUMP, ROUGH_FLIPS = 1.5, 3  # eV; a reference that has both is not compared with
 
@@ -61,10 +63,10 @@ def homonuclear_curve(
 
     Returns:
         ``distances`` (R,), ``energies`` (R,) in eV and ``forces`` (R, 2, 3) in eV/Angstrom; points that are not
-        finite and outside the window of ``evaluation_window`` are left out.
+        finite and outside the window of the wall, see ``evaluation_window``, are left out.
 
     Raises:
-        ValueError: If a point within the window is not finite.
+        ValueError: If a point within that window is not finite.
     """
     energies, forces = [], []
     for distance in distances:
@@ -74,7 +76,7 @@ def homonuclear_curve(
         forces.append(atoms.get_forces())
     energy, force = np.array(energies), np.array(forces)
     finite = np.isfinite(energy) & np.isfinite(force).all(axis=(1, 2))
-    low, high = evaluation_window(element, distances[-1])
+    low, high = evaluation_window(element, distances[-1], INNER_WALL)
     scored = (distances >= low) & (distances <= high)
     if not finite[scored].all():
         raise ValueError(
@@ -83,14 +85,18 @@ def homonuclear_curve(
     return {"distances": distances[finite], "energies": energy[finite], "forces": force[finite]}
 
 
-def evaluation_window(element: str, largest: float) -> tuple[float, float]:
+def evaluation_window(element: str, largest: float, inner: float = INNER) -> tuple[float, float]:
     """Distances that count: from 0.9 covalent radii to 3.1 van der Waals radii (Alvarez), at most the largest.
 
-    Closer than that no model has seen anything, and the wall would dominate every metric.
+    Closer than that no model has seen anything, and the wall would dominate every metric. The distance of the wall
+    itself is looked for from 0.8 covalent radii.
     """
     number = atomic_numbers[element]
     outer = vdw_alvarez.vdw_radii[number]
-    return 0.9 * covalent_radii[number], min(3.1 * outer, largest) if np.isfinite(outer) else largest
+    # DFT begins at 0.8 covalent radii, but for rounding
+    return inner * covalent_radii[number] - 1e-12, min(3.1 * outer, largest) if np.isfinite(
+        outer
+    ) else largest
 
 
 def run_diatomics(
@@ -148,8 +154,7 @@ def score_diatomics(output: str | Path, reference: Mapping[str, Curve] | None = 
     table = {}
     for element, curve in curves.items():
         if element in SCORED:
-            part = curve.within(evaluation_window(element, curve.distances[-1]))
-            table[element] = element_metrics(element, part, (reference or {}).get(element))
+            table[element] = element_metrics(element, curve, (reference or {}).get(element))
     names = dict.fromkeys(name for metrics in table.values() for name in metrics)
     means = {n: _finite_mean([m[n] for m in table.values() if n in m]) for n in names}
     means = {name: value for name, value in means.items() if np.isfinite(value)}
@@ -170,19 +175,25 @@ def element_metrics(element: str, curve: Curve, reference: Curve | None = None) 
     Raises:
         ValueError: If fewer than five points lie in the window.
     """
-    if len(curve.distances) < LEAST_POINTS:
-        raise ValueError(
-            f"{element} has {len(curve.distances)} points in its window; {LEAST_POINTS} are needed"
-        )
-    metrics = curve_metrics(curve)
-    if reference is None:
-        return metrics
     window = evaluation_window(element, curve.distances[-1])
-    inside = reference.within(evaluation_window(element, reference.distances[-1]))
-    if energy_jump(inside.energies) >= ROUGH_JUMP and energy_diff_flips(inside.energies) >= ROUGH_FLIPS:
+    inside = curve.within(window)
+    if len(inside.distances) < LEAST_POINTS:
+        raise ValueError(
+            f"{element} has {len(inside.distances)} points in its window; {LEAST_POINTS} are needed"
+        )
+    metrics = curve_metrics(inside)
+    if reference is None or _rough(element, reference):
         return metrics
     mass = float(atomic_masses[atomic_numbers[element]])
-    return metrics | reference_metrics(curve, reference.within(window), mass)
+    whole = evaluation_window(element, curve.distances[-1], INNER_WALL)
+    wall = wall_error(curve.within(whole), reference.within(whole))
+    return metrics | reference_metrics(inside, reference.within(window), mass) | {"pbe_wall_dist_mae": wall}
+
+
+def _rough(element: str, reference: Curve) -> bool:
+    """Whether the calculations of a reference jumped between electronic states."""
+    energies = reference.within(evaluation_window(element, reference.distances[-1])).energies
+    return energy_jump(energies) >= ROUGH_JUMP and energy_diff_flips(energies) >= ROUGH_FLIPS
 
 
 def read_reference(path: Path, functional: str = "PBE") -> dict[str, Curve]:
@@ -198,9 +209,12 @@ def read_reference(path: Path, functional: str = "PBE") -> dict[str, Curve]:
 
 
 def _curve(record: Mapping[str, list]) -> Curve:
+    """A curve as it is in the files; forces are optional there, and NaN without."""
     distances = np.array(record["distances"], dtype=float)
     order = np.argsort(distances)
-    forces = np.array(record["forces"], dtype=float)
+    forces = np.full((len(order), 2, 3), np.nan)
+    if record.get("forces"):
+        forces = np.array(record["forces"], dtype=float)
     return Curve(distances[order], np.array(record["energies"], dtype=float)[order], forces[order, 0, 0])
 
 

@@ -1,37 +1,28 @@
-"""Matbench Discovery: relax crystals, tell stable ones from unstable ones, compare structures with those of DFT."""
+"""Matbench Discovery: tell stable crystals from unstable ones, compare relaxed structures with those of DFT.
+
+``dpa4.simulation.screen`` relaxes them.
+"""
 
 import csv
 import gzip
-import io
 import json
 import warnings
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import ase.io
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import Calculator
 
-from dpa4.simulation.bench import files
+from dpa4.simulation.bench import files, protocol
 from dpa4.simulation.bench.metrics import StabilityMetrics, discovery_metrics, mean_rmsd
-from dpa4.simulation.records import (
-    Interrupted,
-    Progressed,
-    Record,
-    Records,
-    read_settings,
-    run_items,
-    write_csv,
-    write_json,
-)
-from dpa4.simulation.relax import relax
+from dpa4.simulation.records import Progressed, Record, Records, run_items, write_csv, write_json
+from dpa4.simulation.shards import FinishedRun
 from dpa4.system import new_figure, require, save_figure
 
-PREDICTION = "e_form_per_atom_dpa4"  # column of the predicted formation energy, eV/atom
+PREDICTION = "e_form_per_atom"  # column of the predicted formation energy, eV/atom
+DECIMALS = 4  # of energies per atom in the table, as in that of the leaderboard
 COLUMNS = (
     *("material_id", "formula", "energy", "corrected_energy", PREDICTION, "e_above_hull_pred", "rmsd"),
     *("converged", "steps", "error"),
@@ -45,164 +36,102 @@ class WBMRow:
     formula: str
     e_form: float  # corrected as in the Materials Project, eV/atom
     e_above_hull: float  # of the Materials Project, eV/atom
-    unique: bool  # the prototype occurs once in WBM and not in the Materials Project
+    unique: bool  # its prototype is not in the Materials Project, and it stands for it in WBM
 
 
 @dataclass(frozen=True)
 class DiscoveryScore:
     """Metrics of the leaderboard."""
 
-    stability: dict[str, StabilityMetrics]  # by subset, see metrics.SUBSETS
+    stability: dict[str, StabilityMetrics]  # of "full_test_set", "unique_prototypes" and "most_stable_10k"
     rmsd: float  # mean, without unit
     structures: int
-    failed: int
-
-
-def read_structures(path: Path) -> tuple[int, Iterator[tuple[str, Atoms]]]:
-    """Number of structures of a file, and these with their names.
-
-    The name is ``atoms.info["material_id"]``, else the name of the file in a zip archive, else the number of the
-    structure. Archives hold one extended XYZ file per structure and are read one by one.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read or holds no structure.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    if path.suffix == ".zip":
-        archive = zipfile.ZipFile(path)
-        members = [name for name in archive.namelist() if name.endswith((".extxyz", ".xyz"))]
-        if not members:
-            raise ValueError(f"{path} holds no .extxyz file")
-        return len(members), (_named(_member(archive, name), Path(name).stem) for name in members)
-    try:
-        images = ase.io.read(path, index=":")
-    except Exception as error:  # ASE's readers raise errors of every kind
-        raise ValueError(f"{path} cannot be read by ASE: {type(error).__name__}: {error}") from error
-    if not images:
-        raise ValueError(f"{path} holds no structure")
-    return len(images), (_named(atoms, str(number)) for number, atoms in enumerate(images))
-
-
-def relax_structures(
-    structures: Iterator[tuple[str, Atoms]] | Sequence[tuple[str, Atoms]],
-    total: int,
-    calculator: Calculator,
-    output: str | Path,
-    *,
-    fmax: float = 0.02,
-    steps: int = 500,
-    part: tuple[int, int] = (1, 1),
-    model: str = "",
-    dtype: str = "",
-    progress: bool = True,
-) -> Progressed:
-    """Relax positions and cells with FIRE and ``FrechetCellFilter``, every structure from where it is.
-
-    Keeps every result in ``output``/results.jsonl as it comes. The same call goes on after an interruption and
-    tries failed structures again. Several processes may share the folder, each with a part of the structures.
-
-    Args:
-        structures: Names and structures, periodic along all three axes.
-        total: Number of structures.
-        calculator: ASE calculator.
-        output: Folder, made if absent.
-        fmax: Largest force, eV/Angstrom, see ``dpa4.simulation.relax``. The leaderboard's runner has 0.05.
-        steps: Most steps per structure. A structure that needs more counts as it is.
-        part: (i, n): every n-th structure from the i-th, counted from 1.
-        model: Name or digest of the model; a folder of results of another model is refused.
-        dtype: Its precision; likewise.
-        progress: Show a progress bar on a terminal.
-
-    Raises:
-        ValueError: If an argument is not allowed, or the folder holds results of other settings.
-    """
-    first, parts = part
-    if not 1 <= first <= parts:
-        raise ValueError(f"part must be i/n with 1 <= i <= n, got {first}/{parts}")
-    settings = {
-        "task": "discovery", "model": model, "dtype": dtype, "max_force": float(fmax), "max_steps": steps,
-        "ase_optimizer": "FIRE", "cell_filter": "FrechetCellFilter",
-    }  # fmt: skip
-
-    def compute(atoms: Atoms, _: list[int]) -> Record:
-        atoms = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
-        result = relax(atoms, calculator, fmax=fmax, steps=steps, optimizer="fire", cell="full")
-        if result.interrupted:
-            raise Interrupted
-        if not np.isfinite(result.energy):
-            raise ValueError(f"the energy is {result.energy} eV")
-        return {
-            "formula": atoms.get_chemical_formula(),
-            "energy": result.energy,
-            "converged": result.converged,
-            "steps": result.steps,
-            "numbers": atoms.numbers,
-            "cell": atoms.cell.array,
-            "positions": atoms.positions,
-        }
-
-    ending = "" if parts == 1 else f"-{first}-of-{parts}"
-    chosen = (item for number, item in enumerate(structures) if number % parts == first - 1)
-    mine = len(range(first - 1, total, parts))
-    with Records(Path(output), settings, part=ending) as records:
-        return run_items(chosen, mine, compute, records, title="relaxing", progress=progress)
+    relaxed: int  # with a prediction
+    failed: int  # without
+    differences: tuple[str, ...]  # of the settings, from those of the leaderboard's runner
 
 
 def score_structures(
-    output: str | Path, data: str | Path, *, progress: bool = True
+    output: str | Path, data: str | Path, *, model: str = "", dtype: str = "", progress: bool = True
 ) -> tuple[Progressed, DiscoveryScore | None]:
     """Formation energies, energies above the hull and RMSD of relaxed structures, and the metrics of all of them.
 
     The predicted energy and structure replace those of the DFT entry, ``MaterialsProject2020Compatibility`` corrects
-    the energy, and the energies of the elements are subtracted. A crystal that failed is a missing prediction.
-    Metrics refer to the structures that were relaxed, which for those of the leaderboard must be the whole test set.
+    the energy, and the energies of the elements are subtracted. A crystal that was not relaxed, or whose energy
+    cannot be corrected, is a missing prediction. Metrics refer to the structures of the run, which for those of the
+    leaderboard must be the whole test set.
 
-    Writes discovery.csv, summary.json and hull.png into ``output``, and keeps scores in scores.jsonl.
+    Writes discovery.csv, summary.json and hull.png into ``output``, and keeps scores in scores.jsonl; the same call
+    goes on after an interruption.
 
     Args:
-        output: Folder of ``relax_structures``.
+        output: Folder of ``dpa4.simulation.screen.screen``, of structures with the ``material_id`` of the test set.
         data: Folder of the published files.
+        model: Name or digest of the model; a folder of scores of another model is refused.
+        dtype: Its precision; likewise.
         progress: Show a progress bar on a terminal.
 
     Returns:
         How far it came, and the metrics; None after an interruption.
 
     Raises:
-        FileNotFoundError: If a file is missing.
+        FileNotFoundError: If a file is missing, or the structures have not been relaxed.
         ImportError: If pymatgen is not installed.
-        ValueError: If a structure is not one of the WBM test set, a file cannot be read, or a formation energy
-            cannot be computed.
+        ValueError: If a structure is not one of the WBM test set or is there twice, a file cannot be read, or the
+            folder holds scores of other settings.
     """
     folder = Path(output)
     require("pymatgen.entries.compatibility", "bench")
     summary = read_summary(files.locate(data, files.WBM_SUMMARY))
-    references = read_references(files.locate(data, files.MP_REFERENCES))
+    corrector = _Corrector(read_references(files.locate(data, files.MP_REFERENCES)))
     entries = files.locate(data, files.WBM_ENTRIES)
-    settings = read_settings(folder)
-    with Records(folder, settings) as relaxed, Records(folder, settings, name="scores") as scores:
-        if unknown := sorted(set(relaxed.names) - set(summary))[:3]:
-            raise ValueError(f"{', '.join(unknown)} are not in the summary of the WBM test set")
-        corrector = _Corrector(references)
+    run = FinishedRun(folder)
+    crystals = _by_name(run, summary)
+    relaxed = {name: row for name, row in crystals.items() if row["frame"] == "True"}
+    cell, pressure = run.settings["cell"], run.settings["pressure"]
+    settings: Record = {
+        "task": "discovery", "model": model, "weights": run.settings["model"], "dtype": dtype,
+        "max_force": run.settings["fmax"], "max_steps": run.settings["steps"], "ase_optimizer": "FIRE",
+        "cell_filter": "FrechetCellFilter" if cell == "full" and not pressure else f"{cell}, {pressure} GPa",
+    }  # fmt: skip
 
-        def compute(entry: Record, _: list[int]) -> Record:
-            return corrector.score(relaxed[entry["material_id"]], entry["computed_structure_entry"])
+    def compute(entry: Record, _: list[int]) -> Record:
+        row = relaxed[entry["material_id"]]
+        atoms, energy = run.atoms(int(row["structure"])), float(row["energy"])
+        return corrector.score(atoms, energy, entry["computed_structure_entry"])
 
-        wanted = ((e["material_id"], e) for e in read_entries(entries) if e["material_id"] in relaxed.done)
+    with Records(folder, settings, name="scores") as scores:
+        wanted = ((e["material_id"], e) for e in read_entries(entries) if e["material_id"] in relaxed)
         state = run_items(
-            wanted, len(relaxed.done), compute, scores, title="formation energies", progress=progress
+            wanted, len(relaxed), compute, scores, title="formation energies", progress=progress
         )
         if state.interrupted:
             return state, None
-        if state.failed:
-            raise ValueError(f"{state.failed} formation energies failed; the first: {state.reason}")
-        if lost := sorted(relaxed.done - set(scores.names))[:3]:
+        if lost := sorted(set(relaxed) - set(scores.names))[:3]:
             raise ValueError(f"{entries} has no entry of {', '.join(lost)}; download it again")
-        rows = {record["id"]: _row(record, scores, summary[record["id"]]) for record in relaxed}
-    score = _score(rows, summary)
+        rows = [
+            _row(row, scores[name] if name in relaxed else None, summary[name])
+            for name, row in crystals.items()
+        ]
+    score = _score(rows, summary, settings)
     _write(folder, rows, summary, score)
     return state, score
+
+
+def _by_name(run: FinishedRun, summary: Mapping[str, WBMRow]) -> dict[str, dict[str, str]]:
+    """Rows of a run by the names of the crystals."""
+    rows: dict[str, dict[str, str]] = {}
+    for row in run.rows:
+        name = row["material_id"]
+        if name not in summary:
+            raise ValueError(
+                f"structure {row['structure']} ({row['source']}) has the material_id {name!r}, which is not in the "
+                "summary of the WBM test set"
+            )
+        if name in rows:
+            raise ValueError(f"two structures have the material_id {name!r}; names must be unique")
+        rows[name] = row
+    return rows
 
 
 def read_summary(path: Path) -> dict[str, WBMRow]:
@@ -239,86 +168,98 @@ def read_entries(path: Path) -> Iterator[Record]:
         yield from map(json.loads, file)
 
 
-def pymatgen_structure(record: Record) -> Any:
-    """The relaxed structure of a record."""
+def pymatgen_structure(atoms: Atoms) -> Any:
+    """The same structure for pymatgen."""
     core = require("pymatgen.core", "bench")
     return core.Structure(
-        core.Lattice(record["cell"]), record["numbers"], record["positions"], coords_are_cartesian=True
+        core.Lattice(atoms.cell.array), atoms.numbers, atoms.positions, coords_are_cartesian=True
     )
 
 
 class _Corrector:
     """Formation energy and distance to the DFT structure of one crystal after another."""
 
-    def __init__(self, references: dict[str, float]):
+    def __init__(self, references: Mapping[str, float]):
         self.references = references
         self.entry = require("pymatgen.entries.computed_entries", "bench").ComputedStructureEntry
         self.scheme = require("pymatgen.entries.compatibility", "bench").MaterialsProject2020Compatibility()
         matcher = require("pymatgen.analysis.structure_matcher", "bench").StructureMatcher
         self.matcher = matcher(stol=1.0, scale=False)
 
-    def score(self, record: Record, dft: Record) -> Record:
-        structure = pymatgen_structure(record)
+    def score(self, atoms: Atoms, energy: float, dft: Record) -> Record:
+        """Of a relaxed crystal, with its energy in eV and the entry of DFT."""
+        structure = pymatgen_structure(atoms)
         reference = self.entry.from_dict(dft)
         if structure.composition != reference.composition:
             raise ValueError(f"the structure is {structure.formula}, that of DFT {reference.formula}")
-        entry = self.entry(
-            structure, record["energy"], parameters=reference.parameters, data=reference.data,
-            entry_id=record["id"],
-        )  # fmt: skip
+        entry = self.entry(structure, energy, parameters=reference.parameters, data=reference.data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that oxidation states are guessed, once for every alloy
             processed = self.scheme.process_entries([entry], clean=True)
         if not processed:
             raise ValueError("MaterialsProject2020Compatibility refuses the entry")
-        energy = float(processed[0].energy)
+        corrected = float(processed[0].energy)
         composition = structure.composition.get_el_amt_dict()
         elements = sum(amount * self.references[element] for element, amount in composition.items())
         distance = self.matcher.get_rms_dist(structure, reference.structure)
         return {
-            "corrected_energy": energy,
-            "e_form": (energy - elements) / len(structure),
+            "corrected_energy": corrected,
+            "e_form": (corrected - elements) / len(structure),
             "rmsd": None if distance is None else float(distance[0]),
         }
 
 
-def _named(atoms: Atoms, default: str) -> tuple[str, Atoms]:
-    return str(atoms.info.get("material_id", default)), atoms
+def _row(row: Mapping[str, str], score: Record | None, dft: WBMRow) -> Record:
+    """A line of discovery.csv, from that of the relaxation and the score of a crystal that was relaxed."""
+    line: Record = {
+        "material_id": row["material_id"],
+        "formula": dft.formula,
+        "energy": row["energy"] or None,
+    }
+    line |= {"converged": row["status"] == "converged", "steps": row["steps"]}
+    if score is None:
+        return line | {"error": f"{row['status']}: {row['reason']}"}
+    if "error" in score:
+        return line | {"error": score["error"]}
+    e_form = round(score["e_form"], DECIMALS)
+    return line | {
+        "corrected_energy": score["corrected_energy"],
+        PREDICTION: e_form,
+        "e_above_hull_pred": round(dft.e_above_hull + e_form - dft.e_form, DECIMALS),
+        "rmsd": score["rmsd"],
+    }
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> Atoms:
-    return next(ase.io.iread(io.StringIO(archive.read(name).decode()), format="extxyz"))
-
-
-def _row(record: Record, scores: Records, dft: WBMRow) -> Record:
-    """A line of discovery.csv."""
-    score = scores[record["id"]] if record["id"] in scores and "error" not in record else {}
-    row: Record = {name: record.get(name) for name in ("formula", "energy", "converged", "steps")}
-    row |= {"material_id": record["id"], "error": record.get("error") or score.get("error")}
-    row["formula"] = dft.formula
-    if "e_form" in score:
-        e_form = round(score["e_form"], 4)
-        row |= {"corrected_energy": score["corrected_energy"], PREDICTION: e_form, "rmsd": score["rmsd"]}
-        row["e_above_hull_pred"] = round(dft.e_above_hull + e_form - dft.e_form, 4)
-    return row
-
-
-def _score(rows: dict[str, Record], summary: dict[str, WBMRow]) -> DiscoveryScore:
-    dft = [summary[name] for name in rows]
-    predicted = np.array([row.get(PREDICTION, np.nan) for row in rows.values()], dtype=float)
+def _score(
+    rows: Sequence[Record], summary: Mapping[str, WBMRow], settings: Mapping[str, Any]
+) -> DiscoveryScore:
+    dft = [summary[row["material_id"]] for row in rows]
+    predicted = np.array([row.get(PREDICTION, np.nan) for row in rows], dtype=float)
     stability = discovery_metrics(
         [d.e_above_hull for d in dft], [d.e_form for d in dft], predicted, [d.unique for d in dft]
     )
-    rmsd = mean_rmsd(np.array([row.get("rmsd") for row in rows.values()], dtype=float))
-    return DiscoveryScore(stability, rmsd, len(rows), int(np.isnan(predicted).sum()))
+    differences = protocol.differences(settings, protocol.DISCOVERY)
+    if len(rows) < len(summary):
+        differences += (f"{len(rows)} crystals (the whole test set: {len(summary)})",)
+    failed = int(np.isnan(predicted).sum())
+    return DiscoveryScore(
+        stability=stability,
+        rmsd=mean_rmsd(np.array([row.get("rmsd") for row in rows], dtype=float)),
+        structures=len(rows),
+        relaxed=len(rows) - failed,
+        failed=failed,
+        differences=differences,
+    )
 
 
-def _write(folder: Path, rows: dict[str, Record], summary: dict[str, WBMRow], score: DiscoveryScore) -> None:
-    write_csv(folder / "discovery.csv", COLUMNS, rows.values())
+def _write(
+    folder: Path, rows: Sequence[Record], summary: Mapping[str, WBMRow], score: DiscoveryScore
+) -> None:
+    write_csv(folder / "discovery.csv", COLUMNS, rows)
     write_json(folder / "summary.json", asdict(score))
     pairs = [
-        (summary[n].e_above_hull, row["e_above_hull_pred"])
-        for n, row in rows.items()
+        (summary[row["material_id"]].e_above_hull, row["e_above_hull_pred"])
+        for row in rows
         if "e_above_hull_pred" in row
     ]
     figure = new_figure(5, 5)

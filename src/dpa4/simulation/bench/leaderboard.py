@@ -1,5 +1,6 @@
 """A submission to Matbench Discovery: the model's YAML file and the artifacts that it names."""
 
+import csv
 import datetime
 import gzip
 import hashlib
@@ -16,12 +17,14 @@ from typing import Any, TextIO
 import yaml
 
 from dpa4.potential.checkpoint import read_checkpoint
+from dpa4.simulation.bench import protocol
+from dpa4.simulation.bench.diatomics import SCORED
 from dpa4.simulation.bench.discovery import PREDICTION, pymatgen_structure
 from dpa4.simulation.bench.metrics import combined_performance_score
 from dpa4.simulation.records import Record, Records, read_settings
-from dpa4.system import atomic_write
+from dpa4.simulation.shards import FinishedRun
+from dpa4.system import atomic_write, read_csv
 
-PACKAGES = ("dpa4", "torch", "ase")
 MAX_NEIGHBORS = "missing"  # the number of neighbours is not limited
 REQUIRED = {
     "model_name": "name on the leaderboard",
@@ -119,19 +122,16 @@ def write_submission(
     _check_same_model(given, fingerprint)
     metrics: Record = {}
     evaluation: Record = {}
+    packages = ["dpa4", "torch", "ase"]
     summaries = {task: _summary(task, runs[task]) for task in given}
     if discovery is not None:
         settings = given["discovery"]
-        evaluation |= {n: settings[n] for n in ("max_force", "max_steps", "ase_optimizer", "cell_filter")}
+        evaluation |= {name: settings[name] for name in protocol.DISCOVERY}
+        packages.append("torch-sim-atomistic")
         metrics |= _discovery(discovery, summaries["discovery"], stem, folder)
     if kappa is not None:
         settings = given["kappa"]
-        evaluation["kappa"] = {
-            "protocol": "phonondb-v1",
-            "displacement_distance": settings["displacement_distance"],
-            "force_max": settings["max_force"],
-            "max_steps": settings["max_steps"],
-        }
+        evaluation["kappa"] = {"protocol": "phonondb-v1"} | {name: settings[name] for name in protocol.KAPPA}
         metrics["phonons"] = {"kappa_103": _kappa(kappa, summaries["kappa"], stem, folder)}
     if diatomics is not None:
         metrics["diatomics"] = _diatomics(diatomics, summaries["diatomics"], stem, folder)
@@ -142,7 +142,7 @@ def write_submission(
     document = {
         **metadata,
         "environment": {
-            "dependencies": [f"{name}=={version(name)}" for name in PACKAGES],
+            "dependencies": [f"{name}=={version(name)}" for name in packages],
             "python_version": ".".join(platform.python_version_tuple()[:2]),
         },
         "model_params": sum(weight.numel() for weight in stored.weights.values()),
@@ -193,15 +193,19 @@ def _discovery(run: Path, summary: Record, stem: Path, folder: Path) -> Record:
     """Sections discovery and geo_opt, and their artifacts."""
     table = Path(f"{stem}discovery.csv.gz")
     with _compressed(table) as file:
-        file.write((run / "discovery.csv").read_text(encoding="utf-8"))
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("material_id", PREDICTION))
+        for row in read_csv(run / "discovery.csv"):
+            writer.writerow((row["material_id"], row[PREDICTION]))
     relaxed = Path(f"{stem}geo-opt.jsonl.gz")
-    with Records(run, read_settings(run)) as records, _compressed(relaxed) as file:
-        for record in records:
-            if "error" not in record:
-                structure = pymatgen_structure(record).as_dict()
-                row = {"material_id": record["id"], "structure": structure, "energy": record["energy"],
-                       "converged": record["converged"], "n_steps": record["steps"]}  # fmt: skip
-                file.write(json.dumps(row) + "\n")
+    screening = FinishedRun(run)
+    with _compressed(relaxed) as file:
+        for row in screening.rows:
+            if row["frame"] == "True":
+                structure = pymatgen_structure(screening.atoms(int(row["structure"]))).as_dict()
+                line = {"material_id": row["material_id"], "structure": structure, "energy": float(row["energy"]),
+                        "converged": row["status"] == "converged", "n_steps": int(row["steps"])}  # fmt: skip
+                file.write(json.dumps(line) + "\n")
     stability = {
         subset: {
             name: value if isinstance(value, int) else None if value is None else round(value, 3)
@@ -210,11 +214,10 @@ def _discovery(run: Path, summary: Record, stem: Path, folder: Path) -> Record:
         for subset, m in summary["stability"].items()
     }
     return {
-        "discovery": {"pred_file": _reference(table, folder), "pred_col": PREDICTION, **stability},
+        "discovery": {"pred_file": _reference(table, folder), **stability},
         "geo_opt": {
             "pred_file": _reference(relaxed, folder),
-            "struct_col": "structure",
-            "symprec=1e-2": {"rmsd": round(summary["rmsd"], 4), "n_structures": summary["structures"]},
+            "symprec=1e-2": {"rmsd": round(summary["rmsd"], 4), "n_structures": summary["relaxed"]},
         },
     }
 
@@ -250,11 +253,15 @@ def _diatomics(run: Path, summary: Record, stem: Path, folder: Path) -> Record:
         }
         content = {"homo-nuclear": curves, "hetero-nuclear": {}, "distances": settings["distances"]}
         json.dump(content, file)
+    reasons = {
+        f"{e}-{e}": summary["failed"].get(e, "not computed") for e in SCORED if f"{e}-{e}" not in curves
+    }
     unofficial = ("smoothness", "conservation_deviation")
     metrics = {n: float(f"{v:.4g}") for n, v in summary["metrics"].items() if n not in unofficial}
     return {
         "pred_file": _reference(path, folder),
         "run_time_sec": round(summary["run_time_sec"], 2),
+        "excluded_formula_reasons": reasons,
         **metrics,
     }
 
