@@ -654,9 +654,7 @@ def submission(tmp_path_factory, model, kappa_run):
     score_structures(folder / "discovery", folder / "data", progress=False)
     gzipped(folder / "reference.json.gz", json.dumps(table_of(kappa_run[1]["mp-hcp"], 2)))
     score_kappa(kappa_run[0] / "run", kappa.read_reference(folder / "reference.json.gz"))
-    run_diatomics(
-        ["Ar"], argon(), folder / "diatomics", dtype="float64", progress=False
-    )  # the dtype may differ
+    run_diatomics(["Ar"], argon(), folder / "diatomics", progress=False)
     score_diatomics(folder / "diatomics")
     (folder / "metadata.yaml").write_text(METADATA)
     runs = {

@@ -1,6 +1,5 @@
 """Published benchmarks on the command line."""
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,7 +64,7 @@ def discovery(
         total, images = read_structures(source)
         state = relax_structures(
             images, total, _calculator(model, device, dtype, compile, branch), output, fmax=fmax, steps=steps,
-            part=_part(part), model=_fingerprint(model, branch), dtype=dtype,
+            part=_part(part),
         )  # fmt: skip
         _report(state, "structures relaxed")
         if relax_only or state.interrupted:
@@ -110,7 +109,7 @@ def kappa(
         reference = read_reference(files.locate(data, files.KAPPA_REFERENCE))
         state = run_kappa(
             source, _calculator(model, device, dtype, compile, branch), output, fmax=fmax, steps=steps,
-            displacement=displacement, model=_fingerprint(model, branch), dtype=dtype,
+            displacement=displacement,
         )  # fmt: skip
         score = score_kappa(output, reference)
     _report(state, "crystals computed")
@@ -150,7 +149,7 @@ def diatomics(
         except FileNotFoundError as error:
             console.print(f"no comparison with DFT: {error}")
             reference = None
-        state = run_diatomics(wanted, calculator, output, model=_fingerprint(model, branch), dtype=dtype)
+        state = run_diatomics(wanted, calculator, output)
         _report(state, "curves")
         score = score_diatomics(output, reference)
     for name, value in score.metrics.items():
@@ -184,8 +183,7 @@ def spice(
             structures or files.locate(data, files.SPICE_TEST), LabelKeys(**label_keys(key or []))
         )
         potential = eager_potential(model, device, dtype, branch)
-        fingerprint = _fingerprint(model, branch)
-        state = run_spice(potential, frames, output, max_atoms=max_atoms, model=fingerprint, dtype=dtype)
+        state = run_spice(potential, frames, output, max_atoms=max_atoms)
         _report(state, "batches")
         if state.interrupted:
             return
@@ -209,13 +207,14 @@ def submission(
     branch: Branch = None,
 ) -> None:
     """Write the YAML file and the artifacts of a submission to Matbench Discovery."""
+    from dpa4.potential import identify, load_potential
     from dpa4.simulation.bench.leaderboard import read_metadata, write_submission
 
     with user_errors():
         path, score = write_submission(
             model, read_metadata(metadata), output,
             discovery=discovery, kappa=kappa, diatomics=diatomics, branch=branch,
-            fingerprint=_fingerprint(model, branch),
+            fingerprint=identify(load_potential(model, branch=branch))["model"],
         )  # fmt: skip
     console.print(f"wrote {path} and its artifacts")
     if score is not None:
@@ -228,12 +227,6 @@ def _calculator(
     from dpa4.simulation import DPA4Calculator
 
     return DPA4Calculator(model, device=device, dtype=dtype, compile=compile, branch=branch)  # type: ignore[arg-type]
-
-
-def _fingerprint(model: Path, branch: str | None) -> str:
-    """What tells results of one model from those of another."""
-    digest = hashlib.sha256(model.read_bytes()).hexdigest()[:16]
-    return f"sha256:{digest}" + (f" {branch}" if branch else "")
 
 
 def _part(text: str) -> tuple[int, int]:

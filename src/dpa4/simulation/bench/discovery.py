@@ -18,6 +18,7 @@ from ase.calculators.calculator import Calculator
 
 from dpa4.simulation.bench import files
 from dpa4.simulation.bench.metrics import StabilityMetrics, discovery_metrics, mean_rmsd
+from dpa4.simulation.calculator import identify_calculator
 from dpa4.simulation.records import (
     Interrupted,
     Progressed,
@@ -95,7 +96,6 @@ def relax_structures(
     steps: int = 500,
     part: tuple[int, int] = (1, 1),
     model: str = "",
-    dtype: str = "",
     progress: bool = True,
 ) -> Progressed:
     """Relax positions and cells with FIRE and ``FrechetCellFilter``, every structure from where it is.
@@ -111,8 +111,7 @@ def relax_structures(
         fmax: Largest force, eV/Angstrom, see ``dpa4.simulation.relax``. The leaderboard's runner has 0.05.
         steps: Most steps per structure. A structure that needs more counts as it is.
         part: (i, n): every n-th structure from the i-th, counted from 1.
-        model: Name or digest of the model; a folder of results of another model is refused.
-        dtype: Its precision; likewise.
+        model: Name of the model, if it is none of dpa4; a folder of results of another model is refused.
         progress: Show a progress bar on a terminal.
 
     Raises:
@@ -122,7 +121,8 @@ def relax_structures(
     if not 1 <= first <= parts:
         raise ValueError(f"part must be i/n with 1 <= i <= n, got {first}/{parts}")
     settings = {
-        "task": "discovery", "model": model, "dtype": dtype, "max_force": float(fmax), "max_steps": steps,
+        "task": "discovery", "model": model, **identify_calculator(calculator),
+        "max_force": float(fmax), "max_steps": steps,
         "ase_optimizer": "FIRE", "cell_filter": "FrechetCellFilter",
     }  # fmt: skip
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dpa4.simulation.bench import files
 from dpa4.simulation.bench.discovery import read_structures
 from dpa4.simulation.bench.metrics import FAILED_SRME, mean_with_failures, sre, srme
+from dpa4.simulation.calculator import identify_calculator
 from dpa4.simulation.records import (
     Interrupted,
     Progressed,
@@ -214,7 +215,6 @@ def run_kappa(
     steps: int = 300,
     displacement: float = 0.03,
     model: str = "",
-    dtype: str = "",
     progress: bool = True,
 ) -> Progressed:
     """Conductivities of the crystals of a file.
@@ -230,8 +230,7 @@ def run_kappa(
         fmax: Of the relaxation, eV/Angstrom.
         steps: Most steps of the relaxation.
         displacement: Of atoms, in Angstrom.
-        model: Name or digest of the model; a folder of results of another model is refused.
-        dtype: Its precision; likewise.
+        model: Name of the model, if it is none of dpa4; a folder of results of another model is refused.
         progress: Show a progress bar on a terminal.
 
     Raises:
@@ -245,7 +244,8 @@ def run_kappa(
         if not 0 < value < np.inf:
             raise ValueError(f"{name} must be positive, got {value}")
     settings = {
-        "task": "kappa", "model": model, "dtype": dtype, "max_force": float(fmax), "max_steps": steps,
+        "task": "kappa", "model": model, **identify_calculator(calculator),
+        "max_force": float(fmax), "max_steps": steps,
         "displacement_distance": float(displacement),
     }  # fmt: skip
     total, images = read_structures(structures)
