@@ -121,7 +121,8 @@ def screened_alloys(folder: Path, failed: tuple[str, ...] = (), **settings) -> P
 
     One gold atom of the second has moved by 0.3 Angstrom.
     """
-    settings = {"model": "x", "fmax": 0.02, "steps": 500, "cell": "full", "pressure": 0.0} | settings
+    identity = {"model": "", "dtype": "float32", "precision": "high"}
+    settings = identity | {"fmax": 0.02, "steps": 500, "cell": "full", "pressure": 0.0} | settings
     columns = ("structure", "source", "material_id", "status", "reason", "steps", "energy")
     shard = Shard(folder, columns, settings)
     for number, (name, atoms) in enumerate(alloys().items()):

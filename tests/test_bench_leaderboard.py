@@ -53,7 +53,7 @@ def submission(tmp_path_factory):
         "diatomics": folder / "diatomics",
     }
     score_structures(runs["discovery"], published_alloys(folder / "data"), progress=False)
-    run_diatomics(["Ar"], argon(), runs["diatomics"], dtype="float64", progress=False)  # the dtype may differ
+    run_diatomics(["Ar"], argon(), runs["diatomics"], progress=False)
     score_diatomics(runs["diatomics"])
     (folder / "metadata.yaml").write_text(METADATA)
     metadata, date = read_metadata(folder / "metadata.yaml"), datetime.date(2026, 8, 2)
@@ -136,7 +136,7 @@ def test_submission_refuses_what_does_not_belong_together(tmp_path, submission):
         write_submission(model, metadata, tmp_path, diatomics=tmp_path / "other")
     with pytest.raises(ValueError, match="'kappa': '', 'the checkpoint': 'sha256:1'"):
         write_submission(model, metadata, tmp_path, kappa=runs["kappa"], fingerprint="sha256:1")
-    with pytest.raises(FileNotFoundError, match="there is no benchmark run in"):
+    with pytest.raises(FileNotFoundError, match="there is no run in"):
         write_submission(model, metadata, tmp_path, kappa=tmp_path / "nothing")
 
 

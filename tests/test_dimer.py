@@ -7,6 +7,7 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from dpa4.cli import app
@@ -74,8 +75,6 @@ def test_energies_are_those_of_the_calculator():
 
 
 def test_nuclear_repulsion_is_all_there_is_at_contact():
-    import torch
-
     potential = random_potential(bridging=Bridging(r_inner=0.6, r_outer=0.9, smooth_cutoff=False))
     (found,) = pair_curves(potential, [("C", "O")], start=0.2, step=0.05)
     near = found.distance < 0.6
@@ -98,7 +97,8 @@ def test_charge_and_multiplicity():
     given, found = [], {}
     for default in (None, (1, 4)):
         potential = random_potential(charge_spin=True, default_charge_spin=default)
-        potential.register_forward_hook(lambda _, graphs, __: given.append(graphs[0].charge_spin[0].tolist()))
+        # charge and multiplicity of the first atom of both pairs, whose nine points are one batch
+        potential.model.register_forward_hook(lambda _, inputs, __: given.extend(inputs[4][[0, -1]].tolist()))
         found[default] = [c.energy for c in pair_curves(potential, [("H", "H"), ("C", "H")], step=0.5)]
     assert given == [[0, 1], [0, 2], [1, 4], [1, 4]]
     assert np.abs(found[None][0] - found[(1, 4)][0]).max() > 1e-4
@@ -179,19 +179,97 @@ def test_many_pairs_take_several_figures_and_replace_earlier_ones(tmp_path, monk
     assert [p.name for p in tmp_path.glob("pairs-*.png")] == ["pairs-01.png"]
 
 
-def test_interruption_keeps_what_is_done(tmp_path):
-    potential, calls = random_potential(), []
+def interrupted(potential, folder, at, monkeypatch):
+    """A scan of six pairs whose batches hold one pair each; Ctrl-C comes in one of them."""
+    calls = []
 
     def interrupt(*_):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == at:
             os.kill(os.getpid(), signal.SIGINT)
 
-    potential.register_forward_hook(interrupt)
-    scan = scan_pairs(potential, tmp_path, step=0.5, progress=False)
+    monkeypatch.setattr(dimer, "CPU_EDGES", 18)
+    hook = potential.model.register_forward_hook(interrupt)
+    scan = scan_pairs(potential, folder, step=0.5, progress=False)
+    hook.remove()
+    return scan, len(calls)
+
+
+def test_interruption_keeps_what_is_done(tmp_path, monkeypatch):
+    scan, _ = interrupted(random_potential(), tmp_path, 2, monkeypatch)
     assert not scan.finished and len(scan.curves) == len(scan.diagnoses) == 2
     assert not json.loads((tmp_path / "pairs.json").read_text())["finished"]
     assert {row["pair"] for row in csv.DictReader((tmp_path / "pairs.csv").open())} == {"H-H", "H-C"}
+
+
+def test_the_same_call_goes_on(tmp_path, monkeypatch):
+    potential = random_potential()
+    whole, calls = interrupted(potential, tmp_path / "whole", None, monkeypatch)
+    assert whole.finished and calls == 6
+    interrupted(potential, tmp_path / "parts", 2, monkeypatch)
+    with (tmp_path / "parts" / "pairs.jsonl").open("a") as file:
+        file.write('{"id": "H-O", "ener')  # torn by a kill
+    resumed, calls = interrupted(potential, tmp_path / "parts", None, monkeypatch)
+    assert resumed.finished and calls == 4  # without those of the two curves that were done
+    for name in ("pairs.csv", "pairs.json"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    # a part of the pairs, from what is there; another precision and a copy are no other model
+    again = scan_pairs(random_potential(), tmp_path / "parts", [("C", "O")], step=0.5, progress=False)
+    np.testing.assert_array_equal(again.curves[0].force, whole.curves[4].force)
+
+
+def test_curves_of_another_model_or_other_distances_are_refused(tmp_path):
+    options = {"pairs": [("C", "O")], "step": 1.0, "progress": False}
+    scan_pairs(random_potential(), tmp_path, **options)
+    for potential, changed, message in (
+        (
+            random_potential(seed=1),
+            {},
+            r"model = '\w+', but .* holds results with model = '\w+'; choose another",
+        ),
+        (random_potential().float(), {}, "dtype = 'float32', but .* dtype = 'float64'; choose another"),
+        (random_potential(), {"step": 0.5}, "step = 0.5, but .* step = 1.0; choose another folder"),
+        (random_potential(), {"start": 0.3}, "start = 0.3, but .* start = 0.2; choose another folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scan_pairs(potential, tmp_path, **(options | changed))
+
+
+@pytest.mark.parametrize("edges", [2, 14, 10_000])
+def test_curves_do_not_depend_on_the_batches(monkeypatch, edges):
+    potential = random_potential(charge_spin=True)
+    expected = list(pair_curves(potential, step=0.1))
+    monkeypatch.setattr(dimer, "CPU_EDGES", edges)
+    for one, other in zip(pair_curves(potential, step=0.1), expected, strict=True):
+        assert one.name == other.name
+        for name in ("energy", "force", "curvature"):
+            values = getattr(other, name)
+            # sums in another order; eV of hundreds at the wall
+            np.testing.assert_allclose(getattr(one, name), values, atol=1e-12 * np.abs(values).max(), rtol=0)
+
+
+def test_batches_that_do_not_fit_are_halved(monkeypatch):
+    evaluate, sizes = dimer._evaluate, []
+
+    def small(potential, graph):
+        if graph.num_structures > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(graph.num_structures)
+        return evaluate(potential, graph)
+
+    expected = list(pair_curves(random_potential(), step=0.5))
+    monkeypatch.setattr(dimer, "_evaluate", small)
+    found = list(pair_curves(random_potential(), step=0.5))
+    assert [c.name for c in found] == [c.name for c in expected]
+    np.testing.assert_allclose(found[5].energy, expected[5].energy, atol=1e-12)
+    assert sizes == [6] * 9  # of 54 points: 27, 13, 6
+
+    def never(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(dimer, "_evaluate", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(pair_curves(random_potential(), step=0.5))
 
 
 def test_command(tmp_path):

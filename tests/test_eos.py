@@ -158,6 +158,37 @@ def test_what_cannot_be_resumed(tmp_path):
         run(bulk("Cu"), Shifted(), tmp_path, resume=True)
 
 
+def test_a_model_is_told_by_its_digest(tmp_path):
+    """Weights, precision, order of the elements, charge: whatever changes the energies ends a resumption."""
+
+    def carbide() -> Atoms:
+        return Atoms("CO", cell=3.2 * np.eye(3), scaled_positions=[(0, 0, 0), (0.4, 0.5, 0.5)], pbc=True)
+
+    def attempt(atoms=None, seed=0, dtype="float64", models=1, **options) -> None:
+        potential = random_potential(seed, n_blocks=1, lmax=1, charge_spin=True, default_charge_spin=(0, 1))
+        calculator = DPA4Calculator([potential] * models, device="cpu", dtype=dtype)
+        # stops within the first relaxation, which is far from done after no step
+        run(atoms or carbide(), calculator, tmp_path, steps=0, **options)
+
+    with pytest.raises(RuntimeError, match="not relaxed"):
+        attempt()
+    with pytest.raises(RuntimeError, match="not relaxed"):
+        attempt(resume=True)
+    for message, options in (
+        (r"model = '\w+', but .* holds results with model = '\w+'; choose another folder", {"seed": 1}),
+        (r"model = '(\w+) \1', but .* holds results with model = '\w+'", {"models": 2}),
+        ("dtype = 'float32', but .* holds results with dtype = 'float64'", {"dtype": "float32"}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attempt(resume=True, **options)
+    swapped, charged = carbide(), carbide()
+    swapped.symbols = "OC"
+    charged.info["charge"] = 1
+    for atoms in (swapped, charged):
+        with pytest.raises(ValueError, match="structure = 'CO .*', but .* structure = 'CO .*'"):
+            attempt(atoms, resume=True)
+
+
 def test_failures_and_arguments(tmp_path):
     with pytest.raises(RuntimeError, match=r"no minimum between .* relax first"):
         run(bulk("Cu", a=3.2), EMT(), tmp_path / "far", relax_first=False, points=5)

@@ -355,6 +355,24 @@ def test_a_finished_run_is_extended(tmp_path):
     assert same_files(tmp_path / "extended", tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"model": random_potential(1, n_blocks=1, lmax=1)},
+            r"model = '\w+', but .* with model = '\w+'; choose",
+        ),
+        ({"dtype": "float32"}, "dtype = 'float32', but .* with dtype = 'float64'; choose another folder"),
+    ],
+)
+def test_another_model_or_precision_does_not_go_on(tmp_path, options, message):
+    run(crystal(), Small(), tmp_path, steps=1)
+    same = {"model": random_potential(n_blocks=1, lmax=1), "device": "cpu", "dtype": "float64"}
+    with pytest.raises(ValueError, match=message):
+        run(crystal(), DPA4Calculator(**(same | options)), tmp_path, steps=2, resume=True)
+    assert run(crystal(), DPA4Calculator(**same), tmp_path, steps=2, resume=True).finished
+
+
 def test_seed_decides_the_run(tmp_path):
     positions = []
     for number, seed in enumerate((1, 1, 2)):
@@ -411,7 +429,7 @@ def test_refusals(tmp_path):
         run(molecule(), Small(), tmp_path / "molecule", steps=5, ensemble="npt")
     with pytest.raises(ValueError, match="temperature must be above 0 K in ensemble nvt"):
         run(copper(1), EMT(), tmp_path / "cold", steps=5, ensemble="nvt", temperature=0)
-    with pytest.raises(ValueError, match="timestep = 1.0, but the run to resume has 0.5"):
+    with pytest.raises(ValueError, match=r"timestep = 1.0, but .* holds results with timestep = 0.5; choose"):
         run(copper(1), EMT(), tmp_path, steps=5, timestep=1, resume=True)
     with pytest.raises(ValueError, match="the atoms are not those of the run to resume"):
         run(copper(2), EMT(), tmp_path, steps=5, resume=True)

@@ -17,7 +17,14 @@ from typer.testing import CliRunner
 from dpa4.cli import app
 from dpa4.graph import collate
 from dpa4.model.config import Bridging
-from dpa4.potential import embeddings, hessian, hessian_vector_product, save_potential, write_embeddings
+from dpa4.potential import (
+    embeddings,
+    expand_energy,
+    hessian,
+    hessian_vector_product,
+    save_potential,
+    write_embeddings,
+)
 from dpa4.simulation import DPA4Calculator, with_dispersion
 from helpers import assert_close, crystal, graph_of, molecule, random_potential
 
@@ -117,6 +124,15 @@ def test_products_are_those_of_the_hessian():
     trained = random_potential().train()
     assert_close(hessian_vector_product(trained, collate(graphs), vector), product)
     assert all(p.grad is None for p in trained.parameters())
+
+
+def test_energy_and_forces_come_with_the_product():
+    potential, graph = random_potential(), collate([graph_of(crystal()), graph_of(molecule())])
+    vector = torch.ones(15, 3)
+    found, expected = expand_energy(potential, graph, vector), potential(graph)
+    assert_close(found.energy, expected.energy)
+    assert_close(found.forces, expected.forces)
+    assert not any(part.requires_grad for part in found)
 
 
 def test_hessian_of_single_precision_and_of_atoms_alone():

@@ -250,10 +250,28 @@ def test_what_cannot_be_resumed(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no relaxation to resume in"):
         relax_all([squeezed()], EMT(), tmp_path / "none", resume=True, progress=False)
     relax_all([squeezed()], EMT(), tmp_path, fmax=0.05, progress=False)
-    with pytest.raises(ValueError, match="fmax = 0.01, but the relaxation to resume has 0.05"):
+    with pytest.raises(ValueError, match=r"fmax = 0.01, but .* holds results with fmax = 0.05; choose"):
         relax_all([squeezed()], EMT(), tmp_path, fmax=0.01, resume=True, progress=False)
     with pytest.raises(ValueError, match="the structures are not those of the relaxation to resume"):
         relax_all([bulk("Cu")], EMT(), tmp_path, fmax=0.05, resume=True, progress=False)
+
+
+def test_results_of_another_model_or_run_are_kept_apart(tmp_path):
+    def attempt(folder, seed=0, **options):
+        potential = random_potential(seed, n_blocks=1, lmax=1)
+        calculator = DPA4Calculator(potential, device="cpu", dtype="float64")
+        return relax_all([molecule()], calculator, folder, steps=1, progress=False, **options)
+
+    (first,) = attempt(tmp_path)
+    with pytest.raises(ValueError, match=r"model = '\w+', but .* holds results with model = '\w+'; choose"):
+        attempt(tmp_path, seed=1, resume=True)
+    assert attempt(tmp_path, resume=True) == [first]
+    (other,) = attempt(tmp_path, seed=1)  # without resume earlier files are replaced
+    assert other.energy != first.energy and len(read(tmp_path / "relaxed.xyz", ":")) == 1
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "settings.json").write_text('{"task": "kappa"}')
+    with pytest.raises(ValueError, match="task = 'relax', but .* holds results with task = 'kappa'"):
+        attempt(tmp_path / "bench")
 
 
 def test_many_structures(tmp_path):
@@ -285,7 +303,7 @@ def test_command_passes_its_options(tmp_path):
     for extra in ([], ["--resume"]):
         shown = CliRunner().invoke(app, [str(a) for a in (*command, *extra)])
         assert shown.exit_code == 0 and "0 of 1 structures converged" in shown.output, shown.output
-    options = json.loads((tmp_path / "out" / "relax.json").read_text())["options"]
+    options = json.loads((tmp_path / "out" / "settings.json").read_text())
     expected = {"cell": "volume", "pressure": 2.0, "symmetry": True, "symprec": 0.001, "steps": 1}
     assert options | expected == options
 

@@ -324,7 +324,7 @@ def test_shards_are_joined_by_the_last_one(tmp_path):
     for row, other in zip(table, check(tmp_path / "single", 7)[0], strict=True):
         assert row["source"] == other["source"]
         assert float(row["energy"]) == pytest.approx(float(other["energy"]), abs=2e-3)  # another batch
-    with pytest.raises(ValueError, match="world_size = 2, but .* holds a run by 3 processes"):
+    with pytest.raises(ValueError, match="world_size = 2, but .* holds results with world_size = 3; choose"):
         run(source, Watched(), tmp_path / "out", rank=0, world_size=2, resume=True)
 
 
@@ -361,13 +361,13 @@ def test_interruption_and_resume(tmp_path):
 def test_resume_refuses_other_settings_files_and_weights(tmp_path):
     source = clusters(tmp_path, 1)
     run(source, Watched(), tmp_path / "out")
-    with pytest.raises(ValueError, match="fmax = 0.3, but the run in .* has 0.01"):
+    with pytest.raises(ValueError, match="fmax = 0.3, but .* holds results with fmax = 0.01; choose"):
         run(source, Watched(), tmp_path / "out", fmax=0.3, resume=True)
     other = DPA4Model(random_potential(1, n_blocks=1, lmax=1), device="cpu", dtype="float64")
-    with pytest.raises(ValueError, match="model = .*, but the run in"):
+    with pytest.raises(ValueError, match=r"model = '\w+', but .* holds results with model = '\w+'; choose"):
         run(source, other, tmp_path / "out", resume=True)
     clusters(tmp_path, 2)
-    with pytest.raises(ValueError, match="files = .*, but the run in"):
+    with pytest.raises(ValueError, match="files = .*, but .* holds results with files = "):
         run(source, Watched(), tmp_path / "out", resume=True)
     marker = tmp_path / "out" / "shards" / "0-of-1.json"
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": 9}))

@@ -1,6 +1,5 @@
 """Published benchmarks on the command line."""
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,7 +72,7 @@ def discovery(
         report(result, output, rank, world_size, "the same command goes on")
         if not result.joined:
             return
-        state, score = score_structures(output, data, model=_fingerprint(model, branch), dtype=dtype)
+        state, score = score_structures(output, data)
     _report(state, "formation energies")
     if score is None:
         return
@@ -111,7 +110,7 @@ def kappa(
         reference = read_reference(files.locate(data, files.KAPPA_REFERENCE))
         state = run_kappa(
             source, _calculator(model, device, dtype, compile, branch), output, fmax=fmax, steps=steps,
-            displacement=displacement, model=_fingerprint(model, branch), dtype=dtype,
+            displacement=displacement,
         )  # fmt: skip
         score = score_kappa(output, reference)
     _report(state, "crystals computed")
@@ -152,7 +151,7 @@ def diatomics(
         except FileNotFoundError as error:
             console.print(f"no comparison with DFT: {error}")
             reference = None
-        state = run_diatomics(wanted, calculator, output, model=_fingerprint(model, branch), dtype=dtype)
+        state = run_diatomics(wanted, calculator, output)
         _report(state, "curves")
         score = score_diatomics(output, reference)
     for name, value in score.metrics.items():
@@ -186,8 +185,7 @@ def spice(
             structures or files.locate(data, files.SPICE_TEST), LabelKeys(**label_keys(key or []))
         )
         potential = eager_potential(model, device, dtype, branch)
-        fingerprint = _fingerprint(model, branch)
-        state = run_spice(potential, frames, output, max_atoms=max_atoms, model=fingerprint, dtype=dtype)
+        state = run_spice(potential, frames, output, max_atoms=max_atoms)
         _report(state, "batches")
         if state.interrupted:
             return
@@ -211,13 +209,14 @@ def submission(
     branch: Branch = None,
 ) -> None:
     """Write the YAML file and the artifacts of a submission to Matbench Discovery."""
+    from dpa4.potential import identify, load_potential
     from dpa4.simulation.bench.leaderboard import read_metadata, write_submission
 
     with user_errors():
         path, score = write_submission(
             model, read_metadata(metadata), output,
             discovery=discovery, kappa=kappa, diatomics=diatomics, branch=branch,
-            fingerprint=_fingerprint(model, branch),
+            fingerprint=identify(load_potential(model, branch=branch))["model"],
         )  # fmt: skip
     console.print(f"wrote {path} and its artifacts")
     if score is not None:
@@ -230,12 +229,6 @@ def _calculator(
     from dpa4.simulation import DPA4Calculator
 
     return DPA4Calculator(model, device=device, dtype=dtype, compile=compile, branch=branch)  # type: ignore[arg-type]
-
-
-def _fingerprint(model: Path, branch: str | None) -> str:
-    """What tells results of one model from those of another."""
-    digest = hashlib.sha256(model.read_bytes()).hexdigest()[:16]
-    return f"sha256:{digest}" + (f" {branch}" if branch else "")
 
 
 def _differences(found: tuple[str, ...]) -> None:

@@ -32,6 +32,8 @@ def dimer(
     for diagnosis in scan.flagged:
         console.print(f"{diagnosis.pair}: {', '.join(diagnosis.flags)}")
     console.print(
-        f"{len(scan.flagged)} of {len(scan.curves)} pairs flagged{'' if scan.finished else ', interrupted'}; "
-        f"pairs.csv, pairs.json and figures are in {output}/"
+        f"{len(scan.flagged)} of {len(scan.curves)} pairs flagged; pairs.csv, pairs.json and figures are in "
+        f"{output}/"
     )
+    if not scan.finished:
+        console.print("interrupted; the same command goes on")

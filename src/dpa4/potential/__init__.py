@@ -3,16 +3,20 @@
 from dpa4.potential.card import model_card
 from dpa4.potential.checkpoint import convert, load_potential, save_potential
 from dpa4.potential.embedding import embeddings, write_embeddings
-from dpa4.potential.hessian import hessian, hessian_vector_product
+from dpa4.potential.hessian import Expansion, expand_energy, hessian, hessian_vector_product
+from dpa4.potential.identity import identify
 from dpa4.potential.potential import Potential, Prediction
 
 __all__ = [
+    "Expansion",
     "Potential",
     "Prediction",
     "convert",
     "embeddings",
+    "expand_energy",
     "hessian",
     "hessian_vector_product",
+    "identify",
     "load_potential",
     "model_card",
     "save_potential",

@@ -1,12 +1,35 @@
 """Second derivatives of the energy with respect to the positions, by differentiating twice."""
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpa4.graph import Graph
 from dpa4.potential.potential import Potential
+
+
+class Expansion(NamedTuple):
+    """The energy of B structures with N atoms to second order along a displacement; float64, eV and Angstrom."""
+
+    energy: Tensor  # (B,)
+    forces: Tensor  # (N, 3)
+    product: Tensor  # (N, 3), of the Hessian with the displacement
+
+
+def expand_energy(potential: Potential, graph: Graph, vector: Tensor) -> Expansion:
+    """Energy, forces and the product of the Hessian with a vector, from one forward pass.
+
+    Arguments and errors as `hessian_vector_product`.
+    """
+    if vector.shape != graph.positions.shape:
+        raise ValueError(
+            f"the vector has shape {tuple(vector.shape)}; a displacement of {graph.num_atoms} atoms has "
+            f"{tuple(graph.positions.shape)}"
+        )
+    found = _Differentiated(potential, graph)
+    energy = graph.positions.new_zeros(graph.num_structures).index_add(0, graph.structure, found.atomic)
+    return Expansion(energy, found.forces(), found.product(vector.to(graph.positions), last=True))
 
 
 def hessian_vector_product(potential: Potential, graph: Graph, vector: Tensor) -> Tensor:
@@ -27,12 +50,7 @@ def hessian_vector_product(potential: Potential, graph: Graph, vector: Tensor) -
         ValueError: If the vector has another shape, an element, charge or spin is outside the model, or the
             potential is compiled.
     """
-    if vector.shape != graph.positions.shape:
-        raise ValueError(
-            f"the vector has shape {tuple(vector.shape)}; a displacement of {graph.num_atoms} atoms has "
-            f"{tuple(graph.positions.shape)}"
-        )
-    return _second_derivative(potential, graph)(vector.to(graph.positions))
+    return expand_energy(potential, graph, vector).product
 
 
 def hessian(potential: Potential, graph: Graph) -> Tensor:
@@ -51,28 +69,42 @@ def hessian(potential: Potential, graph: Graph) -> Tensor:
     """
     if graph.num_structures != 1:
         raise ValueError(f"the Hessian is that of one structure, got {graph.num_structures}")
-    product = _second_derivative(potential, graph)
+    found = _Differentiated(potential, graph)
     units = torch.eye(graph.positions.numel()).to(graph.positions).unflatten(1, (-1, 3))
-    return torch.stack([product(unit).flatten() for unit in units], dim=1)
+    return torch.stack([found.product(unit).flatten() for unit in units], dim=1)
 
 
-def _second_derivative(potential: Potential, graph: Graph) -> Callable[[Tensor], Tensor]:
-    """The product with vectors (N, 3); the energy is differentiated once for all of them."""
-    if "embed" in vars(potential.model):  # put there by compile_potential
-        raise ValueError("a compiled potential has no second derivatives; load it anew and do not compile it")
-    potential.check(graph)
-    graph = potential.without_excluded(graph)
-    source, destination = graph.source, graph.destination
-    with torch.enable_grad():
-        vectors = graph.edge_vectors().detach().requires_grad_()
-        if graph.num_edges == 0:  # autograd has no path from an energy without edges
-            return torch.zeros_like
-        atomic = potential.atomic_energies(graph, vectors)
-        (gradient,) = torch.autograd.grad(atomic.sum(), vectors, create_graph=True)
+class _Differentiated:
+    """Energies of atoms and their first derivative, to be differentiated once more along any displacement."""
 
-    def product(vector: Tensor) -> Tensor:
-        along = vector[source] - vector[destination]
-        (change,) = torch.autograd.grad(gradient, vectors, along, retain_graph=True)
-        return torch.zeros_like(vector).index_add(0, source, change).index_add(0, destination, -change)
+    def __init__(self, potential: Potential, graph: Graph):
+        if "embed" in vars(potential.model):  # put there by compile_potential
+            raise ValueError(
+                "a compiled potential has no second derivatives; load it anew and do not compile it"
+            )
+        potential.check(graph)
+        self.graph = graph = potential.without_excluded(graph)
+        with torch.enable_grad():
+            self._vectors = graph.edge_vectors().detach().requires_grad_()
+            atomic = potential.atomic_energies(graph, self._vectors)
+            self._gradient = torch.zeros_like(self._vectors)
+            if graph.num_edges:  # autograd has no path from an energy without edges
+                (self._gradient,) = torch.autograd.grad(atomic.sum(), self._vectors, create_graph=True)
+        self.atomic = atomic.detach()  # (N,)
 
-    return product
+    def forces(self) -> Tensor:
+        """Forces on the atoms (N, 3)."""
+        return -self._of_atoms(self._gradient.detach())
+
+    def product(self, vector: Tensor, last: bool = False) -> Tensor:
+        """The Hessian times a displacement (N, 3); the last one frees the memory as it goes."""
+        along = vector[self.graph.source] - vector[self.graph.destination]
+        if not self.graph.num_edges:
+            return torch.zeros_like(vector)
+        (change,) = torch.autograd.grad(self._gradient, self._vectors, along, retain_graph=not last)
+        return self._of_atoms(change)
+
+    def _of_atoms(self, edges: Tensor) -> Tensor:
+        """From derivatives by edge vectors (E, 3) to those by positions (N, 3)."""
+        zeros = torch.zeros_like(self.graph.positions)
+        return zeros.index_add(0, self.graph.source, edges).index_add(0, self.graph.destination, -edges)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dpa4.data import CoverageMonitor
 from dpa4.graph import SKIN, Graph, SkinnedNeighbors, within_cutoff
-from dpa4.potential import Potential
+from dpa4.potential import Potential, identify
 from dpa4.potential.checkpoint import load_potential
 from dpa4.potential.evaluator import Evaluator
 from dpa4.system import choose_device
@@ -173,6 +173,17 @@ def labelled(atoms: Atoms) -> Atoms:
         results["stress"] = atoms.get_stress(apply_constraint=False)
     frame.calc = SinglePointCalculator(frame, **results)
     return frame
+
+
+def identify_calculator(calculator: Calculator) -> dict[str, str]:
+    """What results depend on of a calculator: as ``identify`` says, digests of a committee one after another.
+
+    A calculator that is none of dpa4 cannot tell; {}.
+    """
+    if not isinstance(calculator, DPA4Calculator):
+        return {}
+    members = [identify(potential) for potential in calculator.potentials]
+    return members[0] | {"model": " ".join(member["model"] for member in members)}
 
 
 def load_model(

@@ -4,8 +4,6 @@ They show what a model does where data are few: at short range and between eleme
 with the dimer method, which looks for saddle points.)
 """
 
-import csv
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations_with_replacement
@@ -16,18 +14,21 @@ import numpy as np
 import torch
 from ase.data import atomic_numbers
 from numpy.typing import NDArray
-from rich.progress import track
 
-from dpa4.graph import Graph, build_graph, collate
-from dpa4.potential import Potential, hessian_vector_product
-from dpa4.system import atomic_write, save_figure, stop_requests
+from dpa4.graph import Graph
+from dpa4.potential import Potential, expand_energy, identify
+from dpa4.simulation.progress import progress_bar
+from dpa4.simulation.records import Records, write_csv, write_json
+from dpa4.system import save_figure, stop_requests
 
+COMPUTED = ("energy", "force", "curvature")
 COLUMNS = ("pair", "distance_A", "energy_eV", "force_eV_per_A", "curvature_eV_per_A2")
 FORCE_FLOOR = 0.01  # eV/Angstrom; a smaller force has no direction
 WALL = 1.0  # eV that atoms at the shortest distance have at least
 SPIKE = 0.1  # eV of ups and downs beyond those of a single well
 JUMP, JUMP_SHARE = 0.005, 0.02  # eV, and share of the change of energy, that force and energy may disagree by
 PER_PAGE = 12  # pairs of a figure
+CPU_EDGES, GPU_EDGES = 256, 8192  # of a batch; on a CPU more do not fit into its caches
 
 Pair = tuple[str, str]
 Array = NDArray[np.float64]
@@ -110,8 +111,9 @@ def pair_curves(
 ) -> Iterator[PairCurve]:
     """Energy, force and curvature of pairs of atoms, one pair after another.
 
-    Force and curvature are derivatives of the energy by automatic differentiation. A model with charge and spin is
-    given its default, or else the neutral pair with the lowest multiplicity its number of electrons allows.
+    Force and curvature are derivatives of the energy by automatic differentiation. On a GPU a batch holds several
+    pairs, and becomes smaller where it does not fit into memory. A model with charge and spin is given its default,
+    or else the neutral pair with the lowest multiplicity its number of electrons allows.
 
     Args:
         potential: The potential, not compiled, on the device to compute on.
@@ -123,21 +125,8 @@ def pair_curves(
         ValueError: If an element is not in the potential, the potential leaves a pair out, or start or step do not
             fit below the cutoff.
     """
-    cutoff, known = potential.config.cutoff, element_pairs(potential)
-    if not 0 < start < cutoff:
-        raise ValueError(
-            f"start must be a distance between 0 and the cutoff, {cutoff:g} Angstrom, got {start}"
-        )
-    if not 0 < step <= cutoff - start:
-        raise ValueError(f"step must be between 0 and {cutoff - start:g} Angstrom, got {step}")
-    for pair in pairs or ():
-        if pair not in known and pair[::-1] not in known:
-            raise ValueError(
-                f"the model describes no pair {'-'.join(pair)}; its elements are {', '.join(potential.elements)}"
-            )
-    distances = np.linspace(start, cutoff, round(np.ceil((cutoff - start) / step - 1e-9)) + 1)
-    graph = _dimers(distances, cutoff).to(potential.reference_energies.device)
-    return (_curve(potential, pair, distances, graph) for pair in (known if pairs is None else pairs))
+    distances = _distances(potential, pairs, start, step)
+    return _curves(potential, element_pairs(potential) if pairs is None else pairs, distances)
 
 
 def diagnose(curve: PairCurve) -> Diagnosis:
@@ -178,7 +167,10 @@ def scan_pairs(
     step: float = 0.02,
     progress: bool = True,
 ) -> PairScan:
-    """Compute pair curves and write them; Ctrl-C ends after the pair at hand, and what is there is written.
+    """Compute pair curves and write them.
+
+    Every curve is kept at once in ``output``/pairs.jsonl. Ctrl-C ends after the pair at hand; what is there is
+    written, and the same call goes on, also for other pairs.
 
     Writes into the folder ``output``, replacing earlier files: pairs.csv (a row per distance), pairs.json (a
     ``Diagnosis`` per pair) and figures pairs-01.png, ... of 12 pairs each, flagged ones with a red title.
@@ -189,36 +181,39 @@ def scan_pairs(
         pairs: Elements; every pair of the potential by default.
         start: Shortest distance, in Angstrom.
         step: Between distances, in Angstrom.
-        progress: Show a progress bar.
+        progress: Show progress bars on a terminal.
 
     Raises:
-        ValueError: As ``pair_curves``.
+        ValueError: As ``pair_curves``; or if the folder holds curves of another model or of other distances.
     """
-    found = pair_curves(potential, pairs, start=start, step=step)
-    total = len(element_pairs(potential) if pairs is None else pairs)
+    distances = _distances(potential, pairs, start, step)
+    wanted = {"-".join(pair): pair for pair in (element_pairs(potential) if pairs is None else pairs)}
+    settings = {"task": "dimer", **identify(potential), "start": float(start), "step": float(step)}
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    curves = []
-    with stop_requests() as stopped, (folder / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for curve in track(found, "pair curves", total=total, disable=not progress):
-            columns = (curve.distance, curve.energy, curve.force, curve.curvature)
-            writer.writerows((curve.name, *(f"{x:.9g}" for x in row)) for row in zip(*columns, strict=True))
-            file.flush()
-            curves.append(curve)
-            if stopped:
-                break
-    scan = PairScan(curves, [diagnose(curve) for curve in curves], len(curves) == total)
+    with Records(folder, settings, "pairs") as records, stop_requests() as stopped:
+        missing = [pair for name, pair in wanted.items() if name not in records.done]
+        with progress_bar("pair", len(wanted), len(wanted) - len(missing), progress) as bar:
+            for curve in _curves(potential, missing, distances):
+                records.append({"id": curve.name} | {name: getattr(curve, name) for name in COMPUTED})
+                bar.update(bar.task_ids[0], advance=1, status=curve.name)
+                if stopped:
+                    break
+        kept = [(pair, records[name]) for name, pair in wanted.items() if name in records.done]
+    curves = [
+        PairCurve(pair, distances, *(np.array(record[name]) for name in COMPUTED)) for pair, record in kept
+    ]
+    scan = PairScan(curves, [diagnose(curve) for curve in curves], len(curves) == len(wanted))
+    write_csv(folder / "pairs.csv", COLUMNS, _rows(curves))
     content = {"finished": scan.finished, "pairs": [asdict(d) for d in scan.diagnoses]}
-    with atomic_write(folder / "pairs.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_json(folder / "pairs.json", content)
     for old in folder.glob("pairs-*.png"):
         old.unlink()
-    pages = track(range(0, len(curves), PER_PAGE), "drawing", disable=not progress or total <= PER_PAGE)
-    for number, first in enumerate(pages, start=1):
-        figure = draw_pairs(curves[first : first + PER_PAGE], scan.diagnoses[first : first + PER_PAGE])
-        save_figure(figure, folder / f"pairs-{number:02d}.png", dpi=110)
+    pages = range(0, len(curves), PER_PAGE)
+    with progress_bar("figure", len(pages), show=progress and len(pages) > 1) as bar:
+        for number, first in enumerate(pages, start=1):
+            figure = draw_pairs(curves[first : first + PER_PAGE], scan.diagnoses[first : first + PER_PAGE])
+            save_figure(figure, folder / f"pairs-{number:02d}.png", dpi=110)
+            bar.advance(bar.task_ids[0])
     return scan
 
 
@@ -260,25 +255,78 @@ def _below_the_wall(curve: PairCurve) -> NDArray[np.bool_]:
     return curve.energy <= max(3.0, 2 * depth)
 
 
-def _dimers(distances: Array, cutoff: float) -> Graph:
-    """Pairs of atoms at the distances, and a last one out of reach; elements are to be filled in."""
-    cell, pbc = np.zeros((3, 3)), np.zeros(3, dtype=bool)
-    places = ([[0.0, 0.0, 0.0], [r, 0.0, 0.0]] for r in (*distances, 2 * cutoff))
-    return collate([build_graph([1, 1], xyz, cell, pbc, cutoff) for xyz in places])
+def _rows(curves: Iterable[PairCurve]) -> Iterator[dict[str, str]]:
+    """Of the table."""
+    for curve in curves:
+        columns = (curve.distance, curve.energy, curve.force, curve.curvature)
+        for values in zip(*columns, strict=True):
+            yield dict(zip(COLUMNS, (curve.name, *(f"{x:.9g}" for x in values)), strict=True))
 
 
-def _curve(potential: Potential, pair: Pair, distances: Array, graph: Graph) -> PairCurve:
-    numbers = [atomic_numbers[element] for element in pair]
-    spin = 1 if sum(numbers) % 2 == 0 else 2
-    state = torch.tensor([potential.config.default_charge_spin or (0, spin)]).to(graph.charge_spin)
-    graph = graph._replace(
-        atomic_numbers=torch.tensor(numbers).to(graph.atomic_numbers).repeat(graph.num_structures),
-        charge_spin=state.expand(graph.num_structures, 2),
-    )
-    prediction = potential(graph)
+def _distances(potential: Potential, pairs: Iterable[Pair] | None, start: float, step: float) -> Array:
+    """Distances of every curve, after a check of the arguments."""
+    cutoff, known = potential.config.cutoff, element_pairs(potential)
+    if not 0 < start < cutoff:
+        raise ValueError(
+            f"start must be a distance between 0 and the cutoff, {cutoff:g} Angstrom, got {start}"
+        )
+    if not 0 < step <= cutoff - start:
+        raise ValueError(f"step must be between 0 and {cutoff - start:g} Angstrom, got {step}")
+    for pair in pairs or ():
+        if pair not in known and pair[::-1] not in known:
+            raise ValueError(
+                f"the model describes no pair {'-'.join(pair)}; its elements are {', '.join(potential.elements)}"
+            )
+    return np.linspace(start, cutoff, round(np.ceil((cutoff - start) / step - 1e-9)) + 1)
+
+
+def _curves(potential: Potential, pairs: Sequence[Pair], distances: Array) -> Iterator[PairCurve]:
+    """Curves one after another; a batch ends within a curve, or takes points of several."""
+    size = (GPU_EDGES if potential.reference_energies.is_cuda else CPU_EDGES) // 2
+    numbers = np.array([[atomic_numbers[element] for element in pair] for pair in pairs])
+    count, begun = len(distances), 0
+    values = np.empty((0, 3))  # of points whose curves are not complete
+    for pair in pairs:
+        while len(values) < count:
+            which, place = np.divmod(np.arange(begun, min(begun + size, count * len(pairs))), count)
+            try:
+                found = _evaluate(potential, _dimers(potential, numbers[which], distances[place]))
+            except torch.OutOfMemoryError:
+                if len(which) == 1:
+                    raise
+                size = len(which) // 2
+                continue
+            values = np.concatenate([values, found])
+            begun += len(found)
+        (energy, force, curvature), values = values[:count].T, values[count:]
+        yield PairCurve(pair, distances, energy - energy[-1], force, curvature)
+
+
+def _dimers(potential: Potential, numbers: NDArray[np.int64], distances: Array) -> Graph:
+    """Pairs of atoms (S, 2) along x at the distances (S,); at the cutoff they do not interact any more."""
+    atoms = torch.from_numpy(numbers)
+    positions = torch.zeros(2 * len(atoms), 3, dtype=torch.float64)
+    positions[1::2, 0] = torch.from_numpy(distances)
+    ends = torch.arange(2 * len(atoms)).view(-1, 2)[torch.from_numpy(distances < potential.config.cutoff)]
+    multiplicity = 1 + atoms.sum(dim=1) % 2
+    state = torch.stack([torch.zeros_like(multiplicity), multiplicity], dim=1)
+    if potential.config.default_charge_spin:
+        state[:] = torch.tensor(potential.config.default_charge_spin)
+    return Graph(
+        atomic_numbers=atoms.flatten(),
+        positions=positions,
+        cell=torch.zeros(len(atoms), 3, 3, dtype=torch.float64),
+        structure=torch.arange(len(atoms)).repeat_interleave(2),
+        source=ends.flip(1).flatten(),
+        destination=ends.flatten(),
+        shift=torch.zeros(ends.numel(), 3, dtype=torch.float64),
+        charge_spin=state,
+    ).to(potential.reference_energies.device)
+
+
+def _evaluate(potential: Potential, graph: Graph) -> Array:
+    """Energy, force and curvature (S, 3) of pairs of atoms along x."""
     outward = torch.zeros_like(graph.positions)
     outward[1::2, 0] = 1.0  # the second atom moves away, so the product is the second derivative by distance
-    curvature = hessian_vector_product(potential, graph, outward)[1::2, 0]
-    energy = (prediction.energy[:-1] - prediction.energy[-1]).detach()
-    values = (energy, prediction.forces[1:-2:2, 0].detach(), curvature[:-1])
-    return PairCurve(pair, distances, *(v.cpu().numpy() for v in values))
+    energy, forces, product = expand_energy(potential, graph, outward)
+    return torch.stack([energy, forces[1::2, 0], product[1::2, 0]], dim=1).cpu().numpy()

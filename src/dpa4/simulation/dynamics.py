@@ -11,10 +11,11 @@ from ase import Atoms, units
 from ase.calculators.calculator import Calculator
 from ase.io import write
 
-from dpa4.simulation.calculator import labelled
+from dpa4.simulation.calculator import identify_calculator, labelled
 from dpa4.simulation.integrators import bath_state, conserved_energy, make_integrator, set_bath_state
 from dpa4.simulation.momenta import degrees_of_freedom, draw_momenta, internal_momenta, temperature
 from dpa4.simulation.progress import progress_bar
+from dpa4.simulation.records import check_settings
 from dpa4.system import CsvLog, atomic_write, new_figure, read_csv, save_figure, stop_requests
 
 Ensemble = Literal["nve", "langevin", "nvt", "npt"]
@@ -96,7 +97,8 @@ def run_md(
     Raises:
         FileExistsError: If ``output`` already holds a run and ``resume`` is not set.
         FileNotFoundError: If there is no run to resume.
-        ValueError: If an argument is not allowed, no atom can move, or the run to resume had other settings or atoms.
+        ValueError: If an argument is not allowed, no atom can move, or the run to resume had another model, other
+            settings or atoms.
         RuntimeError: If a step fails, usually because the timestep is too long.
     """
     settings = {
@@ -111,8 +113,8 @@ def run_md(
         "interval": interval,
         "seed": seed,
     }
-    _check_settings(settings | {"steps": steps})
-    run = _Run(atoms, calculator, Path(output), settings, resume)
+    _check_arguments(settings | {"steps": steps})
+    run = _Run(atoms, calculator, Path(output), settings | identify_calculator(calculator), resume)
     try:
         with stop_requests() as stopped, progress_bar("step", steps, run.step, progress) as bar:
             while run.step < steps and not stopped:
@@ -216,9 +218,7 @@ class _Run:
             raise ValueError(f"{self.restart} is damaged or not a restart file ({error!r})") from error
         if found != RESTART_FORMAT:
             raise ValueError(f"{self.restart} has format {found}; this version reads format {RESTART_FORMAT}")
-        for name, value in self.settings.items():
-            if state["settings"][name] != value:
-                raise ValueError(f"{name} = {value}, but the run to resume has {state['settings'][name]}")
+        check_settings(self.settings, state["settings"], self.folder)
         if state["atomic_numbers"] != self.atoms.numbers.tolist():
             raise ValueError(f"the atoms are not those of the run to resume in {self.folder}")
         self.step = state["step"]
@@ -251,7 +251,7 @@ class _Run:
         self.status = f"{time:.3f} ps  {row['temperature_K']:.0f} K  {row['total_eV']:.4f} eV"
 
 
-def _check_settings(settings: dict[str, Any]) -> None:
+def _check_arguments(settings: dict[str, Any]) -> None:
     for name, allowed in (("ensemble", ENSEMBLES), ("cell", CELLS)):
         if settings[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {settings[name]!r}")

@@ -50,7 +50,10 @@ class Records:
 
     def __init__(self, folder: Path, settings: Record, name: str = "results", part: str = ""):
         folder.mkdir(parents=True, exist_ok=True)
-        _check_settings(folder / SETTINGS, settings)
+        if (folder / SETTINGS).exists():
+            check_settings(settings, read_settings(folder), folder)
+        else:
+            write_json(folder / SETTINGS, settings)
         self._places: dict[str, tuple[Path, int]] = {}  # last line of each item
         self.done: set[str] = set()
         own = folder / f"{name}{part}.jsonl"
@@ -198,21 +201,27 @@ def read_settings(folder: Path) -> Record:
     """
     path = folder / SETTINGS
     if not path.is_file():
-        raise FileNotFoundError(f"there is no benchmark run in {folder}: {path} is absent")
+        raise FileNotFoundError(f"there is no run in {folder}: {path} is absent")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _check_settings(path: Path, settings: Record) -> None:
+def check_settings(settings: Record, found: Record, folder: Path) -> None:
+    """Refuse to go on with results of other settings.
+
+    Args:
+        settings: Of this call.
+        found: Those that the results in the folder depend on, from JSON.
+        folder: For the message.
+
+    Raises:
+        ValueError: If they differ.
+    """
     settings = json.loads(json.dumps(settings, default=_plain))
-    if not path.exists():
-        write_json(path, settings)
-        return
-    found = read_settings(path.parent)
     for name in {**found, **settings}:
         if found.get(name) != settings.get(name):
             raise ValueError(
-                f"{name} = {settings.get(name)!r}, but {path.parent} holds results with "
-                f"{name} = {found.get(name)!r}; choose another folder"
+                f"{name} = {settings.get(name)!r}, but {folder} holds results with {name} = {found.get(name)!r}; "
+                "choose another folder"
             )
 
 

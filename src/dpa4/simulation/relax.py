@@ -1,9 +1,10 @@
 """Relaxation of structures, with or without the cell, by ASE's optimizers."""
 
-import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +13,14 @@ from ase import Atoms, units
 from ase.calculators.calculator import Calculator
 from ase.constraints import FixSymmetry
 from ase.filters import FrechetCellFilter
-from ase.io import read, write
+from ase.io import write
 from ase.optimize import BFGS, FIRE, LBFGS
 from ase.spacegroup.symmetrize import symmetrize_rank2
 
-from dpa4.simulation.calculator import labelled
+from dpa4.simulation.calculator import identify_calculator, labelled
 from dpa4.simulation.progress import progress_bar
-from dpa4.system import CsvLog, atomic_write, read_csv, require, stop_requests
+from dpa4.simulation.records import SETTINGS, Records
+from dpa4.system import CsvLog, require, stop_requests
 
 CellChange = Literal["fixed", "full", "volume", "shape", "xy", "z"]
 
@@ -32,7 +34,6 @@ CELLS: dict[str, dict[str, Any]] = {
     "xy": {"mask": [True, True, False, False, False, True]},
     "z": {"mask": [False, False, True, False, False, False]},
 }
-STATE_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class Relaxation:
     max_force: float  # largest force on an atom, eV/Angstrom
     volume: float | None  # Angstrom^3; None unless periodic along all three axes
     pressure: float | None  # GPa, -trace(stress)/3; None where there is no stress
+
+
+COLUMNS = ("structure", "formula", *(field.name for field in fields(Relaxation)))
 
 
 def relax(
@@ -146,40 +150,38 @@ def relax_all(
     """Relax structures in place, one after another.
 
     Writes into the folder ``output``, replacing earlier files unless ``resume`` is set: relaxed.xyz, with energies
-    and forces, relax.csv, a row per structure, and relax.json, from which a run goes on. Ctrl-C ends with the
+    and forces, relax.csv, a row per structure, and relax.jsonl, from which a run goes on. Ctrl-C ends with the
     structure at hand; the list holds those that were begun.
 
     Args:
         structures: The starts.
         calculator: ASE calculator.
         output: Folder, made if absent.
-        resume: Take over the structures that an earlier call with the same options finished, and go on with
-            the one it left from where it was.
+        resume: Take over the structures that an earlier call with the same model and options finished, and go on
+            with the one it left from where it was.
         progress: Show a progress bar on a terminal.
         **options: As ``relax`` takes them, for every structure.
 
     Raises:
         FileNotFoundError: If there is nothing to resume.
-        ValueError: As ``relax``, with the number of the structure; or if options or structures are not those of
-            the call to resume.
+        ValueError: As ``relax``, with the number of the structure; or if model, options or structures are not those
+            of the call to resume.
     """
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    relaxed = folder / "relaxed.xyz"
-    state: dict[str, Any] = {"format": STATE_FORMAT, "options": options, "done": 0, "bytes": 0}
-    results: list[Relaxation] = []
-    if resume:
-        state, results = _load(folder, structures, options)
-    else:
-        relaxed.unlink(missing_ok=True)
-        _save(folder, state)
-    columns = ("structure", "formula", *(field.name for field in fields(Relaxation)))
-    table = CsvLog(folder / "relax.csv", columns, state["done"] - 1 if resume else None)
-    try:
-        with progress_bar("structure", len(structures), state["done"], progress) as bar:
+    relaxed, kept = folder / "relaxed.xyz", folder / "relax.jsonl"
+    if resume and not kept.is_file():
+        raise FileNotFoundError(f"there is no relaxation to resume in {folder}: {kept} is absent")
+    if kept.is_file() and not resume:
+        (folder / SETTINGS).unlink(missing_ok=True)
+        kept.unlink()
+    settings = {"task": "relax", **identify_calculator(calculator), **options}
+    with Records(folder, settings, "relax") as records:
+        results = _taken_over(structures, records, relaxed)
+        done, total = len(results), len(structures)
+        table = CsvLog(folder / "relax.csv", COLUMNS, done - 1 if resume else None)
+        with closing(table), progress_bar("structure", total, done, progress) as bar:
             task = bar.task_ids[0]
-            for number in range(state["done"], len(structures)):
-                atoms = structures[number]
+            for number, atoms in enumerate(structures[done:], start=done):
                 try:
                     result = relax(
                         atoms, calculator, watch=lambda line: bar.update(task, status=line), **options
@@ -190,14 +192,28 @@ def relax_all(
                 write(relaxed, labelled(atoms), format="extxyz", append=True)
                 row = {"structure": number, "formula": atoms.get_chemical_formula()} | asdict(result)
                 table.write(row)
+                place = {"cell": atoms.cell.array, "positions": atoms.positions}
+                failure = {"error": "interrupted"} if result.interrupted else {}
+                records.append(
+                    {"id": str(number)} | row | place | {"bytes": relaxed.stat().st_size} | failure
+                )
                 if result.interrupted:
                     break
-                state |= {"done": number + 1, "bytes": relaxed.stat().st_size}
-                _save(folder, state)
                 bar.update(task, completed=number + 1)
-    finally:
-        table.close()
     return results
+
+
+def _taken_over(structures: Sequence[Atoms], records: Records, relaxed: Path) -> list[Relaxation]:
+    """Results of finished structures; all that were begun move to where they ended."""
+    for record, atoms in zip_longest(records, structures[: len(records)]):
+        if atoms is None or record["formula"] != atoms.get_chemical_formula():
+            raise ValueError(f"the structures are not those of the relaxation to resume in {relaxed.parent}")
+        atoms.set_cell(record["cell"])
+        atoms.set_positions(record["positions"], apply_constraint=False)
+    done = [records[str(number)] for number in range(len(records.done))]
+    if relaxed.exists():
+        os.truncate(relaxed, done[-1]["bytes"] if done else 0)
+    return [Relaxation(**{field.name: record[field.name] for field in fields(Relaxation)}) for record in done]
 
 
 def _max_force(atoms: Atoms) -> float:
@@ -258,45 +274,3 @@ def _keep_symmetry(atoms: Atoms, cell: str, symprec: float) -> None:
         ):
             raise ValueError(f"cell = {cell} breaks the symmetry of the structure; leave one of them out")
     atoms.set_constraint(symmetric)
-
-
-def _save(folder: Path, state: dict[str, Any]) -> None:
-    with atomic_write(folder / "relax.json") as temporary:
-        temporary.write_text(json.dumps(state), encoding="utf-8")
-
-
-def _load(
-    folder: Path, structures: Sequence[Atoms], options: dict[str, Any]
-) -> tuple[dict[str, Any], list[Relaxation]]:
-    """State and results of the call to resume; structures are moved to where it left them."""
-    file, relaxed = folder / "relax.json", folder / "relaxed.xyz"
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no relaxation to resume in {folder}: {file} is absent")
-    state = json.loads(file.read_text(encoding="utf-8"))
-    if state["format"] != STATE_FORMAT:
-        raise ValueError(f"{file} has format {state['format']}; this version reads format {STATE_FORMAT}")
-    for name in {**state["options"], **options}:
-        if state["options"].get(name) != options.get(name):
-            raise ValueError(
-                f"{name} = {options.get(name)}, but the relaxation to resume has {state['options'].get(name)}"
-            )
-    rows = read_csv(folder / "relax.csv")[: state["done"] + 1]
-    formulas = [atoms.get_chemical_formula() for atoms in structures]
-    if [row["formula"] for row in rows] != formulas[: len(rows)]:
-        raise ValueError(f"the structures are not those of the relaxation to resume in {folder}")
-    frames = read(relaxed, index=slice(len(rows))) if rows else []
-    for atoms, frame in zip(structures, frames, strict=False):
-        atoms.set_cell(frame.cell)
-        atoms.set_positions(frame.positions, apply_constraint=False)
-    if relaxed.exists():
-        os.truncate(relaxed, state["bytes"])
-    return state, [_result(row) for row in rows[: state["done"]]]
-
-
-def _result(row: dict[str, str]) -> Relaxation:
-    """The result in a row of the table."""
-    values: dict[str, Any] = {}
-    for field in fields(Relaxation):
-        text = row[field.name]
-        values[field.name] = json.loads(text.lower()) if text else None
-    return Relaxation(**values)

@@ -1,6 +1,5 @@
 """Relaxation of many structures at once by TorchSim, in batches whose finished members are replaced in flight."""
 
-import hashlib
 import re
 import warnings
 from collections import defaultdict, deque
@@ -24,7 +23,7 @@ from torch import Tensor
 from dpa4.data import read_atoms
 from dpa4.data.labels import ENERGY, STRESS
 from dpa4.graph import build_graph
-from dpa4.potential import Potential
+from dpa4.potential import identify
 from dpa4.simulation.calculator import charge_spin_of
 from dpa4.simulation.progress import progress_bar
 from dpa4.simulation.relax import CELLS, check_periodicity, check_relaxation
@@ -150,7 +149,7 @@ def screen(
     model.compute_forces = model.compute_stress = True
     folder = Path(output)
     settings = {
-        "model": _fingerprint(model.potential),
+        **identify(model.potential),
         "files": [[str(path), path.stat().st_size] for path in paths],
         **asdict(options),
     }
@@ -182,14 +181,6 @@ def screen(
         shard.close()
     joined = not stopped and join(folder, world_size)
     return Screening(dict(shard.counts), 0 if stopped else total, not stopped, joined)
-
-
-def _fingerprint(potential: Potential) -> str:
-    """Identifies weights and precision of a potential."""
-    found = hashlib.sha256(f"{potential.config} {potential.model.block_autocast}".encode())
-    for name, tensor in sorted(potential.state_dict().items()):
-        found.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def _structures(paths: Sequence[Path]) -> Iterator[tuple[str, Atoms | str]]:

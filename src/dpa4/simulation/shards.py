@@ -17,7 +17,7 @@ from typing import IO, Any
 from ase import Atoms
 from ase.io import iread, write
 
-from dpa4.simulation.records import write_csv
+from dpa4.simulation.records import check_settings, write_csv
 from dpa4.system import CsvLog, atomic_write
 
 FORMAT = 1
@@ -70,18 +70,17 @@ class Shard:
         name = f"{rank}-of-{world_size}"
         self.marker = folder / f"{name}.json"
         self.table, self.frames = folder / f"{name}.csv", folder / f"{name}.xyz"
-        self.settings = json.loads(json.dumps(settings))
+        self.settings = dict(settings)
         for other in sorted(folder.glob("*-of-*.json")):
-            found = other.stem.partition("-of-")[2]
-            if found != str(world_size):
-                raise ValueError(f"world_size = {world_size}, but {output} holds a run by {found} processes")
+            found = {"world_size": int(other.stem.partition("-of-")[2])}
+            check_settings({"world_size": world_size}, found, output)
         begun = self.marker.is_file()
         if begun and not resume:
             raise FileExistsError(
                 f"{output} already holds a run ({self.marker.name}); resume it or choose another folder"
             )
         if begun:
-            _same_settings(self.settings, _read_marker(self.marker)["settings"], output)
+            check_settings(self.settings, _read_marker(self.marker)["settings"], output)
         self._lock = _locked(folder / f".{name}.lock")
         if not begun:
             self.frames.unlink(missing_ok=True)
@@ -151,7 +150,7 @@ def join(output: Path, world_size: int) -> bool:
     if len(found) < world_size or any(marker["total"] is None for marker in markers):
         return False
     for marker in markers[1:]:
-        _same_settings(marker["settings"], markers[0]["settings"], output)
+        check_settings(marker["settings"], markers[0]["settings"], output)
     rows = [row for name in names for row in _rows(folder / f"{name}.csv")]
     rows.sort(key=lambda row: int(row["structure"]))
     numbers = [int(row["structure"]) for row in rows]
@@ -199,15 +198,6 @@ class FinishedRun:
         with path.open("rb") as file:
             file.seek(begin)
             return next(iread(io.StringIO(file.read(length).decode()), format="extxyz"))
-
-
-def _same_settings(settings: dict[str, Any], earlier: dict[str, Any], output: Path) -> None:
-    for name in {**earlier, **settings}:
-        if settings.get(name) != earlier.get(name):
-            raise ValueError(
-                f"{name} = {settings.get(name)}, but the run in {output} has {earlier.get(name)}; choose "
-                "another folder"
-            )
 
 
 def _read_marker(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 
+from dpa4.simulation.calculator import identify_calculator
 from dpa4.simulation.records import SETTINGS, Interrupted, Record, Records, run_items
 from dpa4.simulation.relax import CellChange, Relaxation, relax
 
@@ -26,7 +27,8 @@ class Calculation:
     Args:
         folder: Made if absent.
         atoms: The crystal that the calculation starts with.
-        calculator: ASE calculator; its energy of the crystal tells it from another one.
+        calculator: ASE calculator. The digest of its model tells it from another one; where it has none, its energy
+            of the crystal.
         settings: What the parts depend on.
         resume: Take over the parts in the folder.
         progress: Show progress bars on a terminal.
@@ -59,9 +61,10 @@ class Calculation:
             raise FileExistsError(f"{folder} already holds a calculation; resume it or choose another folder")
         if resume and not known:
             raise FileNotFoundError(f"there is no calculation to resume in {folder}")
-        energy = calculator.get_potential_energy(atoms.copy())
-        # Four digits: a resumed calculation may be on another machine.
-        self.settings = settings | {"structure": _name(atoms), "energy_eV": round(float(energy), 4)}
+        identity: Record = dict(identify_calculator(calculator))
+        if not identity:  # four digits: a resumed calculation may be on another machine
+            identity = {"energy_eV": round(float(calculator.get_potential_energy(atoms.copy())), 4)}
+        self.settings = settings | {"structure": _name(atoms)} | identity
         self.folder, self.calculator, self.progress = folder, calculator, progress
 
     def run(
@@ -157,6 +160,8 @@ def structure(record: Record, like: Atoms) -> Atoms:
 
 
 def _name(atoms: Atoms) -> str:
-    """Formula and a fingerprint of cell and positions."""
+    """Formula and a digest of elements, cell, positions, charge and spin."""
     numbers = np.concatenate([atoms.cell.array, atoms.positions]).round(6) + 0.0  # no -0
-    return f"{atoms.get_chemical_formula()} {hashlib.sha256(numbers.tobytes()).hexdigest()[:12]}"
+    state = f"{atoms.numbers.tolist()} {atoms.info.get('charge')} {atoms.info.get('spin')}"
+    digest = hashlib.sha256(state.encode() + numbers.tobytes()).hexdigest()
+    return f"{atoms.get_chemical_formula()} {digest[:12]}"

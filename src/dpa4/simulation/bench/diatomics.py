@@ -20,6 +20,7 @@ from dpa4.simulation.bench.curves import (
     reference_metrics,
     wall_error,
 )
+from dpa4.simulation.calculator import identify_calculator
 from dpa4.simulation.records import (
     Progressed,
     Record,
@@ -105,7 +106,6 @@ def run_diatomics(
     output: str | Path,
     *,
     model: str = "",
-    dtype: str = "",
     progress: bool = True,
 ) -> Progressed:
     """Curves of elements at 119 distances from 0.1 to 6 Angstrom.
@@ -116,8 +116,7 @@ def run_diatomics(
         elements: Chemical symbols.
         calculator: ASE calculator.
         output: Folder, made if absent.
-        model: Name or digest of the model; a folder of results of another model is refused.
-        dtype: Its precision; likewise.
+        model: Name of the model, if it is none of dpa4; a folder of results of another model is refused.
         progress: Show a progress bar on a terminal.
 
     Raises:
@@ -125,7 +124,8 @@ def run_diatomics(
     """
     if wrong := [e for e in elements if not 0 < atomic_numbers.get(e, 0) <= HEAVIEST]:
         raise ValueError(f"{wrong[0]!r} is no element from H to U")
-    settings = {"task": "diatomics", "model": model, "dtype": dtype, "distances": DISTANCES.tolist()}
+    identity = {"model": model, **identify_calculator(calculator)}
+    settings = {"task": "diatomics", **identity, "distances": DISTANCES.tolist()}
     with Records(Path(output), settings) as records:
         return run_items(
             ((e, e) for e in elements),

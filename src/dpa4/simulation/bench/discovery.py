@@ -52,7 +52,7 @@ class DiscoveryScore:
 
 
 def score_structures(
-    output: str | Path, data: str | Path, *, model: str = "", dtype: str = "", progress: bool = True
+    output: str | Path, data: str | Path, *, progress: bool = True
 ) -> tuple[Progressed, DiscoveryScore | None]:
     """Formation energies, energies above the hull and RMSD of relaxed structures, and the metrics of all of them.
 
@@ -67,8 +67,6 @@ def score_structures(
     Args:
         output: Folder of ``dpa4.simulation.screen.screen``, of structures with the ``material_id`` of the test set.
         data: Folder of the published files.
-        model: Name or digest of the model; a folder of scores of another model is refused.
-        dtype: Its precision; likewise.
         progress: Show a progress bar on a terminal.
 
     Returns:
@@ -90,7 +88,7 @@ def score_structures(
     relaxed = {name: row for name, row in crystals.items() if row["frame"] == "True"}
     cell, pressure = run.settings["cell"], run.settings["pressure"]
     settings: Record = {
-        "task": "discovery", "model": model, "weights": run.settings["model"], "dtype": dtype,
+        "task": "discovery", **{name: run.settings[name] for name in ("model", "dtype", "precision")},
         "max_force": run.settings["fmax"], "max_steps": run.settings["steps"], "ase_optimizer": "FIRE",
         "cell_filter": "FrechetCellFilter" if cell == "full" and not pressure else f"{cell}, {pressure} GPa",
     }  # fmt: skip

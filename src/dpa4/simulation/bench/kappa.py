@@ -14,6 +14,7 @@ from dpa4.data import read_atoms
 from dpa4.simulation.bench import files, protocol
 from dpa4.simulation.bench.conductivity import conductivity, relax_symmetric, space_group
 from dpa4.simulation.bench.metrics import FAILED_SRME, mean_with_failures, sre, srme
+from dpa4.simulation.calculator import identify_calculator
 from dpa4.simulation.records import (
     Progressed,
     Record,
@@ -85,7 +86,6 @@ def run_kappa(
     steps: int = 300,
     displacement: float = 0.03,
     model: str = "",
-    dtype: str = "",
     progress: bool = True,
 ) -> Progressed:
     """Conductivities of the crystals of a file.
@@ -101,8 +101,7 @@ def run_kappa(
         fmax: Of the relaxation, eV/Angstrom.
         steps: Most steps of the relaxation.
         displacement: Of atoms, in Angstrom.
-        model: Name or digest of the model; a folder of results of another model is refused.
-        dtype: Its precision; likewise.
+        model: Name of the model, if it is none of dpa4; a folder of results of another model is refused.
         progress: Show a progress bar on a terminal.
 
     Raises:
@@ -116,7 +115,8 @@ def run_kappa(
         if not 0 < value < np.inf:
             raise ValueError(f"{name} must be positive, got {value}")
     settings = {
-        "task": "kappa", "model": model, "dtype": dtype, "force_max": float(fmax), "max_steps": steps,
+        "task": "kappa", "model": model, **identify_calculator(calculator),
+        "force_max": float(fmax), "max_steps": steps,
         "displacement_distance": float(displacement),
     }  # fmt: skip
     crystals = [_crystal(origin, atoms) for origin, atoms in read_atoms(structures)]

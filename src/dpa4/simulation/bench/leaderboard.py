@@ -102,7 +102,8 @@ def write_submission(
         kappa: Folder of the conductivities.
         diatomics: Folder of the diatomic molecules.
         branch: Branch of a multitask checkpoint of deepmd-kit.
-        fingerprint: What the runs must have as ``model``; None asks only that it be the same in all.
+        fingerprint: What the runs must have as ``model``, see ``dpa4.potential.identify``; None asks only that it
+            be the same in all.
         date: In the names of the artifacts; None is today.
 
     Returns:

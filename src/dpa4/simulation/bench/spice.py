@@ -10,7 +10,7 @@ from rich.table import Table
 
 from dpa4.data import EpochBatches, Frame, FrameDataset, check_elements
 from dpa4.data.dataset import Budget, pack
-from dpa4.potential import Potential
+from dpa4.potential import Potential, identify
 from dpa4.simulation.bench.metrics import log_mean
 from dpa4.simulation.records import (
     Progressed,
@@ -64,8 +64,6 @@ def run_spice(
     output: str | Path,
     *,
     max_atoms: int = 2000,
-    model: str = "",
-    dtype: str = "",
     progress: bool = True,
 ) -> Progressed:
     """Errors of every structure of a test set.
@@ -77,8 +75,6 @@ def run_spice(
         frames: Structures with energies and forces; ``group`` is the subset.
         output: Folder, made if absent.
         max_atoms: Atoms evaluated at once.
-        model: Name or digest of the model; a folder of results of another model is refused.
-        dtype: Its precision; likewise.
         progress: Show a progress bar on a terminal.
 
     Raises:
@@ -91,8 +87,7 @@ def run_spice(
     check_elements(frames, potential.elements)
     settings = {
         "task": "spice",
-        "model": model,
-        "dtype": dtype,
+        **identify(potential),
         "max_atoms": max_atoms,
         "structures": len(frames),
     }
