@@ -1,6 +1,6 @@
 """Structures, their labels, and batches of them."""
 
-from dpa4.data.coverage import Coverage, CoverageMonitor, coverage_of
+from dpa4.data.coverage import Coverage, CoverageCollector, CoverageMonitor, coverage_of
 from dpa4.data.dataset import Batch, EpochBatches, FrameDataset
 from dpa4.data.frame import Frame
 from dpa4.data.labels import LabelKeys, frame_from_atoms
@@ -11,6 +11,7 @@ from dpa4.data.summary import check_charge_spin, check_elements, check_labels, l
 __all__ = [
     "Batch",
     "Coverage",
+    "CoverageCollector",
     "CoverageMonitor",
     "EpochBatches",
     "Frame",

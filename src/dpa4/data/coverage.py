@@ -2,17 +2,21 @@
 
 import json
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations_with_replacement
 
 import numpy as np
 import torch
 from ase.data import atomic_numbers, chemical_symbols
+from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor
 
 from dpa4.data.dataset import FrameDataset
+from dpa4.data.frame import Frame
 from dpa4.data.summary import elements_in
 from dpa4.graph import Graph
 
@@ -30,23 +34,23 @@ class Coverage:
 
     cutoff: float  # Angstrom; distances beyond it were not looked at
     elements: tuple[str, ...]  # by atomic number
-    shortest: Mapping[Pair, float] = field(
-        default_factory=dict
-    )  # Angstrom; no entry: never within the cutoff
+    shortest: Mapping[Pair, float] | None = None  # Angstrom; no entry: beyond the cutoff; None: not known
 
     @property
     def text(self) -> str:
         """Shortest distances first, such as "O-H 0.952, H-H 1.514 Å"; long lists are cut."""
-        entries = [f"{a}-{b} {length:.3f}" for (a, b), length in self._ascending()]
+        if self.shortest is None:
+            return "not known, not every structure was used"
+        ascending = sorted(self.shortest.items(), key=lambda entry: entry[1])
+        entries = [f"{a}-{b} {length:.3f}" for (a, b), length in ascending]
         more = f" and {len(entries) - 12} more pairs" if len(entries) > 12 else ""
         return ", ".join(entries[:12]) + " Å" + more if entries else f"no pair within {self.cutoff:g} Å"
 
-    def _ascending(self) -> list[tuple[Pair, float]]:
-        return sorted(self.shortest.items(), key=lambda entry: entry[1])
-
     def to_json(self) -> str:
         """As text for a checkpoint."""
-        shortest = {f"{a}-{b}": length for (a, b), length in self.shortest.items()}
+        shortest = None
+        if self.shortest is not None:
+            shortest = {f"{a}-{b}": length for (a, b), length in self.shortest.items()}
         return json.dumps({"cutoff": self.cutoff, "elements": self.elements, "shortest": shortest})
 
     @classmethod
@@ -58,38 +62,103 @@ class Coverage:
         """
         try:
             found = json.loads(text)
-            pairs = {tuple(name.split("-")): float(length) for name, length in found["shortest"].items()}
+            known = found["shortest"] is not None
+            entries = found["shortest"].items() if known else ()
+            pairs = {tuple(name.split("-")): float(length) for name, length in entries}
             if unknown := {*found["elements"], *(e for pair in pairs for e in pair)} - set(chemical_symbols):
                 raise ValueError(f"no elements: {sorted(unknown)}")
             shortest = {(a, b): length for (a, b), length in pairs.items()}
-            return cls(float(found["cutoff"]), tuple(found["elements"]), shortest)
+            return cls(float(found["cutoff"]), tuple(found["elements"]), shortest if known else None)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a description of training data ({error!r})") from error
 
 
-def coverage_of(dataset: FrameDataset) -> Coverage:
-    """What a data set covers; builds every graph, of which the data set keeps as many as it has memory for.
+class CoverageCollector:
+    """Finds the coverage of structures from their graphs, in any order and whenever they are built.
+
+    One thread may add graphs while another looks at what was found.
+
+    Args:
+        frames: The structures.
+        cutoff: Of the graphs, in Angstrom.
+    """
+
+    def __init__(self, frames: Sequence[Frame], cutoff: float):
+        self.frames, self.cutoff = frames, cutoff
+        self._elements = tuple(elements_in(frames))
+        self._seen = np.zeros(len(frames), dtype=bool)
+        self._squared = np.full((_SIZE, _SIZE), np.inf)
+
+    def add(self, index: int, graph: Graph) -> None:
+        """Look at the graph of a structure, unless that was done."""
+        if self._seen[index]:
+            return
+        numbers, ends = graph.atomic_numbers, (graph.source, graph.destination)
+        squared = graph.edge_vectors().square().sum(1).numpy()
+        np.minimum.at(self._squared, (numbers[ends[0]].numpy(), numbers[ends[1]].numpy()), squared)
+        self._seen[index] = True  # only now: another thread may look
+
+    @property
+    def complete(self) -> bool:
+        """Whether every structure was looked at."""
+        return bool(self._seen.all())
+
+    @property
+    def missing(self) -> NDArray[np.int64]:
+        """Indices of the structures that are still to be looked at."""
+        return np.flatnonzero(~self._seen)
+
+    @property
+    def coverage(self) -> Coverage:
+        """Of all structures; distances are not known before it is complete, since those of some would be too long."""
+        if not self.complete:
+            return Coverage(self.cutoff, self._elements)
+        shortest = {}
+        for pair in combinations_with_replacement(self._elements, 2):
+            found = self._squared[atomic_numbers[pair[0]], atomic_numbers[pair[1]]]
+            if np.isfinite(found):
+                shortest[pair] = float(np.sqrt(found))
+        return Coverage(self.cutoff, self._elements, shortest)
+
+    def state_dict(self) -> dict[str, int | Tensor]:
+        """What was found so far, to continue from."""
+        seen = torch.from_numpy(self._seen.copy())  # first: another thread may add
+        return {"data": self._checksum, "seen": seen, "squared": torch.from_numpy(self._squared.copy())}
+
+    def load_state_dict(self, state: Mapping[str, int | Tensor]) -> None:
+        """Add what was found before, unless the structures are no longer the same."""
+        if state["data"] == self._checksum:
+            self._seen |= torch.as_tensor(state["seen"]).numpy()
+            np.minimum(self._squared, torch.as_tensor(state["squared"]).numpy(), out=self._squared)
+
+    @cached_property
+    def _checksum(self) -> int:
+        """Of everything that distances depend on."""
+        value = zlib.crc32(np.float64(self.cutoff).tobytes())
+        for frame in self.frames:
+            for array in (frame.atomic_numbers, frame.positions, frame.cell, frame.pbc):
+                value = zlib.crc32(array.tobytes(), value)
+        return value
+
+
+def coverage_of(dataset: FrameDataset, collector: CoverageCollector | None = None) -> Coverage:
+    """What a data set covers; builds the graphs that a collector, if any, has not seen.
 
     Raises:
         ValueError: If a structure has no neighbour list.
     """
-    squared = np.full((_SIZE, _SIZE), np.inf)
-    for index in track(range(len(dataset)), "looking for close atoms", disable=len(dataset) <= 2000):
-        graph = dataset.graph(index)
-        numbers, ends = graph.atomic_numbers, (graph.source, graph.destination)
-        lengths = graph.edge_vectors().square().sum(1).numpy()
-        np.minimum.at(squared, (numbers[ends[0]].numpy(), numbers[ends[1]].numpy()), lengths)
-    elements = tuple(elements_in(dataset.frames))
-    shortest = {}
-    for pair in combinations_with_replacement(elements, 2):
-        found = squared[atomic_numbers[pair[0]], atomic_numbers[pair[1]]]
-        if np.isfinite(found):
-            shortest[pair] = float(np.sqrt(found))
-    return Coverage(dataset.cutoff, elements, shortest)
+    collector = collector or CoverageCollector(dataset.frames, dataset.cutoff)
+    missing = collector.missing.tolist()
+    for index in track(missing, "looking for close atoms", disable=len(missing) <= 2000):
+        collector.add(index, dataset.graph(index))
+    return collector.coverage
 
 
 class CoverageMonitor:
     """Warns, once each, of elements that training data lacked and of atoms closer than there.
+
+    Distances are compared in two steps, so that a GPU can go on with the evaluation: ``look`` starts it,
+    ``report`` waits for the result.
 
     Args:
         coverages: Of the models that compute together; the narrowest decides. None warns of nothing.
@@ -101,12 +170,16 @@ class CoverageMonitor:
         self._seen: set[str] = set(chemical_symbols).intersection(*(c.elements for c in self.coverages))
         limits = np.zeros((_SIZE, _SIZE))  # Angstrom, by atomic numbers
         for one in self.coverages:
+            if one.shortest is None:
+                continue
             for a, b in combinations_with_replacement(one.elements, 2):
                 i, j = atomic_numbers[a], atomic_numbers[b]
                 limit = max(one.shortest.get((a, b), one.cutoff) - MARGIN, limits[i, j])
                 limits[i, j] = limits[j, i] = limit
         self._squared = torch.from_numpy(limits**2).ravel().to(device)
-        self._watch_elements = self._watch_distances = bool(self.coverages)
+        self._watch_elements = bool(self.coverages)
+        self._watch_distances = bool(limits.any())
+        self._looked: tuple[Graph, Tensor] | None = None  # and whether atoms are too close
 
     def elements(self, atomic_numbers: Tensor) -> None:
         """Warn of elements outside the training data, at their first occurrence."""
@@ -123,26 +196,34 @@ class CoverageMonitor:
                 stacklevel=3,
             )
 
-    def distances(self, graph: Graph) -> None:
-        """Warn of atoms closer than in the training data, at their first occurrence."""
-        if not self._watch_distances:
+    def look(self, graph: Graph) -> None:
+        """Compare distances with those of the training data."""
+        if self._watch_distances:
+            self._looked = graph, (self._excess(graph) > 0).any()
+
+    def report(self) -> None:
+        """Warn of atoms closer than in the training data, at their first occurrence, if the last look found any."""
+        looked, self._looked = self._looked, None
+        if looked is None or not bool(looked[1]):
             return
-        numbers = graph.atomic_numbers
-        pair = numbers[graph.source] * _SIZE + numbers[graph.destination]
-        squared = graph.edge_vectors().square().sum(1)
-        excess = self._squared[pair] - squared
-        if not bool((excess > 0).any()):
-            return
+        graph, numbers = looked[0], looked[0].atomic_numbers
         self._watch_distances = False
-        edge = int(excess.argmax())
+        edge = int(self._excess(graph).argmax())
+        distance = float(graph.edge_vectors()[edge].norm())
         i, j = sorted((int(graph.source[edge]), int(graph.destination[edge])))
         names = sorted((int(numbers[i]), int(numbers[j])))
         a, b = (chemical_symbols[z] for z in names)
-        data = max((c.shortest.get((a, b), np.inf) for c in self.coverages), default=np.inf)
+        data = max(c.shortest.get((a, b), np.inf) for c in self.coverages if c.shortest is not None)
         known = f"{data:.3f} Angstrom" if np.isfinite(data) else "none within the cutoff"
         warnings.warn(
-            f"atoms {i} and {j} are {float(squared[edge]) ** 0.5:.3f} Angstrom apart, closer than any {a}-{b} pair "
+            f"atoms {i} and {j} are {distance:.3f} Angstrom apart, closer than any {a}-{b} pair "
             f"of the training data ({known}); the model extrapolates. Closer atoms are not reported again",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=2,
         )
+
+    def _excess(self, graph: Graph) -> Tensor:
+        """Squared limits minus squared distances of edges, (E,) in square Angstrom."""
+        numbers = graph.atomic_numbers
+        pair = numbers[graph.source] * _SIZE + numbers[graph.destination]
+        return self._squared[pair] - graph.edge_vectors().square().sum(1)

@@ -53,6 +53,7 @@ class FrameDataset:
         cutoff: float,
         default_charge_spin: tuple[int, int] | None = None,
         cache_bytes: int = CACHE_BYTES,
+        observe: Callable[[int, Graph], None] | None = None,
     ):
         """Hold frames for a model.
 
@@ -62,10 +63,12 @@ class FrameDataset:
             default_charge_spin: Charge and multiplicity of frames that carry none; None: neutral singlet.
             cache_bytes: Graphs are kept in memory up to this size. The first ones stay: dropping the least
                 recently used would keep none until its next use, an epoch later.
+            observe: Called with the index and graph of a structure whenever one is built, in the thread that does.
         """
         self.frames = list(frames)
         self.cutoff = cutoff
         self.default_charge_spin = default_charge_spin or (0, 1)
+        self.observe = observe
         self._free_bytes = cache_bytes
         self._graphs: dict[int, Graph] = {}
         self._num_edges: NDArray[np.int64] | None = None
@@ -103,6 +106,8 @@ class FrameDataset:
             )
         except ValueError as error:
             raise ValueError(f"{_name(frame, index)}: {error}") from error
+        if self.observe is not None:
+            self.observe(index, graph)
         size = sum(t.nbytes for t in graph)
         if size <= self._free_bytes:
             self._graphs[index] = graph

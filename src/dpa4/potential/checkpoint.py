@@ -84,6 +84,16 @@ def save_potential(
         save_file(tensors, temporary, metadata)
 
 
+def add_coverage(path: Path, coverage: Coverage) -> None:
+    """Write what training data covered into a native checkpoint that does not know their distances yet."""
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    stored = _coverage(path, metadata)
+    if stored is None or stored.shortest is None:
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata | {"coverage": coverage.to_json()})
+
+
 def load_potential(
     path: str | Path,
     *,

@@ -131,6 +131,7 @@ class DPA4Calculator(Calculator):
             _results(evaluate(graph), self.atoms.get_volume() if with_stress else None)
             for evaluate, graph in zip(self._evaluators, graphs, strict=True)
         ]
+        self._monitor.report()  # the device has nothing left to do: this does not hold it up
         if len(members) == 1:
             self.results = members[0]
         else:
@@ -159,7 +160,7 @@ class DPA4Calculator(Calculator):
                 potential.check(graph._replace(charge_spin=own))
             self._monitor.elements(graph.atomic_numbers)
             self._checked = atoms.numbers.copy(), pairs
-        self._monitor.distances(graph)
+        self._monitor.look(graph)
         graphs = [graph._replace(charge_spin=own) for own in self._charge_spin]
         cutoffs = [potential.config.cutoff for potential in self.potentials]
         return [g if c == self.cutoff else within_cutoff(g, c) for g, c in zip(graphs, cutoffs, strict=True)]

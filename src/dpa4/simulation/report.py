@@ -254,7 +254,7 @@ def _pair_curves(model: Path | None, wanted: bool, device: str | torch.device, p
 def _pairs_of_the_data(potential: Potential) -> list[Pair]:
     """Pairs that were neighbours in the training data, closest first; without knowledge of them, all."""
     known = element_pairs(potential)
-    if potential.coverage is None:
+    if potential.coverage is None or potential.coverage.shortest is None:
         return known
     closest = sorted(potential.coverage.shortest.items(), key=lambda entry: entry[1])
     return [pair for pair, _ in closest if pair in known or pair[::-1] in known]

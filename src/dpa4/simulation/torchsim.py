@@ -156,7 +156,8 @@ class DPA4Model(ModelInterface):
             self.potential.check(graph)
             self._monitor.elements(numbers)
             self._checked = numbers.clone(), charge_spin
-        self._monitor.distances(graph)
+        self._monitor.look(graph)
+        self._monitor.report()  # at once: results stay on the device, which nothing below waits for
         return graph
 
     def _charges_and_spins(self, state: Any, systems: int) -> Tensor:

@@ -10,6 +10,7 @@ import yaml
 from rich.console import Console
 
 from dpa4.data import (
+    CoverageCollector,
     EpochBatches,
     Frame,
     FrameDataset,
@@ -17,7 +18,6 @@ from dpa4.data import (
     check_charge_spin,
     check_elements,
     check_labels,
-    coverage_of,
     read_frames,
     reference_energies,
     summarize,
@@ -37,6 +37,7 @@ class Preparation(NamedTuple):
 
     potential: Potential
     train: EpochBatches
+    coverage: CoverageCollector  # of the training data
     validation: EpochBatches | None
     loss: Loss
     provenance: dict[str, str]
@@ -74,17 +75,15 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
     potential = Potential(model, energies).to(device)
     _describe(config, potential, device, console)
 
-    def batches(of: Sequence[Frame], shuffle: bool) -> EpochBatches:
-        dataset = FrameDataset(of, model.cutoff, model.default_charge_spin)
-        return EpochBatches(dataset, **batch_budget(options), seed=options.seed, shuffle=shuffle)
-
-    train = batches(frames, shuffle=True)
-    potential.coverage = coverage_of(train.dataset)
-    console.print(f"closest atoms of the training data: {potential.coverage.text}", highlight=False)
+    coverage = CoverageCollector(frames, model.cutoff)
+    train = FrameDataset(frames, model.cutoff, model.default_charge_spin, observe=coverage.add)
+    valid = FrameDataset(validation, model.cutoff, model.default_charge_spin)
+    budget = batch_budget(options)
     return Preparation(
         potential=potential,
-        train=train,
-        validation=batches(validation, shuffle=False) if validation else None,
+        train=EpochBatches(train, **budget, seed=options.seed, shuffle=True),
+        coverage=coverage,
+        validation=EpochBatches(valid, **budget, seed=options.seed, shuffle=False) if validation else None,
         loss=loss,
         provenance=_provenance(config, frames, validation),
         run_text=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),

@@ -16,6 +16,7 @@ from dpa4.potential import Potential
 from dpa4.potential.checkpoint import save_potential
 from dpa4.system import stop_requests
 from dpa4.training.config import RunConfig
+from dpa4.training.coverage import RunCoverage
 from dpa4.training.ema import MovingAverage
 from dpa4.training.evaluation import error_table, full_precision, predict
 from dpa4.training.logs import ERROR_COLUMNS, TERMS, RunLog
@@ -56,7 +57,8 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     Raises:
         FileExistsError: If the output folder has files and ``resume`` is false.
         FileNotFoundError: If there is nothing to resume.
-        ValueError: If data or options do not fit together, or the state belongs to another model.
+        ValueError: If data or options do not fit together, or the state belongs to another model; if a structure
+            has no neighbour list, the state before it is saved.
         FloatingPointError: If the loss or the gradient is not finite; the state before that step is saved.
     """
     console = console or Console()
@@ -91,6 +93,7 @@ class Trainer:
         options = config.training
         self.config, self.console, self.preparation = config, console, preparation
         self.potential, self.loss = preparation.potential, preparation.loss
+        self.coverage = RunCoverage(preparation, config.output, console)
         self.potential.model.block_autocast = torch.bfloat16 if options.precision == "bf16" else None
         self.device = self.potential.reference_energies.device
         self.optimizer = _optimizer(config, self.potential)
@@ -134,6 +137,7 @@ class Trainer:
         with stop_requests() as stopped, self.log:
             last_tick = self.plotted = self._clock()
             for batch in self._batches():
+                self.coverage.update()
                 self._train_on(batch)
                 now = self._clock()
                 self.seconds, last_tick = self.seconds + now - last_tick, now
@@ -155,11 +159,18 @@ class Trainer:
 
     def _batches(self) -> Iterator[Batch]:
         while not self._over():
-            for batch in self.preparation.train.batches(self.epoch, start=self.batch):
-                if self.epoch == 0:
-                    self.potential.check(batch.graph)
-                self.batch += 1
-                yield batch
+            try:
+                for batch in self.preparation.train.batches(self.epoch, start=self.batch):
+                    if self.epoch == 0:
+                        self.potential.check(batch.graph)
+                    self.batch += 1
+                    yield batch
+            except ValueError as error:  # a structure that is no good, which shows in the first epoch
+                self.save()
+                raise ValueError(
+                    f"{error}. The state before it is saved in {self.config.output / 'last.pt'}; correct or remove "
+                    "the structure and continue with --resume"
+                ) from error
             self.epoch, self.batch = self.epoch + 1, 0
 
     def _train_on(self, batch: Batch) -> None:
@@ -295,6 +306,7 @@ class Trainer:
             "average": self.average.shadows if self.average is not None else None,
             "sums": self.sums,
             "random": random,
+            "coverage": self.coverage.collector.state_dict(),
         }
         save_state(state, self.config.output / "last.pt")
 
@@ -320,6 +332,8 @@ class Trainer:
         for name in _COUNTERS:
             setattr(self, name, state[name])
         self.sums.copy_(state["sums"])
+        if "coverage" in state:  # not yet in runs of earlier versions, which look again
+            self.coverage.collector.load_state_dict(state["coverage"])
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
@@ -335,6 +349,7 @@ class Trainer:
     def _finish(self, stopped: bool) -> Path:
         folder = self.config.output
         plot_learning_curve(folder)
+        self.coverage.finish(stopped and self.step < self.total)
         if stopped and self.step < self.total:
             self.console.print(f"stopped after step {self.step}; continue with --resume")
         elif self._exhausted():
