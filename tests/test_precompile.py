@@ -12,7 +12,7 @@ from dpa4.potential.compiled import compare_with_eager, compile_potential, regio
 from dpa4.potential.precompile import Mode, precompile
 from helpers import graph_of, molecule, random_potential
 
-MODES = [Mode(training=True), Mode(training=False), Mode(training=False, keep=False)]
+MODES = [Mode(training=True), Mode(training=False)]
 
 
 def stages(potential) -> list:
@@ -48,29 +48,30 @@ def test_tracing_ahead_is_what_calls_trace_later(compilations):
     """All stages of all modes are there before anything is called, and calls give what they did."""
     potential = random_potential(n_blocks=1, charge_spin=True)
     compile_potential(potential)
-    for mode, expected in zip(MODES, (20, 10, 10), strict=True):  # five parts of four stages, or of two
+    for mode, expected in zip(MODES, (20, 10), strict=True):  # five parts of four stages, or of two
         assert len(module._outline(potential, mode)) == expected
     assert (
-        module._outline(potential, MODES[2]) == []
+        module._outline(potential, MODES[1]) == []
     )  # nothing is left without values by a second time, either
-    assert compilations == [] and len(stages(potential)) == 40
+    assert compilations == [] and len(stages(potential)) == 30
     graph = graph_of(molecule())
     for mode in MODES:
-        for region in regions(potential):
-            region.max_kept = 2**62 if mode.keep else 0
         found = compare_with_eager(potential.train(mode.training), graph)
         assert max(found.values()) < 1e-11  # float64
-    assert len(compilations) == len(stages(potential)) == 40
+    assert len(compilations) == len(stages(potential)) == 30
 
 
 def test_tracing_leaves_the_potential_as_it_was(compilations):
-    potential = random_potential(n_blocks=1).train()
+    potential, reports = random_potential(n_blocks=1).train(), []
     potential.model.block_autocast = torch.bfloat16
-    compile_potential(potential, max_kept=7)
-    module._outline(potential, MODES[2])
+    compile_potential(potential, lambda name, seconds: reports.append(name), max_kept=7)
+    module._outline(potential, MODES[1])
     assert potential.training and potential.model.block_autocast is torch.bfloat16
     assert {r.max_kept for r in regions(potential)} == {7}
     assert all(p.grad is None for p in potential.parameters())
+    assert reports == []  # what is traced ahead is not counted, what is made is
+    potential(graph_of(molecule()))
+    assert reports
 
 
 @pytest.mark.parametrize("processes", [1, 2, 5, 50])
@@ -86,7 +87,7 @@ def test_work_is_shared_evenly(processes):
 
 def test_two_processes_make_every_piece_once(compilations):
     potential = random_potential(n_blocks=1)
-    task = module._task(potential, MODES[1:2])
+    task = module._task(potential, MODES[1:])
     for share in ([0, 2], [1, 2]):
         module.compile_share(task | {"share": share})
     shared = sorted(compilations)

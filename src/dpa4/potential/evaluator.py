@@ -50,7 +50,6 @@ class Evaluator:
     def _prepare(self, graph: Graph) -> None:
         """Compile the code that a graph takes and compare it with eager mode, unless that is done."""
         from dpa4.potential import compiled  # takes a second to import
-        from dpa4.potential.precompile import Mode, precompile
         from dpa4.potential.replay import Replay
 
         keep = self._keep_results and graph.num_atoms <= compiled.MAX_KEPT
@@ -61,7 +60,6 @@ class Evaluator:
         try:
             if not self._compared:
                 compiled.compile_potential(self.potential)
-            precompile(self.potential, [Mode(training=False, keep=keep)])
             while True:
                 compiled.keep_results(self.potential, compiled.MAX_KEPT if keep else 0)
                 self.potential(graph)  # so that code is made for these sizes

@@ -1,8 +1,8 @@
 """Compilation in several processes, which share the compiler's cache on disk.
 
-The compiler works on one graph at a time, in one thread. A network has 10 to 30 graphs, so other processes, each with
-a share of them, fill the cache while this one traces the network. None of them computes anything: results of graphs
-are replaced by tensors of the right shape without values, and weights do not matter.
+The compiler works on one graph at a time, mostly in one thread. Training takes 30 graphs, so other processes, each
+with a share of them, fill the cache while this one traces the network. None of them computes anything: results of
+graphs are replaced by tensors of the right shape without values, and weights do not matter.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ from ase.data import atomic_numbers
 from dpa4.graph import Graph, build_graph
 from dpa4.kernels.region import Stage
 from dpa4.model import ModelConfig
-from dpa4.potential.compiled import compile_potential, keep_results, regions
+from dpa4.potential.compiled import compile_potential, regions
 from dpa4.potential.potential import Potential
 
-MOST_PROCESSES = 8
-"""Beyond it the longest graph decides. On a GPU each process takes half a GiB for its context."""
+MOST_PROCESSES = 5
+"""With more the longest graph decides: 8 took as long as 5. On a GPU each takes half a GiB for its context."""
 
 _CONTEXT = 2**30  # bytes of the GPU that a process may take
 _log = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ class Mode(NamedTuple):
 
     training: bool
     autocast: torch.dtype | None = None  # of the blocks
-    keep: bool = True  # whether results are kept for the derivatives
 
 
 def precompile(potential: Potential, modes: Sequence[Mode], processes: int | None = None) -> None:
@@ -90,7 +89,7 @@ def _task(potential: Potential, modes: Sequence[Mode]) -> dict[str, Any]:
         "config": potential.config.model_dump_json(),
         "dtype": _name(potential.dtype),
         "device": str(potential.reference_energies.device),
-        "modes": [[m.training, m.autocast and _name(m.autocast), m.keep] for m in modes],
+        "modes": [[m.training, m.autocast and _name(m.autocast)] for m in modes],
         "threads": torch.get_num_threads(),  # part of the code that is made for a processor
     }
 
@@ -158,11 +157,10 @@ def _outline(potential: Potential, mode: Mode) -> list[Stage]:
     """Trace everything that calls in a mode need, without computing anything; the new stages."""
     model, codes = potential.model, {region.code for region in regions(potential)}
     before = potential.training, model.block_autocast
-    kept = {region: region.max_kept for region in regions(potential)}
+    reports = {code: code.report for code in codes}
     known = {id(stage): stage.function for code in codes for stage in code.stages()}
-    keep_results(potential, 2**62 if mode.keep else 0)
     for code in codes:
-        code.make = Stage.outline
+        code.make, code.report = Stage.outline, lambda name, seconds: None
     try:
         potential.train(mode.training)
         model.block_autocast = mode.autocast
@@ -170,10 +168,8 @@ def _outline(potential: Potential, mode: Mode) -> list[Stage]:
     finally:
         potential.train(before[0])
         model.block_autocast = before[1]
-        for region, max_kept in kept.items():
-            region.max_kept = max_kept
         for code in codes:
-            code.make = Stage.compile
+            code.make, code.report = Stage.compile, reports[code]
             for stage in code.stages():  # none may go on without values
                 stage.function = known.get(id(stage))
     return [stage for code in codes for stage in code.stages() if id(stage) not in known]
@@ -193,8 +189,8 @@ def compile_share(task: dict[str, Any]) -> None:
     potential = Potential(ModelConfig.model_validate_json(task["config"])).to(task["device"], dtype)
     compile_potential(potential)
     stages: list[Stage] = []
-    for training, autocast, keep in task["modes"]:
-        stages += _outline(potential, Mode(training, autocast and getattr(torch, autocast), keep))
+    for training, autocast in task["modes"]:
+        stages += _outline(potential, Mode(training, autocast and getattr(torch, autocast)))
     for i in _share([len(stage.graph.graph.nodes) for stage in stages], *task["share"]):
         stages[i].compile()
 

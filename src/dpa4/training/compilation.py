@@ -123,8 +123,8 @@ class CompiledTraining:
 
     def _compile(self) -> None:
         compile_potential(self.potential, self._report)
-        start = time.monotonic()
         modes = [Mode(training=True, autocast=self.potential.model.block_autocast), Mode(training=False)]
+        start = time.monotonic()
         precompile(self.potential, modes)
         self.seconds += time.monotonic() - start
 
