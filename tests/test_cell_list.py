@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpa4.graph.cell_list as module
 from dpa4.graph import Graph, build_graph, collate, neighbor_list_torch
+from dpa4.graph.lattice import completed, periodic_lattice
 
 CUTOFF = 5.0
 
@@ -96,3 +97,31 @@ def test_structures_must_fit():
         neighbor_list_torch(positions, cell, pbc, 2.0, torch.zeros(1, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"pbc \(2, 3\) do not fit"):
         neighbor_list_torch(positions, cell, pbc.expand(2, 3), 2.0, torch.zeros(2, dtype=torch.int64))
+
+
+def test_cells_of_every_periodicity_are_completed_together():
+    """One by one and all at once; missing axes are orthogonal unit vectors, and heights are distances of faces."""
+    rng = np.random.default_rng(0)
+    pbc = np.array(list(np.ndindex(2, 2, 2)), dtype=bool)
+    lattice, periodic = periodic_lattice(3 * np.eye(3) + rng.normal(0, 0.4, (8, 3, 3)), pbc)
+    full, heights = completed(lattice, periodic)
+    for one in range(8):
+        for together, alone in zip((full, heights), completed(lattice[one], periodic[one]), strict=True):
+            assert np.array_equal(together[one], alone)
+        gram, missing = full[one] @ full[one].T, ~pbc[one]
+        np.testing.assert_allclose(full[one][pbc[one]], lattice[one][pbc[one]], rtol=1e-14)
+        np.testing.assert_allclose(gram[missing], np.eye(3)[missing], atol=1e-12)  # rounding of an SVD
+        for axis in range(3):
+            a, b = np.delete(full[one], axis, axis=0)
+            area = np.linalg.norm(np.cross(a, b))
+            assert heights[one, axis] == pytest.approx(abs(np.linalg.det(full[one])) / area, rel=1e-12)
+
+
+@pytest.mark.parametrize("rows", [[[3, 0, 0], [0, 0, 0], [0, 0, 3]], [[3, 0, 0], [0, 3, 0], [3, 3, 0.01]]])
+def test_a_bad_cell_is_found_among_good_ones(rows):
+    cells = np.stack([np.eye(3), np.asarray(rows, dtype=float), np.eye(3)])
+    with pytest.raises(ValueError, match=r"axis \d is periodic but its cell vector") as error:
+        completed(*periodic_lattice(cells, np.ones((3, 3), dtype=bool)))
+    with pytest.raises(ValueError, match=r"axis \d is periodic but its cell vector") as alone:
+        completed(*periodic_lattice(cells[1], np.ones(3, dtype=bool)))
+    assert str(error.value) == str(alone.value)

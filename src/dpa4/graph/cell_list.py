@@ -12,8 +12,6 @@ from torch import Tensor
 
 from dpa4.graph.lattice import completed
 
-Lattice = tuple[NDArray[np.float64], NDArray[np.bool_]]  # cell vectors (3, 3) and periodicity (3,)
-
 REACH = (2, 2, 4)  # bins per search radius along x, y and z; finer ones along z cost nothing
 FARTHEST_BIN = 2**40  # atoms beyond are binned together
 MOST_BINS = 2**62  # numbers of bins are int64
@@ -21,13 +19,18 @@ ATOMS_AT_ONCE = 2**14  # bounds the memory of the candidates
 
 
 def candidate_pairs(
-    positions: Tensor, lattices: list[Lattice], structure: Tensor, radius: float
+    positions: Tensor,
+    lattice: NDArray[np.float64],
+    periodic: NDArray[np.bool_],
+    structure: Tensor,
+    radius: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs within the radius, up to rounding, sorted by destination, source and shift.
 
     Args:
         positions: Finite positions (N, 3) float64 of at least one atom, in Angstrom.
-        lattices: Cell vectors as rows, zero for axes that are not periodic, and periodicity, per structure.
+        lattice: Cell vectors of each structure as rows, zero for axes that are not periodic, (B, 3, 3).
+        periodic: Periodicity of its axes, (B, 3).
         structure: The structure of each atom (N,) int64.
         radius: Search radius, in Angstrom.
 
@@ -37,21 +40,25 @@ def candidate_pairs(
     Raises:
         ValueError: If a periodic cell vector is zero or nearly in the plane of the others.
     """
-    source, image, places, turns = _images(positions, lattices, structure, radius)
+    source, image, places, turns = _images(positions, lattice, periodic, structure, radius)
     home = (image == 0).all(1).nonzero().squeeze(1)  # one per atom, in their order
     number, strides = _bin_numbers(places, structure[source], radius)
     found = _near_pairs(places, home, number, strides, radius)
     destination = found.div(len(source), rounding_mode="floor")
     found -= destination * len(source)
     neighbor = source[found]
-    if len(lattices) > 1:  # bins that were enlarged may hold atoms of several structures
+    if len(lattice) > 1:  # bins that were enlarged may hold atoms of several structures
         same = (structure[neighbor] == structure[destination]).nonzero().squeeze(1)
         found, neighbor, destination = found[same], neighbor[same], destination[same]
     return destination, neighbor, image[found] - turns[neighbor] + turns[destination]
 
 
 def _images(
-    positions: Tensor, lattices: list[Lattice], structure: Tensor, radius: float
+    positions: Tensor,
+    lattice: NDArray[np.float64],
+    periodic: NDArray[np.bool_],
+    structure: Tensor,
+    radius: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Atoms wrapped into their cells, and all their images that are not farther than the radius from the cell.
 
@@ -62,14 +69,10 @@ def _images(
         was wrapped (N, 3).
     """
     device = positions.device
-    cells = [completed(*one) for one in lattices]
-    inverse = _on(np.stack([np.linalg.inv(full) for full, _ in cells]), device)
-    margins = np.stack(
-        [np.where(pbc, radius / h, 0.0) for (_, pbc), (_, h) in zip(lattices, cells, strict=True)]
-    )
-    periodic = np.stack([pbc for _, pbc in lattices])
-    lattice = _on(np.stack([rows for rows, _ in lattices]), device)
-    margin, is_periodic = _on(margins, device), _on(periodic, device)
+    full, heights = completed(lattice, periodic)
+    inverse = _on(np.linalg.inv(full), device)
+    margins = np.where(periodic, radius / heights, 0.0)
+    rows, margin, is_periodic = _on(lattice, device), _on(margins, device), _on(periodic, device)
 
     fraction = torch.einsum("na,nab->nb", positions, inverse[structure])
     turns = torch.where(is_periodic[structure], fraction.floor(), 0.0)
@@ -89,7 +92,7 @@ def _images(
         source = source[row]
         columns = [c[row] for c in columns] + [steps[column]]
     image = torch.stack(columns, 1)
-    wrap = torch.einsum("ga,gab->gb", image - turns[source], lattice[structure[source]])
+    wrap = torch.einsum("ga,gab->gb", image - turns[source], rows[structure[source]])
     return source, image, positions[source] + wrap, turns
 
 

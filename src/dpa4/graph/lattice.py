@@ -6,6 +6,8 @@ from ase.geometry import complete_cell
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+Array = NDArray[np.float64]
+
 MIN_HEIGHT = 0.1  # Angstrom: an atom cannot have its own periodic image this near
 
 
@@ -25,31 +27,45 @@ def check_positions(positions: Tensor) -> None:
         raise ValueError(f"the position of atom {atom} is not finite: {positions[atom].tolist()}")
 
 
-def periodic_lattice(cell: ArrayLike, pbc: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Cell vectors with zero rows for axes that are not periodic (3, 3), and the periodicity (3,)."""
+def periodic_lattice(cell: ArrayLike, pbc: ArrayLike) -> tuple[Array, NDArray[np.bool_]]:
+    """Cell vectors with zero rows for axes that are not periodic (..., 3, 3), and the periodicity (..., 3)."""
     cell, periodic = np.asarray(cell, dtype=np.float64), np.asarray(pbc, dtype=bool)
-    if cell.shape != (3, 3) or periodic.shape != (3,):
+    if cell.shape != (*periodic.shape, 3) or periodic.shape[-1:] != (3,):
         raise ValueError(f"cell must be (3, 3) and pbc (3,), got {cell.shape} and {periodic.shape}")
-    if not np.isfinite(cell).all():
-        raise ValueError(f"the cell is not finite: {cell.tolist()}")
-    return np.where(periodic[:, None], cell, 0.0), periodic
+    cells = cell.reshape(-1, 3, 3)
+    for one in np.flatnonzero(~np.isfinite(cells.reshape(-1, 9)).all(1)):
+        raise ValueError(f"the cell is not finite: {cells[one].tolist()}")
+    return np.where(periodic[..., None], cell, 0.0), periodic
 
 
-def completed(
-    lattice: NDArray[np.float64], pbc: NDArray[np.bool_]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Complete the periodic rows by orthogonal unit vectors; also the distances of opposite faces (3,)."""
-    full, heights = lattice, np.linalg.norm(lattice, axis=1)
-    if np.linalg.matrix_rank(lattice) == pbc.sum():
-        full = complete_cell(lattice)
-        heights = 1 / np.linalg.norm(np.linalg.inv(full), axis=0)
-    elif (heights[pbc] > 0).all():
-        heights = np.zeros(3)
-    if (heights[pbc] < MIN_HEIGHT).any():
-        axis = int(np.flatnonzero(pbc & (heights < MIN_HEIGHT))[0])
+def completed(lattice: Array, pbc: NDArray[np.bool_]) -> tuple[Array, Array]:
+    """Complete the periodic rows by orthogonal unit vectors; also the distances of opposite faces.
+
+    Args:
+        lattice: Cell vectors as rows, (..., 3, 3), zero for axes that are not periodic.
+        pbc: Periodicity, (..., 3).
+
+    Returns:
+        The cells (..., 3, 3), and the distances (..., 3), in Angstrom.
+
+    Raises:
+        ValueError: If a periodic cell vector is zero or nearly in the plane of the others.
+    """
+    rows, periodic = lattice.reshape(-1, 3, 3), pbc.reshape(-1, 3)
+    lengths = np.linalg.norm(rows, axis=2)
+    axes = periodic.sum(1)
+    regular = np.linalg.matrix_rank(rows) == axes
+    full = np.where((regular & (axes > 0))[:, None, None], rows, np.eye(3))
+    for one in np.flatnonzero(regular & (axes > 0) & (axes < 3)):
+        full[one] = complete_cell(rows[one])
+    heights = np.where(regular[:, None], 1 / np.linalg.norm(np.linalg.inv(full), axis=1), 0.0)
+    zero = np.any(periodic & (lengths == 0), axis=1, keepdims=True)
+    heights = np.where(zero, lengths, heights)
+    if (flat := periodic & (heights < MIN_HEIGHT)).any():
+        one, axis = np.argwhere(flat)[0]
         raise ValueError(
-            f"axis {axis} is periodic but its cell vector {lattice[axis].tolist()} is zero or nearly in the "
-            f"plane of the others (faces {heights[axis]:.3g} Angstrom apart); correct the cell, reduce it "
+            f"axis {axis} is periodic but its cell vector {rows[one, axis].tolist()} is zero or nearly in the "
+            f"plane of the others (faces {heights[one, axis]:.3g} Angstrom apart); correct the cell, reduce it "
             "(ase.geometry.minkowski_reduce) or make the axis non-periodic"
         )
-    return full, heights
+    return full.reshape(lattice.shape), heights.reshape(pbc.shape)

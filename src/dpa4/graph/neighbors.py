@@ -96,24 +96,25 @@ def neighbor_list_torch(
     """
     positions = positions.double()
     check_positions(positions)
-    if structure is None:
-        structure = torch.zeros(len(positions), dtype=torch.int64, device=positions.device)
-        cell, pbc = cell[None], pbc[None]
-    if structure.shape != positions.shape[:1] or cell.shape[0] != pbc.shape[0]:
+    if structure is not None and (structure.shape != positions.shape[:1] or cell.shape[0] != pbc.shape[0]):
         raise ValueError(
             f"structure {tuple(structure.shape)}, cell {tuple(cell.shape)} and pbc {tuple(pbc.shape)} do not fit "
             f"each other or {len(positions)} positions"
         )
-    pairs = zip(cell.cpu().numpy(), pbc.cpu().numpy(), strict=True)
-    lattices = [periodic_lattice(one_cell, one_pbc) for one_cell, one_pbc in pairs]
+    lattice, periodic = periodic_lattice(cell.cpu().numpy(), pbc.cpu().numpy())
+    if structure is None:
+        structure = torch.zeros(len(positions), dtype=torch.int64, device=positions.device)
+        lattice, periodic = lattice[None], periodic[None]
     check_cutoff(cutoff)
     if len(positions) == 0:
         none = structure.new_zeros(0)
         return none, none, positions.new_zeros(0, 3)
 
-    destination, source, shift = candidate_pairs(positions, lattices, structure, cutoff * SEARCH_MARGIN)
-    lattice = torch.from_numpy(np.stack([one for one, _ in lattices])).to(positions.device)
-    rows = lattice[0] if len(lattice) == 1 else lattice[structure[destination]]
+    destination, source, shift = candidate_pairs(
+        positions, lattice, periodic, structure, cutoff * SEARCH_MARGIN
+    )
+    vectors = torch.from_numpy(lattice).to(positions.device)
+    rows = vectors[0] if len(vectors) == 1 else vectors[structure[destination]]
     squared = _squared_lengths(positions, rows, source, destination, shift)
     keep = (squared <= cutoff * cutoff).nonzero().squeeze(1)
     source, destination = source[keep], destination[keep]
