@@ -287,6 +287,22 @@ def test_many_structures(tmp_path):
     assert (rows[0]["formula"], rows[1]["formula"]) == ("Cu4", "Cu")
 
 
+def test_figure_shows_every_structure(tmp_path, monkeypatch):
+    figures, module = [], sys.modules["dpa4.simulation.relax"]  # the package has a function of this name
+    original = module.save_figure
+    monkeypatch.setattr(module, "save_figure", lambda f, path: figures.append(f) or original(f, path))
+    structures = [squeezed(), bulk("Cu", a=3.6)]
+    results = relax_all(structures, EMT(), tmp_path, fmax=0.01, steps=1, progress=False)
+    assert [r.converged for r in results] == [False, True]
+    assert (tmp_path / "relax.png").read_bytes().startswith(b"\x89PNG")
+    lines = [{line.get_label(): line.get_xydata() for line in axis.lines} for axis in figures[0].axes]
+    change = 1e3 * (results[0].energy - results[0].initial_energy) / 4  # meV/atom of four atoms
+    assert lines[0]["not converged"].tolist() == [[0, change]] and change < 0
+    assert lines[0]["converged"].tolist() == [[1, 0]]
+    assert lines[1]["not converged"].tolist() == [[0, results[0].max_force]]
+    assert lines[1]["fmax"][:, 1].tolist() == [0.01, 0.01]
+
+
 def test_command_passes_its_options(tmp_path):
     save_potential(random_potential(n_blocks=1, lmax=1), tmp_path / "m.safetensors")
     write(tmp_path / "start.xyz", crystal())

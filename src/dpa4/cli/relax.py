@@ -55,5 +55,5 @@ def relax(
         )  # fmt: skip
     converged = sum(result.converged for result in results)
     console.print(
-        f"{converged} of {len(images)} structures converged; relaxed.xyz and relax.csv are in {output}/"
+        f"{converged} of {len(images)} structures converged; relaxed.xyz, relax.csv and relax.png are in {output}/"
     )

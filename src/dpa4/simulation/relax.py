@@ -20,7 +20,7 @@ from ase.spacegroup.symmetrize import symmetrize_rank2
 from dpa4.simulation.calculator import identify_calculator, labelled
 from dpa4.simulation.progress import progress_bar
 from dpa4.simulation.records import SETTINGS, Records
-from dpa4.system import CsvLog, require, stop_requests
+from dpa4.system import CsvLog, new_figure, require, save_figure, stop_requests
 
 CellChange = Literal["fixed", "full", "volume", "shape", "xy", "z"]
 
@@ -34,6 +34,9 @@ CELLS: dict[str, dict[str, Any]] = {
     "xy": {"mask": [True, True, False, False, False, True]},
     "z": {"mask": [False, False, True, False, False, False]},
 }
+
+
+FMAX = 0.02  # eV/Angstrom
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def relax(
     atoms: Atoms,
     calculator: Calculator,
     *,
-    fmax: float = 0.02,
+    fmax: float = FMAX,
     steps: int = 500,
     optimizer: Literal["fire", "bfgs", "lbfgs"] = "fire",
     cell: CellChange = "fixed",
@@ -150,8 +153,8 @@ def relax_all(
     """Relax structures in place, one after another.
 
     Writes into the folder ``output``, replacing earlier files unless ``resume`` is set: relaxed.xyz, with energies
-    and forces, relax.csv, a row per structure, and relax.jsonl, from which a run goes on. Ctrl-C ends with the
-    structure at hand; the list holds those that were begun.
+    and forces, relax.csv, a row per structure, relax.png, and relax.jsonl, from which a run goes on. Ctrl-C ends with
+    the structure at hand; the list holds those that were begun.
 
     Args:
         structures: The starts.
@@ -200,6 +203,9 @@ def relax_all(
                 if result.interrupted:
                     break
                 bar.update(task, completed=number + 1)
+    if results:
+        sizes = [len(atoms) for atoms in structures[: len(results)]]
+        _plot(results, sizes, options.get("fmax", FMAX), folder / "relax.png")
     return results
 
 
@@ -214,6 +220,28 @@ def _taken_over(structures: Sequence[Atoms], records: Records, relaxed: Path) ->
     if relaxed.exists():
         os.truncate(relaxed, done[-1]["bytes"] if done else 0)
     return [Relaxation(**{field.name: record[field.name] for field in fields(Relaxation)}) for record in done]
+
+
+def _plot(results: Sequence[Relaxation], sizes: Sequence[int], fmax: float, path: Path) -> None:
+    """What relaxing changed of every structure, and how far it came."""
+    change = [1e3 * (r.energy - r.initial_energy) / n for r, n in zip(results, sizes, strict=True)]
+    force = [max(r.max_force, 1e-6) for r in results]  # on a logarithmic axis
+    numbers, converged = np.arange(len(results)), np.array([r.converged for r in results])
+    figure = new_figure(7, 5)
+    axes = figure.subplots(2, 1, sharex=True)
+    labels = ("energy, change\n(meV/atom)", "largest force\n(eV/Å)")
+    for axis, label, values in zip(axes, labels, (change, force), strict=True):
+        for chosen, style, name in ((converged, "C0o", "converged"), (~converged, "rx", "not converged")):
+            if chosen.any():
+                axis.plot(numbers[chosen], np.array(values)[chosen], style, markersize=4, label=name)
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[1].axhline(fmax, color="0.5", linewidth=1, linestyle="--", label="fmax")
+    axes[1].set_yscale("log")
+    axes[1].legend()
+    axes[1].set_xlabel("structure")
+    axes[1].xaxis.get_major_locator().set_params(integer=True)
+    save_figure(figure, path)
 
 
 def _max_force(atoms: Atoms) -> float:
