@@ -11,6 +11,8 @@ import gc
 import json
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 
 import ase
 import numpy as np
@@ -123,6 +125,84 @@ def profile(function, rows: int) -> None:
         print(f"{e.self_device_time_total / 1e3:8.3f} ms {e.count:5d} x {e.key[:110]}")
 
 
+def measured(record: dict, function: Callable[[], object], way: str, options: argparse.Namespace) -> None:
+    """Print times and memory of a way to compute something."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        ms, peak, first = timed(function, device, options.repeats)
+    except torch.cuda.OutOfMemoryError:
+        print(json.dumps(record | {"way": way, "error": "out of memory"}), flush=True)
+        return
+    result = {"way": way, "ms": round(ms, 2), "peak_gib": round(peak, 2), "first_s": round(first, 1)}
+    if way == "replay":  # a recording's memory is not counted as allocated
+        result["reserved_gib"] = round(torch.cuda.memory_reserved() / 2**30, 2)
+    print(json.dumps(record | result), flush=True)
+    if options.profile and way != "eager" and device == "cuda":
+        profile(function, options.profile)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def train(base: dict, device: str, options: argparse.Namespace) -> None:
+    """Training steps."""
+    frames, atoms = map(int, options.train.split("x"))
+    potential = potential_of(options.model, device).train()
+    graph = collate([structure(atoms, i) for i in range(frames)]).to(device)
+    potential.model.block_autocast = torch.bfloat16 if options.precision == "bf16" else None
+    optimizer = torch.optim.AdamW(potential.parameters(), 1e-4, fused=device == "cuda")
+    energy = torch.randn(frames, dtype=torch.float64, device=device)
+    forces = torch.randn(graph.num_atoms, 3, dtype=torch.float64, device=device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        found = potential(graph)
+        loss = (found.energy - energy).square().mean() / atoms + (found.forces - forces).square().mean()
+        loss.backward()
+        optimizer.step()
+
+    record = base | {"work": "train", "frames": frames, "atoms": graph.num_atoms, "edges": graph.num_edges}
+    record |= {"precision": options.precision}
+    pieces: list[tuple[str, float]] = []
+    for way in options.ways:
+        restore_eager(potential)
+        if way in ("compiled", "replay"):
+            pieces.clear()
+            compile_potential(potential, lambda part, s: pieces.append((part, round(s, 1))))
+            precompiled(potential, Mode(True, potential.model.block_autocast), pieces)
+            print(json.dumps(record | {"parity": compare_with_eager(potential, graph)}), flush=True)
+            print(f"compiled in {sum(s for _, s in pieces):.1f} s: {pieces}", flush=True)
+        called = step
+        if way == "replay":
+            flags = [torch.full((frames,), known, device=device) for known in (True, True, False)]
+            virial = torch.zeros(frames, 3, 3, dtype=torch.float64, device=device)
+            batch = Batch(graph, energy, forces, virial, *flags, weight=torch.ones_like(energy))
+            called = replayed(potential, batch, optimizer)
+        measured(record, called, way, options)
+        called = None
+
+
+def evaluate(base: dict, device: str, atoms: int, options: argparse.Namespace) -> None:
+    """Energy and forces of one structure."""
+    potential = potential_of(options.model, device).eval()
+    potential.model.block_autocast = torch.bfloat16 if options.fast else None
+    graph = structure(atoms, 0, options.density).to(device)
+    record = base | {"work": "energy+forces", "atoms": graph.num_atoms, "edges": graph.num_edges}
+    record |= {"precision": "fast" if options.fast else "high"}
+    pieces: list[float] = []
+    for way in options.ways:
+        restore_eager(potential)
+        if way != "eager":
+            pieces.clear()
+            max_kept = 0 if way == "recompute" else 2**31
+            compile_potential(potential, lambda _, s: pieces.append(s), max_kept)
+            parity = compare_with_eager(potential, graph) if atoms <= 10_000 else {}
+            record["compile_s"] = round(sum(pieces), 1)
+            print(json.dumps(record | {"way": way, "parity": parity}), flush=True)
+        called = Replay(potential) if way == "replay" else potential
+        measured(record, partial(called, graph), way, options)
+        called = None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -148,80 +228,10 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     base = {"model": options.model, "device": name, "torch": torch.__version__}
 
-    def run(record: dict, function, way: str) -> None:
-        try:
-            ms, peak, first = timed(function, device, options.repeats)
-        except torch.cuda.OutOfMemoryError:
-            print(json.dumps(base | record | {"way": way, "error": "out of memory"}), flush=True)
-            return
-        result = {"way": way, "ms": round(ms, 2), "peak_gib": round(peak, 2), "first_s": round(first, 1)}
-        if way == "replay":  # a recording's memory is not counted as allocated
-            result["reserved_gib"] = round(torch.cuda.memory_reserved() / 2**30, 2)
-        print(json.dumps(base | record | result), flush=True)
-        if options.profile and way != "eager" and device == "cuda":
-            profile(function, options.profile)
-        gc.collect()
-        torch.cuda.empty_cache()
-
     if options.train:
-        frames, atoms = map(int, options.train.split("x"))
-        potential = potential_of(options.model, device).train()
-        graph = collate([structure(atoms, i) for i in range(frames)]).to(device)
-        potential.model.block_autocast = torch.bfloat16 if options.precision == "bf16" else None
-        optimizer = torch.optim.AdamW(potential.parameters(), 1e-4, fused=device == "cuda")
-        energy = torch.randn(frames, dtype=torch.float64, device=device)
-        forces = torch.randn(graph.num_atoms, 3, dtype=torch.float64, device=device)
-
-        def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            found = potential(graph)
-            loss = (found.energy - energy).square().mean() / atoms + (found.forces - forces).square().mean()
-            loss.backward()
-            optimizer.step()
-
-        record = {"work": "train", "frames": frames, "atoms": graph.num_atoms, "edges": graph.num_edges}
-        record |= {"precision": options.precision}
-        pieces: list[tuple[str, float]] = []
-        for way in options.ways:
-            restore_eager(potential)
-            if way in ("compiled", "replay"):
-                pieces.clear()
-                compile_potential(potential, lambda part, s: pieces.append((part, round(s, 1))))
-                precompiled(potential, Mode(True, potential.model.block_autocast), pieces)
-                print(
-                    json.dumps(base | record | {"parity": compare_with_eager(potential, graph)}), flush=True
-                )
-                print(f"compiled in {sum(s for _, s in pieces):.1f} s: {pieces}", flush=True)
-            called = step
-            if way == "replay":
-                flags = [torch.full((frames,), known, device=device) for known in (True, True, False)]
-                virial = torch.zeros(frames, 3, 3, dtype=torch.float64, device=device)
-                batch = Batch(graph, energy, forces, virial, *flags, weight=torch.ones_like(energy))
-                called = replayed(potential, batch, optimizer)
-            run(record, called, way)
-            called = None
-        del potential, optimizer
+        train(base, device, options)
     for atoms in options.atoms:
-        potential = potential_of(options.model, device).eval()
-        potential.model.block_autocast = torch.bfloat16 if options.fast else None
-        graph = structure(atoms, 0, options.density).to(device)
-        record = {"work": "energy+forces", "atoms": graph.num_atoms, "edges": graph.num_edges}
-        record |= {"precision": "fast" if options.fast else "high"}
-        for way in options.ways:
-            restore_eager(potential)
-            if way != "eager":
-                pieces = []
-                compile_potential(
-                    potential,
-                    lambda part, s: pieces.append((part, round(s, 1))),  # noqa: B023
-                    max_kept=0 if way == "recompute" else 2**31,
-                )
-                parity = compare_with_eager(potential, graph) if atoms <= 10_000 else {}
-                record["compile_s"] = round(sum(s for _, s in pieces), 1)
-                print(json.dumps(base | record | {"way": way, "parity": parity}), flush=True)
-            called = Replay(potential) if way == "replay" else potential
-            run(record, lambda: called(graph), way)  # noqa: B023
-            called = None
+        evaluate(base, device, atoms, options)
 
 
 if __name__ == "__main__":
