@@ -50,9 +50,8 @@ def test_tracing_ahead_is_what_calls_trace_later(compilations):
     compile_potential(potential)
     for mode, expected in zip(MODES, (20, 10), strict=True):  # five parts of four stages, or of two
         assert len(module._outline(potential, mode)) == expected
-    assert (
-        module._outline(potential, MODES[1]) == []
-    )  # nothing is left without values by a second time, either
+    # Nothing is left without values by a second time, either.
+    assert module._outline(potential, MODES[1]) == []
     assert compilations == [] and len(stages(potential)) == 30
     graph = graph_of(molecule())
     for mode in MODES:

@@ -62,14 +62,11 @@ def read_structures(file: Path, index: str = ":") -> "list[Atoms]":
         FileNotFoundError: If there is no file.
         ValueError: If ASE cannot read it, or there is no structure in it.
     """
-    from ase.io import iread
+    from dpa4.data import read_images
 
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
-    try:
-        found = list(iread(file, index=index))
-    except Exception as error:  # ASE's readers raise errors of every kind
-        raise ValueError(f"{file} cannot be read by ASE: {type(error).__name__}: {error}") from error
+    found = read_images(file, index)
     if not found:
         raise ValueError(f"there is no structure in {file}")
     return found

@@ -4,7 +4,7 @@ from dpa4.data.coverage import Coverage, CoverageCollector, CoverageMonitor, cov
 from dpa4.data.dataset import Batch, EpochBatches, FrameDataset
 from dpa4.data.frame import Frame
 from dpa4.data.labels import LabelKeys, frame_from_atoms
-from dpa4.data.readers import read_atoms, read_frames
+from dpa4.data.readers import read_atoms, read_frames, read_images
 from dpa4.data.references import is_isolated_atom, reference_energies, without_isolated_atoms
 from dpa4.data.summary import check_charge_spin, check_elements, check_labels, label_counts, summarize
 
@@ -25,6 +25,7 @@ __all__ = [
     "is_isolated_atom",
     "label_counts",
     "read_atoms",
+    "read_images",
     "read_frames",
     "reference_energies",
     "summarize",

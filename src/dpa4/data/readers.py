@@ -77,12 +77,24 @@ def read_atoms(path: Path) -> Iterator[tuple[str, Atoms]]:
     elif path.suffix == ".zip":
         yield from _read_archive(path)
     else:
-        try:
-            images = ase.io.read(path, index=":")
-        except Exception as error:  # ASE's readers raise errors of every kind
-            raise ValueError(f"{path} cannot be read by ASE: {type(error).__name__}: {error}") from error
-        for k, atoms in enumerate(images):
+        for k, atoms in enumerate(read_images(path)):
             yield f"{path}, frame {k}", atoms
+
+
+def read_images(path: Path, index: str = ":") -> list[Atoms]:
+    """Structures of a file in a format of ASE, without their origin.
+
+    Args:
+        path: The file.
+        index: Which of them, as ASE writes it; "-1" is the last.
+
+    Raises:
+        ValueError: If ASE cannot read it.
+    """
+    try:
+        return list(ase.io.iread(path, index=index))
+    except Exception as error:  # ASE's readers raise errors of every kind
+        raise ValueError(f"{path} cannot be read by ASE: {type(error).__name__}: {error}") from error
 
 
 def _read_archive(path: Path) -> Iterator[tuple[str, Atoms]]:

@@ -32,9 +32,9 @@ def periodic_lattice(cell: ArrayLike, pbc: ArrayLike) -> tuple[Array, NDArray[np
     cell, periodic = np.asarray(cell, dtype=np.float64), np.asarray(pbc, dtype=bool)
     if cell.shape != (*periodic.shape, 3) or periodic.shape[-1:] != (3,):
         raise ValueError(f"cell must be (3, 3) and pbc (3,), got {cell.shape} and {periodic.shape}")
-    cells = cell.reshape(-1, 3, 3)
-    for one in np.flatnonzero(~np.isfinite(cells.reshape(-1, 9)).all(1)):
-        raise ValueError(f"the cell is not finite: {cells[one].tolist()}")
+    if not np.isfinite(cell).all():
+        bad = next(one for one in cell.reshape(-1, 3, 3) if not np.isfinite(one).all())
+        raise ValueError(f"the cell is not finite: {bad.tolist()}")
     return np.where(periodic[..., None], cell, 0.0), periodic
 
 

@@ -67,9 +67,8 @@ def order_matmul(
     if add is not None and overwrite:
         y = add
     elif add is not None and not split:
-        y = (
-            add.clone()
-        )  # at once: the library would copy each block of columns for itself, which takes twice as long
+        # At once: the library would copy each block of columns for itself, which takes twice as long.
+        y = add.clone()
     else:
         y = torch.empty_like(x)
     for run, w in zip(columns_of(matrices), matrices, strict=True):

@@ -222,14 +222,14 @@ class _Program:
 
     def run(self, stage: int, given: Sequence[Sequence[Maybe]]) -> tuple[list[Maybe], list[Tensor]]:
         """See `dpa4.kernels.twice.Stages`."""
-        code = self.stages[stage]
-        flat = [t.contiguous() for t in (given[group][i] for group, i in code.takes) if t is not None]
-        if code.function is None:
+        piece = self.stages[stage]
+        flat = [t.contiguous() for t in (given[group][i] for group, i in piece.takes) if t is not None]
+        if piece.function is None:
             start = time.monotonic()
-            code.function = self.code.make(code)
+            piece.function = self.code.make(piece)
             self.code.report(self.code.name, time.monotonic() - start)
         with torch.no_grad(), torch.autocast(self.device, enabled=False):  # the casts are part of the code
-            results = code.function(*flat)
+            results = piece.function(*flat)
         exists = self.exists[stage]
         found = iter(results)
         return [next(found) if e else None for e in exists], list(found)

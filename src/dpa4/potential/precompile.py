@@ -51,11 +51,13 @@ def precompile(potential: Potential, modes: Sequence[Mode], processes: int | Non
         modes: How it is going to be called.
         processes: As many as there are processors for, up to 8, by default; below 4 processors none.
     """
-    task = _task(potential, modes)
     if processes is None:
         processes = _affordable(potential.reference_energies.device)
+    if processes < 2:
+        return
+    task = _task(potential, modes)
     mark = _mark(task)
-    if processes < 2 or mark.exists():
+    if mark.exists():
         return
     about = {
         "path": [p or os.getcwd() for p in sys.path],

@@ -93,11 +93,9 @@ def evaluation_window(element: str, largest: float, inner: float = INNER) -> tup
     itself is looked for from 0.8 covalent radii.
     """
     number = atomic_numbers[element]
+    low = inner * covalent_radii[number] - 1e-12  # DFT begins at 0.8 covalent radii, but for rounding
     outer = vdw_alvarez.vdw_radii[number]
-    # DFT begins at 0.8 covalent radii, but for rounding
-    return inner * covalent_radii[number] - 1e-12, min(3.1 * outer, largest) if np.isfinite(
-        outer
-    ) else largest
+    return low, min(3.1 * outer, largest) if np.isfinite(outer) else largest
 
 
 def run_diatomics(
