@@ -17,10 +17,10 @@ from dpa4.potential import Potential
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
-def run_in_the_interpreter(file: str) -> str:
+def run_in_the_interpreter(file: str, *arguments: str) -> str:
     """What a program prints in a process of its own in which Triton interprets its kernels."""
     run = subprocess.run(
-        [sys.executable, file],
+        [sys.executable, file, *arguments],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -166,7 +166,7 @@ def gates_of(module, b, v, a, u, w, rows) -> list[Tensor]:
     """All functions of a module with gates."""
     return [
         module.value(b, u, w, rows),
-        *module.vjp(a, u, w, rows),
+        *module.vjp(a, u, w, rows, True),
         module.tangent(b, v, u, w, rows),
         *module.joint(b, v, a, u, w, rows),
     ]

@@ -15,10 +15,12 @@ Every function takes and makes tensors (F, E, W) with rows one after another in 
 weights (F, C, lmax C). Each has a Triton kernel for a GPU that reads and writes every edge tensor once.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from dpa4.kernels.hopper import on_hopper
 
 
 class Rows(NamedTuple):
@@ -49,10 +51,8 @@ class Rows(NamedTuple):
 
 def value(x: Tensor, u: Tensor, gates: Tensor, rows: Rows) -> Tensor:
     """y."""
-    if _on_gpu(u):
-        from dpa4.kernels import triton_gate  # here, since a machine without a GPU may have no Triton
-
-        return triton_gate.value(x, u, gates, rows)
+    if (kernels := _kernels(u, gates, rows)) is not None:
+        return kernels.value(x, u, gates, rows)
     sigma = _logits(u, gates).sigmoid_()
     y = torch.empty_like(u)
     for run, of in rows.runs(u.shape[-1]):
@@ -60,23 +60,20 @@ def value(x: Tensor, u: Tensor, gates: Tensor, rows: Rows) -> Tensor:
     return y
 
 
-def vjp(a: Tensor, u: Tensor, gates: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """a D, and p without that of the scalars, (F, E, lmax C): the gradient of G is s^T p."""
-    if _on_gpu(u):
-        from dpa4.kernels import triton_gate
-
-        return triton_gate.vjp(a, u, gates, rows)
+def vjp(a: Tensor, u: Tensor, gates: Tensor, rows: Rows, sums: bool) -> tuple[Tensor, Tensor | None]:
+    """a D, and, if wanted, the sums p but that of the scalars, (F, E, lmax C): the gradient of G is s^T p."""
+    if (kernels := _kernels(u, gates, rows)) is not None:
+        return kernels.vjp(a, u, gates, rows, sums)
     sigma = _logits(u, gates).sigmoid_()
     p = _contract(a, u, rows).mul_(_slope(sigma))
-    return _weighted(a, sigma, p, gates, rows)
+    du, p = _weighted(a, sigma, p, gates, rows)
+    return du, p if sums else None
 
 
 def tangent(d: Tensor, v: Tensor, u: Tensor, gates: Tensor, rows: Rows) -> Tensor:
     """Change of y where x changes by d and u by v."""
-    if _on_gpu(u):
-        from dpa4.kernels import triton_gate
-
-        return triton_gate.tangent(d, v, u, gates, rows)
+    if (kernels := _kernels(u, gates, rows)) is not None:
+        return kernels.tangent(d, v, u, gates, rows)
     sigma = _logits(u, gates).sigmoid_()
     change = _logits(v, gates).mul_(_slope(sigma))
     y = torch.empty_like(u)
@@ -117,6 +114,20 @@ def joint(
 def _on_gpu(u: Tensor) -> bool:
     """Whether the Triton kernels take over; tensor cores have no float64 of use here."""
     return u.is_cuda and u.dtype != torch.float64
+
+
+def _kernels(u: Tensor, gates: Tensor, rows: Rows) -> Any:
+    """Module of the kernels that take over, if any; a machine without a GPU may have no Triton to import."""
+    if not _on_gpu(u):
+        return None
+    if on_hopper(u.device):
+        from dpa4.kernels import gluon_gate
+
+        if gluon_gate.fits(u, gates, rows):
+            return gluon_gate
+    from dpa4.kernels import triton_gate
+
+    return triton_gate
 
 
 def _logits(u: Tensor, gates: Tensor) -> Tensor:

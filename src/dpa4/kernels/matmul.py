@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpa4.kernels.hopper import on_hopper
+
 _library = torch.library.Library("dpa4", "FRAGMENT")
 _library.define("precise_matmul(Tensor x, Tensor w) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -86,9 +88,15 @@ def columns_of(matrices: Sequence[Tensor]) -> list[slice]:
 
 
 def _split_into(y: Tensor, x: Tensor, w: Tensor, add: Tensor | None) -> None:
-    from dpa4.kernels import triton_matmul
+    """Product of float32 accuracy in the place of y, (F, E, N), on CUDA."""
+    from dpa4.kernels import triton_matmul  # triton is needed on CUDA only
 
-    with torch.cuda.device(x.device):
+    with torch.cuda.device(x.device):  # Triton launches on the current device
+        if on_hopper(x.device):
+            from dpa4.kernels import gluon_matmul
+
+            if gluon_matmul.fits(y, x, w):
+                return gluon_matmul.matmul_into(y, x, w, add)
         triton_matmul.matmul_into(y, x, w, add)
 
 
@@ -121,10 +129,9 @@ def _cpu(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _cuda(x: Tensor, w: Tensor) -> Tensor:
-    from dpa4.kernels import triton_matmul  # triton is needed on CUDA only
-
-    with torch.cuda.device(x.device):  # Triton launches on the current device
-        return triton_matmul.matmul(x, w)
+    y = x.new_empty((*x.shape[:-1], w.shape[-1]))
+    _split_into(*((y, x, w) if x.dim() == 3 else (y[None], x[None], w[None])), None)
+    return y
 
 
 def _fake(x: Tensor, w: Tensor) -> Tensor:

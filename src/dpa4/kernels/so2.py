@@ -145,7 +145,7 @@ def _vjp(
     kept = []
     for layer, g, u in zip(reversed(gated), reversed(gates), reversed(us), strict=True):
         kept.append(a)
-        du, _ = gate.vjp(a, u, g, rows)
+        du, _ = gate.vjp(a, u, g, rows, sums=False)
         a = order_matmul(du, [w.mT for w in layer], add=a, overwrite=not keep)
     return [a, *(kept[::-1] if keep else [])]
 
@@ -205,8 +205,8 @@ def _joint(
             for_gates = [(us[t][..., :c], q), (vs[t][..., :c], p)]
             for_matrices = [(ds[t], da)]
         else:
-            du, p = gate.vjp(b, us[t], gates[t], rows)
-            for_gates, for_matrices = [(us[t][..., :c], p)], []
+            du, sums = gate.vjp(b, us[t], gates[t], rows, sums=bool(xs))
+            for_gates, for_matrices = [(us[t][..., :c], sums)] if sums is not None else [], []
         if xs:
             pairs = [(xs[t], du), *for_matrices]
             columns = columns_of(layers[t])

@@ -58,7 +58,7 @@ def _gate_value(
 def _gate_vjp(
     du, p, a, u, weight, num_edges,
     LMAX: tl.constexpr, MMAX: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     f = tl.program_id(1)
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -85,7 +85,8 @@ def _gate_vjp(
                     h += a_r * tl.load(u + here, mask=mask, other=0.0).to(tl.float32)
                     tl.store(du + here, a_r * gate, mask=mask)
         slope = (h * gate * (1 - gate)).to(s.dtype)
-        tl.store(p + at_p + (l - 1) * C, slope, mask=mask)
+        if SUMS:
+            tl.store(p + at_p + (l - 1) * C, slope, mask=mask)
         total = tl.dot(slope, tl.trans(w), total, input_precision=PRECISION)
     tl.store(du + at, total, mask=mask)
 
@@ -185,10 +186,11 @@ def value(x: Tensor, u: Tensor, gates: Tensor, rows: Rows) -> Tensor:
     return y
 
 
-def vjp(a: Tensor, u: Tensor, gates: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+def vjp(a: Tensor, u: Tensor, gates: Tensor, rows: Rows, sums: bool) -> tuple[Tensor, Tensor | None]:
     """`dpa4.kernels.gate.vjp`."""
-    du, p = torch.empty_like(u), _per_degree(u, gates)
-    _launch(_gate_vjp, (64, 4) if u.itemsize == 2 else (16, 4), [du, p], [a, u], gates, rows)
+    du, p = torch.empty_like(u), _per_degree(u, gates) if sums else None
+    results = [du, du if p is None else p]
+    _launch(_gate_vjp, (64, 4) if u.itemsize == 2 else (16, 4), results, [a, u], gates, rows, SUMS=sums)
     return du, p
 
 
@@ -213,7 +215,13 @@ def _per_degree(u: Tensor, gates: Tensor) -> Tensor:
 
 
 def _launch(
-    kernel: Any, tile: tuple[int, int], results: list[Tensor], edges: list[Tensor], gates: Tensor, rows: Rows
+    kernel: Any,
+    tile: tuple[int, int],
+    results: list[Tensor],
+    edges: list[Tensor],
+    gates: Tensor,
+    rows: Rows,
+    **flags: bool,
 ) -> None:
     """Run a kernel with so many edges and warps per program; results and edge tensors are contiguous."""
     (n_focus, num_edges, width), c = edges[0].shape, gates.shape[1]
@@ -224,5 +232,5 @@ def _launch(
         kernel[(triton.cdiv(num_edges, block_e), n_focus)](
             *results, *edges, gates, num_edges, rows.lmax, rows.mmax, c, width,
             block_e, max(16, triton.next_power_of_2(c)), "tf32x3" if gates.dtype == torch.float32 else "tf32",
-            num_warps=warps,
+            num_warps=warps, **flags,
         )  # fmt: skip

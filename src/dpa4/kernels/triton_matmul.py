@@ -68,8 +68,14 @@ def matmul_into(y: Tensor, x: Tensor, w: Tensor, add: Tensor | None, tile: Tile 
     )  # fmt: skip
 
 
-def split_weight(w: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low pieces (2, F, N, K) of w (F, K, N), and the powers of two (F, N) that go with their products."""
+def split_weight(w: Tensor, named: bool = False) -> tuple[Tensor, Tensor]:
+    """High and low pieces (2, F, N, K) of w (F, K, N), and the powers of two (F, N) that go with their products.
+
+    Args:
+        w: Float32, with any strides.
+        named: Rows and columns of the pieces in the order of their names in `dpa4.kernels.gluon_tiles`, and powers of
+            two from 2^-64 on, so that their inverses are no danger: columns below 1e-15 lose digits.
+    """
     n_batch, inner, columns = w.shape
     pieces = w.new_empty((2, n_batch, columns, inner), dtype=torch.float16)
     scale = w.new_empty((n_batch, columns))
@@ -77,19 +83,19 @@ def split_weight(w: Tensor) -> tuple[Tensor, Tensor]:
     block_n = max(8192 // block_k, 1)  # a whole column at once, in few enough registers
     _split_weight[(triton.cdiv(columns, block_n), n_batch)](
         w, pieces, scale, *w.stride(), n_batch,
-        INNER=inner, COLUMNS=columns, BLOCK_K=block_k, BLOCK_N=block_n,
+        INNER=inner, COLUMNS=columns, NAMED=named, BLOCK_K=block_k, BLOCK_N=block_n,
         num_warps=4,
     )  # fmt: skip
     return pieces, scale
 
 
 @triton.jit
-def _power_of_two(largest):
+def _power_of_two(largest, tiny: tl.constexpr = 15):
     """Powers of two (up, down), inverse of each other: largest * up is in [2^14, 2^15), or below if it is tiny.
 
-    float16 ends at 2^16, so this leaves the most room below.
+    float16 ends at 2^16, so this leaves the most room below. The least down is 2^(tiny - 141).
     """
-    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 15)
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, tiny)
     up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
     return up, ((exponent - 14) << 23).to(tl.float32, bitcast=True)
 
@@ -102,9 +108,15 @@ def _two_halves(x):
 
 
 @triton.jit
+def _name(column):
+    """Of a column in memory; see `dpa4.kernels.gluon_tiles`."""
+    return column // 16 * 16 + column % 4 // 2 * 8 + column % 16 // 4 * 2 + column % 2
+
+
+@triton.jit
 def _split_weight(
     w, pieces, scale, stride_f, stride_k, stride_n, n_batch,
-    INNER: tl.constexpr, COLUMNS: tl.constexpr,
+    INNER: tl.constexpr, COLUMNS: tl.constexpr, NAMED: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (column block, batch)."""
@@ -113,9 +125,12 @@ def _split_weight(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (k < INNER) & (n[None, :] < COLUMNS)
     tile = tl.load(w + batch * stride_f + k * stride_k + n[None, :] * stride_n, mask=mask, other=0.0)
-    out = pieces + batch * INNER * COLUMNS + n[None, :] * INNER + k
+    if NAMED:
+        out = pieces + batch * INNER * COLUMNS + _name(n)[None, :] * INNER + _name(k)
+    else:
+        out = pieces + batch * INNER * COLUMNS + n[None, :] * INNER + k
     step = n_batch * INNER * COLUMNS
-    up, down = _power_of_two(tl.max(tl.abs(tile), axis=0))
+    up, down = _power_of_two(tl.max(tl.abs(tile), axis=0), 77 if NAMED else 15)
     high, low = _two_halves(tile * up[None, :])
     tl.store(out, high, mask=mask)
     tl.store(out + step, low, mask=mask)
