@@ -95,7 +95,6 @@ def compile_kernels() -> None:
 
 
 @needs_gluon
-@pytest.mark.slow
 def test_kernels_compile_without_a_gpu():
     command = [sys.executable, __file__, "compile"]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=300)

@@ -28,14 +28,18 @@ from torch.utils import _pytree as pytree
 from dpa4.kernels import twice
 from dpa4.kernels.twice import Maybe
 
-Axis = Literal["node", "node+1", "center", "center+1", "edge", "vector", "static"]
+Axis = Literal[
+    "node", "node+1", "center", "center+1", "edge", "node data", "center data", "edge data", "static"
+]
 """What the leading axis of an argument counts.
 
-"center" are the nodes that receive; "static" does not vary, and such arguments are taken for parameters. "vector"
-counts edges, too, and marks data: arguments with a derivative in stage 1, that of the forces, but none in stage 3.
+"center" are the nodes that receive; "static" does not vary, and such arguments are taken for parameters. Data are
+what no parameter influences, such as the geometry: they have a derivative in stage 1, that of the forces, but none
+in stage 3.
 """
 
 _COUNTED = ("node", "center", "edge")
+_DATA = " data"
 
 _OPTIONS = {
     "comprehensive_padding": False,  # what stages keep for each other is contiguous
@@ -69,7 +73,9 @@ class RegionCode:
         self, name: str, arguments: Any, report: Callable[[str, float], None] = lambda name, seconds: None
     ):
         self.name, self.report = name, report
-        self.axes: list[str] = pytree.tree_leaves(arguments)  # of `Axis`
+        axes: list[str] = [a or "" for a in pytree.tree_leaves(arguments)]  # of `Axis`
+        self.axes = [a.removesuffix(_DATA) for a in axes]
+        self.data = [a.endswith(_DATA) for a in axes]
         self.programs: dict[Any, _Program] = {}
         self.make: Callable[[Stage], Callable[..., Sequence[Tensor]]] = Stage.compile
 
@@ -154,10 +160,11 @@ class _Program:
         self.code, self.device = region.code, device
         self.num_inputs = len(inputs)
         axes = ["static"] * len(region.tensors) + region.code.axes
+        data = [False] * len(region.tensors) + region.code.data
         differentiable = [t is not None and t.requires_grad for t in inputs]
         # What stages 1 and 3 differentiate with respect to.
         self.mask = [d and a != "static" for d, a in zip(differentiable, axes, strict=True)]
-        self.last_mask = [d and a != "vector" for d, a in zip(differentiable, axes, strict=True)]
+        self.last_mask = [d and not given for d, given in zip(differentiable, data, strict=True)]
         training = region.module.training
 
         def value(inputs: Sequence[Maybe]) -> list[Tensor]:
@@ -170,6 +177,7 @@ class _Program:
             return leaves
 
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        mode.cache_enabled = False  # with symbolic sizes it takes twice the time it saves
         fakes, symbols = _fakes(mode, inputs, axes, wide)
         with mode, enable_python_dispatcher(), torch.no_grad():
             grads = [_contiguous_like(r) for r in value(fakes)]
@@ -222,7 +230,9 @@ class _Program:
 
     def run(self, stage: int, given: Sequence[Sequence[Maybe]]) -> tuple[list[Maybe], list[Tensor]]:
         """See `dpa4.kernels.twice.Stages`."""
-        piece = self.stages[stage]
+        piece, exists = self.stages[stage], self.exists[stage]
+        if piece.empty:
+            return [None for _ in exists], []
         flat = [t.contiguous() for t in (given[group][i] for group, i in piece.takes) if t is not None]
         if piece.function is None:
             start = time.monotonic()
@@ -230,7 +240,6 @@ class _Program:
             self.code.report(self.code.name, time.monotonic() - start)
         with torch.no_grad(), torch.autocast(self.device, enabled=False):  # the casts are part of the code
             results = piece.function(*flat)
-        exists = self.exists[stage]
         found = iter(results)
         return [next(found) if e else None for e in exists], list(found)
 
@@ -249,6 +258,7 @@ class Stage:
     def __init__(self, graph: fx.GraphModule, takes: list[tuple[int, int]], examples: list[Any]):
         self.graph, self.takes, self.examples = graph, takes, examples
         self.function: Callable[..., Sequence[Tensor]] | None = None
+        self.empty = not graph.graph.output_node().args[0]  # nothing is asked of it
 
     def compile(self) -> Callable[..., Sequence[Tensor]]:
         """Its code, from the compiler's cache on disk if it is there."""
@@ -385,7 +395,6 @@ def _fakes(
         size: Any = mode.from_tensor(torch.empty(hint, device="meta"), symbolic_context=context).shape[0]
         axis |= {name: size, f"{name}+1": size + 1}
         symbols[size.node.expr] = name
-    axis["vector"] = axis["edge"]
     fakes: list[Maybe] = []
     with mode:
         for t, a in zip(inputs, axes, strict=True):

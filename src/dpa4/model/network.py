@@ -107,9 +107,8 @@ class DPA4(nn.Module):
         """Invariant features of every own atom, (n, C); arguments as in `forward`."""
         open_ = self.geometry.openness(vectors, source, destination, domain)
         centers = destination.among(source.num_nodes)
-        x, hidden, pair, edges, degree_norm = self.embed(
-            species, vectors, source, centers, charge_spin, open_
-        )
+        edges, degree_norm = self.locate(vectors, source, centers, open_)
+        x, hidden, pair = self.embed(species, edges, source, centers, charge_spin, degree_norm)
         x, degree_norm = domain.own(x), domain.own(degree_norm)
         hood = Neighborhood(edges, source, destination, degree_norm)
         radial = RadialFeatures(hidden, pair, self.radial.last_of_degrees())
@@ -119,23 +118,29 @@ class DPA4(nn.Module):
                 x = block(x, hoods, domain)
         return self.read_out(x)
 
+    def locate(
+        self, vectors: Tensor, source: Incidence, destination: Incidence, open_: Tensor
+    ) -> tuple[Edges, Tensor]:
+        """Geometry of the edges, which no parameter influences, and `Neighborhood.degree_norm`."""
+        hood = self.geometry(vectors, open_, source, destination)
+        return hood.edges, hood.degree_norm
+
     def embed(
         self,
         species: Tensor,
-        vectors: Tensor,
+        edges: Edges,
         source: Incidence,
         destination: Incidence,
         charge_spin: Tensor,
-        open_: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Edges, Tensor]:
-        """Initial nodes (N, D, C), `RadialFeatures.hidden` and ``pair``, geometry, `Neighborhood.degree_norm`."""
-        hood = self.geometry(vectors, open_, source, destination)
-        basis = self.basis(hood.edges.length)
+        degree_norm: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Initial nodes (N, D, C), `RadialFeatures.hidden` and ``pair``."""
+        hood = Neighborhood(edges, source, destination, degree_norm)
+        basis = self.basis(edges.length)
         types = self.charge_spin(self.types(species), charge_spin)
         pair = gather(types, source) + gather(types, destination)
-        radial = self.radial(basis, hood.edges.weight, pair)
-        x = self.seed(types, species, basis, radial, hood)
-        return x, radial.hidden, radial.pair, hood.edges, hood.degree_norm
+        radial = self.radial(basis, edges.weight, pair)
+        return self.seed(types, species, basis, radial, hood), radial.hidden, radial.pair
 
     def read_out(self, x: Tensor) -> Tensor:
         """Invariant features (N, C) of nodes (N, D, C)."""

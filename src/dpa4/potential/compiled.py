@@ -31,6 +31,10 @@ MAX_KEPT = 4096
 4 MiB per atom of a 64-channel model."""
 
 
+_WHOLE = {"locate": "geometry", "embed": "embedding", "read_out": "read-out"}
+"""Methods of the network that are compiled beside those of its blocks, and what they are called."""
+
+
 def compile_potential(
     potential: Potential,
     report: Callable[[str, float], None] = lambda name, seconds: None,
@@ -48,21 +52,26 @@ def compile_potential(
     """
     restore_eager(potential)
     model = potential.model
-    rows = ("edge",) * (model.geometry.wigner.mmax + 1)
-    edges: Any = Edges("edge", "edge", "edge", "edge", rows)  # type: ignore[arg-type]
+    # No parameter influences the geometry: that it is data spares the last stage a derivative by it.
+    rows = ("edge data",) * (model.geometry.wigner.mmax + 1)
+    edges: Any = Edges("edge data", "edge data", "edge data", "edge data", rows)  # type: ignore[arg-type]
     source: Any = Incidence("edge", "edge", "node+1")  # type: ignore[arg-type]
     center: Any = Incidence("edge", None, "center+1")  # type: ignore[arg-type]
     radial: Any = RadialFeatures("edge", "edge", "static")  # type: ignore[arg-type]
-    hood: Any = Neighborhood(edges, source, center, "center")  # type: ignore[arg-type]
+    hood: Any = Neighborhood(edges, source, center, "center data")  # type: ignore[arg-type]
     centers: Any = Incidence("edge", None, "node+1")  # type: ignore[arg-type]
-    node_hood = ("node", "vector", source, centers, "node", "node")
-    parts = ["geometry", "basis", "radial", "types", "charge_spin", "seed"]
-    embedding, read_out = (
-        RegionCode("embedding", node_hood, report),
-        RegionCode("read-out", ("node",), report),
-    )
-    model.embed = Region(model, "embed", parts, embedding, max_kept)  # type: ignore
-    model.read_out = Region(model, "read_out", ["readout"], read_out, max_kept)  # type: ignore
+    whole = {
+        "locate": (["geometry"], ("edge data", source, centers, "node data")),
+        "embed": (
+            ["basis", "radial", "types", "charge_spin", "seed"],
+            ("node", edges, source, centers, "node", "node data"),
+        ),
+        "read_out": (["readout"], ("node",)),
+    }
+    for method, name in _WHOLE.items():
+        parts, arguments = whole[method]
+        code = RegionCode(name, arguments, report)
+        model.__dict__[method] = Region(model, method, parts, code, max_kept)
     codes: dict[int, list[RegionCode]] = {}
     update = [
         f"{name}" for name in ("conv_norm_out", "ffns", "ffn_norms_in", "ffn_norms_out", "ffn_scales", "conv")
@@ -72,7 +81,7 @@ def compile_potential(
             codes[degree] = [
                 RegionCode(f"node states of degree {degree}", ("node",), report),
                 RegionCode(f"messages of degree {degree}", ("node", "center", "node", radial, hood), report),
-                RegionCode(f"node update of degree {degree}", ("node", "node", "node", "node"), report),
+                RegionCode(f"node update of degree {degree}", ("node", "node", "node", "node data"), report),
             ]
         states, messages, updates = codes[degree]
         own = ["conv.product", "conv.pre_mix", "conv.attention", "conv_norm_in"]
@@ -97,7 +106,7 @@ def keep_results(potential: Potential, max_kept: int) -> None:
 def restore_eager(potential: Potential) -> None:
     """Undo `compile_potential`."""
     for module, names in (
-        (potential.model, ("embed", "read_out")),
+        (potential.model, tuple(_WHOLE)),
         *((block, ("states", "messages", "update")) for block in potential.model.blocks),
     ):
         for name in names:

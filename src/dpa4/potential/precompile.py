@@ -27,8 +27,8 @@ from dpa4.model import ModelConfig
 from dpa4.potential.compiled import compile_potential, regions
 from dpa4.potential.potential import Potential
 
-MOST_PROCESSES = 5
-"""With more the longest graph decides: 8 took as long as 5. On a GPU each takes half a GiB for its context."""
+MOST_PROCESSES = 8
+"""With more the longest graph decides. On a GPU each takes half a GiB for its context."""
 
 _CONTEXT = 2**30  # bytes of the GPU that a process may take
 _log = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ def _outline(potential: Potential, mode: Mode) -> list[Stage]:
             code.make, code.report = Stage.compile, reports[code]
             for stage in code.stages():  # none may go on without values
                 stage.function = known.get(id(stage))
-    return [stage for code in codes for stage in code.stages() if id(stage) not in known]
+    return [s for code in codes for s in code.stages() if id(s) not in known and not s.empty]
 
 
 def _triatomic(potential: Potential) -> Graph:
