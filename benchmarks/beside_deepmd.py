@@ -5,15 +5,18 @@
         --deepmd-python PYTHON
 
 PYTHON is an interpreter with deepmd-kit. The programs take turns, some calls each, so that a change of the machine's
-speed meets both. On a GPU if there is one. Everything is done twice (or see --search):
+speed meets both. On a GPU if there is one; then they warm up at the same time, which takes each longer than alone.
+Everything is done twice (or see --search):
 
 * with the neighbour search, as users meet it: our calculator beside ``DeepPot.eval``; a training step that builds its
   graphs (which our trainer does ahead, in a thread) beside ``dp --pt train``;
 * without it: both networks on the same edges; in training the same loss and torch's AdamW.
 
-``dp train`` starts from weights of its own and uses its own loader, loss (mean squares of energy and forces) and
-AdamW. Structures are those of speed.py, or with --water 192 atoms of water, also for training steps of one
-structure. Prints lines of JSON: minimum and median of each program in milliseconds, and how far their results differ.
+Compiled training steps of ours are replayed on a GPU, as our trainer does. ``dp train`` starts from weights of its
+own and uses its own loader, loss (mean squares of energy and forces) and AdamW. Structures are those of speed.py, or
+with --water 192 atoms of water, also for training steps of one structure. Prints lines of JSON: minimum and median of
+each program in milliseconds, and how far their results differ; on a GPU the most memory of all tensors, which leaves
+out what a replay works in, and the memory that the program reserved.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -35,15 +39,21 @@ from ase.build import molecule
 from speed import ELEMENTS, potential_of, structure
 
 import dpa4
+from dpa4.data import Batch
 from dpa4.graph import Graph, build_graph, collate
 from dpa4.potential import Potential, convert, load_potential, save_potential
 from dpa4.potential.compiled import compile_potential
 from dpa4.potential.deepmd_options import config_to_deepmd
 from dpa4.potential.evaluator import Evaluator
+from dpa4.potential.precompile import Mode, precompile
 from dpa4.simulation import DPA4Calculator
+from dpa4.training.loss import Loss
+from dpa4.training.replay import Recorder, ReplayedStep
+from dpa4.training.trainer import training_step
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+WARM_UP = 3
 SEARCHES = {"both": (True, False), "with": (True,), "without": (False,)}
 WORKER = Path(__file__).with_name("deepmd_worker.py")
 
@@ -137,7 +147,7 @@ def write_model(potential: Potential, folder: Path, frames: int, compile: bool, 
 
 
 class Worker:
-    """A process of deepmd-kit that computes when asked to."""
+    """A process of deepmd-kit that prepares some work and does it when asked to."""
 
     def __init__(self, python: Path, work: str, folder: Path, threads: int, compile: bool):
         environment = dict(os.environ, OMP_NUM_THREADS=str(threads), DP_INTER_OP_PARALLELISM_THREADS="1")
@@ -150,9 +160,9 @@ class Worker:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, text=True
             )
-        self.about = self._answer()
 
-    def _answer(self) -> dict[str, Any]:
+    def answer(self) -> dict[str, Any]:
+        """The next one; the first comes when it is warm, and says what it is."""
         assert self.process.stdout
         for line in self.process.stdout:
             if line.startswith("@"):
@@ -160,18 +170,34 @@ class Worker:
         raise RuntimeError(f"deepmd-kit failed:\n{self.log.read_text()[-3000:]}")
 
     def ask(self, calls: int) -> dict[str, Any]:
+        """Milliseconds of so many calls, and memory."""
         assert self.process.stdin
         self.process.stdin.write(f"{calls}\n")
         self.process.stdin.flush()
-        return self._answer()
+        return self.answer()
 
     def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
+        with self.process:
+            self.process.kill()
+
+
+def labelled(frames: Frames) -> Batch:
+    """The frames as a batch for training."""
+    number = len(frames.graphs)
+    known, unknown = torch.ones(number, dtype=torch.bool), torch.zeros(number, dtype=torch.bool)
+    return Batch(
+        frames.graph,
+        energy=torch.from_numpy(frames.energy),
+        forces=torch.from_numpy(frames.forces).flatten(0, 1),
+        virial=torch.zeros(number, 3, 3, dtype=torch.float64),
+        has_energy=known,
+        has_forces=known,
+        has_virial=unknown,
+        weight=torch.ones(number, dtype=torch.float64),
+    )
 
 
 def timed(call: Callable[[], object], calls: int) -> list[float]:
@@ -189,32 +215,39 @@ class Step:
     """A training step of dpa4: loss of energy and forces, backward pass, AdamW."""
 
     def __init__(self, potential: Potential, frames: Frames, compile: bool, bf16: bool, searches: bool):
-        self.potential, self.frames, self.searches = potential.to(DEVICE).train(), frames, searches
+        self.potential, self.searches = potential.to(DEVICE).train(), searches
+        self.structures = [atoms_of(g) for g in frames.graphs]
+        self.batch = labelled(frames).to(DEVICE)
+        self.loss = Loss(energy=frames.atoms, forces=1, virial=0, kind="mse")
+        parameters = list(potential.parameters())
+        self.optimizer = torch.optim.AdamW(parameters, 1e-4, fused=CUDA)
+        self.step: Callable[[Batch], object] = self.differentiate
         potential.model.block_autocast = torch.bfloat16 if bf16 else None
         if compile:
             compile_potential(potential)
-        self.structures = [atoms_of(g) for g in frames.graphs]
-        self.graph = frames.graph.to(DEVICE)
-        self.energy = torch.from_numpy(frames.energy).to(DEVICE)
-        self.forces = torch.from_numpy(frames.forces).to(DEVICE).flatten(0, 1)
-        self.optimizer = torch.optim.AdamW(potential.parameters(), 1e-4, fused=CUDA)
+            precompile(potential, [Mode(training=True, autocast=potential.model.block_autocast)])
+        if compile and CUDA:
+            self.step = ReplayedStep(potential, self.differentiate, Recorder(self.differentiate, parameters))
 
-    def loss(self) -> torch.Tensor:
-        graph = collate([search(a) for a in self.structures]).to(DEVICE) if self.searches else self.graph
-        found = self.potential(graph)
-        energy = (found.energy - self.energy).square().mean() / self.frames.atoms
-        return energy + (found.forces - self.forces).square().mean()
+    def next(self) -> Batch:
+        if not self.searches:
+            return self.batch
+        return self.batch._replace(graph=collate([search(a) for a in self.structures]).to(DEVICE))
+
+    def differentiate(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, terms = training_step(self.potential, batch, self.loss)
+        loss.backward()
+        return loss.detach(), terms
 
     def __call__(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        self.loss().backward()
+        self.step(self.next())
         self.optimizer.step()
 
     def first(self) -> dict[str, float]:
-        loss = self.loss()
-        loss.backward()
+        loss, _ = self.differentiate(self.next())
         norms = [p.grad.norm() for p in self.potential.parameters() if p.grad is not None]
-        return {"loss": float(loss.detach()), "gradient_norm": float(torch.stack(norms).norm())}
+        return {"loss": float(loss), "gradient_norm": float(torch.stack(norms).norm())}
 
 
 class Evaluation:
@@ -244,45 +277,60 @@ def compare(frames: Frames, train: bool, searches: bool, options: argparse.Names
         folder = Path(name)
         frames.write(folder, options.rounds * options.calls + 20)
         write_model(potential, folder, len(frames.graphs), compile, bf16)
-        start = time.perf_counter()
-        call: Step | Evaluation
-        if train:
-            call = Step(potential, frames, compile, bf16, searches)
-        else:
-            call = Evaluation(folder / "model.safetensors", frames, compile, searches)
-        own = call.first()
-        timed(call, 3)
-        about = {"program": f"dpa4 {dpa4.__version__}", "torch": torch.__version__}
-        about["warm_up_s"] = round(time.perf_counter() - start, 1)
         work = (
             ("train" if searches else "train_of_edges") if train else "evaluate" if searches else "of_edges"
         )
         with Worker(options.deepmd_python, work, folder, options.threads, compile) as worker:
+            others = {} if CUDA else worker.answer()  # there the programs would wait for each other's threads
+            start = time.perf_counter()
+            call: Step | Evaluation
+            if train:
+                call = Step(potential, frames, compile, bf16, searches)
+            else:
+                call = Evaluation(folder / "model.safetensors", frames, compile, searches)
+            own = call.first()
+            timed(call, WARM_UP)
+            about = {"program": f"dpa4 {dpa4.__version__}", "torch": torch.__version__}
+            about["warm_up_s"] = round(time.perf_counter() - start, 1)
+            print(f"{work}: dpa4 is warm after {about['warm_up_s']} s", file=sys.stderr, flush=True)
+            others = others or worker.answer()
             parity = {}
             if isinstance(own, np.ndarray):
                 theirs = np.load(folder / "forces.npy")
                 parity = {"largest_force_difference_eV_A": float(np.abs(own - theirs).max())}
                 parity["largest_force_eV_A"] = float(np.abs(own).max())
             elif not searches:
-                parity = {f"relative_difference_of_{k}": abs(worker.about[k] / own[k] - 1) for k in own}
+                parity = {f"relative_difference_of_{k}": abs(others[k] / own[k] - 1) for k in own}
+            release()
             times: tuple[list[float], list[float]] = [], []
-            peaks = [{}, {}]
+            memory = [{}, {}]
             for _ in range(options.rounds):
-                if CUDA:
-                    torch.cuda.reset_peak_memory_stats()
                 times[0].extend(timed(call, options.calls))
-                if CUDA:
-                    peaks[0]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-                reply = worker.ask(options.calls)
-                times[1].extend(reply.pop("ms"))
-                peaks[1] = reply
-    versions = {k: worker.about[k] for k in about}
+                memory[0] = memory_taken()
+                memory[1] = worker.ask(options.calls)
+                times[1].extend(memory[1].pop("ms"))
+    versions = {k: others[k] for k in about}
     return {
-        "dpa4": about | peaks[0] | summary(times[0]),
-        "deepmd-kit": versions | peaks[1] | summary(times[1]),
+        "dpa4": about | memory[0] | summary(times[0]),
+        "deepmd-kit": versions | memory[1] | summary(times[1]),
         "times_as_fast": round(statistics.median(times[1]) / statistics.median(times[0]), 2),
         "parity": parity,
     }
+
+
+def release() -> None:
+    """Give back what earlier work left, and forget how much it was."""
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory_taken() -> dict[str, float]:
+    if not CUDA:
+        return {}
+    taken = {"peak_gib": torch.cuda.max_memory_allocated(), "reserved_gib": torch.cuda.memory_reserved()}
+    return {name: round(n / 2**30, 2) for name, n in taken.items()}
 
 
 def summary(times: list[float]) -> dict[str, float]:
@@ -329,8 +377,7 @@ def main() -> None:
             except RuntimeError as error:  # the other kinds of work are still of interest
                 result = {"error": str(error)}
             print(json.dumps(record | how | result), flush=True)
-            gc.collect()
-            torch.cuda.empty_cache()
+            release()
 
 
 if __name__ == "__main__":

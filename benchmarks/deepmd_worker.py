@@ -4,9 +4,10 @@
 
 Prepares WORK (evaluate, of_edges, train, train_of_edges) from the files in FOLDER and answers. Then, for every number
 on a line of its input, it does so many calls and answers with their milliseconds. An answer is a line of JSON after
-"@"; all other output is the program's.
+"@"; all other output is the program's. How far it is with preparing goes to standard error.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -32,11 +33,30 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def progress(what: str) -> None:
+    print(f"{what} after {seconds()} s", file=sys.stderr, flush=True)
+
+
+def seconds() -> float:
+    return round(time.perf_counter() - START, 1)
+
+
 def answer(**record) -> None:
     if CUDA:
-        record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        torch.cuda.reset_peak_memory_stats()
+        taken = {"peak_gib": torch.cuda.max_memory_allocated(), "reserved_gib": torch.cuda.memory_reserved()}
+        record |= {name: round(n / 2**30, 2) for name, n in taken.items()}
     print("@" + json.dumps(record), flush=True)
+
+
+def answer_warm(**record) -> None:
+    """The first answer, after giving back the memory that preparing took."""
+    record["warm_up_s"] = seconds()
+    progress("warm")
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    answer(program=f"deepmd-kit {deepmd.__version__}", torch=torch.__version__, **record)
 
 
 def wanted() -> int:
@@ -51,8 +71,7 @@ def serve(call: Callable[[], object], **result) -> NoReturn:
     for _ in range(WARM_UP):
         call()
     synchronize()
-    versions = {"program": f"deepmd-kit {deepmd.__version__}", "torch": torch.__version__}
-    answer(**versions, warm_up_s=round(time.perf_counter() - START, 1), **result)
+    answer_warm(**result)
     while True:
         times = []
         for _ in range(wanted()):
@@ -68,7 +87,9 @@ def evaluate(folder: Path) -> NoReturn:
     data = np.load(folder / "frames.npz")
     potential = DeepPot(str(folder / "model.pt"))
     arguments = data["positions"].reshape(1, -1), data["cells"].reshape(1, -1), data["types"][0].tolist()
+    progress("model read")
     np.save(folder / "forces.npy", potential.eval(*arguments)[1][0])
+    progress("first call")
     serve(lambda: potential.eval(*arguments))
 
 
@@ -77,6 +98,7 @@ def of_edges(folder: Path, train: bool) -> NoReturn:
     data = np.load(folder / "frames.npz")
     device = "cuda" if CUDA else "cpu"
     model = DeepPot(str(folder / "model.pt")).deep_eval.dp.model["Default"].train(train)
+    progress("model read")
     tensors = {name: torch.from_numpy(data[name]).to(device) for name in data.files}
     ends = torch.stack([tensors["source"], tensors["destination"]])
     arguments = {
@@ -89,6 +111,7 @@ def of_edges(folder: Path, train: bool) -> NoReturn:
     }
     if not train:
         np.save(folder / "forces.npy", model.forward_lower(**arguments)["extended_force"][0].detach().cpu())
+        progress("first call")
         serve(lambda: model.forward_lower(**arguments))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=CUDA)
     atoms = tensors["types"].shape[1]
@@ -105,6 +128,7 @@ def of_edges(folder: Path, train: bool) -> NoReturn:
 
     first = loss()
     first.backward()
+    progress("first gradients")
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     serve(step, loss=float(first.detach()), gradient_norm=float(norm))
 
@@ -112,17 +136,19 @@ def of_edges(folder: Path, train: bool) -> NoReturn:
 def dp_train(folder: Path) -> None:
     """``dp --pt train`` as it is, data loading and neighbour search included: the time from step to step."""
     times: list[float] = []
-    calls = WARM_UP
+    warm, calls = False, WARM_UP
     last = time.perf_counter()
 
     def after_step(*_: object) -> None:
-        nonlocal times, calls, last
+        nonlocal warm, times, calls, last
         synchronize()
         times.append(1e3 * (time.perf_counter() - last))
         if len(times) == calls:
-            versions = {"program": f"deepmd-kit {deepmd.__version__}", "torch": torch.__version__}
-            answer(**versions, warm_up_s=round(time.perf_counter() - START, 1), ms=times)
-            times, calls = [], wanted()
+            if warm:
+                answer(ms=times)
+            else:
+                answer_warm()
+            warm, times, calls = True, [], wanted()
         last = time.perf_counter()
 
     register_optimizer_step_post_hook(after_step)
