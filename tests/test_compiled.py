@@ -355,4 +355,4 @@ def test_nothing_of_a_step_stays_alive(compilations):
     compile_potential(potential)
     for graph in batches(2):
         potential(graph).forces.square().mean().backward()
-        assert not [o for o in gc.get_objects() if isinstance(o, _Call)]
+        assert not [o for o in gc.get_objects() if type(o) is _Call]

@@ -12,7 +12,7 @@ from dpa4.graph import build_graph, collate, first_atoms
 from dpa4.model.presets import preset
 from dpa4.potential import Potential, compiled
 from dpa4.potential.evaluator import Evaluator
-from dpa4.potential.replay import Replay, pad, rounded_up
+from dpa4.potential.replay import MAX_ATOMS, Replay, pad, rounded_up
 from dpa4.simulation import DPA4Calculator
 from helpers import crystal, graph_of, molecule, random_potential, randomize
 
@@ -23,6 +23,12 @@ def test_rounded_up_wastes_little_and_has_few_values():
     sizes = {n: rounded_up(n) for n in range(100_000)}
     assert all(n <= s <= n + n / 16 for n, s in sizes.items())
     assert len(set(sizes.values())) < 250
+
+
+def test_what_is_replayed_keeps_its_results():
+    """Code is chosen by the number of atoms that it sees, padding included: 4096 are 4352."""
+    assert MAX_ATOMS == compiled.MAX_KEPT
+    assert rounded_up(4096 + 1) <= MAX_ATOMS
 
 
 @pytest.mark.parametrize("structure", [molecule, crystal])

@@ -16,7 +16,7 @@ from dpa4.kernels.incidence import Incidence
 from dpa4.model import ModelConfig
 from dpa4.model.block import Block
 from dpa4.model.convolution import SO2Convolution
-from dpa4.model.edges import EdgeGeometry, Neighborhood, Neighborhoods
+from dpa4.model.edges import EdgeGeometry, Neighborhood
 from dpa4.model.layers import EquivariantRMSNorm
 from dpa4.model.radial import RadialFeatures
 from dpa4.potential import Potential, load_potential
@@ -79,8 +79,8 @@ def first_block_input(case: str) -> tuple[torch.Tensor, RadialFeatures, Neighbor
     assert graph.num_edges == 12
     with torch.no_grad():
         potential.atomic_energies(graph, graph.edge_vectors())
-    x, hoods, _ = caught[0]
-    return x, hoods.radial[0], hoods.parts[0], potential
+    x, (radial,), (hood,), _ = caught[0]
+    return x, radial, hood, potential
 
 
 def test_every_supported_feature_case_is_checked():
@@ -202,7 +202,7 @@ def test_block():
     caught = []
     block.conv_norm_out.register_forward_hook(lambda module, arguments, output: caught.append(output))
     with torch.no_grad():
-        out = block(inputs["x"].squeeze(2), Neighborhoods.of(hood, radial, 10**9))
+        out = block(inputs["x"].squeeze(2), [radial], [hood])
     assert_close(caught[0], inputs["so2_unit_out"].squeeze(2))
     assert_close(out, expected.squeeze(2))
 

@@ -263,3 +263,19 @@ def test_zbl_against_published_screening():
     a = 0.88534 * 0.5291772109 / (2 * 14**0.23)
     energy = float(zbl_pair_energy(torch.tensor(a, dtype=torch.float64), torch.tensor(14), torch.tensor(14)))
     assert energy * a / (14.3996 * 14**2) == pytest.approx(0.41644, abs=1e-4)
+
+
+def test_parts_of_the_edges_change_nothing(potential):
+    """All that is done for a few centres at a time, and its derivatives, are the same as for all at once."""
+    graph = collate([graph_of(molecule()), graph_of(crystal()), graph_of(molecule(1, 1))])
+
+    def results(max_edges):
+        potential.model.max_edges = {"cpu": max_edges}
+        prediction = potential.train()(graph)
+        loss = prediction.energy.sum() + prediction.forces.square().sum()
+        gradients = torch.autograd.grad(loss, list(potential.parameters()), allow_unused=True)
+        return [prediction.energy, prediction.forces, *(g for g in gradients if g is not None)]
+
+    # float64, another order of the sums over atoms in parameter gradients
+    for part, whole in zip(results(40), results(10**6), strict=True):
+        assert_close(part, whole, 1e-10)

@@ -28,13 +28,6 @@ class Incidence(NamedTuple):
         order = torch.argsort(index, stable=True)
         return cls(index, order, _offsets(index[order], num_nodes))
 
-    def among(self, num_nodes: int) -> Self:
-        """The same edges among more nodes, whose last ones have none."""
-        missing = num_nodes - self.num_nodes
-        if not missing:
-            return self
-        return self._replace(offsets=torch.cat([self.offsets, self.offsets[-1:].expand(missing)]))
-
     @property
     def num_nodes(self) -> int:
         """N, also of nodes without edges."""

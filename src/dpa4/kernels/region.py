@@ -118,7 +118,10 @@ class Region:
     def __call__(self, *args: Any) -> Any:
         """The method's result for its arguments."""
         leaves, spec = pytree.tree_flatten(args)
-        sizes = {a: len(t) for a, t in zip(self.code.axes, leaves, strict=True) if a in _COUNTED}
+        sizes = {}
+        for axis, t in zip(self.code.axes, leaves, strict=True):
+            if (counted := axis.removesuffix("+1")) in _COUNTED:
+                sizes[counted] = len(t) - (axis != counted)
         if min(sizes.values()) < 2:  # compilers treat sizes 0 and 1 as special
             return self.eager(*args)
         program = self._program(leaves, spec, sizes)
@@ -278,10 +281,11 @@ class Stage:
         def function(*given: Tensor) -> list[Tensor]:
             sizes: dict[Any, int] = {}
             for example, t in zip(self.examples, given, strict=True):
-                pairs = zip(example.shape, t.shape, strict=True)
-                sizes |= {
-                    e.node.expr: n for e, n in pairs if isinstance(e, torch.SymInt) and e.node.expr.is_symbol
-                }
+                for e, n in zip(example.shape, t.shape, strict=True):
+                    if isinstance(e, torch.SymInt) and len(e.node.expr.free_symbols) == 1:
+                        (symbol,) = e.node.expr.free_symbols
+                        if (more := e.node.expr - symbol).is_number:  # the symbol, or one plus a number
+                            sizes[symbol] = n - int(more)
             shapes = [
                 [n if isinstance(n, int) else int(n.node.expr.subs(sizes)) for n in r.shape] for r in results
             ]

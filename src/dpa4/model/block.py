@@ -1,5 +1,7 @@
 """Feed-forward networks and the interaction block (model-2 section 12, model-3 section 5)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -7,7 +9,7 @@ from torch.nn import functional
 from dpa4.model.config import ModelConfig, auto_width
 from dpa4.model.convolution import NodeStates, SO2Convolution
 from dpa4.model.domain import WHOLE, Domain
-from dpa4.model.edges import Neighborhood, Neighborhoods
+from dpa4.model.edges import Neighborhood
 from dpa4.model.grid import GridActivation
 from dpa4.model.layers import DegreeLinear, EquivariantRMSNorm, FocusLinear, degree_of
 from dpa4.model.radial import RadialFeatures
@@ -94,17 +96,26 @@ class Block(nn.Module):
         scales = range(count if config.layer_scale else 0)
         self.ffn_scales = nn.ParameterList(torch.full((c,), 1e-3) for _ in scales)
 
-    def forward(self, x: Tensor, hoods: Neighborhoods, domain: Domain = WHOLE) -> Tensor:
-        """Own nodes of at least the block's degree to own nodes of its degree, (n, D, C)."""
+    def forward(
+        self,
+        x: Tensor,
+        radial: Sequence[RadialFeatures],
+        hoods: Sequence[Neighborhood],
+        domain: Domain = WHOLE,
+    ) -> Tensor:
+        """Own nodes of at least the block's degree to own nodes of its degree, (n, D, C).
+
+        ``hoods`` are the parts of the neighborhood, ``radial`` the radial features of each.
+        """
         x = x[:, : self.size]
         states = self.states(domain.with_ghosts(x))
-        queries = domain.own(states.query).split(hoods.sizes)
-        totals = [
-            self.messages(states.sources, query, states.key, radial, hood)
-            for query, radial, hood in zip(queries, hoods.radial, hoods.parts, strict=True)
-        ]
-        total = totals[0] if len(totals) == 1 else torch.cat(totals)
-        return self.update(x, domain.own(states.own), total, hoods.degree_norm)
+        sizes = [hood.destination.num_nodes for hood in hoods]
+        of_parts = (t.split(sizes) for t in (x, domain.own(states.own), domain.own(states.query)))
+        updated = []
+        for part, own, query, features, hood in zip(*of_parts, radial, hoods, strict=True):
+            total = self.messages(states.sources, query, states.key, features, hood)
+            updated.append(self.update(part, own, total, hood.degree_norm))
+        return updated[0] if len(updated) == 1 else torch.cat(updated)
 
     def states(self, x: Tensor) -> NodeStates:
         """What the messages need of the nodes (N, D, C)."""

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from dpa4.kernels.incidence import Incidence
 from dpa4.kernels.segments import gather, segment_sum
@@ -15,7 +14,7 @@ from dpa4.model.constants import ConstantModule
 from dpa4.model.domain import WHOLE, Domain
 from dpa4.model.harmonics import Rows, WignerRows, edge_frame
 from dpa4.model.layers import after_zeros, degree_of
-from dpa4.model.radial import RadialFeatures, envelope
+from dpa4.model.radial import envelope
 
 SOFTENING = 1e-7
 """Length added in quadrature to every edge length, in Angstrom (the reference's ``eps``)."""
@@ -44,38 +43,31 @@ class Neighborhood(NamedTuple):
     degree_norm: Tensor  # (N,) inverse square root of the smooth coordination number of the centres
 
 
-class Neighborhoods(NamedTuple):
-    """A neighborhood in parts, each with all edges of a run of centres: what is alive at once stays small."""
+def in_parts(source: Incidence, destination: Incidence, max_edges: int) -> list[tuple[Incidence, Incidence]]:
+    """Both ends of the edges in parts, each with all edges of a run of centres: what is alive at once stays small.
 
-    parts: list[Neighborhood]
-    radial: list[RadialFeatures]
-    sizes: list[int]  # centres of each part
-    degree_norm: Tensor  # (N,)
+    Args:
+        source: Neighbour of each edge, among all nodes.
+        destination: Centre of each edge; edges are sorted by it.
+        max_edges: Of a part, unless one centre has more.
 
-    @staticmethod
-    def of(hood: Neighborhood, radial: RadialFeatures, max_edges: int) -> "Neighborhoods":
-        """Split so that parts have at most ``max_edges`` edges, unless one centre has more."""
-        num_nodes, num_edges = hood.destination.num_nodes, len(hood.destination.index)
-        if num_edges <= max_edges:
-            return Neighborhoods([hood], [radial], [num_nodes], hood.degree_norm)
-        offsets = hood.destination.offsets.cpu().numpy()  # waits for the device
-        cuts = [0]
-        while cuts[-1] < num_nodes:
-            last = np.searchsorted(offsets, offsets[cuts[-1]] + max_edges, side="right") - 1
-            cuts.append(max(cuts[-1] + 1, int(last)))
-        nodes, edges = np.diff(cuts).tolist(), np.diff(offsets[cuts]).tolist()
-        split = [t.split(edges) for t in pytree.tree_leaves((hood.edges, radial.hidden, radial.pair))]
-        spec = pytree.tree_structure((hood.edges, radial.hidden, radial.pair))
-        norms = hood.degree_norm.split(nodes)
-        sources, destinations = hood.source.index.split(edges), hood.destination.index.split(edges)
-        parts, features = [], []
-        for k, (start, size) in enumerate(zip(cuts, nodes, strict=False)):
-            own, hidden, pair = pytree.tree_unflatten([s[k] for s in split], spec)
-            source = Incidence.of(sources[k], num_nodes)
-            destination = Incidence.of_sorted(destinations[k] - start, size)
-            parts.append(Neighborhood(own, source, destination, norms[k]))
-            features.append(RadialFeatures(hidden, pair, radial.last))
-        return Neighborhoods(parts, features, nodes, hood.degree_norm)
+    Returns:
+        Of each part the neighbours, among all nodes, and the centres, among those of the part.
+    """
+    num_nodes = destination.num_nodes
+    if len(destination.index) <= max_edges:
+        return [(source, destination)]
+    offsets = destination.offsets.cpu().numpy()  # waits for the device
+    cuts = [0]
+    while cuts[-1] < num_nodes:
+        last = np.searchsorted(offsets, offsets[cuts[-1]] + max_edges, side="right") - 1
+        cuts.append(max(cuts[-1] + 1, int(last)))
+    nodes, edges = np.diff(cuts).tolist(), np.diff(offsets[cuts]).tolist()
+    ends = zip(cuts, nodes, source.index.split(edges), destination.index.split(edges), strict=False)
+    return [
+        (Incidence.of(neighbours, source.num_nodes), Incidence.of_sorted(centers - start, size))
+        for start, size, neighbours, centers in ends
+    ]
 
 
 def clamp_length(length: Tensor, bridging: Bridging) -> Tensor:

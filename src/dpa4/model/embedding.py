@@ -61,9 +61,15 @@ class ElementSeed(nn.Module):
         self.padding = (config.degrees[0] + 1) ** 2 - 1
 
     def forward(
-        self, types: Tensor, species: Tensor, basis: Tensor, radial: RadialFeatures, hood: Neighborhood
+        self,
+        types: Tensor,
+        species: Tensor,
+        own_species: Tensor,
+        basis: Tensor,
+        radial: RadialFeatures,
+        hood: Neighborhood,
     ) -> Tensor:
-        """(N, C) to (N, D, C)."""
+        """(n, C) to (n, D, C)."""
         return before_zeros(types[:, None], self.padding, 0)
 
 
@@ -100,29 +106,38 @@ class EnvironmentSeed(nn.Module):
         self.shift_strength = nn.Parameter(torch.full((1,), math.log(0.01)))
 
     def forward(
-        self, types: Tensor, species: Tensor, basis: Tensor, radial: RadialFeatures, hood: Neighborhood
+        self,
+        types: Tensor,
+        species: Tensor,
+        own_species: Tensor,
+        basis: Tensor,
+        radial: RadialFeatures,
+        hood: Neighborhood,
     ) -> Tensor:
-        """Features of every node.
+        """Features of every centre.
 
         Args:
-            types: Element embeddings, (N, C).
-            species: Index of the element, (N,).
+            types: Element embeddings of the centres, (n, C).
+            species: Index of the element of all nodes, (N,).
+            own_species: Of the centres, (n,).
             basis: Radial basis of the edges, (E, n_radial).
             radial: Radial features of the edges.
             hood: Edges and their nodes.
 
         Returns:
-            (N, D, C).
+            (n, D, C).
         """
-        scalars = self._modulate(types, species, basis, hood)
+        scalars = self._modulate(types, species, own_species, basis, hood)
         return torch.cat([scalars[:, None], *self._geometric(radial, hood)], dim=1)
 
-    def _modulate(self, types: Tensor, species: Tensor, basis: Tensor, hood: Neighborhood) -> Tensor:
-        own, edges = self.types(species), hood.edges
+    def _modulate(
+        self, types: Tensor, species: Tensor, own_species: Tensor, basis: Tensor, hood: Neighborhood
+    ) -> Tensor:
+        edges = hood.edges
         features = [
             self.basis_out(functional.silu(self.basis_in(basis))),
-            gather(own, hood.source),
-            gather(own, hood.destination),
+            gather(self.types(species), hood.source),
+            gather(self.types(own_species), hood.destination),
         ]
         filters = self.pair_out(functional.silu(self.pair_in(torch.cat(features, dim=-1))))
         inverse = torch.rsqrt(edges.vector.square().sum(-1, keepdim=True) + SOFTENING**2)
@@ -138,7 +153,7 @@ class EnvironmentSeed(nn.Module):
         )
 
     def _geometric(self, radial: RadialFeatures, hood: Neighborhood) -> list[Tensor]:
-        """Features of each degree l >= 1, (N, 2l + 1, C).
+        """Features of each degree l >= 1, (n, 2l + 1, C).
 
         The hidden radial features are summed first; the last radial layer acts on nodes, which are fewer.
         """

@@ -9,7 +9,7 @@ from dpa4.kernels.segments import gather
 from dpa4.model.block import Block, read_out
 from dpa4.model.config import ModelConfig, auto_width
 from dpa4.model.domain import WHOLE, Domain
-from dpa4.model.edges import EdgeGeometry, Edges, Neighborhood, Neighborhoods
+from dpa4.model.edges import EdgeGeometry, Edges, Neighborhood, in_parts
 from dpa4.model.embedding import ChargeSpinEmbedding, ElementSeed, Embedding, EnvironmentSeed, Unconditioned
 from dpa4.model.layers import Linear
 from dpa4.model.radial import BesselBasis, GaussianBasis, RadialFeatures, RadialNetwork
@@ -106,17 +106,26 @@ class DPA4(nn.Module):
     ) -> Tensor:
         """Invariant features of every own atom, (n, C); arguments as in `forward`."""
         open_ = self.geometry.openness(vectors, source, destination, domain)
-        centers = destination.among(source.num_nodes)
-        edges, degree_norm = self.locate(vectors, source, centers, open_)
-        x, hidden, pair = self.embed(species, edges, source, centers, charge_spin, degree_norm)
-        x, degree_norm = domain.own(x), domain.own(degree_norm)
-        hood = Neighborhood(edges, source, destination, degree_norm)
-        radial = RadialFeatures(hidden, pair, self.radial.last_of_degrees())
-        hoods = Neighborhoods.of(hood, radial, self.max_edges[x.device.type])
+        ends = in_parts(source, destination, self.max_edges[vectors.device.type])
+        sizes = [centers.num_nodes for _, centers in ends]
+        own = (domain.own(t).split(sizes) for t in (species, charge_spin))
+        edges = vectors.split([len(centers.index) for _, centers in ends])
+        nodes, radial, hoods, last = [], [], [], self.radial.last_of_degrees()
+        for own_vectors, own_species, own_charge_spin, (neighbours, centers) in zip(
+            edges, *own, ends, strict=True
+        ):
+            geometry, degree_norm = self.locate(own_vectors, neighbours, centers, open_)
+            hood = Neighborhood(geometry, neighbours, centers, degree_norm)
+            x, hidden, pair = self.embed(species, charge_spin, own_species, own_charge_spin, hood)
+            nodes.append(x)
+            radial.append(RadialFeatures(hidden, pair, last))
+            hoods.append(hood)
+        x = nodes[0] if len(nodes) == 1 else torch.cat(nodes)
         with torch.autocast(x.device.type, self.block_autocast, enabled=self.block_autocast is not None):
             for block in self.blocks:
-                x = block(x, hoods, domain)
-        return self.read_out(x)
+                x = block(x, radial, hoods, domain)
+        found = [self.read_out(part) for part in x.split(sizes)]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def locate(
         self, vectors: Tensor, source: Incidence, destination: Incidence, open_: Tensor
@@ -128,19 +137,30 @@ class DPA4(nn.Module):
     def embed(
         self,
         species: Tensor,
-        edges: Edges,
-        source: Incidence,
-        destination: Incidence,
         charge_spin: Tensor,
-        degree_norm: Tensor,
+        own_species: Tensor,
+        own_charge_spin: Tensor,
+        hood: Neighborhood,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Initial nodes (N, D, C), `RadialFeatures.hidden` and ``pair``."""
-        hood = Neighborhood(edges, source, destination, degree_norm)
-        basis = self.basis(edges.length)
+        """Initial features of the centres of a neighborhood, and what its edges know of their length and elements.
+
+        Args:
+            species: Of all nodes, (N,).
+            charge_spin: Of all nodes, (N, 2).
+            own_species: Of the n centres.
+            own_charge_spin: Of the n centres.
+            hood: The edges, complete for the centres.
+
+        Returns:
+            (n, D, C); `RadialFeatures.hidden` and ``pair``.
+        """
+        basis = self.basis(hood.edges.length)
         types = self.charge_spin(self.types(species), charge_spin)
-        pair = gather(types, source) + gather(types, destination)
-        radial = self.radial(basis, edges.weight, pair)
-        return self.seed(types, species, basis, radial, hood), radial.hidden, radial.pair
+        own_types = self.charge_spin(self.types(own_species), own_charge_spin)
+        pair = gather(types, hood.source) + gather(own_types, hood.destination)
+        radial = self.radial(basis, hood.edges.weight, pair)
+        x = self.seed(own_types, species, own_species, basis, radial, hood)
+        return x, radial.hidden, radial.pair
 
     def read_out(self, x: Tensor) -> Tensor:
         """Invariant features (N, C) of nodes (N, D, C)."""

@@ -11,8 +11,9 @@ from dpa4.potential.potential import Potential, Prediction
 
 T = TypeVar("T")
 
-MAX_ATOMS = 4096
-"""Largest system that is replayed. Larger ones keep the device busy, and a CUDA graph never gives memory back."""
+MAX_ATOMS = 4352
+"""Atoms of the largest recording, padding included: 4096 become as many. Larger systems keep the device busy, and a
+CUDA graph never gives memory back."""
 
 
 class _Recording(NamedTuple):
@@ -38,9 +39,9 @@ class Replay:
     def __call__(self, graph: Graph) -> Prediction:
         """Prediction for a graph of one structure, on the device."""
         graph = self.potential.without_excluded(graph)
-        if graph.num_atoms > MAX_ATOMS or graph.num_edges < 2:
-            return self.potential.of_edges(graph)
         n = graph.num_atoms
+        if rounded_up(n + 1) > MAX_ATOMS or graph.num_edges < 2:
+            return self.potential.of_edges(graph)
         padded = pad(graph, self.potential.config.cutoff)
         if is_in_parts(self.potential, padded):
             return self.potential.of_edges(graph)
