@@ -109,13 +109,15 @@ class Block(nn.Module):
         """
         x = x[:, : self.size]
         states = self.states(domain.with_ghosts(x))
-        sizes = [hood.destination.num_nodes for hood in hoods]
-        of_parts = (t.split(sizes) for t in (x, domain.own(states.own), domain.own(states.query)))
-        updated = []
-        for part, own, query, features, hood in zip(*of_parts, radial, hoods, strict=True):
-            total = self.messages(states.sources, query, states.key, features, hood)
-            updated.append(self.update(part, own, total, hood.degree_norm))
-        return updated[0] if len(updated) == 1 else torch.cat(updated)
+        queries = domain.own(states.query).split([hood.destination.num_nodes for hood in hoods])
+        totals = [
+            self.messages(states.sources, query, states.key, features, hood)
+            for query, features, hood in zip(queries, radial, hoods, strict=True)
+        ]
+        norms = [hood.degree_norm for hood in hoods]
+        total, norm = (t[0] if len(t) == 1 else torch.cat(t) for t in (totals, norms))
+        # All nodes at once: compiled code decides by their number whether to keep results.
+        return self.update(x, domain.own(states.own), total, norm)
 
     def states(self, x: Tensor) -> NodeStates:
         """What the messages need of the nodes (N, D, C)."""

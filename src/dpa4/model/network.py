@@ -124,8 +124,7 @@ class DPA4(nn.Module):
         with torch.autocast(x.device.type, self.block_autocast, enabled=self.block_autocast is not None):
             for block in self.blocks:
                 x = block(x, radial, hoods, domain)
-        found = [self.read_out(part) for part in x.split(sizes)]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return self.read_out(x)
 
     def locate(
         self, vectors: Tensor, source: Incidence, destination: Incidence, open_: Tensor
