@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.build import molecule
-from speed import ELEMENTS, potential_of, structure
+from speed import ELEMENTS, labelled, potential_of, structure
 
 import dpa4
 from dpa4.data import Batch
@@ -184,22 +184,6 @@ class Worker:
             self.process.kill()
 
 
-def labelled(frames: Frames) -> Batch:
-    """The frames as a batch for training."""
-    number = len(frames.graphs)
-    known, unknown = torch.ones(number, dtype=torch.bool), torch.zeros(number, dtype=torch.bool)
-    return Batch(
-        frames.graph,
-        energy=torch.from_numpy(frames.energy),
-        forces=torch.from_numpy(frames.forces).flatten(0, 1),
-        virial=torch.zeros(number, 3, 3, dtype=torch.float64),
-        has_energy=known,
-        has_forces=known,
-        has_virial=unknown,
-        weight=torch.ones(number, dtype=torch.float64),
-    )
-
-
 def timed(call: Callable[[], object], calls: int) -> list[float]:
     times = []
     for _ in range(calls):
@@ -217,7 +201,8 @@ class Step:
     def __init__(self, potential: Potential, frames: Frames, compile: bool, bf16: bool, searches: bool):
         self.potential, self.searches = potential.to(DEVICE).train(), searches
         self.structures = [atoms_of(g) for g in frames.graphs]
-        self.batch = labelled(frames).to(DEVICE)
+        energy, forces = torch.from_numpy(frames.energy), torch.from_numpy(frames.forces).flatten(0, 1)
+        self.batch = labelled(frames.graph, energy, forces).to(DEVICE)
         self.loss = Loss(energy=frames.atoms, forces=1, virial=0, kind="mse")
         parameters = list(potential.parameters())
         self.optimizer = torch.optim.AdamW(parameters, 1e-4, fused=CUDA)

@@ -83,6 +83,13 @@ def timed(function, device: str, repeats: int) -> tuple[float, float, float]:
     return statistics.median(times), peak, first
 
 
+def labelled(graph: Graph, energy: torch.Tensor, forces: torch.Tensor) -> Batch:
+    """Batch for training on energies (one of each structure) and forces; all on one device."""
+    known = torch.ones_like(energy, dtype=torch.bool)
+    virial = energy.new_zeros(len(energy), 3, 3)
+    return Batch(graph, energy, forces, virial, known, known, ~known, weight=torch.ones_like(energy))
+
+
 def replayed(potential: Potential, batch: Batch, optimizer: torch.optim.Optimizer):
     """A training step as the trainer replays it: copy of the batch, loss and gradients recorded, optimizer."""
 
@@ -173,10 +180,7 @@ def train(base: dict, device: str, options: argparse.Namespace) -> None:
             print(f"compiled in {sum(s for _, s in pieces):.1f} s: {pieces}", flush=True)
         called = step
         if way == "replay":
-            flags = [torch.full((frames,), known, device=device) for known in (True, True, False)]
-            virial = torch.zeros(frames, 3, 3, dtype=torch.float64, device=device)
-            batch = Batch(graph, energy, forces, virial, *flags, weight=torch.ones_like(energy))
-            called = replayed(potential, batch, optimizer)
+            called = replayed(potential, labelled(graph, energy, forces), optimizer)
         measured(record, called, way, options)
         called = None
 

@@ -20,6 +20,7 @@ from dpa4.kernels.gluon_tiles import (
     keep_weights,
     memory_layout,
     multiprocessors,
+    place_of,
     result_layout,
     split_product,
     two_halves,
@@ -61,14 +62,16 @@ def _sigmoid(z):
 def _scale(scale, j, N: gl.constexpr):
     """Powers of two that belong to the columns of block j, by name, (1, N)."""
     n = gl.arange(0, N, gl.SliceLayout(0, result_layout(N, gl.num_warps())))
-    place = n // 16 * 16 + n % 8 // 2 * 4 + n % 16 // 8 * 2 + n % 2
-    return gl.load(scale + j * N + place)[None, :]
+    return gl.load(scale + j * N + place_of(n))[None, :]
 
 
 @gluon.jit
-def _product(operand, w, j):
-    """Operand times block j of the weights, before its scale."""
-    return split_product(operand, w.index(2 * j).permute((1, 0)), w.index(2 * j + 1).permute((1, 0)))
+def _of_focus(pieces, scale, n_focus, LMAX: gl.constexpr, C: gl.constexpr, N: gl.constexpr):
+    """The focus of this program, and its weights: on chip in blocks of N columns, with their powers of two."""
+    size: gl.constexpr = LMAX * C * C
+    f = gl.program_id(1).to(gl.int64)
+    w = keep_weights(pieces + f * size, N, N * C, C, n_focus * size, LMAX * C // N, N, C)
+    return f, w, scale + f * (LMAX * C)
 
 
 # A number of edges that is a multiple of 16 made slower code: 0.61 instead of 0.44 ms (docs/adr/0015).
@@ -78,10 +81,7 @@ def _gate_value(
     LMAX: gl.constexpr, MMAX: gl.constexpr, C: gl.constexpr, WIDTH: gl.constexpr,
     E: gl.constexpr, N: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    f = gl.program_id(1).to(gl.int64)
-    size: gl.constexpr = LMAX * C * C
-    w = keep_weights(pieces + f * size, N, N * C, C, n_focus * size, LMAX * C // N, N, C)
-    scale += f * (LMAX * C)
+    f, w, scale = _of_focus(pieces, scale, n_focus, LMAX, C, N)
     for first in range(gl.program_id(0) * E, num_edges, gl.num_programs(0) * E):
         at, mask = _offsets(first, num_edges, f, WIDTH, E, C)
         s = _read(u + at, mask)
@@ -89,7 +89,7 @@ def _gate_value(
         _write(y + at, _read(x + at, mask) + s * _sigmoid(s), mask)
         at, mask = _offsets(first, num_edges, f, WIDTH, E, N)
         for j in range(LMAX * C // N):
-            gate = _sigmoid(_product(operand, w, j) * _scale(scale, j, N))
+            gate = _sigmoid(split_product(operand, w, j) * _scale(scale, j, N))
             for k in gl.static_range(2 * MMAX + 1):
                 here = at + (C + j * N + k * LMAX * C)
                 out = _read(x + here, mask) + _read(u + here, mask) * gate
@@ -102,10 +102,7 @@ def _gate_vjp(
     LMAX: gl.constexpr, MMAX: gl.constexpr, C: gl.constexpr, WIDTH: gl.constexpr,
     E: gl.constexpr, N: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    f = gl.program_id(1).to(gl.int64)
-    size: gl.constexpr = LMAX * C * C
-    w = keep_weights(pieces + f * size, N, N * C, C, n_focus * size, LMAX * C // N, N, C)
-    scale += f * (LMAX * C)
+    f, w, scale = _of_focus(pieces, scale, n_focus, LMAX, C, N)
     for first in range(gl.program_id(0) * E, num_edges, gl.num_programs(0) * E):
         at, mask = _offsets(first, num_edges, f, WIDTH, E, C)
         s = _read(u + at, mask)
@@ -116,7 +113,7 @@ def _gate_vjp(
         at_p, _ = _offsets(first, num_edges, f, LMAX * C, E, N)
         for j in range(LMAX * C // N):
             scale_j = _scale(scale, j, N)
-            gate = _sigmoid(_product(operand, w, j) * scale_j)
+            gate = _sigmoid(split_product(operand, w, j) * scale_j)
             h = gl.zeros([E, N], gl.float32, result_layout(N, num_warps))
             for k in gl.static_range(2 * MMAX + 1):
                 here = half + (C + j * N + k * LMAX * C)
@@ -126,7 +123,7 @@ def _gate_vjp(
             slope = h * gate * (1 - gate)
             if P:
                 _write(p + at_p + j * N, slope, mask_half)
-            total += split_product(two_halves(slope * scale_j, C), w.index(2 * j), w.index(2 * j + 1))
+            total += split_product(two_halves(slope * scale_j, C), w, j, TRANSPOSED=True)
         _write(du + at, total, mask)
 
 
@@ -136,10 +133,7 @@ def _gate_tangent(
     LMAX: gl.constexpr, MMAX: gl.constexpr, C: gl.constexpr, WIDTH: gl.constexpr,
     E: gl.constexpr, N: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    f = gl.program_id(1).to(gl.int64)
-    size: gl.constexpr = LMAX * C * C
-    w = keep_weights(pieces + f * size, N, N * C, C, n_focus * size, LMAX * C // N, N, C)
-    scale += f * (LMAX * C)
+    f, w, scale = _of_focus(pieces, scale, n_focus, LMAX, C, N)
     for first in range(gl.program_id(0) * E, num_edges, gl.num_programs(0) * E):
         at, mask = _offsets(first, num_edges, f, WIDTH, E, C)
         s = _read(u + at, mask)
@@ -151,8 +145,8 @@ def _gate_tangent(
         at, mask = _offsets(first, num_edges, f, WIDTH, E, N)
         for j in range(LMAX * C // N):
             scale_j = _scale(scale, j, N)
-            gate = _sigmoid(_product(of_u, w, j) * scale_j)
-            change = gate * (1 - gate) * (_product(of_v, w, j) * scale_j)
+            gate = _sigmoid(split_product(of_u, w, j) * scale_j)
+            change = gate * (1 - gate) * (split_product(of_v, w, j) * scale_j)
             for k in gl.static_range(2 * MMAX + 1):
                 here = at + (C + j * N + k * LMAX * C)
                 out = _read(d + here, mask) + _read(v + here, mask) * gate

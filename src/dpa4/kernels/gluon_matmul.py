@@ -110,7 +110,5 @@ def _matmul(
             tile = gl.load(
                 x + (row.to(gl.int64) * stride_e + next_k), mask=(row + e < rows)[:, None], other=0.0
             )
-            w_high = w.index(2 * i).permute((1, 0))
-            w_low = w.index(2 * i + 1).permute((1, 0))
-            acc += split_product(operand, w_high, w_low)
+            acc += split_product(operand, w, i)
         gl.store(y + here, by_place(acc) * down, mask=inside)

@@ -31,7 +31,6 @@ SHARED_MEMORY = 232_448
 EDGES, WARPS = 128, 8
 """Edges that a program works on at a time, and its warps: 64 edges for every four."""
 
-
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before Triton 3.7
 
 
@@ -56,6 +55,12 @@ def result_layout(columns: Any, num_warps: Any) -> Any:
     return gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, columns, 16]
     )
+
+
+@gluon.jit
+def place_of(name):
+    """Column of memory that a name stands for."""
+    return name // 16 * 16 + name % 8 // 2 * 4 + name % 16 // 8 * 2 + name % 2
 
 
 @gluon.jit
@@ -98,9 +103,17 @@ def two_halves(tile, N: gl.constexpr):
 
 
 @gluon.jit
-def split_product(x, w_high, w_low):
-    """Product of `two_halves` and the pieces of weights (K, N) on chip, without that of the low pieces, (E, N)."""
+def split_product(x, weights, block, TRANSPOSED: gl.constexpr = False):
+    """`two_halves` (E, K) times a block of `keep_weights`, which is (N, K), without the product of the low pieces.
+
+    (E, N); ``TRANSPOSED``: (E, N) times the block itself, (E, K).
+    """
     high, low, down = x
+    w_high = weights.index(2 * block)
+    w_low = weights.index(2 * block + 1)
+    if not TRANSPOSED:
+        w_high = w_high.permute((1, 0))
+        w_low = w_low.permute((1, 0))
     E: gl.constexpr = high.shape[0]
     N: gl.constexpr = w_high.shape[1]
     product = gl.zeros([E, N], gl.float32, result_layout(N, gl.num_warps()))

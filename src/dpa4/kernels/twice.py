@@ -102,10 +102,10 @@ class _Value(torch.autograd.Function):
         elif torch.is_grad_enabled():
             found = list(_Vjp.apply(call, token, len(kept), *inputs, *kept, *grads[:-1]))
             mask = stages.mask
+        elif not any(stages.last_mask):  # nothing is asked of stage 3
+            return (None,) * (1 + stages.num_inputs)
         else:
             given = call.take_over()
-            if not any(stages.last_mask):
-                return (None,) * (1 + stages.num_inputs)
             if given is None:
                 found = stages.without_first([inputs, kept], grads[:-1])
             else:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpa4.graph import Graph, first_atoms
 from dpa4.kernels.incidence import Incidence
@@ -30,10 +30,6 @@ def tolerance(potential: Potential) -> float:
 MAX_KEPT = MAX_ATOMS
 """Atoms up to which energies and forces keep the products of the forward pass: a third less arithmetic for about
 4 MiB per atom of a 64-channel model. All that is replayed does."""
-
-
-_WHOLE = {"locate": "geometry", "embed": "embedding", "read_out": "read-out"}
-"""Methods of the network that are compiled beside those of its blocks, and what they are called."""
 
 
 def compile_potential(
@@ -61,15 +57,15 @@ def compile_potential(
     radial: Any = RadialFeatures("edge", "edge", "static")  # type: ignore[arg-type]
     hood: Any = Neighborhood(edges, source, center, "center data")  # type: ignore[arg-type]
     whole = {
-        "locate": (["geometry"], ("edge data", source, center, "node data")),
+        "locate": ("geometry", ["geometry"], ("edge data", source, center, "node data")),
         "embed": (
+            "embedding",
             ["basis", "radial", "types", "charge_spin", "seed"],
             ("node", "node", "center", "center", hood),
         ),
-        "read_out": (["readout"], ("node",)),
+        "read_out": ("read-out", ["readout"], ("node",)),
     }
-    for method, name in _WHOLE.items():
-        parts, arguments = whole[method]
+    for method, (name, parts, arguments) in whole.items():
         code = RegionCode(name, arguments, report)
         model.__dict__[method] = Region(model, method, parts, code, max_kept)
     codes: dict[int, list[RegionCode]] = {}
@@ -93,8 +89,19 @@ def compile_potential(
 
 def regions(potential: Potential) -> list[Region]:
     """The compiled parts."""
-    modules = (potential.model, *potential.model.blocks)
-    return [part for module in modules for part in module.__dict__.values() if isinstance(part, Region)]
+    return [region for _, _, region in _places(potential)]
+
+
+def _methods(potential: Potential) -> list[tuple[nn.Module, str]]:
+    """Modules, and the methods of theirs that are compiled."""
+    whole = [(potential.model, name) for name in ("locate", "embed", "read_out")]
+    return [*whole, *((b, name) for b in potential.model.blocks for name in ("states", "messages", "update"))]
+
+
+def _places(potential: Potential) -> list[tuple[nn.Module, str, Region]]:
+    """The same where they are compiled, and what stands in their place."""
+    found = [(module, method, vars(module).get(method)) for module, method in _methods(potential)]
+    return [(module, method, part) for module, method, part in found if isinstance(part, Region)]
 
 
 def keep_results(potential: Potential, max_kept: int) -> None:
@@ -105,12 +112,8 @@ def keep_results(potential: Potential, max_kept: int) -> None:
 
 def restore_eager(potential: Potential) -> None:
     """Undo `compile_potential`."""
-    for module, names in (
-        (potential.model, tuple(_WHOLE)),
-        *((block, ("states", "messages", "update")) for block in potential.model.blocks),
-    ):
-        for name in names:
-            module.__dict__.pop(name, None)
+    for module, method in _methods(potential):
+        module.__dict__.pop(method, None)
 
 
 def compare_with_eager(potential: Potential, graph: Graph) -> dict[str, float]:
@@ -125,13 +128,13 @@ def compare_with_eager(potential: Potential, graph: Graph) -> dict[str, float]:
     smaller = first_atoms(graph, graph.num_atoms - 1)
     graphs = [graph, smaller] if smaller.num_edges > 1 else [graph]
     compiled = [_probe(potential, g) for g in graphs]
-    kept = [(m, dict(m.__dict__)) for m in (potential.model, *potential.model.blocks)]
+    places = _places(potential)
     restore_eager(potential)
     try:
         eager = [_probe(potential, g) for g in graphs]
     finally:
-        for module, attributes in kept:
-            module.__dict__.update({k: v for k, v in attributes.items() if isinstance(v, Region)})
+        for module, method, region in places:
+            module.__dict__[method] = region
     pairs = list(zip(compiled, eager, strict=True))
     return {name: _worst([_deviation(c[name], e[name]) for c, e in pairs]) for name in eager[0]}
 
