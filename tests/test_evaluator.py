@@ -12,7 +12,7 @@ from dpa4.graph import build_graph, collate, first_atoms
 from dpa4.model.presets import preset
 from dpa4.potential import Potential, compiled
 from dpa4.potential.evaluator import Evaluator
-from dpa4.potential.replay import MAX_ATOMS, Replay, pad, rounded_up
+from dpa4.potential.replay import MAX_ATOMS, Replay, Room, pad, rounded_up
 from dpa4.simulation import DPA4Calculator
 from helpers import crystal, graph_of, molecule, random_potential, randomize
 
@@ -61,7 +61,7 @@ def test_padding_of_several_structures():
 def test_systems_in_parts_are_not_recorded(monkeypatch):
     potential, recorded = random_potential().eval(), []
     replay = Replay(potential)
-    monkeypatch.setattr(replay, "_record", lambda padded: recorded.append(padded) or 1 / 0)
+    monkeypatch.setattr(replay, "_record", lambda room: recorded.append(room) or 1 / 0)
     graph = graph_of(crystal())
     padded = rounded_up(graph.num_edges)
     potential.model.max_edges = {"cpu": padded - 1}
@@ -70,7 +70,21 @@ def test_systems_in_parts_are_not_recorded(monkeypatch):
     potential.model.max_edges = {"cpu": padded}
     with pytest.raises(ZeroDivisionError):
         replay(graph)
-    assert recorded[0].num_edges == padded
+    assert recorded[0].padded().num_edges == padded
+
+
+def test_room_holds_one_structure_after_the_other():
+    """The same graph as by padding, whatever lay there before, even if it was not a number."""
+    graphs = [graph_of(molecule(seed, n)) for seed, n in ((0, 35), (2, 34), (7, 34), (0, 35))]
+    graphs[1] = graphs[1]._replace(charge_spin=torch.tensor([[1, 2]]))
+    assert {(rounded_up(g.num_atoms + 1), rounded_up(g.num_edges)) for g in graphs} == {(36, 928)}
+    assert len({g.num_edges for g in graphs}) == 3
+    room = Room(graphs[2], CUTOFF)
+    for graph in graphs:
+        room.take(graphs[0]._replace(positions=torch.full_like(graphs[0].positions, torch.nan)))
+        room.take(graph)
+        for name, expected in pad(graph, CUTOFF)._asdict().items():
+            assert torch.equal(getattr(room.padded(), name), expected), name
 
 
 def test_failed_compilation_is_a_warning(monkeypatch):

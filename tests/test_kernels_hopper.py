@@ -12,7 +12,7 @@ import torch
 from dpa4.kernels import gate
 from dpa4.kernels.gate import Rows
 from dpa4.kernels.hopper import on_hopper
-from dpa4.kernels.matmul import order_matmul
+from dpa4.kernels.matmul import Weight, order_matmul, ready
 from helpers import run_in_the_interpreter
 
 needs_gluon = pytest.mark.skipif(
@@ -35,24 +35,25 @@ def name_of(column: np.ndarray) -> np.ndarray:
 
 
 def check_weights_by_name() -> None:
-    """Pieces by name are those in the usual order, permuted, and tiny columns keep their scale in bounds."""
-    from dpa4.kernels.triton_matmul import split_weight
+    """Matrices split by one launch: pieces by name are those in the usual order, permuted; one gets the identity."""
+    from dpa4.kernels.triton_matmul import Whole, split_weights
 
-    w = torch.randn(2, 64, 96, generator=torch.Generator().manual_seed(0))
+    rng = torch.Generator().manual_seed(0)
+    w, square = torch.randn(2, 64, 96, generator=rng), torch.randn(2, 33, 33, generator=rng)
     w[:, :, 3] = 0
     w[:, :, 4] *= 1e-25
-    plain, scale = split_weight(w)
-    named, named_scale = split_weight(w, named=True)
+    (plain, scale, _), (named, named_scale, by_name), (more, more_scale, _) = split_weights(
+        [Whole(w), Whole(w, named=True), Whole(square.mT, plus_one=True)]
+    )
+    assert by_name
     expected = torch.empty_like(plain)
     n, k = name_of(np.arange(96)), name_of(np.arange(64))
     expected[:, :, torch.from_numpy(n)[:, None], torch.from_numpy(k)] = plain
-    usual = [c for c in range(96) if c not in (3, 4)]
-    assert torch.equal(named[:, :, n[usual]], expected[:, :, n[usual]])
-    assert torch.equal(named_scale[:, usual], scale[:, usual])
-    assert named_scale.min() >= 2.0**-64 and torch.isfinite(1 / named_scale).all()
-    assert not named[:, :, n[3]].any()
-    restored = (named[0].double() + named[1].double())[:, n] * named_scale[..., None].double()
-    assert torch.allclose(restored[..., k].mT, w.double(), rtol=3e-7, atol=1e-20)
+    assert torch.equal(named, expected) and torch.equal(named_scale, scale)
+    for halves, factor, whole in ((plain, scale, w), (more, more_scale, square.mT + torch.eye(33))):
+        restored = (halves[0].double() + halves[1].double()) * factor[..., None].double()
+        # Pieces hold 22 bits; the identity is added in float32.
+        assert torch.allclose(restored.mT, whole.double(), rtol=3e-7, atol=1e-7 * (whole is not w) + 1e-32)
     print("equal")
 
 
@@ -70,28 +71,38 @@ def compile_kernels() -> None:
     from dpa4.kernels import gluon_gate, gluon_matmul
     from dpa4.kernels.gluon_tiles import EDGES, SHARED_MEMORY, WARPS
 
-    def compiled(kernel, warps: int, **constants):
+    def compiled(kernel, blocks: int = 0, **constants):
         names = kernel.arg_names
         types = {"pieces": "*fp16", "n_batch": "i32", "rows": "i32", "num_edges": "i32", "n_focus": "i32"}
+        types |= {"halves": ("*fp16",) * blocks, "scales": ("*fp32",) * blocks}
         types |= {n: "i32" for n in names if n.startswith("stride")} | dict.fromkeys(constants, "constexpr")
         signature = {n: types.get(n, "*fp32") for n in names}
         values = {(names.index(n),): v for n, v in constants.items()}
-        aligned = {
-            (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")
-        }
+        aligned = {}
+        for i, kind in enumerate(signature.values()):
+            places = [(i,)] if isinstance(kind, str) else [(i, j) for j in range(len(kind))]
+            if "*" in kind[0]:
+                aligned |= {place: [["tt.divisibility", 16]] for place in places}
         source = GluonASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
-        result = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+        options = {"num_warps": WARPS}
+        result = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         assert "wgmma" in result.asm["ptx"] and result.metadata.shared <= SHARED_MEMORY
         print(kernel.__name__)
 
-    for inner, columns, add in ((384, 384, True), (256, 320, False), (64, 64, False)):
-        sizes = {"INNER": inner, "COLUMNS": columns, "ADD": add, "BLOCK_N": min(columns, 128)}
-        compiled(gluon_matmul._matmul, WARPS, BLOCK_E=EDGES, BLOCK_K=64, num_warps=WARPS, **sizes)
+    # Two orders in one launch, which share the memory on chip, and single matrices.
+    for sizes, starts, add in (
+        (((256, 256), (384, 384)), (0, 48, 132), True),
+        (((256, 320),), (0, 132), False),
+        (((64, 64),), (0, 132), False),
+    ):
+        shares = (24, 28)[: len(sizes)]
+        plan = {"SIZES": sizes, "SHARES": shares, "STARTS": starts, "ADD": add, "BLOCK_E": EDGES}
+        compiled(gluon_matmul._matmul, len(sizes), BLOCK_K=64, num_warps=WARPS, **plan)
     for lmax, c in ((3, 64), (2, 32)):
         sizes = {"LMAX": lmax, "MMAX": 1, "C": c, "WIDTH": Rows(lmax, 1).total * c, "E": EDGES}
-        compiled(gluon_gate._gate_value, WARPS, N=c, num_warps=WARPS, **sizes)
-        compiled(gluon_gate._gate_vjp, WARPS, N=c, num_warps=WARPS, P=True, **sizes)
-        compiled(gluon_gate._gate_tangent, WARPS, N=32, num_warps=WARPS, **sizes)
+        compiled(gluon_gate._gate_value, N=c, num_warps=WARPS, **sizes)
+        compiled(gluon_gate._gate_vjp, N=c, num_warps=WARPS, P=True, **sizes)
+        compiled(gluon_gate._gate_tangent, N=32, num_warps=WARPS, **sizes)
 
 
 @needs_gluon
@@ -110,13 +121,11 @@ def test_they_are_used():
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize("sizes", [(256, 384), (320, 64), (128, 192)])
+@pytest.mark.parametrize("sizes", [(256, 384), (320, 64), (128, 192), (96, 128)])
 @pytest.mark.parametrize("n_batch", [1, 2])
 @pytest.mark.parametrize("edges", [8192, 20_001])
 def test_products(sizes, n_batch, edges):
-    """With and without an added tensor, in place, with transposed weights, rows of very different size."""
-    from dpa4.kernels import gluon_matmul
-
+    """With and without an added tensor, in place, with transposed weights, rows of very different size; residual."""
     rng = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape):
@@ -127,17 +136,19 @@ def test_products(sizes, n_batch, edges):
     matrices = [normal(n_batch, k, k).mT for k in sizes]
     for m in matrices:
         m[..., 5] = 0
-        assert gluon_matmul.fits(x[..., : m.shape[-1]], x[..., : m.shape[-1]], m)
-    exact = torch.cat(
-        [t.double() @ m.double() for t, m in zip(x.split(sizes, -1), matrices, strict=True)], -1
-    )
-    size = torch.cat(
-        [t.abs().double() @ m.abs().double() for t, m in zip(x.split(sizes, -1), matrices, strict=True)], -1
-    )
-    assert (order_matmul(x, matrices) - exact).abs().le(TOLERANCE * size + 1e-30).all()
-    total = order_matmul(x, matrices, add=added)
+    weights, _ = ready(x, [Weight(m) for m in matrices])
+    assert [w.pieces.named for w in weights] == [k % 64 == 0 for k in sizes]
+    pairs = list(zip(x.split(sizes, -1), matrices, strict=True))
+    exact = torch.cat([t.double() @ m.double() for t, m in pairs], -1)
+    size = torch.cat([t.abs().double() @ m.abs().double() for t, m in pairs], -1)
+    assert (order_matmul(x, weights) - exact).abs().le(TOLERANCE * size + 1e-30).all()
+    total = order_matmul(x, weights, add=added)
     assert (total - (exact + added)).abs().le(TOLERANCE * (size + added.abs())).all()
-    assert torch.equal(order_matmul(x, matrices, add=added.clone(), overwrite=True), total)
+    assert torch.equal(order_matmul(x, weights, add=added.clone(), overwrite=True), total)
+    weights, _ = ready(x, [Weight(m, residual=True) for m in matrices])
+    # What float16 loses of entries far below the largest of their row; see `precise_matmul`.
+    floor = 1e-11 * sum(sizes) * x.abs().amax(-1, keepdim=True)
+    assert (order_matmul(x, weights) - (exact + x)).abs().le(TOLERANCE * (size + x.abs()) + floor).all()
 
 
 @pytest.mark.gpu
@@ -152,16 +163,17 @@ def test_gates(lmax, c, n_focus, edges):
     d, v, u = (torch.randn(n_focus, edges, rows.total * c, device="cuda", generator=rng) for _ in range(3))
     u = u * torch.logspace(-3, 1, edges, device="cuda")[:, None]
     w = 0.3 * torch.randn(n_focus, c, lmax * c, device="cuda", generator=rng)
-    assert gluon_gate.fits(u, w, rows)
-    doubles = [t.double() for t in (d, v, u, w)]
-    found = [gluon_gate.value(d, u, w, rows), gluon_gate.tangent(d, v, u, w, rows)]
-    exact = [gate.value(*doubles[::2], doubles[3], rows), gate.tangent(*doubles, rows)]
-    found += gluon_gate.vjp(d, u, w, rows, sums=True)
-    exact += gate.vjp(*doubles[::2], doubles[3], rows, sums=True)
+    _, (of_gates,) = ready(u, [], [w])
+    assert of_gates.pieces is not None
+    doubles, exactly = [t.double() for t in (d, v, u)], Weight(w.double())
+    found = [gluon_gate.value(d, u, of_gates, rows), gluon_gate.tangent(d, v, u, of_gates, rows)]
+    exact = [gate.value(*doubles[::2], exactly, rows), gate.tangent(*doubles, exactly, rows)]
+    found += gluon_gate.vjp(d, u, of_gates, rows, sums=True)
+    exact += gate.vjp(*doubles[::2], exactly, rows, sums=True)
     for t, e in zip(found, exact, strict=True):
         # The slope of a sigmoid amplifies the rounding of its argument, which reaches some tens.
         assert (t - e).abs().max() < 10 * TOLERANCE * e.abs().max()
-    du, nothing = gluon_gate.vjp(d, u, w, rows, sums=False)
+    du, nothing = gluon_gate.vjp(d, u, of_gates, rows, sums=False)
     assert nothing is None and torch.equal(du, found[2])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpa4.kernels import gate
 from dpa4.kernels.gate import Rows
+from dpa4.kernels.matmul import ready
 from dpa4.model.so2 import FusedSO2Stack, SO2Stack, so2_layers
 from helpers import assert_close, run_in_the_interpreter
 
@@ -156,14 +157,15 @@ def test_operators_are_registered_consistently():
 
 
 def stages_of_gates(size: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], Rows]:
-    """Random edge tensors b, v, a, u, and gate weights."""
+    """Random edge tensors b, v, a, u, and weights of gates."""
     lmax, mmax, c, n_focus, *_ = size
     weight = 0.3 * torch.randn(n_focus, c, lmax * c, generator=torch.Generator().manual_seed(9))
     return [*(features(size, seed).to(dtype) for seed in range(4)), weight.to(dtype)], Rows(lmax, mmax)
 
 
-def gates_of(module, b, v, a, u, w, rows) -> list[Tensor]:
+def gates_of(module, b, v, a, u, weight, rows) -> list[Tensor]:
     """All functions of a module with gates."""
+    _, (w,) = ready(u, [], [weight])
     return [
         module.value(b, u, w, rows),
         *module.vjp(a, u, w, rows, True),

@@ -25,12 +25,12 @@ from dpa4.kernels.gluon_tiles import (
     split_product,
     two_halves,
 )
-from dpa4.kernels.triton_matmul import split_weight
+from dpa4.kernels.matmul import Weight
 
 
-def fits(u: Tensor, gates: Tensor, rows: Rows) -> bool:
-    """Whether there are kernels for these features (F, E, W) and weights (F, C, lmax C)."""
-    return u.dtype == torch.float32 and gates.shape[1] in (32, 64) and rows.lmax > 0 and rows.mmax <= 1
+def takes(gates: Tensor) -> bool:
+    """Whether there are kernels for float32 features and these weights (F, C, lmax C), up to order 1."""
+    return gates.shape[1] in (32, 64) and gates.shape[2] > 0
 
 
 @gluon.jit
@@ -153,21 +153,21 @@ def _gate_tangent(
                 _write(y + here, out + _read(u + here, mask) * change, mask)
 
 
-def value(x: Tensor, u: Tensor, gates: Tensor, rows: Rows) -> Tensor:
+def value(x: Tensor, u: Tensor, gates: Weight, rows: Rows) -> Tensor:
     """`dpa4.kernels.gate.value`."""
     y = torch.empty_like(u)
-    _launch(_gate_value, gates.shape[1], [y], [x, u], gates, rows)
+    _launch(_gate_value, gates.matrix.shape[1], [y], [x, u], gates, rows)
     return y
 
 
-def vjp(a: Tensor, u: Tensor, gates: Tensor, rows: Rows, sums: bool) -> tuple[Tensor, Tensor | None]:
+def vjp(a: Tensor, u: Tensor, gates: Weight, rows: Rows, sums: bool) -> tuple[Tensor, Tensor | None]:
     """`dpa4.kernels.gate.vjp`."""
-    du, p = torch.empty_like(u), u.new_empty((*u.shape[:-1], gates.shape[2])) if sums else None
-    _launch(_gate_vjp, gates.shape[1], [du, du if p is None else p], [a, u], gates, rows, P=sums)
+    du, p = torch.empty_like(u), u.new_empty((*u.shape[:-1], gates.matrix.shape[2])) if sums else None
+    _launch(_gate_vjp, gates.matrix.shape[1], [du, du if p is None else p], [a, u], gates, rows, P=sums)
     return du, p
 
 
-def tangent(d: Tensor, v: Tensor, u: Tensor, gates: Tensor, rows: Rows) -> Tensor:
+def tangent(d: Tensor, v: Tensor, u: Tensor, gates: Weight, rows: Rows) -> Tensor:
     """`dpa4.kernels.gate.tangent`."""
     y = torch.empty_like(u)
     _launch(_gate_tangent, 32, [y], [d, v, u], gates, rows)
@@ -179,18 +179,19 @@ def _launch(
     columns: int,
     results: list[Tensor],
     edges: list[Tensor],
-    gates: Tensor,
+    gates: Weight,
     rows: Rows,
     **flags: bool,
 ) -> None:
     """Run a kernel that works on so many columns at a time; results and edge tensors are contiguous."""
-    (n_focus, num_edges, width), c = edges[0].shape, gates.shape[1]
+    (n_focus, num_edges, width), c = edges[0].shape, gates.matrix.shape[1]
     if num_edges == 0:
         return
-    with torch.cuda.device_of(gates):
-        pieces, scale = split_weight(gates, named=True)
-        shares = max(2 * multiprocessors(gates.device) // n_focus, 1)
+    assert gates.pieces is not None
+    halves, scale, _ = gates.pieces
+    with torch.cuda.device_of(halves):
+        shares = max(2 * multiprocessors(halves.device) // n_focus, 1)
         kernel[(min(shares, triton.cdiv(num_edges, EDGES)), n_focus)](
-            *results, *edges, pieces, scale, num_edges, n_focus,
+            *results, *edges, halves, scale, num_edges, n_focus,
             LMAX=rows.lmax, MMAX=rows.mmax, C=c, WIDTH=width, E=EDGES, N=columns, num_warps=WARPS, **flags,
         )  # fmt: skip

@@ -7,7 +7,7 @@ a program walks over the edges.
 
 A thread of a tensor core holds the columns 2t, 2t + 1, 2t + 8 and 2t + 9 of every 16, t = 0..3, but memory is best
 read in runs of four. Columns are therefore named after who holds them: 16 b + 4 t + 2 j + i in memory is
-16 b + 8 j + 2 t + i by name. Operands and results are named in the same way, and `triton_matmul.split_weight` stores
+16 b + 8 j + 2 t + i by name. Operands and results are named in the same way, and `triton_matmul.split_weights` stores
 weights by name.
 
 Importing this module imports triton.
@@ -46,6 +46,15 @@ def memory_layout(rows: Any, columns: Any) -> Any:
     registers = [[0, 1], [0, 2], [8, 0]] + [[0, 1 << b] for b in range(4, columns.bit_length() - 1)]
     warps = [[1 << b, 0] for b in range(4, rows.bit_length() - 1)]
     lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [rows, columns])
+
+
+@gluon.constexpr_function
+def line_layout(rows: Any, columns: Any) -> Any:
+    """The same, but that a warp reads and writes whole lines of 128 bytes, and a thread holds other rows."""
+    registers = [[0, 1], [0, 2], [8, 0], [4, 0]] + [[0, 1 << b] for b in range(5, columns.bit_length() - 1)]
+    warps = [[1 << b, 0] for b in range(4, rows.bit_length() - 1)]
+    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [0, 16]]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [rows, columns])
 
 

@@ -19,10 +19,11 @@ def on_hopper(device: torch.device) -> bool:
     x, w = (torch.linspace(-1, 1, n * 64, device=device).view(1, n, 64) for n in (128, 64))
     y = torch.empty_like(x)
     try:
-        from dpa4.kernels import gluon_matmul
+        from dpa4.kernels import gluon_matmul, triton_matmul
 
         with torch.cuda.device(device):
-            gluon_matmul.matmul_into(y, x, w, None)
+            pieces = triton_matmul.split_weights([triton_matmul.Whole(w, named=True)])
+            gluon_matmul.matmul_into(y, x, pieces, None)
         error = float((y.double() - x.double() @ w.double()).abs().max())
         if error < 1e-4:  # sums of 64 terms up to 1, in float32
             return True

@@ -7,7 +7,7 @@ operands are split into sums of short numbers on chip, so that the result is as 
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,53 +51,119 @@ def precise_matmul(x: Tensor, w: Tensor) -> Tensor:
     return product
 
 
+class Pieces(NamedTuple):
+    """A matrix of weights (F, K, N) in pieces, see `dpa4.kernels.triton_matmul`."""
+
+    halves: Tensor  # high and low, (2, F, N, K) float16
+    scale: Tensor  # powers of two that go with their products, (F, N)
+    named: bool  # for the kernels in Gluon: rows and columns of the pieces are ordered as there
+
+
+class Weight(NamedTuple):
+    """A matrix of weights as products take it, made by `ready`."""
+
+    matrix: Tensor  # (F, K, N), with any strides
+    residual: bool = False  # x is added to the product with x
+    pieces: Pieces | None = None  # where the product is one of pieces; a residual is part of them
+
+
+def ready(
+    x: Tensor, weights: Sequence[Weight], gates: Sequence[Tensor] = ()
+) -> tuple[list[Weight], list[Weight]]:
+    """Weights as products with features of the kind of x take them.
+
+    Args:
+        x: (F, E, W), with any strides.
+        weights: For `order_matmul`.
+        gates: For `dpa4.kernels.gate`, (F, C, lmax C).
+    """
+    of_gates = [Weight(g) for g in gates]
+    if not _is_split(x):
+        if x.dtype in (torch.float32, torch.float64):  # shorter numbers would lose too much of a sum with 1
+            weights = [Weight(_plus_one(w.matrix)) if w.residual else w for w in weights]
+        return list(weights), of_gates
+    from dpa4.kernels import triton_matmul  # triton is needed on CUDA only
+
+    with torch.cuda.device(x.device):  # Triton launches on the current device
+        hopper = on_hopper(x.device)
+        if hopper:
+            from dpa4.kernels import gluon_gate, gluon_matmul
+
+            split_gates = [gluon_gate.takes(g) for g in gates]
+            named = [gluon_matmul.fits(x, w.matrix) for w in weights]
+        else:
+            split_gates, named = [False] * len(gates), [False] * len(weights)
+        whole = [triton_matmul.Whole(w.matrix, n, w.residual) for w, n in zip(weights, named, strict=True)]
+        whole += [triton_matmul.Whole(g, True, False) for g, s in zip(gates, split_gates, strict=True) if s]
+        pieces = iter(triton_matmul.split_weights(whole) if whole else [])
+    return (
+        [w._replace(pieces=next(pieces)) for w in weights],
+        [w._replace(pieces=next(pieces)) if s else w for w, s in zip(of_gates, split_gates, strict=True)],
+    )
+
+
 def order_matmul(
-    x: Tensor, matrices: Sequence[Tensor], add: Tensor | None = None, overwrite: bool = False
+    x: Tensor, weights: Sequence[Weight], add: Tensor | None = None, overwrite: bool = False
 ) -> Tensor:
     """x times a block-diagonal matrix, plus ``add``; of the same accuracy as `precise_matmul`, not differentiable.
 
     Args:
         x: (F, E, W), contiguous.
-        matrices: The blocks, (F, K_m, K_m), of together W columns, with any strides.
-        add: (F, E, W), contiguous.
+        weights: The blocks, (F, K_m, K_m), of together W columns.
+        add: (F, E, W), contiguous; none with residual weights.
         overwrite: The result may take the place of ``add``.
 
     Returns:
         (F, E, W), contiguous.
     """
-    split = x.is_cuda and x.dtype == torch.float32
     if add is not None and overwrite:
         y = add
-    elif add is not None and not split:
-        # At once: the library would copy each block of columns for itself, which takes twice as long.
-        y = add.clone()
     else:
         y = torch.empty_like(x)
-    for run, w in zip(columns_of(matrices), matrices, strict=True):
-        if split:
-            _split_into(y[..., run], x[..., run], w, None if add is None else add[..., run])
-        else:
-            _library_into(y[..., run], x[..., run], w, add is not None)
+    if blocks := [w.pieces for w in weights if w.pieces is not None]:
+        with torch.cuda.device(x.device):
+            _split_into(y, x, blocks, add)
+        return y
+    if weights[0].residual:
+        add = x
+    if add is not None and y is not add:
+        # At once: the library would copy each block of columns for itself, which takes twice as long.
+        y.copy_(add)
+    for run, w in zip(columns_of(weights), weights, strict=True):
+        _library_into(y[..., run], x[..., run], w.matrix, add is not None)
     return y
 
 
-def columns_of(matrices: Sequence[Tensor]) -> list[slice]:
+def columns_of(weights: Sequence[Weight]) -> list[slice]:
     """Columns of each block of a block-diagonal matrix."""
-    ends = list(accumulate(w.shape[-1] for w in matrices))
-    return [slice(end - w.shape[-1], end) for end, w in zip(ends, matrices, strict=True)]
+    ends = list(accumulate(w.matrix.shape[-1] for w in weights))
+    return [slice(end - w.matrix.shape[-1], end) for end, w in zip(ends, weights, strict=True)]
 
 
-def _split_into(y: Tensor, x: Tensor, w: Tensor, add: Tensor | None) -> None:
-    """Product of float32 accuracy in the place of y, (F, E, N), on CUDA."""
-    from dpa4.kernels import triton_matmul  # triton is needed on CUDA only
+def _is_split(x: Tensor) -> bool:
+    """Whether products with x are those of pieces."""
+    return x.is_cuda and x.dtype == torch.float32
 
-    with torch.cuda.device(x.device):  # Triton launches on the current device
-        if on_hopper(x.device):
-            from dpa4.kernels import gluon_matmul
 
-            if gluon_matmul.fits(y, x, w):
-                return gluon_matmul.matmul_into(y, x, w, add)
-        triton_matmul.matmul_into(y, x, w, add)
+def _plus_one(w: Tensor) -> Tensor:
+    return w + torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
+
+
+def _split_into(y: Tensor, x: Tensor, blocks: Sequence[Pieces], add: Tensor | None) -> None:
+    """Product with a block-diagonal matrix of pieces in the place of y, which has the strides of ``add``."""
+    if all(b.named for b in blocks):
+        from dpa4.kernels import gluon_matmul
+
+        return gluon_matmul.matmul_into(y, x, blocks, add)
+    if len(blocks) > 1:
+        parts_x, parts_y = ([b.halves.shape[axis] for b in blocks] for axis in (3, 2))
+        parts_add = [None] * len(blocks) if add is None else add.split(parts_y, -1)
+        for b, *part in zip(blocks, y.split(parts_y, -1), x.split(parts_x, -1), parts_add, strict=True):
+            _split_into(part[0], part[1], [b], part[2])
+        return
+    from dpa4.kernels import triton_matmul
+
+    triton_matmul.matmul_into(y, x, blocks[0], add)
 
 
 def _library_into(y: Tensor, x: Tensor, w: Tensor, add: bool) -> None:
@@ -130,7 +196,11 @@ def _cpu(x: Tensor, w: Tensor) -> Tensor:
 
 def _cuda(x: Tensor, w: Tensor) -> Tensor:
     y = x.new_empty((*x.shape[:-1], w.shape[-1]))
-    _split_into(*((y, x, w) if x.dim() == 3 else (y[None], x[None], w[None])), None)
+    x_FEK, w_FKN, y_FEN = (x, w, y) if x.dim() == 3 else (x[None], w[None], y[None])
+    (weight,), _ = ready(x_FEK, [Weight(w_FKN)])
+    assert weight.pieces is not None
+    with torch.cuda.device(x.device):
+        _split_into(y_FEN, x_FEK, [weight.pieces], None)
     return y
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpa4.kernels import gate, twice
 from dpa4.kernels.gate import Rows
-from dpa4.kernels.matmul import columns_of, order_matmul
+from dpa4.kernels.matmul import Weight, columns_of, order_matmul, ready
 from dpa4.kernels.twice import Maybe
 
 Matrices = Sequence[Tensor]
@@ -118,8 +118,18 @@ class _Stack:
 # The stages. Lists run over the layers; the last one has no gate, so lists of what belongs to gates are shorter.
 
 
-def _by_layer(matrices: Sequence[Tensor], mmax: int) -> list[Matrices]:
-    return [matrices[i : i + mmax + 1] for i in range(0, len(matrices), mmax + 1)]
+Layer = list[Weight]
+"""One per order."""
+
+
+def _ready(
+    x: Tensor, matrices: Sequence[Tensor], gates: Sequence[Tensor], mmax: int, backward: bool = False
+) -> tuple[list[Layer], list[Weight]]:
+    """Layers and gates for features like x; ``backward``: the layers transposed. The last layer is residual."""
+    gated = len(matrices) - (mmax + 1)
+    weights = [Weight(w.mT if backward else w, residual=i >= gated) for i, w in enumerate(matrices)]
+    weights, of_gates = ready(x, weights, gates)
+    return [weights[i : i + mmax + 1] for i in range(0, len(weights), mmax + 1)], of_gates
 
 
 def _value(
@@ -127,12 +137,12 @@ def _value(
 ) -> list[Tensor]:
     """y, the products u of the gated layers, and (keep) the inputs x of all layers but the first."""
     rows, us, xs = Rows(lmax, mmax), [], []
-    *gated, last = _by_layer(matrices, mmax)
-    for layer, g in zip(gated, gates, strict=True):
+    (*gated, last), of_gates = _ready(x, matrices, gates, mmax)
+    for layer, g in zip(gated, of_gates, strict=True):
         us.append(order_matmul(x, layer))
         x = gate.value(x, us[-1], g, rows)
         xs.append(x)
-    return [order_matmul(x, last, add=x), *us, *(xs if keep else [])]
+    return [order_matmul(x, last), *us, *(xs if keep else [])]
 
 
 def _vjp(
@@ -140,13 +150,13 @@ def _vjp(
 ) -> list[Tensor]:
     """Gradient of x, and (keep) of the results of all layers but the last."""
     rows = Rows(lmax, mmax)
-    *gated, last = _by_layer(matrices, mmax)
-    a = order_matmul(a, [w.mT for w in last], add=a)
+    (*gated, last), of_gates = _ready(a, matrices, gates, mmax, backward=True)
+    a = order_matmul(a, last)
     kept = []
-    for layer, g, u in zip(reversed(gated), reversed(gates), reversed(us), strict=True):
+    for layer, g, u in zip(reversed(gated), reversed(of_gates), reversed(us), strict=True):
         kept.append(a)
         du, _ = gate.vjp(a, u, g, rows, sums=False)
-        a = order_matmul(du, [w.mT for w in layer], add=a, overwrite=not keep)
+        a = order_matmul(du, layer, add=a, overwrite=not keep)
     return [a, *(kept[::-1] if keep else [])]
 
 
@@ -155,12 +165,12 @@ def _tangent(
 ) -> list[Tensor]:
     """Change of y where x changes by d; those of the products u, and of the inputs of all layers but the first."""
     rows, vs, ds = Rows(lmax, mmax), [], []
-    *gated, last = _by_layer(matrices, mmax)
-    for layer, g, u in zip(gated, gates, us, strict=True):
+    (*gated, last), of_gates = _ready(d, matrices, gates, mmax)
+    for layer, g, u in zip(gated, of_gates, us, strict=True):
         vs.append(order_matmul(d, layer))
         d = gate.tangent(d, vs[-1], u, g, rows)
         ds.append(d)
-    return [order_matmul(d, last, add=d), *vs, *ds]
+    return [order_matmul(d, last), *vs, *ds]
 
 
 def _joint(
@@ -192,7 +202,7 @@ def _joint(
         mmax: Largest order.
     """
     rows, c = Rows(lmax, mmax), b.shape[-1] // Rows(lmax, mmax).total
-    layers = _by_layer(matrices, mmax)
+    layers, ready_gates = _ready(b, matrices, gates, mmax, backward=True)
     of_matrices: list[list[Tensor]] = []
     of_gates: list[Tensor] = []
     for t in reversed(range(len(layers))):
@@ -201,11 +211,11 @@ def _joint(
             du, for_gates = b, []
             for_matrices = [(ds[t], grads[t])] if ds else []
         elif ds:
-            du, da, q, p = gate.joint(b, vs[t], grads[t], us[t], gates[t], rows)
+            du, da, q, p = gate.joint(b, vs[t], grads[t], us[t], ready_gates[t], rows)
             for_gates = [(us[t][..., :c], q), (vs[t][..., :c], p)]
             for_matrices = [(ds[t], da)]
         else:
-            du, sums = gate.vjp(b, us[t], gates[t], rows, sums=bool(xs))
+            du, sums = gate.vjp(b, us[t], ready_gates[t], rows, sums=bool(xs))
             for_gates, for_matrices = [(us[t][..., :c], sums)] if sums is not None else [], []
         if xs:
             pairs = [(xs[t], du), *for_matrices]
@@ -214,7 +224,8 @@ def _joint(
                 [_sum_of_products([(x[..., s], y[..., s]) for x, y in pairs]) for s in columns]
             )
             of_gates += [_sum_of_products(for_gates)] if for_gates else []
-        b = order_matmul(du, [w.mT for w in layers[t]], add=b, overwrite=t < len(layers) - 1)
+        last = t == len(layers) - 1
+        b = order_matmul(du, layers[t], add=None if last else b, overwrite=not last)
     return [b, *(w for layer in reversed(of_matrices) for w in layer), *reversed(of_gates)]
 
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpa4.kernels.gate import Rows
+from dpa4.kernels.matmul import Weight
 
 
 @triton.jit
@@ -179,14 +180,14 @@ def _gate_joint(
     tl.store(da + at, total_a, mask=mask)
 
 
-def value(x: Tensor, u: Tensor, gates: Tensor, rows: Rows) -> Tensor:
+def value(x: Tensor, u: Tensor, gates: Weight, rows: Rows) -> Tensor:
     """`dpa4.kernels.gate.value`."""
     y = torch.empty_like(u)
     _launch(_gate_value, (16, 2), [y], [x, u], gates, rows)
     return y
 
 
-def vjp(a: Tensor, u: Tensor, gates: Tensor, rows: Rows, sums: bool) -> tuple[Tensor, Tensor | None]:
+def vjp(a: Tensor, u: Tensor, gates: Weight, rows: Rows, sums: bool) -> tuple[Tensor, Tensor | None]:
     """`dpa4.kernels.gate.vjp`."""
     du, p = torch.empty_like(u), _per_degree(u, gates) if sums else None
     results = [du, du if p is None else p]
@@ -194,7 +195,7 @@ def vjp(a: Tensor, u: Tensor, gates: Tensor, rows: Rows, sums: bool) -> tuple[Te
     return du, p
 
 
-def tangent(d: Tensor, v: Tensor, u: Tensor, gates: Tensor, rows: Rows) -> Tensor:
+def tangent(d: Tensor, v: Tensor, u: Tensor, gates: Weight, rows: Rows) -> Tensor:
     """`dpa4.kernels.gate.tangent`."""
     y = torch.empty_like(u)
     _launch(_gate_tangent, (64, 8) if u.itemsize == 2 else (16, 2), [y], [d, v, u], gates, rows)
@@ -202,7 +203,7 @@ def tangent(d: Tensor, v: Tensor, u: Tensor, gates: Tensor, rows: Rows) -> Tenso
 
 
 def joint(
-    b: Tensor, v: Tensor, a: Tensor, u: Tensor, gates: Tensor, rows: Rows
+    b: Tensor, v: Tensor, a: Tensor, u: Tensor, gates: Weight, rows: Rows
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`dpa4.kernels.gate.joint`."""
     du, da, q, p = torch.empty_like(u), torch.empty_like(u), _per_degree(u, gates), _per_degree(u, gates)
@@ -210,8 +211,8 @@ def joint(
     return du, da, q, p
 
 
-def _per_degree(u: Tensor, gates: Tensor) -> Tensor:
-    return u.new_empty((*u.shape[:-1], gates.shape[2]))
+def _per_degree(u: Tensor, gates: Weight) -> Tensor:
+    return u.new_empty((*u.shape[:-1], gates.matrix.shape[2]))
 
 
 def _launch(
@@ -219,18 +220,19 @@ def _launch(
     tile: tuple[int, int],
     results: list[Tensor],
     edges: list[Tensor],
-    gates: Tensor,
+    gates: Weight,
     rows: Rows,
     **flags: bool,
 ) -> None:
     """Run a kernel with so many edges and warps per program; results and edge tensors are contiguous."""
-    (n_focus, num_edges, width), c = edges[0].shape, gates.shape[1]
+    (n_focus, num_edges, width), weight = edges[0].shape, gates.matrix
+    c = weight.shape[1]
     if num_edges == 0:
         return
     block_e, warps = tile
-    with torch.cuda.device_of(gates):
+    with torch.cuda.device_of(weight):
         kernel[(triton.cdiv(num_edges, block_e), n_focus)](
-            *results, *edges, gates, num_edges, rows.lmax, rows.mmax, c, width,
-            block_e, max(16, triton.next_power_of_2(c)), "tf32x3" if gates.dtype == torch.float32 else "tf32",
+            *results, *edges, weight, num_edges, rows.lmax, rows.mmax, c, width,
+            block_e, max(16, triton.next_power_of_2(c)), "tf32x3" if weight.dtype == torch.float32 else "tf32",
             num_warps=warps, **flags,
         )  # fmt: skip

@@ -9,12 +9,15 @@ so the products of the blocks are added outside of them.
 Importing this module imports triton.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dpa4.kernels.matmul import Pieces
 
 
 class Tile(NamedTuple):
@@ -45,22 +48,21 @@ def matmul(x: Tensor, w: Tensor, tile: Tile | None = None) -> Tensor:
     """
     y = x.new_empty((*x.shape[:-1], w.shape[-1]))
     x_FEK, w_FKN, y_FEN = (x, w, y) if x.dim() == 3 else (x[None], w[None], y[None])
-    matmul_into(y_FEN, x_FEK, w_FKN, None, tile)
+    matmul_into(y_FEN, x_FEK, split_weights([Whole(w_FKN)])[0], None, tile)
     return y
 
 
-def matmul_into(y: Tensor, x: Tensor, w: Tensor, add: Tensor | None, tile: Tile | None = None) -> None:
+def matmul_into(y: Tensor, x: Tensor, pieces: Pieces, add: Tensor | None, tile: Tile | None = None) -> None:
     """Write x w + add to y (F, E, N), which has the strides of ``add`` and contiguous rows; see `matmul`."""
     if y.numel() == 0:
         return
     if x.stride(-1) != 1:
         x = x.contiguous()
-    (n_batch, rows, inner), columns = x.shape, w.shape[-1]
+    (n_batch, rows, inner), columns = x.shape, y.shape[-1]
     tile = default_tile(columns) if tile is None else tile
-    pieces, scale = split_weight(w)
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns), n_batch)
     _matmul[grid](
-        x, pieces, scale, y, y if add is None else add,
+        x, pieces.halves, pieces.scale, y, y if add is None else add,
         rows, x.stride(0), x.stride(1), y.stride(0), y.stride(1), n_batch,
         INNER=inner, COLUMNS=columns, ADD=add is not None,
         BLOCK_E=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner,
@@ -68,34 +70,48 @@ def matmul_into(y: Tensor, x: Tensor, w: Tensor, add: Tensor | None, tile: Tile 
     )  # fmt: skip
 
 
-def split_weight(w: Tensor, named: bool = False) -> tuple[Tensor, Tensor]:
-    """High and low pieces (2, F, N, K) of w (F, K, N), and the powers of two (F, N) that go with their products.
+class Whole(NamedTuple):
+    """A matrix of weights to split.
 
-    Args:
-        w: Float32, with any strides.
-        named: Rows and columns of the pieces in the order of their names in `dpa4.kernels.gluon_tiles`, and powers of
-            two from 2^-64 on, so that their inverses are no danger: columns below 1e-15 lose digits.
+    Attributes:
+        matrix: (F, K, N), float32, with any strides.
+        named: Whether rows and columns of the pieces go by their names in `dpa4.kernels.gluon_tiles`.
+        plus_one: Whether the identity is added.
     """
-    n_batch, inner, columns = w.shape
-    pieces = w.new_empty((2, n_batch, columns, inner), dtype=torch.float16)
-    scale = w.new_empty((n_batch, columns))
-    block_k = triton.next_power_of_2(max(inner, 1))
-    block_n = max(8192 // block_k, 1)  # a whole column at once, in few enough registers
-    _split_weight[(triton.cdiv(columns, block_n), n_batch)](
-        w, pieces, scale, *w.stride(), n_batch,
-        INNER=inner, COLUMNS=columns, NAMED=named, BLOCK_K=block_k, BLOCK_N=block_n,
-        num_warps=4,
+
+    matrix: Tensor
+    named: bool = False
+    plus_one: bool = False
+
+
+def split_weights(weights: Sequence[Whole]) -> list[Pieces]:
+    """Pieces of matrices, by one launch: each takes a few microseconds, most of it waiting."""
+    made: list[Pieces] = []
+    starts, blocks, n_batch = [0], [], len(weights[0].matrix)
+    for w, named, _ in weights:
+        _, inner, columns = w.shape
+        halves = w.new_empty((2, n_batch, columns, inner), dtype=torch.float16)
+        made.append(Pieces(halves, w.new_empty((n_batch, columns)), named))
+        block_k = triton.next_power_of_2(max(inner, 1))
+        blocks.append((block_k, max(8192 // block_k, 1)))  # whole columns at once, in few enough registers
+        starts.append(starts[-1] + triton.cdiv(columns, blocks[-1][1]))
+    _split_weights[(starts[-1], n_batch)](
+        tuple(w.matrix for w in weights), tuple(w.matrix.stride() for w in weights),
+        tuple(p.halves for p in made), tuple(p.scale for p in made), n_batch,
+        STARTS=tuple(starts), BLOCKS=tuple(blocks),
+        SIZES=tuple(tuple(w.matrix.shape[1:]) for w in weights),
+        FLAGS=tuple((w.named, w.plus_one) for w in weights), num_warps=4,
     )  # fmt: skip
-    return pieces, scale
+    return made
 
 
 @triton.jit
-def _power_of_two(largest, tiny: tl.constexpr = 15):
+def _power_of_two(largest):
     """Powers of two (up, down), inverse of each other: largest * up is in [2^14, 2^15), or below if it is tiny.
 
-    float16 ends at 2^16, so this leaves the most room below. The least down is 2^(tiny - 141).
+    float16 ends at 2^16, so this leaves the most room below.
     """
-    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, tiny)
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 15)
     up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
     return up, ((exponent - 14) << 23).to(tl.float32, bitcast=True)
 
@@ -114,23 +130,41 @@ def _name(column):
 
 
 @triton.jit
+def _split_weights(
+    weights, strides, pieces, scales, n_batch,
+    STARTS: tl.constexpr, BLOCKS: tl.constexpr, SIZES: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Program (block of columns of all matrices, batch)."""
+    program = tl.program_id(0)
+    for i in tl.static_range(len(SIZES)):
+        if (program >= STARTS[i]) & (program < STARTS[i + 1]):
+            _split_weight(
+                weights[i], strides[i], pieces[i], scales[i], (program - STARTS[i]) * BLOCKS[i][1], n_batch,
+                SIZES[i][0], SIZES[i][1], FLAGS[i][0], FLAGS[i][1], BLOCKS[i][0], BLOCKS[i][1],
+            )  # fmt: skip
+
+
+@triton.jit
 def _split_weight(
-    w, pieces, scale, stride_f, stride_k, stride_n, n_batch,
-    INNER: tl.constexpr, COLUMNS: tl.constexpr, NAMED: tl.constexpr,
+    w, strides, pieces, scale, first, n_batch,
+    INNER: tl.constexpr, COLUMNS: tl.constexpr, NAMED: tl.constexpr, PLUS_ONE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (column block, batch)."""
+    """Columns of a matrix from ``first`` on."""
     batch = tl.program_id(1).to(tl.int64)
     k = tl.arange(0, BLOCK_K)[:, None]
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = first + tl.arange(0, BLOCK_N)
     mask = (k < INNER) & (n[None, :] < COLUMNS)
-    tile = tl.load(w + batch * stride_f + k * stride_k + n[None, :] * stride_n, mask=mask, other=0.0)
+    at = w + batch * strides[0] + k * strides[1] + n[None, :] * strides[2]
+    tile = tl.load(at, mask=mask, other=0.0)
+    if PLUS_ONE:
+        tile += (k == n[None, :]).to(tl.float32)
     if NAMED:
         out = pieces + batch * INNER * COLUMNS + _name(n)[None, :] * INNER + _name(k)
     else:
         out = pieces + batch * INNER * COLUMNS + n[None, :] * INNER + k
     step = n_batch * INNER * COLUMNS
-    up, down = _power_of_two(tl.max(tl.abs(tile), axis=0), 77 if NAMED else 15)
+    up, down = _power_of_two(tl.max(tl.abs(tile), axis=0))
     high, low = _two_halves(tile * up[None, :])
     tl.store(out, high, mask=mask)
     tl.store(out + step, low, mask=mask)

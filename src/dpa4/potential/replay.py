@@ -18,7 +18,7 @@ CUDA graph never gives memory back."""
 
 class _Recording(NamedTuple):
     graph: "torch.cuda.CUDAGraph"
-    inputs: Graph
+    room: "Room"
     prediction: Prediction
 
 
@@ -39,30 +39,25 @@ class Replay:
     def __call__(self, graph: Graph) -> Prediction:
         """Prediction for a graph of one structure, on the device."""
         graph = self.potential.without_excluded(graph)
-        n = graph.num_atoms
-        if rounded_up(n + 1) > MAX_ATOMS or graph.num_edges < 2:
+        n, e = graph.num_atoms, graph.num_edges
+        size = rounded_up(n + 1), rounded_up(e)
+        if size[0] > MAX_ATOMS or e < 2 or is_in_parts(self.potential, size[1]):
             return self.potential.of_edges(graph)
-        padded = pad(graph, self.potential.config.cutoff)
-        if is_in_parts(self.potential, padded):
-            return self.potential.of_edges(graph)
-        size = padded.num_atoms, padded.num_edges
         if size not in self.recordings:
-            self.recordings[size] = self._record(padded)
+            self.recordings[size] = self._record(Room(graph, self.potential.config.cutoff))
             while len(self.recordings) > self.max_recordings:
                 self.recordings.popitem(last=False)
         self.recordings.move_to_end(size)
         recording = self.recordings[size]
-        for own, new in zip(recording.inputs, padded, strict=True):
-            own.copy_(new)
+        recording.room.take(graph)
         recording.graph.replay()
         energy, atomic, forces, virial = recording.prediction
         return Prediction(energy[:1].clone(), atomic[:n].clone(), forces[:n].clone(), virial[:1].clone())
 
-    def _record(self, padded: Graph) -> _Recording:
-        inputs = Graph(*(t.clone() for t in padded))
-        stream = torch.cuda.Stream(padded.positions.device)
-        graph, prediction = record(lambda: self.potential.of_edges(inputs), stream)
-        return _Recording(graph, inputs, prediction)
+    def _record(self, room: "Room") -> _Recording:
+        stream = torch.cuda.Stream(room.num_atoms.device)
+        graph, prediction = record(lambda: self.potential.of_edges(room.padded()), stream)
+        return _Recording(graph, room, prediction)
 
 
 def record(work: Callable[[], T], stream: "torch.cuda.Stream", pool: Any = None) -> tuple[Any, T]:
@@ -99,9 +94,50 @@ def record(work: Callable[[], T], stream: "torch.cuda.Stream", pool: Any = None)
     return graph, results
 
 
-def is_in_parts(potential: Potential, graph: Graph) -> bool:
-    """Whether the network works on a graph in parts: cutting it waits for the device, so it cannot be recorded."""
-    return graph.num_edges > potential.model.max_edges[graph.positions.device.type]
+def is_in_parts(potential: Potential, num_edges: int) -> bool:
+    """Whether the network works on so many edges in parts: cutting them waits for the device, so is not recorded."""
+    return num_edges > potential.model.max_edges[potential.reference_energies.device.type]
+
+
+class Room:
+    """Place for one structure after the other, with sizes rounded up; only copies take them there.
+
+    Args:
+        graph: The first structure; others have sizes that are rounded up to the same.
+        cutoff: Of the model, in Angstrom.
+    """
+
+    def __init__(self, graph: Graph, cutoff: float):
+        self.graph = pad(graph, cutoff)
+        device = graph.positions.device
+        self.num_atoms, self.num_edges = (
+            torch.tensor(n, device=device) for n in (graph.num_atoms, graph.num_edges)
+        )
+
+    def take(self, graph: Graph) -> None:
+        """Put another structure there."""
+        for name, new in graph._asdict().items():
+            if name != "structure":  # is known
+                getattr(self.graph, name)[: len(new)].copy_(new)
+        self.num_atoms.fill_(graph.num_atoms)
+        self.num_edges.fill_(graph.num_edges)
+
+    def padded(self) -> Graph:
+        """`pad` of the structure. Its sizes are data for the device, so that it can be recorded."""
+        own, device = self.graph, self.num_atoms.device
+        atom, edge = (torch.arange(n, device=device) for n in (own.num_atoms, own.num_edges))
+        is_atom, is_edge = atom < self.num_atoms, edge < self.num_edges
+        spare_atoms, spare_edges = len(atom) - self.num_atoms, len(edge) - self.num_edges
+        far = self.num_atoms + (edge - self.num_edges) * spare_atoms // spare_edges.clamp(min=1)
+        return own._replace(
+            atomic_numbers=torch.where(is_atom, own.atomic_numbers, own.atomic_numbers[0]),
+            positions=torch.where(is_atom[:, None], own.positions, 0.0),
+            structure=(~is_atom).long(),
+            source=torch.where(is_edge, own.source, far),
+            destination=torch.where(is_edge, own.destination, far),
+            shift=torch.where(is_edge[:, None], own.shift, 1.0),
+            charge_spin=own.charge_spin[:1].expand(2, 2),
+        )
 
 
 def pad(graph: Graph, cutoff: float, structures: int = 1) -> Graph:
