@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpa4.kernels import gate
+from dpa4.kernels import gate, so2
 from dpa4.kernels.gate import Rows
-from dpa4.kernels.matmul import ready
+from dpa4.kernels.matmul import Weight, ready
 from dpa4.model.so2 import FusedSO2Stack, SO2Stack, so2_layers
 from helpers import assert_close, run_in_the_interpreter
 
@@ -94,8 +94,22 @@ def test_one_operator_is_the_layers_one_by_one(size):
     assert compared(derivatives(fused, x, g), derivatives(plain, x, g)) < 1e-11  # sums in another order
 
 
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_inputs_that_are_not_kept_are_rebuilt(size, monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(so2, "_rebuilds", lambda x: True)
+    plain, fused = stacks(size)
+    x, g = features(size), features(size, 1)
+    assert compared(derivatives(fused, x, g), derivatives(plain, x, g)) < 1e-11
+    matrices, gates = weights_of(fused, x)
+    kept = torch.ops.dpa4.so2_value(x, matrices, gates, *size[:2], True)
+    assert len(kept) == 1 + len(gates) + min(len(gates), 1)  # y, the products, and one input
+
+
+@pytest.mark.parametrize("rebuilds", [False, True])
 @pytest.mark.parametrize(("energy", "forces"), [(1.0, 0.0), (0.0, 1.0)])
-def test_losses_of_one_kind(energy, forces):
+def test_losses_of_one_kind(energy, forces, rebuilds, monkeypatch):
+    monkeypatch.setattr(so2, "_rebuilds", lambda x: rebuilds)
     size = SIZES["order 2, four foci"]
     plain, fused = stacks(size)
     x, g = features(size), features(size, 1)
@@ -140,12 +154,17 @@ def test_low_precision_keeps_the_type():
     assert compared([y], [expected]) < 0.05  # 8 bits, four layers
 
 
+def weights_of(stack: FusedSO2Stack, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Matrices and gates as the operators take them."""
+    matrices = [w.detach().contiguous() for linear in stack.linears for w in linear.matrices()]
+    return matrices, [g.weight(x).detach().contiguous() for g in list(stack.gates)[:-1]]
+
+
 def test_operators_are_registered_consistently():
     size = SIZES["degree 2"]
     _, fused = stacks(size)
     x = features(size)
-    matrices = [w.detach().contiguous() for linear in fused.linears for w in linear.matrices()]
-    gates = [g.weight(x).detach().contiguous() for g in list(fused.gates)[:-1]]
+    matrices, gates = weights_of(fused, x)
     us = [x, x]
     ops = torch.ops.dpa4
     for keep in (False, True):
@@ -171,6 +190,8 @@ def gates_of(module, b, v, a, u, weight, rows) -> list[Tensor]:
         *module.vjp(a, u, w, rows, True),
         module.tangent(b, v, u, w, rows),
         *module.joint(b, v, a, u, w, rows),
+        *module.undo(b, a, v, u, w, rows, overwrite=False),
+        module.undo(b, None, None, u, w, rows, overwrite=False)[0],
     ]
 
 
@@ -185,6 +206,9 @@ def check_in_the_interpreter() -> None:
             found = gates_of(triton_gate, *tensors, rows)
             assert all(t.dtype == dtype for t in found)
             assert compared(found, expected) < tolerance, (name, dtype, compared(found, expected))
+            b, v, a, u, w = tensors
+            in_place = triton_gate.undo(b.clone(), a.clone(), v, u, Weight(w), rows, overwrite=True)
+            assert all(torch.equal(*pair) for pair in zip(in_place, found[-3:-1], strict=True))
     print(len(SIZES), "sizes")
 
 

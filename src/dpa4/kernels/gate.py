@@ -112,6 +112,23 @@ def joint(
     return du, da, q[..., c:], p[..., c:]
 
 
+def undo(
+    x: Tensor, d: Tensor | None, v: Tensor | None, u: Tensor, gates: Weight, rows: Rows, overwrite: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What became x by `value` and d by `tangent`, to rounding; d and v may be missing.
+
+    ``overwrite``: the results may take the places of x and d.
+    """
+    if _on_gpu(u):
+        from dpa4.kernels import triton_gate
+
+        return triton_gate.undo(x, d, v, u, gates, rows, overwrite)
+    x = x - value(torch.zeros_like(x), u, gates, rows)
+    if d is None or v is None:
+        return x, None
+    return x, d - tangent(torch.zeros_like(d), v, u, gates, rows)
+
+
 def _on_gpu(u: Tensor) -> bool:
     """Whether the Triton kernels take over; tensor cores have no float64 of use here."""
     return u.is_cuda and u.dtype != torch.float64

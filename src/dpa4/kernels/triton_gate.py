@@ -127,6 +127,45 @@ def _gate_tangent(
 
 
 @triton.jit
+def _gate_undo(
+    x, d, x_new, d_new, v, u, weight, num_edges,
+    LMAX: tl.constexpr, MMAX: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, TANGENT: tl.constexpr,
+):  # fmt: skip
+    f = tl.program_id(1)
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    c = tl.arange(0, BLOCK_C)
+    at = (f.to(tl.int64) * num_edges + e)[:, None] * WIDTH + c[None, :]
+    mask = (e < num_edges)[:, None] & (c < C)[None, :]
+    square = (c < C)[:, None] & (c < C)[None, :]
+    weight += f * (C * LMAX * C) + c[:, None] * (LMAX * C) + c[None, :]
+    s = tl.load(u + at, mask=mask, other=0.0)
+    v_s = tl.load(v + at, mask=mask, other=0.0)
+    for l in tl.static_range(LMAX + 1):
+        if l == 0:
+            gate = tl.sigmoid(s.to(tl.float32))
+            zeta = v_s.to(tl.float32)
+        else:
+            w = tl.load(weight + (l - 1) * C, mask=square, other=0.0)
+            gate = tl.sigmoid(tl.dot(s, w, input_precision=PRECISION))
+            if TANGENT:
+                zeta = tl.dot(v_s, w, input_precision=PRECISION)
+        if TANGENT:
+            slope = gate * (1 - gate) * zeta
+        for k in tl.static_range(MMAX + 1):
+            for sign in tl.static_range(2):
+                if k <= l and (sign == 0 or k > 0):
+                    here = at + _row(l, k, sign, LMAX + 1) * C
+                    u_r = tl.load(u + here, mask=mask, other=0.0).to(tl.float32)
+                    x_r = tl.load(x + here, mask=mask, other=0.0).to(tl.float32) - u_r * gate
+                    tl.store(x_new + here, x_r, mask=mask)
+                    if TANGENT:
+                        d_r = tl.load(d + here, mask=mask, other=0.0).to(tl.float32)
+                        d_r -= tl.load(v + here, mask=mask, other=0.0).to(tl.float32) * gate + u_r * slope
+                        tl.store(d_new + here, d_r, mask=mask)
+
+
+@triton.jit
 def _gate_joint(
     du, da, q, p, b, v, a, u, weight, num_edges,
     LMAX: tl.constexpr, MMAX: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
@@ -209,6 +248,18 @@ def joint(
     du, da, q, p = torch.empty_like(u), torch.empty_like(u), _per_degree(u, gates), _per_degree(u, gates)
     _launch(_gate_joint, (16, 2) if u.itemsize == 2 else (16, 4), [du, da, q, p], [b, v, a, u], gates, rows)
     return du, da, q, p
+
+
+def undo(
+    x: Tensor, d: Tensor | None, v: Tensor | None, u: Tensor, gates: Weight, rows: Rows, overwrite: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`dpa4.kernels.gate.undo`."""
+    x_new = x if overwrite else torch.empty_like(x)
+    d_new = d if overwrite or d is None else torch.empty_like(d)
+    tensors = [x if t is None else t for t in (x, d, x_new, d_new, v, u)]
+    tile = (64, 8) if u.itemsize == 2 else (16, 2)
+    _launch(_gate_undo, tile, [], tensors, gates, rows, TANGENT=d is not None)
+    return x_new, d_new
 
 
 def _per_degree(u: Tensor, gates: Weight) -> Tensor:
