@@ -17,7 +17,13 @@ from dpa4.kernels.region import Region, RegionCode
 from dpa4.kernels.segments import gather, segment_sum
 from dpa4.model.config import Bridging
 from dpa4.potential import Potential
-from dpa4.potential.compiled import compare_with_eager, compile_potential, keep_results, restore_eager
+from dpa4.potential.compiled import (
+    compare_with_eager,
+    compile_potential,
+    keep_results,
+    regions,
+    restore_eager,
+)
 from helpers import assert_close, crystal, graph_of, molecule, random_potential
 
 SOURCE = Incidence("edge", "edge", "node+1")
@@ -288,6 +294,22 @@ def test_keeping_results_can_be_changed(compilations):
         assert_close(potential(graph).forces, expected)
         counts.append(len(compilations))
     assert counts == [12, 24, 24]  # six regions of two stages, of two kinds
+
+
+def test_parts_keep_nothing(compilations):
+    """Where the edges are worked on in parts, memory decides, whatever the number of nodes of a part."""
+    potential, graph = random_potential(n_blocks=1).eval(), batches(1)[0]
+    compile_potential(potential)
+    made = {}
+    for max_edges in (10**6, 60):
+        potential.model.max_edges = {"cpu": max_edges}
+        potential(graph)
+        for region in regions(potential):
+            kinds = [keep for *_, keep, _ in region.code.programs]
+            made.setdefault(region.code.name.split(" of degree")[0], []).append(kinds)
+    assert made["messages"] == [[True], [True, False]]
+    assert made["node update"] == [[True], [True]]
+    assert made["update in parts"] == [[], [False]]
 
 
 def test_code_for_one_size_only_is_detected(compilations):

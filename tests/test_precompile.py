@@ -69,7 +69,7 @@ def test_tracing_leaves_the_potential_as_it_was(compilations):
     compile_potential(potential, lambda name, seconds: reports.append(name), max_kept=7)
     module._outline(potential, MODES[1])
     assert potential.training and potential.model.block_autocast is torch.bfloat16
-    assert {r.max_kept for r in regions(potential)} == {7}
+    assert {r.max_kept for r in regions(potential) if r.keeps} == {7}
     assert all(p.grad is None for p in potential.parameters())
     assert reports == []  # what is traced ahead is not counted, what is made is
     potential(graph_of(molecule()))

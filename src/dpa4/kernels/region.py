@@ -99,6 +99,7 @@ class Region:
         code: Shared by all regions of the same code.
         max_kept: Nodes up to which stages keep results for each other outside of training. With more nodes, or
             where the centres are not all nodes, the derivatives compute everything again: memory stays small.
+        keeps: Whether stages keep results at all; not for methods that are called for parts of the nodes.
     """
 
     def __init__(
@@ -108,8 +109,10 @@ class Region:
         submodules: Sequence[str],
         code: RegionCode,
         max_kept: int = 2**62,
+        keeps: bool = True,
     ):
-        self.module, self.eager, self.code, self.max_kept = module, getattr(module, method), code, max_kept
+        self.module, self.eager, self.code = module, getattr(module, method), code
+        self.max_kept, self.keeps = max_kept, keeps
         prefixes = tuple(f"{name}." for name in submodules)
         named = [*module.named_parameters(), *module.named_buffers()]
         named = [(n, t) for n, t in named if f"{n}.".startswith(prefixes)]
@@ -133,7 +136,7 @@ class Region:
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         training = self.module.training
         whole = sizes.get("center", sizes["node"]) == sizes["node"]
-        keep = whole and (training or sizes["node"] <= self.max_kept)
+        keep = self.keeps and whole and (training or sizes["node"] <= self.max_kept)
         kinds = tuple(t if t is None else (t.dtype, t.requires_grad) for t in inputs)
         for wide in (False, True):
             key = (kinds, device, autocast, training, keep, wide)

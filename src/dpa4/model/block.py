@@ -109,15 +109,16 @@ class Block(nn.Module):
         """
         x = x[:, : self.size]
         states = self.states(domain.with_ghosts(x))
-        queries = domain.own(states.query).split([hood.destination.num_nodes for hood in hoods])
-        totals = [
-            self.messages(states.sources, query, states.key, features, hood)
-            for query, features, hood in zip(queries, radial, hoods, strict=True)
-        ]
-        norms = [hood.degree_norm for hood in hoods]
-        total, norm = (t[0] if len(t) == 1 else torch.cat(t) for t in (totals, norms))
-        # All nodes at once: compiled code decides by their number whether to keep results.
-        return self.update(x, domain.own(states.own), total, norm)
+        sizes = [hood.destination.num_nodes for hood in hoods]
+        queries = domain.own(states.query).split(sizes)
+        update = self.update if len(hoods) == 1 else self.update_some
+        parts = []
+        for own_x, own, query, features, hood in zip(
+            x.split(sizes), domain.own(states.own).split(sizes), queries, radial, hoods, strict=True
+        ):
+            total = self.messages(states.sources, query, states.key, features, hood)
+            parts.append(update(own_x, own, total, hood.degree_norm))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def states(self, x: Tensor) -> NodeStates:
         """What the messages need of the nodes (N, D, C)."""
@@ -136,3 +137,7 @@ class Block(nn.Module):
             update = self.ffn_norms_out[i](ffn(self.ffn_norms_in[i](x)))
             x = x + (update * self.ffn_scales[i] if self.ffn_scales else update)
         return x
+
+    def update_some(self, x: Tensor, own: Tensor, total: Tensor, degree_norm: Tensor) -> Tensor:
+        """`update` of a part of the nodes; compiled, it never keeps results for the derivatives."""
+        return Block.update(self, x, own, total, degree_norm)

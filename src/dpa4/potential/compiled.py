@@ -78,13 +78,17 @@ def compile_potential(
                 RegionCode(f"node states of degree {degree}", ("node",), report),
                 RegionCode(f"messages of degree {degree}", ("node", "center", "node", radial, hood), report),
                 RegionCode(f"node update of degree {degree}", ("node", "node", "node", "node data"), report),
+                RegionCode(
+                    f"update in parts of degree {degree}", ("node", "node", "node", "node data"), report
+                ),
             ]
-        states, messages, updates = codes[degree]
+        states, messages, updates, updates_in_parts = codes[degree]
         own = ["conv.product", "conv.pre_mix", "conv.attention", "conv_norm_in"]
         on_edges = ["product", "stack", "focus", "attention", "radial_hidden", "frame", "scalar_degree"]
         block.states = Region(block, "states", own, states, max_kept)  # type: ignore
         block.messages = Region(block, "messages", [f"conv.{n}" for n in on_edges], messages, max_kept)  # type: ignore
         block.update = Region(block, "update", update, updates, max_kept)  # type: ignore
+        block.update_some = Region(block, "update_some", update, updates_in_parts, keeps=False)  # type: ignore
 
 
 def regions(potential: Potential) -> list[Region]:
@@ -95,7 +99,8 @@ def regions(potential: Potential) -> list[Region]:
 def _methods(potential: Potential) -> list[tuple[nn.Module, str]]:
     """Modules, and the methods of theirs that are compiled."""
     whole = [(potential.model, name) for name in ("locate", "embed", "read_out")]
-    return [*whole, *((b, name) for b in potential.model.blocks for name in ("states", "messages", "update"))]
+    of_block = ("states", "messages", "update", "update_some")
+    return [*whole, *((block, name) for block in potential.model.blocks for name in of_block)]
 
 
 def _places(potential: Potential) -> list[tuple[nn.Module, str, Region]]:
