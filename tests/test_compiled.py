@@ -21,9 +21,9 @@ from dpa4.potential.compiled import (
     compare_with_eager,
     compile_potential,
     keep_results,
-    regions,
     restore_eager,
 )
+from dpa4.potential.compiled import regions as regions_of
 from helpers import assert_close, crystal, graph_of, molecule, random_potential
 
 SOURCE = Incidence("edge", "edge", "node+1")
@@ -304,7 +304,7 @@ def test_parts_keep_nothing(compilations):
     for max_edges in (10**6, 60):
         potential.model.max_edges = {"cpu": max_edges}
         potential(graph)
-        for region in regions(potential):
+        for region in regions_of(potential):
             kinds = [keep for *_, keep, _ in region.code.programs]
             made.setdefault(region.code.name.split(" of degree")[0], []).append(kinds)
     assert made["messages"] == [[True], [True, False]]

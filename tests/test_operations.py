@@ -10,7 +10,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from dpa4.kernels.incidence import Incidence
-from dpa4.kernels.segments import gather, segment_sum
+from dpa4.kernels.segments import gather, pick, segment_sum
 from dpa4.model import ModelConfig
 from dpa4.model.block import GatedActivation, feed_forward
 from dpa4.model.config import Bridging
@@ -106,6 +106,14 @@ def softmax_inputs(num_edges: int = 5, focus: int = 2, heads: int = 2) -> list[t
 
 def softmax(*inputs: torch.Tensor) -> torch.Tensor:
     return envelope_softmax(*inputs, DESTINATION)
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((3, 5), 0), ((2, 3, 4), 1)])
+def test_pick(shape, dim):
+    """Index with entries several times, once and never; a transposed operand; two derivatives."""
+    x, index = random(*shape), torch.tensor([0, 2, 2, 0, 2])
+    assert torch.equal(pick(x, dim, index), x.index_select(dim, index))
+    check_derivatives(lambda x: pick(x.transpose(0, 1).sin().transpose(0, 1), dim, index).square(), x)
 
 
 def test_gather_and_segment_sum():

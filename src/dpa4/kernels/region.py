@@ -180,7 +180,8 @@ class _Program:
             with torch.autocast(device, autocast, enabled=enabled, cache_enabled=False):
                 with _reparametrize_module(region.module, state):
                     leaves, self.out_spec = pytree.tree_flatten(region.eager(*args))
-            return leaves
+            # Else every region that takes one would copy it, once for each part of the edges.
+            return [t.contiguous() for t in leaves]
 
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         mode.cache_enabled = False  # with symbolic sizes it takes twice the time it saves

@@ -1,4 +1,4 @@
-"""From nodes to edges and back: a gather and a deterministic sum, each the derivative of the other."""
+"""From nodes to edges and back: a gather and a deterministic sum, each the derivative of the other; and `pick`."""
 
 from typing import Any
 
@@ -21,6 +21,15 @@ def segment_sum(x: Tensor, incidence: Incidence) -> Tensor:
     return _SegmentSum.apply(x, *incidence)
 
 
+def pick(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """``x.index_select(dim, index)`` of a few entries, several times each, such as weights of degrees.
+
+    The sum that is its derivative is an operator of its own: the compiler of torch 2.13 writes such sums outside of
+    their tensor on a CPU, if the operand is transposed.
+    """
+    return _Pick.apply(x, dim, index)
+
+
 def materialized(x: Tensor) -> Tensor:
     """x, as a result that a compiler writes to memory once instead of computing it anew wherever it is used."""
     return _Materialized.apply(x)
@@ -34,6 +43,30 @@ class _Materialized(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return materialized(grad)
+
+
+class _Pick(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, index: Tensor) -> Tensor:
+        ctx.dim, ctx.size = dim, x.shape[dim]
+        ctx.save_for_backward(index)
+        return x.index_select(dim, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _PutBack.apply(grad, ctx.dim, *ctx.saved_tensors, ctx.size), None, None
+
+
+class _PutBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+        ctx.dim = dim
+        ctx.save_for_backward(index)
+        return torch.ops.dpa4.put_back(x.contiguous(), dim, index, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Pick.apply(grad, ctx.dim, *ctx.saved_tensors), None, None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -73,6 +106,14 @@ def _fake(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Te
     return x.new_empty(offsets.shape[0] - 1, *x.shape[1:])
 
 
+def _new_put_back(x: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+    return x.new_empty(*x.shape[:dim], size, *x.shape[dim + 1 :])
+
+
+def _put_back(x: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+    return _new_put_back(x, dim, index, size).zero_().index_add_(dim, index, x)
+
+
 _library = torch.library.Library("dpa4", "FRAGMENT")
 _library.define(
     "segment_sum(Tensor x, Tensor index, Tensor? order, Tensor offsets) -> Tensor",
@@ -84,3 +125,8 @@ torch.library.register_fake("dpa4::segment_sum", _fake, lib=_library)
 _library.define("materialized(Tensor x) -> Tensor", tags=[torch.Tag.pt2_compliant_tag])
 _library.impl("materialized", torch.clone, "CompositeExplicitAutograd")
 torch.library.register_fake("dpa4::materialized", lambda x: x.new_empty(x.shape), lib=_library)
+_library.define(
+    "put_back(Tensor x, int dim, Tensor index, SymInt size) -> Tensor", tags=[torch.Tag.pt2_compliant_tag]
+)
+_library.impl("put_back", _put_back, "CompositeExplicitAutograd")
+torch.library.register_fake("dpa4::put_back", _new_put_back, lib=_library)

@@ -257,7 +257,7 @@ def undo(
     x_new = x if overwrite else torch.empty_like(x)
     d_new = d if overwrite or d is None else torch.empty_like(d)
     tensors = [x if t is None else t for t in (x, d, x_new, d_new, v, u)]
-    tile = (64, 8) if u.itemsize == 2 else (16, 2)
+    tile = (16, 1) if u.itemsize == 2 else (16, 2)
     _launch(_gate_undo, tile, [], tensors, gates, rows, TANGENT=d is not None)
     return x_new, d_new
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dpa4.kernels.segments import pick
 from dpa4.model.config import ModelConfig, auto_width
 from dpa4.model.convolution import NodeStates, SO2Convolution
 from dpa4.model.domain import WHOLE, Domain
@@ -35,7 +36,7 @@ class GatedActivation(nn.Module):
         if self.linear is None:
             return scalars
         factor = self.linear(gate[:, :1]).sigmoid().unflatten(-1, (-1, value.shape[-1]))[:, 0]
-        return torch.cat([scalars, value[:, 1:] * factor[:, self.degree]], dim=1)
+        return torch.cat([scalars, value[:, 1:] * pick(factor, 1, self.degree)], dim=1)
 
 
 class FeedForward(nn.Module):

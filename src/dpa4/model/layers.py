@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dpa4.kernels.matmul import precise_matmul
+from dpa4.kernels.segments import pick
 from dpa4.model.constants import ConstantModule
 
 
@@ -103,7 +104,7 @@ class DegreeLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, D, in) -> (n, D, out)."""
-        y = torch.bmm(x.transpose(0, 1), self.weight.index_select(0, self.degree)).transpose(0, 1)
+        y = torch.bmm(x.transpose(0, 1), pick(self.weight, 0, self.degree)).transpose(0, 1)
         if self.bias is None:
             return y
         return y + functional.pad(self.bias[None], (0, 0, 0, len(self.degree) - 1))
@@ -149,5 +150,5 @@ class EquivariantRMSNorm(ConstantModule):
         x = x.to(self.scale.dtype)
         x = x - self.scalar * x[:, :1].mean(-1, keepdim=True)
         variance = (x.square() * self.balance).sum((1, 2), keepdim=True)
-        scale = self.scale.index_select(0, self.degree)
+        scale = pick(self.scale, 0, self.degree)
         return x * torch.rsqrt(variance + self.eps) * scale + self.scalar * self.bias

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dpa4.kernels.matmul import precise_matmul
+from dpa4.kernels.segments import pick
 from dpa4.model.layers import Linear, RMSNorm
 
 
@@ -79,7 +80,7 @@ class RadialFeatures(NamedTuple):
 
     def of_degrees(self, weight: Tensor, degrees: Tensor) -> Tensor:
         """Map the channels of the features of some degrees (n,): weight (C, K) gives (E, n, K)."""
-        merged = torch.einsum("wlc,ck->wlk", self.last.index_select(1, degrees), weight)
+        merged = torch.einsum("wlc,ck->wlk", pick(self.last, 1, degrees), weight)
         by_degree = (self.hidden @ merged.flatten(1)).unflatten(1, (len(degrees), -1))
         return by_degree + (self.pair @ weight)[:, None]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dpa4.kernels.gate import Rows
 from dpa4.kernels.matmul import precise_matmul
 from dpa4.kernels.rotate import edge_matmul
+from dpa4.kernels.segments import pick
 from dpa4.kernels.so2 import so2_stack
 from dpa4.model.edges import LocalFrame, Neighborhood, reduced_degrees
 from dpa4.model.layers import FocusLinear, after_zeros, degree_of, truncated_normal
@@ -86,7 +87,7 @@ class DegreeProduct(nn.Module):
 
     def forward(self, x: Tensor, radial: RadialFeatures, hidden: Tensor, hood: Neighborhood) -> Tensor:
         """Spread nodes to rows of the edge frame (E, M, C); ``hidden`` (C0, C) maps radial channels."""
-        weight = self.weight.index_select(1, self.columns).unflatten(0, (self.lmax + 1, -1))
+        weight = pick(self.weight, 1, self.columns).unflatten(0, (self.lmax + 1, -1))
         kernel = radial.project(torch.einsum("bc,lck->lbk", hidden, weight))
         combined = []
         for m, block in enumerate(kernel.split(self.sizes, dim=1)):
