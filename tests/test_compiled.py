@@ -215,6 +215,19 @@ def test_sizes_beyond_32_bits_get_their_own_code(compilations, monkeypatch):
     assert len(code.programs) == 2
 
 
+def test_results_are_contiguous(compilations):
+    """Else everyone who takes them, such as each part of the edges, makes a copy."""
+
+    class Turned(nn.Module):
+        def turn(self, x):
+            return (x[:, None].square() * torch.ones(3, 1)).transpose(1, 2)
+
+    module, x = Turned(), torch.randn(5, WIDTH, requires_grad=True)
+    region = Region(module, "turn", [], RegionCode("turned", ("node",)))
+    assert not module.turn(x).is_contiguous() and region(x).is_contiguous()
+    assert torch.equal(region(x), module.turn(x))
+
+
 def test_mixed_precision(compilations):
     layer = Layer().float()
     as_region(layer)
