@@ -181,6 +181,7 @@ def test_large_systems_that_deviate_end_compilation(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_forces_of_degree_four_and_many_edges():
     # Triton 3.6 compiled the sum over the entries of the rotation matrix wrongly (docs/adr/0014).
     potential = Potential(preset("paper-plus", ("Cu",)).model_copy(update={"n_blocks": 1}))
