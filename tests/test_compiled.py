@@ -309,8 +309,10 @@ def test_keeping_results_can_be_changed(compilations):
     assert counts == [12, 24, 24]  # six regions of two stages, of two kinds
 
 
-def test_parts_keep_nothing(compilations):
-    """Where the edges are worked on in parts, memory decides, whatever the number of nodes of a part."""
+@pytest.mark.parametrize("on_a_gpu", [True, False])
+def test_parts_keep_nothing_on_a_gpu(compilations, monkeypatch, on_a_gpu):
+    """Where the edges are worked on in parts, memory decides there, whatever the number of nodes of a part."""
+    monkeypatch.setattr(regions, "_parts_bound_memory", lambda device: on_a_gpu)
     potential, graph = random_potential(n_blocks=1).eval(), batches(1)[0]
     compile_potential(potential)
     made = {}
@@ -320,9 +322,9 @@ def test_parts_keep_nothing(compilations):
         for region in regions_of(potential):
             kinds = [keep for *_, keep, _ in region.code.programs]
             made.setdefault(region.code.name.split(" of degree")[0], []).append(kinds)
-    assert made["messages"] == [[True], [True, False]]
+    assert made["messages"] == [[True], [True, False] if on_a_gpu else [True]]
     assert made["node update"] == [[True], [True]]
-    assert made["update in parts"] == [[], [False]]
+    assert made["update in parts"] == [[], [not on_a_gpu]]
 
 
 def test_code_for_one_size_only_is_detected(compilations):

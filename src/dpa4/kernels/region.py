@@ -97,9 +97,9 @@ class Region:
         method: Name of the method.
         submodules: Names of the submodules and parameters that the method uses.
         code: Shared by all regions of the same code.
-        max_kept: Nodes up to which stages keep results for each other outside of training. With more nodes, or
-            where the centres are not all nodes, the derivatives compute everything again: memory stays small.
-        keeps: Whether stages keep results at all; not for methods that are called for parts of the nodes.
+        max_kept: Nodes up to which stages keep results for each other outside of training. With more nodes, or, on a
+            GPU, where the centres are not all nodes, the derivatives compute everything again: memory stays small.
+        keeps: Whether stages keep results on a GPU at all; not for methods that are called for parts of the nodes.
     """
 
     def __init__(
@@ -136,7 +136,8 @@ class Region:
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         training = self.module.training
         whole = sizes.get("center", sizes["node"]) == sizes["node"]
-        keep = self.keeps and whole and (training or sizes["node"] <= self.max_kept)
+        bounded = _parts_bound_memory(device) and not (whole and self.keeps)
+        keep = not bounded and (training or sizes["node"] <= self.max_kept)
         kinds = tuple(t if t is None else (t.dtype, t.requires_grad) for t in inputs)
         for wide in (False, True):
             key = (kinds, device, autocast, training, keep, wide)
@@ -298,6 +299,11 @@ class Stage:
             ]
 
         return function
+
+
+def _parts_bound_memory(device: torch.device) -> bool:
+    """Whether edges are worked on in parts so that they fit; on a CPU they are so that they stay in its cache."""
+    return device.type != "cpu"
 
 
 def _cut(

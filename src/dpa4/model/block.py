@@ -140,5 +140,5 @@ class Block(nn.Module):
         return x
 
     def update_some(self, x: Tensor, own: Tensor, total: Tensor, degree_norm: Tensor) -> Tensor:
-        """`update` of a part of the nodes; compiled, it never keeps results for the derivatives."""
+        """`update` of a part of the nodes; compiled for a GPU, it never keeps results for the derivatives."""
         return Block.update(self, x, own, total, degree_norm)
