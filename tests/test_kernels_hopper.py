@@ -97,7 +97,7 @@ def compile_kernels() -> None:
     ):
         shares = (24, 28)[: len(sizes)]
         plan = {"SIZES": sizes, "SHARES": shares, "STARTS": starts, "ADD": add, "BLOCK_E": EDGES}
-        compiled(gluon_matmul._matmul, len(sizes), BLOCK_K=64, num_warps=WARPS, **plan)
+        compiled(gluon_matmul._matmul, len(sizes), BLOCK_N=128, BLOCK_K=64, num_warps=WARPS, **plan)
     for lmax, c in ((3, 64), (2, 32)):
         sizes = {"LMAX": lmax, "MMAX": 1, "C": c, "WIDTH": Rows(lmax, 1).total * c, "E": EDGES}
         compiled(gluon_gate._gate_value, N=c, num_warps=WARPS, **sizes)

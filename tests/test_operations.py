@@ -110,7 +110,7 @@ def softmax(*inputs: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("shape", "dim"), [((3, 5), 0), ((2, 3, 4), 1)])
 def test_pick(shape, dim):
-    """Index with entries several times, once and never; a transposed operand; two derivatives."""
+    """Entries that come several times and one that never does; a transposed operand; two derivatives."""
     x, index = random(*shape), torch.tensor([0, 2, 2, 0, 2])
     assert torch.equal(pick(x, dim, index), x.index_select(dim, index))
     check_derivatives(lambda x: pick(x.transpose(0, 1).sin().transpose(0, 1), dim, index).square(), x)

@@ -1,7 +1,7 @@
 """Gluon twin of `dpa4.kernels.triton_matmul` for products with many rows on Hopper GPUs; see `gluon_tiles`.
 
-A program keeps the pieces of up to 128 columns of w in shared memory and walks over blocks of rows of x. The blocks
-of a block-diagonal matrix share the multiprocessors.
+A program keeps the pieces of up to `BLOCK_N` columns of w in shared memory and walks over blocks of rows of x. The
+blocks of a block-diagonal matrix share the multiprocessors.
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,9 @@ from dpa4.kernels.matmul import Pieces
 
 BLOCK_K = 64
 """Terms that are added within the tensor cores, which truncate; sums of blocks are rounded."""
+
+BLOCK_N = 128
+"""Most columns that a program keeps on chip."""
 
 MIN_ROWS = 8192
 """With fewer rows, bringing the weights on chip takes too large a part of the time."""
@@ -61,12 +64,12 @@ def matmul_into(y: Tensor, x: Tensor, blocks: Sequence[Pieces], add: Tensor | No
         x, tuple(b.halves for b in blocks), tuple(b.scale for b in blocks), y, y if add is None else add,
         rows, x.stride(0), x.stride(1), y.stride(0), y.stride(1), n_batch,
         SIZES=sizes, SHARES=shares, STARTS=(0, *accumulate(programs)), ADD=add is not None,
-        BLOCK_E=EDGES, BLOCK_K=BLOCK_K, num_warps=WARPS,
+        BLOCK_E=EDGES, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=WARPS,
     )  # fmt: skip
 
 
 def _block_n(columns: int) -> int:
-    return min(columns, 128)
+    return min(columns, BLOCK_N)
 
 
 def _blocks_n(columns: int) -> int:
@@ -85,7 +88,7 @@ def _shares(sizes: tuple[tuple[int, int], ...], programs: int) -> tuple[int, ...
 def _matmul(
     x, halves, scales, y, add, rows, stride_f, stride_e, stride_yf, stride_ye, n_batch,
     SIZES: gl.constexpr, SHARES: gl.constexpr, STARTS: gl.constexpr, ADD: gl.constexpr,
-    BLOCK_E: gl.constexpr, BLOCK_K: gl.constexpr, num_warps: gl.constexpr,
+    BLOCK_E: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Program (matrix, block of its columns and share of the rows; batch)."""
     program = gl.program_id(0)
@@ -93,7 +96,8 @@ def _matmul(
         if (program >= STARTS[i]) & (program < STARTS[i + 1]):
             _walk(
                 x, halves[i], scales[i], y, add, rows, stride_f, stride_e, stride_yf, stride_ye, n_batch,
-                program - STARTS[i], SHARES[i], SIZES[i][0], SIZES[i][1], ADD, BLOCK_E, BLOCK_K, num_warps,
+                program - STARTS[i], SHARES[i], SIZES[i][0], SIZES[i][1], ADD,
+                BLOCK_E, min(SIZES[i][1], BLOCK_N), BLOCK_K, num_warps,
             )  # fmt: skip
         x += SIZES[i][0]
         y += SIZES[i][1]
@@ -104,10 +108,9 @@ def _matmul(
 def _walk(
     x, halves, scale, y, add, rows, stride_f, stride_e, stride_yf, stride_ye, n_batch,
     program, SHARE: gl.constexpr, INNER: gl.constexpr, COLUMNS: gl.constexpr, ADD: gl.constexpr,
-    BLOCK_E: gl.constexpr, BLOCK_K: gl.constexpr, num_warps: gl.constexpr,
+    BLOCK_E: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """A share of the rows times a block of columns of one matrix."""
-    BLOCK_N: gl.constexpr = min(COLUMNS, 128)
     blocks_n: gl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     blocks_k: gl.constexpr = INNER // BLOCK_K
     read: gl.constexpr = line_layout(BLOCK_E, BLOCK_K)

@@ -27,18 +27,33 @@ def _row(l: tl.constexpr, k: tl.constexpr, sign: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
+def _begin(
+    weight, num_edges,
+    LMAX: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """What belongs to this program.
+
+    Its edges among those of all foci, (E, 1); where their first rows are in an edge tensor, and which entries exist;
+    where the first square of the weights of its focus is, and which entries of a square exist.
+    """
+    f = tl.program_id(1)
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    c = tl.arange(0, BLOCK_C)
+    index = (f.to(tl.int64) * num_edges + e)[:, None]
+    at = index * WIDTH + c[None, :]
+    mask = (e < num_edges)[:, None] & (c < C)[None, :]
+    square = (c < C)[:, None] & (c < C)[None, :]
+    weight += f * (C * LMAX * C) + c[:, None] * (LMAX * C) + c[None, :]
+    return index, at, mask, weight, square
+
+
+@triton.jit
 def _gate_value(
     y, x, u, weight, num_edges,
     LMAX: tl.constexpr, MMAX: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    f = tl.program_id(1)
-    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    c = tl.arange(0, BLOCK_C)
-    at = (f.to(tl.int64) * num_edges + e)[:, None] * WIDTH + c[None, :]
-    mask = (e < num_edges)[:, None] & (c < C)[None, :]
-    square = (c < C)[:, None] & (c < C)[None, :]
-    weight += f * (C * LMAX * C) + c[:, None] * (LMAX * C) + c[None, :]
+    _, at, mask, weight, square = _begin(weight, num_edges, LMAX, C, WIDTH, BLOCK_E, BLOCK_C)
     s = tl.load(u + at, mask=mask, other=0.0)
     for l in tl.static_range(LMAX + 1):
         if l == 0:
@@ -61,15 +76,8 @@ def _gate_vjp(
     LMAX: tl.constexpr, MMAX: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    f = tl.program_id(1)
-    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    c = tl.arange(0, BLOCK_C)
-    index = f.to(tl.int64) * num_edges + e
-    at = index[:, None] * WIDTH + c[None, :]
-    at_p = index[:, None] * (LMAX * C) + c[None, :]
-    mask = (e < num_edges)[:, None] & (c < C)[None, :]
-    square = (c < C)[:, None] & (c < C)[None, :]
-    weight += f * (C * LMAX * C) + c[:, None] * (LMAX * C) + c[None, :]
+    index, at, mask, weight, square = _begin(weight, num_edges, LMAX, C, WIDTH, BLOCK_E, BLOCK_C)
+    at_p = index * (LMAX * C) + tl.arange(0, BLOCK_C)[None, :]
     s = tl.load(u + at, mask=mask, other=0.0)
     a_s = tl.load(a + at, mask=mask, other=0.0).to(tl.float32)
     gate = tl.sigmoid(s.to(tl.float32))
@@ -98,13 +106,7 @@ def _gate_tangent(
     LMAX: tl.constexpr, MMAX: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    f = tl.program_id(1)
-    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    c = tl.arange(0, BLOCK_C)
-    at = (f.to(tl.int64) * num_edges + e)[:, None] * WIDTH + c[None, :]
-    mask = (e < num_edges)[:, None] & (c < C)[None, :]
-    square = (c < C)[:, None] & (c < C)[None, :]
-    weight += f * (C * LMAX * C) + c[:, None] * (LMAX * C) + c[None, :]
+    _, at, mask, weight, square = _begin(weight, num_edges, LMAX, C, WIDTH, BLOCK_E, BLOCK_C)
     s = tl.load(u + at, mask=mask, other=0.0)
     v_s = tl.load(v + at, mask=mask, other=0.0)
     for l in tl.static_range(LMAX + 1):
@@ -132,13 +134,7 @@ def _gate_undo(
     LMAX: tl.constexpr, MMAX: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
-    f = tl.program_id(1)
-    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    c = tl.arange(0, BLOCK_C)
-    at = (f.to(tl.int64) * num_edges + e)[:, None] * WIDTH + c[None, :]
-    mask = (e < num_edges)[:, None] & (c < C)[None, :]
-    square = (c < C)[:, None] & (c < C)[None, :]
-    weight += f * (C * LMAX * C) + c[:, None] * (LMAX * C) + c[None, :]
+    _, at, mask, weight, square = _begin(weight, num_edges, LMAX, C, WIDTH, BLOCK_E, BLOCK_C)
     s = tl.load(u + at, mask=mask, other=0.0)
     v_s = tl.load(v + at, mask=mask, other=0.0)
     for l in tl.static_range(LMAX + 1):
@@ -171,15 +167,8 @@ def _gate_joint(
     LMAX: tl.constexpr, MMAX: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    f = tl.program_id(1)
-    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    c = tl.arange(0, BLOCK_C)
-    index = f.to(tl.int64) * num_edges + e
-    at = index[:, None] * WIDTH + c[None, :]
-    at_p = index[:, None] * (LMAX * C) + c[None, :]
-    mask = (e < num_edges)[:, None] & (c < C)[None, :]
-    square = (c < C)[:, None] & (c < C)[None, :]
-    weight += f * (C * LMAX * C) + c[:, None] * (LMAX * C) + c[None, :]
+    index, at, mask, weight, square = _begin(weight, num_edges, LMAX, C, WIDTH, BLOCK_E, BLOCK_C)
+    at_p = index * (LMAX * C) + tl.arange(0, BLOCK_C)[None, :]
     s = tl.load(u + at, mask=mask, other=0.0)
     v_s = tl.load(v + at, mask=mask, other=0.0)
     s_ = s.to(tl.float32)
