@@ -210,7 +210,8 @@ class Step:
         potential.model.block_autocast = torch.bfloat16 if bf16 else None
         if compile:
             compile_potential(potential)
-            precompile(potential, [Mode(training=True, autocast=potential.model.block_autocast)])
+            mode = Mode(training=True, autocast=potential.model.block_autocast)
+            precompile(potential, [mode], self.batch.graph)
         if compile and CUDA:
             self.step = ReplayedStep(potential, self.differentiate, Recorder(self.differentiate, parameters))
 

@@ -1,12 +1,58 @@
 """One thread per test process: the suite runs in two processes, and threads that wait for each other are slow."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Nothing that was compiled or traced before is found."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiler")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_other_processes(monkeypatch):
     """Code is compiled in the process of the test, however many processors there are."""
     monkeypatch.setattr("dpa4.potential.precompile._affordable", lambda device: 0)
+
+
+class NotCompiled:
+    """Stands for what the compiler makes of a function; it is not kept in files."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, *flat: torch.Tensor):
+        return self.function(*flat)
+
+    def save(self, path: str, format: str):
+        raise RuntimeError("not compiled")
+
+
+@pytest.fixture
+def compile_as(monkeypatch) -> Callable:
+    """Call it with what to make of the graphs that were to be compiled, which takes minutes; returns their list."""
+
+    def replace(function_of: Callable = lambda graph: graph) -> list[torch.fx.GraphModule]:
+        graphs: list[torch.fx.GraphModule] = []
+
+        def compile(graph, examples, **_):
+            graphs.append(graph)
+            return NotCompiled(function_of(graph))
+
+        monkeypatch.setattr(torch._inductor, "standalone_compile", compile)
+        return graphs
+
+    return replace
+
+
+@pytest.fixture
+def compilations(compile_as) -> list[torch.fx.GraphModule]:
+    """Graphs that were to be compiled; they are run as they are."""
+    return compile_as()

@@ -32,16 +32,9 @@ WIDTH = 5
 
 
 @pytest.fixture
-def compilations(monkeypatch) -> list:
-    """Graphs that were to be compiled; they are run as they are."""
-    graphs: list = []
-
-    def run_as_it_is(graph, examples, **_):
-        graphs.append(graph)
-        return lambda *flat: graph(*flat)
-
-    monkeypatch.setattr(torch._inductor, "standalone_compile", run_as_it_is)
-    return graphs
+def own_files(tmp_path, monkeypatch):
+    """No test before has left traces there."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
 
 class Layer(nn.Module):
@@ -345,9 +338,48 @@ def test_sizes_are_not_mistaken_for_fixed_ones(compilations):
     code = as_region(layer)
     derivatives(layer.region, layer, *arguments(5, 20))
     (program,) = code.programs.values()
-    hints = {int(s.node.hint) for e in program.stages[0].examples for s in e.shape if not isinstance(s, int)}
-    fixed = {int(s) for e in program.stages[0].examples for s in e.shape if isinstance(s, int)}
-    assert len(hints) >= 2 and min(hints) > 10 * max(fixed)
+    recipe = program.stages[0].recipe
+    fixed = {n for spec in recipe.arguments for n in spec.shape if isinstance(n, int)}
+    assert len(set(recipe.sizes.values())) == 3 and min(recipe.sizes.values()) > 10 * max(fixed)
+
+
+def test_traces_are_kept_on_disk(compilations, own_files, monkeypatch):
+    """A second potential of the same kind is not traced; one of another kind is."""
+    graph = batches(1)[0]
+    for seed in range(2):  # of the weights
+        potential = random_potential(seed, n_blocks=1)
+        compile_potential(potential)
+        for training in (True, False):
+            for name, deviation in compare_with_eager(potential.train(training), graph).items():
+                assert deviation < 1e-11, name
+        monkeypatch.setattr(regions, "make_fx", not_to_be_called)
+    others = [
+        lambda: random_potential(n_blocks=1, lmax=1),
+        lambda: random_potential(n_blocks=1).float(),
+    ]
+    for other in others:
+        compile_potential(potential := other())
+        with pytest.raises(AssertionError, match="is traced"):
+            potential(graph)
+    monkeypatch.setattr(regions, "_digest_of_sources", lambda: "another version")
+    compile_potential(potential := random_potential(n_blocks=1))
+    with pytest.raises(AssertionError, match="is traced"):
+        potential(graph)
+
+
+def not_to_be_called(*_):
+    raise AssertionError("is traced")
+
+
+@pytest.mark.parametrize("damage", [b"", b"no code"])
+def test_damaged_files_of_code_are_replaced(compilations, own_files, damage):
+    potential, graph = random_potential(n_blocks=1).eval(), batches(1)[0]
+    for _ in range(2):
+        compile_potential(potential)
+        for stage in [s for r in regions_of(potential) for s in r.code.stages()]:
+            stage.file.write_bytes(damage)
+        assert compare_with_eager(potential, graph)["forces"] < 1e-11
+    assert len(compilations) == 24
 
 
 class Wrong(Region):

@@ -260,19 +260,6 @@ def test_single_precision():
     assert np.abs(found[2] - prediction.forces.numpy()).max() > 1e-12
 
 
-@pytest.fixture
-def compilations(monkeypatch) -> list:
-    """Graphs that were to be compiled, which takes minutes; they are run as they are."""
-    graphs: list = []
-
-    def run_as_it_is(graph, examples, **_):
-        graphs.append(graph)
-        return lambda *flat: graph(*flat)
-
-    monkeypatch.setattr(torch._inductor, "standalone_compile", run_as_it_is)
-    return graphs
-
-
 def test_compiled_code_for_one_of_several_ranks(compilations):
     atoms, potential = cell(), random_potential(cutoff=CUTOFF, n_blocks=1, lmax=1, **BRIDGED)
     ranks = Ranks(1)  # tracing is not for several threads at once
@@ -291,10 +278,8 @@ def test_compiled_code_for_one_of_several_ranks(compilations):
     assert_close(torch.from_numpy(forces), prediction.forces)
 
 
-def test_wrong_code_is_not_used(monkeypatch):
-    monkeypatch.setattr(
-        torch._inductor, "standalone_compile", lambda g, e, **_: lambda *flat: [1.1 * r for r in g(*flat)]
-    )
+def test_wrong_code_is_not_used(compile_as):
+    compile_as(lambda graph: lambda *flat: [1.1 * r for r in graph(*flat)])
     atoms, potential = cell(), random_potential(cutoff=CUTOFF, n_blocks=1, lmax=1)
     with pytest.warns(RuntimeWarning, match="eager mode goes on: relative deviations from eager mode are"):
         found = run(atoms, halves(atoms, 1), 1, potential, compile=True)

@@ -15,59 +15,49 @@ from helpers import graph_of, molecule, random_potential
 MODES = [Mode(training=True), Mode(training=False)]
 
 
-def stages(potential) -> list:
-    codes = {r.code for r in regions(potential)}
-    return [stage for code in codes for stage in code.stages() if not stage.empty]
+def outlined(potential, mode: Mode) -> list:
+    """Stages that tracing ahead adds and that have something to do."""
+    found: list = []
+
+    class Workshop(module._Workshop):
+        def start(self):
+            pass
+
+        def add(self, stages):
+            found.extend(stages)
+
+    module._outline(potential, mode, Workshop(0))
+    return [stage for stage in found if not stage.empty]
 
 
-@pytest.fixture
-def compilations(monkeypatch) -> list:
-    """Graphs that were to be compiled; they are run as they are."""
-    graphs: list = []
-
-    def run_as_it_is(graph, examples, **_):
-        graphs.append(str(graph.code))
-        return lambda *flat: graph(*flat)
-
-    monkeypatch.setattr(torch._inductor, "standalone_compile", run_as_it_is)
-    return graphs
-
-
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     return tmp_path
-
-
-@pytest.fixture
-def untraced(monkeypatch):
-    """Tracing takes seconds, and some tests do not need it."""
-    monkeypatch.setattr(module, "_outline", lambda *_: [])
 
 
 def test_tracing_ahead_is_what_calls_trace_later(compilations):
     """All stages of all modes are there before anything is called, and calls give what they did."""
     potential = random_potential(n_blocks=1, charge_spin=True)
     compile_potential(potential)
-    for mode, expected in zip(
-        MODES, (23, 12), strict=True
-    ):  # six parts of four stages, one of them empty, or of two
-        assert len(module._outline(potential, mode)) == expected
+    # six parts of four stages, one of them empty, or of two
+    for mode, expected in zip(MODES, (23, 12), strict=True):
+        assert len(outlined(potential, mode)) == expected
     # Nothing is left without values by a second time, either.
-    assert module._outline(potential, MODES[1]) == []
-    assert compilations == [] and len(stages(potential)) == 35
+    assert outlined(potential, MODES[1]) == []
+    assert compilations == []
     graph = graph_of(molecule())
     for mode in MODES:
         found = compare_with_eager(potential.train(mode.training), graph)
         assert max(found.values()) < 1e-11  # float64
-    assert len(compilations) == len(stages(potential)) == 35
+    assert len(compilations) == 35
 
 
 def test_tracing_leaves_the_potential_as_it_was(compilations):
     potential, reports = random_potential(n_blocks=1).train(), []
     potential.model.block_autocast = torch.bfloat16
     compile_potential(potential, lambda name, seconds: reports.append(name), max_kept=7)
-    module._outline(potential, MODES[1])
+    outlined(potential, MODES[1])
     assert potential.training and potential.model.block_autocast is torch.bfloat16
     assert {r.max_kept for r in regions(potential) if r.keeps} == {7}
     assert all(p.grad is None for p in potential.parameters())
@@ -76,92 +66,111 @@ def test_tracing_leaves_the_potential_as_it_was(compilations):
     assert reports
 
 
-@pytest.mark.parametrize("processes", [1, 2, 5, 50])
-def test_work_is_shared_evenly(processes):
-    lengths = [1073, 715, 696, 303, 796, 356, 351, 302, 734, 325, 311, 181, 209, 74, 78, 48, 142, 58, 67, 36]
-    shares = [module._share(lengths, i, processes) for i in range(processes)]
-    assert sorted(i for share in shares for i in share) == list(range(len(lengths)))
-    loads = [sum(lengths[i] for i in share) for share in shares]
-    # The rule of the largest piece first is at most 4/3 of what is possible (Graham 1969).
-    assert max(loads) <= 4 / 3 * max(max(lengths), sum(lengths) / processes)
-    assert all([lengths[i] for i in s] == sorted((lengths[i] for i in s), reverse=True) for s in shares)
+WORKER = """
+import json, pathlib, sys
+sys.stdin.readline()
+for line in sys.stdin:
+    recipe, file = json.loads(line)
+    with open(file, "x") as made:  # fails if another one made it
+        made.write(recipe[0])
+    print("made", flush=True)
+"""
+"""Does everything but compile."""
 
 
-def test_two_processes_make_every_piece_once(compilations):
-    potential = random_potential(n_blocks=1)
-    task = module._task(potential, MODES[1:])
-    for share in ([0, 2], [1, 2]):
-        module.compile_share(task | {"share": share})
-    shared = sorted(compilations)
-    compilations.clear()
-    module.compile_share(task | {"share": [0, 1]})
-    assert sorted(compilations) == shared and len(shared) == 12
-
-
-def test_what_another_process_made_is_not_made_again(untraced, cache, monkeypatch):
-    potential = random_potential(n_blocks=1)
-    compile_potential(potential)
-    started = []
-    monkeypatch.setattr(module, "_command", lambda: started.append(1) or [sys.executable, "-c", "input()"])
-    for processes, expected in ((0, 0), (1, 0), (2, 2), (2, 2)):
-        precompile(potential, MODES, processes)
-        assert len(started) == expected
-    precompile(potential, MODES[:1], 2)  # another task
-    assert len(started) == 4
-
-
-def test_failing_processes_are_reported(untraced, cache, monkeypatch, caplog):
-    potential = random_potential(n_blocks=1)
-    compile_potential(potential)
-    failing = [sys.executable, "-c", "raise SystemExit('no compiler here')"]
-    monkeypatch.setattr(module, "_command", lambda: failing)
-    for _ in range(2):  # nothing is marked as done
-        precompile(potential, MODES[:1], 2)
-        assert "no compiler here" in caplog.text
-        caplog.clear()
-
-
-def test_no_process_survives_an_interruption(cache, monkeypatch):
-    potential = random_potential(n_blocks=1)
-    compile_potential(potential)
-    started = []
+@pytest.fixture
+def workers(monkeypatch) -> list:
+    """One entry for each process that was started; they do as `WORKER`."""
+    started: list = []
     original = subprocess.Popen
 
     def remember(*arguments, **options):
         started.append(original(*arguments, **options))
         return started[-1]
 
-    def interrupted(*_):
+    monkeypatch.setattr(subprocess, "Popen", remember)
+    monkeypatch.setattr(module, "_command", lambda: [sys.executable, "-c", WORKER])
+    return started
+
+
+def made(cache) -> int:
+    return len(list(cache.glob("dpa4/*/stage-*")))
+
+
+def test_processes_make_every_piece_once(cache, workers, caplog):
+    potential = random_potential(n_blocks=1)
+    compile_potential(potential)
+    precompile(potential, MODES, processes=3)
+    assert len(workers) == 3 and made(cache) == 35
+    assert not [r for r in caplog.records if r.name.startswith("dpa4")]
+    assert all(process.returncode == 0 for process in workers)
+
+
+def test_what_another_process_made_is_not_made_again(cache, workers):
+    for modes, started, pieces in ((MODES[:1], 2, 23), (MODES[:1], 2, 23), (MODES, 4, 35), (MODES, 4, 35)):
+        potential = random_potential(n_blocks=1)
+        compile_potential(potential)
+        precompile(potential, modes, processes=2)
+        assert len(workers) == started and made(cache) == pieces
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_one_process_is_no_help(cache, workers, processes):
+    potential = random_potential(n_blocks=1)
+    compile_potential(potential)
+    precompile(potential, MODES, processes=processes)
+    assert not workers and not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("reads", [0, 1, 2])
+def test_failing_processes_are_reported(workers, compilations, monkeypatch, caplog, reads):
+    failing = f"import sys; [sys.stdin.readline() for _ in range({reads})]; sys.exit('no compiler here')"
+    monkeypatch.setattr(module, "_command", lambda: [sys.executable, "-c", failing])
+    potential = random_potential(n_blocks=1)
+    compile_potential(potential)
+    precompile(potential, MODES[1:], processes=2)
+    assert "no compiler here" in caplog.text
+    assert compare_with_eager(potential.eval(), graph_of(molecule()))["forces"] < 1e-11
+    assert len(compilations) == 12  # in this process
+
+
+def test_no_process_survives_an_interruption(workers, monkeypatch):
+    def interrupted(potential, mode, workshop):
+        workshop.start()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "_command", lambda: [sys.executable, "-c", "import time; time.sleep(600)"])
-    monkeypatch.setattr(subprocess, "Popen", remember)
     monkeypatch.setattr(module, "_outline", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        precompile(potential, MODES, 2)
-    assert len(started) == 2 and all(p.returncode is not None for p in started)
+        precompile(random_potential(n_blocks=1), MODES[1:], processes=2)
+    assert len(workers) == 2 and all(p.returncode is not None for p in workers)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_compiler_finds_everything_in_its_cache(cache):
-    """With the real compiler, in processes of their own: this one has other counters and another cache."""
+def test_this_process_has_nothing_to_compile_and_the_next_one_nothing_to_trace(cache):
+    """With the real compiler, in processes of their own, whose caches are empty."""
     program = """
+import sys
 import torch
-from torch._dynamo.utils import counters
+from dpa4.kernels import region
 from dpa4.potential.compiled import compare_with_eager, compile_potential
 from dpa4.potential.precompile import Mode, precompile
 from helpers import graph_of, molecule, random_potential
 
+def not_to_be_called(*arguments, **options):
+    raise AssertionError("is called")
+
+if sys.argv[1] == "2":
+    region.make_fx = not_to_be_called
+torch._inductor.standalone_compile = not_to_be_called
 potential = random_potential(n_blocks=1, lmax=1).float().train()
 compile_potential(potential)
-precompile(potential, [Mode(training=True)], 2)
+precompile(potential, [Mode(training=True)], processes=2)
 found = compare_with_eager(potential, graph_of(molecule()))
-found = max(found.values()) < 1e-4
-print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"], found)
+assert max(found.values()) < 1e-4, found
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    output = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-    )
-    assert output.stdout.split() == ["23", "0", "True"]
+    for run in ("1", "2"):
+        subprocess.run([sys.executable, "-c", program, run], env=environment, check=True)
+    assert made(cache) == 23

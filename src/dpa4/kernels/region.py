@@ -6,26 +6,34 @@ parameters p and arguments x is therefore traced once through all that such a st
 differentiate. It is cut into the stages: products of matrices and kernels over edges are computed once and kept for
 later stages, everything else is computed again where it is needed, since reading it from memory would take as long
 (docs/adr/0011).
+
+Traces and compiled stages are kept on disk, so that later runs need neither the tracer nor the compiler.
 """
 
+import hashlib
+import json
 import math
 import operator
+import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch._inductor
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
 from dpa4.kernels import twice
+from dpa4.kernels.stage import Function, Recipe, Stage, recipe_of, symbolic_sizes
 from dpa4.kernels.twice import Maybe
 
 Axis = Literal[
@@ -40,13 +48,6 @@ in stage 3.
 
 _COUNTED = ("node", "center", "edge")
 _DATA = " data"
-
-_OPTIONS = {
-    "comprehensive_padding": False,  # what stages keep for each other is contiguous
-    "pattern_matcher": False,  # finds nothing here, and takes long to do so
-    "size_asserts": False,  # cost more time on the host than some kernels on the device
-    "alignment_asserts": False,
-}
 
 _INDEX_LIMIT = 2**31
 """Elements beyond which an index needs 64 bits."""
@@ -67,21 +68,61 @@ class RegionCode:
         name: For messages.
         arguments: Axis of every tensor among the arguments, in the structure of the arguments.
         report: Called with the name and the seconds after something was compiled.
+        origin: Everything that the code depends on besides its arguments and the sources of this package, such as
+            the configuration of the model. With None it is not kept on disk.
+
+    Attributes:
+        make: Makes the function of a stage.
+        tracing: Called before a trace, which takes seconds.
+        added: Called with the stages of a new program.
     """
 
     def __init__(
-        self, name: str, arguments: Any, report: Callable[[str, float], None] = lambda name, seconds: None
+        self,
+        name: str,
+        arguments: Any,
+        report: Callable[[str, float], None] = lambda name, seconds: None,
+        origin: str | None = None,
     ):
-        self.name, self.report = name, report
+        self.name, self.report, self.origin = name, report, origin
         axes: list[str] = [a or "" for a in pytree.tree_leaves(arguments)]  # of `Axis`
         self.axes = [a.removesuffix(_DATA) for a in axes]
         self.data = [a.endswith(_DATA) for a in axes]
         self.programs: dict[Any, _Program] = {}
-        self.make: Callable[[Stage], Callable[..., Sequence[Tensor]]] = Stage.compile
+        self.make: Callable[[Stage], Function] = Stage.compile
+        self.tracing: Callable[[], None] = lambda: None
+        self.added: Callable[[list[Stage]], None] = lambda stages: None
 
-    def stages(self) -> list["Stage"]:
+    def stages(self) -> list[Stage]:
         """Of all programs."""
         return [stage for program in self.programs.values() for stage in program.stages]
+
+    def folder(self, device: torch.device, kind: Any) -> Path | None:
+        """Where a program is kept, for one kind of arguments; in the compiler's cache."""
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        if self.origin is None:
+            return None
+        text = repr([_surroundings(device), self.origin, self.name, self.axes, self.data, kind])
+        return Path(cache_dir()) / "dpa4" / hashlib.sha256(text.encode()).hexdigest()
+
+
+def _surroundings(device: torch.device) -> list[Any]:
+    """What code on a device depends on besides its origin."""
+    if device.type == "cuda":
+        machine: list[Any] = [torch.cuda.get_device_name(device)]
+    else:
+        machine = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+    return [torch.__version__, torch.get_default_dtype(), *machine, _digest_of_sources()]
+
+
+@cache
+def _digest_of_sources() -> str:
+    """Of all that a trace passes through."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parents[1].glob("[km]*/*.py")):  # kernels, model
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
 
 
 class Region:
@@ -140,31 +181,56 @@ class Region:
         keep = not bounded and (training or sizes["node"] <= self.max_kept)
         kinds = tuple(t if t is None else (t.dtype, t.requires_grad) for t in inputs)
         for wide in (False, True):
-            key = (kinds, device, autocast, training, keep, wide)
-            if key not in self.code.programs:
+            kind = _Kind(kinds, device, autocast, training, keep, wide)
+            if kind not in self.code.programs:
                 start = time.monotonic()
-                self.code.programs[key] = _Program(self, inputs, spec, wide, device.type, autocast, keep)
+                program = self.code.programs[kind] = _Program(self, inputs, spec, kind)
                 self.code.report(self.code.name, time.monotonic() - start)
+                self.code.added(program.stages)
             # The compiler takes for granted that indices have 32 bits if they do at the sizes it sees.
-            if all(sizes[a] * n < _INDEX_LIMIT for a, n in self.code.programs[key].elements.items()):
+            if all(sizes[a] * n < _INDEX_LIMIT for a, n in self.code.programs[kind].elements.items()):
                 break
-        return self.code.programs[key]
+        return self.code.programs[kind]
+
+
+class _Kind(NamedTuple):
+    """What the programs of a region differ in."""
+
+    inputs: tuple[Any, ...]
+    device: torch.device
+    autocast: torch.dtype | None
+    training: bool
+    keep: bool
+    wide: bool
+
+
+class _Trace(NamedTuple):
+    """What tracing a region finds; made of what JSON can hold."""
+
+    stages: list[tuple[Recipe, list[tuple[int, int]]]]  # and where the arguments are, see `_Program.run`
+    exists: list[list[bool]]  # which results each stage has
+    results: Any  # their structure in stage 0
+    elements: dict[str, int]  # most of them per entry of an axis
+
+    @classmethod
+    def read(cls, file: Path) -> "_Trace":
+        """From a file."""
+        stages, *others = json.loads(file.read_text())
+        return cls([(Recipe.read(r), [(g, i) for g, i in takes]) for r, takes in stages], *others)
+
+    def write(self, file: Path) -> None:
+        """To a file, at once or not at all."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        own = file.with_name(f"{file.name}-{os.getpid()}")
+        own.write_text(json.dumps(self))
+        own.replace(file)
 
 
 class _Program:
     """The stages of a region for one kind of arguments."""
 
-    def __init__(
-        self,
-        region: Region,
-        inputs: list[Maybe],
-        spec: Any,
-        wide: bool,
-        device: str,
-        autocast: torch.dtype | None,
-        keep: bool,
-    ):
-        self.code, self.device = region.code, device
+    def __init__(self, region: "Region", inputs: list[Maybe], spec: Any, kind: _Kind):
+        self.code, self.device = region.code, kind.device.type
         self.num_inputs = len(inputs)
         axes = ["static"] * len(region.tensors) + region.code.axes
         data = [False] * len(region.tensors) + region.code.data
@@ -172,69 +238,25 @@ class _Program:
         # What stages 1 and 3 differentiate with respect to.
         self.mask = [d and a != "static" for d, a in zip(differentiable, axes, strict=True)]
         self.last_mask = [d and not given for d, given in zip(differentiable, data, strict=True)]
-        training = region.module.training
-
-        def value(inputs: Sequence[Maybe]) -> list[Tensor]:
-            state: dict[str, Any] = dict(zip(region.names, inputs, strict=False))
-            args = pytree.tree_unflatten(list(inputs[len(state) :]), spec)
-            enabled = autocast is not None
-            with torch.autocast(device, autocast, enabled=enabled, cache_enabled=False):
-                with _reparametrize_module(region.module, state):
-                    leaves, self.out_spec = pytree.tree_flatten(region.eager(*args))
-            # Else every region that takes one would copy it, once for each part of the edges.
-            return [t.contiguous() for t in leaves]
-
-        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        mode.cache_enabled = False  # with symbolic sizes it takes twice the time it saves
-        fakes, symbols = _fakes(mode, inputs, axes, wide)
-        with mode, enable_python_dispatcher(), torch.no_grad():
-            grads = [_contiguous_like(r) for r in value(fakes)]
-        with mode:
-            cotangents = [
-                _contiguous_like(f) for f, m in zip(fakes, self.mask, strict=True) if m and f is not None
-            ]
-            last_grads = [_contiguous_like(g) for g in grads]
-        # What becomes available one after another; between them, what each stage keeps.
-        groups: list[Any] = [fakes, grads, cotangents, last_grads] if training else [fakes, grads]
-        layout: list[tuple[int, int]] = []
-        self.exists: list[list[bool]] = []
-
-        @torch.enable_grad()
-        def traced(*flat: Tensor) -> list[list[Tensor]]:
-            rest = iter(flat)
-            given = [[None if t is None else next(rest) for t in group] for group in groups]
-            wanted = differentiable if training else self.mask
-            x = [
-                None if t is None else t.detach().requires_grad_(w)
-                for t, w in zip(given[0], wanted, strict=True)
-            ]
-            g = [
-                t.detach().requires_grad_(training and t.is_floating_point())
-                for t in given[1]
-                if t is not None
-            ]
-            y = value(x)
-            first = _gradient(
-                y, [t for t, m in zip(x, self.mask, strict=True) if m and t is not None], g, training
-            )
-            stages: list[list[Maybe]] = [list(y), first]
-            if training:
-                own = [t for t, w in zip(x, self.last_mask, strict=True) if w and t is not None]
-                gradient = _gradient([*first, *y], [*g, *own], [*given[2], *given[3]])
-                stages += [gradient[: len(g)], gradient[len(g) :]]
-            self.exists[:] = [[r is not None for r in stage] for stage in stages]
-            return [[r.detach() for r in stage if r is not None] for stage in stages]
-
-        for k, group in enumerate(groups):
-            layout += [(2 * k, i) for i, t in enumerate(group) if t is not None]
-        flat: list[Any] = [t for group in groups for t in group if t is not None]
-        with enable_python_dispatcher():  # decompositions that keep symbolic sizes
-            graph = make_fx(traced)(*flat).graph
-        # Every stage gets an argument of each axis, so that it knows all symbolic sizes.
-        shaped = [(0, axes.index(a)) for a in _COUNTED if a in axes]
-        self.stages = _cut(graph, layout, shaped, keep)
-        self.once = not training
-        self.elements = _elements(graph, {s: a for s, a in symbols.items() if a in axes})
+        self.once = not kind.training
+        shapes = [
+            t if t is None else tuple(t.shape[a != "static" :]) for t, a in zip(inputs, axes, strict=True)
+        ]
+        folder = region.code.folder(kind.device, [region.eager.__qualname__, region.names, kind, shapes])
+        file = folder and folder / "trace.json"
+        if file is not None and file.exists():
+            trace = _Trace.read(file)
+        else:
+            region.code.tracing()
+            trace = _traced(region, inputs, spec, kind, axes, self.mask, self.last_mask)
+            if file is not None:
+                trace.write(file)
+        self.exists, self.elements = trace.exists, trace.elements
+        self.out_spec = pytree.tree_structure(_built(trace.results))
+        self.stages = [
+            Stage(recipe, takes, folder and folder / f"stage-{i}")
+            for i, (recipe, takes) in enumerate(trace.stages)
+        ]
 
     def run(self, stage: int, given: Sequence[Sequence[Maybe]]) -> tuple[list[Maybe], list[Tensor]]:
         """See `dpa4.kernels.twice.Stages`."""
@@ -260,45 +282,107 @@ class _Program:
         return self.run(3, [*given, grads])[0]
 
 
-class Stage:
-    """One stage: its graph, where its arguments are found, examples of them, and its code once it was needed."""
+def _traced(
+    region: Region,
+    inputs: list[Maybe],
+    spec: Any,
+    kind: _Kind,
+    axes: list[str],
+    mask: list[bool],
+    last_mask: list[bool],
+) -> _Trace:
+    """Trace a region through all its stages.
 
-    def __init__(self, graph: fx.GraphModule, takes: list[tuple[int, int]], examples: list[Any]):
-        self.graph, self.takes, self.examples = graph, takes, examples
-        self.function: Callable[..., Sequence[Tensor]] | None = None
-        self.empty = not graph.graph.output_node().args[0]  # nothing is asked of it
+    Args:
+        region: The region.
+        inputs: Its tensors and the leaves of its arguments.
+        spec: Structure of the arguments.
+        kind: Of the program.
+        axes: Of the inputs.
+        mask: Inputs that stage 1 differentiates with respect to.
+        last_mask: The same of stage 3.
+    """
+    device, training = kind.device.type, kind.training
+    differentiable = [t is not None and t.requires_grad for t in inputs]
+    structure: Any = None
 
-    def compile(self) -> Callable[..., Sequence[Tensor]]:
-        """Its code, from the compiler's cache on disk if it is there."""
-        with torch.no_grad():
-            function: Callable[..., Sequence[Tensor]] = torch._inductor.standalone_compile(
-                self.graph,
-                self.examples,
-                dynamic_shapes="from_graph",
-                options={"config_patches": _OPTIONS},
-            )
-        return function
+    def value(inputs: Sequence[Maybe]) -> list[Tensor]:
+        nonlocal structure
+        state: dict[str, Any] = dict(zip(region.names, inputs, strict=False))
+        args = pytree.tree_unflatten(list(inputs[len(state) :]), spec)
+        with torch.autocast(device, kind.autocast, enabled=kind.autocast is not None, cache_enabled=False):
+            with _reparametrize_module(region.module, state):
+                results = region.eager(*args)
+        structure = _described(results)
+        # Else every region that takes one would copy it, once for each part of the edges.
+        return [t.contiguous() for t in pytree.tree_leaves(results)]
 
-    def outline(self) -> Callable[..., Sequence[Tensor]]:
-        """A function that returns results of the right shapes without values."""
-        results = [n.meta["val"] for n in self.graph.graph.output_node().args[0]]  # type: ignore[union-attr]
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # with symbolic sizes it takes twice the time it saves
+    sizes = {a: _INDEX_LIMIT + 1 + 4 * k if kind.wide else _HINTS[a] for k, a in enumerate(_COUNTED)}
+    symbols = symbolic_sizes(mode, sizes)
+    fakes = _fakes(mode, inputs, axes, symbols)
+    with mode, enable_python_dispatcher(), torch.no_grad():
+        grads = [_contiguous_like(r) for r in value(fakes)]
+    with mode:
+        cotangents = [_contiguous_like(f) for f, m in zip(fakes, mask, strict=True) if m and f is not None]
+        last_grads = [_contiguous_like(g) for g in grads]
+    # What becomes available one after another; between them, what each stage keeps.
+    groups: list[Any] = [fakes, grads, cotangents, last_grads] if training else [fakes, grads]
+    layout: list[tuple[int, int]] = []
+    exists: list[list[bool]] = []
 
-        def function(*given: Tensor) -> list[Tensor]:
-            sizes: dict[Any, int] = {}
-            for example, t in zip(self.examples, given, strict=True):
-                for e, n in zip(example.shape, t.shape, strict=True):
-                    if isinstance(e, torch.SymInt) and len(e.node.expr.free_symbols) == 1:
-                        (symbol,) = e.node.expr.free_symbols
-                        if (more := e.node.expr - symbol).is_number:  # the symbol, or one plus a number
-                            sizes[symbol] = n - int(more)
-            shapes = [
-                [n if isinstance(n, int) else int(n.node.expr.subs(sizes)) for n in r.shape] for r in results
-            ]
-            return [
-                torch.empty(s, dtype=r.dtype, device=r.device) for s, r in zip(shapes, results, strict=True)
-            ]
+    @torch.enable_grad()
+    def traced(*flat: Tensor) -> list[list[Tensor]]:
+        rest = iter(flat)
+        given = [[None if t is None else next(rest) for t in group] for group in groups]
+        wanted = differentiable if training else mask
+        x = [
+            None if t is None else t.detach().requires_grad_(w) for t, w in zip(given[0], wanted, strict=True)
+        ]
+        g = [t.detach().requires_grad_(training and t.is_floating_point()) for t in given[1] if t is not None]
+        y = value(x)
+        first = _gradient(y, [t for t, m in zip(x, mask, strict=True) if m and t is not None], g, training)
+        stages: list[list[Maybe]] = [list(y), first]
+        if training:
+            own = [t for t, w in zip(x, last_mask, strict=True) if w and t is not None]
+            gradient = _gradient([*first, *y], [*g, *own], [*given[2], *given[3]])
+            stages += [gradient[: len(g)], gradient[len(g) :]]
+        exists[:] = [[r is not None for r in stage] for stage in stages]
+        return [[r.detach() for r in stage if r is not None] for stage in stages]
 
-        return function
+    for k, group in enumerate(groups):
+        layout += [(2 * k, i) for i, t in enumerate(group) if t is not None]
+    flat: list[Any] = [t for group in groups for t in group if t is not None]
+    with enable_python_dispatcher():  # decompositions that keep symbolic sizes
+        graph = make_fx(traced)(*flat).graph
+    # Every stage gets an argument of each axis, so that it knows all symbolic sizes.
+    shaped = [(0, axes.index(a)) for a in _COUNTED if a in axes]
+    names = {size.node.expr: axis for axis, size in symbols.items()}
+    pieces = _cut(graph, layout, shaped, kind.keep)
+    return _Trace(
+        [(recipe_of(piece, names, sizes), takes) for piece, takes in pieces],
+        exists,
+        structure,
+        _elements(graph, {s: a for s, a in names.items() if a in axes}),
+    )
+
+
+def _described(value: Any) -> Any:
+    """Structure of (named) tuples, for JSON."""
+    if not isinstance(value, tuple):
+        return None
+    return [type(value).__module__, type(value).__qualname__, [_described(v) for v in value]]
+
+
+def _built(structure: Any) -> Any:
+    """The tuples of a structure, with numbers as leaves."""
+    if structure is None:
+        return 0
+    module, name, children = structure
+    kind = getattr(import_module(module), name)
+    values = [_built(child) for child in children]
+    return tuple(values) if kind is tuple else kind(*values)
 
 
 def _parts_bound_memory(device: torch.device) -> bool:
@@ -308,7 +392,7 @@ def _parts_bound_memory(device: torch.device) -> bool:
 
 def _cut(
     joint: fx.Graph, layout: list[tuple[int, int]], shaped: list[tuple[int, int]], keep: bool
-) -> list[Stage]:
+) -> list[tuple[fx.Graph, list[tuple[int, int]]]]:
     """Cut a graph that returns the results of all stages into the stages.
 
     Args:
@@ -316,6 +400,9 @@ def _cut(
         layout: Group and position of every placeholder, see `_Program.run`.
         shaped: Placeholders that every stage gets.
         keep: Whether stages keep results for later ones.
+
+    Returns:
+        Graphs of the stages, and where their arguments are found.
     """
     joint = fx_graph_cse(joint)
     nodes = list(joint.nodes)
@@ -349,17 +436,15 @@ def _cut(
     position = {p: n for n, p in place.items()}
     stages = []
     for (taken, inside), results, members in zip(needed, outputs, kept, strict=True):
-        graph, copies, examples = fx.Graph(), {}, []
+        graph, copies = fx.Graph(), {}
         arguments = sorted(taken | {position[p] for p in shaped}, key=order.__getitem__)
         for n in arguments:
             copies[n] = graph.placeholder(n.name)
-            with n.meta["val"].fake_mode:
-                examples.append(_contiguous_like(n.meta["val"]))
-            copies[n].meta["val"] = examples[-1]
+            copies[n].meta["val"] = n.meta["val"]
         for n in sorted(inside, key=order.__getitem__):
             copies[n] = graph.node_copy(n, copies.__getitem__)
         graph.output([copies[n] for n in (*results, *members)])
-        stages.append(Stage(fx.GraphModule({}, graph), [place[n] for n in arguments], examples))
+        stages.append((graph, [place[n] for n in arguments]))
     return stages
 
 
@@ -398,26 +483,21 @@ def _elements(graph: fx.Graph, axes: dict[Any, str]) -> dict[str, int]:
 
 
 def _fakes(
-    mode: FakeTensorMode, inputs: Sequence[Maybe], axes: Sequence[str], wide: bool
-) -> tuple[list[Maybe], dict[Any, str]]:
-    """The inputs without their data, symbolic along node and edge axes, and the symbols of the axes."""
-    axis: dict[str, Any] = {}
-    symbols = {}
-    for k, name in enumerate(_COUNTED):
-        hint = _INDEX_LIMIT + 1 + 4 * k if wide else _HINTS[name]
-        context: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-        size: Any = mode.from_tensor(torch.empty(hint, device="meta"), symbolic_context=context).shape[0]
-        axis |= {name: size, f"{name}+1": size + 1}
-        symbols[size.node.expr] = name
+    mode: FakeTensorMode, inputs: Sequence[Maybe], axes: Sequence[str], sizes: dict[str, torch.SymInt]
+) -> list[Maybe]:
+    """The inputs without their data, symbolic along node and edge axes."""
+    lengths: dict[str, Any] = {
+        name: n for axis, size in sizes.items() for name, n in ((axis, size), (f"{axis}+1", size + 1))
+    }
     fakes: list[Maybe] = []
     with mode:
         for t, a in zip(inputs, axes, strict=True):
             if t is None:
                 fakes.append(None)
             else:
-                shape = t.shape if a == "static" else (axis[a], *t.shape[1:])
+                shape = t.shape if a == "static" else (lengths[a], *t.shape[1:])
                 fakes.append(torch.empty(shape, dtype=t.dtype, device=t.device))
-    return fakes, symbols
+    return fakes
 
 
 def _contiguous_like(t: Tensor) -> Tensor:

@@ -166,6 +166,7 @@ def _vjp(
         kept.append(a)
         du, _ = gate.vjp(a, u, g, rows, sums=False)
         a = order_matmul(du, layer, add=a, overwrite=not keep)
+        del du  # makes room for the next one
     return [a, *(kept[::-1] if keep else [])]
 
 

@@ -1,7 +1,8 @@
 """Compilation of a potential, and the check that it changed nothing."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from dpa4.kernels.incidence import Incidence
 from dpa4.kernels.region import Region, RegionCode
 from dpa4.model.edges import Edges, Neighborhood
 from dpa4.model.radial import RadialFeatures
+from dpa4.potential.gpu_kernels import triton_version
 from dpa4.potential.potential import Potential
 from dpa4.potential.replay import MAX_ATOMS
 
@@ -49,6 +51,7 @@ def compile_potential(
     """
     restore_eager(potential)
     model = potential.model
+    origin = repr([potential.config.model_dump_json(), triton_version()])
     # No parameter influences the geometry: that it is data spares the last stage a derivative by it.
     rows = ("edge data",) * (model.geometry.wigner.mmax + 1)
     edges: Any = Edges("edge data", "edge data", "edge data", "edge data", rows)  # type: ignore[arg-type]
@@ -66,7 +69,7 @@ def compile_potential(
         "read_out": ("read-out", ["readout"], ("node",)),
     }
     for method, (name, parts, arguments) in whole.items():
-        code = RegionCode(name, arguments, report)
+        code = RegionCode(name, arguments, report, origin)
         model.__dict__[method] = Region(model, method, parts, code, max_kept)
     codes: dict[int, list[RegionCode]] = {}
     update = [
@@ -75,11 +78,18 @@ def compile_potential(
     for block, degree in zip(model.blocks, model.config.degrees, strict=True):
         if degree not in codes:
             codes[degree] = [
-                RegionCode(f"node states of degree {degree}", ("node",), report),
-                RegionCode(f"messages of degree {degree}", ("node", "center", "node", radial, hood), report),
-                RegionCode(f"node update of degree {degree}", ("node", "node", "node", "node data"), report),
+                RegionCode(f"node states of degree {degree}", ("node",), report, origin),
                 RegionCode(
-                    f"update in parts of degree {degree}", ("node", "node", "node", "node data"), report
+                    f"messages of degree {degree}", ("node", "center", "node", radial, hood), report, origin
+                ),
+                RegionCode(
+                    f"node update of degree {degree}", ("node", "node", "node", "node data"), report, origin
+                ),
+                RegionCode(
+                    f"update in parts of degree {degree}",
+                    ("node", "node", "node", "node data"),
+                    report,
+                    origin,
                 ),
             ]
         states, messages, updates, updates_in_parts = codes[degree]
@@ -132,19 +142,27 @@ def compare_with_eager(potential: Potential, graph: Graph) -> dict[str, float]:
     """
     smaller = first_atoms(graph, graph.num_atoms - 1)
     graphs = [graph, smaller] if smaller.num_edges > 1 else [graph]
-    compiled = [_probe(potential, g) for g in graphs]
-    places = _places(potential)
-    restore_eager(potential)
-    try:
-        eager = [_probe(potential, g) for g in graphs]
-    finally:
-        for module, method, region in places:
-            module.__dict__[method] = region
+    compiled = [probe(potential, g) for g in graphs]
+    with in_eager_mode(potential):
+        eager = [probe(potential, g) for g in graphs]
     pairs = list(zip(compiled, eager, strict=True))
     return {name: _worst([_deviation(c[name], e[name]) for c, e in pairs]) for name in eager[0]}
 
 
-def _probe(potential: Potential, graph: Graph) -> dict[str, list[Tensor]]:
+@contextmanager
+def in_eager_mode(potential: Potential) -> Iterator[None]:
+    """Within the block nothing of the potential is compiled."""
+    places = _places(potential)
+    restore_eager(potential)
+    try:
+        yield
+    finally:
+        for module, method, region in places:
+            module.__dict__[method] = region
+
+
+def probe(potential: Potential, graph: Graph) -> dict[str, list[Tensor]]:
+    """What is compared: energy, forces, and in training mode the parameter gradients of the mean square force."""
     prediction = potential(graph)
     found = {"energy": [prediction.energy.detach()], "forces": [prediction.forces.detach()]}
     if potential.training and graph.num_edges:

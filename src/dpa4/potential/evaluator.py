@@ -50,6 +50,7 @@ class Evaluator:
     def _prepare(self, graph: Graph) -> None:
         """Compile the code that a graph takes and compare it with eager mode, unless that is done."""
         from dpa4.potential import compiled  # takes a second to import
+        from dpa4.potential.precompile import Mode, precompile
         from dpa4.potential.replay import Replay
 
         keep = self._keep_results and graph.num_atoms <= compiled.MAX_KEPT
@@ -62,6 +63,7 @@ class Evaluator:
                 compiled.compile_potential(self.potential)
             while True:
                 compiled.keep_results(self.potential, compiled.MAX_KEPT if keep else 0)
+                precompile(self.potential, [Mode(False, self.potential.model.block_autocast)], graph)
                 self.potential(graph)  # so that code is made for these sizes
                 found = compiled.compare_with_eager(self.potential, first_atoms(graph, COMPARED))
                 if all(deviation <= allowed for deviation in found.values()):

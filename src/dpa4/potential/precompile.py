@@ -1,35 +1,37 @@
-"""Compilation in several processes, which share the compiler's cache on disk.
+"""Compilation in several processes.
 
-The compiler works on one graph at a time, mostly in one thread. Training takes 30 graphs, so other processes, each
-with a share of them, fill the cache while this one traces the network. None of them computes anything: results of
-graphs are replaced by tensors of the right shape without values, and weights do not matter.
+The compiler works on one stage at a time, mostly in one thread. Training takes 23 of them, so while this process
+traces the network, others compile what it has traced, and leave it in files where it is found when it is needed. The
+network is traced without computing anything: results of stages are replaced by tensors of the right shape without
+values, and weights do not matter.
 """
 
-import hashlib
+import itertools
 import json
 import logging
 import os
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 from ase.data import atomic_numbers
 
-from dpa4.graph import Graph, build_graph
-from dpa4.kernels.region import Stage
-from dpa4.model import ModelConfig
-from dpa4.potential.compiled import compile_potential, regions
+from dpa4.graph import Graph, build_graph, first_atoms
+from dpa4.kernels.stage import Stage
+from dpa4.potential.compiled import in_eager_mode, probe, regions
 from dpa4.potential.potential import Potential
 
 MOST_PROCESSES = 8
 """With more the longest graph decides. On a GPU each takes half a GiB for its context."""
 
+_PROBED = 512  # atoms
 _CONTEXT = 2**30  # bytes of the GPU that a process may take
 _log = logging.getLogger(__name__)
 
@@ -41,37 +43,33 @@ class Mode(NamedTuple):
     autocast: torch.dtype | None = None  # of the blocks
 
 
-def precompile(potential: Potential, modes: Sequence[Mode], processes: int | None = None) -> None:
-    """Trace a compiled potential and have its code made by other processes, unless that was done before.
+def precompile(
+    potential: Potential, modes: Sequence[Mode], graph: Graph | None = None, processes: int | None = None
+) -> None:
+    """Trace a compiled potential and have the stages compiled that no file has yet.
 
-    Where it is not worth it, or fails, code is made as ever: when it is needed.
+    Where other processes are not worth it, or fail, code is made as ever: when it is needed.
 
     Args:
         potential: After `compile_potential`.
         modes: How it is going to be called.
+        graph: Of which a part is computed in eager mode in the meantime, since on a GPU that makes the kernels of the
+            operators.
         processes: As many as there are processors for, up to 8, by default; below 4 processors none.
     """
     if processes is None:
         processes = _affordable(potential.reference_energies.device)
     if processes < 2:
         return
-    task = _task(potential, modes)
-    mark = _mark(task)
-    if mark.exists():
-        return
-    about = {
-        "path": [p or os.getcwd() for p in sys.path],
-        "compile_threads": max(1, _processors() // processes),
-    }
-    with _started([task | about | {"share": [i, processes]} for i in range(processes)]) as started:
+    with _workshop(processes) as workshop:
         for mode in modes:
-            _outline(potential, mode)
-        errors = [text for process, log in started if (text := _outcome(process, log))]
-    if errors:
-        _log.warning("compilation in other processes failed, so it goes on in this one: %s", errors[0])
-    else:
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+            _outline(potential, mode, workshop)
+        if workshop.workers and graph is not None and graph.positions.is_cuda:
+            for mode in modes:
+                with _called_as(mode, potential), in_eager_mode(potential), suppress(torch.OutOfMemoryError):
+                    probe(potential, first_atoms(graph, _PROBED))
+        if error := workshop.finish():
+            _log.warning("compilation in other processes failed, so it goes on in this one: %s", error)
 
 
 def _affordable(device: torch.device) -> int:
@@ -86,95 +84,151 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _task(potential: Potential, modes: Sequence[Mode]) -> dict[str, Any]:
-    return {
-        "config": potential.config.model_dump_json(),
-        "dtype": _name(potential.dtype),
-        "device": str(potential.reference_energies.device),
-        "modes": [[m.training, m.autocast and _name(m.autocast)] for m in modes],
-        "threads": torch.get_num_threads(),  # part of the code that is made for a processor
-    }
+_Tasks = queue.PriorityQueue[tuple[int, int, Stage | None]]
+"""By priority; numbers keep those of a kind in order. None ends a process."""
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+class _Workshop:
+    """Processes that compile stages.
+
+    Args:
+        processes: How many.
+    """
+
+    def __init__(self, processes: int):
+        self.processes = processes
+        self.tasks: _Tasks = queue.PriorityQueue()
+        self.numbers = itertools.count()
+        self.workers: list[_Worker] = []
+        self.threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start the processes unless they run."""
+        if not self.workers:
+            self.workers += [_Worker(_processors() // self.processes) for _ in range(self.processes)]
+            self.threads += [
+                threading.Thread(target=w.work, args=(self.tasks,), daemon=True) for w in self.workers
+            ]
+            for thread in self.threads:
+                thread.start()
+
+    def add(self, stages: Sequence[Stage]) -> None:
+        """Have stages compiled, but those whose code is there."""
+        for stage in stages:
+            if stage.file is not None and not stage.empty and not stage.is_made():
+                self.start()
+                length = stage.recipe.source.count("\n")
+                self.tasks.put((-length, next(self.numbers), stage))  # the longest first
+
+    def finish(self) -> str:
+        """Wait for the processes; the last words of one that failed."""
+        for _ in self.workers:
+            self.tasks.put((1, next(self.numbers), None))
+        for thread in self.threads:
+            thread.join()
+        return next((w.error for w in self.workers if w.error), "")
+
+    def end(self) -> None:
+        """End the processes, whatever they do."""
+        for worker in self.workers:
+            worker.process.kill()
+        self.finish()
+        for worker in self.workers:
+            worker.log.close()
 
 
-def _mark(task: dict[str, Any]) -> Path:
-    """File in the compiler's cache that says that a task was done by these versions on such a device."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+class _Worker:
+    """A process that compiles one stage after the other."""
 
-    device = torch.device(task["device"])
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    digest = hashlib.sha256(json.dumps([task, torch.__version__, gpu], sort_keys=True).encode())
-    for source in sorted(Path(__file__).parents[1].glob("[kmp]*/*.py")):  # kernels, model, potential
-        digest.update(source.read_bytes())
-    return Path(cache_dir()) / "dpa4" / digest.hexdigest()
+    def __init__(self, compile_threads: int):
+        self.error = ""
+        self.log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self.process = subprocess.Popen(
+            _command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
+        self.start = {
+            "path": [p or os.getcwd() for p in sys.path],
+            "compile_threads": max(1, compile_threads),
+            "threads": torch.get_num_threads(),  # part of the code that is made for a processor
+        }
+
+    def work(self, tasks: _Tasks) -> None:
+        """Compile tasks until one is None or the process fails."""
+        assert self.process.stdin and self.process.stdout
+        try:
+            self._tell(self.start)
+            while (stage := tasks.get()[-1]) is not None:
+                self._tell([stage.recipe, str(stage.file)])
+                if not self.process.stdout.readline():
+                    break
+            self.process.stdin.close()
+        except OSError:  # it says in its log why it did not read
+            pass
+        if self.process.wait() != 0:
+            self.log.seek(0)
+            self.error = self.log.read()[-2000:].strip() or f"exit status {self.process.returncode}"
+
+    def _tell(self, what: Any) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(what) + "\n")
+        self.process.stdin.flush()
+
+
+@contextmanager
+def _workshop(processes: int) -> Iterator[_Workshop]:
+    """A workshop of which no process is left at the end."""
+    workshop = _Workshop(processes)
+    try:
+        yield workshop
+    finally:
+        workshop.end()
 
 
 def _command() -> list[str]:
-    """Runs the task on its standard input, with modules from where this process has them."""
+    """Runs what `_Worker` asks for on its standard input, with modules from where this process has them."""
     program = (
-        "import json, sys; task = json.load(sys.stdin); sys.path[:] = task['path']; "
-        "from dpa4.potential.precompile import run; run(task)"
+        "import json, sys; start = json.loads(sys.stdin.readline()); sys.path[:] = start['path']; "
+        "from dpa4.kernels.worker import run; run(start)"
     )
     return [sys.executable, "-c", program]
 
 
-@contextmanager
-def _started(tasks: Sequence[dict[str, Any]]) -> Iterator[list[tuple[subprocess.Popen[str], IO[str]]]]:
-    """Processes at work on the tasks, and files with what they say; at the end none is left."""
-    started: list[tuple[subprocess.Popen[str], IO[str]]] = []
-    try:
-        for task in tasks:
-            log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-            process = subprocess.Popen(
-                _command(),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                text=True,
-            )
-            started.append((process, log))
-            assert process.stdin
-            with suppress(BrokenPipeError), process.stdin:  # it says in its log why it did not read
-                process.stdin.write(json.dumps(task))
-        yield started
-    finally:
-        for process, log in started:
-            process.kill()
-            process.wait()
-            log.close()
+def _outline(potential: Potential, mode: Mode, workshop: _Workshop) -> None:
+    """Trace everything that calls in a mode need, without computing anything.
 
-
-def _outcome(process: subprocess.Popen[str], log: IO[str]) -> str:
-    """Wait for a process; its last words if it failed."""
-    if process.wait() == 0:
-        return ""
-    log.seek(0)
-    return log.read()[-2000:].strip() or f"exit status {process.returncode}"
-
-
-def _outline(potential: Potential, mode: Mode) -> list[Stage]:
-    """Trace everything that calls in a mode need, without computing anything; the new stages."""
-    model, codes = potential.model, {region.code for region in regions(potential)}
-    before = potential.training, model.block_autocast
+    Args:
+        potential: After `compile_potential`.
+        mode: The mode.
+        workshop: Gets the stages of each region as soon as they are known.
+    """
+    codes = {region.code for region in regions(potential)}
     reports = {code: code.report for code in codes}
     known = {id(stage): stage.function for code in codes for stage in code.stages()}
     for code in codes:
         code.make, code.report = Stage.outline, lambda name, seconds: None
+        code.tracing, code.added = workshop.start, workshop.add
     try:
-        potential.train(mode.training)
-        model.block_autocast = mode.autocast
-        potential(_triatomic(potential))
+        with _called_as(mode, potential):
+            potential(_triatomic(potential))
     finally:
-        potential.train(before[0])
-        model.block_autocast = before[1]
         for code in codes:
             code.make, code.report = Stage.compile, reports[code]
+            code.tracing, code.added = lambda: None, lambda stages: None
             for stage in code.stages():  # none may go on without values
                 stage.function = known.get(id(stage))
-    return [s for code in codes for s in code.stages() if id(s) not in known and not s.empty]
+
+
+@contextmanager
+def _called_as(mode: Mode, potential: Potential) -> Iterator[None]:
+    """Within the block a potential is in a mode."""
+    before = potential.training, potential.model.block_autocast
+    try:
+        potential.train(mode.training)
+        potential.model.block_autocast = mode.autocast
+        yield
+    finally:
+        potential.train(before[0])
+        potential.model.block_autocast = before[1]
 
 
 def _triatomic(potential: Potential) -> Graph:
@@ -183,35 +237,3 @@ def _triatomic(potential: Potential) -> Graph:
     positions = length * np.eye(3)
     graph = build_graph([number] * 3, positions, np.zeros((3, 3)), np.zeros(3, dtype=bool), 2 * length)
     return graph.to(potential.reference_energies.device)
-
-
-def compile_share(task: dict[str, Any]) -> None:
-    """Compile a share of the stages of a network; together the shares are all of them."""
-    dtype = getattr(torch, task["dtype"])
-    potential = Potential(ModelConfig.model_validate_json(task["config"])).to(task["device"], dtype)
-    compile_potential(potential)
-    stages: list[Stage] = []
-    for training, autocast in task["modes"]:
-        stages += _outline(potential, Mode(training, autocast and getattr(torch, autocast)))
-    for i in _share([len(stage.graph.graph.nodes) for stage in stages], *task["share"]):
-        stages[i].compile()
-
-
-def _share(lengths: Sequence[int], process: int, processes: int) -> list[int]:
-    """Pieces of work for one of several processes, largest first; each goes to the one with the least work so far."""
-    load, own = [0] * processes, []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        least = load.index(min(load))  # the same in every process
-        load[least] += lengths[i]
-        if least == process:
-            own.append(i)
-    return own
-
-
-def run(task: dict[str, Any]) -> None:
-    """What one of the processes does."""
-    import torch._inductor.config as inductor
-
-    torch.set_num_threads(task["threads"])
-    inductor.compile_threads = task["compile_threads"]
-    compile_share(task)

@@ -116,9 +116,14 @@ class Room:
 
     def take(self, graph: Graph) -> None:
         """Put another structure there."""
-        for name, new in graph._asdict().items():
-            if name != "structure":  # is known
-                getattr(self.graph, name)[: len(new)].copy_(new)
+        # One launch for each type: in small systems launches take longer than copies.
+        for fields in (
+            ("positions", "cell", "shift"),
+            ("atomic_numbers", "source", "destination", "charge_spin"),
+        ):
+            new = [getattr(graph, field) for field in fields]
+            own = [getattr(self.graph, field)[: len(t)] for field, t in zip(fields, new, strict=True)]
+            torch._foreach_copy_(own, new)
         self.num_atoms.fill_(graph.num_atoms)
         self.num_edges.fill_(graph.num_edges)
 

@@ -103,7 +103,8 @@ class CompiledTraining:
         # Also in a resumed run from the first epoch: the same run finds the same.
         order = batches.indices(0)
         batch = next((b for b in order if _is_compiled(batches.dataset.batch(b).graph)), order[0])
-        self.potential.check(batches.dataset.batch(batch).graph)
+        graph = batches.dataset.batch(batch).graph
+        self.potential.check(graph)
         device, before = self.potential.reference_energies.device, self.potential.training
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
@@ -112,7 +113,7 @@ class CompiledTraining:
         ):
             try:
                 if training:
-                    self._compile()
+                    self._compile(graph.to(device))
                 line = self._self_check(batches, batch, training)
             except Exception as error:
                 self._give_up(error)
@@ -121,11 +122,11 @@ class CompiledTraining:
         self._status = None
         self.potential.train(before)
 
-    def _compile(self) -> None:
+    def _compile(self, graph: Graph) -> None:
         compile_potential(self.potential, self._report)
         modes = [Mode(training=True, autocast=self.potential.model.block_autocast), Mode(training=False)]
         start = time.monotonic()
-        precompile(self.potential, modes)
+        precompile(self.potential, modes, graph)
         self.seconds += time.monotonic() - start
 
     def _self_check(self, batches: EpochBatches, batch: Sequence[int], training: bool) -> str:
