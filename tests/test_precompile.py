@@ -49,18 +49,17 @@ def test_tracing_ahead_is_what_calls_trace_later(compilations):
     """All stages of all modes are there before anything is called, and calls give what they did."""
     potential = random_potential(n_blocks=1, charge_spin=True)
     compile_potential(potential)
-    for mode, expected in zip(
-        MODES, (23, 12), strict=True
-    ):  # six parts of four stages, one of them empty, or of two
+    # Six parts of four stages, one of them empty; or of two, and one of constants, which the geometry has not.
+    for mode, expected in zip(MODES, (23, 17), strict=True):
         assert len(module._outline(potential, mode)) == expected
     # Nothing is left without values by a second time, either.
     assert module._outline(potential, MODES[1]) == []
-    assert compilations == [] and len(stages(potential)) == 35
+    assert compilations == [] and len(stages(potential)) == 40
     graph = graph_of(molecule())
     for mode in MODES:
         found = compare_with_eager(potential.train(mode.training), graph)
         assert max(found.values()) < 1e-11  # float64
-    assert len(compilations) == len(stages(potential)) == 35
+    assert len(compilations) == len(stages(potential)) == 40
 
 
 def test_tracing_leaves_the_potential_as_it_was(compilations):
@@ -95,7 +94,7 @@ def test_two_processes_make_every_piece_once(compilations):
     shared = sorted(compilations)
     compilations.clear()
     module.compile_share(task | {"share": [0, 1]})
-    assert sorted(compilations) == shared and len(shared) == 12
+    assert sorted(compilations) == shared and len(shared) == 17
 
 
 def test_what_another_process_made_is_not_made_again(untraced, cache, monkeypatch):

@@ -4,15 +4,16 @@ Training on forces differentiates twice, which the compiler's own autograd does 
 parameters p and arguments x is therefore traced once through all that such a step asks of it, the four stages of
 `dpa4.kernels.twice`. The trace is a flat graph of ATen operators and kernels in which nothing is left to
 differentiate. It is cut into the stages: products of matrices and kernels over edges are computed once and kept for
-later stages, everything else is computed again where it is needed, since reading it from memory would take as long
-(docs/adr/0011).
+later stages, everything else is computed again where it is needed, since reading it from memory would take as long.
+Outside of training, what depends on weights alone (parameters and buffers) is a stage of its own, computed once for
+many calls (docs/adr/0011).
 """
 
 import math
 import operator
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch._inductor
@@ -33,7 +34,7 @@ Axis = Literal[
 ]
 """What the leading axis of an argument counts.
 
-"center" are the nodes that receive; "static" does not vary, and such arguments are taken for parameters. Data are
+"center" are the nodes that receive; "static" does not vary, and such arguments are taken for weights. Data are
 what no parameter influences, such as the geometry: they have a derivative in stage 1, that of the forces, but none
 in stage 3.
 """
@@ -81,7 +82,7 @@ class RegionCode:
 
     def stages(self) -> list["Stage"]:
         """Of all programs."""
-        return [stage for program in self.programs.values() for stage in program.stages]
+        return [s for program in self.programs.values() for s in (program.constants, *program.stages)]
 
 
 class Region:
@@ -117,6 +118,7 @@ class Region:
         named = [*module.named_parameters(), *module.named_buffers()]
         named = [(n, t) for n, t in named if f"{n}.".startswith(prefixes)]
         self.names, self.tensors = [n for n, _ in named], [t for _, t in named]
+        self.constants: dict[_Program, _Constants] = {}
 
     def __call__(self, *args: Any) -> Any:
         """The method's result for its arguments."""
@@ -128,7 +130,9 @@ class Region:
         if min(sizes.values()) < 2:  # compilers treat sizes 0 and 1 as special
             return self.eager(*args)
         program = self._program(leaves, spec, sizes)
-        return pytree.tree_unflatten(twice.apply(program, [*self.tensors, *leaves]), program.out_spec)
+        inputs = [*self.tensors, *leaves]
+        results = twice.apply(program, [*inputs, *self._constants(program, inputs)])
+        return pytree.tree_unflatten(results, program.out_spec)
 
     def _program(self, leaves: list[Maybe], spec: Any, sizes: dict[str, int]) -> "_Program":
         inputs = [*self.tensors, *leaves]
@@ -150,9 +154,40 @@ class Region:
                 break
         return self.code.programs[key]
 
+    def _constants(self, program: "_Program", inputs: Sequence[Maybe]) -> list[Tensor]:
+        """What a program computes of the weights alone, anew where they have changed."""
+        if program.constants.empty:
+            return []
+        weights = [t for _, i in program.constants.takes if (t := inputs[i]) is not None]
+        # With the code: some is for tracing only and returns no values (`Stage.outline`).
+        origin = program.code_of(program.constants), versions(weights)
+        if program not in self.constants or self.constants[program].origin != origin:
+            held = [t.detach() for t in weights]
+            self.constants[program] = _Constants(origin, held, program.constants_of(inputs))
+        return self.constants[program].values
+
+
+class _Constants(NamedTuple):
+    """What a region remembers between calls of a program."""
+
+    origin: Any  # code and `versions` of the weights
+    weights: list[Tensor]  # held, since the memory of others could have the same address
+    values: list[Tensor]
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Differs from what it was if tensors have changed, in place or by an assignment to ``.data``.
+
+    Like autograd, it does not see what is changed in place through ``.data``.
+    """
+    return [*map(operator.attrgetter("_version"), tensors), *map(Tensor.data_ptr, tensors)]
+
 
 class _Program:
-    """The stages of a region for one kind of arguments."""
+    """The stages of a region for one kind of arguments.
+
+    Inputs are the tensors of the region, the arguments, and the results of the stage of constants.
+    """
 
     def __init__(
         self,
@@ -165,7 +200,6 @@ class _Program:
         keep: bool,
     ):
         self.code, self.device = region.code, device
-        self.num_inputs = len(inputs)
         axes = ["static"] * len(region.tensors) + region.code.axes
         data = [False] * len(region.tensors) + region.code.data
         differentiable = [t is not None and t.requires_grad for t in inputs]
@@ -232,7 +266,11 @@ class _Program:
             graph = make_fx(traced)(*flat).graph
         # Every stage gets an argument of each axis, so that it knows all symbolic sizes.
         shaped = [(0, axes.index(a)) for a in _COUNTED if a in axes]
-        self.stages = _cut(graph, layout, shaped, keep)
+        fixed = {(0, i) for i, a in enumerate(axes) if a == "static" and not training}
+        self.constants, self.stages = _cut(graph, layout, shaped, keep, fixed, len(inputs))
+        hoisted = [False] * len(self.constants.results)  # nothing is differentiated by them
+        self.num_inputs = len(inputs) + len(hoisted)
+        self.mask, self.last_mask = self.mask + hoisted, self.last_mask + hoisted
         self.once = not training
         self.elements = _elements(graph, {s: a for s, a in symbols.items() if a in axes})
 
@@ -241,15 +279,26 @@ class _Program:
         piece, exists = self.stages[stage], self.exists[stage]
         if piece.empty:
             return [None for _ in exists], []
-        flat = [t.contiguous() for t in (given[group][i] for group, i in piece.takes) if t is not None]
+        found = iter(self._call(piece, given))
+        return [next(found) if e else None for e in exists], list(found)
+
+    def constants_of(self, inputs: Sequence[Maybe]) -> list[Tensor]:
+        """Results of the stage of constants; contiguous, else every call would copy them."""
+        return [t.contiguous() for t in self._call(self.constants, [inputs])]
+
+    def code_of(self, piece: "Stage") -> Callable[..., Sequence[Tensor]]:
+        """Code of a stage, made when first needed."""
         if piece.function is None:
             start = time.monotonic()
             piece.function = self.code.make(piece)
             self.code.report(self.code.name, time.monotonic() - start)
+        return piece.function
+
+    def _call(self, piece: "Stage", given: Sequence[Sequence[Maybe]]) -> Sequence[Tensor]:
+        flat = [t.contiguous() for t in (given[group][i] for group, i in piece.takes) if t is not None]
+        function = self.code_of(piece)
         with torch.no_grad(), torch.autocast(self.device, enabled=False):  # the casts are part of the code
-            results = piece.function(*flat)
-        found = iter(results)
-        return [next(found) if e else None for e in exists], list(found)
+            return function(*flat)
 
     def without_first(self, given: list[list[Maybe]], grads: Sequence[Tensor]) -> list[Maybe]:
         """See `dpa4.kernels.twice.Stages`; stages 1 and 2 of zeros."""
@@ -266,7 +315,8 @@ class Stage:
     def __init__(self, graph: fx.GraphModule, takes: list[tuple[int, int]], examples: list[Any]):
         self.graph, self.takes, self.examples = graph, takes, examples
         self.function: Callable[..., Sequence[Tensor]] | None = None
-        self.empty = not graph.graph.output_node().args[0]  # nothing is asked of it
+        self.results: Any = graph.graph.output_node().args[0]
+        self.empty = not self.results  # nothing is asked of it
 
     def compile(self) -> Callable[..., Sequence[Tensor]]:
         """Its code, from the compiler's cache on disk if it is there."""
@@ -281,7 +331,7 @@ class Stage:
 
     def outline(self) -> Callable[..., Sequence[Tensor]]:
         """A function that returns results of the right shapes without values."""
-        results = [n.meta["val"] for n in self.graph.graph.output_node().args[0]]  # type: ignore[union-attr]
+        results = [n.meta["val"] for n in self.results]
 
         def function(*given: Tensor) -> list[Tensor]:
             sizes: dict[Any, int] = {}
@@ -307,8 +357,13 @@ def _parts_bound_memory(device: torch.device) -> bool:
 
 
 def _cut(
-    joint: fx.Graph, layout: list[tuple[int, int]], shaped: list[tuple[int, int]], keep: bool
-) -> list[Stage]:
+    joint: fx.Graph,
+    layout: list[tuple[int, int]],
+    shaped: list[tuple[int, int]],
+    keep: bool,
+    fixed: set[tuple[int, int]],
+    num_inputs: int,
+) -> tuple[Stage, list[Stage]]:
     """Cut a graph that returns the results of all stages into the stages.
 
     Args:
@@ -316,12 +371,19 @@ def _cut(
         layout: Group and position of every placeholder, see `_Program.run`.
         shaped: Placeholders that every stage gets.
         keep: Whether stages keep results for later ones.
+        fixed: Placeholders that change so rarely that what depends on them alone is cut off.
+        num_inputs: Original inputs.
+
+    Returns:
+        The stage of what was cut off, whose results are further inputs of the others; and those.
     """
     joint = fx_graph_cse(joint)
     nodes = list(joint.nodes)
     place = dict(zip([n for n in nodes if n.op == "placeholder"], layout, strict=True))
     outputs: list[list[fx.Node]] = nodes[-1].args[0]  # type: ignore[assignment]
     order = {n: i for i, n in enumerate(nodes)}
+    constants = _constants(nodes, {n for n, p in place.items() if p in fixed})
+    hoisted: set[fx.Node] = set()
     made: dict[fx.Node, int] = {}  # stage that computes a node first
     kept: list[list[fx.Node]] = [[] for _ in outputs]
     needed: list[tuple[set[fx.Node], set[fx.Node]]] = []
@@ -333,6 +395,9 @@ def _cut(
                 continue
             if n in place:
                 taken.add(n)
+            elif n in constants and n not in results:  # a result that is an argument would be an alias
+                taken.add(n)
+                hoisted.add(n)
             elif keep and (maker := made.get(_kernel(n), stage)) < stage and _worth_keeping(n):
                 taken.add(n)
                 if n not in kept[maker]:
@@ -344,13 +409,10 @@ def _cut(
         for n in inside:
             made.setdefault(n, stage)
         needed.append((taken, inside))
-    for stage, members in enumerate(kept):
-        place |= {n: (2 * stage + 1, i) for i, n in enumerate(members)}
-    position = {p: n for n, p in place.items()}
-    stages = []
-    for (taken, inside), results, members in zip(needed, outputs, kept, strict=True):
+
+    def piece(taken: set[fx.Node], inside: set[fx.Node], results: Sequence[fx.Node]) -> Stage:
         graph, copies, examples = fx.Graph(), {}, []
-        arguments = sorted(taken | {position[p] for p in shaped}, key=order.__getitem__)
+        arguments = sorted(taken, key=order.__getitem__)
         for n in arguments:
             copies[n] = graph.placeholder(n.name)
             with n.meta["val"].fake_mode:
@@ -358,9 +420,45 @@ def _cut(
             copies[n].meta["val"] = examples[-1]
         for n in sorted(inside, key=order.__getitem__):
             copies[n] = graph.node_copy(n, copies.__getitem__)
-        graph.output([copies[n] for n in (*results, *members)])
-        stages.append(Stage(fx.GraphModule({}, graph), [place[n] for n in arguments], examples))
-    return stages
+        graph.output([copies[n] for n in results])
+        return Stage(fx.GraphModule({}, graph), [place[n] for n in arguments], examples)
+
+    members = sorted(hoisted, key=order.__getitem__)
+    before = _ancestors(members)
+    first = piece(before & place.keys(), before - place.keys(), members)
+    place |= {n: (0, num_inputs + i) for i, n in enumerate(members)}
+    for stage, members in enumerate(kept):
+        place |= {n: (2 * stage + 1, i) for i, n in enumerate(members)}
+    position = {p: n for n, p in place.items()}
+    everywhere = {position[p] for p in shaped}
+    return first, [
+        piece(taken | everywhere, inside, [*results, *members])
+        for (taken, inside), results, members in zip(needed, outputs, kept, strict=True)
+    ]
+
+
+def _constants(nodes: Sequence[fx.Node], weights: set[fx.Node]) -> set[fx.Node]:
+    """What is computed of weights alone. Views of them are not: they cost nothing."""
+    if not weights:
+        return set()
+    fixed, found = set(weights), set()
+    for n in nodes:
+        if n.op == "call_function" and fixed.issuperset(n.all_input_nodes):
+            fixed.add(n)
+            is_view = getattr(_kernel(n).target, "is_view", False) if n.all_input_nodes else True
+            if not is_view and isinstance(n.meta["val"], Tensor):
+                found.add(n)
+    return found
+
+
+def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Nodes and all that they are computed from."""
+    found, todo = set(), list(nodes)
+    while todo:
+        if (n := todo.pop()) not in found:
+            found.add(n)
+            todo += n.all_input_nodes
+    return found
 
 
 def _worth_keeping(n: fx.Node) -> bool:
