@@ -382,7 +382,7 @@ def _cut(
     place = dict(zip([n for n in nodes if n.op == "placeholder"], layout, strict=True))
     outputs: list[list[fx.Node]] = nodes[-1].args[0]  # type: ignore[assignment]
     order = {n: i for i, n in enumerate(nodes)}
-    constants = _constants(nodes, {n for n, p in place.items() if p in fixed})
+    constants = _of_weights_alone(nodes, {n for n, p in place.items() if p in fixed})
     hoisted: set[fx.Node] = set()
     made: dict[fx.Node, int] = {}  # stage that computes a node first
     kept: list[list[fx.Node]] = [[] for _ in outputs]
@@ -395,7 +395,7 @@ def _cut(
                 continue
             if n in place:
                 taken.add(n)
-            elif n in constants and n not in results:  # a result that is an argument would be an alias
+            elif n in constants:
                 taken.add(n)
                 hoisted.add(n)
             elif keep and (maker := made.get(_kernel(n), stage)) < stage and _worth_keeping(n):
@@ -410,34 +410,42 @@ def _cut(
             made.setdefault(n, stage)
         needed.append((taken, inside))
 
-    def piece(taken: set[fx.Node], inside: set[fx.Node], results: Sequence[fx.Node]) -> Stage:
-        graph, copies, examples = fx.Graph(), {}, []
-        arguments = sorted(taken, key=order.__getitem__)
-        for n in arguments:
-            copies[n] = graph.placeholder(n.name)
-            with n.meta["val"].fake_mode:
-                examples.append(_contiguous_like(n.meta["val"]))
-            copies[n].meta["val"] = examples[-1]
-        for n in sorted(inside, key=order.__getitem__):
-            copies[n] = graph.node_copy(n, copies.__getitem__)
-        graph.output([copies[n] for n in results])
-        return Stage(fx.GraphModule({}, graph), [place[n] for n in arguments], examples)
-
     members = sorted(hoisted, key=order.__getitem__)
     before = _ancestors(members)
-    first = piece(before & place.keys(), before - place.keys(), members)
+    first = _stage(before & place.keys(), before - place.keys(), members, place, order)
     place |= {n: (0, num_inputs + i) for i, n in enumerate(members)}
     for stage, members in enumerate(kept):
         place |= {n: (2 * stage + 1, i) for i, n in enumerate(members)}
     position = {p: n for n, p in place.items()}
     everywhere = {position[p] for p in shaped}
     return first, [
-        piece(taken | everywhere, inside, [*results, *members])
+        _stage(taken | everywhere, inside, [*results, *members], place, order)
         for (taken, inside), results, members in zip(needed, outputs, kept, strict=True)
     ]
 
 
-def _constants(nodes: Sequence[fx.Node], weights: set[fx.Node]) -> set[fx.Node]:
+def _stage(
+    taken: set[fx.Node],
+    inside: set[fx.Node],
+    results: Sequence[fx.Node],
+    place: dict[fx.Node, tuple[int, int]],
+    order: dict[fx.Node, int],
+) -> Stage:
+    """A stage that is given some nodes and computes others."""
+    graph, copies, examples = fx.Graph(), {}, []
+    arguments = sorted(taken, key=order.__getitem__)
+    for n in arguments:
+        copies[n] = graph.placeholder(n.name)
+        with n.meta["val"].fake_mode:
+            examples.append(_contiguous_like(n.meta["val"]))
+        copies[n].meta["val"] = examples[-1]
+    for n in sorted(inside, key=order.__getitem__):
+        copies[n] = graph.node_copy(n, copies.__getitem__)
+    graph.output([copies[n] for n in results])
+    return Stage(fx.GraphModule({}, graph), [place[n] for n in arguments], examples)
+
+
+def _of_weights_alone(nodes: Sequence[fx.Node], weights: set[fx.Node]) -> set[fx.Node]:
     """What is computed of weights alone. Views of them are not: they cost nothing."""
     if not weights:
         return set()
