@@ -157,7 +157,8 @@ def _outcome(process: subprocess.Popen[str], log: IO[str]) -> str:
 
 def _outline(potential: Potential, mode: Mode) -> list[Stage]:
     """Trace everything that calls in a mode need, without computing anything; the new stages."""
-    model, codes = potential.model, {region.code for region in regions(potential)}
+    # In the order of the network, in every process: stages of one length are shared by their order.
+    model, codes = potential.model, dict.fromkeys(region.code for region in regions(potential))
     before = potential.training, model.block_autocast
     reports = {code: code.report for code in codes}
     known = {id(stage): stage.function for code in codes for stage in code.stages()}
