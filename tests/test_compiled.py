@@ -11,12 +11,15 @@ from torch import nn
 from torch.nn import functional
 
 from dpa4.graph import collate
+from dpa4.kernels import matmul
 from dpa4.kernels import region as regions
+from dpa4.kernels import trace as tracing
 from dpa4.kernels.incidence import Incidence
 from dpa4.kernels.region import Region, RegionCode
 from dpa4.kernels.segments import gather, segment_sum
+from dpa4.kernels.stage import graph_of as recorded
 from dpa4.model.config import Bridging
-from dpa4.potential import Potential
+from dpa4.potential import Potential, precompile
 from dpa4.potential.compiled import (
     compare_with_eager,
     compile_potential,
@@ -182,6 +185,158 @@ def test_kept_products_are_not_computed_again(compilations):
     assert counts[0] < counts[1]
 
 
+class Merged(Layer):
+    """A layer whose weights are multiplied with each other, with an argument that is one, and transposed."""
+
+    def apply_to(self, x, length, source, center, last):
+        merged = self.inner.weight @ self.outer.weight @ last.mT
+        message = functional.silu(gather(x @ merged.mT, source) * length[:, None] * last.exp().sum())
+        return segment_sum(message @ self.inner.weight.mT, center), message.square().sum(-1)
+
+
+def as_merged_region(layer: Merged, code: RegionCode | None = None) -> RegionCode:
+    code = code or RegionCode("merged", ("node", "edge", SOURCE, CENTER, "static"))
+    layer.region = Region(layer, "apply_to", ["inner", "outer"], code)
+    return code
+
+
+def energy_and_forces(function, last, x, length, source, center):
+    length = length.clone().requires_grad_()
+    total, own = function(x, length, source, center, last)
+    return [total, own, *torch.autograd.grad(total.sin().sum() + own.sum(), length)]
+
+
+def assert_as_eager(layer: Merged, last, given) -> None:
+    found, expected = (energy_and_forces(f, last, *given) for f in (layer.region, layer.apply_to))
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b)
+
+
+def test_what_depends_on_weights_alone_is_computed_once(compile_as):
+    runs = []
+
+    def counted(graph):
+        def run(*flat):
+            runs.append(graph)
+            return graph(*flat)
+
+        return run
+
+    graphs = compile_as(counted)
+    layer, last = Merged().eval(), torch.randn(WIDTH, WIDTH, dtype=torch.float64)
+    code = as_merged_region(layer)
+    for n in (5, 7):
+        assert_as_eager(layer, last, arguments(n, 20))
+    (program,) = code.programs.values()
+    assert code.stages() == [program.constants, *program.stages]
+    assert [runs.count(graph) for graph in graphs] == [1, 2, 2]
+    # the merged weight, and the sum; what is transposed is a view of a weight
+    assert len(program.constants.recipe.results) == 2
+    assert_only_views_of_weights(program, 1 + len(layer.region.tensors))
+
+
+def assert_only_views_of_weights(program, fixed_inputs: int) -> None:
+    """Stages compute nothing of constants and weights alone, whose sizes are all fixed."""
+    for stage in program.stages:
+        nodes = list(recorded(stage.recipe).nodes)
+        placeholders = [n for n in nodes if n.op == "placeholder"]
+        fixed = {
+            n
+            for n, spec in zip(placeholders, stage.recipe.arguments, strict=True)
+            if all(isinstance(length, int) for length in spec.shape)
+        }
+        assert len(fixed) <= fixed_inputs + len(program.constants.recipe.results)
+        for n in nodes:
+            if n.op == "call_function" and n.all_input_nodes and fixed.issuperset(n.all_input_nodes):
+                assert n.target.is_view, n.format_node()
+                fixed.add(n)
+
+
+@pytest.mark.parametrize("kind", ["step", "load", "copy", "data", "argument"])
+def test_changed_weights_are_seen(compilations, kind):
+    layer = Merged().eval()
+    owner = nn.Linear(WIDTH, WIDTH).double()
+    as_merged_region(layer)
+    given = arguments(6, 20)
+    assert_as_eager(layer, owner.weight.mT, given)
+    before = energy_and_forces(layer.region, owner.weight.mT, *given)[0]
+    other = Merged(1)
+    if kind == "step":
+        for p in layer.parameters():
+            p.grad = torch.ones_like(p)
+        torch.optim.SGD(layer.parameters(), 0.1).step()
+    elif kind == "load":
+        layer.load_state_dict(other.state_dict())
+    elif kind == "copy":
+        torch._foreach_copy_([p.detach() for p in layer.parameters()], [*other.parameters()])
+    elif kind == "data":
+        layer.inner.weight.data = other.inner.weight.data
+    else:
+        with torch.no_grad():
+            owner.weight.mul_(1.1)
+    assert_as_eager(layer, owner.weight.mT, given)
+    after = energy_and_forces(layer.region, owner.weight.mT, *given)[0]
+    assert not torch.allclose(before, after)
+
+
+def test_arguments_that_come_and_go_are_not_mistaken_for_each_other(compilations):
+    """Memory that is given back is often taken by the next tensor: same address, same version."""
+    layer, given = Merged().eval(), arguments(6, 20)
+    as_merged_region(layer)
+    for k in range(5):
+        assert_as_eager(layer, torch.full((WIDTH, WIDTH), 0.1 * k, dtype=torch.float64), given)
+
+
+def test_code_is_shared_and_constants_are_not(compilations):
+    layers, code, given = [Merged(0).eval(), Merged(1).eval()], None, arguments(6, 20)
+    last = torch.randn(WIDTH, WIDTH, dtype=torch.float64)
+    for layer in layers:
+        code = as_merged_region(layer, code)
+    for _ in range(2):
+        for layer in layers:
+            assert_as_eager(layer, last, given)
+    assert len(compilations) == 3
+
+
+def test_training_computes_everything_of_its_weights(compilations):
+    potential = random_potential(n_blocks=1).train()
+    compile_potential(potential)
+    potential(batches(1)[0])
+    programs = [p for region in regions_of(potential) for p in region.code.programs.values()]
+    assert programs and all(p.constants.empty for p in programs)
+    assert not any(region.constants for region in regions_of(potential))
+
+
+@pytest.mark.parametrize("options", [{}, {"n_focus": 2, "radial_so2_rank": 2, "ffn_on": "s2"}])
+def test_evaluation_of_a_potential_computes_nothing_of_weights_alone(compilations, options):
+    potential = random_potential(**options).eval()
+    compile_potential(potential)
+    assert compare_with_eager(potential, batches(1)[0])["forces"] < 1e-11
+    with torch.no_grad():
+        for p in potential.parameters():
+            p.mul_(1.1)
+    assert compare_with_eager(potential, batches(1)[0])["forces"] < 1e-11
+    for region in regions_of(potential):
+        for program in region.code.programs.values():
+            assert_only_views_of_weights(program, len(region.tensors) + 1)
+
+
+def test_weights_are_split_once(compilations, own_files, monkeypatch):
+    """As on a GPU, where products in float32 are those of pieces of weights."""
+    monkeypatch.setattr(matmul, "_is_split", lambda x: True)
+    potential = random_potential(n_blocks=1).float().eval()
+    compile_potential(potential)
+    precompile._outline(potential, precompile.Mode(training=False), precompile._Workshop(0))
+
+    def splits(stage) -> int:
+        return sum(n.target is torch.ops.dpa4.split_weights.default for n in recorded(stage.recipe).nodes)
+
+    programs = [p for region in regions_of(potential) for p in region.code.programs.values()]
+    assert sum(splits(stage) for p in programs for stage in p.stages) == 0
+    assert sum(splits(p.constants) for p in programs) >= 4
+    assert compilations == []
+
+
 @pytest.mark.parametrize(("max_kept", "calls"), [(100, 1), (0, 2)])
 def test_kernels_with_several_results(compilations, max_kept, calls):
     """All that is needed of the results of one call is kept, or computed again."""
@@ -193,7 +348,7 @@ def test_kernels_with_several_results(compilations, max_kept, calls):
 
 
 def test_sizes_beyond_32_bits_get_their_own_code(compilations, monkeypatch):
-    monkeypatch.setattr(regions, "_INDEX_LIMIT", 30 * WIDTH)
+    monkeypatch.setattr(regions, "INDEX_LIMIT", 30 * WIDTH)
     layer = Layer().eval()
     code = as_region(layer)
     derivatives(layer.region, layer, *arguments(6, 20))
@@ -299,7 +454,8 @@ def test_keeping_results_can_be_changed(compilations):
         keep_results(potential, max_kept)
         assert_close(potential(graph).forces, expected)
         counts.append(len(compilations))
-    assert counts == [12, 24, 24]  # six regions of two stages, of two kinds
+    # Six regions of two stages, and one of constants, which the geometry has not; of two kinds.
+    assert counts == [17, 34, 34]
 
 
 @pytest.mark.parametrize("on_a_gpu", [True, False])
@@ -352,7 +508,7 @@ def test_traces_are_kept_on_disk(compilations, own_files, monkeypatch):
         for training in (True, False):
             for name, deviation in compare_with_eager(potential.train(training), graph).items():
                 assert deviation < 1e-11, name
-        monkeypatch.setattr(regions, "make_fx", not_to_be_called)
+        monkeypatch.setattr(tracing, "make_fx", not_to_be_called)
     others = [
         lambda: random_potential(n_blocks=1, lmax=1),
         lambda: random_potential(n_blocks=1).float(),
@@ -379,7 +535,7 @@ def test_damaged_files_of_code_are_replaced(compilations, own_files, damage):
         for stage in [s for r in regions_of(potential) for s in r.code.stages()]:
             stage.file.write_bytes(damage)
         assert compare_with_eager(potential, graph)["forces"] < 1e-11
-    assert len(compilations) == 24
+    assert len(compilations) == 34
 
 
 class Wrong(Region):
@@ -414,6 +570,17 @@ def test_the_real_compiler():
             derivatives(layer.region, layer, *given), derivatives(layer.apply_to, layer, *given), strict=True
         ):
             assert_close(a, b, 1e-5)  # float32
+
+
+@pytest.mark.slow
+def test_the_real_compiler_with_constants():
+    layer = Merged().eval()
+    as_merged_region(layer)
+    last = torch.randn(WIDTH, WIDTH, dtype=torch.float64)
+    for n in (4, 9, 17):
+        assert_as_eager(layer, last, arguments(n, 4 * n))
+        with torch.no_grad():
+            layer.inner.weight.mul_(1.1)
 
 
 def test_nothing_of_a_step_stays_alive(compilations):

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -243,3 +244,54 @@ def test_replay_follows_the_structure():
         torch.testing.assert_close(found.forces, expected.forces, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.virial, expected.virial, rtol=1e-4, atol=1e-4)
         assert len(replay.recordings) <= 2
+
+
+def test_recordings_are_given_up_when_weights_change(monkeypatch):
+    """They do not compute what depends on weights alone. Here "recordings" are results."""
+    potential, recorded = random_potential(), []
+    replay = Replay(potential)
+
+    def record(room):
+        recorded.append(room)
+        return SimpleNamespace(
+            graph=SimpleNamespace(replay=lambda: None), room=room, prediction=potential(room.padded())
+        )
+
+    monkeypatch.setattr(replay, "_record", record)
+    graph = graph_of(molecule())
+    parameter = next(potential.parameters())
+    for count, change in enumerate((torch.zero_, lambda p: p.add_(1)), start=1):
+        for _ in range(2):
+            torch.testing.assert_close(replay(graph).forces, potential(graph).forces)
+        assert len(recorded) == count
+        with torch.no_grad():
+            change(parameter)
+    next(potential.buffers()).mul_(1)
+    replay(graph)
+    assert len(recorded) == 3 and len(replay.recordings) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_replay_sees_changed_weights(compilations):
+    """Constants of compiled code are computed before a recording, and not in the memory that it overwrites."""
+    potential = random_potential().float().cuda()
+    eager = copy.deepcopy(potential)
+    compiled.compile_potential(potential)
+    replay, graph = Replay(potential), graph_of(molecule()).to("cuda")
+    for factor in (1.0, 1.1, 0.9):
+        for p in (*potential.parameters(), *eager.parameters()):
+            p.detach().mul_(factor)
+        expected = eager(graph)
+        for _ in range(3):
+            found = replay(graph)
+            # float32, another order of the sums
+            torch.testing.assert_close(found.energy, expected.energy, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found.forces, expected.forces, rtol=1e-4, atol=1e-5)
+    (recording,) = replay.recordings.values()
+    values = [t for region in recording.constants for made in region.values() for t in made.values]
+    pool = tuple(recording.graph.pool())
+    own = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == pool]
+    assert values and own
+    for t in values:
+        assert not any(s["address"] <= t.data_ptr() < s["address"] + s["total_size"] for s in own)

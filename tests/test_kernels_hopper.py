@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from dpa4.kernels import gate
+from dpa4.kernels import gate, matmul
 from dpa4.kernels.gate import Rows
 from dpa4.kernels.hopper import on_hopper
-from dpa4.kernels.matmul import Weight, order_matmul, ready
+from dpa4.kernels.matmul import Weight, order_matmul, ready, split
 from helpers import run_in_the_interpreter
 
 needs_gluon = pytest.mark.skipif(
@@ -36,20 +36,17 @@ def name_of(column: np.ndarray) -> np.ndarray:
 
 def check_weights_by_name() -> None:
     """Matrices split by one launch: pieces by name are those in the usual order, permuted; one gets the identity."""
-    from dpa4.kernels.triton_matmul import Whole, split_weights
-
+    matmul.is_hopper = lambda device: True
     rng = torch.Generator().manual_seed(0)
     w, square = torch.randn(2, 64, 96, generator=rng), torch.randn(2, 33, 33, generator=rng)
     w[:, :, 3] = 0
     w[:, :, 4] *= 1e-25
-    (plain, scale, _), (named, named_scale, by_name), (more, more_scale, _) = split_weights(
-        [Whole(w), Whole(w, named=True), Whole(square.mT, plus_one=True)]
-    )
-    assert by_name
+    flat = torch.ops.dpa4.split_weights([w, square.mT], [False, True])
+    (plain, named), scale, (more,), more_scale = flat  # nothing is by name in a matrix of 33 rows
     expected = torch.empty_like(plain)
     n, k = name_of(np.arange(96)), name_of(np.arange(64))
     expected[:, :, torch.from_numpy(n)[:, None], torch.from_numpy(k)] = plain
-    assert torch.equal(named, expected) and torch.equal(named_scale, scale)
+    assert torch.equal(named, expected)
     for halves, factor, whole in ((plain, scale, w), (more, more_scale, square.mT + torch.eye(33))):
         restored = (halves[0].double() + halves[1].double()) * factor[..., None].double()
         # Pieces hold 22 bits; the identity is added in float32.
@@ -113,6 +110,10 @@ def test_kernels_compile_without_a_gpu():
     assert len(done.stdout.split()) == 9
 
 
+def split_ready(x: torch.Tensor, weights: list[Weight]) -> list[Weight]:
+    return ready(x, weights, [], split(x, weights))[0]
+
+
 @pytest.mark.gpu
 @needs_hopper
 def test_they_are_used():
@@ -126,6 +127,8 @@ def test_they_are_used():
 @pytest.mark.parametrize("edges", [8192, 20_001])
 def test_products(sizes, n_batch, edges):
     """With and without an added tensor, in place, with transposed weights, rows of very different size; residual."""
+    from dpa4.kernels import gluon_matmul
+
     rng = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape):
@@ -136,8 +139,8 @@ def test_products(sizes, n_batch, edges):
     matrices = [normal(n_batch, k, k).mT for k in sizes]
     for m in matrices:
         m[..., 5] = 0
-    weights, _ = ready(x, [Weight(m) for m in matrices])
-    assert [w.pieces.named for w in weights] == [k % 64 == 0 for k in sizes]
+    weights = split_ready(x, [Weight(m) for m in matrices])
+    assert [gluon_matmul.fits(x, w.pieces) for w in weights] == [k % 64 == 0 for k in sizes]
     pairs = list(zip(x.split(sizes, -1), matrices, strict=True))
     exact = torch.cat([t.double() @ m.double() for t, m in pairs], -1)
     size = torch.cat([t.abs().double() @ m.abs().double() for t, m in pairs], -1)
@@ -145,7 +148,7 @@ def test_products(sizes, n_batch, edges):
     total = order_matmul(x, weights, add=added)
     assert (total - (exact + added)).abs().le(TOLERANCE * (size + added.abs())).all()
     assert torch.equal(order_matmul(x, weights, add=added.clone(), overwrite=True), total)
-    weights, _ = ready(x, [Weight(m, residual=True) for m in matrices])
+    weights = split_ready(x, [Weight(m, residual=True) for m in matrices])
     # What float16 loses of entries far below the largest of their row; see `precise_matmul`.
     floor = 1e-11 * sum(sizes) * x.abs().amax(-1, keepdim=True)
     assert (order_matmul(x, weights) - (exact + x)).abs().le(TOLERANCE * (size + x.abs()) + floor).all()
@@ -163,7 +166,7 @@ def test_gates(lmax, c, n_focus, edges):
     d, v, u = (torch.randn(n_focus, edges, rows.total * c, device="cuda", generator=rng) for _ in range(3))
     u = u * torch.logspace(-3, 1, edges, device="cuda")[:, None]
     w = 0.3 * torch.randn(n_focus, c, lmax * c, device="cuda", generator=rng)
-    _, (of_gates,) = ready(u, [], [w])
+    _, (of_gates,) = ready(u, [], [w], split(u, [], [w]))
     assert of_gates.pieces is not None
     doubles, exactly = [t.double() for t in (d, v, u)], Weight(w.double())
     found = [gluon_gate.value(d, u, of_gates, rows), gluon_gate.tangent(d, v, u, of_gates, rows)]

@@ -7,8 +7,10 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from dpa4.kernels import matmul
 from dpa4.kernels.matmul import precise_matmul
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -160,7 +162,30 @@ def test_operator_conforms():
     x, w = map(torch.from_numpy, operands((2, 7, 6), (2, 6, 5)))
     for left in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
         checks = ("test_schema", "test_faketensor")
-        torch.library.opcheck(torch.ops.dpa4.precise_matmul.default, (left, w), test_utils=checks)
+        torch.library.opcheck(torch.ops.dpa4.precise_matmul.default, (left, w, []), test_utils=checks)
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+def test_splitting_is_an_operator_of_its_own(monkeypatch, hopper):
+    """A tracer sees which shapes pieces have, and that those of w.mT, which derivatives take, depend on w alone."""
+    monkeypatch.setattr(matmul, "_is_split", lambda x: True)
+    monkeypatch.setattr(matmul, "is_hopper", lambda device: hopper)
+    with FakeTensorMode():
+        x, w = torch.empty(7, 32), torch.empty(32, 48)
+        graph = make_fx(force_loss)(x, w).graph
+    products = [n for n in graph.nodes if n.target is torch.ops.dpa4.precise_matmul.default]
+    assert len(products) >= 5
+    for n in products:
+        inner, columns = n.args[1].meta["val"].shape
+        halves, scale = (p.meta["val"] for p in n.args[2])
+        assert halves.shape == (1 + hopper, 2, 1, columns, inner) and halves.dtype == torch.float16
+        assert scale.shape == (1, columns) and scale.dtype == torch.float32
+    splits = [n for n in graph.nodes if n.target is torch.ops.dpa4.split_weights.default]
+    of_w = {n for n in graph.nodes if n.op == "placeholder"} - {next(iter(graph.nodes))}
+    for n in graph.nodes:
+        if n.all_input_nodes and of_w.issuperset(n.all_input_nodes):
+            of_w.add(n)
+    assert splits and of_w.issuperset(splits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

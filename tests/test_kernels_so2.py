@@ -5,14 +5,15 @@ is imported: a test starts it in a process of its own.
 """
 
 import importlib.util
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
-from dpa4.kernels import gate, so2
+from dpa4.kernels import gate, matmul, so2
 from dpa4.kernels.gate import Rows
-from dpa4.kernels.matmul import Weight, ready
+from dpa4.kernels.matmul import Weight, ready, split
 from dpa4.model.so2 import FusedSO2Stack, SO2Stack, so2_layers
 from helpers import assert_close, run_in_the_interpreter
 
@@ -102,7 +103,7 @@ def test_inputs_that_are_not_kept_are_rebuilt(size, monkeypatch):
     x, g = features(size), features(size, 1)
     assert compared(derivatives(fused, x, g), derivatives(plain, x, g)) < 1e-11
     matrices, gates = weights_of(fused, x)
-    kept = torch.ops.dpa4.so2_value(x, matrices, gates, *size[:2], True)
+    kept = torch.ops.dpa4.so2_value(x, matrices, gates, [], *size[:2], True)
     assert len(kept) == 1 + len(gates) + min(len(gates), 1)  # y, the products, and one input
 
 
@@ -168,11 +169,11 @@ def test_operators_are_registered_consistently():
     us = [x, x]
     ops = torch.ops.dpa4
     for keep in (False, True):
-        torch.library.opcheck(ops.so2_value, (x, matrices, gates, 2, 1, keep))
-        torch.library.opcheck(ops.so2_vjp, (x, us, matrices, gates, 2, 1, keep))
-    torch.library.opcheck(ops.so2_tangent, (x, us, matrices, gates, 2, 1))
+        torch.library.opcheck(ops.so2_value, (x, matrices, gates, [], 2, 1, keep))
+        torch.library.opcheck(ops.so2_vjp, (x, us, matrices, gates, [], 2, 1, keep))
+    torch.library.opcheck(ops.so2_tangent, (x, us, matrices, gates, [], 2, 1))
     lists = ([x, x, x], us, [x, x, x], [x, x, x], us)
-    torch.library.opcheck(ops.so2_joint, (x, *lists, matrices, gates, 2, 1))
+    torch.library.opcheck(ops.so2_joint, (x, *lists, matrices, gates, [], 2, 1))
 
 
 def stages_of_gates(size: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], Rows]:
@@ -184,7 +185,7 @@ def stages_of_gates(size: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Ten
 
 def gates_of(module, b, v, a, u, weight, rows) -> list[Tensor]:
     """All functions of a module with gates."""
-    _, (w,) = ready(u, [], [weight])
+    _, (w,) = ready(u, [], [weight], split(u, [], [weight]))
     return [
         module.value(b, u, w, rows),
         *module.vjp(a, u, w, rows, True),
@@ -212,9 +213,34 @@ def check_in_the_interpreter() -> None:
     print(len(SIZES), "sizes")
 
 
+def check_pieces_in_the_interpreter() -> None:
+    """Stages that are handed the pieces of their weights, transposed or not, with those of gates or without."""
+    matmul._is_split = lambda x: x.dtype == torch.float32
+    for hopper in (False, True):  # its kernels cannot be interpreted, but pieces of gates are made
+        matmul.is_hopper = lambda device, hopper=hopper: hopper
+        for name in ("degree 2", "order 2, four foci", "one layer"):
+            size = SIZES[name]
+            x, g = features(size), features(size, 1)
+            expected = derivatives(stacks(size)[0], x, g)
+            found = derivatives(stacks(size, torch.float32)[1], x.float(), g.float())
+            # Rounding of sums of up to 200 terms, amplified by up to three layers and two derivatives.
+            assert compared(found, expected) < 1e-4, (name, compared(found, expected))
+            x = x.requires_grad_()
+            expected = torch.autograd.grad(stacks(size)[0](x, None).square().sum(), x)
+            x = x.detach().float().requires_grad_()
+            found = torch.autograd.grad(stacks(size, torch.float32)[1].eval()(x, None).square().sum(), x)
+            assert compared([*found], [*expected]) < 1e-5, name
+    print("equal")
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_triton_kernels_in_the_interpreter():
-    assert run_in_the_interpreter(__file__).split() == [str(len(SIZES)), "sizes"]
+    assert run_in_the_interpreter(__file__, "gates").split() == [str(len(SIZES)), "sizes"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_products_of_pieces_in_the_interpreter():
+    assert run_in_the_interpreter(__file__, "pieces").split() == ["equal"]
 
 
 @pytest.mark.gpu
@@ -236,4 +262,4 @@ def test_on_a_device(size):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    check_in_the_interpreter()
+    {"gates": check_in_the_interpreter, "pieces": check_pieces_in_the_interpreter}[sys.argv[1]]()

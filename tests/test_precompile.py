@@ -40,8 +40,8 @@ def test_tracing_ahead_is_what_calls_trace_later(compilations):
     """All stages of all modes are there before anything is called, and calls give what they did."""
     potential = random_potential(n_blocks=1, charge_spin=True)
     compile_potential(potential)
-    # six parts of four stages, one of them empty, or of two
-    for mode, expected in zip(MODES, (23, 12), strict=True):
+    # six parts of four stages, one of them empty; or of two, and one of constants, which the geometry has not
+    for mode, expected in zip(MODES, (23, 17), strict=True):
         assert len(outlined(potential, mode)) == expected
     # Nothing is left without values by a second time, either.
     assert outlined(potential, MODES[1]) == []
@@ -50,7 +50,7 @@ def test_tracing_ahead_is_what_calls_trace_later(compilations):
     for mode in MODES:
         found = compare_with_eager(potential.train(mode.training), graph)
         assert max(found.values()) < 1e-11  # float64
-    assert len(compilations) == 35
+    assert len(compilations) == 40
 
 
 def test_tracing_leaves_the_potential_as_it_was(compilations):
@@ -94,20 +94,20 @@ def workers(monkeypatch) -> list:
 
 
 def made(cache) -> int:
-    return len(list(cache.glob("dpa4/*/stage-*")))
+    return len(list(cache.glob("dpa4/*/piece-*")))
 
 
 def test_processes_make_every_piece_once(cache, workers, caplog):
     potential = random_potential(n_blocks=1)
     compile_potential(potential)
     precompile(potential, MODES, processes=3)
-    assert len(workers) == 3 and made(cache) == 35
+    assert len(workers) == 3 and made(cache) == 40
     assert not [r for r in caplog.records if r.name.startswith("dpa4")]
     assert all(process.returncode == 0 for process in workers)
 
 
 def test_what_another_process_made_is_not_made_again(cache, workers):
-    for modes, started, pieces in ((MODES[:1], 2, 23), (MODES[:1], 2, 23), (MODES, 4, 35), (MODES, 4, 35)):
+    for modes, started, pieces in ((MODES[:1], 2, 23), (MODES[:1], 2, 23), (MODES, 4, 40), (MODES, 4, 40)):
         potential = random_potential(n_blocks=1)
         compile_potential(potential)
         precompile(potential, modes, processes=2)
@@ -131,7 +131,7 @@ def test_failing_processes_are_reported(workers, compilations, monkeypatch, capl
     precompile(potential, MODES[1:], processes=2)
     assert "no compiler here" in caplog.text
     assert compare_with_eager(potential.eval(), graph_of(molecule()))["forces"] < 1e-11
-    assert len(compilations) == 12  # in this process
+    assert len(compilations) == 17  # in this process
 
 
 def test_no_process_survives_an_interruption(workers, monkeypatch):
@@ -153,7 +153,7 @@ def test_this_process_has_nothing_to_compile_and_the_next_one_nothing_to_trace(c
     program = """
 import sys
 import torch
-from dpa4.kernels import region
+from dpa4.kernels import trace
 from dpa4.potential.compiled import compare_with_eager, compile_potential
 from dpa4.potential.precompile import Mode, precompile
 from helpers import graph_of, molecule, random_potential
@@ -162,7 +162,7 @@ def not_to_be_called(*arguments, **options):
     raise AssertionError("is called")
 
 if sys.argv[1] == "2":
-    region.make_fx = not_to_be_called
+    trace.make_fx = not_to_be_called
 torch._inductor.standalone_compile = not_to_be_called
 potential = random_potential(n_blocks=1, lmax=1).float().train()
 compile_potential(potential)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dpa4.kernels.hopper import on_hopper
 from dpa4.kernels.matmul import Weight
 
 
@@ -138,10 +139,11 @@ def _kernels(u: Tensor, gates: Weight, rows: Rows) -> Any:
     """Module of the kernels that take over, if any; a machine without a GPU may have no Triton to import."""
     if not _on_gpu(u):
         return None
-    if gates.pieces is not None and rows.mmax <= 1:
+    if gates.pieces is not None and rows.mmax <= 1 and on_hopper(u.device):
         from dpa4.kernels import gluon_gate
 
-        return gluon_gate
+        if gluon_gate.takes(gates.matrix):
+            return gluon_gate
     from dpa4.kernels import triton_gate
 
     return triton_gate

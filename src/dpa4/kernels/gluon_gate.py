@@ -188,7 +188,7 @@ def _launch(
     if num_edges == 0:
         return
     assert gates.pieces is not None
-    halves, scale, _ = gates.pieces
+    halves, scale = gates.pieces.by_name, gates.pieces.scale
     with torch.cuda.device_of(halves):
         shares = max(2 * multiprocessors(halves.device) // n_focus, 1)
         kernel[(min(shares, triton.cdiv(num_edges, EDGES)), n_focus)](

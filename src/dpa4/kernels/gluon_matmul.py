@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -41,9 +42,9 @@ OUTPUT = 128
 """Terms of a product that take about as long as writing it."""
 
 
-def fits(x: Tensor, w: Tensor) -> bool:
+def fits(x: Tensor, w: Pieces) -> bool:
     """Whether there is a kernel for these sizes and strides of x (F, E, K), or columns of it, and w (F, K, N)."""
-    inner, columns = w.shape[-2:]
+    columns, inner = w.halves.shape[-2:]
     aligned = x.stride(-1) == 1 and x.stride(0) % 4 == x.stride(1) % 4 == x.data_ptr() % 16 == 0
     on_chip = 4 * inner * _block_n(columns)
     return (
@@ -60,12 +61,13 @@ def matmul_into(y: Tensor, x: Tensor, blocks: Sequence[Pieces], add: Tensor | No
     sizes = tuple((b.halves.shape[-1], b.halves.shape[-2]) for b in blocks)
     shares = _shares(sizes, multiprocessors(x.device) // n_batch)
     programs = [share * _blocks_n(columns) for share, (_, columns) in zip(shares, sizes, strict=True)]
-    _matmul[(sum(programs), n_batch)](
-        x, tuple(b.halves for b in blocks), tuple(b.scale for b in blocks), y, y if add is None else add,
-        rows, x.stride(0), x.stride(1), y.stride(0), y.stride(1), n_batch,
-        SIZES=sizes, SHARES=shares, STARTS=(0, *accumulate(programs)), ADD=add is not None,
-        BLOCK_E=EDGES, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _matmul[(sum(programs), n_batch)](
+            x, tuple(b.by_name for b in blocks), tuple(b.scale for b in blocks), y, y if add is None else add,
+            rows, x.stride(0), x.stride(1), y.stride(0), y.stride(1), n_batch,
+            SIZES=sizes, SHARES=shares, STARTS=(0, *accumulate(programs)), ADD=add is not None,
+            BLOCK_E=EDGES, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=WARPS,
+        )  # fmt: skip
 
 
 def _block_n(columns: int) -> int:

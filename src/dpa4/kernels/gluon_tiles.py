@@ -7,7 +7,7 @@ a program walks over the edges.
 
 A thread of a tensor core holds the columns 2t, 2t + 1, 2t + 8 and 2t + 9 of every 16, t = 0..3, but memory is best
 read in runs of four. Columns are therefore named after who holds them: 16 b + 4 t + 2 j + i in memory is
-16 b + 8 j + 2 t + i by name. Operands and results are named in the same way, and `triton_matmul.split_weights` stores
+16 b + 8 j + 2 t + i by name. Operands and results are named in the same way, and `triton_matmul.split_into` stores
 weights by name.
 
 Importing this module imports triton.

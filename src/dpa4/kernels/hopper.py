@@ -9,21 +9,26 @@ _LOG = logging.getLogger(__name__)
 
 
 @cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device is such a GPU."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@cache
 def on_hopper(device: torch.device) -> bool:
-    """Whether they compile and compute on a CUDA device; tried once, on a small product.
+    """Whether they compile and compute on a device; tried once, on a small product.
 
     Gluon is a part of Triton that still changes. Where it fails, the kernels in plain Triton are used.
     """
-    if torch.cuda.get_device_capability(device) != (9, 0):
+    if not is_hopper(device):
         return False
     x, w = (torch.linspace(-1, 1, n * 64, device=device).view(1, n, 64) for n in (128, 64))
     y = torch.empty_like(x)
     try:
-        from dpa4.kernels import gluon_matmul, triton_matmul
+        from dpa4.kernels import gluon_matmul, matmul
 
-        with torch.cuda.device(device):
-            pieces = triton_matmul.split_weights([triton_matmul.Whole(w, named=True)])
-            gluon_matmul.matmul_into(y, x, pieces, None)
+        pieces = matmul.Pieces(*matmul.split(x, [matmul.Weight(w)]))
+        gluon_matmul.matmul_into(y, x, [pieces], None)
         error = float((y.double() - x.double() @ w.double()).abs().max())
         if error < 1e-4:  # sums of 64 terms up to 1, in float32
             return True

@@ -1,21 +1,19 @@
 """Matrix product of float32 accuracy that uses tensor cores where there are any.
 
 float32 units of a GPU are several times slower than its tensor cores, which multiply shorter numbers. On CUDA the
-operands are split into sums of short numbers on chip, so that the result is as accurate as float32 (see
-`dpa4.kernels.triton_matmul`). Elsewhere it is the ordinary product.
+operands are split into sums of short numbers, so that the result is as accurate as float32 (see
+`dpa4.kernels.triton_matmul`): features on chip, weights by an operator of its own (`split`), so that whoever traces
+these products sees what depends on weights alone. Elsewhere it is the ordinary product.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dpa4.kernels.hopper import on_hopper
-
-_library = torch.library.Library("dpa4", "FRAGMENT")
-_library.define("precise_matmul(Tensor x, Tensor w) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+from dpa4.kernels.hopper import is_hopper, on_hopper
 
 
 def precise_matmul(x: Tensor, w: Tensor) -> Tensor:
@@ -54,9 +52,13 @@ def precise_matmul(x: Tensor, w: Tensor) -> Tensor:
 class Pieces(NamedTuple):
     """A matrix of weights (F, K, N) in pieces, see `dpa4.kernels.triton_matmul`."""
 
-    halves: Tensor  # high and low, (2, F, N, K) float16
+    halves: Tensor  # high and low, (1, 2, F, N, K) float16; (2, 2, F, N, K) if they are there by name, too
     scale: Tensor  # powers of two that go with their products, (F, N)
-    named: bool  # for the kernels in Gluon: rows and columns of the pieces are ordered as there
+
+    @property
+    def by_name(self) -> Tensor:
+        """Halves with rows and columns in the order of the kernels in Gluon, (2, F, N, K)."""
+        return self.halves[1]
 
 
 class Weight(NamedTuple):
@@ -67,8 +69,24 @@ class Weight(NamedTuple):
     pieces: Pieces | None = None  # where the product is one of pieces; a residual is part of them
 
 
+def split(x: Tensor, weights: Sequence[Weight], gates: Sequence[Tensor] = ()) -> list[Tensor]:
+    """Pieces of weights for products with features of the kind of x: of one after the other, as `ready` takes them.
+
+    None where the products are ordinary ones; none of gates where no kernel would take them.
+    """
+    if not _is_split(x):
+        return []
+    taken = [*weights, *(Weight(g) for g in gates if is_hopper(x.device))]
+    if not taken:
+        return []
+    pieces: list[Tensor] = torch.ops.dpa4.split_weights(
+        [w.matrix for w in taken], [w.residual for w in taken]
+    )
+    return pieces
+
+
 def ready(
-    x: Tensor, weights: Sequence[Weight], gates: Sequence[Tensor] = ()
+    x: Tensor, weights: Sequence[Weight], gates: Sequence[Tensor], pieces: Sequence[Tensor]
 ) -> tuple[list[Weight], list[Weight]]:
     """Weights as products with features of the kind of x take them.
 
@@ -76,30 +94,16 @@ def ready(
         x: (F, E, W), with any strides.
         weights: For `order_matmul`.
         gates: For `dpa4.kernels.gate`, (F, C, lmax C).
+        pieces: Of both, made by `split`.
     """
-    of_gates = [Weight(g) for g in gates]
-    if not _is_split(x):
-        if x.dtype in (torch.float32, torch.float64):  # shorter numbers would lose too much of a sum with 1
-            weights = [Weight(_plus_one(w.matrix)) if w.residual else w for w in weights]
-        return list(weights), of_gates
-    from dpa4.kernels import triton_matmul  # triton is needed on CUDA only
-
-    with torch.cuda.device(x.device):  # Triton launches on the current device
-        hopper = on_hopper(x.device)
-        if hopper:
-            from dpa4.kernels import gluon_gate, gluon_matmul
-
-            split_gates = [gluon_gate.takes(g) for g in gates]
-            named = [gluon_matmul.fits(x, w.matrix) for w in weights]
-        else:
-            split_gates, named = [False] * len(gates), [False] * len(weights)
-        whole = [triton_matmul.Whole(w.matrix, n, w.residual) for w, n in zip(weights, named, strict=True)]
-        whole += [triton_matmul.Whole(g, True, False) for g, s in zip(gates, split_gates, strict=True) if s]
-        pieces = iter(triton_matmul.split_weights(whole) if whole else [])
-    return (
-        [w._replace(pieces=next(pieces)) for w in weights],
-        [w._replace(pieces=next(pieces)) if s else w for w, s in zip(of_gates, split_gates, strict=True)],
-    )
+    if not pieces and x.dtype in (torch.float32, torch.float64):
+        # Shorter numbers would lose too much of a sum with 1.
+        weights = [Weight(_plus_one(w.matrix)) if w.residual else w for w in weights]
+    pairs = [Pieces(*pair) for pair in zip(pieces[::2], pieces[1::2], strict=True)]
+    found = [
+        w._replace(pieces=pair) for w, pair in zip_longest([*weights, *(Weight(g) for g in gates)], pairs)
+    ]
+    return found[: len(weights)], found[len(weights) :]
 
 
 def order_matmul(
@@ -121,8 +125,7 @@ def order_matmul(
     else:
         y = torch.empty_like(x)
     if blocks := [w.pieces for w in weights if w.pieces is not None]:
-        with torch.cuda.device(x.device):
-            _split_into(y, x, blocks, add)
+        _split_into(y, x, blocks, add)
         return y
     if weights[0].residual:
         add = x
@@ -149,14 +152,20 @@ def _plus_one(w: Tensor) -> Tensor:
     return w + torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
 
 
+def _has_names(w: Tensor) -> bool:
+    """Whether the pieces of a matrix are stored by name, too: where kernels in Gluon may take them."""
+    return is_hopper(w.device) and w.shape[-2] % 16 == w.shape[-1] % 16 == 0
+
+
 def _split_into(y: Tensor, x: Tensor, blocks: Sequence[Pieces], add: Tensor | None) -> None:
     """Product with a block-diagonal matrix of pieces in the place of y, which has the strides of ``add``."""
-    if all(b.named for b in blocks):
+    if on_hopper(x.device):
         from dpa4.kernels import gluon_matmul
 
-        return gluon_matmul.matmul_into(y, x, blocks, add)
+        if all(gluon_matmul.fits(x, b) for b in blocks):
+            return gluon_matmul.matmul_into(y, x, blocks, add)
     if len(blocks) > 1:
-        parts_x, parts_y = ([b.halves.shape[axis] for b in blocks] for axis in (3, 2))
+        parts_x, parts_y = ([b.halves.shape[axis] for b in blocks] for axis in (-1, -2))
         parts_add = [None] * len(blocks) if add is None else add.split(parts_y, -1)
         for b, *part in zip(blocks, y.split(parts_y, -1), x.split(parts_x, -1), parts_add, strict=True):
             _split_into(part[0], part[1], [b], part[2])
@@ -180,7 +189,8 @@ class _PreciseMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
         ctx.save_for_backward(x, w)
-        product: Tensor = torch.ops.dpa4.precise_matmul(x, w)
+        pieces = split(x, [Weight(w if w.dim() == 3 else w[None])])
+        product: Tensor = torch.ops.dpa4.precise_matmul(x, w, pieces)
         return product
 
     @staticmethod
@@ -190,24 +200,46 @@ class _PreciseMatmul(torch.autograd.Function):
         return precise_matmul(grad, w.mT) if need_x else None, x.mT @ grad if need_w else None
 
 
-def _cpu(x: Tensor, w: Tensor) -> Tensor:
-    return torch.matmul(x, w).contiguous()
+# The operators. What tracing sees are results without values.
 
 
-def _cuda(x: Tensor, w: Tensor) -> Tensor:
+def _product(x: Tensor, w: Tensor, pieces: list[Tensor]) -> Tensor:
+    if not pieces:
+        return torch.matmul(x, w).contiguous()
     y = x.new_empty((*x.shape[:-1], w.shape[-1]))
-    x_FEK, w_FKN, y_FEN = (x, w, y) if x.dim() == 3 else (x[None], w[None], y[None])
-    (weight,), _ = ready(x_FEK, [Weight(w_FKN)])
-    assert weight.pieces is not None
-    with torch.cuda.device(x.device):
-        _split_into(y_FEN, x_FEK, [weight.pieces], None)
+    x_FEK, y_FEN = (x, y) if x.dim() == 3 else (x[None], y[None])
+    _split_into(y_FEN, x_FEK, [Pieces(*pieces)], None)
     return y
 
 
-def _fake(x: Tensor, w: Tensor) -> Tensor:
+def _new_product(x: Tensor, w: Tensor, pieces: list[Tensor]) -> Tensor:
     return x.new_empty((*x.shape[:-1], w.shape[-1]))
 
 
-_library.impl("precise_matmul", _cpu, "CPU")
-_library.impl("precise_matmul", _cuda, "CUDA")
-torch.library.register_fake("dpa4::precise_matmul", _fake, lib=_library)
+def _split_weights(weights: list[Tensor], plus_one: list[bool]) -> list[Tensor]:
+    from dpa4.kernels import triton_matmul  # triton is needed on CUDA only
+
+    made = _new_pieces(weights, plus_one)
+    pairs = [Pieces(*pair) for pair in zip(made[::2], made[1::2], strict=True)]
+    triton_matmul.split_into(pairs, weights, plus_one)
+    return made
+
+
+def _new_pieces(weights: list[Tensor], plus_one: list[bool]) -> list[Tensor]:
+    made = []
+    for w in weights:
+        n_batch, inner, columns = w.shape
+        orders = 2 if _has_names(w) else 1
+        made.append(w.new_empty((orders, 2, n_batch, columns, inner), dtype=torch.float16))
+        made.append(w.new_empty((n_batch, columns)))
+    return made
+
+
+_library = torch.library.Library("dpa4", "FRAGMENT")
+for _schema, _operator, _new in (
+    ("precise_matmul(Tensor x, Tensor w, Tensor[] pieces) -> Tensor", _product, _new_product),
+    ("split_weights(Tensor[] weights, bool[] plus_one) -> Tensor[]", _split_weights, _new_pieces),
+):
+    _name = _library.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
+    _library.impl(_name, _operator, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dpa4::{_name}", _new, lib=_library)

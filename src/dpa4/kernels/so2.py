@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpa4.kernels import gate, twice
 from dpa4.kernels.gate import Rows
-from dpa4.kernels.matmul import Weight, columns_of, order_matmul, ready
+from dpa4.kernels.matmul import Weight, columns_of, order_matmul, ready, split
 from dpa4.kernels.twice import Maybe
 
 Matrices = Sequence[Tensor]
@@ -79,7 +79,7 @@ class _Stack:
     def run(self, stage: int, given: Sequence[Sequence[Maybe]]) -> tuple[list[Maybe], list[Tensor]]:
         """See `dpa4.kernels.twice.Stages`."""
         x, (us, xs) = given[0][0], self._kept(given)
-        shared, ops = self._shared(given[0]), torch.ops.dpa4
+        shared, ops = self._shared(given[0], backward=stage in (1, 3)), torch.ops.dpa4
         if stage == 0:
             y, *kept = ops.so2_value(x, *shared, self.training)
             return [y], kept
@@ -99,15 +99,18 @@ class _Stack:
 
     def without_first(self, given: list[list[Maybe]], grads: Sequence[Tensor]) -> list[Maybe]:
         """See `dpa4.kernels.twice.Stages`."""
-        shared, (us, xs) = self._shared(given[0]), self._kept(given)
+        shared, (us, xs) = self._shared(given[0], backward=True), self._kept(given)
         if not self.training:
             return list(torch.ops.dpa4.so2_vjp(grads[0], us, *shared, False))
         return list(torch.ops.dpa4.so2_joint(grads[0], xs, us, [], [], [], *shared))
 
-    def _shared(self, inputs: Sequence[Maybe]) -> tuple[Any, ...]:
+    def _shared(self, inputs: Sequence[Maybe], backward: bool) -> tuple[Any, ...]:
         """The last arguments of every operator."""
-        first = 1 + self.layers * (self.rows.mmax + 1)
-        return inputs[1:first], inputs[first:], *self.rows
+        x, *weights = [t for t in inputs if t is not None]
+        count = self.layers * (self.rows.mmax + 1)
+        matrices, gates = weights[:count], weights[count:]
+        pieces = split(x, _weights(matrices, self.rows.mmax, backward), gates)
+        return matrices, gates, pieces, *self.rows
 
     def _kept(self, given: Sequence[Sequence[Maybe]]) -> tuple[Any, ...]:
         """What stage 0 kept of the products, and the inputs of the layers (none outside of training)."""
@@ -122,13 +125,22 @@ Layer = list[Weight]
 """One per order."""
 
 
-def _ready(
-    x: Tensor, matrices: Sequence[Tensor], gates: Sequence[Tensor], mmax: int, backward: bool = False
-) -> tuple[list[Layer], list[Weight]]:
-    """Layers and gates for features like x; ``backward``: the layers transposed. The last layer is residual."""
+def _weights(matrices: Sequence[Tensor], mmax: int, backward: bool) -> list[Weight]:
+    """Matrices as products take them; ``backward``: transposed. The last layer is residual."""
     gated = len(matrices) - (mmax + 1)
-    weights = [Weight(w.mT if backward else w, residual=i >= gated) for i, w in enumerate(matrices)]
-    weights, of_gates = ready(x, weights, gates)
+    return [Weight(w.mT if backward else w, residual=i >= gated) for i, w in enumerate(matrices)]
+
+
+def _ready(
+    x: Tensor,
+    matrices: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    pieces: Sequence[Tensor],
+    mmax: int,
+    backward: bool = False,
+) -> tuple[list[Layer], list[Weight]]:
+    """Layers and gates for features like x."""
+    weights, of_gates = ready(x, _weights(matrices, mmax, backward), gates, pieces)
     return [weights[i : i + mmax + 1] for i in range(0, len(weights), mmax + 1)], of_gates
 
 
@@ -141,12 +153,18 @@ def _rebuilds(x: Tensor) -> bool:
 
 
 def _value(
-    x: Tensor, matrices: list[Tensor], gates: list[Tensor], lmax: int, mmax: int, keep: bool
+    x: Tensor,
+    matrices: list[Tensor],
+    gates: list[Tensor],
+    pieces: list[Tensor],
+    lmax: int,
+    mmax: int,
+    keep: bool,
 ) -> list[Tensor]:
     """y, the products u of the gated layers, and (keep) the inputs x of layers: the last, or all but the first."""
     rows, us = Rows(lmax, mmax), []
     xs: list[Tensor] = []
-    (*gated, last), of_gates = _ready(x, matrices, gates, mmax)
+    (*gated, last), of_gates = _ready(x, matrices, gates, pieces, mmax)
     for layer, g in zip(gated, of_gates, strict=True):
         us.append(order_matmul(x, layer))
         x = gate.value(x, us[-1], g, rows)
@@ -155,11 +173,18 @@ def _value(
 
 
 def _vjp(
-    a: Tensor, us: list[Tensor], matrices: list[Tensor], gates: list[Tensor], lmax: int, mmax: int, keep: bool
+    a: Tensor,
+    us: list[Tensor],
+    matrices: list[Tensor],
+    gates: list[Tensor],
+    pieces: list[Tensor],
+    lmax: int,
+    mmax: int,
+    keep: bool,
 ) -> list[Tensor]:
     """Gradient of x, and (keep) of the results of all layers but the last."""
     rows = Rows(lmax, mmax)
-    (*gated, last), of_gates = _ready(a, matrices, gates, mmax, backward=True)
+    (*gated, last), of_gates = _ready(a, matrices, gates, pieces, mmax, backward=True)
     a = order_matmul(a, last)
     kept = []
     for layer, g, u in zip(reversed(gated), reversed(of_gates), reversed(us), strict=True):
@@ -171,12 +196,18 @@ def _vjp(
 
 
 def _tangent(
-    d: Tensor, us: list[Tensor], matrices: list[Tensor], gates: list[Tensor], lmax: int, mmax: int
+    d: Tensor,
+    us: list[Tensor],
+    matrices: list[Tensor],
+    gates: list[Tensor],
+    pieces: list[Tensor],
+    lmax: int,
+    mmax: int,
 ) -> list[Tensor]:
     """Change of y where x changes by d; those of the products u, and of the inputs that `_value` keeps."""
     rows, vs = Rows(lmax, mmax), []
     ds: list[Tensor] = []
-    (*gated, last), of_gates = _ready(d, matrices, gates, mmax)
+    (*gated, last), of_gates = _ready(d, matrices, gates, pieces, mmax)
     for layer, g, u in zip(gated, of_gates, us, strict=True):
         vs.append(order_matmul(d, layer))
         d = gate.tangent(d, vs[-1], u, g, rows)
@@ -193,6 +224,7 @@ def _joint(
     vs: list[Tensor],
     matrices: list[Tensor],
     gates: list[Tensor],
+    pieces: list[Tensor],
     lmax: int,
     mmax: int,
 ) -> list[Tensor]:
@@ -209,11 +241,12 @@ def _joint(
         vs: Changes of the products.
         matrices: Weights.
         gates: Weights of the gates.
+        pieces: Of both, see `dpa4.kernels.matmul.split`; none where products are ordinary ones.
         lmax: Largest degree.
         mmax: Largest order.
     """
     rows, c = Rows(lmax, mmax), b.shape[-1] // Rows(lmax, mmax).total
-    layers, ready_gates = _ready(b, matrices, gates, mmax, backward=True)
+    layers, ready_gates = _ready(b, matrices, gates, pieces, mmax, backward=True)
     of_matrices: list[list[Tensor]] = []
     of_gates: list[Tensor] = []
     inputs = _inputs_backwards(xs, ds, us, vs, ready_gates, rows) if xs else None
@@ -278,19 +311,38 @@ def _num_kept(x: Tensor, gates: list[Tensor]) -> int:
 
 
 def _new_value(
-    x: Tensor, matrices: list[Tensor], gates: list[Tensor], lmax: int, mmax: int, keep: bool
+    x: Tensor,
+    matrices: list[Tensor],
+    gates: list[Tensor],
+    pieces: list[Tensor],
+    lmax: int,
+    mmax: int,
+    keep: bool,
 ) -> list[Tensor]:
     return [x.new_empty(x.shape) for _ in range(1 + len(gates) + (_num_kept(x, gates) if keep else 0))]
 
 
 def _new_vjp(
-    a: Tensor, us: list[Tensor], matrices: list[Tensor], gates: list[Tensor], lmax: int, mmax: int, keep: bool
+    a: Tensor,
+    us: list[Tensor],
+    matrices: list[Tensor],
+    gates: list[Tensor],
+    pieces: list[Tensor],
+    lmax: int,
+    mmax: int,
+    keep: bool,
 ) -> list[Tensor]:
     return [a.new_empty(a.shape) for _ in range(1 + keep * len(gates))]
 
 
 def _new_tangent(
-    d: Tensor, us: list[Tensor], matrices: list[Tensor], gates: list[Tensor], lmax: int, mmax: int
+    d: Tensor,
+    us: list[Tensor],
+    matrices: list[Tensor],
+    gates: list[Tensor],
+    pieces: list[Tensor],
+    lmax: int,
+    mmax: int,
 ) -> list[Tensor]:
     return [d.new_empty(d.shape) for _ in range(1 + len(gates) + _num_kept(d, gates))]
 
@@ -304,6 +356,7 @@ def _new_joint(
     vs: list[Tensor],
     matrices: list[Tensor],
     gates: list[Tensor],
+    pieces: list[Tensor],
     lmax: int,
     mmax: int,
 ) -> list[Tensor]:
@@ -312,15 +365,13 @@ def _new_joint(
 
 _library = torch.library.Library("dpa4", "FRAGMENT")
 for _schema, _stage, _new in (
-    ("so2_value(Tensor x, Tensor[] matrices, Tensor[] gates, int lmax, int mmax, bool keep)",
-     _value, _new_value),
-    ("so2_vjp(Tensor a, Tensor[] us, Tensor[] matrices, Tensor[] gates, int lmax, int mmax, bool keep)",
-     _vjp, _new_vjp),
-    ("so2_tangent(Tensor d, Tensor[] us, Tensor[] matrices, Tensor[] gates, int lmax, int mmax)",
-     _tangent, _new_tangent),
-    ("so2_joint(Tensor b, Tensor[] xs, Tensor[] us, Tensor[] grads, Tensor[] ds, Tensor[] vs, Tensor[] matrices, "
-     "Tensor[] gates, int lmax, int mmax)", _joint, _new_joint),
+    ("so2_value(Tensor x, {weights}, bool keep)", _value, _new_value),
+    ("so2_vjp(Tensor a, Tensor[] us, {weights}, bool keep)", _vjp, _new_vjp),
+    ("so2_tangent(Tensor d, Tensor[] us, {weights})", _tangent, _new_tangent),
+    ("so2_joint(Tensor b, Tensor[] xs, Tensor[] us, Tensor[] grads, Tensor[] ds, Tensor[] vs, {weights})",
+     _joint, _new_joint),
 ):  # fmt: skip
+    _schema = _schema.format(weights="Tensor[] matrices, Tensor[] gates, Tensor[] pieces, int lmax, int mmax")
     _name = _library.define(f"{_schema} -> Tensor[]", tags=[torch.Tag.pt2_compliant_tag])
     _library.impl(_name, torch.autocast("cpu", enabled=False)(_stage), "CPU")
     _library.impl(_name, torch.autocast("cuda", enabled=False)(_stage), "CUDA")

@@ -48,7 +48,8 @@ def matmul(x: Tensor, w: Tensor, tile: Tile | None = None) -> Tensor:
     """
     y = x.new_empty((*x.shape[:-1], w.shape[-1]))
     x_FEK, w_FKN, y_FEN = (x, w, y) if x.dim() == 3 else (x[None], w[None], y[None])
-    matmul_into(y_FEN, x_FEK, split_weights([Whole(w_FKN)])[0], None, tile)
+    pieces = Pieces(*torch.ops.dpa4.split_weights([w_FKN], [False]))
+    matmul_into(y_FEN, x_FEK, pieces, None, tile)
     return y
 
 
@@ -61,48 +62,36 @@ def matmul_into(y: Tensor, x: Tensor, pieces: Pieces, add: Tensor | None, tile: 
     (n_batch, rows, inner), columns = x.shape, y.shape[-1]
     tile = default_tile(columns) if tile is None else tile
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns), n_batch)
-    _matmul[grid](
-        x, pieces.halves, pieces.scale, y, y if add is None else add,
-        rows, x.stride(0), x.stride(1), y.stride(0), y.stride(1), n_batch,
-        INNER=inner, COLUMNS=columns, ADD=add is not None,
-        BLOCK_E=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _matmul[grid](
+            x, pieces.halves, pieces.scale, y, y if add is None else add,
+            rows, x.stride(0), x.stride(1), y.stride(0), y.stride(1), n_batch,
+            INNER=inner, COLUMNS=columns, ADD=add is not None,
+            BLOCK_E=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
 
 
-class Whole(NamedTuple):
-    """A matrix of weights to split.
+def split_into(pieces: Sequence[Pieces], weights: Sequence[Tensor], plus_one: Sequence[bool]) -> None:
+    """Split matrices, by one launch: each takes a few microseconds, most of it waiting.
 
-    Attributes:
-        matrix: (F, K, N), float32, with any strides.
-        named: Whether rows and columns of the pieces go by their names in `dpa4.kernels.gluon_tiles`.
-        plus_one: Whether the identity is added.
+    Args:
+        pieces: Where to, also by name (see `dpa4.kernels.gluon_tiles`) if there is room.
+        weights: (F, K, N) float32, with any strides.
+        plus_one: Whether the identity is added to a matrix.
     """
-
-    matrix: Tensor
-    named: bool = False
-    plus_one: bool = False
-
-
-def split_weights(weights: Sequence[Whole]) -> list[Pieces]:
-    """Pieces of matrices, by one launch: each takes a few microseconds, most of it waiting."""
-    made: list[Pieces] = []
-    starts, blocks, n_batch = [0], [], len(weights[0].matrix)
-    for w, named, _ in weights:
-        _, inner, columns = w.shape
-        halves = w.new_empty((2, n_batch, columns, inner), dtype=torch.float16)
-        made.append(Pieces(halves, w.new_empty((n_batch, columns)), named))
+    starts, blocks, n_batch = [0], [], len(weights[0])
+    for _, inner, columns in (w.shape for w in weights):
         block_k = triton.next_power_of_2(max(inner, 1))
         blocks.append((block_k, max(8192 // block_k, 1)))  # whole columns at once, in few enough registers
         starts.append(starts[-1] + triton.cdiv(columns, blocks[-1][1]))
-    _split_weights[(starts[-1], n_batch)](
-        tuple(w.matrix for w in weights), tuple(w.matrix.stride() for w in weights),
-        tuple(p.halves for p in made), tuple(p.scale for p in made), n_batch,
-        STARTS=tuple(starts), BLOCKS=tuple(blocks),
-        SIZES=tuple(tuple(w.matrix.shape[1:]) for w in weights),
-        FLAGS=tuple((w.named, w.plus_one) for w in weights), num_warps=4,
-    )  # fmt: skip
-    return made
+    with torch.cuda.device_of(weights[0]):
+        _split_weights[(starts[-1], n_batch)](
+            tuple(weights), tuple(w.stride() for w in weights),
+            tuple(p.halves for p in pieces), tuple(p.scale for p in pieces), n_batch,
+            STARTS=tuple(starts), BLOCKS=tuple(blocks), SIZES=tuple(tuple(w.shape[1:]) for w in weights),
+            FLAGS=tuple((len(p.halves) == 2, one) for p, one in zip(pieces, plus_one, strict=True)), num_warps=4,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -159,15 +148,17 @@ def _split_weight(
     tile = tl.load(at, mask=mask, other=0.0)
     if PLUS_ONE:
         tile += (k == n[None, :]).to(tl.float32)
-    if NAMED:
-        out = pieces + batch * INNER * COLUMNS + _name(n)[None, :] * INNER + _name(k)
-    else:
-        out = pieces + batch * INNER * COLUMNS + n[None, :] * INNER + k
+    out = pieces + batch * INNER * COLUMNS
     step = n_batch * INNER * COLUMNS
     up, down = _power_of_two(tl.max(tl.abs(tile), axis=0))
     high, low = _two_halves(tile * up[None, :])
-    tl.store(out, high, mask=mask)
-    tl.store(out + step, low, mask=mask)
+    place = n[None, :] * INNER + k
+    tl.store(out + place, high, mask=mask)
+    tl.store(out + step + place, low, mask=mask)
+    if NAMED:
+        place = _name(n)[None, :] * INNER + _name(k)
+        tl.store(out + 2 * step + place, high, mask=mask)
+        tl.store(out + 3 * step + place, low, mask=mask)
     tl.store(scale + batch * COLUMNS + n, down, mask=n < COLUMNS)
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from dpa4.graph import Graph, collate
+from dpa4.kernels.region import versions
 from dpa4.potential.potential import Potential, Prediction
 
 T = TypeVar("T")
@@ -20,21 +21,25 @@ class _Recording(NamedTuple):
     graph: "torch.cuda.CUDAGraph"
     room: "Room"
     prediction: Prediction
+    constants: list[Any]  # of compiled regions: the kernels read them, so their memory must stay
 
 
 class Replay:
     """Calls a potential on one structure at a time, by replaying recorded kernels.
 
     Sizes are rounded up with atoms far from everything, by at most 1/16, so one recording serves many structures.
+    Recordings are given up when weights change, since they do not compute what depends on weights alone.
 
     Args:
-        potential: In evaluation mode, on a GPU; its weights must not move afterwards.
+        potential: In evaluation mode, on a GPU; its parameters and buffers must not be replaced by others.
         max_recordings: Of different sizes, that are held at a time.
     """
 
     def __init__(self, potential: Potential, max_recordings: int = 4):
         self.potential, self.max_recordings = potential, max_recordings
         self.recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
+        self.weights = [*potential.parameters(), *potential.buffers()]
+        self.recorded = versions(self.weights)
 
     def __call__(self, graph: Graph) -> Prediction:
         """Prediction for a graph of one structure, on the device."""
@@ -43,21 +48,30 @@ class Replay:
         size = rounded_up(n + 1), rounded_up(e)
         if size[0] > MAX_ATOMS or e < 2 or is_in_parts(self.potential, size[1]):
             return self.potential.of_edges(graph)
-        if size not in self.recordings:
-            self.recordings[size] = self._record(Room(graph, self.potential.config.cutoff))
-            while len(self.recordings) > self.max_recordings:
-                self.recordings.popitem(last=False)
-        self.recordings.move_to_end(size)
-        recording = self.recordings[size]
-        recording.room.take(graph)
-        recording.graph.replay()
+        while True:
+            if size not in self.recordings:
+                self.recordings[size] = self._record(Room(graph, self.potential.config.cutoff))
+                while len(self.recordings) > self.max_recordings:
+                    self.recordings.popitem(last=False)
+            self.recordings.move_to_end(size)
+            recording = self.recordings[size]
+            recording.room.take(graph)
+            recording.graph.replay()
+            if (now := versions(self.weights)) == self.recorded:  # looked up while the device is busy
+                break
+            self.recordings.clear()
+            del recording  # its memory is for the next one
+            self.recorded = now
         energy, atomic, forces, virial = recording.prediction
         return Prediction(energy[:1].clone(), atomic[:n].clone(), forces[:n].clone(), virial[:1].clone())
 
     def _record(self, room: "Room") -> _Recording:
+        from dpa4.potential.compiled import regions  # imports this module
+
         stream = torch.cuda.Stream(room.num_atoms.device)
         graph, prediction = record(lambda: self.potential.of_edges(room.padded()), stream)
-        return _Recording(graph, room, prediction)
+        constants = [region.constants.copy() for region in regions(self.potential)]
+        return _Recording(graph, room, prediction, constants)
 
 
 def record(work: Callable[[], T], stream: "torch.cuda.Stream", pool: Any = None) -> tuple[Any, T]:
