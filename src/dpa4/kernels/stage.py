@@ -83,7 +83,7 @@ def recipe_of(graph: fx.Graph, axes: Mapping[Any, str], sizes: Mapping[str, int]
         sizes: To expect.
     """
     code = graph.python_code("self")
-    if unknown := [n for n in code.globals if n not in _NAMES and f"{n}." in code.src]:
+    if unknown := [n for n in code.globals if n not in _NAMES and re.search(rf"\b{n}\b", code.src)]:
         raise NotImplementedError(f"names in compiled code that its text does not explain: {unknown}")
     arguments = [Spec.of(n.meta["val"], axes) for n in graph.nodes if n.op == "placeholder"]
     results = [Spec.of(n.meta["val"], axes) for n in graph.output_node().args[0]]  # type: ignore[union-attr]
