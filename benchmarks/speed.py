@@ -202,7 +202,7 @@ def evaluate(base: dict, device: str, atoms: int, options: argparse.Namespace) -
             pieces.clear()
             start = time.perf_counter()
             max_kept = 0 if way == "recompute" else 2**31
-            compile_potential(potential, lambda _, s: pieces.append(("", s)), max_kept)
+            compile_potential(potential, lambda part, s: pieces.append((part, s)), max_kept)
             precompiled(potential, Mode(False, potential.model.block_autocast), graph, pieces)
             parity = compare_with_eager(potential, graph) if atoms <= 10_000 else {}
             record["compile_s"] = round(sum(s for _, s in pieces), 1)

@@ -42,9 +42,8 @@ class Graph(NamedTuple):
     def edge_vectors(self) -> Tensor:
         """Vectors r_j + S cell - r_i from centre to neighbour, (E, 3) float64 in Angstrom."""
         cell = self.cell[self.structure[self.destination]]
-        image = (self.shift[:, :, None] * cell).sum(
-            1
-        )  # a batch of products takes several times as long on a GPU
+        # A batch of products takes several times as long on a GPU.
+        image = (self.shift[:, :, None] * cell).sum(1)
         return self.positions[self.source] - self.positions[self.destination] + image
 
     def to(self, device: torch.device | str) -> "Graph":

@@ -310,39 +310,20 @@ def _num_kept(x: Tensor, gates: list[Tensor]) -> int:
     return min(len(gates), 1) if _rebuilds(x) else len(gates)
 
 
-def _new_value(
-    x: Tensor,
-    matrices: list[Tensor],
-    gates: list[Tensor],
-    pieces: list[Tensor],
-    lmax: int,
-    mmax: int,
-    keep: bool,
-) -> list[Tensor]:
+def _new_value(x: Tensor, matrices: list[Tensor], gates: list[Tensor], *others: Any) -> list[Tensor]:
+    *_, keep = others
     return [x.new_empty(x.shape) for _ in range(1 + len(gates) + (_num_kept(x, gates) if keep else 0))]
 
 
 def _new_vjp(
-    a: Tensor,
-    us: list[Tensor],
-    matrices: list[Tensor],
-    gates: list[Tensor],
-    pieces: list[Tensor],
-    lmax: int,
-    mmax: int,
-    keep: bool,
+    a: Tensor, us: list[Tensor], matrices: list[Tensor], gates: list[Tensor], *others: Any
 ) -> list[Tensor]:
+    *_, keep = others
     return [a.new_empty(a.shape) for _ in range(1 + keep * len(gates))]
 
 
 def _new_tangent(
-    d: Tensor,
-    us: list[Tensor],
-    matrices: list[Tensor],
-    gates: list[Tensor],
-    pieces: list[Tensor],
-    lmax: int,
-    mmax: int,
+    d: Tensor, us: list[Tensor], matrices: list[Tensor], gates: list[Tensor], *others: Any
 ) -> list[Tensor]:
     return [d.new_empty(d.shape) for _ in range(1 + len(gates) + _num_kept(d, gates))]
 

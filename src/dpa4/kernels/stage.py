@@ -7,7 +7,6 @@ it without a trace.
 import inspect
 import logging
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ import torch._inductor
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from dpa4.system import atomic_write
 
 Function = Callable[..., Sequence[Tensor]]
 
@@ -47,10 +48,9 @@ class Spec(NamedTuple):
     def of(cls, t: Tensor, axes: Mapping[Any, str]) -> "Spec":
         """Of a tensor with symbolic sizes; ``axes``: names of the symbols."""
         names = {symbol: symbol.func(axis) for symbol, axis in axes.items()}
-        shape = [n if isinstance(n, int) else str(n.node.expr.xreplace(names)) for n in t.shape]
-        return cls(
-            [int(n) if isinstance(n, str) and n.isdigit() else n for n in shape], str(t.dtype), str(t.device)
-        )
+        sizes = [n if isinstance(n, int) else n.node.expr.xreplace(names) for n in t.shape]
+        shape = [str(n) if getattr(n, "free_symbols", None) else int(n) for n in sizes]
+        return cls(shape, str(t.dtype), str(t.device))
 
     def empty(self, sizes: Mapping[str, Any]) -> Tensor:
         """Such a tensor, with unspecified values."""
@@ -141,13 +141,11 @@ def make(recipe: Recipe) -> Any:
 
 
 def make_file(recipe: Recipe, file: Path) -> Function:
-    """Compile a stage and keep it in a file."""
+    """Compile a stage and keep it in a file, if its folder is there."""
     function = make(recipe)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        own = file.with_name(f"{file.name}-{os.getpid()}")
-        function.save(path=str(own), format="binary")
-        own.replace(file)
+        with atomic_write(file) as own:
+            function.save(path=str(own), format="binary")
     except (OSError, RuntimeError, AssertionError) as error:  # it will be compiled again
         _log.info("compiled code is not kept: %s", error)
     return function

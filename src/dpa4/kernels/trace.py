@@ -8,7 +8,6 @@ again where it is needed, since reading it from memory would take as long (docs/
 import json
 import math
 import operator
-import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from dpa4.kernels.stage import Recipe, recipe_of, symbolic_sizes
 from dpa4.kernels.twice import Maybe
+from dpa4.system import atomic_write
 
 COUNTED = ("node", "center", "edge")
 """Axes whose sizes differ from call to call."""
@@ -74,11 +74,10 @@ class Trace(NamedTuple):
         return cls([Piece(Recipe.read(r), [(g, i) for g, i in takes]) for r, takes in stages], *others)
 
     def write(self, file: Path) -> None:
-        """To a file, at once or not at all."""
+        """To a file, at once or not at all; its folder is made."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        own = file.with_name(f"{file.name}-{os.getpid()}")
-        own.write_text(json.dumps(self))
-        own.replace(file)
+        with atomic_write(file) as own:
+            own.write_text(json.dumps(self))
 
 
 def trace(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ def tolerance(potential: Potential) -> float:
     return BF16_TOLERANCE if potential.model.block_autocast else TOLERANCES[potential.dtype]
 
 
+COMPARED = 512
+"""Atoms that are compared with eager mode, which may not have the memory for all."""
+
 MAX_KEPT = MAX_ATOMS
 """Atoms up to which energies and forces keep the products of the forward pass: a third less arithmetic for about
 4 MiB per atom of a 64-channel model. All that is replayed does."""
@@ -52,6 +56,7 @@ def compile_potential(
     restore_eager(potential)
     model = potential.model
     origin = repr([potential.config.model_dump_json(), triton_version()])
+    code_of = partial(RegionCode, report=report, origin=origin)
     # No parameter influences the geometry: that it is data spares the last stage a derivative by it.
     rows = ("edge data",) * (model.geometry.wigner.mmax + 1)
     edges: Any = Edges("edge data", "edge data", "edge data", "edge data", rows)  # type: ignore[arg-type]
@@ -69,28 +74,19 @@ def compile_potential(
         "read_out": ("read-out", ["readout"], ("node",)),
     }
     for method, (name, parts, arguments) in whole.items():
-        code = RegionCode(name, arguments, report, origin)
-        model.__dict__[method] = Region(model, method, parts, code, max_kept)
+        model.__dict__[method] = Region(model, method, parts, code_of(name, arguments), max_kept)
     codes: dict[int, list[RegionCode]] = {}
     update = [
         f"{name}" for name in ("conv_norm_out", "ffns", "ffn_norms_in", "ffn_norms_out", "ffn_scales", "conv")
     ]
     for block, degree in zip(model.blocks, model.config.degrees, strict=True):
         if degree not in codes:
+            update_of = ("node", "node", "node", "node data")
             codes[degree] = [
-                RegionCode(f"node states of degree {degree}", ("node",), report, origin),
-                RegionCode(
-                    f"messages of degree {degree}", ("node", "center", "node", radial, hood), report, origin
-                ),
-                RegionCode(
-                    f"node update of degree {degree}", ("node", "node", "node", "node data"), report, origin
-                ),
-                RegionCode(
-                    f"update in parts of degree {degree}",
-                    ("node", "node", "node", "node data"),
-                    report,
-                    origin,
-                ),
+                code_of(f"node states of degree {degree}", ("node",)),
+                code_of(f"messages of degree {degree}", ("node", "center", "node", radial, hood)),
+                code_of(f"node update of degree {degree}", update_of),
+                code_of(f"update in parts of degree {degree}", update_of),
             ]
         states, messages, updates, updates_in_parts = codes[degree]
         own = ["conv.product", "conv.pre_mix", "conv.attention", "conv_norm_in"]

@@ -10,9 +10,6 @@ import torch
 from dpa4.graph import Graph, first_atoms
 from dpa4.potential.potential import Potential, Prediction
 
-COMPARED = 512
-"""Atoms that are compared; eager mode may not have the memory for all."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -65,7 +62,7 @@ class Evaluator:
                 compiled.keep_results(self.potential, compiled.MAX_KEPT if keep else 0)
                 precompile(self.potential, [Mode(False, self.potential.model.block_autocast)], graph)
                 self.potential(graph)  # so that code is made for these sizes
-                found = compiled.compare_with_eager(self.potential, first_atoms(graph, COMPARED))
+                found = compiled.compare_with_eager(self.potential, first_atoms(graph, compiled.COMPARED))
                 if all(deviation <= allowed for deviation in found.values()):
                     break
                 if not keep:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -25,13 +25,12 @@ from ase.data import atomic_numbers
 
 from dpa4.graph import Graph, build_graph, first_atoms
 from dpa4.kernels.stage import Stage
-from dpa4.potential.compiled import in_eager_mode, probe, regions
+from dpa4.potential.compiled import COMPARED, in_eager_mode, probe, regions
 from dpa4.potential.potential import Potential
 
 MOST_PROCESSES = 8
 """With more the longest graph decides. On a GPU each takes half a GiB for its context."""
 
-_PROBED = 512  # atoms
 _CONTEXT = 2**30  # bytes of the GPU that a process may take
 _log = logging.getLogger(__name__)
 
@@ -61,13 +60,13 @@ def precompile(
         processes = _affordable(potential.reference_energies.device)
     if processes < 2:
         return
-    with _workshop(processes) as workshop:
+    with closing(_Workshop(processes)) as workshop:
         for mode in modes:
             _outline(potential, mode, workshop)
         if workshop.workers and graph is not None and graph.positions.is_cuda:
             for mode in modes:
                 with _called_as(mode, potential), in_eager_mode(potential), suppress(torch.OutOfMemoryError):
-                    probe(potential, first_atoms(graph, _PROBED))
+                    probe(potential, first_atoms(graph, COMPARED))
         if error := workshop.finish():
             _log.warning("compilation in other processes failed, so it goes on in this one: %s", error)
 
@@ -128,7 +127,7 @@ class _Workshop:
             thread.join()
         return next((w.error for w in self.workers if w.error), "")
 
-    def end(self) -> None:
+    def close(self) -> None:
         """End the processes, whatever they do."""
         for worker in self.workers:
             worker.process.kill()
@@ -146,7 +145,7 @@ class _Worker:
         self.process = subprocess.Popen(
             _command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
         )
-        self.start = {
+        self.settings = {
             "path": [p or os.getcwd() for p in sys.path],
             "compile_threads": max(1, compile_threads),
             "threads": torch.get_num_threads(),  # part of the code that is made for a processor
@@ -156,7 +155,7 @@ class _Worker:
         """Compile tasks until one is None or the process fails."""
         assert self.process.stdin and self.process.stdout
         try:
-            self._tell(self.start)
+            self._tell(self.settings)
             while (stage := tasks.get()[-1]) is not None:
                 self._tell([stage.recipe, str(stage.file)])
                 if not self.process.stdout.readline():
@@ -172,16 +171,6 @@ class _Worker:
         assert self.process.stdin
         self.process.stdin.write(json.dumps(what) + "\n")
         self.process.stdin.flush()
-
-
-@contextmanager
-def _workshop(processes: int) -> Iterator[_Workshop]:
-    """A workshop of which no process is left at the end."""
-    workshop = _Workshop(processes)
-    try:
-        yield workshop
-    finally:
-        workshop.end()
 
 
 def _command() -> list[str]:
@@ -202,7 +191,7 @@ def _outline(potential: Potential, mode: Mode, workshop: _Workshop) -> None:
         workshop: Gets the stages of each region as soon as they are known.
     """
     codes = {region.code for region in regions(potential)}
-    reports = {code: code.report for code in codes}
+    before = {code: (code.make, code.report, code.tracing, code.added) for code in codes}
     known = {id(stage): stage.function for code in codes for stage in code.stages()}
     for code in codes:
         code.make, code.report = Stage.outline, lambda name, seconds: None
@@ -212,8 +201,7 @@ def _outline(potential: Potential, mode: Mode, workshop: _Workshop) -> None:
             potential(_triatomic(potential))
     finally:
         for code in codes:
-            code.make, code.report = Stage.compile, reports[code]
-            code.tracing, code.added = lambda: None, lambda stages: None
+            code.make, code.report, code.tracing, code.added = before[code]
             for stage in code.stages():  # none may go on without values
                 stage.function = known.get(id(stage))
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from dpa4.graph import Graph, build_graph, first_atoms
 from dpa4.kernels.incidence import Incidence
 from dpa4.model.domain import Domain
-from dpa4.potential.evaluator import COMPARED
 from dpa4.simulation.calculator import Model, charge_spin_of, load_model
 
 
@@ -141,7 +140,7 @@ class DPA4MLIAP:
             shift=vectors[keep],  # in a cell of length one, around atoms in one place
             charge_spin=self._charge_spin,
         )
-        graph = first_atoms(graph, COMPARED)
+        graph = first_atoms(graph, compiled.COMPARED)
         if min(graph.num_atoms, graph.num_edges) < 2:
             return
         self._compile = False
