@@ -16,6 +16,13 @@ def own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """No test before has left traces or code in the folder, which is returned."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
 @pytest.fixture(autouse=True)
 def no_other_processes(monkeypatch):
     """Code is compiled in the process of the test, however many processors there are."""

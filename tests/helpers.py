@@ -11,6 +11,7 @@ import torch
 from ase import Atoms
 
 from dpa4.graph import Graph, build_graph
+from dpa4.kernels.stage import graph_of as graph_of_recipe
 from dpa4.model import ModelConfig
 from dpa4.potential import Potential
 
@@ -93,3 +94,20 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
     scale = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
     difference = float((actual - expected).detach().abs().max()) if expected.numel() else 0.0
     assert difference <= tolerance * scale, f"difference {difference:.2e} at values up to {scale:.2e}"
+
+
+def assert_only_views_of_weights(program, fixed_inputs: int) -> None:
+    """Stages compute nothing of constants and weights alone, whose sizes are all fixed."""
+    for stage in program.stages:
+        nodes = list(graph_of_recipe(stage.recipe).nodes)
+        placeholders = [n for n in nodes if n.op == "placeholder"]
+        fixed = {
+            n
+            for n, spec in zip(placeholders, stage.recipe.arguments, strict=True)
+            if all(isinstance(length, int) for length in spec.shape)
+        }
+        assert len(fixed) <= fixed_inputs + len(program.constants.recipe.results)
+        for n in nodes:
+            if n.op == "call_function" and n.all_input_nodes and fixed.issuperset(n.all_input_nodes):
+                assert n.target.is_view, n.format_node()
+                fixed.add(n)

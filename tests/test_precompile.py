@@ -31,9 +31,8 @@ def outlined(potential, mode: Mode) -> list:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    return tmp_path
+def cache(empty_cache):
+    return empty_cache
 
 
 def test_tracing_ahead_is_what_calls_trace_later(compilations):
