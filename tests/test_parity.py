@@ -87,14 +87,15 @@ def test_float32(name):
 
     deepmd-kit 3.2.0 in float32 differs from its own float64 by up to 5e-7 eV in single atoms of the published
     sizes and by up to 1.6e-6 eV/atom in the D series (measured: D_fit_24_40); the order of operations is another
-    one here, and the edges of a cell of one atom round alike (1.1e-6 eV).
+    one here, and the edges of a cell of one atom round alike (1.1e-6 eV). Forces of two atoms at 0.4 Angstrom differ
+    by 3.2e-5 eV/Angstrom on an Intel processor with AVX-512, on an AMD one by less than 3e-5.
     """
     found = deviations(name, torch.float32)
     per_atom = 5e-6 if name.startswith("D_") else 5e-7
     for label, difference, _, atoms in found["energy"]:
         assert difference <= per_atom * atoms + 1e-6, f"energy of {label}: {difference:.2e}"
     for label, difference, largest, _ in found["forces"]:
-        assert difference <= 3e-5 * max(largest / 10, 1.0), f"forces of {label}: {difference:.2e}"
+        assert difference <= 5e-5 * max(largest / 10, 1.0), f"forces of {label}: {difference:.2e}"
 
 
 @pytest.mark.parametrize("name,option", REFUSED.items())
