@@ -7,7 +7,7 @@ is imported: a test starts it in a process of its own.
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
 import pytest
@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from dpa4.kernels import rotate
 from dpa4.kernels.incidence import Incidence
 from dpa4.kernels.rotate import edge_matmul, edge_outer, scatter_matmul
-from dpa4.kernels.segments import gather, segment_sum
+from dpa4.kernels.segments import gather, segment_max, segment_sum
 from helpers import run_in_the_interpreter
 
 SIZES = {  # (N, E, H, M, K, c)
@@ -292,6 +292,7 @@ def triton_for_the_cpu():
         "scatter_matmul": rotate._scatter_matmul_cuda,
         "edge_outer": rotate._edge_outer_cuda,
         "segment_sum": segments._cuda,
+        "segment_max": segments._cuda_max,
     }
 
     def noted(name, kernel):
@@ -304,10 +305,24 @@ def triton_for_the_cpu():
         yield called
 
 
+def check_largest(g: Tensor, ends: Iterable[Incidence]) -> None:
+    """Exactly; from a start that is sometimes the largest."""
+    start = (
+        torch.linspace(-1, 1, g[0].numel()).view(g.shape[1:]).to(g) if len(g) else g.new_zeros(g.shape[1:])
+    )
+    for end in ends:
+        with triton_for_the_cpu() as called:
+            found = segment_max(g, start, end)
+        assert called == {"segment_max"}
+        assert torch.equal(found, segment_max(g, start, end))
+
+
 def check_in_the_interpreter() -> None:
-    """Every size: derivatives in float32; values in low precision; sums in float64."""
+    """Every size: derivatives in float32; values in low precision; sums in float64; largest entries."""
     for size in SIZES.values():
         ends = edges(size[1], size[0])
+        for dtype in (torch.float32, torch.float64, torch.float16):
+            check_largest(tensors(size, dtype)[2], ends)
         expected = derivatives(*tensors(size), *ends)
         with triton_for_the_cpu() as called:
             found = derivatives(*tensors(size, torch.float32), *ends)

@@ -10,7 +10,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from dpa4.kernels.incidence import Incidence
-from dpa4.kernels.segments import gather, pick, segment_sum
+from dpa4.kernels.segments import gather, pick, segment_max, segment_sum
 from dpa4.model import ModelConfig
 from dpa4.model.block import GatedActivation, feed_forward
 from dpa4.model.config import Bridging
@@ -125,6 +125,16 @@ def test_gather_and_segment_sum():
     assert torch.equal(segment_sum(edges, DESTINATION)[2], torch.zeros(2, dtype=torch.float64))
     check_derivatives(lambda x: gather(x, SOURCE).square(), x)
     check_derivatives(lambda x: segment_sum(x, DESTINATION).square(), edges)
+
+
+def test_segment_max():
+    edges, start = random(5, 2), torch.tensor([-9.0, 0.1], dtype=torch.float64)
+    expected = torch.stack(
+        [torch.cat([start[None], edges[DESTINATION.index == n]]).amax(0) for n in range(3)]
+    )
+    assert torch.equal(segment_max(edges, start, DESTINATION), expected)
+    assert torch.equal(expected[2], start)  # a node without edges
+    torch.library.opcheck(torch.ops.dpa4.segment_max, (edges, start, *DESTINATION))
 
 
 def test_softmax_is_its_plain_definition():

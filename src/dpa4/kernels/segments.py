@@ -1,4 +1,4 @@
-"""From nodes to edges and back: a gather and a deterministic sum, each the derivative of the other; and `pick`."""
+"""From nodes to edges and back: a gather and a sum, each the derivative of the other; largest entries; and `pick`."""
 
 from typing import Any
 
@@ -19,6 +19,15 @@ def segment_sum(x: Tensor, incidence: Incidence) -> Tensor:
     Low precision is accumulated in float32. Two calls agree to the last bit.
     """
     return _SegmentSum.apply(x, *incidence)
+
+
+def segment_max(x: Tensor, start: Tensor, incidence: Incidence) -> Tensor:
+    """Largest entry over the edges of each node, and of ``start``: (E, ...), (...) -> (N, ...); not differentiable.
+
+    An entry that is not a number may count or not.
+    """
+    found: Tensor = torch.ops.dpa4.segment_max(x.contiguous(), start.contiguous(), *incidence)
+    return found
 
 
 def pick(x: Tensor, dim: int, index: Tensor) -> Tensor:
@@ -96,6 +105,22 @@ def _eager(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> T
     return wide.new_zeros(offsets.shape[0] - 1, *x.shape[1:]).index_add(0, index, wide).to(x.dtype)
 
 
+def _eager_max(x: Tensor, start: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+    whole = start.expand(offsets.shape[0] - 1, *start.shape)
+    index = index.view(-1, *[1] * start.dim()).expand_as(x)
+    return whole.scatter_reduce(0, index, x, "amax", include_self=True)
+
+
+def _cuda_max(x: Tensor, start: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+    from dpa4.kernels import triton_segments
+
+    return triton_segments.segment_max(x, start, order, offsets)
+
+
+def _fake_max(x: Tensor, start: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+    return _fake(x, index, order, offsets)
+
+
 def _cuda(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
     from dpa4.kernels import triton_segments  # here, since a machine without a GPU may have no Triton
 
@@ -122,6 +147,13 @@ _library.define(
 _library.impl("segment_sum", _eager, "CPU")
 _library.impl("segment_sum", _cuda, "CUDA")
 torch.library.register_fake("dpa4::segment_sum", _fake, lib=_library)
+_library.define(
+    "segment_max(Tensor x, Tensor start, Tensor index, Tensor? order, Tensor offsets) -> Tensor",
+    tags=[torch.Tag.pt2_compliant_tag],
+)
+_library.impl("segment_max", _eager_max, "CPU")
+_library.impl("segment_max", _cuda_max, "CUDA")
+torch.library.register_fake("dpa4::segment_max", _fake_max, lib=_library)
 _library.define("materialized(Tensor x) -> Tensor", tags=[torch.Tag.pt2_compliant_tag])
 _library.impl("materialized", torch.clone, "CompositeExplicitAutograd")
 torch.library.register_fake("dpa4::materialized", lambda x: x.new_empty(x.shape), lib=_library)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dpa4.kernels.incidence import Incidence
-from dpa4.kernels.segments import gather, segment_sum
+from dpa4.kernels.segments import gather, segment_max, segment_sum
 
 
 def envelope_softmax(
@@ -29,9 +29,7 @@ def envelope_softmax(
     """
     with torch.no_grad():
         log_weight = logits + (2 * envelope.log() + gate.log())[:, None, None]
-        start = null.log().to(logits.dtype).expand(destination.num_nodes, *null.shape)
-        index = destination.index[:, None, None].expand_as(log_weight)
-        shift = start.scatter_reduce(0, index, log_weight, "amax", include_self=True)
+        shift = segment_max(log_weight, null.log().to(log_weight.dtype), destination)
     root = envelope[:, None, None] * torch.exp(0.5 * (logits - gather(shift, destination)))
     weight = root * root * gate[:, None, None]
     total = segment_sum(weight, destination) + null * torch.exp(-shift)
