@@ -95,5 +95,5 @@ class SingleFocus(nn.Module):
     """The competition of one stream: it always wins."""
 
     def forward(self, scalars: Tensor) -> Tensor:
-        """Ones, (1, 1, 1)."""
-        return scalars.new_ones(1, 1, 1)
+        """Ones, (1, 1, 1). Not made by a method of the scalars: compiled code would keep those for the derivative."""
+        return torch.ones(1, 1, 1, dtype=scalars.dtype, device=scalars.device)
