@@ -8,12 +8,14 @@ import pytest
 import torch
 from rich.console import Console
 
+from dpa4.kernels import so2_fused
 from dpa4.model.presets import PRESETS, preset
 from dpa4.model.so2 import FusedSO2Stack
+from dpa4.potential import Potential
 from dpa4.potential.card import model_card
 from dpa4.potential.checkpoint import save_potential
 from dpa4.potential.deepmd_export import export_deepmd
-from dpa4.potential.gpu_kernels import triton_version, unsupported
+from dpa4.potential.gpu_kernels import has_whole_stacks, triton_version, unsupported
 from helpers import random_potential
 
 
@@ -70,6 +72,19 @@ def test_the_card_tells_which_kernels_a_gpu_has_for_the_model(saved, monkeypatch
     assert line(model_card(saved).text, "Triton") == "not installed; without it no model runs on a GPU"
     save_potential(random_potential(mlp_bias=True), saved)
     assert "mlp_bias = True" in line(model_card(saved).text, "SO(2) layers")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_models_with_whole_stacks_are_those_that_get_them(name, monkeypatch):
+    monkeypatch.setattr(so2_fused, "is_hopper", lambda device: True)
+    monkeypatch.setattr(so2_fused, "_usable", lambda device: True)
+    config = preset(name, ("H",))
+    found = set()
+    for block in Potential(config).float().model.blocks:
+        stack, conv = block.conv.stack, block.conv
+        x = torch.empty(conv.n_focus, 3, stack.rows.total * conv.width)
+        found.add(so2_fused.takes(x, len(stack.linears), stack.rows))
+    assert found == {has_whole_stacks(config)}
 
 
 @pytest.mark.parametrize("switches", [{}, {"mlp_bias": True}, {"layer_scale": True}])

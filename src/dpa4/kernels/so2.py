@@ -6,7 +6,8 @@ Layer t maps edge features x (F, E, W), rows of the edge frame one after another
 
 with one matrix per order |m| and the gates of `dpa4.kernels.gate`; the last layer has none. The four stages of
 `dpa4.kernels.twice` are written out here, since they need fewer passes over edge tensors than what follows from
-differentiating layer by layer: a product and one gate kernel per layer and stage.
+differentiating layer by layer: a product and one gate kernel per layer and stage. Outside of training
+`dpa4.kernels.so2_fused` takes over the first two where it can, with one kernel for all layers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpa4.kernels import gate, twice
+from dpa4.kernels import gate, so2_fused, twice
 from dpa4.kernels.gate import Rows
 from dpa4.kernels.matmul import Weight, columns_of, order_matmul, ready, split
 from dpa4.kernels.twice import Maybe
@@ -46,7 +47,8 @@ def so2_stack(
     weights = [w.to(x.dtype).contiguous() for w in (*(w for layer in matrices for w in layer), *gates)]
     if not training:
         weights = [_Constant.apply(w) for w in weights]
-    (y,) = twice.apply(_Stack(len(matrices), rows, training), [x, *weights])
+    fused = not training and so2_fused.takes(x, len(matrices), rows)
+    (y,) = twice.apply(_Stack(len(matrices), rows, training, fused), [x, *weights])
     return y
 
 
@@ -70,16 +72,20 @@ class _Stack:
 
     once = False
 
-    def __init__(self, layers: int, rows: Rows, training: bool):
-        self.rows, self.layers, self.training = rows, layers, training
+    def __init__(self, layers: int, rows: Rows, training: bool, fused: bool):
+        self.rows, self.layers, self.training, self.fused = rows, layers, training, fused
         self.num_inputs = 1 + layers * (rows.mmax + 1) + layers - 1
         self.mask = [True] + [False] * (self.num_inputs - 1)
         self.last_mask = [True] + [training] * (self.num_inputs - 1)
 
     def run(self, stage: int, given: Sequence[Sequence[Maybe]]) -> tuple[list[Maybe], list[Tensor]]:
         """See `dpa4.kernels.twice.Stages`."""
+        ops = torch.ops.dpa4
+        if stage == 0 and self.fused:
+            y, *kept = ops.so2_fused_value(given[0][0], self._packed(given[0], backward=False), True)
+            return [y], kept
         x, (us, xs) = given[0][0], self._kept(given)
-        shared, ops = self._shared(given[0], backward=stage in (1, 3)), torch.ops.dpa4
+        shared = self._shared(given[0], backward=stage in (1, 3))
         if stage == 0:
             y, *kept = ops.so2_value(x, *shared, self.training)
             return [y], kept
@@ -99,6 +105,8 @@ class _Stack:
 
     def without_first(self, given: list[list[Maybe]], grads: Sequence[Tensor]) -> list[Maybe]:
         """See `dpa4.kernels.twice.Stages`."""
+        if self.fused:
+            return [torch.ops.dpa4.so2_fused_vjp(grads[0], given[1], self._packed(given[0], backward=True))]
         shared, (us, xs) = self._shared(given[0], backward=True), self._kept(given)
         if not self.training:
             return list(torch.ops.dpa4.so2_vjp(grads[0], us, *shared, False))
@@ -106,15 +114,27 @@ class _Stack:
 
     def _shared(self, inputs: Sequence[Maybe], backward: bool) -> tuple[Any, ...]:
         """The last arguments of every operator."""
-        x, *weights = [t for t in inputs if t is not None]
-        count = self.layers * (self.rows.mmax + 1)
-        matrices, gates = weights[:count], weights[count:]
+        x, matrices, gates = self._inputs(inputs)
         pieces = split(x, _weights(matrices, self.rows.mmax, backward), gates)
         return matrices, gates, pieces, *self.rows
+
+    def _packed(self, inputs: Sequence[Maybe], backward: bool) -> list[Tensor]:
+        """The weights for `dpa4.kernels.so2_fused`."""
+        _, matrices, gates = self._inputs(inputs)
+        packed: list[Tensor] = torch.ops.dpa4.so2_pack(matrices, gates, backward)
+        return packed
+
+    def _inputs(self, inputs: Sequence[Maybe]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """x, matrices, gates."""
+        x, *weights = [t for t in inputs if t is not None]
+        count = self.layers * (self.rows.mmax + 1)
+        return x, weights[:count], weights[count:]
 
     def _kept(self, given: Sequence[Sequence[Maybe]]) -> tuple[Any, ...]:
         """What stage 0 kept of the products, and the inputs of the layers (none outside of training)."""
         x, kept = given[0][0], given[1] if len(given) > 1 else []
+        if self.fused and x is not None:  # a second derivative outside of training
+            kept = [so2_fused.in_rows(u, x.shape[1]) for u in kept[:-1] if u is not None]
         return kept[: self.layers - 1], [x, *kept[self.layers - 1 :]] if self.training else []
 
 

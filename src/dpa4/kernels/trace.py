@@ -37,7 +37,7 @@ _HINTS = {"node": 20_001, "center": 20_005, "edge": 100_009}
 larger than any fixed axis: where it was told 221 nodes and a fixed axis had as many columns, code was made on a GPU
 that took the number of nodes for fixed."""
 
-_EXPENSIVE = {"mm", "bmm", "addmm", "baddbmm", "scatter_reduce", "index_add", "index_put"}
+_EXPENSIVE = {"mm", "bmm", "addmm", "baddbmm", "index_add", "index_put"}
 _REDUCTIONS = {"sum", "mean", "amax"}
 
 
@@ -266,8 +266,18 @@ def _stage(
         copies[n].meta["val"] = n.meta["val"]
     for n in sorted(inside, key=order.__getitem__):
         copies[n] = graph.node_copy(n, copies.__getitem__)
+        if _keeps_in_vain(n, inside):
+            copies[n].args = (*copies[n].args[:-1], False)
     graph.output([copies[n] for n in results])
     return graph, [place[n] for n in arguments]
+
+
+def _keeps_in_vain(n: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether a kernel is told to keep results (its last argument) that nothing of a stage takes."""
+    arguments = n.target._schema.arguments if isinstance(n.target, torch._ops.OpOverload) else []
+    if not arguments or arguments[-1].name != "keep" or n.args[-1] is not True:
+        return False
+    return all(user.args[1] == 0 for user in n.users if user in inside)
 
 
 def _of_weights_alone(nodes: Sequence[fx.Node], weights: set[fx.Node]) -> set[fx.Node]:

@@ -4,6 +4,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from dpa4.kernels import so2_fused
+from dpa4.kernels.gate import Rows
 from dpa4.model import ModelConfig
 
 _PLAIN_SO2 = {"mlp_bias": "biases", "layer_scale": "learned scales"}
@@ -35,6 +37,17 @@ def unsupported(config: ModelConfig, dtype: torch.dtype = torch.float32) -> list
     return reasons
 
 
+def has_whole_stacks(config: ModelConfig) -> bool:
+    """Whether one kernel on Hopper GPUs computes all SO(2) layers of a block, for energies and forces."""
+    rows = {Rows(degree, min(config.mmax, degree)) for degree in config.degrees}
+    return (
+        not unsupported(config)
+        and rows == {so2_fused.ROWS}
+        and (config.n_focus, config.focus_width) == (1, so2_fused.CHANNELS)
+        and 1 <= config.mixing_layers <= so2_fused.MAX_GATES + 1
+    )
+
+
 def gpu_kernels(config: ModelConfig, triton: str | None) -> dict[str, str]:
     """Lines for the model card.
 
@@ -46,5 +59,8 @@ def gpu_kernels(config: ModelConfig, triton: str | None) -> dict[str, str]:
         "Triton": triton or "not installed; without it no model runs on a GPU",
         "edges and nodes": "Triton kernels",
         "SO(2) layers": "; ".join(unsupported(config)) or "fused, Triton kernels",
+        "energies and forces on H100, H200": "one CUDA kernel for all SO(2) layers of a block"
+        if has_whole_stacks(config)
+        else "SO(2) layers product by product",
         "with --dtype float64": "plain operations, not compiled",
     }

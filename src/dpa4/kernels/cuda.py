@@ -1,0 +1,108 @@
+"""Kernels in CUDA C++, compiled when first needed by the compiler that comes with PyTorch (NVRTC)."""
+
+import ctypes
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpa4.system import atomic_write
+
+_SHARED_MEMORY_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+class Kernel:
+    """A kernel on the device that was current when it was loaded.
+
+    Args:
+        source: File of the program.
+        name: Of the kernel, which is declared ``extern "C"``.
+        threads: Of a block.
+        shared_memory: Bytes of a block, all of it dynamic.
+    """
+
+    def __init__(self, source: Path, name: str, threads: int, shared_memory: int):
+        self.threads, self.shared_memory = threads, shared_memory
+        self._function = ctypes.c_void_p()
+        module = _module(source, torch.cuda.current_device())
+        _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()))
+        _check(_driver().cuFuncSetAttribute(self._function, _SHARED_MEMORY_SIZE, shared_memory))
+
+    def __call__(self, blocks: int, arguments: Sequence[Any]) -> None:
+        """Launch on the current stream; arguments are tensors and values of ctypes."""
+        values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        _check(
+            _driver().cuLaunchKernel(
+                self._function, blocks, 1, 1, self.threads, 1, 1, self.shared_memory, stream, pointers, None
+            )
+        )
+
+
+@cache
+def _module(source: Path, device: int) -> ctypes.c_void_p:
+    torch.cuda.current_stream()  # a context exists
+    module = ctypes.c_void_p()
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), _code(source)))
+    return module
+
+
+def _code(source: Path) -> bytes:
+    """Machine code for Hopper GPUs, kept in a file beside the compiler's cache."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # imports Triton
+
+    text = source.read_bytes()
+    digest = hashlib.sha256(text + str(torch.version.cuda).encode()).hexdigest()[:32]
+    file = Path(cache_dir()) / "dpa4" / f"{source.stem}-{digest}.cubin"
+    if not file.exists():
+        code = compile_cuda(text, source.name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(file) as path:
+            path.write_bytes(code)
+    return file.read_bytes()
+
+
+def compile_cuda(text: bytes, name: str) -> bytes:
+    """Compile a program for compute capability 9.0, its own instructions included; takes no GPU.
+
+    Raises:
+        RuntimeError: With what the compiler says, if it fails.
+        OSError: If there is no compiler.
+    """
+    compiler, program = _compiler(), ctypes.c_void_p()
+    compiler.nvrtcCreateProgram(ctypes.byref(program), text, name.encode(), 0, None, None)
+    options = [b"--gpu-architecture=sm_90a", b"--std=c++17"]
+    failed = compiler.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    if failed:
+        raise RuntimeError(_text_of(compiler, "ProgramLog", program).decode())
+    return _text_of(compiler, "CUBIN", program)
+
+
+def _text_of(compiler: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    getattr(compiler, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    text = ctypes.create_string_buffer(size.value)
+    getattr(compiler, f"nvrtcGet{what}")(program, text)
+    return text.raw
+
+
+@cache
+def _compiler() -> ctypes.CDLL:
+    major = str(torch.version.cuda).partition(".")[0]
+    return ctypes.CDLL(f"libnvrtc.so.{major}")
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(result: int) -> None:
+    if result:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(result, ctypes.byref(text))
+        raise RuntimeError(f"CUDA: {text.value.decode() if text.value else f'error {result}'}")

@@ -1,0 +1,212 @@
+"""The kernels for whole stacks of SO(2) layers: order of weights and of what is kept, and results on a Hopper GPU."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dpa4.kernels import cuda, so2_fused
+from dpa4.kernels.gate import Rows
+from dpa4.kernels.so2_fused import CHANNELS, EDGES, ROWS
+from dpa4.model.so2 import FusedSO2Stack
+
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+
+WIDTH = ROWS.total * CHANNELS
+TOLERANCE = 2e-6
+"""Relative to the largest entry: pieces hold 22 bits, and up to five layers add their rounding."""
+
+
+def stack_of(layers: int) -> FusedSO2Stack:
+    torch.manual_seed(0)
+    stack = FusedSO2Stack(ROWS.lmax, ROWS.mmax, CHANNELS, 1, layers)
+    with torch.no_grad():
+        for p in stack.parameters():
+            p.copy_(torch.randn_like(p) * p.shape[0] ** -0.5)
+    return stack
+
+
+def weights_of(stack: FusedSO2Stack) -> tuple[list[Tensor], list[Tensor]]:
+    matrices = [w.detach().contiguous() for linear in stack.linears for w in linear.matrices()]
+    return matrices, [g.weight(matrices[0]).detach().contiguous() for g in list(stack.gates)[:-1]]
+
+
+class Reader:
+    """Takes parts of a stream as the kernel does."""
+
+    def __init__(self, stream: Tensor):
+        self.rest = stream.double().numpy()
+
+    def tile(self, columns: int) -> np.ndarray:
+        """32 rows and some columns of weights, both pieces added: rows of 64 bytes, swizzled."""
+        size = 2 * columns * 32
+        part, self.rest = self.rest[:size].reshape(2, columns, 4, 8).sum(0), self.rest[size:]
+        n, chunk = np.arange(columns)[:, None], np.arange(4)[None]
+        return part[n, chunk ^ (n // 2 % 4)].reshape(columns, 32).T
+
+    def tiles(self, rows: int, columns: int) -> np.ndarray:
+        return np.concatenate([self.tile(columns) for _ in range(rows // 32)])
+
+
+def channel(group: int, n: int) -> int:
+    """Column n of a product with 32 channels of a group: thread n % 8 // 2 of a quad has channels 4 q + 0..3 of both
+    runs of 16.
+    """
+    run, pair, quad, i = n // 16, n // 8 % 2, n % 8 // 2, n % 2
+    return 32 * group + 16 * run + 4 * quad + 2 * pair + i
+
+
+def matrices_from(reader: Reader, group: int, zero: np.ndarray, one: np.ndarray) -> None:
+    """Read what a product needs into columns of the matrices of order 0 and 1, [[U, V], [-V, U]]."""
+    for block in range(0, 192, 64):
+        for half in (0, 1):  # U, V
+            for run in (0, 1):
+                tile = reader.tiles(64, 48)
+                for column in range(48):
+                    at = 64 * (column // 16) + channel(group, 16 * run + column % 16)
+                    one[block : block + 64, 192 * half + at] = tile[:, column]
+                    sign = -1 if half else 1
+                    one[192 + block : 192 + block + 64, 192 * (1 - half) + at] = sign * tile[:, column]
+    for block in range(0, 256, 64):
+        for half in (0, 1):
+            tile = reader.tiles(64, 64)
+            for column in range(64):
+                at = 64 * (2 * half + column // 32) + channel(group, column % 32)
+                zero[block : block + 64, at] = tile[:, column]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_streams_hold_the_weights_in_the_order_in_which_they_are_used(layers, backward):
+    matrices, gates = weights_of(stack_of(layers))
+    (streams, scales), last = so2_fused.pack(matrices, gates, backward), layers - 1
+    found = [[np.zeros((256, 256)), np.zeros((384, 384)), np.zeros((64, 192))] for _ in range(layers)]
+    transposed = [np.zeros((192, 64)) for _ in range(layers)]
+    for group in (0, 1):
+        reader = Reader(streams[group])
+        for t in range(last, -1, -1) if backward else range(layers):
+            zero, one, gate = found[t]
+            if not backward:
+                matrices_from(reader, group, zero, one)
+            if t < last:
+                n = [channel(group, k) for k in range(32)]
+                for degree in range(3):
+                    gate[:, 64 * degree + np.array(n)] = reader.tiles(64, 32)
+                if backward:
+                    transposed[t][:, n] = reader.tiles(192, 32)
+            if backward:
+                matrices_from(reader, group, zero, one)
+        assert reader.rest.size == 0
+    for t in range(layers):
+        expected = [w[0].double().numpy() for w in matrices[2 * t : 2 * t + 2]]
+        if t == last:
+            expected = [w + np.eye(len(w)) for w in expected]
+        expected = [w.T if backward else w for w in expected]
+        expected += [gates[t][0].double().numpy()] if t < last else []
+        for k, w in enumerate(expected):
+            # Two pieces of 11 bits; what is far below the largest entry loses bits of its own.
+            np.testing.assert_allclose(found[t][k] * float(scales[t, k]), w, rtol=3e-7, atol=1e-10)
+        if backward and t < last:
+            assert np.array_equal(transposed[t], found[t][2].T)
+
+
+def test_tracing_sees_the_shapes_of_the_streams():
+    matrices, gates = weights_of(stack_of(3))
+    before = [w.clone() for w in matrices]
+    for backward in (False, True):
+        real, new = (f(matrices, gates, backward) for f in (so2_fused.pack, so2_fused._new_pack))
+        assert [(t.shape, t.dtype) for t in real] == [(t.shape, t.dtype) for t in new]
+    assert all(torch.equal(*pair) for pair in zip(matrices, before, strict=True))
+
+
+@pytest.mark.parametrize("edges", [1, 64, 100])
+def test_what_is_kept_can_be_put_into_rows(edges):
+    """By the layout of a tensor core's result and the order in which a thread writes it."""
+    kept = torch.full((edges + so2_fused.PADDING, WIDTH), -1.0)
+    order = [0, 1, 4, 7, 2, 5, 8, 3, 6, 9]  # blocks, degree by degree
+    flat, expected = kept.view(-1), torch.arange(edges * WIDTH).view(edges, WIDTH).float()
+    for edge in range(edges):
+        tile, row = divmod(edge, EDGES)
+        warp, half, lane_row = row // 16, row // 8 % 2, row % 8
+        for place, block in enumerate(order):
+            for c in range(CHANNELS):
+                group, run, quad, i = c // 32, c // 16 % 2, c % 16 // 4, c % 4
+                thread = warp * 32 + lane_row * 4 + quad
+                at = ((tile * 2 + group) * 10 + place) * 2048 + ((2 * half + run) * 128 + thread) * 4 + i
+                flat[at] = expected[edge, block * CHANNELS + c]
+    assert torch.equal(so2_fused.in_rows(kept, edges)[0], expected)
+
+
+def test_they_are_not_used_where_they_cannot_be():
+    x = torch.zeros(1, 5, WIDTH)
+    assert not so2_fused.takes(x, 4, ROWS)  # on a CPU
+    assert not so2_fused.takes(x, 4, Rows(2, 1))
+
+
+def test_the_program_compiles():
+    """Where a compiler is installed, which takes no GPU."""
+    if torch.version.cuda is None:
+        pytest.skip("this PyTorch has no compiler for CUDA")
+    assert cuda.compile_cuda(so2_fused._SOURCE.read_bytes(), "so2_stack.cu")
+
+
+def results(stack: FusedSO2Stack, x: Tensor, g: Tensor) -> list[Tensor]:
+    """y, and the gradient of <g, y>."""
+    x = x.detach().requires_grad_()
+    y = stack(x, None)
+    return [y.detach(), *torch.autograd.grad(y, x, g)]
+
+
+def deviation(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("layers", [1, 2, 4, 5])
+@pytest.mark.parametrize("edges", [0, 1, 63, 64, 65, 8447, 20_001])
+def test_results(layers, edges, monkeypatch):
+    stack = stack_of(layers).cuda().eval()
+    rng = torch.Generator("cuda").manual_seed(1)
+    x, g = (torch.randn(1, edges, WIDTH, device="cuda", generator=rng) for _ in range(2))
+    assert so2_fused.takes(x, layers, ROWS)
+    found = results(stack, x, g)
+    assert all(torch.equal(a, b) for a, b in zip(found, results(stack, x, g), strict=True))  # to the last bit
+    expected = results(stack.double(), x.double(), g.double())
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape and (edges == 0 or deviation(a, b) < TOLERANCE)
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_edges_of_very_different_size():
+    """Every edge has the accuracy of its own largest entry; gradients that vanish are no trouble."""
+    stack = stack_of(4).cuda().eval()
+    rng = torch.Generator("cuda").manual_seed(2)
+    x, g = (torch.randn(1, 3000, WIDTH, device="cuda", generator=rng) for _ in range(2))
+    x *= torch.logspace(-6, 1, 3000, device="cuda")[:, None]
+    g *= torch.logspace(6, -6, 3000, device="cuda")[:, None]
+    g[:, ::7] = 0
+    x[:, ::11] = 0
+    found = results(stack, x, g)
+    expected = results(stack.double(), x.double(), g.double())
+    for a, b in zip(found, expected, strict=True):
+        error = (a.double() - b).abs().amax(-1)
+        # Scalars of up to 10 with weights of 1 make gates of arguments of some tens, whose rounding they amplify.
+        assert (error <= 10 * TOLERANCE * b.abs().amax(-1)).all()
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_a_second_derivative_outside_of_training():
+    stack = stack_of(3).cuda().eval()
+    rng = torch.Generator("cuda").manual_seed(3)
+    x, g, c = (torch.randn(1, 500, WIDTH, device="cuda", generator=rng) for _ in range(3))
+    second = []
+    for dtype in (torch.float32, torch.float64):
+        z = x.to(dtype).requires_grad_()
+        (first,) = torch.autograd.grad(stack.to(dtype)(z, None), z, g.to(dtype), create_graph=True)
+        second += torch.autograd.grad(first, z, c.to(dtype))
+    assert deviation(*second) < 1e-5  # of the other kernels, which training has
