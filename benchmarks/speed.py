@@ -23,9 +23,9 @@ from dpa4.data import Batch
 from dpa4.graph import Graph, build_graph, collate
 from dpa4.model.presets import preset
 from dpa4.potential import Potential
-from dpa4.potential.compiled import compare_with_eager, compile_potential, restore_eager
+from dpa4.potential.compiled import KINDS, compare_with_eager, compile_potential, kind_of, restore_eager
 from dpa4.potential.precompile import Mode, precompile
-from dpa4.potential.replay import Replay
+from dpa4.potential.replay import Replay, replayed_size
 from dpa4.training.loss import Loss
 from dpa4.training.replay import Recorder, ReplayedStep
 from dpa4.training.trainer import training_step
@@ -201,8 +201,8 @@ def evaluate(base: dict, device: str, atoms: int, options: argparse.Namespace) -
         if way != "eager":
             pieces.clear()
             start = time.perf_counter()
-            max_kept = 0 if way == "recompute" else 2**31
-            compile_potential(potential, lambda part, s: pieces.append((part, s)), max_kept)
+            kind = -1 if way == "recompute" else kind_of(replayed_size(atoms) or atoms)
+            compile_potential(potential, lambda part, s: pieces.append((part, s)), KINDS[kind])
             precompiled(potential, Mode(False, potential.model.block_autocast), graph, pieces)
             parity = compare_with_eager(potential, graph) if atoms <= 10_000 else {}
             record["compile_s"] = round(sum(s for _, s in pieces), 1)

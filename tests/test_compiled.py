@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from dpa4.graph import collate
-from dpa4.kernels import matmul
+from dpa4.kernels import matmul, so2_fused
 from dpa4.kernels import region as regions
 from dpa4.kernels import trace as tracing
 from dpa4.kernels.region import Region
 from dpa4.kernels.stage import graph_of as recorded
 from dpa4.model.config import Bridging
+from dpa4.model.presets import preset
 from dpa4.potential import Potential, precompile
 from dpa4.potential.compiled import (
+    KINDS,
+    Kept,
     compare_with_eager,
     compile_potential,
     keep_results,
@@ -69,10 +72,29 @@ def test_weights_are_split_once(compilations, empty_cache, monkeypatch):
 def test_kernels_with_several_results(compilations, max_kept, calls):
     """All that is needed of the results of one call is kept, or computed again."""
     potential = random_potential(n_blocks=1).eval()
-    compile_potential(potential, max_kept=max_kept)
+    compile_potential(potential, kept=Kept(max_kept, max_kept))
     assert compare_with_eager(potential, batches(1)[0])["forces"] < 1e-11
     nodes = [n for graph in compilations for n in graph.graph.nodes if "so2_value" in str(n.target)]
     assert len(nodes) == calls
+
+
+def test_whole_stacks_keep_only_what_their_derivative_takes(monkeypatch, empty_cache):
+    """With the kernels for Hopper GPUs, traced without one: in the last block; earlier ones compute it again."""
+    monkeypatch.setattr(so2_fused, "takes", lambda x, layers, rows: True)
+    potential = Potential(preset("paper-air", ("H", "C"), n_blocks=2)).float().eval()
+    compile_potential(potential, kept=KINDS[1])
+    precompile._outline(potential, precompile.Mode(training=False), precompile._Workshop(0))
+    code = potential.model.blocks[0].messages.code
+    calls, edge_features = {}, {}
+    for kind, program in code.programs.items():
+        nodes = [n for stage in program.stages for n in recorded(stage.recipe).nodes]
+        calls[kind.keep] = [n.args[-1] for n in nodes if "so2_fused_value" in str(n.target)]
+        taken = program.stages[1].recipe.arguments
+        edge_features[kind.keep] = [a.shape for a in taken if a.shape[-1] == 640]
+    # Whether products are kept, in every call of stage 0 and 1.
+    assert calls == {True: [True], False: [False, True]}
+    # The products of three gated layers, a little longer, and the result, from which attention has its gradient.
+    assert edge_features == {True: [[1, "edge", 640], *3 * [["edge + 63", 640]]], False: []}
 
 
 GENERATIONS = {
@@ -139,7 +161,7 @@ def test_keeping_results_can_be_changed(compilations):
     expected, counts = potential(graph).forces, []
     compile_potential(potential)
     for max_kept in (graph.num_atoms, graph.num_atoms - 1, graph.num_atoms):
-        keep_results(potential, max_kept)
+        keep_results(potential, Kept(max_kept, max_kept))
         assert_close(potential(graph).forces, expected)
         counts.append(len(compilations))
     # Six regions of two stages, and one of constants, which the geometry has not; of two kinds.

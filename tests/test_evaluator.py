@@ -13,7 +13,7 @@ from dpa4.graph import build_graph, collate, first_atoms
 from dpa4.model.presets import preset
 from dpa4.potential import Potential, compiled
 from dpa4.potential.evaluator import Evaluator
-from dpa4.potential.replay import MAX_ATOMS, Replay, Room, pad, rounded_up
+from dpa4.potential.replay import MAX_ATOMS, Replay, Room, pad, replayed_size, rounded_up
 from dpa4.simulation import DPA4Calculator
 from helpers import crystal, graph_of, molecule, random_potential, randomize
 
@@ -21,15 +21,18 @@ CUTOFF = 4.0  # of random_potential
 
 
 def test_rounded_up_wastes_little_and_has_few_values():
-    sizes = {n: rounded_up(n) for n in range(100_000)}
-    assert all(n <= s <= n + n / 16 for n, s in sizes.items())
-    assert len(set(sizes.values())) < 250
+    for digits, most in ((5, 250), (6, 500)):
+        sizes = {n: rounded_up(n, digits) for n in range(100_000)}
+        assert all(n <= s <= n + n / 2 ** (digits - 1) for n, s in sizes.items())
+        assert len(set(sizes.values())) < most
 
 
 def test_what_is_replayed_keeps_its_results():
     """Code is chosen by the number of atoms that it sees, padding included: 4096 are 4352."""
-    assert MAX_ATOMS == compiled.MAX_KEPT
-    assert rounded_up(4096 + 1) <= MAX_ATOMS
+    assert all(kept.last in (MAX_ATOMS, 0) for kept in compiled.KINDS)
+    assert replayed_size(4096) == rounded_up(4097) <= MAX_ATOMS
+    assert replayed_size(MAX_ATOMS) is None
+    assert [compiled.kind_of(n) for n in (1, 2048, 2049, 4224, 4225)] == [0, 0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("structure", [molecule, crystal])
@@ -76,9 +79,9 @@ def test_systems_in_parts_are_not_recorded(monkeypatch):
 
 def test_room_holds_one_structure_after_the_other():
     """The same graph as by padding, whatever lay there before, even if it was not a number."""
-    graphs = [graph_of(molecule(seed, n)) for seed, n in ((0, 35), (2, 34), (7, 34), (0, 35))]
+    graphs = [graph_of(molecule(seed, n)) for seed, n in ((0, 65), (3, 64), (10, 64), (0, 65))]
     graphs[1] = graphs[1]._replace(charge_spin=torch.tensor([[1, 2]]))
-    assert {(rounded_up(g.num_atoms + 1), rounded_up(g.num_edges)) for g in graphs} == {(36, 928)}
+    assert {(rounded_up(g.num_atoms + 1), rounded_up(g.num_edges)) for g in graphs} == {(66, 3136)}
     assert len({g.num_edges for g in graphs}) == 3
     room = Room(graphs[2], CUTOFF)
     for graph in graphs:
@@ -123,12 +126,15 @@ def test_deviating_code_is_not_used(monkeypatch, factor):
     assert torch.equal(found.energy, expected.energy)
 
 
+SMALL, MEDIUM, LARGE = compiled.Kept(12, 8), compiled.Kept(12, 0), compiled.Kept(0, 0)
+
+
 class Comparisons:
     """Stands for the compiler; records which kind of code is compared, and lets one kind deviate."""
 
-    def __init__(self, monkeypatch, deviating: int | None = None):
+    def __init__(self, monkeypatch, deviating: compiled.Kept | None = None):
         self.made, self.kept, self.limit, self.deviating = 0, [], None, deviating
-        monkeypatch.setattr(compiled, "MAX_KEPT", 8)
+        monkeypatch.setattr(compiled, "KINDS", (SMALL, MEDIUM, LARGE))
         monkeypatch.setattr(compiled, "compile_potential", self._compile)
         monkeypatch.setattr(compiled, "keep_results", lambda potential, limit: setattr(self, "limit", limit))
         monkeypatch.setattr(compiled, "compare_with_eager", self._compare)
@@ -144,37 +150,37 @@ class Comparisons:
 def test_each_kind_of_code_is_compared_once(monkeypatch):
     seen = Comparisons(monkeypatch)
     evaluate = Evaluator(random_potential(), compile=True)
-    for n, kinds in [(5, [8]), (7, [8]), (12, [8, 0]), (12, [8, 0]), (6, [8, 0])]:
+    for n, kinds in [(5, 1), (8, 1), (9, 2), (12, 2), (13, 3), (14, 3), (6, 3), (10, 3)]:
         evaluate(graph_of(molecule(n=n)))
-        assert seen.kept == kinds and seen.limit == 8
+        assert seen.kept == [SMALL, MEDIUM, LARGE][:kinds] and seen.limit == SMALL
     assert seen.made == 1
 
 
 def test_a_large_system_first_does_not_slow_down_small_ones(monkeypatch):
     seen = Comparisons(monkeypatch)
     evaluate = Evaluator(random_potential(), compile=True)
-    evaluate(graph_of(molecule(n=12)))
-    assert seen.kept == [0] and seen.limit == 8
+    evaluate(graph_of(molecule(n=13)))
+    assert seen.kept == [LARGE] and seen.limit == SMALL
     evaluate(graph_of(molecule(n=5)))
-    assert seen.kept == [0, 8]
+    assert seen.kept == [LARGE, SMALL]
 
 
 def test_code_that_keeps_nothing_stands_in_for_code_that_deviates(monkeypatch):
-    seen = Comparisons(monkeypatch, deviating=8)
+    seen = Comparisons(monkeypatch, deviating=SMALL)
     evaluate = Evaluator(random_potential(), compile=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for n in (5, 12, 6):
+        for n in (5, 13, 6, 10):
             evaluate(graph_of(molecule(n=n)))
-    assert seen.kept == [8, 0] and seen.limit == 0
+    assert seen.kept == [SMALL, LARGE] and seen.limit == LARGE
 
 
 def test_large_systems_that_deviate_end_compilation(monkeypatch):
-    Comparisons(monkeypatch, deviating=0)
+    Comparisons(monkeypatch, deviating=LARGE)
     evaluate = Evaluator(random_potential(), compile=True)
     evaluate(graph_of(molecule(n=5)))
     with pytest.warns(RuntimeWarning, match="relative deviations"):
-        evaluate(graph_of(molecule(n=12)))
+        evaluate(graph_of(molecule(n=13)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         evaluate(graph_of(molecule(n=5)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpa4.potential import precompile as module
-from dpa4.potential.compiled import compare_with_eager, compile_potential, regions
+from dpa4.potential.compiled import Kept, compare_with_eager, compile_potential, regions
 from dpa4.potential.precompile import Mode, precompile
 from helpers import graph_of, molecule, random_potential
 
@@ -55,10 +55,10 @@ def test_tracing_ahead_is_what_calls_trace_later(compilations):
 def test_tracing_leaves_the_potential_as_it_was(compilations):
     potential, reports = random_potential(n_blocks=1).train(), []
     potential.model.block_autocast = torch.bfloat16
-    compile_potential(potential, lambda name, seconds: reports.append(name), max_kept=7)
+    compile_potential(potential, lambda name, seconds: reports.append(name), kept=Kept(7, 5))
     outlined(potential, MODES[1])
     assert potential.training and potential.model.block_autocast is torch.bfloat16
-    assert {r.max_kept for r in regions(potential) if r.keeps} == {7}
+    assert {r.max_kept for r in regions(potential) if r.keeps} == {7}  # one block, which is the last
     assert all(p.grad is None for p in potential.parameters())
     assert reports == []  # what is traced ahead is not counted, what is made is
     potential(graph_of(molecule()))

@@ -112,7 +112,7 @@ def test_padding_of_batches():
     padded, n, b = pad_batch(batch, CUTOFF), batch.graph.num_atoms, 4
     graph = padded.graph
     assert graph.num_structures == 8
-    assert (graph.num_atoms, graph.num_edges) == (rounded_up(n + 1), rounded_up(batch.graph.num_edges))
+    assert (graph.num_atoms, graph.num_edges) == (rounded_up(n + 1, 5), rounded_up(batch.graph.num_edges, 5))
     assert (graph.structure.diff() >= 0).all() and (graph.destination.diff() >= 0).all()
     assert torch.equal(graph.structure[n:], torch.full((graph.num_atoms - n,), b))  # the rest is empty
     lengths = {
@@ -226,11 +226,11 @@ def test_batches_without_edges_or_in_parts_are_not_recorded():
         step(batch_of([apart]))
     assert books.plain == [2] * 3  # as they are
     batch = batch_of(MIXED)
-    potential.model.max_edges = {"cpu": rounded_up(batch.graph.num_edges) - 1}
+    potential.model.max_edges = {"cpu": rounded_up(batch.graph.num_edges, 5) - 1}
     for _ in range(3):
         step(batch)
     assert books.plain[3:] == [batch.graph.num_atoms] * 3 and not books.recorded
-    potential.model.max_edges = {"cpu": rounded_up(batch.graph.num_edges)}
+    potential.model.max_edges = {"cpu": rounded_up(batch.graph.num_edges, 5)}
     for _ in range(3):
         step(batch)
     assert len(books.recorded) == 1 and len(books.replayed) == 2

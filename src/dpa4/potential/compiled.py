@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +33,29 @@ def tolerance(potential: Potential) -> float:
 COMPARED = 512
 """Atoms that are compared with eager mode, which may not have the memory for all."""
 
-MAX_KEPT = MAX_ATOMS
-"""Atoms up to which energies and forces keep the products of the forward pass: a third less arithmetic for about
-4 MiB per atom of a 64-channel model. All that is replayed does."""
+
+class Kept(NamedTuple):
+    """Atoms up to which energies and forces keep results of the forward pass for the derivatives."""
+
+    last: int  # outside of the blocks, and in the last one: its derivative comes first, so they are not in the way
+    everywhere: int
+
+
+KINDS = Kept(MAX_ATOMS, 2048), Kept(MAX_ATOMS, 0), Kept(0, 0)
+"""Kinds of code, from small systems to large ones. Keeping results everywhere takes 3 MiB per atom of paper-air and
+saves a sixth of the time."""
+
+
+def kind_of(atoms: int) -> int:
+    """Which of `KINDS` so many atoms take."""
+    small = KINDS[0]
+    return (atoms > small.everywhere) + (atoms > small.last)
 
 
 def compile_potential(
     potential: Potential,
     report: Callable[[str, float], None] = lambda name, seconds: None,
-    max_kept: int = MAX_KEPT,
+    kept: Kept = KINDS[0],
 ) -> None:
     """Replace the parts of the network by compiled ones, in place; code is made when first needed.
 
@@ -51,7 +65,7 @@ def compile_potential(
     Args:
         potential: The potential.
         report: Called with the name of a part and the seconds it took to compile.
-        max_kept: Atoms up to which results are kept for the derivatives, outside of training.
+        kept: Which results are kept for the derivatives, outside of training.
     """
     restore_eager(potential)
     model = potential.model
@@ -74,7 +88,7 @@ def compile_potential(
         "read_out": ("read-out", ["readout"], ("node",)),
     }
     for method, (name, parts, arguments) in whole.items():
-        model.__dict__[method] = Region(model, method, parts, code_of(name, arguments), max_kept)
+        model.__dict__[method] = Region(model, method, parts, code_of(name, arguments))
     codes: dict[int, list[RegionCode]] = {}
     update = [
         f"{name}" for name in ("conv_norm_out", "ffns", "ffn_norms_in", "ffn_norms_out", "ffn_scales", "conv")
@@ -91,10 +105,11 @@ def compile_potential(
         states, messages, updates, updates_in_parts = codes[degree]
         own = ["conv.product", "conv.pre_mix", "conv.attention", "conv_norm_in"]
         on_edges = ["product", "stack", "focus", "attention", "radial_hidden", "frame", "scalar_degree"]
-        block.states = Region(block, "states", own, states, max_kept)  # type: ignore
-        block.messages = Region(block, "messages", [f"conv.{n}" for n in on_edges], messages, max_kept)  # type: ignore
-        block.update = Region(block, "update", update, updates, max_kept)  # type: ignore
+        block.states = Region(block, "states", own, states)  # type: ignore
+        block.messages = Region(block, "messages", [f"conv.{n}" for n in on_edges], messages)  # type: ignore
+        block.update = Region(block, "update", update, updates)  # type: ignore
         block.update_some = Region(block, "update_some", update, updates_in_parts, keeps=False)  # type: ignore
+    keep_results(potential, kept)
 
 
 def regions(potential: Potential) -> list[Region]:
@@ -115,10 +130,11 @@ def _places(potential: Potential) -> list[tuple[nn.Module, str, Region]]:
     return [(module, method, part) for module, method, part in found if isinstance(part, Region)]
 
 
-def keep_results(potential: Potential, max_kept: int) -> None:
-    """Change up to how many atoms the compiled parts keep results for the derivatives; code that exists stays."""
-    for region in regions(potential):
-        region.max_kept = max_kept
+def keep_results(potential: Potential, kept: Kept) -> None:
+    """Change which results the compiled parts keep for the derivatives; code that exists stays."""
+    for module, method, region in _places(potential):
+        early = method in ("messages", "update") and module is not potential.model.blocks[-1]
+        region.max_kept = kept.everywhere if early else kept.last
 
 
 def restore_eager(potential: Potential) -> None:

@@ -16,12 +16,12 @@ _log = logging.getLogger(__name__)
 class Evaluator:
     """A potential in evaluation mode, compiled when first needed and replayed as a CUDA graph where it is small.
 
-    There are two kinds of code: for small systems one that keeps results of the forward pass for the derivatives, for
-    large ones one that keeps nothing. The first call of either compares it with eager mode, on large systems for the
-    first atoms. Small systems take the code that keeps nothing, too, if theirs deviates: those are other kernels,
-    which a fault of the compiler may not meet. If that deviates or something fails, a warning says why and eager
-    mode stays. Graphs of several structures are compiled, too, but not replayed: their sizes keep changing, and
-    together they keep the device busy.
+    There are three kinds of code: for small systems one that keeps results of the forward pass for the derivatives,
+    for larger ones one that keeps only those of the last block, for large ones one that keeps nothing. The first call
+    of each compares it with eager mode, on large systems for the first atoms. All take the code that keeps nothing if
+    theirs deviates: those are other kernels, which a fault of the compiler may not meet. If that deviates, too, or
+    something fails, a warning says why and eager mode stays. Graphs of several structures are compiled, too, but not
+    replayed: their sizes keep changing, and together they keep the device busy.
 
     Args:
         potential: On its device and in its precision.
@@ -33,8 +33,8 @@ class Evaluator:
         if compile is None:
             compile = potential.reference_energies.is_cuda and potential.dtype == torch.float32
         self._compile = compile
-        self._keep_results = True  # in small systems
-        self._compared: set[bool] = set()  # kinds of code, by whether they keep results
+        self._keep_results = True  # unless that deviated
+        self._compared: set[int] = set()  # kinds of code
         self._call: Callable[[Graph], Prediction] = potential.__call__
 
     def __call__(self, graph: Graph) -> Prediction:
@@ -48,10 +48,13 @@ class Evaluator:
         """Compile the code that a graph takes and compare it with eager mode, unless that is done."""
         from dpa4.potential import compiled  # takes a second to import
         from dpa4.potential.precompile import Mode, precompile
-        from dpa4.potential.replay import Replay
+        from dpa4.potential.replay import Replay, replayed_size
 
-        keep = self._keep_results and graph.num_atoms <= compiled.MAX_KEPT
-        if keep in self._compared:
+        atoms = graph.num_atoms
+        if graph.positions.is_cuda and graph.num_structures == 1:
+            atoms = replayed_size(atoms) or atoms
+        kind = compiled.kind_of(atoms) if self._keep_results else len(compiled.KINDS) - 1
+        if kind in self._compared:
             return
         start = time.monotonic()
         allowed = compiled.tolerance(self.potential)
@@ -59,18 +62,18 @@ class Evaluator:
             if not self._compared:
                 compiled.compile_potential(self.potential)
             while True:
-                compiled.keep_results(self.potential, compiled.MAX_KEPT if keep else 0)
+                compiled.keep_results(self.potential, compiled.KINDS[kind])
                 precompile(self.potential, [Mode(False, self.potential.model.block_autocast)], graph)
                 self.potential(graph)  # so that code is made for these sizes
                 found = compiled.compare_with_eager(self.potential, first_atoms(graph, compiled.COMPARED))
                 if all(deviation <= allowed for deviation in found.values()):
                     break
-                if not keep:
+                if kind == len(compiled.KINDS) - 1:
                     raise ArithmeticError(
                         f"relative deviations from eager mode are {found}, allowed {allowed}"
                     )
                 _log.info("code that keeps results deviates by %s, allowed %s", found, allowed)
-                keep = self._keep_results = False
+                kind, self._keep_results = len(compiled.KINDS) - 1, False
         except torch.OutOfMemoryError:  # no fault of the compiler: a smaller graph may come
             raise
         except Exception as error:
@@ -85,8 +88,8 @@ class Evaluator:
                 stacklevel=3,
             )
             return
-        compiled.keep_results(self.potential, compiled.MAX_KEPT if self._keep_results else 0)
-        self._compared.add(keep)
+        compiled.keep_results(self.potential, compiled.KINDS[0 if self._keep_results else -1])
+        self._compared.add(kind)
         _log.info(
             "compiled and compared in %.0f s; relative deviations from eager mode: %s",
             time.monotonic() - start,

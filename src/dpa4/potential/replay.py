@@ -12,7 +12,7 @@ from dpa4.potential.potential import Potential, Prediction
 
 T = TypeVar("T")
 
-MAX_ATOMS = 4352
+MAX_ATOMS = 4224
 """Atoms of the largest recording, padding included: 4096 become as many. Larger systems keep the device busy, and a
 CUDA graph never gives memory back."""
 
@@ -27,7 +27,7 @@ class _Recording(NamedTuple):
 class Replay:
     """Calls a potential on one structure at a time, by replaying recorded kernels.
 
-    Sizes are rounded up with atoms far from everything, by at most 1/16, so one recording serves many structures.
+    Sizes are rounded up with atoms far from everything, by at most 1/32, so one recording serves many structures.
     Recordings are given up when weights change, since they do not compute what depends on weights alone.
 
     Args:
@@ -37,7 +37,7 @@ class Replay:
 
     def __init__(self, potential: Potential, max_recordings: int = 4):
         self.potential, self.max_recordings = potential, max_recordings
-        self.recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
+        self.recordings: OrderedDict[tuple[int | None, int], _Recording] = OrderedDict()
         self.weights = [*potential.parameters(), *potential.buffers()]
         self.recorded = versions(self.weights)
 
@@ -45,8 +45,8 @@ class Replay:
         """Prediction for a graph of one structure, on the device."""
         graph = self.potential.without_excluded(graph)
         n, e = graph.num_atoms, graph.num_edges
-        size = rounded_up(n + 1), rounded_up(e)
-        if size[0] > MAX_ATOMS or e < 2 or is_in_parts(self.potential, size[1]):
+        size = replayed_size(n), rounded_up(e)
+        if size[0] is None or e < 2 or is_in_parts(self.potential, size[1]):
             return self.potential.of_edges(graph)
         while True:
             if size not in self.recordings:
@@ -72,6 +72,12 @@ class Replay:
         graph, prediction = record(lambda: self.potential.of_edges(room.padded()), stream)
         constants = [region.constants.copy() for region in regions(self.potential)]
         return _Recording(graph, room, prediction, constants)
+
+
+def replayed_size(atoms: int) -> int | None:
+    """Atoms of the recording for so many, padding included; None if there is none."""
+    size = rounded_up(atoms + 1)
+    return size if size <= MAX_ATOMS else None
 
 
 def record(work: Callable[[], T], stream: "torch.cuda.Stream", pool: Any = None) -> tuple[Any, T]:
@@ -159,7 +165,7 @@ class Room:
         )
 
 
-def pad(graph: Graph, cutoff: float, structures: int = 1) -> Graph:
+def pad(graph: Graph, cutoff: float, structures: int = 1, digits: int = 6) -> Graph:
     """Add structures so that the numbers of atoms and edges are among few.
 
     The first one has atoms of the first element met; each edge joins an atom to an image of itself beyond the cutoff,
@@ -169,9 +175,10 @@ def pad(graph: Graph, cutoff: float, structures: int = 1) -> Graph:
         graph: The graph.
         cutoff: Of the model, in Angstrom.
         structures: How many are added.
+        digits: See `rounded_up`.
     """
-    atoms = rounded_up(graph.num_atoms + 1) - graph.num_atoms
-    edges = rounded_up(graph.num_edges) - graph.num_edges
+    atoms = rounded_up(graph.num_atoms + 1, digits) - graph.num_atoms
+    edges = rounded_up(graph.num_edges, digits) - graph.num_edges
     device = graph.positions.device
     own = torch.arange(edges, device=device) * atoms // max(edges, 1)  # spread evenly, ascending
     extra = Graph(
@@ -187,7 +194,7 @@ def pad(graph: Graph, cutoff: float, structures: int = 1) -> Graph:
     return collate([graph, extra])
 
 
-def rounded_up(n: int) -> int:
-    """The next number with five binary digits and zeros after them."""
-    unit = 1 << max(n.bit_length() - 5, 0)
+def rounded_up(n: int, digits: int = 6) -> int:
+    """The next number with so many binary digits and zeros after them; with six larger by at most 1/32."""
+    unit = 1 << max(n.bit_length() - digits, 0)
     return -(-n // unit) * unit

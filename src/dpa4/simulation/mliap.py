@@ -146,7 +146,7 @@ class DPA4MLIAP:
         self._compile = False
         try:
             # nothing is kept for the derivatives: that is the code for centres that are not all nodes
-            compiled.compile_potential(self.potential, max_kept=0)
+            compiled.compile_potential(self.potential, kept=compiled.KINDS[-1])
             found = compiled.compare_with_eager(self.potential, graph)
             allowed = compiled.tolerance(self.potential)
             if all(deviation <= allowed for deviation in found.values()):

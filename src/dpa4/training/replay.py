@@ -144,7 +144,9 @@ def pad_batch(batch: Batch, cutoff: float) -> Batch:
         cutoff: Of the model, in Angstrom.
     """
     structures = (1 << batch.graph.num_structures.bit_length()) - batch.graph.num_structures
-    graph = pad(batch.graph, cutoff, structures)
+    graph = pad(
+        batch.graph, cutoff, structures, digits=5
+    )  # few sizes: batches differ more than steps of dynamics
 
     def longer(t: Tensor, count: int) -> Tensor:
         return torch.cat([t, t.new_zeros(count, *t.shape[1:])])
