@@ -74,21 +74,41 @@ def test_systems_in_parts_are_not_recorded(monkeypatch):
     potential.model.max_edges = {"cpu": padded}
     with pytest.raises(ZeroDivisionError):
         replay(graph)
-    assert recorded[0].padded().num_edges == padded
+    assert recorded[0].graph.num_edges == padded
 
 
 def test_room_holds_one_structure_after_the_other():
     """The same graph as by padding, whatever lay there before, even if it was not a number."""
-    graphs = [graph_of(molecule(seed, n)) for seed, n in ((0, 65), (3, 64), (10, 64), (0, 65))]
+    seeds = [(3, 64), (10, 64), (11, 64), (0, 65), (5, 65), (4, 64), (3, 64)]
+    graphs = [graph_of(molecule(seed, n)) for seed, n in seeds]
     graphs[1] = graphs[1]._replace(charge_spin=torch.tensor([[1, 2]]))
+    graphs[2] = graphs[2]._replace(atomic_numbers=graphs[2].atomic_numbers.flip(0))  # another first atom
     assert {(rounded_up(g.num_atoms + 1), rounded_up(g.num_edges)) for g in graphs} == {(66, 3136)}
-    assert len({g.num_edges for g in graphs}) == 3
+    edges = [g.num_edges for g in graphs[:3]]
+    assert edges[0] > edges[1] < edges[2]
     room = Room(graphs[2], CUTOFF)
     for graph in graphs:
         room.take(graphs[0]._replace(positions=torch.full_like(graphs[0].positions, torch.nan)))
-        room.take(graph)
-        for name, expected in pad(graph, CUTOFF)._asdict().items():
-            assert torch.equal(getattr(room.padded(), name), expected), name
+        for _ in range(2):
+            room.take(graph)
+            for name, expected in pad(graph, CUTOFF)._asdict().items():
+                assert torch.equal(getattr(room.graph, name), expected), name
+
+
+@pytest.mark.parametrize("edges", [3073, 3074, 3100, 3135, 3136])
+def test_added_edges_are_spread_and_sorted(edges):
+    graph = graph_of(molecule(3, 64))
+    assert graph.num_edges >= edges - 4
+    graph = graph._replace(
+        source=graph.source[:1].expand(edges),
+        destination=graph.destination[:1].expand(edges),
+        shift=graph.shift[:1].expand(edges, 3),
+    )
+    added = pad(graph, CUTOFF).destination[edges:]
+    assert len(added) == 3136 - edges
+    assert bool((added >= 64).all() and (added < 66).all() and (added.diff() >= 0).all())
+    counts = added.bincount(minlength=66)[64:]
+    assert counts.max() <= 32  # half of the 64 that can be added at most
 
 
 def test_failed_compilation_is_a_warning(monkeypatch):
@@ -260,7 +280,7 @@ def test_recordings_are_given_up_when_weights_change(monkeypatch):
     def record(room):
         recorded.append(room)
         return SimpleNamespace(
-            graph=SimpleNamespace(replay=lambda: None), room=room, prediction=potential(room.padded())
+            graph=SimpleNamespace(replay=lambda: None), room=room, prediction=potential(room.graph)
         )
 
     monkeypatch.setattr(replay, "_record", record)

@@ -68,8 +68,8 @@ class Replay:
     def _record(self, room: "Room") -> _Recording:
         from dpa4.potential.compiled import regions  # imports this module
 
-        stream = torch.cuda.Stream(room.num_atoms.device)
-        graph, prediction = record(lambda: self.potential.of_edges(room.padded()), stream)
+        stream = torch.cuda.Stream(room.graph.positions.device)
+        graph, prediction = record(lambda: self.potential.of_edges(room.graph), stream)
         constants = [region.constants.copy() for region in regions(self.potential)]
         return _Recording(graph, room, prediction, constants)
 
@@ -120,7 +120,7 @@ def is_in_parts(potential: Potential, num_edges: int) -> bool:
 
 
 class Room:
-    """Place for one structure after the other, with sizes rounded up; only copies take them there.
+    """Place for one structure after the other, with sizes rounded up; ``graph`` is `pad` of the last one.
 
     Args:
         graph: The first structure; others have sizes that are rounded up to the same.
@@ -128,41 +128,31 @@ class Room:
     """
 
     def __init__(self, graph: Graph, cutoff: float):
+        self.cutoff = cutoff
+        self.sizes = graph.num_atoms, graph.num_edges
         self.graph = pad(graph, cutoff)
-        device = graph.positions.device
-        self.num_atoms, self.num_edges = (
-            torch.tensor(n, device=device) for n in (graph.num_atoms, graph.num_edges)
-        )
 
     def take(self, graph: Graph) -> None:
-        """Put another structure there."""
+        """Put another structure there; of as many atoms, as in dynamics, by few launches."""
+        own, (n, e), (atoms, edges) = self.graph, (graph.num_atoms, graph.num_edges), self.sizes
+        self.sizes = n, e
+        if n != atoms:
+            for to, whole in zip(own, pad(graph, self.cutoff), strict=True):
+                to.copy_(whole)
+            return
         # One launch for each type: in small systems launches take longer than copies.
         for fields in (
             ("positions", "cell", "shift"),
             ("atomic_numbers", "source", "destination", "charge_spin"),
         ):
             new = [getattr(graph, field) for field in fields]
-            own = [getattr(self.graph, field)[: len(t)] for field, t in zip(fields, new, strict=True)]
-            torch._foreach_copy_(own, new)
-        self.num_atoms.fill_(graph.num_atoms)
-        self.num_edges.fill_(graph.num_edges)
-
-    def padded(self) -> Graph:
-        """`pad` of the structure. Its sizes are data for the device, so that it can be recorded."""
-        own, device = self.graph, self.num_atoms.device
-        atom, edge = (torch.arange(n, device=device) for n in (own.num_atoms, own.num_edges))
-        is_atom, is_edge = atom < self.num_atoms, edge < self.num_edges
-        spare_atoms, spare_edges = len(atom) - self.num_atoms, len(edge) - self.num_edges
-        far = self.num_atoms + (edge - self.num_edges) * spare_atoms // spare_edges.clamp(min=1)
-        return own._replace(
-            atomic_numbers=torch.where(is_atom, own.atomic_numbers, own.atomic_numbers[0]),
-            positions=torch.where(is_atom[:, None], own.positions, 0.0),
-            structure=(~is_atom).long(),
-            source=torch.where(is_edge, own.source, far),
-            destination=torch.where(is_edge, own.destination, far),
-            shift=torch.where(is_edge[:, None], own.shift, 1.0),
-            charge_spin=own.charge_spin[:1].expand(2, 2),
-        )
+            torch._foreach_copy_(
+                [getattr(own, field)[: len(t)] for field, t in zip(fields, new, strict=True)], new
+            )
+        own.atomic_numbers[n:], own.charge_spin[1:] = graph.atomic_numbers[0], graph.charge_spin[0]
+        if e < edges:  # what the structure before has left
+            ends = n + _added_ends(e, edges, own.num_edges, own.num_atoms - n, 6, own.source.device)
+            own.source[e:edges], own.destination[e:edges], own.shift[e:edges] = ends, ends, 1.0
 
 
 def pad(graph: Graph, cutoff: float, structures: int = 1, digits: int = 6) -> Graph:
@@ -177,10 +167,12 @@ def pad(graph: Graph, cutoff: float, structures: int = 1, digits: int = 6) -> Gr
         structures: How many are added.
         digits: See `rounded_up`.
     """
-    atoms = rounded_up(graph.num_atoms + 1, digits) - graph.num_atoms
-    edges = rounded_up(graph.num_edges, digits) - graph.num_edges
-    device = graph.positions.device
-    own = torch.arange(edges, device=device) * atoms // max(edges, 1)  # spread evenly, ascending
+    atoms, size = (
+        rounded_up(graph.num_atoms + 1, digits) - graph.num_atoms,
+        rounded_up(graph.num_edges, digits),
+    )
+    edges, device = size - graph.num_edges, graph.positions.device
+    own = _added_ends(graph.num_edges, size, size, atoms, digits, device)
     extra = Graph(
         atomic_numbers=graph.atomic_numbers[:1].expand(atoms),
         positions=torch.zeros(atoms, 3, dtype=torch.float64, device=device),
@@ -194,7 +186,23 @@ def pad(graph: Graph, cutoff: float, structures: int = 1, digits: int = 6) -> Gr
     return collate([graph, extra])
 
 
+def _added_ends(
+    first: int, last: int, size: int, atoms: int, digits: int, device: torch.device
+) -> torch.Tensor:
+    """Which of the added atoms the edges from ``first`` (as many are not added) to ``last`` belong to.
+
+    Ascending, and spread evenly over the atoms where most edges are added. The place of an edge decides, not how many
+    there are, so that one structure can take the place of another.
+    """
+    unit = _unit(first, digits)
+    return (torch.arange(first, last, device=device) - (size - unit)) * atoms // unit
+
+
 def rounded_up(n: int, digits: int = 6) -> int:
     """The next number with so many binary digits and zeros after them; with six larger by at most 1/32."""
-    unit = 1 << max(n.bit_length() - digits, 0)
+    unit = _unit(n, digits)
     return -(-n // unit) * unit
+
+
+def _unit(n: int, digits: int) -> int:
+    return 1 << max(n.bit_length() - digits, 0)
