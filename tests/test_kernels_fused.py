@@ -145,6 +145,46 @@ def test_they_are_not_used_where_they_cannot_be():
     assert not so2_fused.takes(x, 4, Rows(2, 1))
 
 
+def test_kernels_that_compute_wrongly_are_not_used(monkeypatch, caplog):
+    """The trial, with plain layers in the place of the kernels, right and wrong."""
+    device, seen, wrong = torch.device("cpu"), {}, 0.0
+
+    def pack(matrices, gates, backward):
+        seen[backward] = matrices, gates
+        return []
+
+    def value(x, weights, keep):
+        return [so2_fused._plain(x, *seen[False]) * (1 + wrong), x, x]
+
+    def vjp(g, kept, weights):
+        with torch.enable_grad():
+            x = kept[0].requires_grad_()
+            return torch.autograd.grad(so2_fused._plain(x, *seen[True]), x, g)[0]
+
+    monkeypatch.setattr(so2_fused, "pack", pack)
+    monkeypatch.setattr(so2_fused, "value", value)
+    monkeypatch.setattr(so2_fused, "vjp", vjp)
+    assert so2_fused._usable.__wrapped__(device)
+    wrong = 1e-3
+    assert not so2_fused._usable.__wrapped__(device)
+    assert "results were wrong by 0.001" in caplog.text
+
+    def missing(*_, **__):
+        raise OSError("no nvrtc")
+
+    monkeypatch.setattr(so2_fused, "value", missing)
+    assert not so2_fused._usable.__wrapped__(device)
+    assert "OSError: no nvrtc" in caplog.text
+
+
+def test_plain_layers_are_those_of_the_model():
+    stack = stack_of(3)
+    x = torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(1)).double()
+    matrices, gates = weights_of(stack)
+    plain = so2_fused._plain(x, [w.double() for w in matrices], [w.double() for w in gates])
+    assert deviation(plain, stack.double()(x, None).detach()) < 1e-14
+
+
 def test_the_program_compiles():
     """Where a compiler is installed, which takes no GPU."""
     if torch.version.cuda is None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -92,8 +93,17 @@ def _text_of(compiler: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> byte
 
 @cache
 def _compiler() -> ctypes.CDLL:
-    major = str(torch.version.cuda).partition(".")[0]
-    return ctypes.CDLL(f"libnvrtc.so.{major}")
+    name = f"libnvrtc.so.{str(torch.version.cuda).partition('.')[0]}"
+    try:
+        return ctypes.CDLL(name)
+    except OSError:  # where PyTorch has not loaded it: among the packages that it demands
+        packages = importlib.util.find_spec("nvidia")
+        for folder in (packages.submodule_search_locations or []) if packages else []:
+            for file in Path(folder).glob(f"*/lib/{name}"):
+                for other in file.parent.glob("libnvrtc-builtins.so*"):  # which it looks for by name
+                    ctypes.CDLL(str(other))
+                return ctypes.CDLL(str(file))
+        raise
 
 
 @cache
