@@ -146,7 +146,7 @@ def test_they_are_not_used_where_they_cannot_be():
 
 
 def test_kernels_that_compute_wrongly_are_not_used(monkeypatch, caplog):
-    """The trial, with plain layers in the place of the kernels, right and wrong."""
+    """The trial, with the layers one by one in the place of the kernels, right and wrong."""
     device, seen, wrong = torch.device("cpu"), {}, 0.0
 
     def pack(matrices, gates, backward):
@@ -154,12 +154,11 @@ def test_kernels_that_compute_wrongly_are_not_used(monkeypatch, caplog):
         return []
 
     def value(x, weights, keep):
-        return [so2_fused._plain(x, *seen[False]) * (1 + wrong), x, x]
+        y, *us = torch.ops.dpa4.so2_value(x, *seen[False], [], *ROWS, False)
+        return [y * (1 + wrong), *us]
 
     def vjp(g, kept, weights):
-        with torch.enable_grad():
-            x = kept[0].requires_grad_()
-            return torch.autograd.grad(so2_fused._plain(x, *seen[True]), x, g)[0]
+        return torch.ops.dpa4.so2_vjp(g, kept, *seen[True], [], *ROWS, False)[0]
 
     monkeypatch.setattr(so2_fused, "pack", pack)
     monkeypatch.setattr(so2_fused, "value", value)
@@ -175,14 +174,6 @@ def test_kernels_that_compute_wrongly_are_not_used(monkeypatch, caplog):
     monkeypatch.setattr(so2_fused, "value", missing)
     assert not so2_fused._usable.__wrapped__(device)
     assert "OSError: no nvrtc" in caplog.text
-
-
-def test_plain_layers_are_those_of_the_model():
-    stack = stack_of(3)
-    x = torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(1)).double()
-    matrices, gates = weights_of(stack)
-    plain = so2_fused._plain(x, [w.double() for w in matrices], [w.double() for w in gates])
-    assert deviation(plain, stack.double()(x, None).detach()) < 1e-14
 
 
 def test_the_program_compiles():

@@ -140,25 +140,15 @@ def _put_back(x: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
 
 
 _library = torch.library.Library("dpa4", "FRAGMENT")
-_library.define(
-    "segment_sum(Tensor x, Tensor index, Tensor? order, Tensor offsets) -> Tensor",
-    tags=[torch.Tag.pt2_compliant_tag],
-)
-_library.impl("segment_sum", _eager, "CPU")
-_library.impl("segment_sum", _cuda, "CUDA")
-torch.library.register_fake("dpa4::segment_sum", _fake, lib=_library)
-_library.define(
-    "segment_max(Tensor x, Tensor start, Tensor index, Tensor? order, Tensor offsets) -> Tensor",
-    tags=[torch.Tag.pt2_compliant_tag],
-)
-_library.impl("segment_max", _eager_max, "CPU")
-_library.impl("segment_max", _cuda_max, "CUDA")
-torch.library.register_fake("dpa4::segment_max", _fake_max, lib=_library)
-_library.define("materialized(Tensor x) -> Tensor", tags=[torch.Tag.pt2_compliant_tag])
-_library.impl("materialized", torch.clone, "CompositeExplicitAutograd")
-torch.library.register_fake("dpa4::materialized", lambda x: x.new_empty(x.shape), lib=_library)
-_library.define(
-    "put_back(Tensor x, int dim, Tensor index, SymInt size) -> Tensor", tags=[torch.Tag.pt2_compliant_tag]
-)
-_library.impl("put_back", _put_back, "CompositeExplicitAutograd")
-torch.library.register_fake("dpa4::put_back", _new_put_back, lib=_library)
+_ENDS = "Tensor index, Tensor? order, Tensor offsets"
+for _schema, _kernels, _new in (
+    (f"segment_sum(Tensor x, {_ENDS}) -> Tensor", {"CPU": _eager, "CUDA": _cuda}, _fake),
+    (f"segment_max(Tensor x, Tensor start, {_ENDS}) -> Tensor", {"CPU": _eager_max, "CUDA": _cuda_max}, _fake_max),
+    ("materialized(Tensor x) -> Tensor", {"CompositeExplicitAutograd": torch.clone}, lambda x: x.new_empty(x.shape)),
+    ("put_back(Tensor x, int dim, Tensor index, SymInt size) -> Tensor",
+     {"CompositeExplicitAutograd": _put_back}, _new_put_back),
+):  # fmt: skip
+    _name = _library.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
+    for _key, _kernel in _kernels.items():
+        _library.impl(_name, _kernel, _key)
+    torch.library.register_fake(f"dpa4::{_name}", _new, lib=_library)

@@ -53,7 +53,8 @@ class Evaluator:
         atoms = graph.num_atoms
         if graph.positions.is_cuda and graph.num_structures == 1:
             atoms = replayed_size(atoms) or atoms
-        kind = compiled.kind_of(atoms) if self._keep_results else len(compiled.KINDS) - 1
+        nothing = len(compiled.KINDS) - 1  # the kind that keeps none
+        kind = compiled.kind_of(atoms) if self._keep_results else nothing
         if kind in self._compared:
             return
         start = time.monotonic()
@@ -68,12 +69,12 @@ class Evaluator:
                 found = compiled.compare_with_eager(self.potential, first_atoms(graph, compiled.COMPARED))
                 if all(deviation <= allowed for deviation in found.values()):
                     break
-                if kind == len(compiled.KINDS) - 1:
+                if kind == nothing:
                     raise ArithmeticError(
                         f"relative deviations from eager mode are {found}, allowed {allowed}"
                     )
                 _log.info("code that keeps results deviates by %s, allowed %s", found, allowed)
-                kind, self._keep_results = len(compiled.KINDS) - 1, False
+                kind, self._keep_results = nothing, False
         except torch.OutOfMemoryError:  # no fault of the compiler: a smaller graph may come
             raise
         except Exception as error:

@@ -16,6 +16,9 @@ MAX_ATOMS = 4224
 """Atoms of the largest recording, padding included: 4096 become as many. Larger systems keep the device busy, and a
 CUDA graph never gives memory back."""
 
+DIGITS = 6
+"""Binary digits of the sizes of recordings, see `rounded_up`."""
+
 
 class _Recording(NamedTuple):
     graph: "torch.cuda.CUDAGraph"
@@ -37,7 +40,7 @@ class Replay:
 
     def __init__(self, potential: Potential, max_recordings: int = 4):
         self.potential, self.max_recordings = potential, max_recordings
-        self.recordings: OrderedDict[tuple[int | None, int], _Recording] = OrderedDict()
+        self.recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
         self.weights = [*potential.parameters(), *potential.buffers()]
         self.recorded = versions(self.weights)
 
@@ -45,9 +48,10 @@ class Replay:
         """Prediction for a graph of one structure, on the device."""
         graph = self.potential.without_excluded(graph)
         n, e = graph.num_atoms, graph.num_edges
-        size = replayed_size(n), rounded_up(e)
-        if size[0] is None or e < 2 or is_in_parts(self.potential, size[1]):
+        atoms, edges = replayed_size(n), rounded_up(e)
+        if atoms is None or e < 2 or is_in_parts(self.potential, edges):
             return self.potential.of_edges(graph)
+        size = atoms, edges
         while True:
             if size not in self.recordings:
                 self.recordings[size] = self._record(Room(graph, self.potential.config.cutoff))
@@ -151,11 +155,11 @@ class Room:
             )
         own.atomic_numbers[n:], own.charge_spin[1:] = graph.atomic_numbers[0], graph.charge_spin[0]
         if e < edges:  # what the structure before has left
-            ends = n + _added_ends(e, edges, own.num_edges, own.num_atoms - n, 6, own.source.device)
+            ends = n + _added_ends(e, edges, own.num_edges, own.num_atoms - n, DIGITS, own.source.device)
             own.source[e:edges], own.destination[e:edges], own.shift[e:edges] = ends, ends, 1.0
 
 
-def pad(graph: Graph, cutoff: float, structures: int = 1, digits: int = 6) -> Graph:
+def pad(graph: Graph, cutoff: float, structures: int = 1, digits: int = DIGITS) -> Graph:
     """Add structures so that the numbers of atoms and edges are among few.
 
     The first one has atoms of the first element met; each edge joins an atom to an image of itself beyond the cutoff,
@@ -198,7 +202,7 @@ def _added_ends(
     return (torch.arange(first, last, device=device) - (size - unit)) * atoms // unit
 
 
-def rounded_up(n: int, digits: int = 6) -> int:
+def rounded_up(n: int, digits: int = DIGITS) -> int:
     """The next number with so many binary digits and zeros after them; with six larger by at most 1/32."""
     unit = _unit(n, digits)
     return -(-n // unit) * unit

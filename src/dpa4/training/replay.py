@@ -144,9 +144,8 @@ def pad_batch(batch: Batch, cutoff: float) -> Batch:
         cutoff: Of the model, in Angstrom.
     """
     structures = (1 << batch.graph.num_structures.bit_length()) - batch.graph.num_structures
-    graph = pad(
-        batch.graph, cutoff, structures, digits=5
-    )  # few sizes: batches differ more than steps of dynamics
+    # Few sizes: batches differ more than steps of dynamics.
+    graph = pad(batch.graph, cutoff, structures, digits=5)
 
     def longer(t: Tensor, count: int) -> Tensor:
         return torch.cat([t, t.new_zeros(count, *t.shape[1:])])
