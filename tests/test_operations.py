@@ -356,12 +356,23 @@ def test_convolution_is_equivariant(mode, mmax):
 # Nodes: packed coefficients
 
 
+class Activated(torch.nn.Module):
+    """A non-linearity after a linear layer of 4 channels."""
+
+    def __init__(self, lmax: int, width: int, activation: GatedActivation | GridActivation):
+        super().__init__()
+        self.linear, self.activation = DegreeLinear(lmax, 4, width, bias=True), activation
+
+    def forward(self, x):
+        return self.activation(x, self.linear)
+
+
 def node_layer(name: str, lmax: int) -> torch.nn.Module:
     c = 4
     layers = {
         "DegreeLinear": lambda: DegreeLinear(lmax, c, 3, bias=True),
         "EquivariantRMSNorm": lambda: EquivariantRMSNorm(lmax, c),
-        "GatedActivation": lambda: GatedActivation(lmax, c // 2, bias=True),
+        "GatedActivation": lambda: Activated(lmax, c, GatedActivation(lmax, c // 2, bias=True)),
         "feed-forward on degrees": lambda: feed_forward(config_of(ffn_on="degrees", mlp_bias=True), lmax),
     }
     return prepared(layers[name]())
@@ -371,11 +382,11 @@ NODE_LAYERS = ["DegreeLinear", "EquivariantRMSNorm", "GatedActivation", "feed-fo
 GRIDS = [("glu", None), ("mlp", None), (3, None), ("glu", 1), ("mlp", 1), (3, 1), ("glu", 0), ("glu", 2)]
 
 
-def grid_activation(lmax: int, operation, kmax: int | None) -> tuple[GridActivation, int]:
-    """The layer and the channels of its input; kmax None is the sphere."""
+def grid_activation(lmax: int, operation, kmax: int | None) -> Activated:
+    """kmax None is the sphere."""
     kmax = None if kmax is None else min(kmax, lmax)
     frames = 1 if kmax is None else 2 * kmax + 1
-    return prepared(GridActivation(lmax, kmax, 2, operation, bias=True)), 4 * frames
+    return prepared(Activated(lmax, 4 * frames, GridActivation(lmax, kmax, 2, operation, bias=True)))
 
 
 def message_product(lmax: int, operation) -> MessageNodeProduct:
@@ -392,8 +403,28 @@ def test_layers_are_equivariant(name, lmax):
 @pytest.mark.parametrize(("operation", "kmax"), GRIDS)
 @pytest.mark.parametrize("lmax", range(1, 7))
 def test_grid_activations_are_equivariant_to_rounding(lmax, operation, kmax):
-    layer, channels = grid_activation(lmax, operation, kmax)
-    assert_equivariant(layer, random(3, (lmax + 1) ** 2, channels), lmax=lmax)
+    assert_equivariant(grid_activation(lmax, operation, kmax), random(3, (lmax + 1) ** 2, 4), lmax=lmax)
+
+
+@pytest.mark.parametrize(("operation", "kmax"), GRIDS)
+def test_projected_weights_are_projected_fields(operation, kmax):
+    layer = grid_activation(2, operation, kmax)
+    operation, x = layer.activation.operation, random(3, 9, 4)
+    fields = layer.linear(x).unflatten(-1, (2, layer.activation.frames, -1))
+    left, right = (p.flatten(-2) for p in operation.project(*fields.unbind(2)))
+    scalars = fields[:, 0, :, 0].flatten(1)
+    gate, direct = layer.activation.scalar_gate(scalars[:, None]).sigmoid(), scalars.chunk(2, dim=1)
+    expected = operation(left, right, scalars).unflatten(-1, (-1, 2)) * gate[:, None]
+    expected[:, 0, 0] += torch.nn.functional.silu(direct[0]) * direct[1]
+    assert_close(layer(x), expected.flatten(2))
+
+
+@pytest.mark.parametrize("options", [{"ffn_on": "s2"}, {"ffn_on": "so3"}, {"ffn_on": "degrees"}])
+@pytest.mark.parametrize("operation", ["glu", "mlp", 1, 3])
+def test_scalars_of_a_feed_forward_network_need_no_grid(options, operation):
+    layer = prepared(feed_forward(config_of(lmax=2, ffn_grid=operation, mlp_bias=True, **options), 2))
+    x = random(3, 9, 4)
+    assert_close(layer.scalars(x), layer(x)[:, 0])
 
 
 @pytest.mark.parametrize("operation", ["glu", "mlp", 3])
@@ -420,8 +451,8 @@ def test_layers_differentiate_twice(name):
 
 @pytest.mark.parametrize(("operation", "kmax"), GRIDS[:6])
 def test_grid_activations_differentiate_twice(operation, kmax):
-    layer, channels = grid_activation(2, operation, kmax)
-    check_derivatives(layer, random(2, 9, channels), module=layer)
+    layer = grid_activation(2, operation, kmax)
+    check_derivatives(layer, random(2, 9, 4), module=layer)
 
 
 def test_message_node_product_differentiates_twice():
@@ -438,8 +469,7 @@ def empty_cases() -> dict[str, tuple]:
     config, none = config_of(lmax=2, mmax=1), Incidence.of_sorted(torch.zeros(0, dtype=torch.long), 3)
     nodes, edges = random(3, 9, 4), edges_of(random(0, 3), config, none, none)
     radial, identity = radial_of(0, config), torch.eye(4, dtype=torch.float64)
-    grid, channels = grid_activation(2, "mlp", 1)
-    sphere, _ = grid_activation(2, 3, None)
+    grid, sphere = grid_activation(2, "mlp", 1), grid_activation(2, 3, None)
     message, convolution = message_product(2, 3), prepared(SO2Convolution(config_of(mmax=1), 2))
     linear, gate = so2_layer("linear", 2, 1), so2_layer("gate", 2, 1)
     none_of = softmax_inputs(num_edges=0)
@@ -452,7 +482,7 @@ def empty_cases() -> dict[str, tuple]:
         "openness": (lambda x: openness(x, none, BRIDGING), random(0), (3,)),
         "SO2Linear": (lambda x: linear(groups_of(x, 2, 1, 2), None)[1], random(2, 0, 14), (2, 0, 8)),
         "Gate": (lambda x: gate(groups_of(x, 2, 1, 2))[1], random(2, 0, 14), (2, 0, 8)),
-        "GridActivation on SO(3)": (grid, random(0, 9, channels), (0, 9, 6)),
+        "GridActivation on SO(3)": (grid, random(0, 9, 4), (0, 9, 6)),
         "GridActivation on S2": (sphere, random(0, 9, 4), (0, 9, 2)),
         "MessageNodeProduct": (lambda x: message(x, x), random(0, 9, 8), (0, 9, 8)),
         "SO2Convolution": (lambda x: convolution(x, radial, edges), nodes, (3, 9, 4)),

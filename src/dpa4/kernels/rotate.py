@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpa4.kernels import cpp_rotate
 from dpa4.kernels.incidence import Incidence
 from dpa4.kernels.segments import segment_sum
 
@@ -133,6 +134,8 @@ def _join(x: Tensor) -> Tensor:
 
 def _edge_matmul(a: Tensor, x: Tensor, index: Tensor) -> Tensor:
     out = _new_edge_matmul(a, x, index)
+    if cpp_rotate.takes(a, x.shape[2] // a.shape[1]):
+        return cpp_rotate.edge_matmul(a, x, index, out)
     with torch.autocast("cpu", enabled=False):  # the caller has chosen the dtype
         for s in _chunks(len(a)):
             out[s] = _join(_wide(a[s]) @ _split(x.index_select(0, index[s]), a.shape[1]))
@@ -140,7 +143,10 @@ def _edge_matmul(a: Tensor, x: Tensor, index: Tensor) -> Tensor:
 
 
 def _scatter_matmul(a: Tensor, g: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
-    out = torch.zeros_like(_wide(_new_scatter_matmul(a, g, index, order, offsets)))
+    out = _new_scatter_matmul(a, g, index, order, offsets)
+    if cpp_rotate.takes(a, g.shape[2] // a.shape[1]):
+        return cpp_rotate.scatter_matmul(a, g, order, offsets, out)
+    out = torch.zeros_like(_wide(out))
     with torch.autocast("cpu", enabled=False):
         for s in _chunks(len(a)):
             columns, rows = _wide(a[s]).mT, _split(g[s], a.shape[1])
@@ -151,6 +157,8 @@ def _scatter_matmul(a: Tensor, g: Tensor, index: Tensor, order: Tensor | None, o
 
 def _edge_outer(g: Tensor, x: Tensor, index: Tensor, heads: int) -> Tensor:
     out = _new_edge_outer(g, x, index, heads)
+    if cpp_rotate.takes(g, x.shape[2] // heads):
+        return cpp_rotate.edge_outer(g, x, index, out)
     with torch.autocast("cpu", enabled=False):
         for s in _chunks(len(g)):
             out[s] = _split(g[s], heads) @ _split(x.index_select(0, index[s]), heads).mT

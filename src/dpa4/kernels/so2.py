@@ -10,13 +10,13 @@ differentiating layer by layer: a product and one gate kernel per layer and stag
 `dpa4.kernels.so2_fused` takes over the first two where it can, with one kernel for all layers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpa4.kernels import gate, so2_fused, twice
+from dpa4.kernels import cpp_so2, gate, so2_fused, twice
 from dpa4.kernels.gate import Rows
 from dpa4.kernels.matmul import Weight, columns_of, order_matmul, ready, split
 from dpa4.kernels.twice import Maybe
@@ -164,14 +164,6 @@ def _ready(
     return [weights[i : i + mmax + 1] for i in range(0, len(weights), mmax + 1)], of_gates
 
 
-def _rebuilds(x: Tensor) -> bool:
-    """Whether the inputs of layers in the middle are not kept, but computed backwards from that of the last layer.
-
-    On a GPU that saves a tenth of the memory of training for a twentieth of its time.
-    """
-    return x.is_cuda
-
-
 def _value(
     x: Tensor,
     matrices: list[Tensor],
@@ -181,15 +173,16 @@ def _value(
     mmax: int,
     keep: bool,
 ) -> list[Tensor]:
-    """y, the products u of the gated layers, and (keep) the inputs x of layers: the last, or all but the first."""
+    """y, the products u of the gated layers, and (keep) the input of the last layer.
+
+    Those of the layers between are computed backwards from it, which takes less time and memory than keeping them.
+    """
     rows, us = Rows(lmax, mmax), []
-    xs: list[Tensor] = []
     (*gated, last), of_gates = _ready(x, matrices, gates, pieces, mmax)
     for layer, g in zip(gated, of_gates, strict=True):
         us.append(order_matmul(x, layer))
         x = gate.value(x, us[-1], g, rows)
-        xs = [x] if _rebuilds(x) else [*xs, x]
-    return [order_matmul(x, last), *us, *(xs if keep else [])]
+    return [order_matmul(x, last), *us, *([x] if keep and gated else [])]
 
 
 def _vjp(
@@ -224,15 +217,13 @@ def _tangent(
     lmax: int,
     mmax: int,
 ) -> list[Tensor]:
-    """Change of y where x changes by d; those of the products u, and of the inputs that `_value` keeps."""
+    """Change of y where x changes by d; those of the products u, and of the input that `_value` keeps."""
     rows, vs = Rows(lmax, mmax), []
-    ds: list[Tensor] = []
     (*gated, last), of_gates = _ready(d, matrices, gates, pieces, mmax)
     for layer, g, u in zip(gated, of_gates, us, strict=True):
         vs.append(order_matmul(d, layer))
         d = gate.tangent(d, vs[-1], u, g, rows)
-        ds = [d] if _rebuilds(d) else [*ds, d]
-    return [order_matmul(d, last), *vs, *ds]
+    return [order_matmul(d, last), *vs, *([d] if gated else [])]
 
 
 def _joint(
@@ -254,7 +245,7 @@ def _joint(
 
     Args:
         b: Gradient of y in the last backward pass.
-        xs: Inputs of the layers, or of the first and the last.
+        xs: Inputs of the first and the last layer; one if they are the same.
         us: Their products with the matrices.
         grads: Gradients of the results of the layers in the backward pass of the forces.
         ds: Changes of these inputs in stage 2.
@@ -301,17 +292,13 @@ def _inputs_backwards(
 ) -> Iterator[tuple[Tensor, Maybe]]:
     """Inputs of the layers and their changes, from the last layer to the first, rebuilt where they were not kept."""
     last = len(gates)
-    places = range(last + 1) if len(xs) == last + 1 else (0, last)
-    changes: Sequence[Maybe] = ds or [None] * len(xs)
-    kept = dict(zip(places, zip(xs, changes, strict=True), strict=True))
-    x, d = kept[last]
+    x, d = xs[-1], ds[-1] if ds else None
     yield x, d
-    for t in reversed(range(last)):
-        if t in kept:
-            x, d = kept[t]
-        else:
-            x, d = gate.undo(x, d, vs[t] if vs else None, us[t], gates[t], rows, overwrite=t + 1 not in kept)
+    for t in reversed(range(1, last)):
+        x, d = gate.undo(x, d, vs[t] if vs else None, us[t], gates[t], rows, overwrite=t + 1 != last)
         yield x, d
+    if last:
+        yield xs[0], ds[0] if ds else None
 
 
 def _sum_of_products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -326,13 +313,9 @@ def _sum_of_products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 # The operators. What tracing sees are results without values.
 
 
-def _num_kept(x: Tensor, gates: list[Tensor]) -> int:
-    return min(len(gates), 1) if _rebuilds(x) else len(gates)
-
-
 def _new_value(x: Tensor, matrices: list[Tensor], gates: list[Tensor], *others: Any) -> list[Tensor]:
     *_, keep = others
-    return [x.new_empty(x.shape) for _ in range(1 + len(gates) + (_num_kept(x, gates) if keep else 0))]
+    return [x.new_empty(x.shape) for _ in range(1 + len(gates) + (keep and bool(gates)))]
 
 
 def _new_vjp(
@@ -345,7 +328,7 @@ def _new_vjp(
 def _new_tangent(
     d: Tensor, us: list[Tensor], matrices: list[Tensor], gates: list[Tensor], *others: Any
 ) -> list[Tensor]:
-    return [d.new_empty(d.shape) for _ in range(1 + len(gates) + _num_kept(d, gates))]
+    return [d.new_empty(d.shape) for _ in range(1 + len(gates) + bool(gates))]
 
 
 def _new_joint(
@@ -364,6 +347,22 @@ def _new_joint(
     return [t.new_empty(t.shape) for t in (b, *matrices, *gates)][: None if xs else 1]
 
 
+def _on_cpu(
+    stage: Callable[..., list[Tensor]], new: Callable[..., list[Tensor]]
+) -> Callable[..., list[Tensor]]:
+    """The stage by its C++ kernel where there is one."""
+
+    def run(x: Tensor, *others: Any) -> list[Tensor]:
+        *_, lmax, mmax = (o for o in others if type(o) is int)
+        if not cpp_so2.takes(x, Rows(lmax, mmax)):
+            return stage(x, *others)
+        out = new(x, *others)
+        getattr(cpp_so2, stage.__name__[1:])(out, x, *others)
+        return out
+
+    return run
+
+
 _library = torch.library.Library("dpa4", "FRAGMENT")
 for _schema, _stage, _new in (
     ("so2_value(Tensor x, {weights}, bool keep)", _value, _new_value),
@@ -374,6 +373,6 @@ for _schema, _stage, _new in (
 ):  # fmt: skip
     _schema = _schema.format(weights="Tensor[] matrices, Tensor[] gates, Tensor[] pieces, int lmax, int mmax")
     _name = _library.define(f"{_schema} -> Tensor[]", tags=[torch.Tag.pt2_compliant_tag])
-    _library.impl(_name, torch.autocast("cpu", enabled=False)(_stage), "CPU")
+    _library.impl(_name, torch.autocast("cpu", enabled=False)(_on_cpu(_stage, _new)), "CPU")
     _library.impl(_name, torch.autocast("cuda", enabled=False)(_stage), "CUDA")
     torch.library.register_fake(f"dpa4::{_name}", _new, lib=_library)

@@ -17,7 +17,7 @@ from dpa4.model.radial import RadialFeatures
 
 
 class GatedActivation(nn.Module):
-    """Gated linear unit per degree: input halves are value and gate, (n, D, 2 c) to (n, D, c).
+    """Gated linear unit per degree: the halves of what a linear layer makes are value and gate.
 
     Scalars become value * silu(gate); higher degrees are scaled by sigmoids of the gate's scalars.
     """
@@ -29,20 +29,33 @@ class GatedActivation(nn.Module):
         self.linear = FocusLinear(width, lmax * width, bias=bias, std=0.01) if lmax else None
         self.register_buffer("degree", degree_of(lmax)[1:] - 1, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the gates."""
-        value, gate = x.chunk(2, dim=-1)
+    def forward(self, x: Tensor, linear: DegreeLinear) -> Tensor:
+        """Apply the gates in linear(x), (n, D, 2 c) to (n, D, c)."""
+        value, gate = linear(x).chunk(2, dim=-1)
         scalars = (value[:, 0] * functional.silu(gate[:, 0]))[:, None]
         if self.linear is None:
             return scalars
         factor = self.linear(gate[:, :1]).sigmoid().unflatten(-1, (-1, value.shape[-1]))[:, 0]
         return torch.cat([scalars, value[:, 1:] * pick(factor, 1, self.degree)], dim=1)
 
+    def scalars(self, x: Tensor, linear: DegreeLinear) -> Tensor:
+        """The scalars of what `forward` returns, (n, c)."""
+        value, gate = linear(x)[:, 0].chunk(2, dim=-1)
+        return value * functional.silu(gate)
+
 
 class FeedForward(nn.Module):
     """Equivariant network on one node: channels to a gated hidden width and back, starting at zero."""
 
-    def __init__(self, lmax: int, channels: int, width: int, frames: int, activation: nn.Module, bias: bool):
+    def __init__(
+        self,
+        lmax: int,
+        channels: int,
+        width: int,
+        frames: int,
+        activation: GatedActivation | GridActivation,
+        bias: bool,
+    ):
         super().__init__()
         self.linear_in = DegreeLinear(lmax, channels, 2 * frames * width, bias=bias)
         self.activation = activation
@@ -50,7 +63,13 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, D, C) -> (N, D, C)."""
-        return self.linear_out(self.activation(self.linear_in(x)))
+        return self.linear_out(self.activation(x, self.linear_in))
+
+    def scalars(self, x: Tensor) -> Tensor:
+        """The scalars of what `forward` returns, (N, D, C) -> (N, C), without the rest."""
+        hidden = self.activation.scalars(x, self.linear_in)
+        y = hidden @ self.linear_out.weight[0, : hidden.shape[-1]]
+        return y if self.linear_out.bias is None else y + self.linear_out.bias
 
 
 def feed_forward(config: ModelConfig, lmax: int) -> FeedForward:
@@ -58,7 +77,7 @@ def feed_forward(config: ModelConfig, lmax: int) -> FeedForward:
     width, kmax = config.ffn_neurons or auto_width(config.channels), min(config.kmax, lmax)
     bias, frames = config.mlp_bias, 2 * kmax + 1 if config.ffn_on == "so3" else 1
     if config.ffn_on == "degrees":
-        activation: nn.Module = GatedActivation(lmax, width, bias)
+        activation: GatedActivation | GridActivation = GatedActivation(lmax, width, bias)
     else:
         grid_kmax = kmax if config.ffn_on == "so3" else None
         activation = GridActivation(lmax, grid_kmax, width, config.ffn_grid, bias)

@@ -62,6 +62,7 @@ class Grid(ConstantModule):
 
     evaluate: Tensor
     analyse: Tensor
+    metric: Tensor
 
     def __init__(self, lmax: int, kmax: int | None):
         super().__init__()
@@ -69,6 +70,8 @@ class Grid(ConstantModule):
         self.frames = 1 if kmax is None else 2 * kmax + 1
         self.register_constant("evaluate", evaluate)
         self.register_constant("analyse", analyse)
+        # Different coefficients are orthogonal on the grid, so the mean of a product needs no values on it.
+        self.register_constant("metric", (analyse[0] @ evaluate.square()).unflatten(0, (-1, self.frames, 1)))
 
     def to_grid(self, x: Tensor) -> Tensor:
         """(n, D, K c) -> (n, G, c)."""
@@ -79,66 +82,96 @@ class Grid(ConstantModule):
         coefficients = self.analyse.to(values.dtype) @ values
         return coefficients.unflatten(1, (-1, self.frames)).flatten(2)
 
+    def scalar_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """Scalar of frame 0 of the product of two fields (n, D, K c): (n, c)."""
+        left, right = (x.unflatten(-1, (self.frames, -1)) for x in (left, right))
+        return (left * right * self.metric.to(left.dtype)).sum((1, 2))
 
-class GridGLU(nn.Module):
-    """Product of two fields."""
+
+class GridProduct(nn.Module):
+    """Product of two fields, and what operations with weights of their own do before and after it."""
 
     def __init__(self, grid: Grid):
         super().__init__()
         self.grid = grid
 
+    def project(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """What is multiplied, a linear map of the channels of both fields: (..., K, c) -> (..., K, c').
+
+        Also of weights that make the fields: they are fewer than the coefficients of some tens of nodes.
+        """
+        return left, right
+
+    def combine(self, values: Tensor, scalars: Tensor) -> Tensor:
+        """Products (n, G, c') mixed by what the scalars (n, 2 c) say."""
+        return values
+
+    def mix(self, x: Tensor) -> Tensor:
+        """What becomes of the result's channels: (..., c') -> (..., c)."""
+        return x
+
     def forward(self, left: Tensor, right: Tensor, scalars: Tensor) -> Tensor:
-        """(n, D, K c) twice and scalars (n, 2c) to (n, D, K c)."""
-        return self.grid.from_grid(self.grid.to_grid(left) * self.grid.to_grid(right))
+        """Projected fields (n, D, K c') and scalars (n, 2 c) to (n, D, K c)."""
+        values = self.combine(self.grid.to_grid(left) * self.grid.to_grid(right), scalars)
+        return self.mix(self.grid.from_grid(values).unflatten(-1, (self.grid.frames, -1))).flatten(2)
+
+    def scalar(self, left: Tensor, right: Tensor, scalars: Tensor) -> Tensor:
+        """The scalar of frame 0 of what `forward` returns, (n, c)."""
+        return self.mix(self.combine(self.grid.scalar_product(left, right)[:, None], scalars)[:, 0])
 
 
-class GridMLP(nn.Module):
-    """Product of two mixed fields, mixed again; ``joint`` mixes both halves into both factors."""
+class GridMLP(GridProduct):
+    """Product of two mixed fields, mixed again; ``joint`` mixes both fields into both factors."""
 
     def __init__(self, grid: Grid, width: int, joint: bool):
-        super().__init__()
-        self.grid, self.joint = grid, joint
+        super().__init__(grid)
+        self.joint = joint
         self.left = ChannelLinear(2 * width if joint else width, 2 * width)
         self.right = ChannelLinear(2 * width if joint else width, 2 * width)
         self.out = ChannelLinear(2 * width, width)
 
-    def forward(self, left: Tensor, right: Tensor, scalars: Tensor) -> Tensor:
-        """(n, D, K c) twice and scalars (n, 2c) to (n, D, K c)."""
-        left, right = (x.unflatten(-1, (self.grid.frames, -1)) for x in (left, right))
+    def project(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """See `GridProduct`."""
         if self.joint:
             left = right = torch.cat([left, right], dim=-1)
-        left, right = (self.grid.to_grid(x.flatten(2)) for x in (self.left(left), self.right(right)))
-        mixed = self.grid.from_grid(left * right).unflatten(-1, (self.grid.frames, -1))
-        return self.out(mixed).flatten(2)
+        return self.left(left), self.right(right)
+
+    def mix(self, x: Tensor) -> Tensor:
+        """See `GridProduct`."""
+        return self.out(x)
 
 
-class GridBranches(nn.Module):
+class GridBranches(GridProduct):
     """Products of several projected field pairs, mixed by a softmax over the scalars."""
 
     def __init__(self, grid: Grid, width: int, branches: int):
-        super().__init__()
-        self.grid, self.branches = grid, branches
+        super().__init__(grid)
+        self.branches = branches
         self.left = ChannelLinear(width, branches * width)
         self.right = ChannelLinear(width, branches * width)
         self.out = ChannelLinear(width, width)
         self.router = ChannelLinear(2 * width, branches)
 
-    def forward(self, left: Tensor, right: Tensor, scalars: Tensor) -> Tensor:
-        """(n, D, K c) twice and scalars (n, 2c) to (n, D, K c)."""
-        frames = (self.grid.frames, -1)
-        left = self.grid.to_grid(self.left(left.unflatten(-1, frames)).flatten(2))
-        right = self.grid.to_grid(self.right(right.unflatten(-1, frames)).flatten(2))
-        values = left * right
-        if self.branches > 1:  # a single branch has all of the share
-            share = self.router(scalars).softmax(-1)
-            values = (values.unflatten(-1, (self.branches, -1)) * share[:, None, :, None]).sum(2)
-        return self.out(self.grid.from_grid(values).unflatten(-1, frames)).flatten(2)
+    def project(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """See `GridProduct`."""
+        return self.left(left), self.right(right)
+
+    def combine(self, values: Tensor, scalars: Tensor) -> Tensor:
+        """See `GridProduct`."""
+        if self.branches == 1:  # it has all of the share
+            return values
+        share = self.router(scalars).softmax(-1)
+        return (values.unflatten(-1, (self.branches, -1)) * share[:, None, :, None]).sum(2)
+
+    def mix(self, x: Tensor) -> Tensor:
+        """See `GridProduct`."""
+        return self.out(x)
 
 
-def grid_operation(operation: GridOperation, grid: Grid, width: int, joint: bool) -> nn.Module:
+def grid_operation(operation: GridOperation, grid: Grid, width: int, joint: bool) -> GridProduct:
     """The operation a configuration names; ``joint`` applies to the MLP of one input split in halves."""
     if operation == "glu":
-        return GridGLU(grid)
+        return GridProduct(grid)
     if operation == "mlp":
         return GridMLP(grid, width, joint)
     return GridBranches(grid, width, int(operation))
@@ -154,7 +187,7 @@ def scalar_path(y: Tensor, gate: Tensor, first: Tensor, second: Tensor) -> Tenso
 
 
 class GridActivation(nn.Module):
-    """Non-linearity of a feed-forward network: its input holds both factors, (n, D, 2 K c) to (n, D, K c)."""
+    """Non-linearity of a feed-forward network: the product of both halves of what a linear layer makes."""
 
     def __init__(self, lmax: int, kmax: int | None, width: int, operation: GridOperation, bias: bool):
         super().__init__()
@@ -163,13 +196,37 @@ class GridActivation(nn.Module):
         self.operation = grid_operation(operation, grid, width, joint=True)
         self.scalar_gate = FocusLinear(2 * width, width, bias=bias, std=0.01)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply left and right halves."""
-        left, right = x.chunk(2, dim=-1)
-        first, second = left[:, 0, : self.width], right[:, 0, : self.width]
-        scalars = torch.cat([first, second], dim=-1)
+    def forward(self, x: Tensor, linear: DegreeLinear) -> Tensor:
+        """Multiply the halves of linear(x)."""
+        factors = self._factors(x, linear)
+        return scalar_path(self.operation(*factors), *self._scalar_path(factors[-1]))
+
+    def scalars(self, x: Tensor, linear: DegreeLinear) -> Tensor:
+        """The scalars of frame 0 of what `forward` returns, (n, c); those of other frames are zero."""
+        factors = self._factors(x, linear)
+        gate, first, second = self._scalar_path(factors[-1])
+        return self.operation.scalar(*factors) * gate + functional.silu(first) * second
+
+    def _factors(self, x: Tensor, linear: DegreeLinear) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected fields and scalars. The projections act on the weights of the layer, whose result is not made."""
+
+        def halves(of_layer: Tensor) -> list[Tensor]:
+            left, right = of_layer.unflatten(-1, (2, self.frames, -1)).unbind(-3)
+            return [p.flatten(-2) for p in self.operation.project(left, right)]
+
+        def scalars(of_layer: Tensor) -> Tensor:
+            """Those of frame 0, of both halves."""
+            return of_layer.unflatten(-1, (2, self.frames, -1))[..., 0, :].flatten(-2)
+
+        biases = [None, None] if linear.bias is None else halves(linear.bias)
+        left, right = (linear.map(x, w, b) for w, b in zip(halves(linear.weight), biases, strict=True))
+        first = x[:, 0] @ scalars(linear.weight[0])
+        return left, right, first if linear.bias is None else first + scalars(linear.bias)
+
+    def _scalar_path(self, scalars: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate, and the two factors of what is added to the scalars."""
         gate = self.scalar_gate(scalars[:, None])[:, 0].sigmoid()
-        return scalar_path(self.operation(left, right, scalars), gate, first, second)
+        return gate, *scalars.chunk(2, dim=-1)
 
 
 class MessageNodeProduct(nn.Module):
@@ -195,7 +252,9 @@ class MessageNodeProduct(nn.Module):
         first, second = query[:, 0], context[:, 0]
         scalars = torch.cat([first, second], dim=-1)
         gate = self.scalar_gate(scalars.unflatten(0, (-1, self.n_focus))).sigmoid().flatten(0, 1)
-        product = self.operation(self.expand(query), self.expand(context), scalars)
+        weight = self.expand.weight.unflatten(-1, (self.operation.grid.frames, -1))
+        left, right = (w.flatten(-2) for w in self.operation.project(weight, weight))
+        product = self.operation(self.expand.map(query, left), self.expand.map(context, right), scalars)
         product = self.contract(scalar_path(product, gate, first, second))
         product = product.unflatten(0, (-1, self.n_focus)) * self.residual_scale[:, None]
         return message + product.transpose(1, 2).flatten(2)

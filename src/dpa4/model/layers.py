@@ -104,10 +104,12 @@ class DegreeLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, D, in) -> (n, D, out)."""
-        y = torch.bmm(x.transpose(0, 1), pick(self.weight, 0, self.degree)).transpose(0, 1)
-        if self.bias is None:
-            return y
-        return y + functional.pad(self.bias[None], (0, 0, 0, len(self.degree) - 1))
+        return self.map(x, self.weight, self.bias)
+
+    def map(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The same with another weight (lmax+1, in, out) and bias (out)."""
+        y = torch.bmm(x.transpose(0, 1), pick(weight, 0, self.degree)).transpose(0, 1)
+        return y if bias is None else y + functional.pad(bias[None], (0, 0, 0, len(self.degree) - 1))
 
 
 class RMSNorm(nn.Module):

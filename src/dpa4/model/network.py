@@ -1,12 +1,15 @@
 """The DPA4 network: elements and edge vectors to atomic energies."""
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dpa4.kernels.incidence import Incidence
 from dpa4.kernels.segments import gather
-from dpa4.model.block import Block, read_out
+from dpa4.model.block import Block, FeedForward, read_out
 from dpa4.model.config import ModelConfig, auto_width
 from dpa4.model.domain import WHOLE, Domain
 from dpa4.model.edges import EdgeGeometry, Edges, Neighborhood, in_parts
@@ -45,8 +48,7 @@ class DPA4(nn.Module):
     Attributes:
         block_autocast: Lower precision (torch.bfloat16) for the matrix products of the interaction blocks;
             geometry, norms, softmax, residual stream and read-out keep the precision of the parameters.
-        max_edges: Edges that are worked on at once, by type of device. On a CPU their features stay in the cache; on
-            a GPU they bound the memory.
+        max_edges: Edges that are worked on at once, by type of device: they bound the memory.
     """
 
     def __init__(self, config: ModelConfig):
@@ -54,7 +56,7 @@ class DPA4(nn.Module):
         c, lmax = config.channels, config.degrees[0]
         self.config, self.lmax = config, lmax
         self.block_autocast: torch.dtype | None = None
-        self.max_edges = {"cpu": 8192, "cuda": 262_144}
+        self.max_edges = {"cpu": 16_384, "cuda": 262_144}
         self.geometry = EdgeGeometry(config)
         basis = BesselBasis if config.basis == "bessel" else GaussianBasis
         self.basis = basis(config.n_radial, config.cutoff, config.env_exp[0])
@@ -164,6 +166,7 @@ class DPA4(nn.Module):
     def read_out(self, x: Tensor) -> Tensor:
         """Invariant features (N, C) of nodes (N, D, C)."""
         x = x[:, : self.readout_size]
-        for layer in self.readout:
+        *layers, last = cast(Iterable[FeedForward], self.readout)
+        for layer in layers:
             x = x + layer(x)
-        return x[:, 0]
+        return x[:, 0] + last.scalars(x)

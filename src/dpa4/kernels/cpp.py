@@ -1,0 +1,110 @@
+"""Kernels in C++ for a CPU, compiled when first needed by the compiler of the machine.
+
+Where there is none, or on another machine than a Linux one with AVX2, `library` is None and plain operations run.
+"""
+
+import ctypes
+import hashlib
+import logging
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dpa4.system import atomic_write
+
+_FOLDER = Path(__file__).parent
+_ARCHITECTURES = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
+"""Instructions to compile for, by what PyTorch says the CPU can do."""
+
+LANES = 16
+"""Channels come in multiples of so many: numbers in the widest register."""
+
+_LOG = logging.getLogger(__name__)
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether there are kernels for tensors: on a CPU, in float32 or float64."""
+    given = [t for t in tensors if t is not None]
+    return all(t.device.type == "cpu" and t.dtype in _NAMES for t in given) and missing() is None
+
+
+_NAMES = {torch.float32: "float", torch.float64: "double"}
+
+
+def function(source: str, name: str, dtype: torch.dtype) -> Callable[..., None]:
+    """A function for numbers of a dtype, from a program whose compilation `missing` says is possible."""
+    found: Callable[..., None] = getattr(_library(source), f"{name}_{_NAMES[dtype]}")
+    return found
+
+
+def pointer(t: Tensor | None) -> ctypes.c_void_p:
+    """Address of a contiguous tensor."""
+    return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+
+def pointers(tensors: Sequence[Tensor]) -> ctypes.c_void_p:
+    """Address of the addresses of contiguous tensors, which lives as long as it; null where there are no tensors."""
+    array = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+    return ctypes.cast(array, ctypes.c_void_p) if tensors else ctypes.c_void_p()
+
+
+@cache
+def missing() -> str | None:
+    """Why there are no kernels; None if there are."""
+    if platform.system() != "Linux" or _architecture() is None:
+        return "they are for Linux and processors with AVX2"
+    if _compiler() is None:
+        return "no C++ compiler (c++, g++ or clang++) was found"
+    try:
+        for source in SOURCES:
+            _library(source)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        _LOG.warning("kernels for the CPU could not be compiled, slower operations run instead: %s", reason)
+        return f"{_compiler()} failed"
+    return None
+
+
+SOURCES = ("rotate.cpp", "so2_stack.cpp")
+
+
+def _architecture() -> str | None:
+    return _ARCHITECTURES.get(torch.backends.cpu.get_cpu_capability())
+
+
+def _compiler() -> str | None:
+    return next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+
+
+@cache
+def _library(source: str) -> ctypes.CDLL:
+    text = b"".join((_FOLDER / name).read_bytes() for name in ("product.h", source))
+    command = [str(_compiler()), "-std=c++17", "-O3", f"-march={_architecture()}", "-fopenmp", "-fPIC"]
+    version = subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(text + version + " ".join(command).encode()).hexdigest()[:32]
+    file = _cache() / f"{Path(source).stem}-{digest}.so"
+    if not file.exists():
+        _LOG.info("compiling %s for this CPU, once", source)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder, atomic_write(file) as path:
+            made = str(Path(folder) / "made.o")
+            _run([*command, "-c", str(_FOLDER / source), "-o", made])
+            # Without a library of threads: PyTorch's own, which it has loaded for all, is to be the only one.
+            _run([command[0], "-shared", made, "-o", str(path)])
+    return ctypes.CDLL(str(file))
+
+
+def _run(command: Sequence[str]) -> None:
+    subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+def _cache() -> Path:
+    """Folder for what was compiled: in PyTorch's cache, as a rule ~/.cache/torch."""
+    return Path(torch.hub.get_dir()).parent / "dpa4"

@@ -1,0 +1,88 @@
+"""C++ kernels of the stages of `dpa4.kernels.so2` for a CPU: all layers of a few edges at a time."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpa4.kernels import cpp
+from dpa4.kernels.gate import Rows
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in ("focuses", "edges", "layers", "lmax", "mmax", "channels", "threads")
+        ),
+        ("matrices", ctypes.c_void_p),
+        ("gates", ctypes.c_void_p),
+    ]
+
+
+def takes(x: Tensor, rows: Rows) -> bool:
+    """Whether there are kernels for features like x."""
+    return x.shape[-1] // rows.total % cpp.LANES == 0 and cpp.takes(x)
+
+
+# Each fills the results of the stage of the same name, see `dpa4.kernels.so2`.
+
+
+def value(out: list[Tensor], x: Tensor, *shared: Any) -> None:
+    """``out``: y, us and, where it is kept, the input of the last layer."""
+    *weights, _ = shared
+    gated = len(weights[1])
+    _call("value", x, weights, [x, out[0], out[1 : gated + 1], _one(out[gated + 1 :])])
+
+
+def vjp(out: list[Tensor], a: Tensor, us: list[Tensor], *shared: Any) -> None:
+    """``out``: gradient of x, and those kept."""
+    *weights, _ = shared
+    _call("vjp", a, weights, [a, us, out[0], out[1:]])
+
+
+def tangent(out: list[Tensor], d: Tensor, us: list[Tensor], *weights: Any) -> None:
+    """``out``: change of y, vs and the change of the input of the last layer."""
+    gated = len(us)
+    _call("tangent", d, weights, [d, us, out[0], out[1 : gated + 1], _one(out[gated + 1 :])])
+
+
+def joint(
+    out: list[Tensor],
+    b: Tensor,
+    xs: list[Tensor],
+    us: list[Tensor],
+    grads: list[Tensor],
+    ds: list[Tensor],
+    vs: list[Tensor],
+    *weights: Any,
+) -> None:
+    """``out``: gradients of x and, where xs are given, of matrices and gates."""
+    matrices = len(weights[0])
+    _call("joint", b, weights, [b, xs, us, grads, ds, vs, out[0], out[1 : matrices + 1], out[matrices + 1 :]])
+
+
+def _one(tensors: list[Tensor]) -> Tensor | None:
+    return tensors[0] if tensors else None
+
+
+def _call(
+    stage: str, x: Tensor, weights: Sequence[Any], arguments: Sequence[Tensor | list[Tensor] | None]
+) -> None:
+    matrices, gates, _, lmax, mmax = weights
+    focuses, edges, width = x.shape
+    # What is named here lives until the program returns, copies and lists of addresses, too.
+    of_matrices, of_gates, *held = (_contiguous(a) for a in (matrices, gates, *arguments))
+    sizes = (focuses, edges, len(gates) + 1, lmax, mmax, width // Rows(lmax, mmax).total)
+    addresses = [cpp.pointers(of_matrices), cpp.pointers(of_gates)]
+    stack = _Stack(*sizes, torch.get_num_threads(), *addresses)
+    given = (cpp.pointers(a) if isinstance(a, list) else cpp.pointer(a) for a in held)
+    cpp.function("so2_stack.cpp", f"so2_{stage}", x.dtype)(ctypes.byref(stack), *given)
+
+
+def _contiguous(a: Any) -> Any:
+    if isinstance(a, list):
+        return [t.contiguous() for t in a]
+    return a if a is None else a.contiguous()
