@@ -1,4 +1,5 @@
-// The three functions of dpa4.kernels.rotate on a CPU, edge by edge: nodes stay in its cache, nothing is copied.
+// The functions of dpa4.kernels.rotate and dpa4.kernels.entries on a CPU, edge by edge: nodes stay in its cache, nothing
+// is copied.
 
 #include "product.h"
 
@@ -67,6 +68,20 @@ void edge_outer(const Sizes& s, const T* g, const T* x, const int64_t* index, T*
   }
 }
 
+// out[place] += scale * a[left] * b[right] for all terms of every edge.
+template <class T>
+void entries(const int64_t* sizes, const int32_t* left, const int32_t* right, const int32_t* place, const double* scale,
+             const T* a, const T* b, T* out) {
+  int64_t edges = sizes[0], of_a = sizes[1], of_b = sizes[2], of_out = sizes[3], terms = sizes[4];
+#pragma omp parallel for num_threads(sizes[5])
+  for (int64_t e = 0; e < edges; e++) {
+    const T *x = a + e * of_a, *y = b + e * of_b;
+    T* z = out + e * of_out;
+    std::fill(z, z + of_out, T(0));
+    for (int64_t t = 0; t < terms; t++) z[place[t]] += T(scale[t]) * x[left[t]] * y[right[t]];
+  }
+}
+
 }  // namespace
 
 #define DPA4_EXPORT(T)                                                                                              \
@@ -79,6 +94,10 @@ void edge_outer(const Sizes& s, const T* g, const T* x, const int64_t* index, T*
   }                                                                                                                 \
   extern "C" void edge_outer_##T(const Sizes* s, const T* g, const T* x, const int64_t* index, T* out) {            \
     edge_outer<T>(*s, g, x, index, out);                                                                            \
+  }                                                                                                                 \
+  extern "C" void entries_##T(const int64_t* sizes, const int32_t* left, const int32_t* right,                      \
+                              const int32_t* place, const double* scale, const T* a, const T* b, T* out) {          \
+    entries<T>(sizes, left, right, place, scale, a, b, out);                                                        \
   }
 DPA4_EXPORT(float)
 DPA4_EXPORT(double)

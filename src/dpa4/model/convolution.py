@@ -63,7 +63,7 @@ class SO2Convolution(nn.Module):
         self.node_product = MessageNodeProduct(config, lmax) if config.message_node_so3 else NoProduct()
         self.post_mix = DegreeLinear(lmax, hidden, c, bias=config.mlp_bias, zero=True)
         self.biased = config.mlp_bias
-        self.frame = LocalFrame(lmax, self.mmax)
+        self.frame = LocalFrame(lmax, self.mmax, heads=focus * max(heads, 1))
         self.register_buffer("scalar_degree", torch.zeros(1, dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor, radial: RadialFeatures, hood: Neighborhood) -> Tensor:
@@ -96,12 +96,9 @@ class SO2Convolution(nn.Module):
         share = self.focus(x[..., : self.width])
         x = self.stack(x, self._bias_scale(radial, to_hidden, hood.edges) if self.biased else None)
         weight = materialized(self.attention.weights(query, key, radial, to_hidden, hood) * share)
-        # One matrix per head weighs, rotates back and rescales. Its rows are weighed before the matrix is made of
-        # them: the derivative of the weight is then a sum over rows, not over the whole matrix (docs/adr/0012).
         message = join_streams(x, self.stack.rows)
-        back = self.frame.matrix(
-            [r[:, None] * weight.flatten(1)[..., None, None] for r in hood.edges.rows], back=True
-        )
+        # One matrix per head weighs, rotates back and rescales.
+        back = self.frame.weighted_back(hood.edges.rows, weight.flatten(1))
         return scatter_matmul(back.to(message.dtype), message, hood.destination)
 
     def update(self, x: Tensor, total: Tensor, degree_norm: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpa4.kernels.entries import Terms, entries
 from dpa4.kernels.incidence import Incidence
 from dpa4.kernels.segments import gather, segment_sum
 from dpa4.model.config import Bridging, ModelConfig
@@ -103,26 +104,56 @@ def reduced_degrees(lmax: int, mmax: int) -> list[int]:
 class LocalFrame(ConstantModule):
     """The rotation between packed coefficients and m-major rows of the edge frame, of one block."""
 
-    def __init__(self, lmax: int, mmax: int):
+    def __init__(self, lmax: int, mmax: int, heads: int = 1):
         super().__init__()
         self.lmax, self.mmax = lmax, min(mmax, lmax)
-        degree = degree_of(lmax)
+        degree, rescaled = degree_of(lmax), []
         for m in range(self.mmax + 1):
             rows = torch.arange(m, lmax + 1, dtype=torch.float64)[:, None]
             same = (rows == degree[m * m :]).double()
             # Coefficients of orders beyond mmax are lost on the way; the others make up for them in size.
             rescale = torch.where(rows > self.mmax, ((2 * rows + 1) / (2 * self.mmax + 1)).sqrt(), 1.0)
+            rescaled.append(same * rescale)
             self.register_constant(f"degree_{m}", same)
-            self.register_constant(f"rescaled_{m}", same * rescale)
+            self.register_constant(f"rescaled_{m}", rescaled[-1])
+        shapes = [torch.Size((min(m + 1, 2), (lmax + 1) ** 2 - m * m)) for m in range(self.mmax + 1)]
+        self.terms = Terms.of(lambda weight, rows: _weighted_frame(weight, rows, rescaled), heads, shapes)
 
-    def matrix(self, rows: Sequence[Tensor], back: bool = False) -> Tensor:
-        """Matrices (..., M, D) of Wigner rows (..., k, D'); ``back``: those whose transpose leads back, rescaled."""
-        parts = []
-        for m in range(self.mmax + 1):
-            mask = getattr(self, f"rescaled_{m}" if back else f"degree_{m}")
-            part = rows[m][..., None, : mask.shape[1]] * mask
-            parts.append(after_zeros(part.flatten(-3, -2), m * m))
-        return torch.cat(parts, dim=-2)
+    def matrix(self, rows: Sequence[Tensor]) -> Tensor:
+        """Matrices (E, M, D) of Wigner rows (E, k, D')."""
+        return _frame(self._own(rows), self._masks("degree"))
+
+    def weighted_back(self, rows: Sequence[Tensor], weight: Tensor) -> Tensor:
+        """Matrices (E, H, M, D) whose transpose leads back, rescaled, times a weight (E, H)."""
+
+        def formula(weight: Tensor, rows: Sequence[Tensor]) -> Tensor:
+            return _weighted_frame(weight, rows, self._masks("rescaled"))
+
+        return entries(formula, self.terms, weight, self._own(rows))
+
+    def _masks(self, kind: str) -> list[Tensor]:
+        return [getattr(self, f"{kind}_{m}") for m in range(self.mmax + 1)]
+
+    def _own(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """The rows without orders and degrees that the block does not have."""
+        return [r[..., : (self.lmax + 1) ** 2 - m * m] for m, r in enumerate(rows[: self.mmax + 1])]
+
+
+def _frame(rows: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+    """Rows (..., k, D') of every order, degree by degree under one another, in the columns of all coefficients."""
+    parts = []
+    for m, (of_order, mask) in enumerate(zip(rows, masks, strict=True)):
+        parts.append(after_zeros((of_order[..., None, :] * mask).flatten(-3, -2), m * m))
+    return torch.cat(parts, dim=-2)
+
+
+def _weighted_frame(weight: Tensor, rows: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+    """The same times weights (E, H), (E, H, M, D).
+
+    Rows are weighed before the matrix is made of them: the derivative of the weight is then a sum over rows, not over
+    the whole matrix (docs/adr/0012).
+    """
+    return _frame([r[:, None] * weight[..., None, None] for r in rows], masks)
 
 
 def softened_length(vector: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ each with c channels. An order |m| owns a run of K_m columns: K_0 = (lmax + 1) c
 rows before the +m rows. Every operation of the stack acts on the orders separately.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from dpa4.kernels.entries import Terms, entries
 from dpa4.kernels.gate import Rows
 from dpa4.kernels.matmul import precise_matmul
 from dpa4.kernels.rotate import edge_matmul
@@ -78,6 +79,8 @@ class DegreeProduct(nn.Module):
             start += entries[m] * self.rank
         self.sizes = [len(c) for c in columns]
         self.register_buffer("columns", torch.cat(columns), persistent=False)
+        shapes = [torch.Size((min(m + 1, 2), (lmax + 1) ** 2 - m * m)) for m in range(mmax + 1)]
+        self.terms = Terms.of(self.matrices, sum(self.sizes), shapes)
 
     def spread(self, x: Tensor) -> Tensor:
         """Nodes as the product gathers them: (N, D, C) to (N, R D, C)."""
@@ -89,12 +92,19 @@ class DegreeProduct(nn.Module):
         """Spread nodes to rows of the edge frame (E, M, C); ``hidden`` (C0, C) maps radial channels."""
         weight = pick(self.weight, 1, self.columns).unflatten(0, (self.lmax + 1, -1))
         kernel = radial.project(torch.einsum("bc,lck->lbk", hidden, weight))
+        rows = [
+            r[..., : (self.lmax + 1) ** 2 - m * m] for m, r in enumerate(hood.edges.rows[: len(self.sizes)])
+        ]
+        matrices = entries(self.matrices, self.terms, kernel, rows)
+        return edge_matmul(matrices.to(x.dtype)[:, None], x, hood.source)
+
+    def matrices(self, kernel: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        """Rotation after mixing, (E, M, R D), from kernel (E, K) and Wigner rows."""
         combined = []
         for m, block in enumerate(kernel.split(self.sizes, dim=1)):
-            rows = hood.edges.rows[m][:, :, None, None, : (self.lmax + 1) ** 2 - m * m]
-            block = block.unflatten(1, (1, self.lmax - m + 1, self.rank, -1)) * rows
+            block = block.unflatten(1, (1, self.lmax - m + 1, self.rank, -1)) * rows[m][:, :, None, None]
             combined.append(after_zeros(block, m * m).flatten(3).flatten(1, 2))
-        return edge_matmul(torch.cat(combined, dim=1).to(x.dtype)[:, None], x, hood.source)
+        return torch.cat(combined, dim=1)
 
 
 class SO2Linear(nn.Module):
