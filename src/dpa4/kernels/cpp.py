@@ -72,7 +72,7 @@ def missing() -> str | None:
     return None
 
 
-SOURCES = ("rotate.cpp", "so2_stack.cpp")
+SOURCES = ("edges.cpp", "so2_stack.cpp")
 
 
 def _architecture() -> str | None:

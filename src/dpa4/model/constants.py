@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpa4.kernels import bilinear
+from dpa4.kernels.bilinear import Terms
+
 
 class ConstantModule(nn.Module):
     """A module with constants computed in float64, held as buffers in the module's own precision.
@@ -28,3 +31,23 @@ class ConstantModule(nn.Module):
             buffer = getattr(self, name)
             setattr(self, name, value.to(buffer.device, buffer.dtype))
         return self
+
+
+class SparseProduct(ConstantModule):
+    """A bilinear map of few terms, see `dpa4.kernels.bilinear`."""
+
+    indices: Tensor
+    scale: Tensor
+
+    def __init__(self, terms: Terms):
+        super().__init__()
+        self.register_buffer("indices", terms.indices, persistent=False)
+        self.register_constant("scale", terms.scale)
+
+    def takes(self, a: Tensor, b: Tensor) -> bool:
+        """Whether there is a kernel for factors (n, A, c) and (n, B, c)."""
+        return bilinear.takes(a.shape[2], a, b)
+
+    def forward(self, a: Tensor, b: Tensor, size: int) -> Tensor:
+        """(n, A, c), (n, B, c) -> (n, size, c)."""
+        return bilinear.bilinear(a, b, Terms(self.indices, self.scale), size)

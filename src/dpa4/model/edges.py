@@ -1,17 +1,17 @@
 """Geometry of the edges, computed once per step and shared by all blocks (model-1 sections 5 to 8)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpa4.kernels.entries import Terms, entries
+from dpa4.kernels.bilinear import Terms
 from dpa4.kernels.incidence import Incidence
 from dpa4.kernels.segments import gather, segment_sum
 from dpa4.model.config import Bridging, ModelConfig
-from dpa4.model.constants import ConstantModule
+from dpa4.model.constants import ConstantModule, SparseProduct
 from dpa4.model.domain import WHOLE, Domain
 from dpa4.model.harmonics import Rows, WignerRows, edge_frame
 from dpa4.model.layers import after_zeros, degree_of
@@ -101,6 +101,26 @@ def reduced_degrees(lmax: int, mmax: int) -> list[int]:
     return order
 
 
+Formula = Callable[[Tensor, Sequence[Tensor]], Tensor]
+
+
+class MatrixEntries(nn.Module):
+    """Matrices on edges of which every entry is a number of the edge, times one of its Wigner rows."""
+
+    def __init__(self, formula: Formula, size: int, shapes: Sequence[torch.Size]):
+        """The formula as in `Terms.of_products`, applied to so many numbers and rows of these shapes."""
+        super().__init__()
+        self.product = SparseProduct(Terms.of_products(formula, size, shapes))
+
+    def forward(self, formula: Formula, numbers: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        """The formula's result for numbers (E, A) and rows; by one kernel on a CPU that has it."""
+        if not self.product.takes(numbers[..., None], rows[0]):
+            return formula(numbers, rows)
+        shape = formula(numbers[:0], [r[:0] for r in rows]).shape[1:]
+        joined = torch.cat([r.flatten(1) for r in rows], dim=1)
+        return self.product(numbers[..., None], joined[..., None], shape.numel()).view(-1, *shape)
+
+
 class LocalFrame(ConstantModule):
     """The rotation between packed coefficients and m-major rows of the edge frame, of one block."""
 
@@ -117,7 +137,7 @@ class LocalFrame(ConstantModule):
             self.register_constant(f"degree_{m}", same)
             self.register_constant(f"rescaled_{m}", rescaled[-1])
         shapes = [torch.Size((min(m + 1, 2), (lmax + 1) ** 2 - m * m)) for m in range(self.mmax + 1)]
-        self.terms = Terms.of(lambda weight, rows: _weighted_frame(weight, rows, rescaled), heads, shapes)
+        self.entries = MatrixEntries(lambda w, rows: _weighted_frame(w, rows, rescaled), heads, shapes)
 
     def matrix(self, rows: Sequence[Tensor]) -> Tensor:
         """Matrices (E, M, D) of Wigner rows (E, k, D')."""
@@ -129,7 +149,7 @@ class LocalFrame(ConstantModule):
         def formula(weight: Tensor, rows: Sequence[Tensor]) -> Tensor:
             return _weighted_frame(weight, rows, self._masks("rescaled"))
 
-        return entries(formula, self.terms, weight, self._own(rows))
+        return self.entries(formula, weight, self._own(rows))
 
     def _masks(self, kind: str) -> list[Tensor]:
         return [getattr(self, f"{kind}_{m}") for m in range(self.mmax + 1)]

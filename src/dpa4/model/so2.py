@@ -11,13 +11,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dpa4.kernels.entries import Terms, entries
 from dpa4.kernels.gate import Rows
 from dpa4.kernels.matmul import precise_matmul
 from dpa4.kernels.rotate import edge_matmul
 from dpa4.kernels.segments import pick
 from dpa4.kernels.so2 import so2_stack
-from dpa4.model.edges import LocalFrame, Neighborhood, reduced_degrees
+from dpa4.model.edges import LocalFrame, MatrixEntries, Neighborhood, reduced_degrees
 from dpa4.model.layers import FocusLinear, after_zeros, degree_of, truncated_normal
 from dpa4.model.radial import RadialFeatures
 
@@ -80,7 +79,7 @@ class DegreeProduct(nn.Module):
         self.sizes = [len(c) for c in columns]
         self.register_buffer("columns", torch.cat(columns), persistent=False)
         shapes = [torch.Size((min(m + 1, 2), (lmax + 1) ** 2 - m * m)) for m in range(mmax + 1)]
-        self.terms = Terms.of(self.matrices, sum(self.sizes), shapes)
+        self.entries = MatrixEntries(self.matrices, sum(self.sizes), shapes)
 
     def spread(self, x: Tensor) -> Tensor:
         """Nodes as the product gathers them: (N, D, C) to (N, R D, C)."""
@@ -95,7 +94,7 @@ class DegreeProduct(nn.Module):
         rows = [
             r[..., : (self.lmax + 1) ** 2 - m * m] for m, r in enumerate(hood.edges.rows[: len(self.sizes)])
         ]
-        matrices = entries(self.matrices, self.terms, kernel, rows)
+        matrices = self.entries(self.matrices, kernel, rows)
         return edge_matmul(matrices.to(x.dtype)[:, None], x, hood.source)
 
     def matrices(self, kernel: Tensor, rows: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-// The functions of dpa4.kernels.rotate and dpa4.kernels.entries on a CPU, edge by edge: nodes stay in its cache, nothing
+// The functions of dpa4.kernels.rotate and dpa4.kernels.bilinear on a CPU, edge by edge: nodes stay in its cache, nothing
 // is copied.
 
 #include "product.h"
@@ -68,17 +68,29 @@ void edge_outer(const Sizes& s, const T* g, const T* x, const int64_t* index, T*
   }
 }
 
-// out[place] += scale * a[left] * b[right] for all terms of every edge.
+struct BilinearSizes {
+  int64_t items, a, b, result, width, terms, threads;
+};
+
+// result[k] += scale * a[i] * b[j] for all terms of every item.
 template <class T>
-void entries(const int64_t* sizes, const int32_t* left, const int32_t* right, const int32_t* place, const double* scale,
-             const T* a, const T* b, T* out) {
-  int64_t edges = sizes[0], of_a = sizes[1], of_b = sizes[2], of_out = sizes[3], terms = sizes[4];
-#pragma omp parallel for num_threads(sizes[5])
-  for (int64_t e = 0; e < edges; e++) {
-    const T *x = a + e * of_a, *y = b + e * of_b;
-    T* z = out + e * of_out;
-    std::fill(z, z + of_out, T(0));
-    for (int64_t t = 0; t < terms; t++) z[place[t]] += T(scale[t]) * x[left[t]] * y[right[t]];
+void bilinear(const BilinearSizes& s, const int32_t* i, const int32_t* j, const int32_t* k, const T* scale, const T* a,
+              const T* b, T* result) {
+  int64_t width = s.width;
+#pragma omp parallel for num_threads(s.threads)
+  for (int64_t n = 0; n < s.items; n++) {
+    const T *x = a + n * s.a * width, *y = b + n * s.b * width;
+    T* z = result + n * s.result * width;
+    std::fill(z, z + s.result * width, T(0));
+    if (width == 1) {
+      for (int64_t t = 0; t < s.terms; t++) z[k[t]] += scale[t] * x[i[t]] * y[j[t]];
+      continue;
+    }
+    for (int64_t t = 0; t < s.terms; t++) {
+      const T *left = x + i[t] * width, *right = y + j[t] * width;
+      T* sum = z + k[t] * width;
+      in_vectors<T>(width, [&](int c) { store(sum + c, load(sum + c) + scale[t] * load(left + c) * load(right + c)); });
+    }
   }
 }
 
@@ -95,9 +107,9 @@ void entries(const int64_t* sizes, const int32_t* left, const int32_t* right, co
   extern "C" void edge_outer_##T(const Sizes* s, const T* g, const T* x, const int64_t* index, T* out) {            \
     edge_outer<T>(*s, g, x, index, out);                                                                            \
   }                                                                                                                 \
-  extern "C" void entries_##T(const int64_t* sizes, const int32_t* left, const int32_t* right,                      \
-                              const int32_t* place, const double* scale, const T* a, const T* b, T* out) {          \
-    entries<T>(sizes, left, right, place, scale, a, b, out);                                                        \
+  extern "C" void bilinear_##T(const BilinearSizes* s, const int32_t* i, const int32_t* j, const int32_t* k,        \
+                               const T* scale, const T* a, const T* b, T* result) {                                 \
+    bilinear<T>(*s, i, j, k, scale, a, b, result);                                                                  \
   }
 DPA4_EXPORT(float)
 DPA4_EXPORT(double)
