@@ -2,8 +2,8 @@ r"""Bilinear maps of few terms, on a CPU: the three functions of one trilinear f
 
 .. math:: T(a, b, g) = \sum_n \sum_t s_t\, \langle a_{n, i_t}\, b_{n, j_t},\, g_{n, k_t} \rangle
 
-with a (n, A, c), b (n, B, c) and g (n, G, c), entry by entry in the last axis. The map of a and b is the derivative of
-T by g. Its own derivatives are those by a and b, so one operator with its indices exchanged serves to any order.
+with a (n, A, c), b (n, B, c) and g (n, G, c), entry by entry in the last axis. The map of a and b is the derivative
+of T by g. Its own derivatives are those by a and b, so one operator with its indices exchanged serves to any order.
 
 Elsewhere than on a CPU a compiler merges the plain formulas that such maps stand for, or products with matrices are
 faster.

@@ -285,16 +285,19 @@ void joint(const Stack<T>& s, const T* b_all, const T* const* xs, const T* const
   int last = s.layers - 1;
   in_tiles(s, true, [&](const Weights<T>& w, const Tile<T>& tile, ptrdiff_t at, int focus, T* const* work) {
     int n = tile.n;
-    T *b = dx + at, *du = work[0], *da = work[1], *x = work[2], *d = work[3];
+    // Pairs whose products are the gradients of the weights stand under one another: one product for both.
+    T *b = dx + at, *du = work[0], *da = du + n * tile.width, *x = work[2], *d = x + n * tile.width;
+    int rows = ds ? 2 * n : n;
     T *sigma = work[4], *p = work[5], *q = work[6], *change = work[7];
     tile.copy(b_all + at, b);
     if (sums) {
       tile.copy(xs[last > 0] + at, x);
-      sums->add_to_layer(last, focus, n, x, b);
+      tile.copy(b, du);
       if (ds) {
         tile.copy(ds[last > 0] + at, d);
-        sums->add_to_layer(last, focus, n, d, grads[last] + at);
+        tile.copy(grads[last] + at, da);
       }
+      sums->add_to_layer(last, focus, rows, x, du);
     }
     w.layer(n, last, b_all + at, b, true);
     for (int t = last - 1; t >= 0; t--) {
@@ -320,7 +323,6 @@ void joint(const Stack<T>& s, const T* b_all, const T* const* xs, const T* const
           tile.features([&](int i, int g) {
             store(d + i, load(d + i) - load(v + i) * load(sigma + g) - load(u + i) * load(change + g));
           });
-          sums->add_to_layer(t, focus, n, d, da);
           sums->add_to_gates(t, focus, n, v, p);
         }
       } else {
@@ -329,7 +331,7 @@ void joint(const Stack<T>& s, const T* b_all, const T* const* xs, const T* const
       }
       if (sums) {
         tile.features([&](int i, int g) { store(x + i, load(x + i) - load(u + i) * load(sigma + g)); });
-        sums->add_to_layer(t, focus, n, x, du);
+        sums->add_to_layer(t, focus, rows, x, du);
         sums->add_to_gates(t, focus, n, u, q);
       }
       w.layer(n, t, du, b, true);
