@@ -15,7 +15,7 @@ from dpa4.potential import Potential
 from dpa4.potential.card import model_card
 from dpa4.potential.checkpoint import save_potential
 from dpa4.potential.deepmd_export import export_deepmd
-from dpa4.potential.gpu_kernels import has_whole_stacks, triton_version, unsupported
+from dpa4.potential.kernel_report import cpu_kernels, has_whole_stacks, triton_version, unsupported
 from helpers import random_potential
 
 
@@ -72,6 +72,23 @@ def test_the_card_tells_which_kernels_a_gpu_has_for_the_model(saved, monkeypatch
     assert line(model_card(saved).text, "Triton") == "not installed; without it no model runs on a GPU"
     save_potential(random_potential(mlp_bias=True), saved)
     assert "mlp_bias = True" in line(model_card(saved).text, "SO(2) layers")
+
+
+def test_the_card_tells_which_kernels_this_cpu_has_for_the_model(monkeypatch):
+    monkeypatch.setattr("dpa4.kernels.cpp.unavailable", lambda: None)
+
+    def on_cpu(**switches) -> tuple[str, str]:
+        lines = cpu_kernels(preset("mini", ("H",), **switches))
+        return lines["edges, nodes and grids"], lines["layers of SO(2)"]
+
+    assert on_cpu() == ("C++ kernels", "C++ kernels, all layers at once")
+    assert on_cpu(channels=24)[0] == (
+        "plain operations (channels 24, channels of a focus 24: not a multiple of 16)"
+    )
+    assert on_cpu(mlp_bias=True) == ("C++ kernels", "plain operations (not with mlp_bias = True)")
+    monkeypatch.setattr("dpa4.kernels.cpp.unavailable", lambda: "no compiler")
+    assert on_cpu() == ("plain operations (no compiler)",) * 2
+    assert "On this CPU" in model_card("mini").text
 
 
 @pytest.mark.parametrize("name", PRESETS)

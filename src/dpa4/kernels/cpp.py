@@ -1,6 +1,6 @@
 """Kernels in C++ for a CPU, compiled when first needed by the compiler of the machine.
 
-Where there is none, or on another machine than a Linux one with AVX2, `library` is None and plain operations run.
+Where there is none, or on another machine than a Linux one with AVX2, plain operations run.
 """
 
 import ctypes
@@ -29,17 +29,37 @@ LANES = 16
 _LOG = logging.getLogger(__name__)
 
 
-def takes(*tensors: Tensor | None) -> bool:
+def takes(*tensors: Tensor) -> bool:
     """Whether there are kernels for tensors: on a CPU, in float32 or float64."""
-    given = [t for t in tensors if t is not None]
-    return all(t.device.type == "cpu" and t.dtype in _NAMES for t in given) and missing() is None
+    return all(t.device.type == "cpu" and t.dtype in _NAMES for t in tensors) and _compiled()
+
+
+def unavailable() -> str | None:
+    """Why this machine has no kernels; None if it has, unless its compiler fails."""
+    if platform.system() != "Linux" or _architecture() is None:
+        return "the kernels are for Linux and processors with AVX2"
+    return None if _compiler() else "no C++ compiler (c++, g++ or clang++) was found"
+
+
+@cache
+def _compiled() -> bool:
+    if unavailable():
+        return False
+    try:
+        for source in _SOURCES:
+            _library(source)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        _LOG.warning("the kernels for a CPU could not be compiled, slower operations run: %s", reason)
+        return False
+    return True
 
 
 _NAMES = {torch.float32: "float", torch.float64: "double"}
 
 
 def function(source: str, name: str, dtype: torch.dtype) -> Callable[..., None]:
-    """A function for numbers of a dtype, from a program whose compilation `missing` says is possible."""
+    """A function of a program, for tensors of a dtype that `takes` allows."""
     found: Callable[..., None] = getattr(_library(source), f"{name}_{_NAMES[dtype]}")
     return found
 
@@ -55,24 +75,7 @@ def pointers(tensors: Sequence[Tensor]) -> ctypes.c_void_p:
     return ctypes.cast(array, ctypes.c_void_p) if tensors else ctypes.c_void_p()
 
 
-@cache
-def missing() -> str | None:
-    """Why there are no kernels; None if there are."""
-    if platform.system() != "Linux" or _architecture() is None:
-        return "they are for Linux and processors with AVX2"
-    if _compiler() is None:
-        return "no C++ compiler (c++, g++ or clang++) was found"
-    try:
-        for source in SOURCES:
-            _library(source)
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        _LOG.warning("kernels for the CPU could not be compiled, slower operations run instead: %s", reason)
-        return f"{_compiler()} failed"
-    return None
-
-
-SOURCES = ("edges.cpp", "so2_stack.cpp")
+_SOURCES = ("edges.cpp", "so2_stack.cpp")
 
 
 def _architecture() -> str | None:

@@ -10,7 +10,7 @@ from rich.text import Text
 from dpa4.model import DPA4, ModelConfig
 from dpa4.model.presets import preset
 from dpa4.potential.checkpoint import read_checkpoint
-from dpa4.potential.gpu_kernels import gpu_kernels, triton_version
+from dpa4.potential.kernel_report import cpu_kernels, gpu_kernels, triton_version
 
 UNITS = "energy eV, length Å, forces eV/Å, virial eV (-dE/dstrain), stress eV/Å³ (tensile positive)"
 _DESCRIBED = ("elements", "cutoff")  # fields with a line of their own
@@ -107,6 +107,7 @@ def _sections(config: ModelConfig, parameters: int) -> dict[str, dict[str, str]]
         },
         "Switches, default": {key: _show(value) for key, value in switches.items() if value == default[key]},
         "On a GPU": gpu_kernels(config, triton_version()),
+        "On this CPU": cpu_kernels(config),
     }
 
 

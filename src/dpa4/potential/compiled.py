@@ -14,7 +14,7 @@ from dpa4.kernels.incidence import Incidence
 from dpa4.kernels.region import Region, RegionCode
 from dpa4.model.edges import Edges, Neighborhood
 from dpa4.model.radial import RadialFeatures
-from dpa4.potential.gpu_kernels import triton_version
+from dpa4.potential.kernel_report import triton_version
 from dpa4.potential.potential import Potential
 from dpa4.potential.replay import MAX_ATOMS
 

@@ -1,10 +1,10 @@
-"""Which kernels a model gets on a GPU, from its configuration, its precision and what is installed."""
+"""Which kernels a model gets, from its configuration, its precision and what is installed."""
 
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from dpa4.kernels import so2_fused
+from dpa4.kernels import cpp, so2_fused
 from dpa4.kernels.gate import Rows
 from dpa4.model import ModelConfig
 
@@ -63,4 +63,17 @@ def gpu_kernels(config: ModelConfig, triton: str | None) -> dict[str, str]:
         if has_whole_stacks(config)
         else "SO(2) layers product by product",
         "with --dtype float64": "plain operations, not compiled",
+    }
+
+
+def cpu_kernels(config: ModelConfig) -> dict[str, str]:
+    """Lines for the model card, about this machine."""
+    widths = {"channels": config.channels, "channels of a focus": config.focus_width}
+    odd = [f"{name} {width}" for name, width in widths.items() if width % cpp.LANES]
+    plain = cpp.unavailable() or (f"{', '.join(odd)}: not a multiple of {cpp.LANES}" if odd else None)
+    switches = [f"{name} = True" for name in _PLAIN_SO2 if getattr(config, name)]
+    layers = plain or (f"not with {', '.join(switches)}" if switches else None)
+    return {
+        "edges, nodes and grids": f"plain operations ({plain})" if plain else "C++ kernels",
+        "layers of SO(2)": f"plain operations ({layers})" if layers else "C++ kernels, all layers at once",
     }
