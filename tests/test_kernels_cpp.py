@@ -253,3 +253,11 @@ def test_what_was_compiled_is_kept(monkeypatch, anew, tmp_path):
 def test_other_types_and_widths_run_plainly():
     assert not cpp.takes(torch.zeros(1, dtype=torch.bfloat16))
     assert so2.cpp_so2.takes(torch.zeros(1, 2, 7 * 24), Rows(2, 1)) is False
+
+
+@needs_kernels
+def test_a_traced_map_runs_without_kernels(monkeypatch):
+    terms = Terms.of(normal(3, 4, 5))
+    arguments = normal(2, 4, 16), normal(2, 5, 16), *terms, 0, 1, 2, 3
+    found = torch.ops.dpa4.bilinear(*arguments)
+    assert_same([found], [plainly(monkeypatch, torch.ops.dpa4.bilinear, *arguments)], torch.float64)

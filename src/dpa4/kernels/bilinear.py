@@ -99,8 +99,11 @@ def _bilinear(
     a: Tensor, b: Tensor, index: Tensor, scale: Tensor, first: int, second: int, result: int, size: int
 ) -> Tensor:
     out = _new(a, b, index, scale, first, second, result, size)
-    sizes = _Sizes(*a.shape[:2], b.shape[1], size, a.shape[2], len(scale), torch.get_num_threads())
     scale = scale.to(a.dtype)
+    if not takes(a.shape[2], a):  # traced where there were kernels, run where there are none
+        products = a[:, index[first]] * b[:, index[second]] * scale[:, None]
+        return out.zero_().index_add_(1, index[result], products)
+    sizes = _Sizes(*a.shape[:2], b.shape[1], size, a.shape[2], len(scale), torch.get_num_threads())
     arrays = [*(index[role] for role in (first, second, result)), scale, a, b, out]
     call = cpp.function("edges.cpp", "bilinear", a.dtype)
     call(ctypes.byref(sizes), *(cpp.pointer(t) for t in arrays))
