@@ -202,6 +202,7 @@ def test_traced_with_symbolic_sizes():
     assert not any("index_add" in name or "index_put" in name or "scatter_add" in name for name in names)
 
 
+@pytest.mark.slow
 def test_compiled_for_all_sizes():
     graph = traced((5, 14, 2, 7, 9, 5))
     placeholders = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]

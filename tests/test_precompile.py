@@ -105,6 +105,7 @@ def test_processes_make_every_piece_once(cache, workers, caplog):
     assert all(process.returncode == 0 for process in workers)
 
 
+@pytest.mark.slow
 def test_what_another_process_made_is_not_made_again(cache, workers):
     for modes, started, pieces in ((MODES[:1], 2, 23), (MODES[:1], 2, 23), (MODES, 4, 40), (MODES, 4, 40)):
         potential = random_potential(n_blocks=1)
@@ -121,7 +122,7 @@ def test_one_process_is_no_help(cache, workers, processes):
     assert not workers and not list(cache.iterdir())
 
 
-@pytest.mark.parametrize("reads", [0, 1, 2])
+@pytest.mark.parametrize("reads", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_failing_processes_are_reported(workers, compilations, monkeypatch, caplog, reads):
     failing = f"import sys; [sys.stdin.readline() for _ in range({reads})]; sys.exit('no compiler here')"
     monkeypatch.setattr(module, "_command", lambda: [sys.executable, "-c", failing])

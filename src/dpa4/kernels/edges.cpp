@@ -1,6 +1,8 @@
 // The functions of dpa4.kernels.rotate and dpa4.kernels.bilinear on a CPU, edge by edge: nodes stay in its cache, nothing
 // is copied.
 
+#include <vector>
+
 #include "product.h"
 
 namespace {
@@ -72,24 +74,70 @@ struct BilinearSizes {
   int64_t items, a, b, result, width, terms, threads;
 };
 
-// result[k] += scale * a[i] * b[j] for all terms of every item.
+// A term of a bilinear map: result[k] += scale * a[i] * b[j].
+template <class T> struct Term {
+  int32_t i, j, k;
+  T scale;
+};
+
+// The map for N vectors of entries, of items whose rows are so far apart. Terms are sorted by k: sums stay in registers.
+template <class T, int N>
+inline void add_terms(const std::vector<Term<T>>& terms, const T* a, const T* b, T* result, ptrdiff_t row) {
+  for (auto t = terms.begin(); t != terms.end();) {
+    int32_t k = t->k;
+    Vector<T> sum[N] = {};
+    for (; t != terms.end() && t->k == k; t++) {
+      const T *x = a + t->i * row, *y = b + t->j * row;
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) sum[n] += t->scale * load(x + n * kLanes<T>) * load(y + n * kLanes<T>);
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) store(result + k * row + n * kLanes<T>, sum[n]);
+  }
+}
+
+// (count, n) to (n, lanes), and back.
+template <class T> inline void transpose(int64_t count, int64_t n, const T* from, T* to) {
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t e = 0; e < count; e++) to[i * kLanes<T> + e] = from[e * n + i];
+}
+template <class T> inline void transpose_back(int64_t count, int64_t n, const T* from, T* to) {
+  for (int64_t e = 0; e < count; e++)
+    for (int64_t i = 0; i < n; i++) to[e * n + i] = from[i * kLanes<T> + e];
+}
+
 template <class T>
 void bilinear(const BilinearSizes& s, const int32_t* i, const int32_t* j, const int32_t* k, const T* scale, const T* a,
               const T* b, T* result) {
   int64_t width = s.width;
+  std::vector<Term<T>> terms(s.terms);
+  for (int64_t t = 0; t < s.terms; t++) terms[t] = {i[t], j[t], k[t], scale[t]};
+  std::stable_sort(terms.begin(), terms.end(), [](const Term<T>& s, const Term<T>& t) { return s.k < t.k; });
+  if (width > 1) {
 #pragma omp parallel for num_threads(s.threads)
-  for (int64_t n = 0; n < s.items; n++) {
-    const T *x = a + n * s.a * width, *y = b + n * s.b * width;
-    T* z = result + n * s.result * width;
-    std::fill(z, z + s.result * width, T(0));
-    if (width == 1) {
-      for (int64_t t = 0; t < s.terms; t++) z[k[t]] += scale[t] * x[i[t]] * y[j[t]];
-      continue;
+    for (int64_t n = 0; n < s.items; n++) {
+      T* z = result + n * s.result * width;
+      std::fill(z, z + s.result * width, T(0));
+      in_panels<T>(width, [&](int c, auto vectors) {
+        add_terms<T, vectors>(terms, a + n * s.a * width + c, b + n * s.b * width + c, z + c, width);
+      });
     }
-    for (int64_t t = 0; t < s.terms; t++) {
-      const T *left = x + i[t] * width, *right = y + j[t] * width;
-      T* sum = z + k[t] * width;
-      in_vectors<T>(width, [&](int c) { store(sum + c, load(sum + c) + scale[t] * load(left + c) * load(right + c)); });
+    return;
+  }
+  constexpr int lanes = kLanes<T>;  // items side by side
+#pragma omp parallel num_threads(s.threads)
+  {
+    Buffer<T> x(s.a * lanes), y(s.b * lanes), z(s.result * lanes);
+    std::fill(x + 0, x + s.a * lanes, T(0));
+    std::fill(y + 0, y + s.b * lanes, T(0));
+#pragma omp for
+    for (int64_t first = 0; first < s.items; first += lanes) {
+      int64_t count = std::min<int64_t>(lanes, s.items - first);
+      transpose<T>(count, s.a, a + first * s.a, x);
+      transpose<T>(count, s.b, b + first * s.b, y);
+      std::fill(z + 0, z + s.result * lanes, T(0));
+      add_terms<T, 1>(terms, x, y, z, lanes);
+      transpose_back<T>(count, s.result, z, result + first * s.result);
     }
   }
 }
