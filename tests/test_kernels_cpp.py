@@ -131,6 +131,24 @@ def test_the_number_of_threads_does_not_matter():
 
 
 @needs_kernels
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_gradients_of_weights_are_summed_over_threads(threads, monkeypatch):
+    """So many edges that several threads take part."""
+    weights, (*shape, layers) = stack_of((2, 1, 16, 2, 3, 1500), torch.float64)
+    tensors = [normal(*shape, seed=i) for i in range(12)]
+    lists = tensors[1:3], tensors[3:5], tensors[5:8], tensors[8:10], tensors[10:12]
+    expected = plainly(monkeypatch, torch.ops.dpa4.so2_joint, tensors[0], *lists, *weights)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = torch.ops.dpa4.so2_joint(tensors[0], *lists, *weights)
+    finally:
+        torch.set_num_threads(before)
+    assert layers == 3 and len(found) == 1 + 3 * 2 + 2
+    assert_same(found, expected, torch.float64)
+
+
+@needs_kernels
 @pytest.mark.parametrize("is_sorted", [False, True])
 @each_size
 @each_type

@@ -233,10 +233,9 @@ template <class T> class Gradients {
       place(matrices[i], n * n);
     }
     for (int t = 0; t + 1 < s.layers; t++) place(gates[t], size_t(s.channels) * s.lmax * s.channels);
-    for (int i = 0; i < s.threads; i++) {
-      sums_.push_back(std::make_unique<Buffer<T>>(total));
-      std::fill(*sums_.back() + 0, *sums_.back() + total, T(0));
-    }
+    for (int i = 0; i < s.threads; i++) sums_.push_back(std::make_unique<Buffer<T>>(total));
+#pragma omp parallel for num_threads(s.threads)
+    for (int i = 0; i < s.threads; i++) std::fill(*sums_[i] + 0, *sums_[i] + total, T(0));
   }
 
   // x^T y of a tile for every order of layer t.
@@ -258,8 +257,9 @@ template <class T> class Gradients {
 
   void write() const {
     for (size_t i = 0; i < outs_.size(); i++) {
-      size_t size = sizes_[i] * s_.focuses;
-      for (size_t j = 0; j < size; j++) {
+      int64_t size = sizes_[i] * s_.focuses;
+#pragma omp parallel for num_threads(s_.threads)
+      for (int64_t j = 0; j < size; j++) {
         T sum = 0;
         for (const auto& of_thread : sums_) sum += (*of_thread)[starts_[i] + j];
         outs_[i][j] = sum;
@@ -279,8 +279,10 @@ template <class T> class Gradients {
 // Without ds (and vs, grads) the gradient of <b, y> alone; without xs that of x alone. xs and ds hold inputs of the first
 // and the last layer; those between are rebuilt on the way.
 template <class T>
-void joint(const Stack<T>& s, const T* b_all, const T* const* xs, const T* const* us, const T* const* grads,
+void joint(Stack<T> s, const T* b_all, const T* const* xs, const T* const* us, const T* const* grads,
            const T* const* ds, const T* const* vs, T* dx, T* const* matrices, T* const* gates) {
+  // Every thread has gradients of all weights to set to zero and to add: not for a few tiles.
+  s.threads = std::max<int64_t>(1, std::min(s.threads, s.focuses * s.edges / (8 * kTile)));
   std::unique_ptr<Gradients<T>> sums(xs ? new Gradients<T>(s, matrices, gates) : nullptr);
   int last = s.layers - 1;
   in_tiles(s, true, [&](const Weights<T>& w, const Tile<T>& tile, ptrdiff_t at, int focus, T* const* work) {
@@ -320,9 +322,12 @@ void joint(const Stack<T>& s, const T* b_all, const T* const* xs, const T* const
         tile.features([&](int i, int g) { store(du + i, load(du + i) + load(a + i) * load(change + g)); });
         if (sums) {
           tile.weighted(w, t, a, sigma, p, da);
-          tile.features([&](int i, int g) {
-            store(d + i, load(d + i) - load(v + i) * load(sigma + g) - load(u + i) * load(change + g));
-          });
+          if (t == 0)
+            tile.copy(ds[0] + at, d);
+          else
+            tile.features([&](int i, int g) {
+              store(d + i, load(d + i) - load(v + i) * load(sigma + g) - load(u + i) * load(change + g));
+            });
           sums->add_to_gates(t, focus, n, v, p);
         }
       } else {
@@ -330,7 +335,10 @@ void joint(const Stack<T>& s, const T* b_all, const T* const* xs, const T* const
         tile.weighted(w, t, b, sigma, q, du);
       }
       if (sums) {
-        tile.features([&](int i, int g) { store(x + i, load(x + i) - load(u + i) * load(sigma + g)); });
+        if (t == 0)
+          tile.copy(xs[0] + at, x);
+        else
+          tile.features([&](int i, int g) { store(x + i, load(x + i) - load(u + i) * load(sigma + g)); });
         sums->add_to_layer(t, focus, rows, x, du);
         sums->add_to_gates(t, focus, n, u, q);
       }
