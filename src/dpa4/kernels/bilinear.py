@@ -104,9 +104,8 @@ def _bilinear(
         products = a[:, index[first]] * b[:, index[second]] * scale[:, None]
         return out.zero_().index_add_(1, index[result], products)
     sizes = _Sizes(*a.shape[:2], b.shape[1], size, a.shape[2], len(scale), torch.get_num_threads())
-    arrays = [*(index[role] for role in (first, second, result)), scale, a, b, out]
-    call = cpp.function("edges.cpp", "bilinear", a.dtype)
-    call(ctypes.byref(sizes), *(cpp.pointer(t) for t in arrays))
+    roles = (index[role] for role in (first, second, result))
+    cpp.call("edges.cpp", "bilinear", a.dtype, sizes, [*roles, scale, a, b, out])
     return out
 
 

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,8 +65,15 @@ def function(source: str, name: str, dtype: torch.dtype) -> Callable[..., None]:
     return found
 
 
-def pointer(t: Tensor | None) -> ctypes.c_void_p:
-    """Address of a contiguous tensor."""
+def call(
+    source: str, name: str, dtype: torch.dtype, sizes: ctypes.Structure, arguments: Sequence[Any]
+) -> None:
+    """Call a `function` with sizes and contiguous tensors, lists of them, or None."""
+    addresses = [pointers(a) if isinstance(a, list) else _pointer(a) for a in arguments]
+    function(source, name, dtype)(ctypes.byref(sizes), *addresses)
+
+
+def _pointer(t: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if t is None else t.data_ptr())
 
 

@@ -46,5 +46,4 @@ def _sizes(a: Tensor, features: Tensor, nodes: int) -> _Sizes:
 
 
 def _call(name: str, sizes: _Sizes, first: Tensor, *others: Tensor | None) -> None:
-    function = cpp.function("edges.cpp", name, first.dtype)
-    function(ctypes.byref(sizes), *(cpp.pointer(t) for t in (first, *others)))
+    cpp.call("edges.cpp", name, first.dtype, sizes, (first, *others))

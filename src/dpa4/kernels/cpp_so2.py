@@ -49,19 +49,11 @@ def tangent(out: list[Tensor], d: Tensor, us: list[Tensor], *weights: Any) -> No
     _call("tangent", d, weights, [d, us, out[0], out[1 : gated + 1], _one(out[gated + 1 :])])
 
 
-def joint(
-    out: list[Tensor],
-    b: Tensor,
-    xs: list[Tensor],
-    us: list[Tensor],
-    grads: list[Tensor],
-    ds: list[Tensor],
-    vs: list[Tensor],
-    *weights: Any,
-) -> None:
+def joint(out: list[Tensor], b: Tensor, *arguments: Any) -> None:
     """``out``: gradients of x and, where xs are given, of matrices and gates."""
+    lists, weights = arguments[:5], arguments[5:]
     matrices = len(weights[0])
-    _call("joint", b, weights, [b, xs, us, grads, ds, vs, out[0], out[1 : matrices + 1], out[matrices + 1 :]])
+    _call("joint", b, weights, [b, *lists, out[0], out[1 : matrices + 1], out[matrices + 1 :]])
 
 
 def _one(tensors: list[Tensor]) -> Tensor | None:
@@ -78,8 +70,7 @@ def _call(
     sizes = (focuses, edges, len(gates) + 1, lmax, mmax, width // Rows(lmax, mmax).total)
     addresses = [cpp.pointers(of_matrices), cpp.pointers(of_gates)]
     stack = _Stack(*sizes, torch.get_num_threads(), *addresses)
-    given = (cpp.pointers(a) if isinstance(a, list) else cpp.pointer(a) for a in held)
-    cpp.function("so2_stack.cpp", f"so2_{stage}", x.dtype)(ctypes.byref(stack), *given)
+    cpp.call("so2_stack.cpp", f"so2_{stage}", x.dtype, stack, held)
 
 
 def _contiguous(a: Any) -> Any:

@@ -246,7 +246,7 @@ def _joint(
     Args:
         b: Gradient of y in the last backward pass.
         xs: Inputs of the first and the last layer; one if they are the same.
-        us: Their products with the matrices.
+        us: Products of the gated layers.
         grads: Gradients of the results of the layers in the backward pass of the forces.
         ds: Changes of these inputs in stage 2.
         vs: Changes of the products.

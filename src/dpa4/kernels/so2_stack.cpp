@@ -42,17 +42,18 @@ template <class T> struct Stack {
 // Weights of one focus in panels.
 template <class T> class Weights {
  public:
-  Weights(const Stack<T>& s, int focus, bool transposed_too) : s_(s), orders_(s.mmax + 1) {
+  // transposed: for the derivatives.
+  Weights(const Stack<T>& s, int focus, bool transposed) : s_(s), orders_(s.mmax + 1) {
     for (int i = 0; i < s.layers * orders_; i++) {
       int n = s.order_size(i % orders_);
       const T* w = s.matrices[i] + ptrdiff_t(focus) * n * n;
-      add(matrices_, w, n, n, transposed_too);
+      add(matrices_, w, n, n, transposed);
     }
     int c = s.channels, gates = s.lmax * c;
     for (int t = 0; t + 1 < s.layers; t++) {
       const T* g = s.gates[t] + ptrdiff_t(focus) * c * gates;
       add(gates_, g, c, gates, false);
-      add(transposed_gates_, g, c, gates, true);
+      if (transposed) add(transposed_gates_, g, c, gates, true);
     }
   }
 

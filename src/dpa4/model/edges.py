@@ -105,15 +105,22 @@ Formula = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
 
 class MatrixEntries(nn.Module):
-    """Matrices on edges of which every entry is a number of the edge, times one of its Wigner rows."""
+    """Matrices on edges of which every entry is a number of the edge, times one of the Wigner rows of a block."""
 
-    def __init__(self, formula: Formula, size: int, shapes: Sequence[torch.Size]):
-        """The formula as in `Terms.of_products`, applied to so many numbers and rows of these shapes."""
+    def __init__(self, formula: Formula, size: int, lmax: int, mmax: int):
+        """The formula as in `Terms.of_products`, applied to so many numbers and the rows of a block."""
         super().__init__()
+        self.columns = [(lmax + 1) ** 2 - m * m for m in range(mmax + 1)]
+        shapes = [torch.Size((min(m + 1, 2), n)) for m, n in enumerate(self.columns)]
         self.product = SparseProduct(Terms.of_products(formula, size, shapes))
 
+    def own(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Rows without the orders and degrees that the block does not have."""
+        return [r[..., :n] for r, n in zip(rows, self.columns, strict=False)]
+
     def forward(self, formula: Formula, numbers: Tensor, rows: Sequence[Tensor]) -> Tensor:
-        """The formula's result for numbers (E, A) and rows; by one kernel on a CPU that has it."""
+        """The formula's result for numbers (E, A) and the block's rows; by one kernel on a CPU that has it."""
+        rows = self.own(rows)
         if not self.product.takes(numbers[..., None], rows[0]):
             return formula(numbers, rows)
         shape = formula(numbers[:0], [r[:0] for r in rows]).shape[1:]
@@ -136,12 +143,13 @@ class LocalFrame(ConstantModule):
             rescaled.append(same * rescale)
             self.register_constant(f"degree_{m}", same)
             self.register_constant(f"rescaled_{m}", rescaled[-1])
-        shapes = [torch.Size((min(m + 1, 2), (lmax + 1) ** 2 - m * m)) for m in range(self.mmax + 1)]
-        self.entries = MatrixEntries(lambda w, rows: _weighted_frame(w, rows, rescaled), heads, shapes)
+        self.entries = MatrixEntries(
+            lambda weight, rows: _weighted_frame(weight, rows, rescaled), heads, lmax, self.mmax
+        )
 
     def matrix(self, rows: Sequence[Tensor]) -> Tensor:
         """Matrices (E, M, D) of Wigner rows (E, k, D')."""
-        return _frame(self._own(rows), self._masks("degree"))
+        return _frame(self.entries.own(rows), self._masks("degree"))
 
     def weighted_back(self, rows: Sequence[Tensor], weight: Tensor) -> Tensor:
         """Matrices (E, H, M, D) whose transpose leads back, rescaled, times a weight (E, H)."""
@@ -149,14 +157,10 @@ class LocalFrame(ConstantModule):
         def formula(weight: Tensor, rows: Sequence[Tensor]) -> Tensor:
             return _weighted_frame(weight, rows, self._masks("rescaled"))
 
-        return self.entries(formula, weight, self._own(rows))
+        return self.entries(formula, weight, rows)
 
     def _masks(self, kind: str) -> list[Tensor]:
         return [getattr(self, f"{kind}_{m}") for m in range(self.mmax + 1)]
-
-    def _own(self, rows: Sequence[Tensor]) -> list[Tensor]:
-        """The rows without orders and degrees that the block does not have."""
-        return [r[..., : (self.lmax + 1) ** 2 - m * m] for m, r in enumerate(rows[: self.mmax + 1])]
 
 
 def _frame(rows: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:

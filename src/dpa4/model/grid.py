@@ -5,6 +5,8 @@ again. The grids are exact for products of three such fields, so the result is e
 Coefficients on the SO(3) grid carry frames k = 0, -1, +1, ... as an outer channel axis: (n, D, K c).
 """
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from scipy.integrate import lebedev_rule
@@ -58,6 +60,18 @@ def so3_grid(lmax: int, kmax: int) -> tuple[Tensor, Tensor]:
     return evaluate.flatten(1), (factor * evaluate).flatten(1).T.contiguous()
 
 
+def grid_matrices(lmax: int, kmax: int | None) -> tuple[Tensor, Tensor]:
+    """Those of the sphere, without kmax, or of the rotations."""
+    return s2_grid(lmax) if kmax is None else so3_grid(lmax, kmax)
+
+
+@lru_cache(maxsize=16)
+def couplings(lmax: int, kmax: int | None) -> Terms:
+    """The products of coefficients that a product of two fields consists of."""
+    evaluate, analyse = grid_matrices(lmax, kmax)
+    return Terms.of(torch.einsum("kg,gi,gj->kij", analyse, evaluate, evaluate))
+
+
 class Grid(ConstantModule):
     """Products of fields on a quadrature grid, and what is left of the grid in them."""
 
@@ -67,12 +81,11 @@ class Grid(ConstantModule):
 
     def __init__(self, lmax: int, kmax: int | None):
         super().__init__()
-        evaluate, analyse = s2_grid(lmax) if kmax is None else so3_grid(lmax, kmax)
+        evaluate, analyse = grid_matrices(lmax, kmax)
         self.frames = 1 if kmax is None else 2 * kmax + 1
         self.register_constant("evaluate", evaluate)
         self.register_constant("analyse", analyse)
-        # On a CPU a product of fields is faster as the sum of the few products of coefficients that it consists of.
-        self.coupling = SparseProduct(Terms.of(torch.einsum("kg,gi,gj->kij", analyse, evaluate, evaluate)))
+        self.coupling = SparseProduct(couplings(lmax, kmax))  # faster than the grid on a CPU
         # Different coefficients are orthogonal on the grid, so the mean of a product needs no values on it.
         self.register_constant("metric", (analyse[0] @ evaluate.square())[:, None])
 
@@ -197,7 +210,7 @@ class GridActivation(nn.Module):
     def __init__(self, lmax: int, kmax: int | None, width: int, operation: GridOperation, bias: bool):
         super().__init__()
         grid = Grid(lmax, kmax)
-        self.width, self.frames = width, grid.frames
+        self.frames = grid.frames
         self.operation = grid_operation(operation, grid, width, joint=True)
         self.scalar_gate = FocusLinear(2 * width, width, bias=bias, std=0.01)
 

@@ -78,8 +78,7 @@ class DegreeProduct(nn.Module):
             start += entries[m] * self.rank
         self.sizes = [len(c) for c in columns]
         self.register_buffer("columns", torch.cat(columns), persistent=False)
-        shapes = [torch.Size((min(m + 1, 2), (lmax + 1) ** 2 - m * m)) for m in range(mmax + 1)]
-        self.entries = MatrixEntries(self.matrices, sum(self.sizes), shapes)
+        self.entries = MatrixEntries(self.matrices, sum(self.sizes), lmax, mmax)
 
     def spread(self, x: Tensor) -> Tensor:
         """Nodes as the product gathers them: (N, D, C) to (N, R D, C)."""
@@ -91,10 +90,7 @@ class DegreeProduct(nn.Module):
         """Spread nodes to rows of the edge frame (E, M, C); ``hidden`` (C0, C) maps radial channels."""
         weight = pick(self.weight, 1, self.columns).unflatten(0, (self.lmax + 1, -1))
         kernel = radial.project(torch.einsum("bc,lck->lbk", hidden, weight))
-        rows = [
-            r[..., : (self.lmax + 1) ** 2 - m * m] for m, r in enumerate(hood.edges.rows[: len(self.sizes)])
-        ]
-        matrices = self.entries(self.matrices, kernel, rows)
+        matrices = self.entries(self.matrices, kernel, hood.edges.rows)
         return edge_matmul(matrices.to(x.dtype)[:, None], x, hood.source)
 
     def matrices(self, kernel: Tensor, rows: Sequence[Tensor]) -> Tensor:

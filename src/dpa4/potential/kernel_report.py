@@ -12,6 +12,11 @@ _PLAIN_SO2 = {"mlp_bias": "biases", "layer_scale": "learned scales"}
 """Switches of the model with which the SO(2) layers are not one fused operator, and what they add."""
 
 
+def _plain_switches(config: ModelConfig) -> dict[str, str]:
+    """Those that are set."""
+    return {switch: what for switch, what in _PLAIN_SO2.items() if getattr(config, switch)}
+
+
 def triton_version() -> str | None:
     """Version of the installed Triton."""
     try:
@@ -29,8 +34,7 @@ def unsupported(config: ModelConfig, dtype: torch.dtype = torch.float32) -> list
     """
     reasons = [
         f"{switch} = True: SO(2) layers with {what} are not fused, they run operation by operation"
-        for switch, what in _PLAIN_SO2.items()
-        if getattr(config, switch)
+        for switch, what in _plain_switches(config).items()
     ]
     if dtype == torch.float64:
         reasons.append("float64: there are no Triton kernels for it but that of sums over edges")
@@ -71,7 +75,7 @@ def cpu_kernels(config: ModelConfig) -> dict[str, str]:
     widths = {"channels": config.channels, "channels of a focus": config.focus_width}
     odd = [f"{name} {width}" for name, width in widths.items() if width % cpp.LANES]
     plain = cpp.unavailable() or (f"{', '.join(odd)}: not a multiple of {cpp.LANES}" if odd else None)
-    switches = [f"{name} = True" for name in _PLAIN_SO2 if getattr(config, name)]
+    switches = [f"{name} = True" for name in _plain_switches(config)]
     layers = plain or (f"not with {', '.join(switches)}" if switches else None)
     return {
         "edges, nodes and grids": f"plain operations ({plain})" if plain else "C++ kernels",
