@@ -87,6 +87,23 @@ def test_centres_may_be_some_of_the_nodes(compilations):
         assert_close(a, b)
 
 
+def test_modules_may_share_tensors(compilations):
+    class Shifted(Layer):
+        def apply_to(self, x, length, source, center):
+            return super().apply_to(x + self.inner.shift, length + self.outer.shift, source, center)
+
+    layer = Shifted()
+    shared = torch.tensor(0.3, dtype=torch.float64)
+    for part in (layer.inner, layer.outer):
+        part.register_buffer("shift", shared)
+    code = as_region(layer)
+    given = arguments(6, 20)
+    expected = derivatives(layer.apply_to, layer, *given)
+    for a, b in zip(derivatives(layer.region, layer, *given), expected, strict=True):
+        assert_close(a, b)
+    assert all("_tensor_constant" not in stage.recipe.source for stage in code.stages())
+
+
 @pytest.mark.parametrize(("energy", "forces"), [(1.0, 0.0), (0.0, 1.0)])
 def test_losses_of_one_kind(compilations, energy, forces):
     layer = Layer()

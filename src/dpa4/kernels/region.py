@@ -139,7 +139,11 @@ class Region:
         self.module, self.eager, self.code = module, getattr(module, method), code
         self.max_kept, self.keeps = max_kept, keeps
         prefixes = tuple(f"{name}." for name in submodules)
-        named = [*module.named_parameters(), *module.named_buffers()]
+        # Every name: modules may share a constant, and one left out would be taken for part of the code.
+        named = [
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ]
         named = [(n, t) for n, t in named if f"{n}.".startswith(prefixes)]
         self.names, self.tensors = [n for n, _ in named], [t for _, t in named]
         self.constants: dict[_Program, _Constants] = {}
