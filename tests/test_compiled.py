@@ -111,17 +111,23 @@ def batches(count: int):
     ]
 
 
-@pytest.mark.parametrize("options", GENERATIONS.values(), ids=GENERATIONS)
-@pytest.mark.parametrize("split", [False, True])
-def test_potential_and_its_parameter_gradients(compilations, options, split):
-    potential: Potential = random_potential(**options)
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *((name, False) for name in GENERATIONS),
+        ("SO(3) grid", True),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("S2 grid", "foci")),
+    ],
+)
+def test_potential_and_its_parameter_gradients(compilations, name, split):
+    potential: Potential = random_potential(**GENERATIONS[name])
     if split:
         potential.model.max_edges = {"cpu": 60}
     for training in (True, False):
         compile_potential(potential.train(training))
         for graph in batches(2):
-            for name, deviation in compare_with_eager(potential, graph).items():
-                assert deviation < 1e-11, name  # float64, another order of sums
+            for quantity, deviation in compare_with_eager(potential, graph).items():
+                assert deviation < 1e-11, quantity  # float64, another order of sums
 
 
 def test_freeze_gates_are_an_argument_of_compiled_code(compilations):

@@ -6,6 +6,7 @@ is imported: a test starts it in a process of its own.
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ SIZES = {  # (lmax, mmax, c, F, layers, E)
     "no edges": (2, 1, 4, 1, 3, 0),
     "one edge": (2, 1, 4, 1, 3, 1),
 }
+FEW = ("degree 0", "degree 2", "order 2, four foci", "order 0", "one layer", "no edges")
+"""Sizes for the interpreter, which takes seconds for each; the others are for a slow test."""
 
 
 def stacks(size: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[SO2Stack, FusedSO2Stack]:
@@ -191,11 +194,12 @@ def gates_of(module, b, v, a, u, weight, rows) -> list[Tensor]:
     ]
 
 
-def check_in_the_interpreter() -> None:
-    """Every size of every gate kernel against the plain twin in float64."""
+def check_in_the_interpreter(names: Sequence[str]) -> None:
+    """Some sizes of every gate kernel against the plain twin in float64."""
     from dpa4.kernels import triton_gate
 
-    for name, size in SIZES.items():
+    for name in names:
+        size = SIZES[name]
         for dtype, tolerance in ((torch.float32, 3e-6), (torch.float16, 4e-3)):
             tensors, rows = stages_of_gates(size, dtype)
             expected = gates_of(gate, *(t.double() for t in tensors), rows)
@@ -205,15 +209,15 @@ def check_in_the_interpreter() -> None:
             b, v, a, u, w = tensors
             in_place = triton_gate.undo(b.clone(), a.clone(), v, u, Weight(w), rows, overwrite=True)
             assert all(torch.equal(*pair) for pair in zip(in_place, found[-3:-1], strict=True))
-    print(len(SIZES), "sizes")
+    print(len(names), "sizes")
 
 
-def check_pieces_in_the_interpreter() -> None:
+def check_pieces_in_the_interpreter(names: Sequence[str]) -> None:
     """Stages that are handed the pieces of their weights, transposed or not, with those of gates or without."""
     matmul._is_split = lambda x: x.dtype == torch.float32
     for hopper in (False, True):  # its kernels cannot be interpreted, but pieces of gates are made
         matmul.is_hopper = lambda device, hopper=hopper: hopper
-        for name in ("degree 2", "order 2, four foci", "one layer"):
+        for name in names:
             size = SIZES[name]
             x, g = features(size), features(size, 1)
             expected = derivatives(stacks(size)[0], x, g)
@@ -229,13 +233,18 @@ def check_pieces_in_the_interpreter() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_triton_kernels_in_the_interpreter():
-    assert run_in_the_interpreter(__file__, "gates").split() == [str(len(SIZES)), "sizes"]
+@pytest.mark.parametrize("names", [FEW, pytest.param([*SIZES], marks=pytest.mark.slow)], ids=["few", "all"])
+def test_triton_kernels_in_the_interpreter(names):
+    assert run_in_the_interpreter(__file__, "gates", *names).split() == [str(len(names)), "sizes"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_products_of_pieces_in_the_interpreter():
-    assert run_in_the_interpreter(__file__, "pieces").split() == ["equal"]
+@pytest.mark.parametrize(
+    "name",
+    ["one layer", *(pytest.param(n, marks=pytest.mark.slow) for n in ("degree 2", "order 2, four foci"))],
+)
+def test_products_of_pieces_in_the_interpreter(name):
+    assert run_in_the_interpreter(__file__, "pieces", name).split() == ["equal"]
 
 
 @pytest.mark.gpu
@@ -257,4 +266,5 @@ def test_on_a_device(size):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"gates": check_in_the_interpreter, "pieces": check_pieces_in_the_interpreter}[sys.argv[1]]()
+    checks = {"gates": check_in_the_interpreter, "pieces": check_pieces_in_the_interpreter}
+    checks[sys.argv[1]](sys.argv[2:])

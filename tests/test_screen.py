@@ -103,7 +103,9 @@ class Copper(DPA4Model):
         }
 
 
-@pytest.mark.parametrize("cell", ["fixed", "full", "volume", "shape"])
+@pytest.mark.parametrize(
+    "cell", ["fixed", "full", *(pytest.param(c, marks=pytest.mark.slow) for c in ("volume", "shape"))]
+)
 def test_crystals_reach_the_minima_of_ase_while_batches_change_in_flight(tmp_path, cell):
     starts = []
     for seed in range(3):
