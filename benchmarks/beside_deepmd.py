@@ -47,6 +47,7 @@ from dpa4.potential.deepmd_options import config_to_deepmd
 from dpa4.potential.evaluator import Evaluator
 from dpa4.potential.precompile import Mode, precompile
 from dpa4.simulation import DPA4Calculator
+from dpa4.system import keep_freed_memory
 from dpa4.training.loss import Loss
 from dpa4.training.replay import Recorder, ReplayedStep
 from dpa4.training.trainer import training_step
@@ -204,7 +205,8 @@ class Step:
         energy, forces = torch.from_numpy(frames.energy), torch.from_numpy(frames.forces).flatten(0, 1)
         self.batch = labelled(frames.graph, energy, forces).to(DEVICE)
         self.loss = Loss(energy=frames.atoms, forces=1, virial=0, kind="mse")
-        parameters = list(potential.parameters())
+        keep_freed_memory(torch.device(DEVICE))
+        self.parameters = parameters = list(potential.parameters())
         self.optimizer = torch.optim.AdamW(parameters, 1e-4, fused=CUDA)
         self.step: Callable[[Batch], object] = self.differentiate
         potential.model.block_autocast = torch.bfloat16 if bf16 else None
@@ -223,7 +225,7 @@ class Step:
     def differentiate(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         self.optimizer.zero_grad(set_to_none=True)
         loss, terms = training_step(self.potential, batch, self.loss)
-        loss.backward()
+        loss.backward(inputs=self.parameters)
         return loss.detach(), terms
 
     def __call__(self) -> None:

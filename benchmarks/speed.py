@@ -93,13 +93,15 @@ def labelled(graph: Graph, energy: torch.Tensor, forces: torch.Tensor) -> Batch:
 def replayed(potential: Potential, batch: Batch, optimizer: torch.optim.Optimizer):
     """A training step as the trainer replays it: copy of the batch, loss and gradients recorded, optimizer."""
 
+    parameters = list(potential.parameters())
+
     def differentiate(batch: Batch):
         optimizer.zero_grad(set_to_none=True)
         loss, terms = training_step(potential, batch, Loss(1.0, 1.0, 0.0, "mse"))
-        loss.backward()
+        loss.backward(inputs=parameters)
         return loss.detach(), terms
 
-    step = ReplayedStep(potential, differentiate, Recorder(differentiate, potential.parameters()))
+    step = ReplayedStep(potential, differentiate, Recorder(differentiate, parameters))
 
     def function() -> None:
         step(batch)
@@ -156,7 +158,8 @@ def train(base: dict, device: str, options: argparse.Namespace) -> None:
     potential = potential_of(options.model, device).train()
     graph = collate([structure(atoms, i) for i in range(frames)]).to(device)
     potential.model.block_autocast = torch.bfloat16 if options.precision == "bf16" else None
-    optimizer = torch.optim.AdamW(potential.parameters(), 1e-4, fused=device == "cuda")
+    parameters = list(potential.parameters())
+    optimizer = torch.optim.AdamW(parameters, 1e-4, fused=device == "cuda")
     energy = torch.randn(frames, dtype=torch.float64, device=device)
     forces = torch.randn(graph.num_atoms, 3, dtype=torch.float64, device=device)
 
@@ -164,7 +167,7 @@ def train(base: dict, device: str, options: argparse.Namespace) -> None:
         optimizer.zero_grad(set_to_none=True)
         found = potential(graph)
         loss = (found.energy - energy).square().mean() / atoms + (found.forces - forces).square().mean()
-        loss.backward()
+        loss.backward(inputs=parameters)
         optimizer.step()
 
     record = base | {"work": "train", "frames": frames, "atoms": graph.num_atoms, "edges": graph.num_edges}

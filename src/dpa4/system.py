@@ -1,9 +1,11 @@
 """What a run needs of the machine: a device, files and figures that survive a crash, signals that wait for a step."""
 
 import csv
+import ctypes
 import importlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +32,25 @@ def choose_device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device = {name}, but no CUDA device is available; use device: cpu or auto")
     return device
+
+
+_KEPT = 2**30
+"""Bytes."""
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Let this process keep memory that it frees, up to 1 GiB, if it computes on a CPU; like PyTorch on a GPU.
+
+    The allocator of glibc gives tensors of a few MB back to the system at the end of every step, which then has to
+    hand out and clear tens of thousands of pages in the next one (docs/adr/0019). Elsewhere nothing happens.
+    """
+    if device.type != "cpu" or sys.platform != "linux":
+        return
+    program = ctypes.CDLL(None)
+    if hasattr(program, "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3  # <malloc.h>
+        for option in (trim_threshold, mmap_threshold):
+            program.mallopt(option, _KEPT)
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dpa4.kernels import cpp
+from dpa4.kernels.wanted import wanted
 
 
 class Terms(NamedTuple):
@@ -85,7 +86,7 @@ class _Bilinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (a, b, *terms), (first, second, result) = ctx.saved_tensors, ctx.roles
-        of_a, of_b, *_ = ctx.needs_input_grad
+        of_a, of_b = wanted(ctx, 2)
         da = _Bilinear.apply(g, b, *terms, (result, second, first), a.shape[1]) if of_a else None
         db = _Bilinear.apply(a, g, *terms, (first, result, second), b.shape[1]) if of_b else None
         return da, db, None, None, None, None

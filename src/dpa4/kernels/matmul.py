@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dpa4.kernels.hopper import is_hopper, on_hopper
+from dpa4.kernels.wanted import wanted
 
 
 def precise_matmul(x: Tensor, w: Tensor) -> Tensor:
@@ -196,7 +197,7 @@ class _PreciseMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, w = ctx.saved_tensors
-        need_x, need_w = ctx.needs_input_grad
+        need_x, need_w = wanted(ctx, 2)
         return precise_matmul(grad, w.mT) if need_x else None, x.mT @ grad if need_w else None
 
 

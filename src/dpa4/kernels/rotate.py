@@ -20,6 +20,7 @@ from torch import Tensor
 from dpa4.kernels import cpp_rotate
 from dpa4.kernels.incidence import Incidence
 from dpa4.kernels.segments import segment_sum
+from dpa4.kernels.wanted import wanted
 
 CHUNK = 512
 """Edges whose nodes are copied at a time on a CPU: the copies stay in its cache."""
@@ -56,8 +57,9 @@ class _EdgeMatmul(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         a, x, *ends = ctx.saved_tensors
         incidence = Incidence(*ends)
-        da = edge_outer(g, x, incidence, a.shape[1]) if ctx.needs_input_grad[0] else None
-        dx = scatter_matmul(a, g, incidence) if ctx.needs_input_grad[1] else None
+        of_a, of_x = wanted(ctx, 2)
+        da = edge_outer(g, x, incidence, a.shape[1]) if of_a else None
+        dx = scatter_matmul(a, g, incidence) if of_x else None
         return da, dx, None, None, None
 
 
@@ -73,8 +75,9 @@ class _ScatterMatmul(torch.autograd.Function):
     def backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
         a, g, *ends = ctx.saved_tensors
         incidence = Incidence(*ends)
-        da = edge_outer(g, x, incidence, a.shape[1]) if ctx.needs_input_grad[0] else None
-        dg = edge_matmul(a, x, incidence) if ctx.needs_input_grad[1] else None
+        of_a, of_g = wanted(ctx, 2)
+        da = edge_outer(g, x, incidence, a.shape[1]) if of_a else None
+        dg = edge_matmul(a, x, incidence) if of_g else None
         return da, dg, None, None, None
 
 
@@ -90,8 +93,9 @@ class _EdgeOuter(torch.autograd.Function):
     def backward(ctx: Any, a: Tensor) -> tuple[Tensor | None, ...]:
         g, x, *ends = ctx.saved_tensors
         incidence = Incidence(*ends)
-        dg = edge_matmul(a, x, incidence) if ctx.needs_input_grad[0] else None
-        dx = scatter_matmul(a, g, incidence) if ctx.needs_input_grad[1] else None
+        of_g, of_x = wanted(ctx, 2)
+        dg = edge_matmul(a, x, incidence) if of_g else None
+        dx = scatter_matmul(a, g, incidence) if of_x else None
         return dg, dx, None, None, None, None
 
 

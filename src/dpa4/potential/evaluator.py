@@ -9,6 +9,7 @@ import torch
 
 from dpa4.graph import Graph, first_atoms
 from dpa4.potential.potential import Potential, Prediction
+from dpa4.system import keep_freed_memory
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class Evaluator:
 
     def __init__(self, potential: Potential, compile: bool | None):
         self.potential = potential.eval()
+        keep_freed_memory(potential.reference_energies.device)
         if compile is None:
             compile = potential.reference_energies.is_cuda and potential.dtype == torch.float32
         self._compile = compile

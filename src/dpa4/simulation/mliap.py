@@ -20,6 +20,7 @@ from dpa4.graph import Graph, build_graph, first_atoms
 from dpa4.kernels.incidence import Incidence
 from dpa4.model.domain import Domain
 from dpa4.simulation.calculator import Model, charge_spin_of, load_model
+from dpa4.system import keep_freed_memory
 
 
 class DPA4MLIAP:
@@ -121,6 +122,7 @@ class DPA4MLIAP:
         _wait(device)
 
     def _move(self, device: torch.device) -> None:
+        keep_freed_memory(device)
         if device != self._numbers.device:
             self.potential.to(device)
             self._numbers, self._charge_spin = self._numbers.to(device), self._charge_spin.to(device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from dpa4.data import Batch
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import save_potential
-from dpa4.system import stop_requests
+from dpa4.system import keep_freed_memory, stop_requests
 from dpa4.training.config import RunConfig
 from dpa4.training.coverage import RunCoverage
 from dpa4.training.ema import MovingAverage
@@ -96,9 +96,10 @@ class Trainer:
         self.coverage = RunCoverage(preparation, config.output, console)
         self.potential.model.block_autocast = torch.bfloat16 if options.precision == "bf16" else None
         self.device = self.potential.reference_energies.device
+        keep_freed_memory(self.device)
         self.optimizer = _optimizer(config, self.potential)
-        parameters = list(self.potential.parameters())
-        self.average = MovingAverage(parameters, options.ema_decay) if options.ema_decay else None
+        self.parameters = [p for p in self.potential.parameters() if p.requires_grad]
+        self.average = MovingAverage(self.parameters, options.ema_decay) if options.ema_decay else None
 
         per_epoch = preparation.train.num_batches(0)
         self.total = options.steps or per_epoch * (options.epochs or 200)
@@ -198,12 +199,12 @@ class Trainer:
         """The detached loss and its terms; the parameters have their gradients."""
         self.optimizer.zero_grad(set_to_none=True)
         loss, terms = training_step(self.potential, batch, self.loss)
-        loss.backward()
+        loss.backward(inputs=self.parameters)
         return loss.detach(), terms
 
     def _clip(self) -> Tensor:
         """Scale the gradient down to the largest norm; returns its norm before, float64."""
-        gradients = [p.grad for p in self.potential.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.stack(torch._foreach_norm(gradients)).double().norm()
         if limit := self.config.training.gradient_clip:
             scale = (limit / (norm + 1e-6)).clamp(max=1.0).float()

@@ -1,0 +1,32 @@
+"""What a run does to the process it is in."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+STEPS = """
+import json, resource, sys, torch
+from dpa4.system import keep_freed_memory
+if sys.argv[1] == "keeps":
+    keep_freed_memory(torch.device("cpu"))
+
+def faults():
+    tensors = [torch.ones(2_000_000) for _ in range(8)]  # 8 MB each
+    total = sum(t[0] for t in tensors)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+print(json.dumps([faults() for _ in range(6)]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="for the allocator of glibc")
+def test_pages_of_freed_tensors_are_used_again():
+    faults = {}
+    for name in ("gives back", "keeps"):
+        done = subprocess.run([sys.executable, "-c", STEPS, name], capture_output=True, text=True, check=True)
+        counts = json.loads(done.stdout)
+        faults[name] = counts[-1] - counts[1]
+    pages = 4 * 8 * 8_000_000 / 4096
+    assert faults["keeps"] < 0.01 * pages < 0.2 * pages < faults["gives back"]
