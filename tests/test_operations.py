@@ -414,7 +414,8 @@ def test_projected_weights_are_projected_fields(operation, kmax):
     left, right = (p.flatten(-2) for p in operation.project(*fields.unbind(2)))
     scalars = fields[:, 0, :, 0].flatten(1)
     gate, direct = layer.activation.scalar_gate(scalars[:, None]).sigmoid(), scalars.chunk(2, dim=1)
-    expected = operation(left, right, scalars).unflatten(-1, (-1, 2)) * gate[:, None]
+    one, zero = torch.ones_like(direct[0]), torch.zeros_like(direct[0])
+    expected = operation(left, right, scalars, one, zero, zero).unflatten(-1, (-1, 2)) * gate[:, None]
     expected[:, 0, 0] += torch.nn.functional.silu(direct[0]) * direct[1]
     assert_close(layer(x), expected.flatten(2))
 

@@ -1,11 +1,14 @@
-// The functions of dpa4.kernels.rotate and dpa4.kernels.bilinear on a CPU, edge by edge: nodes stay in its cache, nothing
-// is copied.
+// The functions of dpa4.kernels.rotate, pairs and bilinear on a CPU, edge by edge: nodes stay in its cache, nothing is
+// copied.
 
 #include <vector>
 
 #include "product.h"
 
 namespace {
+
+// Edges that a thread takes at a time: on machines with other work no two threads are equally fast.
+constexpr int kEdges = 256;
 
 // Matrices on edges (E, H, M, K), edge features (E, M, H c), node features (N, K, H c).
 struct Sizes {
@@ -15,7 +18,7 @@ struct Sizes {
 template <class T>
 void edge_matmul(const Sizes& s, const T* a, const T* x, const int64_t* index, T* out) {
   int m = s.rows, k = s.coefficients, c = s.channels, width = s.heads * c;
-#pragma omp parallel for num_threads(s.threads)
+#pragma omp parallel for num_threads(s.threads) schedule(dynamic, kEdges)
   for (int64_t e = 0; e < s.edges; e++)
     for (int h = 0; h < s.heads; h++) {
       const T* node = x + index[e] * k * width + h * c;
@@ -59,7 +62,7 @@ void edge_outer(const Sizes& s, const T* g, const T* x, const int64_t* index, T*
         T* of_channel = transposed + (n * width + j) * padded;
         for (int i = 0; i < padded; i++) of_channel[i] = i < k ? x[(n * k + i) * width + j] : T(0);
       }
-#pragma omp for
+#pragma omp for schedule(dynamic, kEdges)
     for (int64_t e = 0; e < s.edges; e++)
       for (int h = 0; h < s.heads; h++) {
         const T* node = transposed + (index[e] * width + h * c) * padded;
@@ -67,6 +70,46 @@ void edge_outer(const Sizes& s, const T* g, const T* x, const int64_t* index, T*
         T* matrix = out + (e * s.heads + h) * m * k;
         for (int i = 0; i < m; i++) std::copy(wide + i * padded, wide + i * padded + k, matrix + i * k);
       }
+  }
+}
+
+// Node features (N, H c), numbers on edges (E, H).
+struct PairSizes {
+  int64_t edges, nodes, heads, channels, threads;
+};
+
+template <class T>
+void pair_dot(const PairSizes& s, const T* x, const T* y, const int64_t* x_index, const int64_t* y_index, T* out) {
+  int64_t c = s.channels, width = s.heads * c;
+#pragma omp parallel for num_threads(s.threads) schedule(dynamic, kEdges)
+  for (int64_t e = 0; e < s.edges; e++)
+    for (int h = 0; h < s.heads; h++) {
+      const T *one = x + x_index[e] * width + h * c, *other = y + y_index[e] * width + h * c;
+      Vector<T> products = {};
+      in_vectors<T>(c, [&](int j) { products += load(one + j) * load(other + j); });
+      T sum = 0;
+      for (int l = 0; l < kLanes<T>; l++) sum += products[l];
+      out[e * s.heads + h] = sum;
+    }
+}
+
+// The edges of a node as in scatter_matmul.
+template <class T>
+void pair_sum(const PairSizes& s, const T* g, const T* y, const int64_t* y_index, const int64_t* order,
+              const int64_t* offsets, T* out) {
+  int64_t c = s.channels, width = s.heads * c;
+#pragma omp parallel for num_threads(s.threads) schedule(dynamic, 16)
+  for (int64_t n = 0; n < s.nodes; n++) {
+    T* node = out + n * width;
+    std::fill(node, node + width, T(0));
+    for (int64_t i = offsets[n]; i < offsets[n + 1]; i++) {
+      int64_t e = order ? order[i] : i;
+      for (int h = 0; h < s.heads; h++) {
+        const T* from = y + y_index[e] * width + h * c;
+        T weight = g[e * s.heads + h], *to = node + h * c;
+        in_vectors<T>(c, [&](int j) { store(to + j, load(to + j) + weight * load(from + j)); });
+      }
+    }
   }
 }
 
@@ -114,7 +157,7 @@ void bilinear(const BilinearSizes& s, const int32_t* i, const int32_t* j, const 
   for (int64_t t = 0; t < s.terms; t++) terms[t] = {i[t], j[t], k[t], scale[t]};
   std::stable_sort(terms.begin(), terms.end(), [](const Term<T>& s, const Term<T>& t) { return s.k < t.k; });
   if (width > 1) {
-#pragma omp parallel for num_threads(s.threads)
+#pragma omp parallel for num_threads(s.threads) schedule(dynamic, 8)
     for (int64_t n = 0; n < s.items; n++) {
       T* z = result + n * s.result * width;
       std::fill(z, z + s.result * width, T(0));
@@ -130,7 +173,7 @@ void bilinear(const BilinearSizes& s, const int32_t* i, const int32_t* j, const 
     Buffer<T> x(s.a * lanes), y(s.b * lanes), z(s.result * lanes);
     std::fill(x + 0, x + s.a * lanes, T(0));
     std::fill(y + 0, y + s.b * lanes, T(0));
-#pragma omp for
+#pragma omp for schedule(dynamic, 16)
     for (int64_t first = 0; first < s.items; first += lanes) {
       int64_t count = std::min<int64_t>(lanes, s.items - first);
       transpose<T>(count, s.a, a + first * s.a, x);
@@ -154,6 +197,14 @@ void bilinear(const BilinearSizes& s, const int32_t* i, const int32_t* j, const 
   }                                                                                                                 \
   extern "C" void edge_outer_##T(const Sizes* s, const T* g, const T* x, const int64_t* index, T* out) {            \
     edge_outer<T>(*s, g, x, index, out);                                                                            \
+  }                                                                                                                 \
+  extern "C" void pair_dot_##T(const PairSizes* s, const T* x, const T* y, const int64_t* x_index,                  \
+                               const int64_t* y_index, T* out) {                                                   \
+    pair_dot<T>(*s, x, y, x_index, y_index, out);                                                                   \
+  }                                                                                                                 \
+  extern "C" void pair_sum_##T(const PairSizes* s, const T* g, const T* y, const int64_t* y_index,                  \
+                               const int64_t* order, const int64_t* offsets, T* out) {                             \
+    pair_sum<T>(*s, g, y, y_index, order, offsets, out);                                                            \
   }                                                                                                                 \
   extern "C" void bilinear_##T(const BilinearSizes* s, const int32_t* i, const int32_t* j, const int32_t* k,        \
                                const T* scale, const T* a, const T* b, T* result) {                                 \

@@ -4,7 +4,9 @@ Layer t maps edge features x (F, E, W), rows of the edge frame one after another
 
 .. math:: u = x W_t, \qquad x \leftarrow x + u \, \sigma(u)
 
-with one matrix per order |m| and the gates of `dpa4.kernels.gate`; the last layer has none. The four stages of
+with one matrix per order |m| and the gates of `dpa4.kernels.gate`; the last layer has none. Matrices of orders above
+zero are [[U, V], [-V, U]], since they commute with rotations about the edge; kernels may count on it, and of the
+gradients of these matrices only the part of that form is defined. The four stages of
 `dpa4.kernels.twice` are written out here, since they need fewer passes over edge tensors than what follows from
 differentiating layer by layer: a product and one gate kernel per layer and stage. Outside of training
 `dpa4.kernels.so2_fused` takes over the first two where it can, with one kernel for all layers.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dpa4.kernels.segments import gather
+from dpa4.kernels.pairs import pair_dot
 from dpa4.model.edges import SOFTENING, Neighborhood
 from dpa4.model.layers import FocusLinear, RMSNorm
 from dpa4.model.radial import RadialFeatures
@@ -37,10 +37,11 @@ class EnvelopeGatedAttention(nn.Module):
         self, query: Tensor, key: Tensor, radial: RadialFeatures, hidden: Tensor, hood: Neighborhood
     ) -> Tensor:
         """Weight of every edge, focus and head, (E, F, H)."""
-        product = gather(query, hood.destination) * gather(key, hood.source)
-        product = product.unflatten(-1, (self.heads, -1))
-        content = product.sum(-1) * product.shape[-1] ** -0.5
-        by_focus = hidden.unflatten(1, (query.shape[1], -1))
+        focuses, width = query.shape[1:]
+        ends, heads = (hood.destination, hood.source), focuses * self.heads
+        content = pair_dot(query.flatten(1), key.flatten(1), *ends, heads).unflatten(1, (focuses, self.heads))
+        content = content * (width / self.heads) ** -0.5
+        by_focus = hidden.unflatten(1, (focuses, -1))
         projection = torch.einsum("bfc,cfh->bfh", by_focus, self.radial_logit)
         logits = content + radial.project(projection.flatten(1)[None]).view_as(content)
         null = functional.softplus(self.null_logit) + SOFTENING

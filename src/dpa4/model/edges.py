@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpa4.kernels import bilinear
 from dpa4.kernels.bilinear import Terms
 from dpa4.kernels.incidence import Incidence
 from dpa4.kernels.segments import gather, segment_sum
@@ -112,20 +113,23 @@ class MatrixEntries(nn.Module):
         super().__init__()
         self.columns = [(lmax + 1) ** 2 - m * m for m in range(mmax + 1)]
         shapes = [torch.Size((min(m + 1, 2), n)) for m, n in enumerate(self.columns)]
+        empty = (torch.empty(0, *shape) for shape in ((size,), *shapes))
+        self.shape = formula(next(empty), list(empty)).shape[1:]  # of a matrix, or several
         self.product = SparseProduct(Terms.of_products(formula, size, shapes))
 
     def own(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """Rows without the orders and degrees that the block does not have."""
         return [r[..., :n] for r, n in zip(rows, self.columns, strict=False)]
 
-    def forward(self, formula: Formula, numbers: Tensor, rows: Sequence[Tensor]) -> Tensor:
-        """The formula's result for numbers (E, A) and the block's rows; by one kernel on a CPU that has it."""
-        rows = self.own(rows)
-        if not self.product.takes(numbers[..., None], rows[0]):
-            return formula(numbers, rows)
-        shape = formula(numbers[:0], [r[:0] for r in rows]).shape[1:]
+    def takes(self, rows: Sequence[Tensor]) -> bool:
+        """Whether there is a kernel, else the formula is to be used."""
+        return bilinear.takes(1, *rows)
+
+    def forward(self, numbers: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        """The formula's result for numbers (E, A) and the block's `own` rows."""
         joined = torch.cat([r.flatten(1) for r in rows], dim=1)
-        return self.product(numbers[..., None], joined[..., None], shape.numel()).view(-1, *shape)
+        numbers = numbers.to(joined.dtype)  # of another one where they are products in mixed precision
+        return self.product(numbers[..., None], joined[..., None], self.shape.numel()).view(-1, *self.shape)
 
 
 class LocalFrame(ConstantModule):
@@ -154,10 +158,10 @@ class LocalFrame(ConstantModule):
     def weighted_back(self, rows: Sequence[Tensor], weight: Tensor) -> Tensor:
         """Matrices (E, H, M, D) whose transpose leads back, rescaled, times a weight (E, H)."""
 
-        def formula(weight: Tensor, rows: Sequence[Tensor]) -> Tensor:
-            return _weighted_frame(weight, rows, self._masks("rescaled"))
-
-        return self.entries(formula, weight, rows)
+        rows = self.entries.own(rows)
+        if self.entries.takes(rows):
+            return self.entries(weight, rows)
+        return _weighted_frame(weight, rows, self._masks("rescaled"))
 
     def _masks(self, kind: str) -> list[Tensor]:
         return [getattr(self, f"{kind}_{m}") for m in range(self.mmax + 1)]

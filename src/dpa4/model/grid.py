@@ -86,6 +86,7 @@ class Grid(ConstantModule):
         self.register_constant("evaluate", evaluate)
         self.register_constant("analyse", analyse)
         self.coupling = SparseProduct(couplings(lmax, kmax))  # faster than the grid on a CPU
+        self.scaling = SparseProduct(Terms.of(torch.eye(len(analyse), dtype=torch.float64)[:, :, None]))
         # Different coefficients are orthogonal on the grid, so the mean of a product needs no values on it.
         self.register_constant("metric", (analyse[0] @ evaluate.square())[:, None])
 
@@ -95,6 +96,14 @@ class Grid(ConstantModule):
             return self.coupling(left, right, left.shape[1])
         values = (self.evaluate.to(left.dtype) @ left) * (self.evaluate.to(left.dtype) @ right)
         return self.analyse.to(values.dtype) @ values
+
+    def scaled(self, x: Tensor, factor: Tensor) -> Tensor:
+        """A field (n, D K, c) times a factor (n, c)."""
+        if self.scaling.takes(x, factor[:, None]):
+            return self.scaling(
+                x, factor[:, None], x.shape[1]
+            )  # on a CPU sums over rows, its derivatives, are slow
+        return x * factor[:, None]
 
     def scalar_product(self, left: Tensor, right: Tensor) -> Tensor:
         """Scalar of frame 0 of `product`: (n, c)."""
@@ -123,15 +132,34 @@ class GridProduct(nn.Module):
         """What becomes of the result's channels: (..., c') -> (..., c)."""
         return x
 
-    def forward(self, left: Tensor, right: Tensor, scalars: Tensor) -> Tensor:
-        """Projected fields (n, D, K c') and scalars (n, 2 c) to (n, D, K c)."""
-        product = self.combine(self.grid.product(self._fields(left), self._fields(right)), scalars)
-        return self.mix(product).unflatten(1, (-1, self.grid.frames)).flatten(2)
+    def forward(
+        self, left: Tensor, right: Tensor, scalars: Tensor, gate: Tensor, first: Tensor, second: Tensor
+    ) -> Tensor:
+        """The product of two fields, gated, plus a product of scalars for those of frame 0.
 
-    def scalar(self, left: Tensor, right: Tensor, scalars: Tensor) -> Tensor:
-        """The scalar of frame 0 of what `forward` returns, (n, c)."""
+        Args:
+            left: Projected field, (n, D, K c').
+            right: Projected field, (n, D, K c').
+            scalars: Of both fields before they were projected, (n, 2 c).
+            gate: Factor of all coefficients, (n, c).
+            first: Scalars (n, c); their SiLU is multiplied.
+            second: Scalars (n, c).
+
+        Returns:
+            (n, D, K c).
+        """
+        product = self.combine(self.grid.product(self._fields(left), self._fields(right)), scalars)
+        y = self.grid.scaled(self.mix(product), gate).unflatten(1, (-1, self.grid.frames)).flatten(2)
+        direct = functional.silu(first) * second
+        return y + before_zeros(direct[:, None], y.shape[1] - 1, y.shape[2] - direct.shape[1])
+
+    def scalar(
+        self, left: Tensor, right: Tensor, scalars: Tensor, gate: Tensor, first: Tensor, second: Tensor
+    ) -> Tensor:
+        """The scalar of frame 0 of what `forward` returns, (n, c); those of other frames are zero."""
         product = self.grid.scalar_product(self._fields(left), self._fields(right))
-        return self.mix(self.combine(product[:, None], scalars)[:, 0])
+        y = self.mix(self.combine(product[:, None], scalars)[:, 0])
+        return y * gate + functional.silu(first) * second
 
     def _fields(self, x: Tensor) -> Tensor:
         """(n, D, K c') to (n, D K, c')."""
@@ -195,15 +223,6 @@ def grid_operation(operation: GridOperation, grid: Grid, width: int, joint: bool
     return GridBranches(grid, width, int(operation))
 
 
-def scalar_path(y: Tensor, gate: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Gate all coefficients (n, D, K c) by (n, c) and add silu(first) * second to the scalars of frame 0."""
-    width = gate.shape[-1]
-    y = (y.unflatten(-1, (-1, width)) * gate[:, None, None]).flatten(2)
-    direct = functional.silu(first) * second
-    rows, columns = y.shape[1] - 1, y.shape[2] - width
-    return y + before_zeros(direct[:, None], rows, columns)
-
-
 class GridActivation(nn.Module):
     """Non-linearity of a feed-forward network: the product of both halves of what a linear layer makes."""
 
@@ -217,13 +236,12 @@ class GridActivation(nn.Module):
     def forward(self, x: Tensor, linear: DegreeLinear) -> Tensor:
         """Multiply the halves of linear(x)."""
         factors = self._factors(x, linear)
-        return scalar_path(self.operation(*factors), *self._scalar_path(factors[-1]))
+        return self.operation(*factors, *self._scalar_path(factors[-1]))
 
     def scalars(self, x: Tensor, linear: DegreeLinear) -> Tensor:
         """The scalars of frame 0 of what `forward` returns, (n, c); those of other frames are zero."""
         factors = self._factors(x, linear)
-        gate, first, second = self._scalar_path(factors[-1])
-        return self.operation.scalar(*factors) * gate + functional.silu(first) * second
+        return self.operation.scalar(*factors, *self._scalar_path(factors[-1]))
 
     def _factors(self, x: Tensor, linear: DegreeLinear) -> tuple[Tensor, Tensor, Tensor]:
         """Projected fields and scalars. The projections act on the weights of the layer, whose result is not made."""
@@ -272,8 +290,8 @@ class MessageNodeProduct(nn.Module):
         gate = self.scalar_gate(scalars.unflatten(0, (-1, self.n_focus))).sigmoid().flatten(0, 1)
         weight = self.expand.weight.unflatten(-1, (self.operation.grid.frames, -1))
         left, right = (w.flatten(-2) for w in self.operation.project(weight, weight))
-        product = self.operation(self.expand.map(query, left), self.expand.map(context, right), scalars)
-        product = self.contract(scalar_path(product, gate, first, second))
+        left, right = self.expand.map(query, left), self.expand.map(context, right)
+        product = self.contract(self.operation(left, right, scalars, gate, first, second))
         product = product.unflatten(0, (-1, self.n_focus)) * self.residual_scale[:, None]
         return message + product.transpose(1, 2).flatten(2)
 

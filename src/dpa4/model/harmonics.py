@@ -9,13 +9,15 @@ the frame; higher orders follow by recursion. Any choice of e1 and e2 gives the 
 """
 
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 import scipy.special
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dpa4.model.constants import ConstantModule
+from dpa4.kernels.bilinear import Terms
+from dpa4.model.constants import ConstantModule, SparseProduct
 
 Rows = tuple[Tensor, ...]
 """rows[m]: rows -m and +m of D^m, D^{m+1}, ..., D^lmax side by side, (E, 2, (lmax+1)^2 - m^2); for m = 0 the single
@@ -75,19 +77,34 @@ def edge_frame(direction: Tensor) -> Tensor:
     return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
 
 
+def _several(coupling: Tensor, count: int) -> Tensor:
+    """Coefficients (t (2l+1), 2l-1, t 3) of the coupling (3 (2l-1), 2l+1) of one factor with each of t vectors."""
+    one = coupling.unflatten(0, (-1, 3)).permute(2, 0, 1)
+    return torch.einsum("kij,tu->tkiuj", one, torch.eye(count, dtype=one.dtype)).flatten(3).flatten(0, 1)
+
+
 class WignerRows(ConstantModule):
     """Rows |m| <= mmax of the Wigner matrices up to lmax, from an edge frame."""
 
     def __init__(self, lmax: int, mmax: int):
         super().__init__()
         self.lmax, self.mmax = lmax, mmax
+        products = {}
         for l in range(2, lmax + 1):
             self.register_constant(f"coupling_{l}", coupling(l))
+            for count in (1, 2):
+                products[f"{l} {count}"] = SparseProduct(Terms.of(_several(coupling(l), count)))
+        self.products = nn.ModuleDict(products)  # faster on a CPU
 
-    def _couple(self, lower: Tensor, vector: Tensor, l: int) -> Tensor:
-        """T_l (lower x vector): (E, s, 2l-1) and (E, t, 3) with s or t equal 1 or s = t -> (E, max, 2l+1)."""
-        product = (lower.unsqueeze(-1) * vector.unsqueeze(-2)).flatten(-2)
-        return product @ getattr(self, f"coupling_{l}")
+    def _couple(self, lower: Tensor, vectors: Tensor, l: int) -> Tensor:
+        """T_l (lower x vector) for one or two vectors: (E, 1, 2l-1), (E, t, 3) -> (E, t, 2l+1)."""
+        count = vectors.shape[1]
+        product = cast(SparseProduct, self.products[f"{l} {count}"])
+        one, other = lower.flatten(1)[..., None], vectors.flatten(1)[..., None]
+        if product.takes(one, other):
+            return product(one, other, count * (2 * l + 1)).unflatten(1, (count, -1))[..., 0]
+        products = (lower.unsqueeze(-1) * vectors.unsqueeze(-2)).flatten(-2)
+        return products @ getattr(self, f"coupling_{l}")
 
     def forward(self, frame: Tensor) -> Rows:
         """Rows of an edge frame (E, 3, 3) as `edge_frame` returns it."""

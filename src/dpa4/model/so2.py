@@ -78,7 +78,7 @@ class DegreeProduct(nn.Module):
             start += entries[m] * self.rank
         self.sizes = [len(c) for c in columns]
         self.register_buffer("columns", torch.cat(columns), persistent=False)
-        self.entries = MatrixEntries(self.matrices, sum(self.sizes), lmax, mmax)
+        self.entries = MatrixEntries(self._of_entries, start, lmax, mmax)
 
     def spread(self, x: Tensor) -> Tensor:
         """Nodes as the product gathers them: (N, D, C) to (N, R D, C)."""
@@ -88,10 +88,17 @@ class DegreeProduct(nn.Module):
 
     def forward(self, x: Tensor, radial: RadialFeatures, hidden: Tensor, hood: Neighborhood) -> Tensor:
         """Spread nodes to rows of the edge frame (E, M, C); ``hidden`` (C0, C) maps radial channels."""
-        weight = pick(self.weight, 1, self.columns).unflatten(0, (self.lmax + 1, -1))
+        rows = self.entries.own(hood.edges.rows)
+        by_kernel = self.entries.takes(rows)
+        weight = self.weight if by_kernel else pick(self.weight, 1, self.columns)
+        weight = weight.unflatten(0, (self.lmax + 1, -1))
         kernel = radial.project(torch.einsum("bc,lck->lbk", hidden, weight))
-        matrices = self.entries(self.matrices, kernel, hood.edges.rows)
+        matrices = self.entries(kernel, rows) if by_kernel else self.matrices(kernel, rows)
         return edge_matmul(matrices.to(x.dtype)[:, None], x, hood.source)
+
+    def _of_entries(self, kernel: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        """`matrices` of kernel entries that are not repeated."""
+        return self.matrices(kernel[:, self.columns], rows)
 
     def matrices(self, kernel: Tensor, rows: Sequence[Tensor]) -> Tensor:
         """Rotation after mixing, (E, M, R D), from kernel (E, K) and Wigner rows."""
