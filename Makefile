@@ -32,7 +32,7 @@ demo: $(STAMP)
 	@echo "  md/          trajectory, thermo table and plot of 1 ps of molecular dynamics"
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -204,7 +204,7 @@ def test_code_for_one_size_only_is_detected(compilations):
     assert compare_with_eager(potential, graph)["forces"] > 1e-3
 
 
-def test_traces_are_kept_on_disk(compilations, empty_cache, monkeypatch):
+def test_traces_are_kept_on_disk(compilations, monkeypatch):
     """A second potential of the same kind is not traced; one of another kind is."""
     graph = batches(1)[0]
     for seed in range(2):  # of the weights
@@ -215,8 +215,8 @@ def test_traces_are_kept_on_disk(compilations, empty_cache, monkeypatch):
                 assert deviation < 1e-11, name
         monkeypatch.setattr(tracing, "make_fx", not_to_be_called)
     others = [
-        lambda: random_potential(n_blocks=1, lmax=1),
-        lambda: random_potential(n_blocks=1).float(),
+        lambda: random_potential(n_blocks=1, n_radial=5),  # as no other test has it
+        lambda: random_potential(n_blocks=1).to(torch.bfloat16),
     ]
     for other in others:
         compile_potential(potential := other())
@@ -233,14 +233,17 @@ def not_to_be_called(*_):
 
 
 @pytest.mark.parametrize("damage", [b"", b"no code"])
-def test_damaged_files_of_code_are_replaced(compilations, empty_cache, damage):
+def test_damaged_files_of_code_are_replaced(compilations, damage):
     potential, graph = random_potential(n_blocks=1).eval(), batches(1)[0]
     for _ in range(2):
         compile_potential(potential)
-        for stage in [s for r in regions_of(potential) for s in r.code.stages()]:
+        stages = [s for r in regions_of(potential) for s in r.code.stages()]
+        for stage in stages:
             stage.file.write_bytes(damage)
         assert compare_with_eager(potential, graph)["forces"] < 1e-11
     assert len(compilations) == 34
+    for stage in stages:
+        stage.file.unlink()
 
 
 class Wrong(Region):
