@@ -30,7 +30,7 @@ from helpers import assert_close, assert_only_views_of_weights, crystal, graph_o
 
 
 def test_training_computes_everything_of_its_weights(compilations):
-    potential = random_potential(n_blocks=1).train()
+    potential = small_potential().train()
     compile_potential(potential)
     potential(batches(1)[0])
     programs = [p for region in regions_of(potential) for p in region.code.programs.values()]
@@ -55,7 +55,7 @@ def test_evaluation_of_a_potential_computes_nothing_of_weights_alone(compilation
 def test_weights_are_split_once(compilations, empty_cache, monkeypatch):
     """As on a GPU, where products in float32 are those of pieces of weights."""
     monkeypatch.setattr(matmul, "_is_split", lambda x: True)
-    potential = random_potential(n_blocks=1).float().eval()
+    potential = small_potential().float().eval()
     compile_potential(potential)
     precompile._outline(potential, precompile.Mode(training=False), precompile._Workshop(0))
 
@@ -71,7 +71,7 @@ def test_weights_are_split_once(compilations, empty_cache, monkeypatch):
 @pytest.mark.parametrize(("max_kept", "calls"), [(100, 1), (0, 2)])
 def test_kernels_with_several_results(compilations, max_kept, calls):
     """All that is needed of the results of one call is kept, or computed again."""
-    potential = random_potential(n_blocks=1).eval()
+    potential = small_potential().eval()
     compile_potential(potential, kept=Kept(max_kept, max_kept))
     assert compare_with_eager(potential, batches(1)[0])["forces"] < 1e-11
     nodes = [n for graph in compilations for n in graph.graph.nodes if "so2_value" in str(n.target)]
@@ -98,10 +98,15 @@ def test_whole_stacks_keep_only_what_their_derivative_takes(monkeypatch, empty_c
 
 
 GENERATIONS = {
-    "S2 grid": {"ffn_on": "s2"},
+    "S2 grid": {"ffn_on": "s2", "n_blocks": 1},
     "SO(3) grid": {"message_node_so3": True, "ffn_on": "so3", "ffn_grid": 1, "so3_readout": "mlp"},
     "foci": {"n_focus": 2, "radial_so2_rank": 2},
 }
+
+
+def small_potential(seed: int = 0, **options) -> Potential:
+    """One for many tests, which find each other's traces."""
+    return random_potential(seed, **GENERATIONS["S2 grid"], **options)
 
 
 def batches(count: int):
@@ -142,7 +147,7 @@ def test_freeze_gates_are_an_argument_of_compiled_code(compilations):
 
 
 def test_potential_compiles_once_for_ten_batches(compilations):
-    potential = random_potential(n_blocks=1).train()
+    potential = small_potential().train()
     compile_potential(potential)
     for k, graph in enumerate(batches(10)):
         potential(graph).forces.square().mean().backward()
@@ -152,7 +157,7 @@ def test_potential_compiles_once_for_ten_batches(compilations):
 
 
 def test_wrong_code_is_detected(compilations):
-    potential = random_potential().train()
+    potential = small_potential().train()
     compile_potential(potential)
     graph = batches(1)[0]
     right = potential.model.read_out
@@ -163,7 +168,7 @@ def test_wrong_code_is_detected(compilations):
 
 
 def test_keeping_results_can_be_changed(compilations):
-    potential, graph = random_potential(n_blocks=1).eval(), batches(1)[0]
+    potential, graph = small_potential().eval(), batches(1)[0]
     expected, counts = potential(graph).forces, []
     compile_potential(potential)
     for max_kept in (graph.num_atoms, graph.num_atoms - 1, graph.num_atoms):
@@ -178,7 +183,7 @@ def test_keeping_results_can_be_changed(compilations):
 def test_parts_keep_nothing_on_a_gpu(compilations, monkeypatch, on_a_gpu):
     """Where the edges are worked on in parts, memory decides there, whatever the number of nodes of a part."""
     monkeypatch.setattr(regions, "_parts_bound_memory", lambda device: on_a_gpu)
-    potential, graph = random_potential(n_blocks=1).eval(), batches(1)[0]
+    potential, graph = small_potential().eval(), batches(1)[0]
     compile_potential(potential)
     made = {}
     for max_edges in (10**6, 60):
@@ -193,7 +198,7 @@ def test_parts_keep_nothing_on_a_gpu(compilations, monkeypatch, on_a_gpu):
 
 
 def test_code_for_one_size_only_is_detected(compilations):
-    potential, graph = random_potential().eval(), batches(1)[0]
+    potential, graph = small_potential().eval(), batches(1)[0]
     compile_potential(potential)
     right, size = potential.model.read_out, graph.num_atoms
 
@@ -208,22 +213,22 @@ def test_traces_are_kept_on_disk(compilations, monkeypatch):
     """A second potential of the same kind is not traced; one of another kind is."""
     graph = batches(1)[0]
     for seed in range(2):  # of the weights
-        potential = random_potential(seed, n_blocks=1)
+        potential = small_potential(seed)
         compile_potential(potential)
         for training in (True, False):
             for name, deviation in compare_with_eager(potential.train(training), graph).items():
                 assert deviation < 1e-11, name
         monkeypatch.setattr(tracing, "make_fx", not_to_be_called)
     others = [
-        lambda: random_potential(n_blocks=1, n_radial=5),  # as no other test has it
-        lambda: random_potential(n_blocks=1).to(torch.bfloat16),
+        lambda: small_potential(n_radial=5),  # as no other test has it
+        lambda: small_potential().to(torch.bfloat16),
     ]
     for other in others:
         compile_potential(potential := other())
         with pytest.raises(AssertionError, match="is traced"):
             potential(graph)
     monkeypatch.setattr(regions, "_digest_of_sources", lambda: "another version")
-    compile_potential(potential := random_potential(n_blocks=1))
+    compile_potential(potential := small_potential())
     with pytest.raises(AssertionError, match="is traced"):
         potential(graph)
 
@@ -234,7 +239,7 @@ def not_to_be_called(*_):
 
 @pytest.mark.parametrize("damage", [b"", b"no code"])
 def test_damaged_files_of_code_are_replaced(compilations, damage):
-    potential, graph = random_potential(n_blocks=1).eval(), batches(1)[0]
+    potential, graph = small_potential().eval(), batches(1)[0]
     for _ in range(2):
         compile_potential(potential)
         stages = [s for r in regions_of(potential) for s in r.code.stages()]
@@ -257,7 +262,7 @@ class Wrong(Region):
 
 
 def test_compiling_twice_and_back(compilations):
-    potential = random_potential()
+    potential = small_potential()
     graph = batches(1)[0]
     expected = potential(graph)
     compile_potential(potential)
@@ -271,7 +276,7 @@ def test_nothing_of_a_step_stays_alive(compilations):
     """What stages hand to each other must not keep a step's graph, and with it its memory, alive."""
     from dpa4.kernels.twice import _Call
 
-    potential = random_potential(n_blocks=1).train()
+    potential = small_potential().train()
     compile_potential(potential)
     for graph in batches(2):
         potential(graph).forces.square().mean().backward()

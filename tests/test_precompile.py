@@ -52,6 +52,7 @@ def test_tracing_ahead_is_what_calls_trace_later(compilations):
     assert len(compilations) == 40
 
 
+@pytest.mark.slow
 def test_tracing_leaves_the_potential_as_it_was(compilations):
     potential, reports = random_potential(n_blocks=1, lmax=1).train(), []
     potential.model.block_autocast = torch.bfloat16
