@@ -1,11 +1,15 @@
 """One thread per test process: the suite runs in two processes, and threads that wait for each other are slow."""
 
+import signal
 from collections.abc import Callable
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# Shells start programs in the background with this signal ignored, and tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
