@@ -25,7 +25,5 @@ def wanted(ctx: Any, count: int) -> list[bool]:
 def _is_executed(node: Any) -> bool:
     try:
         return bool(torch._C._will_engine_execute_node(node))
-    except (
-        RuntimeError
-    ):  # PyTorch does not say of leaves whose gradient is asked for by `torch.autograd.grad`
+    except RuntimeError:  # it does not tell of leaves whose gradient `torch.autograd.grad` is asked for
         return True

@@ -99,11 +99,9 @@ class Grid(ConstantModule):
 
     def scaled(self, x: Tensor, factor: Tensor) -> Tensor:
         """A field (n, D K, c) times a factor (n, c)."""
-        if self.scaling.takes(x, factor[:, None]):
-            return self.scaling(
-                x, factor[:, None], x.shape[1]
-            )  # on a CPU sums over rows, its derivatives, are slow
-        return x * factor[:, None]
+        factor = factor[:, None]
+        # On a CPU the sums over rows that are derivatives of the plain product are slow.
+        return self.scaling(x, factor, x.shape[1]) if self.scaling.takes(x, factor) else x * factor
 
     def scalar_product(self, left: Tensor, right: Tensor) -> Tensor:
         """Scalar of frame 0 of `product`: (n, c)."""
