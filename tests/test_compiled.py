@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpa4.graph import collate
-from dpa4.kernels import matmul, so2_fused
+from dpa4.kernels import cpp, matmul, so2_fused
 from dpa4.kernels import region as regions
 from dpa4.kernels import trace as tracing
 from dpa4.kernels.region import Region
@@ -284,3 +284,30 @@ def test_nothing_of_a_step_stays_alive(compilations):
     for graph in batches(2):
         potential(graph).forces.square().mean().backward()
         assert not [o for o in gc.get_objects() if type(o) is _Call]
+
+
+@pytest.mark.skipif(cpp.unavailable() is not None, reason=f"{cpp.unavailable()}")
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_kernels_for_a_cpu_are_part_of_compiled_code(compilations, training):
+    """With so many channels that they run; float64."""
+    potential = random_potential(n_blocks=1, channels=16, **GENERATIONS["SO(3) grid"]).train(training)
+    compile_potential(potential)
+    for name, deviation in compare_with_eager(potential, batches(1)[0]).items():
+        assert deviation < 1e-11, name
+    called = {
+        str(n.target).split(".")[1]
+        for graph in compilations
+        for n in graph.graph.nodes
+        if "dpa4." in str(n.target)
+    }
+    assert called >= {
+        "so2_value",
+        "so2_vjp",
+        "edge_matmul",
+        "scatter_matmul",
+        "edge_outer",
+        "bilinear",
+        "pair_dot",
+        "pair_sum",
+    }
+    assert not training or called >= {"so2_tangent", "so2_joint"}
