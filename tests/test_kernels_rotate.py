@@ -29,6 +29,7 @@ SIZES = {  # (N, E, H, M, K, c)
     "degree 3": (3, 9, 1, 10, 16, 64),
     "degree 4": (3, 7, 1, 13, 25, 16),
     "spread over several tiles": (2, 2, 1, 17, 72, 70),
+    "several tiles, two heads": (2, 3, 2, 17, 72, 70),
     "degree 5": (2, 4, 1, 16, 36, 8),
     "one node": (1, 7, 1, 10, 16, 8),
     "no edges": (3, 0, 1, 10, 16, 8),

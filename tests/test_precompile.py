@@ -99,11 +99,14 @@ def made(cache) -> int:
     return len(list(cache.glob("dpa4/*/piece-*")))
 
 
-def test_processes_make_every_piece_once(cache, workers, caplog):
+@pytest.mark.parametrize(
+    ("modes", "pieces"), [(MODES[1:], 17), pytest.param(MODES, 40, marks=pytest.mark.slow)]
+)
+def test_processes_make_every_piece_once(cache, workers, caplog, modes, pieces):
     potential = random_potential(n_blocks=1, lmax=1)
     compile_potential(potential)
-    precompile(potential, MODES[1:], processes=3)
-    assert len(workers) == 3 and made(cache) == 17
+    precompile(potential, modes, processes=3)
+    assert len(workers) == 3 and made(cache) == pieces
     assert not [r for r in caplog.records if r.name.startswith("dpa4")]
     assert all(process.returncode == 0 for process in workers)
 

@@ -8,6 +8,7 @@ from dpa4.graph import collate
 from dpa4.kernels.bilinear import Terms, bilinear
 from dpa4.kernels.incidence import Incidence
 from dpa4.kernels.matmul import precise_matmul
+from dpa4.kernels.pairs import pair_dot
 from dpa4.kernels.rotate import edge_matmul, edge_outer, scatter_matmul
 from helpers import assert_close, graph_of, molecule, random_potential
 
@@ -31,6 +32,7 @@ FUNCTIONS = {  # with shapes of its two arguments
     "scatter_matmul": (lambda a, g: scatter_matmul(a, g, END), (3, 1, 4, 5), (3, 4, 16)),
     "edge_outer": (lambda g, x: edge_outer(g, x, END, 1), (3, 4, 16), (2, 5, 16)),
     "precise_matmul": (precise_matmul, (6, 5), (5, 4)),
+    "pair_dot": (lambda x, y: pair_dot(x, y, END, END, 1), (2, 16), (2, 16)),
     "bilinear": (lambda a, b: bilinear(a, b, TERMS, 2), (6, 3, 16), (6, 4, 16)),
 }
 
@@ -54,9 +56,8 @@ def test_one_gradient_takes_one_product(name, leaves, way):
                 found, asked.grad = asked.grad, None
         assert_close(found, expected[which] * (1 if asked is inputs[which] else 2))
         products = [n for n in calls.names if n.startswith("dpa4::") or n.endswith(("::mm", "::bmm"))]
-        assert len(products) == 1 or (
-            leaves and way == "grad"
-        )  # PyTorch does not say, so both may be computed
+        untold = leaves and way == "grad"  # PyTorch does not say, so both may be computed
+        assert len(products) == 1 or untold
 
 
 def test_training_asks_for_no_gradient_of_the_geometry():

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,11 +39,13 @@ _KEPT = 2**30
 """Bytes."""
 
 
+@cache
 def keep_freed_memory(device: torch.device) -> None:
     """Let this process keep memory that it frees, up to 1 GiB, if it computes on a CPU; like PyTorch on a GPU.
 
     The allocator of glibc gives tensors of a few MB back to the system at the end of every step, which then has to
-    hand out and clear tens of thousands of pages in the next one (docs/adr/0019). Elsewhere nothing happens.
+    hand out and clear tens of thousands of pages in the next one (docs/adr/0019). Elsewhere, and at further calls,
+    nothing happens.
     """
     if device.type != "cpu" or sys.platform != "linux":
         return

@@ -157,7 +157,6 @@ class LocalFrame(ConstantModule):
 
     def weighted_back(self, rows: Sequence[Tensor], weight: Tensor) -> Tensor:
         """Matrices (E, H, M, D) whose transpose leads back, rescaled, times a weight (E, H)."""
-
         rows = self.entries.own(rows)
         if self.entries.takes(rows):
             return self.entries(weight, rows)

@@ -60,6 +60,7 @@ def so3_grid(lmax: int, kmax: int) -> tuple[Tensor, Tensor]:
     return evaluate.flatten(1), (factor * evaluate).flatten(1).T.contiguous()
 
 
+@lru_cache(maxsize=16)
 def grid_matrices(lmax: int, kmax: int | None) -> tuple[Tensor, Tensor]:
     """Those of the sphere, without kmax, or of the rotations."""
     return s2_grid(lmax) if kmax is None else so3_grid(lmax, kmax)
