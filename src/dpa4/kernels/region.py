@@ -104,9 +104,14 @@ def _digest_of_sources() -> str:
     """Of all that a trace passes through."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
-    for source in sorted([*package.glob("kernels/*.py"), *package.glob("model/*.py")]):
+    for source in _traced_sources(package):
         digest.update(source.read_bytes())
     return digest.hexdigest()
+
+
+def _traced_sources(package: Path) -> list[Path]:
+    """Files whose code a trace passes through, in sub-folders, too."""
+    return sorted(path for folder in ("kernels", "model") for path in (package / folder).rglob("*.py"))
 
 
 class Region:
