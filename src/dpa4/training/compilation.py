@@ -92,10 +92,10 @@ class CompiledTraining:
         return self.run(lambda: self._step(batch))
 
     def run(self, work: Callable[[], T]) -> T:
-        """Return the result of ``work``, which is repeated in eager mode if compiled code raises.
+        """Return the result of ``work``, repeating it in eager mode if compiled code raises.
 
-        Errors are possible at any time, because inputs unlike those of the first comparison may require new code.
-        When memory runs out, recordings are dropped, which hold some memory. Eager mode would need even more.
+        Errors are possible at any time, because an input unlike the compared ones may require new code. If memory
+        runs out, only the recordings are given up, which hold memory; eager mode would need even more.
         """
         try:
             return work()
