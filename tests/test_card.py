@@ -141,7 +141,8 @@ def test_the_terminal_shows_the_same_lines(saved):
 
 def test_unknown_names_are_told_apart_from_missing_files(tmp_path):
     with pytest.raises(
-        ValueError, match="there is no file 'papr-air' and unknown preset .*did you mean 'paper-air'"
+        ValueError,
+        match="'papr-air' is neither a file nor a preset: unknown preset .*did you mean 'paper-air'",
     ):
         model_card("papr-air")
     with pytest.raises(FileNotFoundError, match="there is no checkpoint .*absent.safetensors"):

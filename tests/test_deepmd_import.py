@@ -163,7 +163,7 @@ def test_formats_below_1_1_are_pre_release_models(state, load):
 def test_newer_formats_are_refused(state, load):
     state[f"{DESCRIPTOR}version_tensor"] = torch.tensor(1.3, dtype=torch.float64)
     with pytest.raises(
-        ValueError, match="its descriptor has format 1.3; the newest format known here is 1.2"
+        ValueError, match="its descriptor has format 1.3; this version of dpa4 reads formats up to 1.2"
     ):
         load(state)
 
@@ -413,7 +413,7 @@ def test_unknown_parts_of_the_model_are_refused(state, load):
 def test_weights_of_another_shape_are_refused(state, load):
     state["_extra_state"]["model_params"]["fitting_net"]["neuron"] = [24, 48]
     with pytest.raises(
-        ValueError, match=r"hidden_layers.1.linear.matrix has shape \(24, 80\), .* ask for \(24, 96\)"
+        ValueError, match=r"hidden_layers.1.linear.matrix has shape \(24, 80\), .* require \(24, 96\)"
     ):
         load(state)
 

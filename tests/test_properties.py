@@ -149,14 +149,14 @@ def test_hessian_refusals():
         ValueError, match=r"vector has shape \(3, 3\); a displacement of 9 atoms has \(9, 3\)"
     ):
         hessian_vector_product(potential, graph, torch.zeros(3, 3))
-    with pytest.raises(ValueError, match="Hessian is that of one structure, got 2"):
+    with pytest.raises(ValueError, match="Hessian needs a graph of one structure, got 2"):
         hessian(potential, collate([graph, graph]))
     with pytest.raises(ValueError, match=r"element Pu \(94\) is not in the model"):
         hessian(potential, graph_of(Atoms("Pu2", [(0, 0, 0), (0, 0, 2)])))
     from dpa4.potential.compiled import compile_potential
 
     compile_potential(potential)
-    with pytest.raises(ValueError, match="compiled potential has no second derivatives"):
+    with pytest.raises(ValueError, match="compiled potential does not support second derivatives"):
         hessian(potential, graph)
 
 

@@ -102,7 +102,10 @@ def test_faults_name_option_value_and_what_is_allowed(run_file, override, messag
             ["training.epochs=2", "training.steps=3"],
             r"training\.epochs = 2 or training\.steps = 3; set one to null",
         ),
-        (["training.batch_size=2", "training.max_atoms=3"], r"training\.batch_size = 2 excludes .*max_atoms"),
+        (
+            ["training.batch_size=2", "training.max_atoms=3"],
+            r"training\.batch_size = 2 cannot be combined with .*max_atoms",
+        ),
         (
             ["training.energy_weight=0", "training.forces_weight=0", "training.virial_weight=0"],
             r"are all 0: nothing to learn",

@@ -1,4 +1,4 @@
-"""Potentials: energies, forces and virials from a network, and the files they are kept in."""
+"""Potentials: energies, forces and virials from a network, and their checkpoints."""
 
 from dpa4.potential.card import model_card
 from dpa4.potential.checkpoint import convert, load_potential, save_potential

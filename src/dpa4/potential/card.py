@@ -1,4 +1,4 @@
-"""The model card: what a checkpoint or preset is, as text and for the terminal."""
+"""Model card: description of a checkpoint or preset, as text and for the terminal."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,12 @@ from dpa4.potential.checkpoint import read_checkpoint
 from dpa4.potential.kernel_report import cpu_kernels, gpu_kernels, triton_version
 
 UNITS = "energy eV, length Å, forces eV/Å, virial eV (-dE/dstrain), stress eV/Å³ (tensile positive)"
-_DESCRIBED = ("elements", "cutoff")  # fields with a line of their own
+_DESCRIBED = ("elements", "cutoff")  # fields with their own lines, not listed as switches
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Sections of a model card, each with its lines of label and value."""
+    """Title and sections of a model card; a section maps labels to values."""
 
     title: str
     sections: dict[str, dict[str, str]]
@@ -48,10 +48,10 @@ class ModelCard:
 
 
 def model_card(source: str | Path, branch: str | None = None) -> ModelCard:
-    """Describe a checkpoint or a preset; print it with rich, or use its ``text``.
+    """Describe a checkpoint or a preset. Print the card with rich, or use its ``text``.
 
     Args:
-        source: A native checkpoint, one of deepmd-kit, or the name of a preset.
+        source: Native or deepmd-kit checkpoint, or name of a preset.
         branch: Branch of a multitask model of deepmd-kit.
 
     Raises:
@@ -82,7 +82,7 @@ def _preset_card(name: str) -> ModelCard:
     try:
         config = preset(name)
     except ValueError as error:
-        raise ValueError(f"there is no file {name!r} and {error}") from None
+        raise ValueError(f"{name!r} is neither a file nor a preset: {error}") from None
     parameters = sum(parameter.numel() for parameter in DPA4(config).parameters())
     sections = _sections(config, parameters)
     sections["Provenance"] = {

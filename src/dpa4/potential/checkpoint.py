@@ -1,9 +1,9 @@
 """Saving and loading potentials: one safetensors file with the weights, and a description in its metadata.
 
-The weights keep their names and precision; ``reference_energies`` is a float64 tensor beside them. The
-metadata hold the format version, configuration, elements, reference energies, provenance and, of models trained
-here, what the training data covered as JSON, readable without the weights. Checkpoints of deepmd-kit are read
-wherever native ones are.
+The weights keep their names and precision; ``reference_energies`` is an additional float64 tensor. The metadata can
+be read without the weights. They hold the format version and, as JSON, the configuration, elements, reference
+energies, provenance and, for models trained with this package, the coverage of the training data. Checkpoints of
+deepmd-kit can be read wherever native ones can.
 """
 
 import json
@@ -36,26 +36,26 @@ _NETWORK = "model."
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The content of a checkpoint of either kind."""
+    """Content of a native or deepmd-kit checkpoint."""
 
     config: ModelConfig
-    weights: dict[str, Tensor]  # of the network, by the names in its state dict
+    weights: dict[str, Tensor]  # state dict of the network
     reference_energies: Tensor  # (T,) float64, eV
     dtype: torch.dtype  # of the network
     provenance: dict[str, str]
     format: str
-    coverage: Coverage | None = None  # of the training data, where the file tells
+    coverage: Coverage | None = None  # of the training data, if the file contains it
 
 
 def save_potential(
     potential: Potential, path: str | Path, provenance: Mapping[str, str] | None = None
 ) -> None:
-    """Write a potential to a native checkpoint, replacing the file in one step.
+    """Write a potential to a native checkpoint; an existing file is replaced atomically.
 
     Args:
         potential: The potential; its weights are stored in their own precision.
         path: File to write, ending in ``.safetensors``.
-        provenance: Where the potential comes from, for instance data and parent file; version and date are
+        provenance: Origin of the potential, such as data and parent file; the version of dpa4 and the date are
             added.
 
     Raises:
@@ -85,7 +85,7 @@ def save_potential(
 
 
 def add_coverage(path: Path, coverage: Coverage) -> None:
-    """Write what training data covered into a native checkpoint that does not know their distances yet."""
+    """Add the coverage of the training data to a native checkpoint that contains no distances yet."""
     with safe_open(path, framework="pt") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
     stored = _coverage(path, metadata)
@@ -101,12 +101,12 @@ def load_potential(
     dtype: torch.dtype | None = None,
     branch: str | None = None,
 ) -> Potential:
-    """Load a potential from a native checkpoint or one of deepmd-kit, in evaluation mode.
+    """Load a potential in evaluation mode from a native or deepmd-kit checkpoint.
 
     Args:
-        path: The file; its content decides how it is read.
-        device: Where to put the potential.
-        dtype: Precision of the network; that of the file by default. Energies are float64 in any case.
+        path: The checkpoint; its content, not its name, determines the format.
+        device: Device of the potential.
+        dtype: Floating-point type of the network; by default that of the file. Energies are always float64.
         branch: Branch of a multitask model of deepmd-kit.
 
     Raises:
@@ -118,7 +118,7 @@ def load_potential(
 
 
 def convert(source: str | Path, target: str | Path, branch: str | None = None) -> None:
-    """Convert a checkpoint to the format of the suffix of ``target``: .safetensors, or .pt for deepmd-kit.
+    """Convert a checkpoint to the format given by the suffix of ``target``: .safetensors, or .pt for deepmd-kit.
 
     Raises:
         FileNotFoundError: If there is no such file, or the folder of ``target`` does not exist.
@@ -138,7 +138,7 @@ def convert(source: str | Path, target: str | Path, branch: str | None = None) -
 
 
 def read_checkpoint(path: str | Path, branch: str | None = None) -> Checkpoint:
-    """Read a native checkpoint or one of deepmd-kit; arguments and errors as `load_potential`."""
+    """Read a native or deepmd-kit checkpoint; arguments and errors as in `load_potential`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
@@ -207,8 +207,8 @@ def _config(path: Path, metadata: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"cannot read {path}: its format_version is {stored!r}, not a number")
     if int(stored) > FORMAT_VERSION:
         raise ValueError(
-            f"cannot read {path}: it has format {stored}, written by a newer dpa4; the newest known here is "
-            f"{FORMAT_VERSION}. Update dpa4"
+            f"cannot read {path}: it has format {stored}, written by a newer dpa4; this version reads formats up "
+            f"to {FORMAT_VERSION}. Update dpa4"
         )
     try:
         return ModelConfig.model_validate_json(metadata.get("config", ""))
@@ -222,7 +222,7 @@ def _assemble(path: str | Path, stored: Checkpoint, dtype: torch.dtype) -> Poten
     """Build a potential with stored weights, in evaluation mode.
 
     Raises:
-        ValueError: If a weight is missing, superfluous, or of another shape.
+        ValueError: If a weight is missing, unknown, or of another shape.
     """
     potential = Potential(stored.config).to(dtype)
     expected = {key: value.shape for key, value in potential.model.state_dict().items()}

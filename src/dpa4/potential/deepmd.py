@@ -1,7 +1,8 @@
-"""Reading checkpoints of deepmd-kit's DPA4 models (model-1 section 17, model-3 sections 16 to 18).
+"""Reading deepmd-kit checkpoints of DPA4 models (docs/models.md, "Checkpoints of deepmd-kit").
 
-Only tensors and plain containers are read, never code. What the network here does not have is folded into its
-weights: LoRA deltas, the task embedding of a multitask model, and the energy zero of ``atom_ener``.
+Only tensors and plain containers are read, never code. Three features have no counterpart in this package and are
+folded into weights and reference energies (docs/adr/0006): LoRA deltas, the task embedding of a multitask model, and
+the energy zero of ``atom_ener``.
 """
 
 import pickle
@@ -19,7 +20,7 @@ from dpa4.model import DPA4, ModelConfig
 from dpa4.potential.deepmd_names import deepmd_name
 from dpa4.potential.deepmd_options import config_from_deepmd, precision_of
 
-NEWEST_FORMAT = 1.2  # of the descriptor, written by deepmd-kit 3.2.0
+NEWEST_FORMAT = 1.2  # newest readable format of the descriptor, written by deepmd-kit 3.2.0
 
 _NETWORK = "fitting_net.filter_layers.networks.0."
 _DERIVED = re.compile(  # index tables and constants that follow from the options
@@ -31,18 +32,18 @@ _STATISTICS = ("out_std", "dens_force_rmsd")  # not used by energy models
 
 @dataclass(frozen=True)
 class DeepmdModel:
-    """One model of a deepmd-kit checkpoint, reduced to what an energy depends on."""
+    """One model of a deepmd-kit checkpoint, reduced to the data that energies depend on."""
 
     config: ModelConfig
     weights: dict[str, Tensor]  # state dict of the network
     reference_energies: Tensor  # (T,) float64, eV
-    dtype: torch.dtype  # in which deepmd-kit would run the network
-    version: float  # format of the descriptor
+    dtype: torch.dtype  # type in which deepmd-kit would run the network
+    version: float  # format version of the descriptor
     provenance: dict[str, str]
 
 
 def read_deepmd(path: str | Path, branch: str | None = None) -> DeepmdModel:
-    """Read one model of a checkpoint.
+    """Read one model of a deepmd-kit checkpoint.
 
     Args:
         path: File written by deepmd-kit's PyTorch backend (``.pt``).
@@ -50,8 +51,8 @@ def read_deepmd(path: str | Path, branch: str | None = None) -> DeepmdModel:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, not a DPA4 checkpoint, needs a switch that is not supported, is
-            newer than format 1.2, or if the branch is unknown or missing.
+        ValueError: If the file is damaged, is not a DPA4 checkpoint, uses an unsupported option or a format newer
+            than 1.2; also if the branch is unknown, or missing where there are several.
     """
     outer = _load(Path(path))
     try:
@@ -66,12 +67,12 @@ def _load(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
-        with open(path, "rb") as file:  # by its name alone torch would take a file for safetensors
+        with open(path, "rb") as file:  # given a path, torch.load reads some names as safetensors
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"cannot read {path}: it is damaged, or holds Python objects besides tensors, which are not read "
-            f"because that could run foreign code ({_first_line(error)})"
+            f"because loading them could run foreign code ({_first_line(error)})"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, AttributeError, ValueError) as error:
         if "TorchScript" in str(error):
@@ -79,7 +80,7 @@ def _load(path: Path) -> Mapping[str, Any]:
                 f"cannot read {path}: it is a frozen TorchScript model; use the checkpoint it was frozen from"
             ) from error
         raise ValueError(
-            f"cannot read {path}: it is damaged, incomplete or no PyTorch checkpoint ({_first_line(error)})"
+            f"cannot read {path}: it is damaged, incomplete or not a PyTorch checkpoint ({_first_line(error)})"
         ) from error
     if not isinstance(loaded, Mapping):
         raise ValueError(
@@ -101,8 +102,8 @@ def _parse(outer: Mapping[str, Any], branch: str | None) -> DeepmdModel:
     version = float(state.get(f"model.{name}.atomic_model.descriptor.version_tensor", 1.0))
     if version > NEWEST_FORMAT + 1e-9:
         raise ValueError(
-            f"its descriptor has format {version:g}; the newest format known here is {NEWEST_FORMAT}. "
-            "Use a newer version of dpa4"
+            f"its descriptor has format {version:g}; this version of dpa4 reads formats up to {NEWEST_FORMAT}. "
+            "Update dpa4"
         )
     config = config_from_deepmd(params, version)
     tensors = _tensors_of(state, name)
@@ -111,7 +112,7 @@ def _parse(outer: Mapping[str, Any], branch: str | None) -> DeepmdModel:
     energies = tensors.pop("out_bias").double()[0, :, 0]
     energies = energies + tensors.pop("fitting_net.bias_atom_e").double()[:, 0]
     if any(value is not None for value in params["fitting_net"].get("atom_ener") or ()):
-        energies = energies - energy_of_zero_descriptor(tensors)  # a constant cancels, hence no shift here
+        energies = energies - energy_of_zero_descriptor(tensors)  # the shift cancels in this difference
     else:
         energies = energies + shift
     if params["fitting_net"].get("dim_case_embd", 0):
@@ -131,7 +132,7 @@ def _parse(outer: Mapping[str, Any], branch: str | None) -> DeepmdModel:
 
 
 def select_branch(params: Mapping[str, Any], branch: str | None) -> tuple[Mapping[str, Any], str]:
-    """Model section and key of a branch; "Default" for models with a single task.
+    """Select the model section and the key of a branch, which is "Default" for single-task models.
 
     Raises:
         ValueError: If the branch does not exist, or none is chosen and there are several.
@@ -147,15 +148,15 @@ def select_branch(params: Mapping[str, Any], branch: str | None) -> tuple[Mappin
         alias: name for name, section in branches.items() for alias in section.get("model_branch_alias", [])
     }
     names |= {name: name for name in branches}
-    wanted = branch if branch is not None else next(iter(branches)) if len(branches) == 1 else "Default"
-    if wanted not in names:
+    chosen = branch if branch is not None else next(iter(branches)) if len(branches) == 1 else "Default"
+    if chosen not in names:
         problem = "it holds several models" if branch is None else f"it has no branch {branch!r}"
         raise ValueError(f"{problem}; choose one of the branches {', '.join(sorted(names))}")
-    return branches[names[wanted]], names[wanted]
+    return branches[names[chosen]], names[chosen]
 
 
 def _tensors_of(state: Mapping[str, Any], branch: str) -> dict[str, Tensor]:
-    """Tensors of a branch by their names below "atomic_model."."""
+    """Tensors of a branch, by their names below "atomic_model."."""
     prefix = f"model.{branch}."
     own = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
     own.pop("min_nbor_dist", None)
@@ -173,7 +174,7 @@ def _tensors_of(state: Mapping[str, Any], branch: str) -> dict[str, Tensor]:
 
 
 def _own_names(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """State dict of the network; axes of size one, which deepmd-kit keeps in a few places, are dropped.
+    """State dict of the network. Axes of size one, which deepmd-kit stores in a few places, are dropped.
 
     Raises:
         ValueError: If a tensor of the model is missing or has another shape, or one is left over.
@@ -190,13 +191,17 @@ def _own_names(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
     for key, name in names.items():
         if [n for n in tensors[name].shape if n > 1] != [n for n in shapes[key] if n > 1]:
             raise ValueError(
-                f"{name} has shape {tuple(tensors[name].shape)}, its options ask for {tuple(shapes[key])}"
+                f"{name} has shape {tuple(tensors[name].shape)}, its options require {tuple(shapes[key])}"
             )
     return {key: tensors[name].reshape(shapes[key]) for key, name in names.items()}
 
 
 def fold_lora(tensors: dict[str, Tensor]) -> None:
-    """Add low-rank deltas to their weights and remove them (model-3 section 17)."""
+    """Add low-rank deltas to their weights and remove them, in place.
+
+    The delta of a weight W[..., i, o] is s * sum_r A[..., r, i] * B[..., o, r], with the scaling s from the entry
+    ``lora_scaling``, or 1 without that entry.
+    """
     for key in [key for key in tensors if re.search(r"\.A_(by_l|m0|m\.\d+)$", key)]:
         module, suffix = key.rsplit(".A_", 1)
         weight = f"{module}.weight" + ("" if suffix == "by_l" else f"_{suffix}")
@@ -213,9 +218,9 @@ def fold_lora(tensors: dict[str, Tensor]) -> None:
 def fold_task_embedding(tensors: dict[str, Tensor], channels: int) -> float:
     """Fold the embedding of a multitask branch into the weights and biases of the energy network.
 
-    The embedding is constant within a branch. As further input it adds to the biases of the first layer; as
-    FiLM (model-3 section 7) it scales and shifts the input of every layer. Both change weights and biases
-    only, and a shift of the last layer, which has no bias, is the same energy for every atom. The folded
+    The embedding is constant within a branch. As an additional input, it adds to the biases of the first layer. As
+    FiLM, it scales and shifts the input of every layer, x (1 + e^a tanh(gamma)) + e^b tanh(beta). Both change only
+    weights and biases. The last layer has no bias; there the shift is the same energy for every atom. The folded
     tensors are float64.
 
     Args:
@@ -223,7 +228,7 @@ def fold_task_embedding(tensors: dict[str, Tensor], channels: int) -> float:
         channels: Channels of the descriptor, the first inputs of the energy network.
 
     Returns:
-        Energy to be added to every atom, in eV.
+        Energy to add to every atom, in eV.
     """
     code = tensors.pop("fitting_net.case_embd", None)
     if code is None:
@@ -254,7 +259,7 @@ def fold_task_embedding(tensors: dict[str, Tensor], channels: int) -> float:
 
 
 def hidden_widths(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Hidden widths of the energy network; a layer has value and gate, twice its width."""
+    """Hidden widths of the energy network. The matrix of a layer has twice its width, for value and gate."""
     return tuple(
         tensors[f"{_NETWORK}hidden_layers.{k}.linear.matrix"].shape[1] // 2
         for k in range(_num_hidden(tensors))
@@ -262,7 +267,7 @@ def hidden_widths(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
 
 
 def energy_of_zero_descriptor(tensors: Mapping[str, Tensor]) -> float:
-    """Output of the energy network for a descriptor of zeros, which ``atom_ener`` makes the energy zero."""
+    """Output of the energy network for a descriptor of zeros, the zero of energy with ``atom_ener``."""
     if _num_hidden(tensors) == 0:
         return 0.0
     x = torch.zeros(len(tensors[f"{_NETWORK}hidden_layers.0.linear.matrix"]), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Writing a potential as a deepmd-kit checkpoint (model-1 section 17, model-3 section 16)."""
+"""Writing a potential as a deepmd-kit checkpoint (docs/models.md, "Checkpoints of deepmd-kit")."""
 
 import re
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ def export_deepmd(potential: Potential, path: str | Path) -> None:
     """Write a checkpoint from which deepmd-kit 3.2.0 computes the same energies.
 
     Args:
-        potential: The potential; its reference energies become the per-element energy biases.
+        potential: The potential; its reference energies become the energy bias of each element.
         path: File to write, ending in ``.pt``.
 
     Raises:
@@ -41,7 +41,7 @@ def export_deepmd(potential: Potential, path: str | Path) -> None:
 
 
 def deepmd_state(potential: Potential) -> dict[str, Any]:
-    """The state dictionary of deepmd-kit's model, with ``_extra_state``.
+    """State dictionary of the equivalent deepmd-kit model, with its ``_extra_state``.
 
     Raises:
         ValueError: If deepmd-kit has no model with the same results.
@@ -68,7 +68,7 @@ def deepmd_state(potential: Potential) -> dict[str, Any]:
 
 
 def deepmd_weights(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The network's parameters by deepmd-kit's names and with its axes of size one, below "atomic_model."."""
+    """Parameters of the network with the names (below "atomic_model.") and the axes of size one of deepmd-kit."""
     renamed = {}
     for key, value in weights.items():
         name = deepmd_name(key, config)
@@ -147,9 +147,9 @@ def _ffn_buffers(lmax: int, gated: bool) -> dict[str, Tensor]:
 
 
 def order_positions(lmax: int, mmax: int) -> list[tuple[Tensor, Tensor]]:
-    """Positions of the coefficients of order -m and +m in the edge frame's layout, for m = 0..mmax.
+    """Positions of the coefficients of order -m and +m in the layout of the edge frame, for m = 0..mmax.
 
-    The layout has the orders one after the other, 0, -1, +1, -2, +2, ..., each with its degrees m..lmax.
+    The layout consists of the orders 0, -1, +1, -2, +2, ..., each with its degrees m..lmax.
     """
     positions, start = [], 0
     for m in range(mmax + 1):
@@ -161,7 +161,7 @@ def order_positions(lmax: int, mmax: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def _kernel_indices(orders: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Where the entries of the compact degree kernel go in the dense (out, in) matrix of the edge frame."""
+    """Indices of the compact degree kernel, and their positions in the dense (out, in) matrix of the edge frame."""
     size = int(orders[-1][1][-1]) + 1
     compact, dense, start = [], [], 0
     for m, runs in enumerate(orders):

@@ -1,10 +1,11 @@
-"""Names of the network's parameters in deepmd-kit checkpoints (model-1 section 17, model-2 sections 7.7, 12.5)."""
+"""Names of the network's parameters in deepmd-kit checkpoints."""
 
 import re
 
 from dpa4.model.config import ModelConfig
 
-# Applied in order to our name; the first that matches wins. Blocks and the convolution recurse by prefix.
+# Rules (pattern of our name, deepmd-kit's name), of which the first match applies. `deepmd_name` resolves the
+# prefixes of blocks, convolutions and feed-forward networks, which have their own rules.
 _NETWORK = (
     (r"types\.table", r"descriptor.type_embedding.adam_type_embedding"),
     (
@@ -72,7 +73,7 @@ _MATRIX = ("rbf_proj_layer", "g_layer", "output_proj.weight", "mix_layer", ".lin
 
 
 def deepmd_name(name: str, config: ModelConfig) -> str:
-    """Name in a checkpoint, behind ``model.<branch>.atomic_model.``, of a parameter of `dpa4.model.DPA4`.
+    """Name of a parameter of `dpa4.model.DPA4` in a checkpoint, behind ``model.<branch>.atomic_model.``.
 
     Raises:
         KeyError: If the name is not one of the network's parameters.

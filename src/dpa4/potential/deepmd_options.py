@@ -1,7 +1,7 @@
-"""The options of deepmd-kit's DPA4 models and ours: the ``model_params`` of a checkpoint <-> ``ModelConfig``.
+"""Translation between the ``model_params`` of a deepmd-kit checkpoint and ``ModelConfig``.
 
-Every option of deepmd-kit 3.2.0 is either translated, without influence on the results of a trained model, or
-refused by name. Options that are absent have deepmd-kit's defaults (model-1 section 3, model-3 section 20).
+Every option of deepmd-kit 3.2.0 is translated, ignored because it does not influence the results of a trained model,
+or refused by name (docs/models.md, "What is not supported"). Absent options have deepmd-kit's defaults.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ _DESCRIPTOR_TRANSLATED = frozenset(
     "grid_mlp grid_branch s2_activation ffn_so3_grid lebedev_quadrature precision add_chg_spin_ebd "
     "default_chg_spin exclude_types".split()
 )
-# Switches without a counterpart here: the accepted values, the first of which is written on export.
+# Options without a counterpart here, with the accepted values. Export writes the first one.
 _DESCRIPTOR_FIXED: dict[str, tuple] = {
     "edge_cartesian": (False,),
     "node_cartesian": ("none", "", 0),
@@ -63,9 +63,10 @@ _DESCRIPTOR_FIXED: dict[str, tuple] = {
     "eps": (1e-7,),
     "use_spin": (None,),
 }
-# Without influence on a trained model: capacity of the neighbour search, training-time and compiler settings.
+# Options without influence on a trained model: capacity of the neighbour search, training and compiler settings.
 _DESCRIPTOR_IRRELEVANT = {"sel": 256, "random_gamma": True, "use_amp": True, "trainable": True, "seed": None}
-_DESCRIPTOR_BUILT = frozenset(("ntypes", "type_map", "inner_clamp_r_inner", "inner_clamp_r_outer"))
+# Entries that deepmd-kit adds when it builds a model; ignored as well.
+_DESCRIPTOR_ADDED = frozenset(("ntypes", "type_map", "inner_clamp_r_inner", "inner_clamp_r_outer"))
 
 _FITTING_TRANSLATED = frozenset(
     ("type", "neuron", "precision", "atom_ener", "dim_case_embd", "case_film_embd")
@@ -107,7 +108,7 @@ _MODEL_IRRELEVANT: dict[str, Any] = {
     "model_branch_alias": [],
     "lora": None,  # the deltas are folded into the weights
 }
-_MODEL_BUILT = frozenset(("info", "smin_alpha", "sw_rmin", "sw_rmax", "finetune_head", "resuming"))
+_MODEL_ADDED = frozenset(("info", "smin_alpha", "sw_rmin", "sw_rmax", "finetune_head", "resuming"))
 
 _PRECISIONS = {"float32": 32, "single": 32, "float64": 64, "double": 64, "default": 64}
 
@@ -116,23 +117,23 @@ def config_from_deepmd(model_params: Mapping[str, Any], version: float = 1.2) ->
     """Translate the ``model_params`` of one branch of a checkpoint.
 
     Args:
-        model_params: The model section of deepmd-kit's input, single-task.
+        model_params: Model section of a single-task input of deepmd-kit.
         version: Format version of the descriptor.
 
     Raises:
-        ValueError: If the model is not a DPA4 energy model or needs an option that is not supported; the
-            message names the option and its value.
+        ValueError: If the model is not a DPA4 energy model or uses an unsupported option; the message names the
+            option and its value.
     """
     _require_dpa4(model_params)
     descriptor, fitting = model_params["descriptor"], model_params["fitting_net"]
-    _check_options(model_params, "model", _MODEL_TRANSLATED, _MODEL_FIXED, _MODEL_IRRELEVANT, _MODEL_BUILT)
+    _check_options(model_params, "model", _MODEL_TRANSLATED, _MODEL_FIXED, _MODEL_IRRELEVANT, _MODEL_ADDED)
     _check_options(
         descriptor,
         "descriptor",
         _DESCRIPTOR_TRANSLATED | set(_DESCRIPTOR_SAME.values()),
         _DESCRIPTOR_FIXED,
         _DESCRIPTOR_IRRELEVANT,
-        _DESCRIPTOR_BUILT,
+        _DESCRIPTOR_ADDED,
     )
     _check_options(fitting, "fitting_net", _FITTING_TRANSLATED, _FITTING_FIXED, _FITTING_IRRELEVANT)
     precision_of(model_params)
@@ -153,16 +154,16 @@ def config_from_deepmd(model_params: Mapping[str, Any], version: float = 1.2) ->
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first problem of a configuration in one line: field, reason and value."""
+    """Describe the first problem of a configuration in one line: field, reason and value."""
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']} (value {first['input']!r:.200})"
 
 
 def precision_of(model_params: Mapping[str, Any]) -> int:
-    """Bits of the network's floating point numbers, 32 or 64: the wider one of descriptor and fitting net.
+    """Bits of the network's floating-point numbers, 32 or 64; the larger of descriptor and fitting network.
 
     Raises:
-        ValueError: If one of them has 16 bits or is unknown.
+        ValueError: If the precision of one of them is neither.
     """
     bits = []
     for section in ("descriptor", "fitting_net"):
@@ -174,7 +175,7 @@ def precision_of(model_params: Mapping[str, Any]) -> int:
 
 
 def config_to_deepmd(config: ModelConfig, precision: str) -> dict[str, Any]:
-    """The ``model_params`` that make deepmd-kit build the same model.
+    """``model_params`` from which deepmd-kit builds the same model.
 
     Args:
         config: The model.
@@ -186,8 +187,8 @@ def config_to_deepmd(config: ModelConfig, precision: str) -> dict[str, Any]:
     bridging = config.bridging
     if bridging is not None and bridging.smooth_cutoff:
         raise ValueError(
-            "bridging.smooth_cutoff = True has no counterpart in deepmd-kit, which cuts the ZBL energy off "
-            "abruptly at the cutoff; only models without bridging or with bridging.smooth_cutoff = False can "
+            "bridging.smooth_cutoff = True has no counterpart in deepmd-kit, where the ZBL energy ends abruptly "
+            "at the cutoff; only models without bridging or with bridging.smooth_cutoff = False can "
             "be exported"
         )
     schedule = config.l_schedule
@@ -220,7 +221,7 @@ def config_to_deepmd(config: ModelConfig, precision: str) -> dict[str, Any]:
             "exclude_types": [],
         }
     )
-    del descriptor["use_spin"]  # filled by deepmd-kit's own model builder
+    del descriptor["use_spin"]  # deepmd-kit's model builder sets it
     fitting = (
         {option: accepted[0] for option, accepted in _FITTING_FIXED.items() if option != "bias_out"}
         | _FITTING_IRRELEVANT
@@ -274,11 +275,11 @@ def _check_options(
     translated: frozenset[str] | set[str],
     fixed: Mapping[str, tuple],
     irrelevant: Mapping[str, Any],
-    built: frozenset[str] = frozenset(),
+    added: frozenset[str] = frozenset(),
 ) -> None:
-    """Refuse every option that is neither translated nor without influence."""
+    """Refuse unknown options, and values of ``fixed`` options that are not accepted."""
     for option, value in options.items():
-        if option.startswith("_") or option in translated or option in irrelevant or option in built:
+        if option.startswith("_") or option in translated or option in irrelevant or option in added:
             continue
         if option not in fixed:
             raise ValueError(
@@ -291,7 +292,7 @@ def _check_options(
 
 
 def _descriptor_fields(descriptor: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ``ModelConfig`` that the descriptor's options set."""
+    """Fields of ``ModelConfig`` that follow from the options of the descriptor."""
     fields = {ours: descriptor[theirs] for ours, theirs in _DESCRIPTOR_SAME.items() if theirs in descriptor}
     for option in ("basis", "radial_so2_mode", "so3_readout"):
         if isinstance(fields.get(option), str):
@@ -350,7 +351,7 @@ def _degrees(descriptor: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _grid_operation(descriptor: Mapping[str, Any], which: int) -> GridOperation:
-    """Operation on a grid; ``which`` is 1 for the message-node product, 2 for the feed-forward networks."""
+    """Operation on a grid; ``which`` is 1 for the message-node product and 2 for the feed-forward networks."""
 
     def entry(value: Any) -> Any:
         return value[which] if isinstance(value, Sequence) else value

@@ -1,4 +1,4 @@
-"""Embeddings: what the network knows of every atom before it becomes an energy."""
+"""Embeddings: invariant features of every atom, the input of the energy network."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,18 +21,18 @@ def embeddings(
 ) -> list[NDArray[Any]]:
     """Invariant features of every atom after the last block, the input of the energy network.
 
-    They do not change when a structure is rotated, moved or wrapped, and change smoothly with the positions. As
-    descriptors they serve to compare, select or cluster atomic environments. Charge and multiplicity are
-    read as by the calculator; labels are not looked at.
+    Embeddings do not change when a structure is rotated, translated or wrapped, and they vary smoothly with the
+    positions. They serve as descriptors to compare, select or cluster atomic environments. Charge and multiplicity
+    are read as by the calculator; labels are ignored.
 
     Args:
         potential: The potential, on the device to compute on.
-        structures: One or more.
-        max_atoms: Atoms evaluated at once.
+        structures: One or more structures.
+        max_atoms: Maximum number of atoms evaluated at once.
         progress: Show a progress bar.
 
     Returns:
-        For each structure (N, C) in the precision of the network, in the order of its atoms.
+        One array (N, C) per structure, in the precision of the network and in the order of the atoms.
 
     Raises:
         ValueError: If there is no structure, one has no atoms or a position that is not finite, or an element,
@@ -67,23 +67,24 @@ def write_embeddings(
     max_atoms: int = 2000,
     progress: bool = True,
 ) -> None:
-    """Write the embeddings of structures to a file, whose suffix decides how.
+    """Write the embeddings of structures to a file, in the format given by its suffix.
 
-    ``.npz``: ``embeddings`` (all atoms, C), ``structure`` and ``atomic_numbers`` (all atoms,); with ``mean`` the one
-    array ``embeddings`` (structures, C). ``.xyz`` or ``.extxyz``: the structures with the array ``embedding``, or
-    with ``mean`` the entry ``embedding`` of ``atoms.info``.
+    ``.npz``: arrays ``embeddings`` (all atoms, C), ``structure`` (all atoms,), the index of the structure, and
+    ``atomic_numbers`` (all atoms,); with ``mean`` the single array ``embeddings`` (structures, C). ``.xyz`` or
+    ``.extxyz``: the structures with the array ``embedding``, or with ``mean`` the entry ``embedding`` of
+    ``atoms.info``.
 
     Args:
         potential: The potential, on the device to compute on.
-        structures: One or more.
-        path: The file; an earlier one is replaced.
-        mean: One vector per structure, the mean over its atoms, instead of one per atom.
-        max_atoms: Atoms evaluated at once.
+        structures: One or more structures.
+        path: File to write; an existing one is replaced.
+        mean: Write one vector per structure, the mean over its atoms, instead of one per atom.
+        max_atoms: Maximum number of atoms evaluated at once.
         progress: Show a progress bar.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: If the suffix is another one, or as ``embeddings``.
+        ValueError: If the suffix is not one of these, or as in ``embeddings``.
     """
     path = Path(path)
     if path.suffix not in (".npz", ".xyz", ".extxyz"):
@@ -113,6 +114,6 @@ def write_embeddings(
 
 
 def _bare(atoms: Atoms) -> Atoms:
-    """The structure without labels, whose form does not matter here."""
+    """Copy of a structure without labels, which need not be valid here."""
     info = {key: atoms.info[key] for key in ("charge", "spin") if key in atoms.info}
     return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info=info)

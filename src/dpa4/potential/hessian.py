@@ -1,4 +1,4 @@
-"""Second derivatives of the energy with respect to the positions, by differentiating twice."""
+"""Second derivatives of the energy with respect to the positions, by automatic differentiation."""
 
 from typing import NamedTuple
 
@@ -10,17 +10,17 @@ from dpa4.potential.potential import Potential
 
 
 class Expansion(NamedTuple):
-    """The energy of B structures with N atoms to second order along a displacement; float64, eV and Angstrom."""
+    """Second-order expansion of the energy along a displacement: B structures, N atoms; float64, eV, Angstrom."""
 
     energy: Tensor  # (B,)
     forces: Tensor  # (N, 3)
-    product: Tensor  # (N, 3), of the Hessian with the displacement
+    product: Tensor  # (N, 3), Hessian times displacement
 
 
 def expand_energy(potential: Potential, graph: Graph, vector: Tensor) -> Expansion:
-    """Energy, forces and the product of the Hessian with a vector, from one forward pass.
+    """Compute energy, forces and the product of the Hessian with a vector in one forward pass.
 
-    Arguments and errors as `hessian_vector_product`.
+    Arguments and errors as in `hessian_vector_product`.
     """
     if vector.shape != graph.positions.shape:
         raise ValueError(
@@ -33,13 +33,14 @@ def expand_energy(potential: Potential, graph: Graph, vector: Tensor) -> Expansi
 
 
 def hessian_vector_product(potential: Potential, graph: Graph, vector: Tensor) -> Tensor:
-    """Product of the Hessian of the energy with a vector: how the gradient changes along a displacement.
+    """Product of the Hessian of the energy with a vector: the change of the gradient along a displacement.
 
-    It takes a few times as long as the forces, and no matrix. The displacement changes the forces by minus the
-    product. Structures of a batch do not touch each other, so one call gives a product for each of them.
+    The product takes a few times as long as the forces; the Hessian itself is never formed. To first order, a
+    displacement changes the forces by minus its product. Structures of a batch are independent of each other, so one
+    call computes the product for each of them.
 
     Args:
-        potential: The potential, not compiled. In float32 the relative error is some 1e-5.
+        potential: The potential, not compiled. In float32 the relative error is about 1e-5.
         graph: One or more structures, on the device of the potential.
         vector: Displacement of every atom, (N, 3).
 
@@ -47,40 +48,40 @@ def hessian_vector_product(potential: Potential, graph: Graph, vector: Tensor) -
         (N, 3) float64, in eV/Angstrom^2 times the unit of the vector.
 
     Raises:
-        ValueError: If the vector has another shape, an element, charge or spin is outside the model, or the
-            potential is compiled.
+        ValueError: If the shape of the vector is not that of the positions, an element, charge or spin is outside the
+            model, or the potential is compiled.
     """
     return expand_energy(potential, graph, vector).product
 
 
 def hessian(potential: Potential, graph: Graph) -> Tensor:
-    """The Hessian of the energy of one small structure, column by column.
+    """Hessian of the energy of one small structure, computed column by column.
 
     Args:
         potential: The potential, not compiled; float64 for vibrations.
-        graph: One structure, on the device of the potential. The time grows with the square of its size.
+        graph: One structure, on the device of the potential. The time grows with the square of the number of atoms.
 
     Returns:
-        (3 N, 3 N) float64 in eV/Angstrom^2; x, y, z of the first atom come first.
+        (3 N, 3 N) float64, in eV/Angstrom^2, ordered as x, y, z of the first atom, of the second, and so on.
 
     Raises:
         ValueError: If the graph holds more than one structure, an element, charge or spin is outside the model, or
             the potential is compiled.
     """
     if graph.num_structures != 1:
-        raise ValueError(f"the Hessian is that of one structure, got {graph.num_structures}")
+        raise ValueError(f"the Hessian needs a graph of one structure, got {graph.num_structures}")
     found = _Differentiated(potential, graph)
     units = torch.eye(graph.positions.numel()).to(graph.positions).unflatten(1, (-1, 3))
     return torch.stack([found.product(unit).flatten() for unit in units], dim=1)
 
 
 class _Differentiated:
-    """Energies of atoms and their first derivative, to be differentiated once more along any displacement."""
+    """Atomic energies and their first derivative, ready to be differentiated again along any displacement."""
 
     def __init__(self, potential: Potential, graph: Graph):
         if "embed" in vars(potential.model):  # put there by compile_potential
             raise ValueError(
-                "a compiled potential has no second derivatives; load it anew and do not compile it"
+                "a compiled potential does not support second derivatives; load it again and do not compile it"
             )
         potential.check(graph)
         self.graph = graph = potential.without_excluded(graph)
@@ -88,16 +89,16 @@ class _Differentiated:
             self._vectors = graph.edge_vectors().detach().requires_grad_()
             atomic = potential.atomic_energies(graph, self._vectors)
             self._gradient = torch.zeros_like(self._vectors)
-            if graph.num_edges:  # autograd has no path from an energy without edges
+            if graph.num_edges:  # without edges, autograd has no path from the energy to the vectors
                 (self._gradient,) = torch.autograd.grad(atomic.sum(), self._vectors, create_graph=True)
         self.atomic = atomic.detach()  # (N,)
 
     def forces(self) -> Tensor:
-        """Forces on the atoms (N, 3)."""
+        """Forces on the atoms, (N, 3)."""
         return -self._of_atoms(self._gradient.detach())
 
     def product(self, vector: Tensor, last: bool = False) -> Tensor:
-        """The Hessian times a displacement (N, 3); the last one frees the memory as it goes."""
+        """Product of the Hessian with a displacement (N, 3). With ``last``, the autograd graph is freed."""
         along = vector[self.graph.source] - vector[self.graph.destination]
         if not self.graph.num_edges:
             return torch.zeros_like(vector)
@@ -105,6 +106,6 @@ class _Differentiated:
         return self._of_atoms(change)
 
     def _of_atoms(self, edges: Tensor) -> Tensor:
-        """From derivatives by edge vectors (E, 3) to those by positions (N, 3)."""
+        """Convert derivatives by edge vectors (E, 3) to derivatives by positions (N, 3)."""
         zeros = torch.zeros_like(self.graph.positions)
         return zeros.index_add(0, self.graph.source, edges).index_add(0, self.graph.destination, -edges)

@@ -1,4 +1,4 @@
-"""What tells the results of one potential from those of another."""
+"""Fingerprint of a potential."""
 
 import hashlib
 
@@ -6,13 +6,15 @@ from dpa4.potential.potential import Potential
 
 
 def identify(potential: Potential) -> dict[str, str]:
-    """What results depend on of a potential, for runs that keep results and go on after an interruption.
+    """Fingerprint of a potential: everything its results depend on.
 
-    The digest is that of the configuration, the weights and the reference energies. Weights count as float32, so
-    that a model has the same digest in whatever precision it was loaded, and from whatever file.
+    Resumable runs compare it before they continue. The digest covers the configuration, the weights and the reference
+    energies. Weights are converted to float32, so that the digest does not depend on the precision in which a model
+    was loaded, nor on the format of its file.
 
     Returns:
-        ``model``, the digest; ``dtype`` of the network; ``precision``, "fast" with products in bfloat16 or "high".
+        ``model``: the digest; ``dtype``: floating-point type of the network; ``precision``: "fast" if products are
+        computed in bfloat16, else "high".
     """
     digest = hashlib.sha256(potential.config.model_dump_json().encode())
     tensors = {"reference_energies": potential.reference_energies}

@@ -1,4 +1,4 @@
-"""Which kernels a model gets, from its configuration, its precision and what is installed."""
+"""Kernels that a model can use, given its configuration, its precision and the installed software."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -9,16 +9,16 @@ from dpa4.kernels.gate import Rows
 from dpa4.model import ModelConfig
 
 _PLAIN_SO2 = {"mlp_bias": "biases", "layer_scale": "learned scales"}
-"""Switches of the model with which the SO(2) layers are not one fused operator, and what they add."""
+"""Switches that prevent the SO(2) layers from being one fused operator, and the features they add."""
 
 
 def _plain_switches(config: ModelConfig) -> dict[str, str]:
-    """Those that are set."""
+    """Entries of `_PLAIN_SO2` whose switch is set."""
     return {switch: what for switch, what in _PLAIN_SO2.items() if getattr(config, switch)}
 
 
 def triton_version() -> str | None:
-    """Version of the installed Triton."""
+    """Version of the installed Triton, or None."""
     try:
         return version("triton")
     except PackageNotFoundError:
@@ -26,23 +26,23 @@ def triton_version() -> str | None:
 
 
 def unsupported(config: ModelConfig, dtype: torch.dtype = torch.float32) -> list[str]:
-    """Why a model runs in plain operations on a GPU where there are kernels for others; empty if it does not.
+    """Reasons why a model runs plain operations on a GPU where other models have kernels; empty if there are none.
 
     Args:
         config: The model.
-        dtype: Precision of the network. Mixed precision in bfloat16 is as good as float32.
+        dtype: Floating-point type of the network. Mixed precision in bfloat16 has the kernels of float32.
     """
     reasons = [
-        f"{switch} = True: SO(2) layers with {what} are not fused, they run operation by operation"
+        f"{switch} = True: SO(2) layers with {what} are not fused; they run operation by operation"
         for switch, what in _plain_switches(config).items()
     ]
     if dtype == torch.float64:
-        reasons.append("float64: there are no Triton kernels for it but that of sums over edges")
+        reasons.append("float64: only sums over edges have a Triton kernel")
     return reasons
 
 
 def has_whole_stacks(config: ModelConfig) -> bool:
-    """Whether one kernel on Hopper GPUs computes all SO(2) layers of a block, for energies and forces."""
+    """Return whether one kernel on Hopper GPUs computes all SO(2) layers of a block, for energies and forces."""
     rows = {Rows(degree, min(config.mmax, degree)) for degree in config.degrees}
     return (
         not unsupported(config)
@@ -53,11 +53,11 @@ def has_whole_stacks(config: ModelConfig) -> bool:
 
 
 def gpu_kernels(config: ModelConfig, triton: str | None) -> dict[str, str]:
-    """Lines for the model card.
+    """Lines of the model card about GPUs.
 
     Args:
         config: The model.
-        triton: Version of Triton, or ``None`` where it is not installed.
+        triton: Version of Triton, or None if it is not installed.
     """
     return {
         "Triton": triton or "not installed; without it no model runs on a GPU",
@@ -71,7 +71,7 @@ def gpu_kernels(config: ModelConfig, triton: str | None) -> dict[str, str]:
 
 
 def cpu_kernels(config: ModelConfig) -> dict[str, str]:
-    """Lines for the model card, about this machine."""
+    """Lines of the model card about the CPU of this machine."""
     widths = {"channels": config.channels, "channels of a focus": config.focus_width}
     odd = [f"{name} {width}" for name, width in widths.items() if width % cpp.LANES]
     plain = cpp.unavailable() or (f"{', '.join(odd)}: not a multiple of {cpp.LANES}" if odd else None)

@@ -1,4 +1,4 @@
-"""A potential: the network, reference energies and nuclear repulsion, differentiated to forces and virial."""
+"""Potential: network, reference energies and nuclear repulsion, differentiated to forces and virial."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from dpa4.potential.zbl import NoRepulsion, NuclearRepulsion
 
 
 class Prediction(NamedTuple):
-    """Results for B structures with N atoms; float64, eV and Angstrom."""
+    """Prediction for B structures with N atoms in all; float64, eV and Angstrom."""
 
     energy: Tensor  # (B,)
     atomic_energies: Tensor  # (N,)
@@ -27,13 +27,17 @@ class Prediction(NamedTuple):
 
 
 class Potential(nn.Module):
-    """Conservative potential: one energy, its exact forces and virial (model-3 section 9).
+    """Conservative potential: one energy, its exact forces and virial (docs/theory.md, "Readout and energy").
 
-    Energies are summed in float64 whatever the precision of the network. In training mode forces and virial can
+    Energies are summed in float64, whatever the precision of the network. In training mode, forces and virial can
     be differentiated with respect to the parameters.
 
     Attributes:
-        coverage: What the training data covered, of a potential trained here; it goes along into checkpoints.
+        reference_energies: Energy of each isolated atom in the order of ``elements``, (T,) float64, in eV.
+        excluded: Pairs of elements without edges between them, (T, T) bool.
+        species_of: Index of the element by atomic number, int64; -1 for elements outside the model.
+        coverage: Coverage of the training data if the potential was trained with this package, else None.
+            Checkpoints contain it.
     """
 
     reference_energies: Tensor
@@ -41,14 +45,14 @@ class Potential(nn.Module):
     species_of: Tensor
 
     def __init__(self, config: ModelConfig, reference_energies: Mapping[str, float] | None = None):
-        """Build with fresh weights.
+        """Build a potential with freshly initialised weights.
 
         Args:
             config: Architecture.
-            reference_energies: Energy of each isolated atom, in eV; elements left out get zero.
+            reference_energies: Energy of each isolated atom, in eV; zero for missing elements.
 
         Raises:
-            ValueError: If a reference energy is given for an element the model lacks.
+            ValueError: If a reference energy is given for an element outside the model.
         """
         super().__init__()
         reference_energies = reference_energies or {}
@@ -75,7 +79,7 @@ class Potential(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the network."""
+        """Floating-point type of the network."""
         return self.model.types.table.dtype
 
     def _apply(self, fn, recurse: bool = True) -> "Potential":  # type: ignore[no-untyped-def]
@@ -86,10 +90,12 @@ class Potential(nn.Module):
         return self
 
     def check(self, graph: Graph) -> None:
-        """Refuse a graph the model cannot describe; call it where data enters, not in every step.
+        """Refuse a graph that the model cannot describe.
+
+        The check waits for the device, so call it where data enter, not in every step.
 
         Raises:
-            ValueError: If an element or the charge or spin is outside the model.
+            ValueError: If an element, charge or spin is outside the model.
         """
         numbers = graph.atomic_numbers.cpu().unique()
         known = {atomic_numbers[e] for e in self.elements}
@@ -106,20 +112,20 @@ class Potential(nn.Module):
                 )
 
     def forward(self, graph: Graph) -> Prediction:
-        """Energy, forces and virial of a graph on the device of the model."""
+        """Compute energy, forces and virial of a graph on the device of the model."""
         return self.of_edges(self.without_excluded(graph))
 
     def of_edges(self, graph: Graph) -> Prediction:
-        """`forward` of a graph without excluded pairs; nothing in it waits for the device."""
+        """Compute `forward` for a graph without excluded pairs, without waiting for the device."""
         ends = _ends(graph)
         atomic, vectors, gradient = self._differentiated(graph, ends)
         atomic = atomic if self.training else atomic.detach()
         return self._assemble(graph, ends, atomic, vectors, gradient)
 
     def atomic_virials(self, graph: Graph) -> Tensor:
-        """Virial of each atom, (N, 3, 3) in eV: half of what each edge to or from it adds to the total.
+        """Virial of each atom, (N, 3, 3) in eV: half of the contribution of each edge that ends or starts at it.
 
-        They add up to the virial of `forward`, which does not compute them. A single one need not be symmetric.
+        The sum of the atomic virials is the virial of `forward`. An atomic virial need not be symmetric.
         """
         graph = self.without_excluded(graph)
         source, destination = ends = _ends(graph)
@@ -128,14 +134,14 @@ class Potential(nn.Module):
         return 0.5 * (segment_sum(virial, source) + segment_sum(virial, destination))
 
     def atomic_energies(self, graph: Graph, vectors: Tensor) -> Tensor:
-        """Energy of each atom (N,) in eV as a function of the edge vectors (E, 3); differentiable.
+        """Energy of each atom, (N,) in eV, as a differentiable function of the edge vectors (E, 3).
 
-        In training mode parameters can be differentiated, too.
+        In training mode it is also differentiable with respect to the parameters.
         """
         return self._atomic_energies(graph, vectors, _ends(graph))
 
     def _differentiated(self, graph: Graph, ends: "Ends") -> tuple[Tensor, Tensor, Tensor]:
-        """Atomic energies (N,), edge vectors (E, 3), and the derivative of the energy with respect to these."""
+        """Atomic energies (N,), edge vectors (E, 3), and derivative of the energy by the edge vectors (E, 3)."""
         with torch.enable_grad():
             vectors = graph.edge_vectors().detach().requires_grad_()
             atomic = self._atomic_energies(graph, vectors, ends)
@@ -150,15 +156,15 @@ class Potential(nn.Module):
         charge_spin: Tensor,
         domain: Domain = WHOLE,
     ) -> Tensor:
-        """Energy of each own atom of a domain (n,) in eV, as a function of its edge vectors; differentiable.
+        """Energy of each own atom of a domain, (n,) in eV, as a differentiable function of the edge vectors.
 
         Args:
-            atomic_numbers: Of the nodes, (N,) int64.
-            vectors: From centre to neighbour, (E, 3) float64, in Angstrom, without excluded pairs.
+            atomic_numbers: Atomic numbers of the nodes, (N,) int64.
+            vectors: Edge vectors from centre to neighbour, (E, 3) float64, in Angstrom, without excluded pairs.
             source: Neighbour of each edge, a node.
             destination: Centre of each edge, an own atom, ascending.
-            charge_spin: Total charge and multiplicity of each node's structure, (N, 2) int64.
-            domain: The n own atoms among the N nodes; all of them by default.
+            charge_spin: Total charge and multiplicity of the structure of each node, (N, 2) int64.
+            domain: The n own atoms among the N nodes; by default all nodes are own atoms.
         """
         species = self.species_of[atomic_numbers]
         network = self.model(species, vectors.to(self.dtype), source, destination, charge_spin, domain)
@@ -170,13 +176,13 @@ class Potential(nn.Module):
         return self.domain_energies(graph.atomic_numbers, vectors, *ends, charge_spin)
 
     def descriptor(self, graph: Graph) -> Tensor:
-        """Invariant features of every atom that feed the energy network, (N, channels)."""
+        """Invariant features of every atom, (N, channels), the input of the energy network."""
         graph = self.without_excluded(graph)
         species, charge_spin = self.species_of[graph.atomic_numbers], graph.charge_spin[graph.structure]
         return self.model.descriptor(species, graph.edge_vectors().to(self.dtype), *_ends(graph), charge_spin)
 
     def _gradient(self, atomic: Tensor, vectors: Tensor) -> Tensor:
-        if vectors.shape[0] == 0:  # autograd has no path from an energy without edges
+        if vectors.shape[0] == 0:  # without edges, autograd has no path from the energy to the vectors
             return torch.zeros_like(vectors)
         (gradient,) = torch.autograd.grad(atomic.sum(), vectors, create_graph=self.training)
         return gradient
@@ -185,7 +191,7 @@ class Potential(nn.Module):
     def _assemble(
         graph: Graph, ends: "Ends", atomic: Tensor, vectors: Tensor, gradient: Tensor
     ) -> Prediction:
-        """Forces and virial from dE/d(edge vector); moving an atom moves the edges it ends and starts."""
+        """Forces and virial from dE/d(edge vector); moving an atom changes the edges that end or start at it."""
         source, destination = ends
         forces = segment_sum(gradient, destination) - segment_sum(gradient, source)
         structure = Incidence.of_sorted(graph.structure, graph.num_structures)
@@ -194,7 +200,7 @@ class Potential(nn.Module):
         return Prediction(energy, atomic, forces, virial)
 
     def without_excluded(self, graph: Graph) -> Graph:
-        """The graph without edges between elements whose pair the model leaves out."""
+        """Remove the edges between excluded pairs of elements from a graph."""
         if not self.config.excluded_pairs:
             return graph
         species = self.species_of[graph.atomic_numbers]

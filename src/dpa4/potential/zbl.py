@@ -1,4 +1,4 @@
-"""Ziegler-Biersack-Littmark nuclear repulsion (model-3 section 10.1)."""
+"""Ziegler-Biersack-Littmark (ZBL) repulsion of nuclei (docs/theory.md, "ZBL bridging")."""
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +9,13 @@ from dpa4.model.radial import envelope
 
 COULOMB = 14.3996  # e^2 / (4 pi epsilon_0), eV Angstrom
 BOHR = 0.5291772109  # Angstrom
+# Universal screening function: the sum of AMPLITUDES * exp(-EXPONENTS * x) at the reduced distance x.
 AMPLITUDES = (0.18175, 0.50986, 0.28022, 0.028171)
 EXPONENTS = (3.1998, 0.94229, 0.4029, 0.20162)
 
 
 def zbl_pair_energy(length: Tensor, z_i: Tensor, z_j: Tensor) -> Tensor:
-    """Universal screened repulsion of nuclei.
+    """Universal screened Coulomb repulsion of two nuclei.
 
     Args:
         length: Distances, (E,), in Angstrom.
@@ -22,7 +23,7 @@ def zbl_pair_energy(length: Tensor, z_i: Tensor, z_j: Tensor) -> Tensor:
         z_j: Atomic numbers of the other end, (E,).
 
     Returns:
-        (E,), in eV.
+        Energies of the pairs, (E,), in eV.
     """
     z_i, z_j = z_i.to(length.dtype), z_j.to(length.dtype)
     length = length.clamp(min=1e-10)
@@ -34,9 +35,12 @@ def zbl_pair_energy(length: Tensor, z_i: Tensor, z_j: Tensor) -> Tensor:
 
 
 class NuclearRepulsion(nn.Module):
-    """ZBL energy of every atom: half of each of its pairs.
+    """ZBL energy of every atom: half of the energy of each of its pairs.
 
-    ``exponent`` is that of the cutoff envelope; None cuts off abruptly, as the reference does.
+    Args:
+        cutoff: Cutoff of the model, in Angstrom.
+        exponent: Exponent of the cutoff envelope that multiplies the energy. With None the energy ends abruptly at
+            the cutoff, as in deepmd-kit.
     """
 
     def __init__(self, cutoff: float, exponent: int | None):
@@ -46,7 +50,7 @@ class NuclearRepulsion(nn.Module):
     def forward(
         self, vectors: Tensor, source: Incidence, destination: Incidence, atomic_numbers: Tensor
     ) -> Tensor:
-        """Edge vectors (E, 3) in Angstrom and atomic numbers (N,) to energies of the centres (n,) in eV."""
+        """Map edge vectors (E, 3) in Angstrom and atomic numbers (N,) to energies of the centres, (n,) in eV."""
         length = torch.linalg.vector_norm(vectors, dim=-1)
         energy = 0.5 * zbl_pair_energy(
             length, atomic_numbers[destination.index], atomic_numbers[source.index]
@@ -57,10 +61,10 @@ class NuclearRepulsion(nn.Module):
 
 
 class NoRepulsion(nn.Module):
-    """The network describes all distances."""
+    """No repulsion: the network describes all distances."""
 
     def forward(
         self, vectors: Tensor, source: Incidence, destination: Incidence, atomic_numbers: Tensor
     ) -> Tensor:
-        """Zeros, (n,)."""
+        """Return zeros of shape (n,)."""
         return vectors.new_zeros(destination.num_nodes)

@@ -1,4 +1,4 @@
-"""Fitting a potential to data and measuring how good it is."""
+"""Fitting a potential to data and measuring its errors."""
 
 from dpa4.training.config import RunConfig, default_config_text, load_run_config
 from dpa4.training.evaluation import ErrorTable, evaluate

@@ -1,4 +1,4 @@
-"""Compiled training: trusted after a comparison with eager mode, and given up for it where it fails."""
+"""Compiled training steps: compared with eager mode before use, and replaced by it on failure."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,38 +28,45 @@ from dpa4.training.replay import Recorder, RecordingError, ReplayedStep, Step
 T = TypeVar("T")
 
 NOISE = 0.02
-"""Of the weights in the self-check. Fresh models have layers of zeros, which make forces and all gradients zero: no
-wrong derivative would show. With 0.05, bfloat16 alone changes the energy of the largest presets by 7 %."""
+"""Standard deviation of the noise on the weights during the comparison with eager mode.
+
+In a fresh model some layers are zero, so that forces and all gradients are zero and a wrong derivative would go
+unnoticed. With 0.05, rounding to bfloat16 alone changes the energy of the largest presets by 7 %.
+"""
 
 
 class DeviationError(ArithmeticError):
-    """Compiled and eager results differ by more than rounding."""
+    """Deviation between compiled and eager results that rounding cannot explain."""
 
 
 class CompiledTraining:
-    """A potential whose parts are compiled, or eager again after something failed. On a GPU its steps are replayed.
+    """Training steps with compiled code, which fall back to eager mode on failure.
+
+    On a GPU the compiled steps are also recorded as CUDA graphs and replayed (`dpa4.training.replay`).
 
     Args:
         potential: The potential, on its device and in its precision.
-        differentiate: A step up to the gradients of the parameters.
-        console: Where to say what happens.
+        differentiate: Training step up to the gradients of the parameters. The trainer passes one of its methods,
+            which is called for every step, directly or while a step is recorded.
+        console: Console for progress and warnings.
 
     Attributes:
-        active: Whether compiled code is in use.
-        seconds: Time spent on compilation so far.
+        active: True while compiled code is in use.
+        pieces: Number of pieces of code compiled so far.
+        seconds: Time spent on compilation so far, in seconds.
     """
 
     def __init__(self, potential: Potential, differentiate: Step, console: Console):
         self.potential, self.differentiate, self.console = potential, differentiate, console
         self.active, self.pieces, self.seconds = False, 0, 0.0
-        self._evaluates = False  # compiled, and compared
+        self._evaluates = False  # compiled evaluation was compared with eager mode
         self._step = differentiate
         self._status: Status | None = None
 
     def start(self, batches: EpochBatches) -> None:
-        """Compile, compare with eager mode on the first batch, and print what was found.
+        """Compile, compare with eager mode on the first batch, and print the deviations.
 
-        Weights, their gradients and the state of the random numbers are afterwards as before.
+        Weights, gradients and the state of the random-number generators are unchanged afterwards.
 
         Raises:
             ValueError: If an element, charge or spin is outside the model.
@@ -71,20 +78,24 @@ class CompiledTraining:
             self._step = ReplayedStep(self.potential, self.differentiate, recorder)
 
     def check_evaluation(self, batches: EpochBatches) -> None:
-        """The same for evaluation as validation does it; only the first call does something."""
+        """Compare compiled evaluation with eager mode, as in validation. Only the first call has an effect."""
         if self.active and not self._evaluates:
             self._check(batches, training=False)
             self._evaluates = True
 
     def step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """`differentiate`, replayed where that is possible, compiled or eager; to be used before the next call."""
+        """Run `differentiate`: replayed where possible, else compiled or eager.
+
+        Returns:
+            The detached loss and its terms. The next call may overwrite them and the gradients.
+        """
         return self.run(lambda: self._step(batch))
 
     def run(self, work: Callable[[], T]) -> T:
-        """Result of the work, which is repeated in eager mode if compiled code raises.
+        """Return the result of ``work``, repeating it in eager mode if compiled code raises.
 
-        Something that the self-check did not meet can make new code necessary at any time. Being out of memory is
-        no reason for eager mode, which needs more, but one to give up recordings, which hold some.
+        Errors are possible at any time, because an input unlike the compared ones may require new code. If memory
+        runs out, only the recordings are given up, which hold memory; eager mode would need even more.
         """
         try:
             return work()
@@ -96,11 +107,11 @@ class CompiledTraining:
             if not self.active:
                 raise
             self._give_up(error)
-        return self.run(work)  # out of the handlers, which hold on to the memory of what failed
+        return self.run(work)  # outside the handlers: a caught exception keeps the memory of the failed call
 
     def _check(self, batches: EpochBatches, training: bool) -> None:
-        """Make the code of training or evaluation and compare it, or go over to eager mode."""
-        # Also in a resumed run from the first epoch: the same run finds the same.
+        """Compare training (compiled here) or evaluation with eager mode; on failure switch to eager mode."""
+        # Order of the first epoch, even in a resumed run: the deviations are those of the uninterrupted run.
         order = batches.indices(0)
         batch = next((b for b in order if _is_compiled(batches.dataset.batch(b).graph)), order[0])
         graph = batches.dataset.batch(batch).graph
@@ -130,7 +141,7 @@ class CompiledTraining:
         self.seconds += time.monotonic() - start
 
     def _self_check(self, batches: EpochBatches, batch: Sequence[int], training: bool) -> str:
-        """The line to print.
+        """Compare on a batch, or on a part of it that eager mode has the memory for; return the line to print.
 
         Raises:
             DeviationError: If a deviation is larger than allowed or not finite.
@@ -141,9 +152,7 @@ class CompiledTraining:
             try:
                 found = self._compare(graph, training)
                 break
-            except (
-                torch.OutOfMemoryError
-            ):  # a batch may fit compiled code and still be too large for eager mode
+            except torch.OutOfMemoryError:  # eager mode needs more memory than compiled code
                 if count == 1:
                     raise
             count //= 2
@@ -154,13 +163,17 @@ class CompiledTraining:
         return f"compiled {self.pieces} pieces in {self.seconds:.0f} s; deviation from eager mode {where}: {found}"
 
     def _compare(self, graph: Graph, training: bool) -> str:
-        """Deviations from eager mode on a graph, as validation (in full precision) or training meets them."""
+        """Compare on a graph, in the mode and precision of training or validation; return the deviations as text.
+
+        Raises:
+            DeviationError: If a deviation is larger than allowed or not finite.
+        """
         model = self.potential.train(training).model
         with nullcontext() if training else full_precision(model):
             allowed = tolerance(self.potential)
             found = compare_with_eager(self.potential, graph)
         for name, deviation in found.items():
-            if not deviation <= allowed:  # also if it is not a number
+            if not deviation <= allowed:  # also true for NaN
                 raise DeviationError(
                     f"{name} in {'training' if training else 'evaluation'}: relative deviation from eager mode "
                     f"{deviation:.1g}, allowed {allowed:.0g}"
@@ -182,8 +195,8 @@ class CompiledTraining:
         self._say(
             "Compilation failed",
             error,
-            "Training goes on in eager mode: right, but slower and with more memory. "
-            "training.compile = false leaves compilation out.",
+            "Training goes on in eager mode: results are correct, but steps are slower and need more memory. "
+            "Set training.compile = false to skip compilation.",
         )
 
     def _give_up_replay(self, error: Exception) -> None:
@@ -191,7 +204,8 @@ class CompiledTraining:
         self._say(
             "Replay of training steps failed",
             error,
-            "Training goes on with compiled steps that are not replayed: right, but slower with small batches.",
+            "Training goes on with compiled steps that are not replayed: results are correct, but small batches "
+            "are slower.",
         )
 
     def _say(self, title: str, error: Exception, consequence: str) -> None:
@@ -202,13 +216,13 @@ class CompiledTraining:
 
 
 def _is_compiled(graph: Graph) -> bool:
-    """Whether a graph is large enough for compiled code; smaller sizes run eagerly."""
+    """Return whether a graph is large enough for compiled code; smaller ones run eagerly."""
     return graph.num_atoms > 1 and graph.num_edges > 1
 
 
 @contextmanager
 def _noise_on(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Within the block there is noise on the parameters; afterwards they are the same bit for bit."""
+    """Add noise to the parameters within the block, and restore them bit for bit afterwards."""
     parameters = [p.detach() for p in parameters]
     own = [p.clone() for p in parameters]
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Options of a training run: one YAML file, validated into frozen objects."""
+"""Options of a training run, read from one YAML file and validated into frozen objects."""
 
 import difflib
 import re
@@ -29,14 +29,14 @@ class _Section(BaseModel):
 
 
 class ModelOptions(BaseModel):
-    """A published model and what is changed in it; every field of ``ModelConfig`` may be given beside."""
+    """A published model and changes to it; any field of ``ModelConfig`` may be added."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     preset: str = Field("mini", description=f"Published model to start from: {', '.join(PRESETS)}.")
     elements: Literal["auto"] | tuple[str, ...] = Field(
         "auto",
-        description="Chemical symbols the model knows; auto takes those of the training and validation data.",
+        description="Chemical symbols the model knows; auto: all of the training and validation data.",
     )
 
     @model_validator(mode="after")
@@ -48,13 +48,20 @@ class ModelOptions(BaseModel):
         return self
 
     def build(self, found: Iterable[str]) -> ModelConfig:
-        """Model configuration; ``found`` are the elements for ``auto``."""
+        """Build the model configuration.
+
+        Args:
+            found: Elements of the data, used if ``elements`` is auto.
+
+        Raises:
+            ValueError: If an option of the model is not allowed.
+        """
         elements = tuple(found) if self.elements == "auto" else self.elements
         return preset(self.preset, elements=elements, **(self.model_extra or {}))
 
 
 class KeyOptions(_Section):
-    """Names of the labels in the data files; those not set are found by the usual names."""
+    """Names of the labels in the data files; labels without a name here are found by their usual names."""
 
     energy: str | None = Field(None, description="Total energy, in eV.")
     forces: str | None = Field(None, description="Forces, in eV/Angstrom.")
@@ -63,7 +70,7 @@ class KeyOptions(_Section):
 
 
 class DataOptions(_Section):
-    """Where the structures come from."""
+    """Structures, labels and reference energies."""
 
     train: tuple[Path, ...] = Field(
         min_length=1,
@@ -78,7 +85,7 @@ class DataOptions(_Section):
         lt=1,
         description="Random share of the training data for validation if no file is given; 0: none.",
     )
-    split_seed: int = Field(0, description="Seed of that random split.")
+    split_seed: int = Field(0, description="Seed of the random split.")
     reference_energies: Literal["auto", "isolated", "least_squares"] | dict[str, float] = Field(
         "auto",
         description="Energy of a free atom per element: isolated (frames with config_type IsolatedAtom), "
@@ -103,7 +110,7 @@ class DataOptions(_Section):
 
 
 class TrainingOptions(_Section):
-    """How the model is fitted."""
+    """Options of the fit: length, batches, optimiser, loss, logs."""
 
     epochs: PositiveInt | None = Field(
         None, description="Passes over the training data; null: 200, unless steps is given."
@@ -113,10 +120,10 @@ class TrainingOptions(_Section):
         None, description="Structures per batch; null: 8, unless max_atoms or max_edges is given."
     )
     max_atoms: PositiveInt | None = Field(
-        None, description="Atoms per batch at most; packs structures of any size."
+        None, description="Maximum number of atoms per batch; packs structures of any size."
     )
     max_edges: PositiveInt | None = Field(
-        None, description="Edges (directed neighbour pairs) per batch at most."
+        None, description="Maximum number of edges (directed neighbour pairs) per batch."
     )
 
     optimizer: Literal["hybrid_muon", "adamw"] = Field("hybrid_muon", description="hybrid_muon or adamw.")
@@ -126,21 +133,19 @@ class TrainingOptions(_Section):
     )
     learning_rate: PositiveFloat = Field(
         4e-3,
-        description="Highest learning rate. Short runs need a high one; the published runs of 2 million steps "
+        description="Peak learning rate. Short runs need a high one; the published runs of 2 million steps "
         "used 3e-4 to 1e-3.",
     )
     final_learning_rate: float = Field(1e-6, ge=0, description="Learning rate at the end.")
     warmup_fraction: float = Field(
         0.01, ge=0, lt=1, description="Share of all steps spent on the linear warm-up."
     )
-    warmup_factor: float = Field(
-        0.2, ge=0, le=1, description="Learning rate of step 0 relative to the highest."
-    )
+    warmup_factor: float = Field(0.2, ge=0, le=1, description="Learning rate of step 0 relative to the peak.")
     decay_fraction: float = Field(
         0.65, gt=0, le=1, description="Share of all steps that wsd spends on the decay."
     )
     gradient_clip: PositiveFloat | None = Field(
-        5.0, description="Largest norm of the gradient; null: no limit."
+        5.0, description="Maximum norm of the gradient; null: no limit."
     )
     ema_decay: float | None = Field(
         0.999,
@@ -151,7 +156,7 @@ class TrainingOptions(_Section):
 
     loss: Literal["mae", "mse", "huber"] = Field("mae", description="Error measure: mae, mse or huber.")
     huber_delta: PositiveFloat = Field(
-        0.01, description="Error where huber turns linear, in eV/atom and eV/Angstrom."
+        0.01, description="Error above which huber is linear, in eV/atom and eV/Angstrom."
     )
     energy_weight: float = Field(20.0, ge=0, description="Weight of the energy error per atom (eV/atom).")
     forces_weight: float = Field(20.0, ge=0, description="Weight of the force error (eV/Angstrom).")
@@ -166,7 +171,7 @@ class TrainingOptions(_Section):
     )
     compile: bool | None = Field(
         None,
-        description="Compile the network and compare it with eager mode at the start; null: on a GPU.",
+        description="Compile the network and compare it with eager mode at the start; null: only on a GPU.",
     )
     seed: int = Field(0, description="Seed of initial weights and batch order.")
     log_interval: PositiveInt = Field(20, description="Steps between rows of train.csv.")
@@ -191,8 +196,8 @@ class TrainingOptions(_Section):
             )
         if self.batch_size and (self.max_atoms or self.max_edges):
             raise ValueError(
-                f"training.batch_size = {self.batch_size} excludes training.max_atoms and max_edges; "
-                "set it to null"
+                f"training.batch_size = {self.batch_size} cannot be combined with training.max_atoms or "
+                "training.max_edges; set training.batch_size to null"
             )
         if self.final_learning_rate > self.learning_rate:
             raise ValueError(
@@ -215,13 +220,13 @@ class RunConfig(_Section):
         default_factory=ModelOptions, description="The network; any other option of the model may be added."
     )
     data: DataOptions = Field(description="Structures with energies, forces and, if periodic, stress.")
-    training: TrainingOptions = Field(default_factory=TrainingOptions, description="How the model is fitted.")
+    training: TrainingOptions = Field(default_factory=TrainingOptions, description="Options of the fit.")
     output: Path = Field(Path("run"), description="Folder for the model, checkpoints, logs and plots.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU if there is one.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one.")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: 1e-3 is a number, and the element No (nobelium) is not false."""
+    """Loader with the scalars of YAML 1.2: 1e-3 is a number, and the element No (nobelium) is not false."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -247,16 +252,17 @@ _Loader.add_implicit_resolver(
 def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read and validate a run file.
 
-    Relative paths in it are relative to the working directory.
+    Relative paths in the file are relative to the working directory.
 
     Args:
         path: YAML file.
-        overrides: ``"training.learning_rate=5e-4"``: values that replace those of the file, in YAML.
+        overrides: Options that replace those of the file, such as ``"training.learning_rate=5e-4"``; the values
+            are YAML.
 
     Raises:
-        ValueError: If the file is not YAML, an override is malformed, or an option is unknown or not allowed;
-            the message has a line per fault with the option, its value and what is allowed.
-            FileNotFoundError: If there is no such file.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not YAML, an override is malformed, or an option is unknown or not allowed. For
+            faulty options, the message has one line each with the option, its value and the allowed values.
     """
     path = Path(path)
     if not path.is_file():
@@ -278,12 +284,12 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfi
 
 
 def default_config_text(train: str = "train.xyz") -> str:
-    """A commented run file for a start; the comments are the fields' descriptions, so they cannot drift."""
+    """Commented run file to start from. Its comments are the descriptions of the fields, so they cannot drift."""
     head = ["# Training run of dpa4. Energies are in eV, lengths in Angstrom. null means: not set.", ""]
     body = _commented(RunConfig.model_validate({"data": {"train": train}}))
     at = next(i for i, line in enumerate(body) if line.startswith("data:")) - 2
     extra = [
-        "  # The published models were trained with true; false is smoother at the cutoff.",
+        "  # The published models were trained with true; with false, energies are smoother at the cutoff.",
         "  edge_norm: false",
     ]
     extra += ["  # Any other option of the model may be added, for example:"]
@@ -323,7 +329,7 @@ def _scalar(value: Any) -> str:
 
 
 def unknown_option(key: str, allowed: Iterable[str]) -> str:
-    """Message for an option that does not exist, with the closest one that does."""
+    """Message for an unknown option, with the closest known option or, if none is close, all of them."""
     allowed = list(allowed)
     close = difflib.get_close_matches(key.rpartition(".")[2], allowed, n=1)
     return f"unknown option {key}; " + (
@@ -339,7 +345,7 @@ def _parse_yaml(text: str, what: str) -> Any:
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key; sections on the way are made, unknown names are left to the validation."""
+    """Set a dotted key and create missing sections. Unknown names are left to the validation."""
     *sections, name = key.split(".")
     for section in sections:
         if not isinstance(values.setdefault(section, {}), dict):
@@ -349,7 +355,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _faults(error: ValidationError) -> str:
-    """One line per option at fault; the members of a union ("a number" or "'auto'") share a line."""
+    """Describe each faulty option in one line; the members of a union ("a number" or "'auto'") share a line."""
     lines: dict[str, str] = {}
     for e in error.errors():
         path, section = _option(e["loc"])
@@ -371,9 +377,9 @@ def _faults(error: ValidationError) -> str:
 
 
 def _option(location: tuple[int | str, ...]) -> tuple[list[Any], dict[str, FieldInfo]]:
-    """The part of pydantic's location that names an option, and the fields of the section it is in.
+    """Path of an option in one of pydantic's error locations, and the fields of the section that contains it.
 
-    What follows an option in a location are union members ("literal['auto']") and indices.
+    Entries of the location behind the option are union members ("literal['auto']") and indices.
     """
     path: list[Any] = []
     fields = RunConfig.model_fields

@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 class MovingAverage:
-    """Shadow copies of parameters that follow them with an exponential average.
+    """Exponential moving average of parameters, held in shadow copies.
 
-    That of the reference (model-3 section 15) keeps the starting values for about 1/(1 - decay) steps. Here
-    the decay grows to its value as (1 + k)/(10 + k) with the number k of updates: short runs profit too.
+    The average of deepmd-kit has a constant decay and contains the initial weights for about 1/(1 - decay) steps.
+    Here the decay after k updates is min(decay, (1 + k)/(10 + k)), so that short runs benefit as well.
 
     Args:
-        parameters: What is averaged; the order identifies the shadows.
-        decay: Highest weight of the old average at an update.
+        parameters: The parameters to average; their order identifies the shadow copies.
+        decay: Largest weight of the old average in an update.
     """
 
     def __init__(self, parameters: Iterable[Tensor], decay: float):
@@ -24,13 +24,17 @@ class MovingAverage:
         self.shadows = [p.clone() for p in self.parameters]
 
     def update(self, count: int) -> None:
-        """Move the average towards the parameters after an optimiser step; ``count`` steps came before."""
+        """Move the average towards the parameters after an optimiser step.
+
+        Args:
+            count: Number of earlier steps.
+        """
         decay = min(self.decay, (1 + count) / (10 + count))
         torch._foreach_lerp_(self.shadows, self.parameters, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the block the parameters hold the average; afterwards their own values, bit for bit."""
+        """Replace the parameters by their average within the block, and restore them bit for bit afterwards."""
         own = [p.clone() for p in self.parameters]
         torch._foreach_copy_(self.parameters, self.shadows)
         try:

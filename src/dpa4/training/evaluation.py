@@ -1,4 +1,4 @@
-"""How good a potential is: predictions, error tables, files for a closer look."""
+"""Evaluation of a potential: predictions, error tables, and files for a closer look."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ Pair = tuple[NDArray[np.float64], NDArray[np.float64]]  # label, prediction
 
 
 class FramePrediction(NamedTuple):
-    """Results for one structure, float64."""
+    """Prediction for one structure, in float64."""
 
     energy: float  # eV
     forces: NDArray[np.float64]  # (N, 3), eV/Angstrom
@@ -35,11 +35,11 @@ class FramePrediction(NamedTuple):
 
 
 class Quantity(NamedTuple):
-    """One column of an error table."""
+    """Quantity of an error table and its unit."""
 
     name: str
     unit: str
-    scale: float  # from eV and Angstrom to the unit
+    scale: float  # factor from eV and Angstrom to the unit
 
 
 QUANTITIES = (
@@ -52,28 +52,28 @@ QUANTITIES = (
 
 
 class ErrorRow(NamedTuple):
-    """Errors of one quantity in one group of structures; forces, virial and stress by component."""
+    """Errors of one quantity in one group of structures; forces, virial and stress are compared by component."""
 
     group: str
     quantity: str
     unit: str
-    values: int  # number of labels, or of components of them
+    values: int  # number of labels, or of their components
     mae: float
     rmse: float
     maximum: float
 
 
 class ErrorTable(NamedTuple):
-    """Errors of the quantities that have labels, by group and for all."""
+    """Errors of all labelled quantities, per group and for all structures."""
 
     rows: tuple[ErrorRow, ...]
 
     def row(self, quantity: str, group: str = TOTAL) -> ErrorRow | None:
-        """Errors of a quantity; None without labels."""
+        """Errors of a quantity in a group; None if it has no labels."""
         return next((r for r in self.rows if (r.group, r.quantity) == (group, quantity)), None)
 
     def to_rich(self) -> Table:
-        """Table for the terminal."""
+        """Format as a table for the terminal."""
         table = Table(Column("group", overflow="fold"), "quantity", "unit", title="Errors")
         for column in ("values", "MAE", "RMSE", "max"):
             table.add_column(column, justify="right")
@@ -84,22 +84,22 @@ class ErrorTable(NamedTuple):
         return table
 
     def write_csv(self, path: Path) -> None:
-        """Write a row per group and quantity."""
+        """Write one row per group and quantity."""
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(ErrorRow._fields)
             writer.writerows(self.rows)
 
     def write_json(self, path: Path) -> None:
-        """Write a list of rows."""
+        """Write a list with one object per group and quantity."""
         text = json.dumps([r._asdict() for r in self.rows], indent=1, ensure_ascii=False)
         path.write_text(text, encoding="utf-8")
 
 
 def predict(potential: Potential, batches: Iterable[Batch]) -> list[FramePrediction]:
-    """Energy, forces and virial of every structure, in the order of the batches.
+    """Predict energy, forces and virial of every structure, in the order of the batches.
 
-    The potential is left in the mode it was in.
+    The potential is evaluated in evaluation mode; its own mode is restored afterwards.
 
     Raises:
         ValueError: If an element, charge or spin is outside the model.
@@ -126,7 +126,7 @@ def predict(potential: Potential, batches: Iterable[Batch]) -> list[FramePredict
 
 @contextmanager
 def full_precision(model: DPA4) -> Iterator[None]:
-    """Within the block, the interaction blocks have the precision of the parameters."""
+    """Switch off the autocast of the interaction blocks while the context is active."""
     autocast, model.block_autocast = model.block_autocast, None
     try:
         yield
@@ -135,7 +135,7 @@ def full_precision(model: DPA4) -> Iterator[None]:
 
 
 def pairs(frame: Frame, prediction: FramePrediction) -> dict[str, Pair]:
-    """Label and prediction, flat, of every quantity that the structure has a label of, in eV and Angstrom."""
+    """Flat label and prediction of every labelled quantity of a structure, by its name, in eV and Angstrom."""
     n = len(frame)
     out: dict[str, Pair] = {}
     if frame.energy is not None:
@@ -152,7 +152,7 @@ def pairs(frame: Frame, prediction: FramePrediction) -> dict[str, Pair]:
 
 
 def error_table(frames: Sequence[Frame], predictions: Sequence[FramePrediction]) -> ErrorTable:
-    """Errors of the predictions: a section per group where there are several, and one for all structures."""
+    """Errors of the predictions: one section per group if there are several, and one for all structures."""
     errors: dict[str, dict[str, list[NDArray[np.float64]]]] = {}
     groups = list(dict.fromkeys(frame.group for frame in frames))
     for frame, prediction in zip(frames, predictions, strict=True):
@@ -177,17 +177,20 @@ def evaluate(
     output: Path | None = None,
     device: str | torch.device = "cpu",
 ) -> ErrorTable:
-    """Compare a potential with labelled structures; structures without labels are only predicted.
+    """Compare a potential with labelled structures. Structures without labels are only predicted.
 
     Args:
-        potential: The model; it is moved to the device.
+        potential: The potential; it is moved to the device.
         frames: The structures.
-        max_atoms: Atoms evaluated at once.
+        max_atoms: Maximum number of atoms evaluated at once.
         output: Folder for errors.csv, errors.json, predictions.xyz and parity.png; None writes nothing.
-        device: Where to compute.
+        device: Device to compute on.
+
+    Returns:
+        MAE, RMSE and largest error per group and quantity, in the units of ``QUANTITIES``.
 
     Raises:
-        ValueError: If there is no structure, or one has an element outside the model.
+        ValueError: If there is no structure, or an element, charge or spin is outside the model.
     """
     if not frames:
         raise ValueError("there are no structures to evaluate")
@@ -208,7 +211,7 @@ def evaluate(
 
 
 def write_predictions(frames: Sequence[Frame], predictions: Sequence[FramePrediction], path: Path) -> None:
-    """Write extxyz with the predictions as energy, forces, stress and the labels as REF_energy, ..."""
+    """Write extxyz with predictions as energy, forces, stress and labels as REF_energy, REF_forces, REF_virial."""
     images = []
     for frame, prediction in zip(frames, predictions, strict=True):
         atoms = Atoms(frame.atomic_numbers, frame.positions, cell=frame.cell, pbc=frame.pbc)
@@ -231,7 +234,7 @@ def write_predictions(frames: Sequence[Frame], predictions: Sequence[FramePredic
 
 
 def _parity_data(frames: Sequence[Frame], predictions: Sequence[FramePrediction]) -> dict[str, Pair]:
-    """Labels and predictions of all structures by the title of the panel."""
+    """Labels and predictions of all structures, by the title of their panel."""
     collected: dict[str, list[Pair]] = {}
     for frame, prediction in zip(frames, predictions, strict=True):
         for name, pair in pairs(frame, prediction).items():
@@ -245,5 +248,5 @@ def _parity_data(frames: Sequence[Frame], predictions: Sequence[FramePrediction]
 
 
 def _volume(frame: Frame) -> float:
-    """Volume of a cell that is periodic in all directions, else 0, in Angstrom^3."""
+    """Volume of a cell that is periodic in all directions, in Angstrom^3; 0 for others."""
     return abs(float(np.linalg.det(frame.cell))) if frame.pbc.all() else 0.0

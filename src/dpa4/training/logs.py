@@ -1,4 +1,4 @@
-"""What a run reports: progress on the terminal, CSV files, TensorBoard."""
+"""Reports of a training run: progress on the terminal, CSV files, TensorBoard."""
 
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ class RunLog:
     """Progress bar and logs of one run; use as a context manager.
 
     Args:
-        folder: Where train.csv, valid.csv and TensorBoard's files go.
+        folder: Folder for train.csv, valid.csv and the TensorBoard files.
         console: Terminal.
-        total: Steps of the run.
-        resume_step: Continue the logs of an earlier run after this step; None starts them anew.
-        tensorboard: Also write TensorBoard's files.
+        total: Number of steps of the run.
+        resume_step: Continue the logs of an earlier run after this step; None starts new logs.
+        tensorboard: Also write TensorBoard files.
 
     Raises:
-        ModuleNotFoundError: If TensorBoard is asked for and not installed.
+        ModuleNotFoundError: If ``tensorboard`` is true and TensorBoard is not installed.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class RunLog:
         self._progress.update(self._task, completed=step)
 
     def train(self, row: dict[str, Any]) -> None:
-        """Log averages over the last steps, by the names of ``TRAIN_COLUMNS``."""
+        """Log averages over the steps since the last row, named as in ``TRAIN_COLUMNS``."""
         self._train.write(row)
         self._scalars("train", row)
         status = f"loss {row['loss']:.4g}  lr {row['learning_rate']:.2e}"
         self._progress.update(self._task, status=status)
 
     def validation(self, row: dict[str, Any]) -> None:
-        """Log errors of a validation, by the names of ``VALID_COLUMNS``, and print them."""
+        """Log and print the errors of a validation, named as in ``VALID_COLUMNS``."""
         self._valid.write(row)
         self._scalars("validation", row)
         units = {"energy": "meV/atom", "forces": "meV/Å", "virial": "meV/atom"}
@@ -97,6 +97,6 @@ def _summary_writer(folder: Path, resume_step: int | None) -> Any:
         raise ModuleNotFoundError(
             f"training.tensorboard = true needs TensorBoard ({error}); pip install dpa4[tensorboard]"
         ) from None
-    # Entries of the killed run beyond the checkpoint are hidden.
+    # Hides what the interrupted run logged after its last checkpoint.
     purge = None if resume_step is None else resume_step + 1
     return SummaryWriter(str(folder / "tensorboard"), purge_step=purge)

@@ -1,4 +1,4 @@
-"""Training loss on energy, forces and virial (arXiv:2606.02419; model-3 section 12.1)."""
+"""Training loss on energy, forces and virial (arXiv:2606.02419; docs/theory.md, "Loss")."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -14,17 +14,24 @@ LossKind = Literal["mae", "mse", "huber"]
 
 
 class Loss(NamedTuple):
-    """Weighted sum of three terms, each the mean over what is labelled in the batch.
+    """Weighted sum of an energy, a force and a virial term, each a mean over the labels in the batch.
 
-    * energy: error per atom, mean over structures;
-    * forces: Euclidean norm of the error vector of an atom (``mse``: a third of its square), pooled over all
+    * energy: error per atom, averaged over structures;
+    * forces: Euclidean norm of the error vector of an atom (``mse``: a third of its square), averaged over all
       atoms of the batch, so that an atom counts the same in a large structure as in a small one;
-    * virial: error of a component per atom, mean over the nine components and the structures.
+    * virial: error per component and atom, averaged over the nine components and the structures.
 
-    ``huber`` is quadratic below ``huber_delta`` (eV/atom or eV/Angstrom) and linear above. A structure
-    without a label does not enter that term's mean; a term without any label is exactly zero and still part
-    of the graph. Weights of structures multiply their error; they are not divided out, so a batch of one
-    structure feels its weight. Structures without atoms are allowed. Nothing waits for the device.
+    Structures without a label are excluded from the mean of that term. A term without any label is exactly zero
+    and still part of the autograd graph. The weight of a structure multiplies its errors. Means are not divided
+    by the sum of the weights, so a weight also acts in a batch of one structure. Structures without atoms are
+    allowed. No operation waits for the device.
+
+    Attributes:
+        energy: Weight of the energy term (eV/atom).
+        forces: Weight of the force term (eV/Angstrom).
+        virial: Weight of the virial term (eV/atom).
+        kind: Error measure. ``huber`` is quadratic up to ``huber_delta`` and linear above.
+        huber_delta: Error above which ``huber`` is linear, in eV/atom and eV/Angstrom.
     """
 
     energy: float
@@ -34,7 +41,7 @@ class Loss(NamedTuple):
     huber_delta: float = 0.01
 
     def __call__(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss, a float64 scalar, and its detached unweighted terms by the name of the target."""
+        """Compute the loss, a float64 scalar, and its detached, unweighted terms by name."""
         penalty = self._penalty()
         structure = batch.graph.structure
         offsets = Incidence.of_sorted(structure, batch.graph.num_structures).offsets
@@ -46,7 +53,7 @@ class Loss(NamedTuple):
         if self.kind == "mse":
             forces = difference.square().mean(-1)
         else:
-            # vector_norm has the subgradient zero at a zero residual, where a square root would give NaN.
+            # At a zero residual the subgradient of vector_norm is zero; the derivative of a square root is NaN.
             forces = penalty(torch.linalg.vector_norm(difference, dim=-1))
 
         terms = {
@@ -54,7 +61,7 @@ class Loss(NamedTuple):
             "forces": _masked_mean(forces, batch.has_forces[structure], batch.weight[structure]),
             "virial": _masked_mean(virial, batch.has_virial, batch.weight),
         }
-        # Forces of a batch without edges are constants; the energy always has a graph to go backward through.
+        # Without edges the forces are constants. The energy always provides an autograd graph for the backward pass.
         loss = 0.0 * prediction.energy.sum()
         for name, term in terms.items():
             if weight := getattr(self, name):
@@ -71,6 +78,6 @@ class Loss(NamedTuple):
 
 
 def _masked_mean(error: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-    """Weighted sum of the labelled entries over their number; zero without any."""
+    """Weighted sum of the labelled entries divided by their number; zero without labels."""
     kept = torch.where(mask, error * weight, 0.0)
     return kept.sum() / mask.sum().clamp(min=1)

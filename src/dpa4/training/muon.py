@@ -1,10 +1,10 @@
-"""HybridMuon: orthogonalised momentum for matrices, Adam for the rest (model-3 section 13, slice mode).
+"""HybridMuon: orthogonalised momentum for matrices, Adam for the rest (docs/theory.md, "HybridMuon").
 
 Muon replaces the momentum of a matrix by its nearest (semi-)orthogonal matrix, found by Newton-Schulz
 iteration, so that every singular direction moves by the same amount. A weight of more than two axes is a
-stack of independent blocks. All blocks are processed together as a few batched matrix products (see
-``_Packing``), so the number of kernels does not grow with the number of parameters, and no step waits for the
-device.
+stack of independent matrices, its blocks (the "slice" mode of deepmd-kit). All blocks are processed together
+in a few batched matrix products (see ``_Packing``), so the number of kernels does not grow with the number of
+parameters, and no step waits for the device.
 """
 
 import math
@@ -19,12 +19,12 @@ from torch.optim import Optimizer
 
 Route = Literal["muon", "adam", "adamw"]
 
-# a, b, c of X <- aX + bAX + cA^2 X with A = X X^T: eight steps that enlarge small singular values, two that
+# Coefficients a, b, c of X <- aX + bAX + cA^2 X with A = X X^T. Eight steps enlarge small singular values, two
 # polish.
 SQUARE_COEFFICIENTS = [(3.4445, -4.7750, 2.0315)] * 8 + [(2.0, -1.5, 0.5)] * 2
 
-# Polar Express (arXiv:2505.16932), each map shrunk by 1.05 so that rounding cannot push a singular value out
-# of range.
+# Polar Express (arXiv:2505.16932). Each map is shrunk by a factor of 1.05, so that rounding cannot push a singular
+# value out of range.
 _POLAR_EXPRESS = [
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -33,18 +33,18 @@ _POLAR_EXPRESS = [
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 ]
 GRAM_COEFFICIENTS = [(a / 1.05, b / 1.05**3, c / 1.05**5) for a, b, c in _POLAR_EXPRESS]
-GRAM_RESTART = 2  # iteration before which the Gram matrix is formed anew
+GRAM_RESTART = 2  # iteration before which the Gram matrix is recomputed
 
-# Blocks of different shapes are padded with zeros and iterated together while that adds no more
-# multiplications than this: a stack of its own takes about thirty kernels, which is more time on a GPU.
+# Blocks of different shapes are padded with zeros and iterated together if that adds at most this many
+# multiplications: on a GPU, the roughly thirty kernels of a separate stack take longer.
 PADDING_LIMIT = 2e8
 
 
 def block_shape(shape: Iterable[int]) -> tuple[int, int, int] | None:
-    """Number, rows and columns of the matrix blocks of a weight; axes of size one do not count.
+    """Number, rows and columns of the matrix blocks of a weight, ignoring axes of size one.
 
     Returns:
-        None for a weight that is a vector or a scalar then.
+        None if fewer than two axes are left.
     """
     sizes = [n for n in shape if n != 1]
     if len(sizes) < 2:
@@ -56,9 +56,9 @@ def block_shape(shape: Iterable[int]) -> tuple[int, int, int] | None:
 
 
 def orthogonalize(blocks: Tensor) -> Tensor:
-    """Nearest semi-orthogonal matrix of each block, approximately (singular values within about 0.7 to 1.2).
+    """Approximate nearest semi-orthogonal matrix of each block (singular values of about 0.7 to 1.2).
 
-    Square blocks take ten Newton-Schulz steps in bfloat16, wide ones five on their Gram matrix in float16.
+    For square blocks, ten Newton-Schulz steps in bfloat16; for wide ones, five on the Gram matrix in float16.
 
     Args:
         blocks: (K, m, n) float32 with m <= n; a block of zeros stays zero.
@@ -79,7 +79,7 @@ def _newton_schulz(blocks: Tensor) -> Tensor:
 
 
 def _gram_newton_schulz(blocks: Tensor) -> Tensor:
-    """Newton-Schulz on R = X X^T: the product Q of the steps is applied to X once per restart."""
+    """Newton-Schulz iteration on R = X X^T; the product Q of the steps is applied to X once per restart."""
     x = (blocks / (torch.linalg.vector_norm(blocks, dim=(-2, -1), keepdim=True) + 1e-7)).half()
     product = _half_product(x)
     identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
@@ -99,10 +99,10 @@ def _gram_newton_schulz(blocks: Tensor) -> Tensor:
 
 
 def _half_product(x: Tensor) -> Callable[..., Tensor]:
-    """beta * C + alpha * A B in float16, accumulated in float32 and rounded once.
+    """Return a function for beta * C + alpha * A B in float16, accumulated in float32 and rounded once.
 
-    Processors multiply float16 matrices several times slower than float32 ones (measured: 5 to 7 times), so
-    there the product is done in float32; the result is rounded at the same place.
+    CPUs multiply float16 matrices 5 to 7 times slower than float32 ones (measured). There the product is computed
+    in float32, and the result is rounded at the same place (docs/adr/0008).
     """
 
     def product(c: Tensor | None, a: Tensor, b: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
@@ -115,12 +115,14 @@ def _half_product(x: Tensor) -> Callable[..., Tensor]:
 
 
 def update_magma_score(score: Tensor, dot: Tensor, norms: Tensor) -> Tensor:
-    """Damp blocks whose gradient disagrees with their momentum ("Magma-lite").
+    """Update the score of each block and return its step factor, small if gradient and momentum disagree.
+
+    This is "Magma-lite" of HybridMuon.
 
     Args:
-        score: (K,) running agreement, updated in place.
-        dot: (K,) product of momentum and gradient.
-        norms: (K,) product of their norms.
+        score: (K,) running average of the agreement between gradient and momentum, updated in place.
+        dot: (K,) inner product of momentum and gradient.
+        norms: (K,) product of the norms of momentum and gradient.
 
     Returns:
         (K,) factor of the step, between 0.1 and 1.
@@ -133,17 +135,17 @@ def update_magma_score(score: Tensor, dot: Tensor, norms: Tensor) -> Tensor:
 
 
 class HybridMuon(Optimizer):
-    """Muon for matrix weights, AdamW or Adam (no decay) for the others, by the group's ``route``.
+    """Muon for matrix weights, AdamW or Adam (no decay) for others, selected by the ``route`` of the group.
 
-    Parameters without a gradient are left alone, decay included.
+    Parameters without a gradient do not change, not even by weight decay.
 
     Args:
         groups: Parameter groups with the key ``route``; see ``dpa4.training.routing.parameter_groups``.
-        lr: Learning rate; the same for all routes.
+        lr: Learning rate of all routes.
         momentum: Decay of Muon's (Nesterov) momentum.
         betas: Decays of Adam's moments.
         weight_decay: Decoupled decay of the routes muon and adamw.
-        scale: A Muon update has the root mean square of ``scale`` (0.18, like Adam's in practice).
+        scale: Root mean square of a Muon update before the learning rate; 0.18 is that of Adam in practice.
 
     Raises:
         ValueError: If a parameter on the route muon is not a matrix.
@@ -214,6 +216,7 @@ class HybridMuon(Optimizer):
         torch._foreach_copy_(pack.gradients, [p.grad for p in pack.params if p.grad is not None])
         momentum.lerp_(gradient, weight)
 
+        # `pairs` views `work` and `gradient` side by side, so one reduction per shape gives both norms.
         work.copy_(momentum)
         norms = torch.cat([torch.linalg.vector_norm(pair, dim=-1) for pair in pack.pairs], dim=1).prod(0)
         work.mul_(gradient)
@@ -225,47 +228,48 @@ class HybridMuon(Optimizer):
         for index, scale, factor in zip(pack.indices, pack.scales, factors, strict=True):
             x = orthogonalize(work.take(index).float())
             updates.append(((x * scale).to(x.dtype) * factor.to(x.dtype)).view(-1))
-        # The gradient is used up: the updates take its place, brought into the order of the weights.
+        # The gradient is no longer needed. Its buffer receives the updates, permuted into the order of the weights.
         torch.take(torch.cat(updates).to(gradient.dtype), pack.inverse, out=gradient[:-1])
         torch._foreach_add_(pack.params, pack.gradients, alpha=-group["lr"])
 
     def _packing(self, index: int, params: list[Tensor], scale: float) -> "_Packing":
-        """Packing of a group's ``params``; a new one if other parameters had a gradient in the last step."""
+        """Packing of a group's ``params``; a new one if other parameters had gradients in the last step."""
         pack = self._packings.get(index)
         if pack is None or pack.key != [id(p) for p in params]:
             pack = self._packings[index] = _Packing(params, self.state, scale)
         return pack
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a loaded or unpickled state; its tensors are not packed yet."""
+        """Restore a loaded or unpickled state. The next step packs its tensors again."""
         super().__setstate__(state)
         self._packings = {}
 
 
 class _Packing:
-    """Weights of a Muon group as flat buffers, one weight after the other, and as a few stacks of blocks.
+    """Flat buffers and stacks of blocks for the weights of a Muon group.
 
-    Statistics of the blocks are reductions of the flat buffers, one per block shape. For the orthogonalisation
-    the blocks are gathered, transposed to wide and padded with zeros, which add nothing to any product. The
-    optimiser state of the weights becomes views of the buffers.
+    A buffer holds one weight after the other, so that statistics of the blocks are one reduction per block shape.
+    For the orthogonalisation, blocks are gathered from the buffers into a few stacks, transposed to wide and
+    padded with zeros, which add nothing to any product. The optimiser state of the weights becomes views of the
+    buffers.
 
     Args:
         params: The weights, of one data type and device.
-        state: State by parameter; an empty one is filled.
+        state: Optimiser state by parameter; empty entries are initialised.
         scale: Root mean square of an update.
 
     Attributes:
         params: The weights in the order of the buffers.
-        momentum, gradient, work: (P + 1,) buffers; the last entry is the zero that pads. ``momentum`` has memory
-            of its own, all of which a saved state holds.
+        momentum, gradient, work: (P + 1,) buffers; the last entry is the zero used as padding. ``momentum`` is
+            allocated separately, because saving a view stores all memory behind it.
         score: (K,) Magma scores of all blocks.
         gradients: Views of ``gradient`` shaped like the weights.
         products: For each shape, the view (k, m n) of ``work``.
         pairs: For each shape, the view (2, k, m n) of ``work`` and ``gradient``.
         indices: For each stack, (k, m, n) positions of its elements in the buffers.
-        inverse: (P,) positions of the buffers' elements in all stacks, one after the other.
+        inverse: (P,) positions of the elements of a buffer in the flattened and concatenated stacks.
         counts: Number of blocks of each stack.
-        scales: For each stack, (k, 1, 1) factors that give an orthogonalised block the root mean square.
+        scales: For each stack, (k, 1, 1) factors from orthogonalised blocks to the root mean square ``scale``.
     """
 
     def __init__(self, params: list[Tensor], state: dict[Tensor, dict[str, Tensor]], scale: float):
@@ -323,10 +327,10 @@ class _Packing:
 
 
 def _stacks(blocks: dict[tuple[int, int], int]) -> list[list[tuple[int, int]]]:
-    """Group the shapes (m, n) of blocks, given their numbers, that are padded to a common shape."""
+    """Group block shapes (m, n), given with their numbers, into stacks that are padded to a common shape."""
 
     def cost(number: int, m: int, n: int) -> int:
-        """Multiplications of the Gram iteration; of the iteration of square blocks up to a factor."""
+        """Multiplications of the Gram iteration; for square blocks correct up to a factor."""
         return number * m * m * (14 * m + 4 * n)
 
     stacks: list[list[tuple[int, int]]] = []
@@ -353,13 +357,13 @@ def _num_blocks(p: Tensor) -> int:
 
 
 def _wide_shape(p: Tensor) -> tuple[int, int]:
-    """Rows and columns of the blocks, transposed to wide."""
+    """Rows and columns of the blocks after transposition to wide."""
     _, rows, columns = _matrix_shape(p)
     return min(rows, columns), max(rows, columns)
 
 
 def _to_blocks(t: Tensor) -> Tensor:
-    """A weight as its blocks (K, m, n), transposed to wide."""
+    """View of a weight as its blocks (K, m, n), transposed to wide."""
     count, rows, columns = _matrix_shape(t)
     blocks = t.reshape(count, rows, columns)
     return blocks.mT if rows > columns else blocks

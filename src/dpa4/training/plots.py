@@ -1,4 +1,4 @@
-"""Figures: learning curve and parity."""
+"""Figures: learning curve and parity plot."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +11,11 @@ from dpa4.system import new_figure, read_csv, save_figure
 
 
 def plot_parity(data: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]], path: Path) -> None:
-    """Prediction against label, with a histogram of the errors below.
+    """Plot predictions against labels, with histograms of the errors below.
 
     Args:
-        data: Labels and predictions by the name (with unit) of the quantity.
-        path: PNG file.
+        data: Labels and predictions by quantity, named with its unit.
+        path: PNG file to write.
     """
     figure = new_figure(4 * len(data), 6)
     axes = figure.subplots(2, len(data), squeeze=False, height_ratios=[2, 1])
@@ -25,7 +25,7 @@ def plot_parity(data: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64
         top.plot(ends, ends, color="0.6", linewidth=1, zorder=0)
         top.plot(label, value, ".", markersize=6 if error.size < 1000 else 3, alpha=0.5, markeredgewidth=0)
         top.set(title=name, xlabel="label", ylabel="prediction")
-        # A range of its own: numpy refuses to bin errors that are all equal.
+        # Explicit range, because numpy cannot bin errors that are all equal.
         span = 1.05 * max(float(np.abs(error).max()), 1e-9)
         bottom.hist(error, bins=min(100, max(11, error.size // 20)), range=(-span, span))
         bottom.axvline(0, color="0.6", linewidth=1)
@@ -37,7 +37,7 @@ def plot_parity(data: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64
 
 
 def plot_learning_curve(folder: Path) -> None:
-    """Loss, errors and learning rate of a run, from its train.csv and valid.csv, to learning_curve.png."""
+    """Plot loss, errors and learning rate from train.csv and valid.csv of a run to its learning_curve.png."""
     train, valid = read_csv(folder / "train.csv"), read_csv(folder / "valid.csv")
     figure = new_figure(10, 7)
     panels = figure.subplots(2, 2, sharex=True).ravel()

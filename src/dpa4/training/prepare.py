@@ -1,4 +1,4 @@
-"""From the options of a run to its structures and a fresh potential."""
+"""Preparation of a run: structures and a fresh potential from its options."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ DEFAULT_VIRIAL_WEIGHT = 5.0
 
 
 class Preparation(NamedTuple):
-    """What a run starts from."""
+    """Starting point of a run."""
 
     potential: Potential
     train: EpochBatches
@@ -41,22 +41,22 @@ class Preparation(NamedTuple):
     validation: EpochBatches | None
     loss: Loss
     provenance: dict[str, str]
-    run_text: str  # the options as YAML, with "auto" as given
+    run_text: str  # the options as YAML; "auto" stays "auto"
 
 
 def prepare(config: RunConfig, console: Console) -> Preparation:
-    """Read the data, say what was found, build the potential.
+    """Read the data, print a summary of them, and build the potential.
 
     Raises:
-        ValueError: If the data cannot be read, lacks a label that has a weight, or has an element the model
-            lacks.
-        RuntimeError: If device is cuda and there is none.
+        ValueError: If the data cannot be read, have no label for a term with a weight, or have an element outside
+            the model.
+        RuntimeError: If device is cuda and no CUDA device is available.
     """
     device = choose_device(config.device)
     options = config.training
     keys = LabelKeys(**config.data.keys.model_dump())
     read = read_frames(config.data.train, keys)
-    frames = without_isolated_atoms(read)  # free atoms give reference energies only
+    frames = without_isolated_atoms(read)  # isolated atoms only serve for reference energies
     if config.data.validation:
         validation = without_isolated_atoms(read_frames(config.data.validation, keys))
     else:
@@ -91,10 +91,13 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
 
 
 def split(frames: Sequence[Frame], fraction: float, seed: int) -> tuple[list[Frame], list[Frame]]:
-    """Random share of the structures for validation, at least one unless the fraction is 0.
+    """Split off a random share of the structures for validation, at least one unless the fraction is 0.
+
+    Returns:
+        Structures for training and for validation.
 
     Raises:
-        ValueError: If nothing would be left to train on.
+        ValueError: If no structure would be left to train on.
     """
     count = max(1, round(fraction * len(frames))) if fraction else 0
     if count >= len(frames):
@@ -110,7 +113,7 @@ def split(frames: Sequence[Frame], fraction: float, seed: int) -> tuple[list[Fra
 
 
 def batch_budget(options: TrainingOptions) -> dict[str, int]:
-    """How batches are packed: by structures, or by atoms and edges."""
+    """Limits of a batch, in structures or in atoms and edges; by default eight structures."""
     budget = {
         "batch_size": options.batch_size,
         "max_atoms": options.max_atoms,
@@ -120,7 +123,7 @@ def batch_budget(options: TrainingOptions) -> dict[str, int]:
 
 
 def changed_options(old: str, new: str) -> list[str]:
-    """Options that differ between two runs' YAML, as "training.seed: 0 -> 1"."""
+    """List the options that differ between the YAML of two runs, as "training.seed: 0 -> 1"."""
     before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(new))
     keys = [k for k in before | after if before.get(k) != after.get(k)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]

@@ -1,4 +1,7 @@
-"""Training steps as CUDA graphs: with small batches it takes longer to launch the kernels than to run them."""
+"""Training steps recorded as CUDA graphs and replayed.
+
+With small batches, launching the kernels one by one takes longer than running them.
+"""
 
 import gc
 from collections import Counter
@@ -14,34 +17,36 @@ from dpa4.potential import Potential
 from dpa4.potential.replay import is_in_parts, pad, record
 
 Step = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
-"""Detached loss of a batch without excluded pairs, and its terms; the parameters have their gradients afterwards."""
+"""Function of a batch without excluded pairs that returns the detached loss and its terms and leaves the gradients in
+the parameters."""
 
 Size = tuple[int, int, int]
-"""Structures, atoms and edges of a batch."""
+"""Numbers of structures, atoms and edges of a batch."""
 
 
 class RecordingError(RuntimeError):
-    """A step could not be recorded."""
+    """Failure to record a step as a CUDA graph."""
 
 
 class ReplayedStep:
-    """A step that is recorded for sizes that come often and replayed for batches of these sizes.
+    """Training step that is recorded for frequent batch sizes and replayed for batches of these sizes.
 
-    Batches are padded so that they have few sizes. A size is recorded when it comes a second time; with
-    ``max_recordings`` of them, it takes the place of the size that came least when it has come twice as often.
-    (Batches are drawn at random: forgetting the size that was not used for longest would record rare sizes again and
-    again.) Results are overwritten by the next call. Batches that the network works on in parts are not recorded:
-    they keep the device busy, and cutting them waits for it.
+    Batches are padded, so that there are few sizes. A size is recorded at its second occurrence. Once there are
+    ``max_recordings``, a new size replaces the rarest recorded one as soon as it has occurred twice as often.
+    (Batches are drawn at random: replacing the least recently used size would record rare sizes again and again.)
+    Each call overwrites the results of the previous one. Batches that are so large that the network splits them
+    into parts are not recorded: they keep the device busy anyway, and splitting waits for the device.
 
     Args:
-        potential: In training mode; its parameters must not move afterwards.
-        step: Up to the gradients, without the optimiser.
-        record: The step for batches of the size of the given one, from which it takes nothing else. See `Recorder`.
-        max_recordings: Of different sizes, that are held at a time.
+        potential: Potential in training mode; its parameters must stay at their place in memory.
+        step: Training step up to the gradients, without the optimiser.
+        record: Function that records the step for batches as large as the given one; only the size of the given
+            batch matters. See `Recorder`.
+        max_recordings: Maximum number of recordings, each for a different size.
 
     Attributes:
-        seen: How often each size has come.
-        recordings: The recorded steps.
+        seen: Number of occurrences of each size.
+        recordings: Recorded steps by size.
     """
 
     def __init__(
@@ -53,12 +58,12 @@ class ReplayedStep:
         self.recordings: dict[Size, Step] = {}
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The step on a batch without excluded pairs, on the device.
+        """Run the step on a batch without excluded pairs, on the device.
 
         Raises:
-            RecordingError: If recording fails; weights and optimiser are as before.
+            RecordingError: If recording fails; weights and optimiser are unchanged.
         """
-        if batch.graph.num_edges < 2:  # nothing is compiled for it
+        if batch.graph.num_edges < 2:  # such batches run eagerly
             return self.step(batch)
         padded = pad_batch(batch, self.potential.config.cutoff)
         graph = padded.graph
@@ -84,11 +89,11 @@ class ReplayedStep:
 
 
 class Recorder:
-    """Records a step, for one size of batches after the other, in memory that all recordings share.
+    """Recorder of a step for any number of batch sizes; all recordings share one memory pool.
 
     Args:
-        step: The step.
-        parameters: Those whose gradients it leaves; on a GPU.
+        step: The step to record.
+        parameters: Parameters whose gradients the step computes, on a GPU.
     """
 
     def __init__(self, step: Step, parameters: Iterable[nn.Parameter]):
@@ -97,21 +102,21 @@ class Recorder:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, batch: Batch) -> "Recording":
-        """Recording for batches of the size of this one."""
+        """Record the step for batches of the size of this one."""
         inputs = pytree.tree_map(torch.clone, batch)
-        gc.collect()  # what is left of the graph of a former step would tie the gradients to the stream of that
+        gc.collect()  # remains of an earlier autograd graph would tie the gradients to the stream of that step
         graph, results = record(lambda: self.step(inputs), self.stream, self.pool)
         return Recording(graph, inputs, results, self.parameters)
 
 
 class Recording:
-    """A recorded step; its loss, terms and gradients lie where they are until the next recorded step of any size.
+    """Recorded step, whose loss, terms and gradients are valid until the next recorded step of any size.
 
     Args:
         graph: The ``torch.cuda.CUDAGraph``.
-        inputs: The batch that it reads.
-        results: Loss and terms that it writes.
-        parameters: Their ``grad`` is what it writes, too.
+        inputs: Batch that the graph reads.
+        results: Loss and terms that the graph writes.
+        parameters: Parameters whose ``grad`` the graph writes as well.
     """
 
     def __init__(
@@ -125,7 +130,7 @@ class Recording:
         self.gradients = [p.grad for p in parameters]
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The step on a batch of the size of the inputs."""
+        """Replay the step on a batch of the same size as the inputs."""
         for own, new in zip(pytree.tree_leaves(self.inputs), pytree.tree_leaves(batch), strict=True):
             own.copy_(new)
         self.graph.replay()
@@ -135,16 +140,17 @@ class Recording:
 
 
 def pad_batch(batch: Batch, cutoff: float) -> Batch:
-    """Add structures without labels, so that a batch has one of few sizes and the same loss and gradients.
+    """Pad a batch to one of few sizes by structures without labels; loss and gradients do not change.
 
-    Atoms and edges grow by at most a sixteenth, structures, which cost nothing, to the next power of two.
+    The numbers of atoms and edges grow by at most a sixteenth. The number of structures grows to the next power of
+    two, because structures cost nothing.
 
     Args:
         batch: The batch.
-        cutoff: Of the model, in Angstrom.
+        cutoff: Cutoff of the model, in Angstrom.
     """
     structures = (1 << batch.graph.num_structures.bit_length()) - batch.graph.num_structures
-    # Few sizes: batches differ more than steps of dynamics.
+    # Fewer digits than for dynamics, because the sizes of batches vary more than those of MD steps.
     graph = pad(batch.graph, cutoff, structures, digits=5)
 
     def longer(t: Tensor, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which optimiser a parameter belongs to, decided by the type of the module that owns it."""
+"""Optimiser route of each parameter, decided by the type of the module that owns it."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from dpa4.model.radial import BesselBasis, GaussianBasis
 from dpa4.model.so2 import DegreeProduct, SO2Linear, SO2Stack
 from dpa4.training.muon import Route, block_shape
 
-# The reference decides by parameter names (model-3 section 13.1); this table gives the same routes. Scales,
-# biases and embedding rows are no matrices in any useful sense and must not decay; the small attention
-# weights decay.
+# deepmd-kit decides by parameter names; this table yields the same routes (docs/theory.md, "HybridMuon"). Scales,
+# biases and embedding rows are not matrices in any useful sense and must not decay. The small attention weights
+# do decay.
 ROUTES: dict[type[nn.Module], dict[str, Route]] = {
     Linear: {"weight": "muon", "bias": "adam"},
     ChannelLinear: {"weight": "muon"},
@@ -38,12 +38,12 @@ ROUTES: dict[type[nn.Module], dict[str, Route]] = {
 
 
 def parameter_routes(model: nn.Module) -> dict[str, Route]:
-    """Route of every parameter by name.
+    """Optimiser route of every parameter, by the name of the parameter.
 
-    A weight on the route muon that is no matrix (fewer than two axes longer than one) goes to adam.
+    A weight with the route muon that is not a matrix (fewer than two axes longer than one) is moved to adam.
 
     Raises:
-        ValueError: If the type of an owning module has no route for the parameter.
+        ValueError: If ``ROUTES`` has no entry for a parameter and the type of its module.
     """
     routes: dict[str, Route] = {}
     for name, parameter in model.named_parameters():
@@ -63,7 +63,7 @@ def parameter_routes(model: nn.Module) -> dict[str, Route]:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups for ``HybridMuon``: each trainable parameter once, in the order of the model.
+    """Parameter groups for ``HybridMuon``, with each trainable parameter once, in the order of the model.
 
     Raises:
         ValueError: As ``parameter_routes``.

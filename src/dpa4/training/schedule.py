@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step (model-3 section 14)."""
+"""Learning-rate schedules of the published runs (docs/training.md, "Recipes"), as pure functions of the step."""
 
 import math
 from typing import Literal, NamedTuple
@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple
 class Schedule(NamedTuple):
     """Learning rate as a function of the 0-based step.
 
-    Linear warm-up from ``warmup_factor * peak`` to ``peak``. Then ``"wsd"`` (warm-up, stable, decay) keeps
-    the peak and falls along half a cosine over the last ``decay_fraction`` of *all* steps; ``"cosine"``
-    falls at once.
+    After a linear warm-up from ``warmup_factor * peak`` to ``peak``, ``"cosine"`` decays at once, while ``"wsd"``
+    (warm-up, stable, decay) stays at the peak and decays over the last ``decay_fraction`` of *all* steps. Both decay
+    to ``final`` along half a cosine.
     """
 
     kind: Literal["wsd", "cosine"]
@@ -21,7 +21,7 @@ class Schedule(NamedTuple):
     decay_fraction: float = 0.65
 
     def __call__(self, step: int) -> float:
-        """Learning rate used in a step; ``final`` at and beyond ``total_steps``."""
+        """Learning rate of a step; ``final`` from ``total_steps`` on."""
         if step < self.warmup_steps:
             return self.peak * (self.warmup_factor + (1 - self.warmup_factor) * step / self.warmup_steps)
         decay = self.total_steps - self.warmup_steps

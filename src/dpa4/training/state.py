@@ -1,4 +1,4 @@
-"""The file a training run resumes from."""
+"""Training state: the file from which a run resumes."""
 
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,17 @@ STATE_FORMAT = 1
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
-    """Save a training state of tensors and plain Python values."""
+    """Write a training state, which holds tensors and plain Python values."""
     with atomic_write(path) as temporary:
         torch.save({"format": STATE_FORMAT} | state, temporary)
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Load a training state onto the CPU.
+    """Read a training state onto the CPU.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If the file is damaged, not a training state, or of another format.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, not a training state, or of another format version.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no training state {path} to resume from; train without --resume first")

@@ -1,4 +1,4 @@
-"""The training loop: exact resume, validation, checkpoints."""
+"""Training loop with exact resume, validation and checkpoints."""
 
 import math
 import time
@@ -33,39 +33,39 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PLOT_SECONDS = 60.0  # drawing takes half a second, so not at every validation
+PLOT_SECONDS = 60.0  # between learning curves; drawing one takes half a second
 _TARGETS = {"energy": "energy per atom", "forces": "forces", "virial": "virial per atom"}
 _COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds")
 
 
 def train(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Path:
-    """Train a potential as the configuration says.
+    """Train a potential and write it, the state of the run and logs to the output folder.
 
-    In the output folder: best.safetensors (lowest validation score, averaged weights), last.safetensors
-    (newest), last.pt (everything needed to resume), train.csv, valid.csv, learning_curve.png, run.yaml. A run
-    that was killed at any moment and is resumed gives, on a CPU, the same numbers as one that was not. SIGINT
-    and SIGTERM finish the step, save and return.
+    Files: best.safetensors (lowest validation score, averaged weights), last.safetensors (newest), last.pt
+    (everything needed to resume), train.csv, valid.csv, learning_curve.png, run.yaml. On a CPU, a run that is
+    killed at any moment and resumed yields the same numbers as an uninterrupted one. At SIGINT or SIGTERM, the
+    current step is finished, the state is saved, and the function returns.
 
     Args:
-        config: The run.
+        config: Options of the run.
         resume: Continue the run in the output folder.
-        console: Where to print; standard output by default.
+        console: Console to print to; standard output by default.
 
     Returns:
-        The best model so far.
+        Path of the best model so far.
 
     Raises:
         FileExistsError: If the output folder has files and ``resume`` is false.
-        FileNotFoundError: If there is nothing to resume.
-        ValueError: If data or options do not fit together, or the state belongs to another model; if a structure
-            has no neighbour list, the state before it is saved.
+        FileNotFoundError: If there is no state to resume from.
+        ValueError: If data and options do not fit together, or the state belongs to another model; also if the
+            neighbour list of a structure cannot be built, after saving the state before it.
         FloatingPointError: If the loss or the gradient is not finite; the state before that step is saved.
     """
     console = console or Console()
     state = None
     if resume:
         state = load_state(config.output / "last.pt")
-        for leftover in config.output.glob(".*.tmp"):  # of writes that were killed
+        for leftover in config.output.glob(".*.tmp"):  # of interrupted writes
             leftover.unlink()
     if not resume and config.output.exists() and any(config.output.iterdir()):
         raise FileExistsError(
@@ -82,12 +82,12 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
 
 
 def training_step(potential: Potential, batch: Batch, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of a batch without excluded pairs, and its terms by target; everything that is differentiated."""
+    """Loss of a batch without excluded pairs, and its terms by name: the part of a step that is differentiated."""
     return loss(potential.of_edges(batch.graph), batch)
 
 
 class Trainer:
-    """The state of a run and the loop over its steps."""
+    """State of a run and the loop over its steps."""
 
     def __init__(self, config: RunConfig, preparation: Preparation, console: Console):
         options = config.training
@@ -119,24 +119,25 @@ class Trainer:
             f"{self.total} steps, {per_epoch} per epoch; MAE/RMSE of the validation data every {interval} steps:"
         )
         self.step = 0  # finished steps
-        self.epoch, self.batch = 0, 0  # the next batch and its epoch
+        self.epoch, self.batch = 0, 0  # of the next batch
         self.best_score, self.stale = math.inf, 0  # stale: validations since the best one
-        # Terms of the loss, the loss and the gradient's norm, summed since the last row of train.csv.
+        # Sums of the loss terms, the loss and the gradient norm over the steps since the last row of train.csv.
         self.sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
         self.summed, self.seconds = 0, 0.0
         self.resumed = False
         self.compiled: CompiledTraining | None = None
+        self.log: RunLog  # opened by `run`, once it is known whether the run is resumed
 
     # --- the loop
 
     def run(self) -> Path:
-        """Train to the end, an early stop or a signal; returns the best model."""
+        """Train to the last step, an early stop or a signal; return the path of the best model."""
         options, folder = self.config.training, self.config.output
         resume_step = self.step if self.resumed else None
         self.log = RunLog(folder, self.console, self.total, resume_step, options.tensorboard)
         self._compile()
         with stop_requests() as stopped, self.log:
-            last_tick = self.plotted = self._clock()
+            last_tick = last_plot = self._clock()
             for batch in self._batches():
                 self.coverage.update()
                 self._train_on(batch)
@@ -148,9 +149,9 @@ class Trainer:
                 self.log.step(self.step)
                 if self.step % self.validation_interval == 0 or done:
                     self._validate()
-                    if now > self.plotted + PLOT_SECONDS:
+                    if now > last_plot + PLOT_SECONDS:
                         plot_learning_curve(folder)
-                        self.plotted = self._clock()
+                        last_plot = self._clock()
                     done = done or self._exhausted()
                 if self.step % self.checkpoint_interval == 0 or done or stopped:
                     self.save()
@@ -166,7 +167,7 @@ class Trainer:
                         self.potential.check(batch.graph)
                     self.batch += 1
                     yield batch
-            except ValueError as error:  # a structure that is no good, which shows in the first epoch
+            except ValueError as error:  # an unusable structure, found in the first epoch
                 self.save()
                 raise ValueError(
                     f"{error}. The state before it is saved in {self.config.output / 'last.pt'}; correct or remove "
@@ -175,7 +176,7 @@ class Trainer:
             self.epoch, self.batch = self.epoch + 1, 0
 
     def _train_on(self, batch: Batch) -> None:
-        """One optimiser step."""
+        """Do one optimiser step."""
         rate = self.schedule(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -185,7 +186,7 @@ class Trainer:
         loss, terms = (self._differentiate if self.compiled is None else self.compiled.step)(batch)
         norm = self._clip()
         record = torch.stack([terms["energy"], terms["forces"], terms["virial"], loss, norm])
-        # The one place that waits for the device: a bad number must not reach the weights.
+        # The only wait for the device in a step: a number that is not finite must not reach the weights.
         if not bool(torch.isfinite(record).all()):
             self._abort(record)
         self.optimizer.step()
@@ -196,14 +197,17 @@ class Trainer:
         self.step += 1
 
     def _differentiate(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The detached loss and its terms; the parameters have their gradients."""
+        """Compute the detached loss and its terms and leave the gradients in the parameters.
+
+        Also the function that `CompiledTraining` calls, directly or to record it.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         loss, terms = training_step(self.potential, batch, self.loss)
         loss.backward(inputs=self.parameters)
         return loss.detach(), terms
 
     def _clip(self) -> Tensor:
-        """Scale the gradient down to the largest norm; returns its norm before, float64."""
+        """Scale the gradient down to the maximum norm; return its norm before that, in float64."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.stack(torch._foreach_norm(gradients)).double().norm()
         if limit := self.config.training.gradient_clip:
@@ -212,7 +216,7 @@ class Trainer:
         return norm
 
     def _abort(self, record: Tensor) -> None:
-        self.batch -= 1  # the state is the one before this step
+        self.batch -= 1  # a resumed run repeats this step
         self.save()
         values = ", ".join(f"{name} {v:.4g}" for name, v in zip(TERMS, record.tolist(), strict=True))
         raise FloatingPointError(
@@ -224,11 +228,11 @@ class Trainer:
     # --- compilation
 
     def _compile(self) -> None:
-        """Compile the network if that is wanted and there is something left to do."""
-        wanted = self.config.training.compile
-        if not (self.device.type == "cuda" if wanted is None else wanted) or self._over():
+        """Compile the network if the options say so and steps are left to do."""
+        option = self.config.training.compile
+        if not (self.device.type == "cuda" if option is None else option) or self._over():
             return
-        from dpa4.training.compilation import CompiledTraining  # takes a second, and imports Triton
+        from dpa4.training.compilation import CompiledTraining  # the import takes a second, with Triton
 
         self.compiled = CompiledTraining(self.potential, self._differentiate, self.console)
         self.compiled.start(self.preparation.train)
@@ -237,7 +241,7 @@ class Trainer:
         return work() if self.compiled is None else self.compiled.run(work)
 
     def _clock(self) -> float:
-        """Seconds, those of compilation left out."""
+        """Time in seconds, without compilation."""
         return time.monotonic() - (0.0 if self.compiled is None else self.compiled.seconds)
 
     # --- logs, validation
@@ -251,7 +255,7 @@ class Trainer:
         self.summed = 0
 
     def _validate(self) -> None:
-        """Errors on the validation data with the averaged weights; keeps the model if it is the best."""
+        """Log the errors of the averaged weights on the validation data, and save the model if it is the best."""
         batches = self.preparation.validation
         with self._evaluated_weights():
             if batches is None:
@@ -265,7 +269,7 @@ class Trainer:
             errors = {
                 f"{name}_{kind}": getattr(r, kind) for name, r in found.items() for kind in ("mae", "rmse")
             }
-            # In the units of the loss, and with its weights, but always of absolute errors.
+            # Mean absolute errors, whatever the kind of the loss, with its weights and in its units.
             score = sum(getattr(self.loss, name) * r.mae / 1e3 for name, r in found.items())
             best = score < self.best_score
             self.best_score, self.stale = (score, 0) if best else (self.best_score, self.stale + 1)
@@ -275,17 +279,17 @@ class Trainer:
                 self._save_model("best.safetensors", score)
 
     def _exhausted(self) -> bool:
-        """Whether the patience is at an end."""
+        """Return whether ``patience`` is exhausted."""
         patience = self.config.training.patience
         return patience is not None and self.stale >= patience
 
     def _over(self) -> bool:
-        """Whether there is no step left to do."""
+        """Return whether no step is left to do."""
         return self.step >= self.total or self._exhausted()
 
     @contextmanager
     def _evaluated_weights(self) -> Iterator[None]:
-        """The averaged weights, if any, in full precision."""
+        """Use the averaged weights, if any, in full precision while the context is active."""
         averaged = self.average.applied() if self.average is not None else nullcontext()
         with full_precision(self.potential.model), averaged:
             yield
@@ -293,7 +297,7 @@ class Trainer:
     # --- files
 
     def save(self) -> None:
-        """Write last.safetensors, then last.pt, which alone holds all that a resumed run needs."""
+        """Write last.safetensors, then last.pt, which alone holds everything a resumed run needs."""
         with self._evaluated_weights():
             self._save_model("last.safetensors", self.best_score if self.stale == 0 else math.nan)
         random = {"cpu": torch.get_rng_state()}
@@ -315,7 +319,7 @@ class Trainer:
         """Continue from a saved state.
 
         Raises:
-            ValueError: If it is of another model or optimiser.
+            ValueError: If the state belongs to another model or optimiser.
         """
         changed = changed_options(state["options"], self.preparation.run_text)
         fixed = [c for c in changed if c.startswith(("model.", "training.optimizer", "training.ema_decay"))]
@@ -333,7 +337,7 @@ class Trainer:
         for name in _COUNTERS:
             setattr(self, name, state[name])
         self.sums.copy_(state["sums"])
-        if "coverage" in state:  # not yet in runs of earlier versions, which look again
+        if "coverage" in state:  # absent in states of earlier versions; distances are then collected again
             self.coverage.collector.load_state_dict(state["coverage"])
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["random"]:
