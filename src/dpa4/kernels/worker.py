@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch._inductor.config as inductor
 
-from dpa4.kernels import matmul, rotate, segments, so2  # noqa: F401  # their operators are in the stages
+from dpa4.kernels import bilinear, matmul, pairs, rotate, segments, so2  # noqa: F401  # their operators are in the stages
 from dpa4.kernels.stage import Recipe, make_file
 
 
