@@ -74,6 +74,7 @@ def test_links_resolve(path):
 def test_every_page_of_the_documentation_is_checked():
     assert {
         "docs/conventions.md",
+        "docs/theory.md",
         "docs/data.md",
         "docs/training.md",
         "docs/models.md",

@@ -1,4 +1,7 @@
-"""How messages are weighted: over the edges of a node, and over the focus streams of an edge."""
+"""Weights of messages: over the edges of a node, and over the focus streams of an edge.
+
+See docs/theory.md, "Attention".
+"""
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +15,9 @@ from dpa4.model.segments import envelope_softmax
 
 
 class EnvelopeGatedAttention(nn.Module):
-    """Attention over neighbours whose weights vanish at the cutoff (model-2 section 7.4).
+    """Attention over the neighbours of a node, with weights that vanish at the cutoff.
 
-    Queries and keys come from the scalars of the nodes; radial features add a bias to the logits.
+    Queries and keys come from the scalars of the nodes. Radial features add a bias to the logits.
     """
 
     def __init__(self, width: int, n_focus: int, heads: int):
@@ -29,14 +32,22 @@ class EnvelopeGatedAttention(nn.Module):
         self.gate_logit = nn.Parameter(0.01 * torch.randn(width, n_focus, heads))
 
     def states(self, scalars: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys (N, F, c) of node scalars (N, F, c)."""
+        """Compute queries and keys, (N, F, c) each, from node scalars (N, F, c)."""
         normed = self.qk_norm(scalars)
         return self.query(normed), self.key(normed)
 
     def weights(
         self, query: Tensor, key: Tensor, radial: RadialFeatures, hidden: Tensor, hood: Neighborhood
     ) -> Tensor:
-        """Weight of every edge, focus and head, (E, F, H)."""
+        """Weight of every edge, focus stream and head, (E, F, H).
+
+        Args:
+            query: Queries of the centres, (n, F, c).
+            key: Keys of all nodes, (N, F, c).
+            radial: Radial features of the edges.
+            hidden: Map of the radial channels, (C, F c).
+            hood: The edges, complete for the n centres.
+        """
         focuses, width = query.shape[1:]
         ends, heads = (hood.destination, hood.source), focuses * self.heads
         content = pair_dot(query.flatten(1), key.flatten(1), *ends, heads).unflatten(1, (focuses, self.heads))
@@ -50,15 +61,15 @@ class EnvelopeGatedAttention(nn.Module):
         )
 
     def output_scale(self, scalars: Tensor, degree_norm: Tensor) -> Tensor:
-        """Gate of every node's aggregate, (N, F, H)."""
+        """Gate of the aggregated messages of every node, (N, F, H)."""
         return torch.einsum("nfc,cfh->nfh", self.gate_norm(scalars), self.gate_logit).sigmoid()
 
 
 class EnvelopeSum(nn.Module):
-    """Sum over neighbours weighted by the envelope, divided by the root of the coordination (section 7.5)."""
+    """Sum over neighbours, weighted by the envelope and divided by the root of the smooth coordination number."""
 
     def states(self, scalars: Tensor) -> tuple[Tensor, Tensor]:
-        """What the weights need of the nodes: nothing, so scalars of width zero."""
+        """Return empty queries and keys (N, F, 0): the weights do not depend on the nodes."""
         return scalars[..., :0], scalars[..., :0]
 
     def weights(
@@ -68,12 +79,12 @@ class EnvelopeSum(nn.Module):
         return (hood.edges.weight * hood.edges.gate)[:, None, None]
 
     def output_scale(self, scalars: Tensor, degree_norm: Tensor) -> Tensor:
-        """Normalisation of every node's aggregate, (N, 1, 1)."""
+        """Normalisation of the aggregated messages of every node, (N, 1, 1)."""
         return degree_norm[:, None, None]
 
 
 class FocusCompetition(nn.Module):
-    """Softmax over the focus streams of an edge, smoothed so that none is ever shut out (section 7.3, step 7)."""
+    """Softmax over the focus streams of an edge, smoothed so that every stream keeps a share."""
 
     SMOOTHING = 0.02
 
@@ -84,7 +95,7 @@ class FocusCompetition(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_focus)) if bias else None
 
     def forward(self, scalars: Tensor) -> Tensor:
-        """Scalars of the edges (F, E, c) to weights (E, F, 1)."""
+        """Compute weights (E, F, 1) from the scalars of the edges (F, E, c)."""
         normed = self.norm(scalars.transpose(0, 1))
         logits = torch.einsum("efc,cf->ef", normed, self.weight)
         logits = logits if self.bias is None else logits + self.bias
@@ -93,8 +104,12 @@ class FocusCompetition(nn.Module):
 
 
 class SingleFocus(nn.Module):
-    """The competition of one stream: it always wins."""
+    """Replacement for `FocusCompetition` for a single focus stream, whose weight is one."""
 
     def forward(self, scalars: Tensor) -> Tensor:
-        """Ones, (1, 1, 1). Not made by a method of the scalars: compiled code would keep those for the derivative."""
+        """Ones of shape (1, 1, 1).
+
+        Built with `torch.ones`, because ``scalars.new_ones`` would make compiled code save the scalars for the
+        backward pass.
+        """
         return torch.ones(1, 1, 1, dtype=scalars.dtype, device=scalars.device)

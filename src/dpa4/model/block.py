@@ -1,4 +1,7 @@
-"""Feed-forward networks and the interaction block (model-2 section 12, model-3 section 5)."""
+"""Feed-forward networks and the interaction block.
+
+See docs/theory.md, "Feed-forward network", "Normalisation" and "Readout and energy".
+"""
 
 from collections.abc import Sequence
 
@@ -17,9 +20,9 @@ from dpa4.model.radial import RadialFeatures
 
 
 class GatedActivation(nn.Module):
-    """Gated linear unit per degree: the halves of what a linear layer makes are value and gate.
+    """Gated linear unit per degree: the halves of the output of a linear layer are value and gate.
 
-    Scalars become value * silu(gate); higher degrees are scaled by sigmoids of the gate's scalars.
+    Scalars become value * silu(gate). Higher degrees are multiplied by sigmoids of the scalars of the gate.
     """
 
     degree: Tensor
@@ -30,7 +33,7 @@ class GatedActivation(nn.Module):
         self.register_buffer("degree", degree_of(lmax)[1:] - 1, persistent=False)
 
     def forward(self, x: Tensor, linear: DegreeLinear) -> Tensor:
-        """Apply the gates in linear(x), (n, D, 2 c) to (n, D, c)."""
+        """Gate linear(x), (n, D, 2 c), to (n, D, c)."""
         value, gate = linear(x).chunk(2, dim=-1)
         scalars = (value[:, 0] * functional.silu(gate[:, 0]))[:, None]
         if self.linear is None:
@@ -39,13 +42,13 @@ class GatedActivation(nn.Module):
         return torch.cat([scalars, value[:, 1:] * pick(factor, 1, self.degree)], dim=1)
 
     def scalars(self, x: Tensor, linear: DegreeLinear) -> Tensor:
-        """The scalars of what `forward` returns, (n, c)."""
+        """Compute only the scalars of `forward`, (n, c)."""
         value, gate = linear(x)[:, 0].chunk(2, dim=-1)
         return value * functional.silu(gate)
 
 
 class FeedForward(nn.Module):
-    """Equivariant network on one node: channels to a gated hidden width and back, starting at zero."""
+    """Equivariant network on single nodes: linear, non-linearity, linear. The last layer starts at zero."""
 
     def __init__(
         self,
@@ -62,18 +65,18 @@ class FeedForward(nn.Module):
         self.linear_out = DegreeLinear(lmax, frames * width, channels, bias=bias, zero=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, D, C) -> (N, D, C)."""
+        """Update of nodes (N, D, C), without the residual."""
         return self.linear_out(self.activation(x, self.linear_in))
 
     def scalars(self, x: Tensor) -> Tensor:
-        """The scalars of what `forward` returns, (N, D, C) -> (N, C), without the rest."""
+        """Compute only the scalars of `forward`, (N, D, C) to (N, C)."""
         hidden = self.activation.scalars(x, self.linear_in)
         y = hidden @ self.linear_out.weight[0, : hidden.shape[-1]]
         return y if self.linear_out.bias is None else y + self.linear_out.bias
 
 
 def feed_forward(config: ModelConfig, lmax: int) -> FeedForward:
-    """The feed-forward network of a block of degree lmax."""
+    """Build the feed-forward network of a block of degree lmax."""
     width, kmax = config.ffn_neurons or auto_width(config.channels), min(config.kmax, lmax)
     bias, frames = config.mlp_bias, 2 * kmax + 1 if config.ffn_on == "so3" else 1
     if config.ffn_on == "degrees":
@@ -85,7 +88,7 @@ def feed_forward(config: ModelConfig, lmax: int) -> FeedForward:
 
 
 def read_out(config: ModelConfig, lmax: int) -> FeedForward:
-    """One layer of the read-out: on scalars (lmax 0), or on the SO(3) grid (model-1 section 14)."""
+    """Build one layer of the read-out: on scalars (lmax 0) or on the SO(3) grid."""
     width, bias = config.ffn_neurons or auto_width(config.channels), config.mlp_bias
     if config.so3_readout == "none":
         return FeedForward(0, config.channels, width, 1, GatedActivation(0, width, bias), bias)
@@ -95,7 +98,10 @@ def read_out(config: ModelConfig, lmax: int) -> FeedForward:
 
 
 class Block(nn.Module):
-    """x + norm(convolution(x)), then x + ffn(norm(x)): residual stream in full precision."""
+    """Interaction block: x + norm(convolution(x)), then x + ffn(norm(x)).
+
+    The residual stream keeps the precision of the parameters, also in mixed precision.
+    """
 
     def __init__(self, config: ModelConfig, lmax: int):
         super().__init__()
@@ -108,7 +114,7 @@ class Block(nn.Module):
         self.size = (lmax + 1) ** 2
         self.conv_norm_in = norm(conv_in)
         self.conv = SO2Convolution(config, lmax)
-        # without edge_norm small messages must stay small, so that they vanish smoothly at the cutoff
+        # Without edge_norm small messages must stay small, so that they vanish smoothly at the cutoff.
         self.conv_norm_out = norm(conv_out, 1e-5 if config.edge_norm else 1.0)
         self.ffn_norms_in = nn.ModuleList(norm(ffn_in) for _ in range(count))
         self.ffns = nn.ModuleList(feed_forward(config, lmax) for _ in range(count))
@@ -123,9 +129,13 @@ class Block(nn.Module):
         hoods: Sequence[Neighborhood],
         domain: Domain = WHOLE,
     ) -> Tensor:
-        """Own nodes of at least the block's degree to own nodes of its degree, (n, D, C).
+        """Map own nodes of at least the block's degree to own nodes of the block's degree, (n, D, C).
 
-        ``hoods`` are the parts of the neighborhood, ``radial`` the radial features of each.
+        Args:
+            x: Features of the own nodes, (n, D', C) with D' >= D.
+            radial: Radial features of every part of the edges.
+            hoods: Parts of the edges, each complete for its centres.
+            domain: The own atoms among all nodes.
         """
         x = x[:, : self.size]
         states = self.states(domain.with_ghosts(x))
@@ -141,17 +151,17 @@ class Block(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def states(self, x: Tensor) -> NodeStates:
-        """What the messages need of the nodes (N, D, C)."""
+        """Compute the features of nodes (N, D, C) that messages and update read."""
         return self.conv.states(self.conv_norm_in(x))
 
     def messages(
         self, sources: Tensor, query: Tensor, key: Tensor, radial: RadialFeatures, hood: Neighborhood
     ) -> Tensor:
-        """Sums of messages, (n, D, F c); see `SO2Convolution.messages`."""
+        """Sum the weighted messages to every centre, (n, D, F c); see `SO2Convolution.messages`."""
         return self.conv.messages(sources, query, key, radial, hood)
 
     def update(self, x: Tensor, own: Tensor, total: Tensor, degree_norm: Tensor) -> Tensor:
-        """Nodes (N, D, C) after the messages and the feed-forward networks."""
+        """Apply aggregated messages and feed-forward networks to nodes (N, D, C)."""
         x = x + self.conv_norm_out(self.conv.update(own, total, degree_norm))
         for i, ffn in enumerate(self.ffns):
             update = self.ffn_norms_out[i](ffn(self.ffn_norms_in[i](x)))
@@ -159,5 +169,5 @@ class Block(nn.Module):
         return x
 
     def update_some(self, x: Tensor, own: Tensor, total: Tensor, degree_norm: Tensor) -> Tensor:
-        """`update` of a part of the nodes; compiled for a GPU, it never keeps results for the derivatives."""
+        """`update` for a part of the nodes; compiled for a GPU, it stores no intermediates for the backward pass."""
         return Block.update(self, x, own, total, degree_norm)

@@ -1,4 +1,4 @@
-"""The options of a DPA4 model: one frozen, validated object, stored in every checkpoint."""
+"""Options of a DPA4 model: one frozen, validated object that every checkpoint stores."""
 
 from typing import Literal
 
@@ -9,7 +9,10 @@ GridOperation = Literal["glu", "mlp"] | PositiveInt
 
 
 class Bridging(BaseModel):
-    """ZBL zone bridging: below ``r_inner`` only the analytic nuclear repulsion acts (model-3 section 10)."""
+    """ZBL zone bridging: below ``r_inner`` only the analytic nuclear repulsion varies.
+
+    See docs/theory.md, "ZBL bridging".
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -21,8 +24,8 @@ class Bridging(BaseModel):
     )
     smooth_cutoff: bool = Field(
         True,
-        description="Multiply the ZBL energy by the cutoff envelope. The reference cuts it off abruptly at the "
-        "cutoff (1 meV for O-O at 6 Angstrom); false reproduces that and is set for imported models.",
+        description="Multiply the ZBL energy by the cutoff envelope. deepmd-kit ends it abruptly at the cutoff "
+        "(1 meV for O-O at 6 Angstrom); false reproduces this and is set for imported models.",
     )
 
     @model_validator(mode="after")
@@ -171,5 +174,8 @@ class ModelConfig(BaseModel):
 
 
 def auto_width(channels: int) -> int:
-    """Hidden width of a gated layer: 8/3 of its input, rounded up to a multiple of 32 (model-1 section 4)."""
+    """Hidden width of a gated layer: 8/3 of the input width, rounded up to a multiple of 32.
+
+    See docs/theory.md, "Feed-forward network".
+    """
     return 32 * -(-8 * channels // 96)

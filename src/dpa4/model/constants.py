@@ -10,10 +10,10 @@ from dpa4.kernels.bilinear import Terms
 
 
 class ConstantModule(nn.Module):
-    """A module with constants computed in float64, held as buffers in the module's own precision.
+    """Module whose constants are computed in float64 and held as buffers in the precision of the module.
 
-    ``nn.Module.double`` would widen the rounded float32 values; here a change of precision or device starts from
-    the float64 values again.
+    ``nn.Module.double`` would only widen the rounded float32 values. Here every change of precision or device starts
+    from the float64 values.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class ConstantModule(nn.Module):
         self._exact: dict[str, Tensor] = {}
 
     def register_constant(self, name: str, value: Tensor) -> None:
-        """Add a float64 constant under ``name``; it is not part of the state dict."""
+        """Add a float64 constant under ``name``, outside of the state dict."""
         self._exact[name] = value.double()
         self.register_buffer(name, value.to(torch.get_default_dtype()), persistent=False)
 
@@ -34,7 +34,7 @@ class ConstantModule(nn.Module):
 
 
 class SparseProduct(ConstantModule):
-    """A bilinear map of few terms, see `dpa4.kernels.bilinear`."""
+    """Bilinear map with few non-zero coefficients, see `dpa4.kernels.bilinear`."""
 
     indices: Tensor
     scale: Tensor
@@ -45,9 +45,9 @@ class SparseProduct(ConstantModule):
         self.register_constant("scale", terms.scale)
 
     def takes(self, a: Tensor, b: Tensor) -> bool:
-        """Whether there is a kernel for factors (n, A, c) and (n, B, c)."""
+        """Return whether a kernel supports factors (n, A, c) and (n, B, c)."""
         return bilinear.takes(a.shape[2], a, b)
 
     def forward(self, a: Tensor, b: Tensor, size: int) -> Tensor:
-        """(n, A, c), (n, B, c) -> (n, size, c)."""
+        """Product of factors (n, A, c) and (n, B, c), of shape (n, size, c)."""
         return bilinear.bilinear(a, b, Terms(self.indices, self.scale), size)

@@ -1,4 +1,7 @@
-"""The EMFA SO(2) convolution: edge-node product, multiple foci, envelope-gated attention (model-2 section 7)."""
+"""EMFA SO(2) convolution: edge-node product, multiple focus streams, envelope-gated attention.
+
+See docs/theory.md, "EMFA convolution".
+"""
 
 from typing import NamedTuple
 
@@ -17,7 +20,7 @@ from dpa4.model.so2 import DegreeProduct, ElementwiseProduct, join_streams, so2_
 
 
 class SameChannels(nn.Module):
-    """Stands for the radial projection where the convolution is as wide as the nodes."""
+    """Identity in place of the radial projection, for convolutions as wide as the nodes."""
 
     weight: Tensor
 
@@ -27,16 +30,16 @@ class SameChannels(nn.Module):
 
 
 class NodeStates(NamedTuple):
-    """What a convolution needs of its nodes."""
+    """Node features that a convolution reads."""
 
-    own: Tensor  # (N, D, F c)
-    sources: Tensor  # as the edge-node product gathers them, (N, K, F c)
+    own: Tensor  # (N, D, F c) features after the pre-mix
+    sources: Tensor  # (N, K, F c) features as the edge-node product gathers them
     query: Tensor  # (N, F, c)
     key: Tensor  # (N, F, c)
 
 
 class SO2Convolution(nn.Module):
-    """Message passing of one block, in three parts: on nodes, on edges, on nodes again."""
+    """Message passing of one block in three parts: `states` on nodes, `messages` on edges, `update` on nodes."""
 
     scalar_degree: Tensor
 
@@ -67,13 +70,13 @@ class SO2Convolution(nn.Module):
         self.register_buffer("scalar_degree", torch.zeros(1, dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor, radial: RadialFeatures, hood: Neighborhood) -> Tensor:
-        """Nodes (N, D, C) to their aggregated messages (N, D, C)."""
+        """Compute the aggregated messages (N, D, C) of nodes (N, D, C)."""
         states = self.states(x)
         total = self.messages(states.sources, states.query, states.key, radial, hood)
         return self.update(states.own, total, hood.degree_norm)
 
     def states(self, x: Tensor) -> NodeStates:
-        """What the convolution needs of its nodes (N, D, C)."""
+        """Compute the features of nodes (N, D, C) that messages and update read."""
         x = self.pre_mix(x)
         query, key = self.attention.states(self._scalars(x))
         return NodeStates(x, self.product.spread(x), query, key)
@@ -81,12 +84,12 @@ class SO2Convolution(nn.Module):
     def messages(
         self, sources: Tensor, query: Tensor, key: Tensor, radial: RadialFeatures, hood: Neighborhood
     ) -> Tensor:
-        """Weighted sum of the messages to every centre, (n, D, F c).
+        """Sum the weighted messages to every centre, (n, D, F c).
 
         Args:
             sources: `NodeStates.sources` of all nodes.
-            query: Of the centres, (n, F, c).
-            key: Of all nodes.
+            query: Queries of the centres, (n, F, c).
+            key: Keys of all nodes, (N, F, c).
             radial: Radial features of the edges.
             hood: The edges, complete for the n centres.
         """
@@ -97,12 +100,12 @@ class SO2Convolution(nn.Module):
         x = self.stack(x, self._bias_scale(radial, to_hidden, hood.edges) if self.biased else None)
         weight = materialized(self.attention.weights(query, key, radial, to_hidden, hood) * share)
         message = join_streams(x, self.stack.rows)
-        # One matrix per head weighs, rotates back and rescales.
+        # One matrix per edge and head applies weight, rotation back and rescaling.
         back = self.frame.weighted_back(hood.edges.rows, weight.flatten(1))
         return scatter_matmul(back.to(message.dtype), message, hood.destination)
 
     def update(self, x: Tensor, total: Tensor, degree_norm: Tensor) -> Tensor:
-        """Aggregated messages of every node, (N, D, C), from its own state (N, D, F c) and their sum."""
+        """Compute the update (N, D, C) of nodes from their own features and sums of messages, (N, D, F c) each."""
         factor = self.attention.output_scale(self._scalars(x), degree_norm).flatten(1)
         total = (total.unflatten(-1, (factor.shape[-1], -1)) * factor[:, None, :, None]).flatten(2)
         return self.post_mix(self.node_product(total, x))
@@ -111,6 +114,6 @@ class SO2Convolution(nn.Module):
         return x[:, 0].unflatten(-1, (self.n_focus, -1))
 
     def _bias_scale(self, radial: RadialFeatures, to_hidden: Tensor, edges: Edges) -> Tensor:
-        """Factor of the first layer's bias, so that it vanishes with the envelope, (F, E, c)."""
+        """Factor of the bias in the first SO(2) layer, which makes it vanish with the envelope, (F, E, c)."""
         scale = radial.of_degrees(to_hidden, self.scalar_degree)[:, 0] * edges.weight[:, None]
         return scale.unflatten(-1, (self.n_focus, -1)).transpose(0, 1)

@@ -1,4 +1,7 @@
-"""Geometry of the edges, computed once per step and shared by all blocks (model-1 sections 5 to 8)."""
+"""Geometry of the edges, computed once per step and shared by all blocks.
+
+See docs/theory.md, "Graph and edge frames" and "ZBL bridging".
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -19,42 +22,42 @@ from dpa4.model.layers import after_zeros, degree_of
 from dpa4.model.radial import envelope
 
 SOFTENING = 1e-7
-"""Length added in quadrature to every edge length, in Angstrom (the reference's ``eps``)."""
+"""Length added in quadrature to every edge length, in Angstrom (``eps`` of deepmd-kit)."""
 
 
 class Edges(NamedTuple):
     """Geometry of E edges; every tensor has one row per edge."""
 
-    vector: Tensor  # (E, 3), Angstrom; clamped when bridging
-    length: Tensor  # (E,), Angstrom; clamped when bridging
+    vector: Tensor  # (E, 3), Angstrom; clamped with bridging
+    length: Tensor  # (E,), Angstrom; clamped with bridging
     weight: Tensor  # (E,) cutoff envelope w
     gate: Tensor  # (E,) freeze gate of the source atom; ones without bridging
     rows: Rows  # rows |m| <= mmax of the edge's Wigner matrices
 
     def harmonics(self) -> Tensor:
-        """Z_{l,m} of the edge direction, (E, D)."""
+        """Return the harmonics Z_{l,m} of the edge directions, (E, D)."""
         return self.rows[0][:, 0]
 
 
 class Neighborhood(NamedTuple):
-    """Edges and the nodes that they join."""
+    """Edges, and the nodes that they join."""
 
     edges: Edges
-    source: Incidence  # of the neighbours
-    destination: Incidence  # of the centres
-    degree_norm: Tensor  # (N,) inverse square root of the smooth coordination number of the centres
+    source: Incidence  # neighbour of each edge
+    destination: Incidence  # centre of each edge
+    degree_norm: Tensor  # (N,) inverse square root of the smooth coordination number of each centre
 
 
 def in_parts(source: Incidence, destination: Incidence, max_edges: int) -> list[tuple[Incidence, Incidence]]:
-    """Both ends of the edges in parts, each with all edges of a run of centres: what is alive at once stays small.
+    """Split the edges into parts, each with all edges of a run of centres, to bound the memory in use at once.
 
     Args:
         source: Neighbour of each edge, among all nodes.
-        destination: Centre of each edge; edges are sorted by it.
-        max_edges: Of a part, unless one centre has more.
+        destination: Centre of each edge; edges are sorted by centre.
+        max_edges: Highest number of edges in a part. A single centre with more edges still forms one part.
 
     Returns:
-        Of each part the neighbours, among all nodes, and the centres, among those of the part.
+        Neighbours and centres of every part. Neighbours count among all nodes, centres among those of the part.
     """
     num_nodes = destination.num_nodes
     if len(destination.index) <= max_edges:
@@ -73,7 +76,7 @@ def in_parts(source: Incidence, destination: Incidence, max_edges: int) -> list[
 
 
 def clamp_length(length: Tensor, bridging: Bridging) -> Tensor:
-    """Length that is frozen at r_inner below it and smoothly joins the true one at r_outer (model-1 section 7.1)."""
+    """Clamp lengths: constant r_inner below r_inner, and a smooth transition to the true length at r_outer."""
     width = bridging.r_outer - bridging.r_inner
     t = ((length - bridging.r_inner) / width).clamp(0, 1)
     inner = bridging.r_inner + width * t**4 * (20 + t * (-45 + t * (36 - 10 * t)))
@@ -81,10 +84,10 @@ def clamp_length(length: Tensor, bridging: Bridging) -> Tensor:
 
 
 def openness(length: Tensor, destination: Incidence, bridging: Bridging) -> Tensor:
-    """Freeze gate of each node as a source, (N,): zero if a neighbour is within r_inner (model-1 section 7.5).
+    """Freeze gate of each node as a source, (N,): zero if a neighbour is within r_inner.
 
-    The product over a node's edges is the exponential of a sum of logarithms over the non-zero factors, so
-    gradients stay finite where a factor is exactly zero (its own derivative is zero there).
+    The gate is a product over the edges of a node, computed as the exponential of a sum of logarithms of the non-zero
+    factors. Gradients thus stay finite where a factor is exactly zero; the derivative of such a factor is zero.
     """
     t = ((length - bridging.r_inner) / (bridging.r_outer - bridging.r_inner)).clamp(0, 1)
     switch = t**4 * (35 + t * (-84 + t * (70 - 20 * t)))
@@ -95,7 +98,7 @@ def openness(length: Tensor, destination: Incidence, bridging: Bridging) -> Tens
 
 
 def reduced_degrees(lmax: int, mmax: int) -> list[int]:
-    """Degree of each row of the edge frame: orders 0, then -1, +1, -2, +2, ... (m-major, model-1 section 8.5)."""
+    """Degree of each row of the edge frame. Rows are sorted by order: 0, -1, +1, -2, +2, ..."""
     order = [*range(lmax + 1)]
     for m in range(1, mmax + 1):
         order += 2 * list(range(m, lmax + 1))
@@ -106,34 +109,44 @@ Formula = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
 
 class MatrixEntries(nn.Module):
-    """Matrices on edges of which every entry is a number of the edge, times one of the Wigner rows of a block."""
+    """Matrices on edges in which every entry is a number of the edge times an entry of its Wigner rows.
+
+    The products are found once by applying a formula to numbered entries; a sparse product then forms the matrices.
+    """
 
     def __init__(self, formula: Formula, size: int, lmax: int, mmax: int):
-        """The formula as in `Terms.of_products`, applied to so many numbers and the rows of a block."""
+        """Find the products of a formula.
+
+        Args:
+            formula: Maps numbers (E, size) and the Wigner rows of a block to matrices, see `Terms.of_products`.
+            size: Numbers per edge.
+            lmax: Degree of the block.
+            mmax: Highest order of the block.
+        """
         super().__init__()
         self.columns = [(lmax + 1) ** 2 - m * m for m in range(mmax + 1)]
         shapes = [torch.Size((min(m + 1, 2), n)) for m, n in enumerate(self.columns)]
         empty = (torch.empty(0, *shape) for shape in ((size,), *shapes))
-        self.shape = formula(next(empty), list(empty)).shape[1:]  # of a matrix, or several
+        self.shape = formula(next(empty), list(empty)).shape[1:]  # shape of the matrices of one edge
         self.product = SparseProduct(Terms.of_products(formula, size, shapes))
 
     def own(self, rows: Sequence[Tensor]) -> list[Tensor]:
-        """Rows without the orders and degrees that the block does not have."""
+        """Drop the orders and degrees that the block lacks from the rows."""
         return [r[..., :n] for r, n in zip(rows, self.columns, strict=False)]
 
     def takes(self, rows: Sequence[Tensor]) -> bool:
-        """Whether there is a kernel, else the formula is to be used."""
+        """Return whether there is a kernel; otherwise use the formula."""
         return bilinear.takes(1, *rows)
 
     def forward(self, numbers: Tensor, rows: Sequence[Tensor]) -> Tensor:
-        """The formula's result for numbers (E, A) and the block's `own` rows."""
+        """Evaluate the formula for numbers (E, size) and the `own` rows of the block."""
         joined = torch.cat([r.flatten(1) for r in rows], dim=1)
-        numbers = numbers.to(joined.dtype)  # of another one where they are products in mixed precision
+        numbers = numbers.to(joined.dtype)  # mixed precision yields numbers of another dtype
         return self.product(numbers[..., None], joined[..., None], self.shape.numel()).view(-1, *self.shape)
 
 
 class LocalFrame(ConstantModule):
-    """The rotation between packed coefficients and m-major rows of the edge frame, of one block."""
+    """Rotation between the packed coefficients of a block and the rows of its edge frame."""
 
     def __init__(self, lmax: int, mmax: int, heads: int = 1):
         super().__init__()
@@ -142,7 +155,7 @@ class LocalFrame(ConstantModule):
         for m in range(self.mmax + 1):
             rows = torch.arange(m, lmax + 1, dtype=torch.float64)[:, None]
             same = (rows == degree[m * m :]).double()
-            # Coefficients of orders beyond mmax are lost on the way; the others make up for them in size.
+            # Orders beyond mmax are lost in the edge frame; the factor restores the norm on average.
             rescale = torch.where(rows > self.mmax, ((2 * rows + 1) / (2 * self.mmax + 1)).sqrt(), 1.0)
             rescaled.append(same * rescale)
             self.register_constant(f"degree_{m}", same)
@@ -152,11 +165,11 @@ class LocalFrame(ConstantModule):
         )
 
     def matrix(self, rows: Sequence[Tensor]) -> Tensor:
-        """Matrices (E, M, D) of Wigner rows (E, k, D')."""
+        """Rotation matrices (E, M, D) into the edge frame, from Wigner rows (E, k, D')."""
         return _frame(self.entries.own(rows), self._masks("degree"))
 
     def weighted_back(self, rows: Sequence[Tensor], weight: Tensor) -> Tensor:
-        """Matrices (E, H, M, D) whose transpose leads back, rescaled, times a weight (E, H)."""
+        """Matrices (E, H, M, D) whose transpose rotates back, rescales and multiplies by a weight (E, H)."""
         rows = self.entries.own(rows)
         if self.entries.takes(rows):
             return self.entries(weight, rows)
@@ -167,7 +180,7 @@ class LocalFrame(ConstantModule):
 
 
 def _frame(rows: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
-    """Rows (..., k, D') of every order, degree by degree under one another, in the columns of all coefficients."""
+    """Stack the rows (..., k, D') of every order, one matrix row per degree, with columns for all coefficients."""
     parts = []
     for m, (of_order, mask) in enumerate(zip(rows, masks, strict=True)):
         parts.append(after_zeros((of_order[..., None, :] * mask).flatten(-3, -2), m * m))
@@ -175,34 +188,34 @@ def _frame(rows: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
 
 
 def _weighted_frame(weight: Tensor, rows: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
-    """The same times weights (E, H), (E, H, M, D).
+    """`_frame` times weights (E, H): (E, H, M, D).
 
-    Rows are weighed before the matrix is made of them: the derivative of the weight is then a sum over rows, not over
-    the whole matrix (docs/adr/0012).
+    The weight multiplies the rows before they are stacked. Its derivative is then a sum over rows instead of whole
+    matrices (docs/adr/0014).
     """
     return _frame([r[:, None] * weight[..., None, None] for r in rows], masks)
 
 
 def softened_length(vector: Tensor) -> Tensor:
-    """Lengths (E,) of vectors (E, 3), differentiable at zero."""
+    """Compute the lengths (E,) of vectors (E, 3), differentiable at zero."""
     return (vector.square().sum(-1) + SOFTENING**2).sqrt()
 
 
 class FullRange(nn.Module):
-    """No bridging: true lengths, open gates."""
+    """Geometry without bridging: true lengths and open gates."""
 
     def openness(self, vector: Tensor, source: Incidence, destination: Incidence, domain: Domain) -> Tensor:
         """Freeze gate of each node as a source, (N,), from the vectors (E, 3)."""
         return vector.new_ones(source.num_nodes)
 
     def forward(self, vector: Tensor, open_: Tensor, source: Incidence) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors (E, 3), their lengths (E,) and the gates of the edges (E,)."""
+        """Return vectors (E, 3), their lengths (E,) and the gates of the edges (E,)."""
         length = softened_length(vector)
         return vector, length, torch.ones_like(length)
 
 
 class FrozenCore(FullRange):
-    """Zone bridging: lengths frozen below r_inner, gates closed for atoms that have such a neighbour."""
+    """Geometry with zone bridging: lengths frozen below r_inner, gates closed for atoms with such a neighbour."""
 
     def __init__(self, bridging: Bridging):
         super().__init__()
@@ -214,14 +227,14 @@ class FrozenCore(FullRange):
         return domain.with_ghosts(openness(clamped, destination, self.bridging))
 
     def forward(self, vector: Tensor, open_: Tensor, source: Incidence) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors (E, 3), their clamped lengths (E,) and the gates of the edges (E,)."""
+        """Return clamped vectors (E, 3), their lengths (E,) and the gates of the edges (E,)."""
         length = softened_length(vector)
         clamped = clamp_length(length, self.bridging)
         return vector * (clamped / length)[:, None], clamped, gather(open_, source)
 
 
 class EdgeGeometry(nn.Module):
-    """Edge vectors to a `Neighborhood`."""
+    """Map from edge vectors to a `Neighborhood`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -234,13 +247,13 @@ class EdgeGeometry(nn.Module):
     def openness(
         self, vector: Tensor, source: Incidence, destination: Incidence, domain: Domain = WHOLE
     ) -> Tensor:
-        """Freeze gate of each node as a source, (N,), which depends on all its neighbours."""
+        """Freeze gate of each node as a source, (N,); it depends on all neighbours of the node."""
         return self.short_range.openness(vector, source, destination, domain)
 
     def forward(
         self, vector: Tensor, open_: Tensor, source: Incidence, destination: Incidence
     ) -> Neighborhood:
-        """Geometry of edge vectors (E, 3) in Angstrom; ``open_`` is the `openness` of the nodes."""
+        """Compute the geometry of edge vectors (E, 3) in Angstrom; ``open_`` is the `openness` of all nodes."""
         vector, length, gate = self.short_range(vector, open_, source)
         weight = envelope(length, self.cutoff, self.exponent)
         coordination = segment_sum(weight.square(), destination)

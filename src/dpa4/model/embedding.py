@@ -1,4 +1,7 @@
-"""Initial node features: element, charge and spin, environment (model-1 sections 9, 11, 12)."""
+"""Input features of the nodes: element, charge and spin, environment.
+
+See docs/theory.md, "Input features" and "Charge and spin".
+"""
 
 import math
 
@@ -15,7 +18,7 @@ from dpa4.model.radial import RadialFeatures
 
 
 class Embedding(nn.Module):
-    """Table of learned vectors; ``padding`` adds a zero row at the end, as the published checkpoints have it."""
+    """Table of learned vectors. ``padding`` adds a zero row at the end, as in the published checkpoints."""
 
     def __init__(self, rows: int, width: int, padding: bool = False):
         super().__init__()
@@ -23,12 +26,15 @@ class Embedding(nn.Module):
         self.table = nn.Parameter(functional.pad(table, (0, 0, 0, int(padding))))
 
     def forward(self, index: Tensor) -> Tensor:
-        """(n,) -> (n, width)."""
+        """Look up rows (n,) int64: (n, width)."""
         return self.table[index]
 
 
 class ChargeSpinEmbedding(nn.Module):
-    """Adds a vector for the total charge and spin multiplicity of the structure to its element embeddings."""
+    """Embedding of the total charge and spin multiplicity of a structure, added to its element embeddings.
+
+    Charges from -100 to 99 and multiplicities from 0 to 99 have a row in the tables.
+    """
 
     MAX_CHARGE, MAX_SPIN = 100, 99
 
@@ -39,22 +45,22 @@ class ChargeSpinEmbedding(nn.Module):
         self.mix = Linear(2 * channels, channels, bias=True)
 
     def forward(self, types: Tensor, charge_spin: Tensor) -> Tensor:
-        """Element embeddings (N, C) and the charge and spin of each atom's structure, (N, 2) int64, to (N, C)."""
+        """Condition element embeddings (N, C) on the charge and spin of each atom's structure, (N, 2) int64."""
         charge, spin = charge_spin.unbind(-1)
         both = torch.cat([self.charge(charge + self.MAX_CHARGE), self.spin(spin)], dim=-1)
         return types + functional.silu(self.mix(both))
 
 
 class Unconditioned(nn.Module):
-    """Leaves the element embeddings as they are, whatever the charge and spin."""
+    """Replacement for `ChargeSpinEmbedding` for models that ignore charge and spin."""
 
     def forward(self, types: Tensor, charge_spin: Tensor) -> Tensor:
-        """Return the element embeddings."""
+        """Return the element embeddings unchanged."""
         return types
 
 
 class ElementSeed(nn.Module):
-    """Initial node features of the element alone: scalars, zero for l >= 1."""
+    """Input features from the element alone: its embedding as scalars, zeros for l >= 1."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -69,17 +75,17 @@ class ElementSeed(nn.Module):
         radial: RadialFeatures,
         hood: Neighborhood,
     ) -> Tensor:
-        """(n, C) to (n, D, C)."""
+        """Features (n, D, C) from element embeddings (n, C); arguments as in `EnvironmentSeed.forward`."""
         return before_zeros(types[:, None], self.padding, 0)
 
 
 class EnvironmentSeed(nn.Module):
-    """Initial node features of the environment.
+    """Input features from the environment of an atom.
 
-    Scalars are the element embedding, scaled and shifted by a learned invariant of the environment (FiLM); higher
-    degrees are the neighbours' harmonics times their radial features. For the scalars, per node a 4 x A matrix
-    sums (1/r, v/r^2) times a learned function of length and elements; its Gram matrix is
-    rotation invariant and gives the logits of scale and shift.
+    Scalars are the element embedding, scaled and shifted by a learned invariant of the environment (FiLM). A 4 x A
+    matrix per node sums (1/r, v/r^2) times a learned function of length and elements. Its Gram matrix is invariant to
+    rotations and yields the logits of scale and shift. Higher degrees are the harmonics of the neighbours times their
+    radial features.
     """
 
     def __init__(self, config: ModelConfig):
@@ -99,7 +105,7 @@ class EnvironmentSeed(nn.Module):
         self.pair_in = Linear(pair_width, hidden, bias)
         self.pair_out = Linear(hidden, width, bias)
         self.output = Linear(width * self.axes, 2 * c)
-        nn.init.zeros_(self.output.weight)  # starts as the identity
+        nn.init.zeros_(self.output.weight)  # scale and shift start as the identity
         self.scale_norm = RMSNorm(1, c) if config.edge_norm else nn.Identity()
         self.shift_norm = RMSNorm(1, c) if config.edge_norm else nn.Identity()
         self.scale_strength = nn.Parameter(torch.full((1,), math.log(0.01)))
@@ -114,15 +120,15 @@ class EnvironmentSeed(nn.Module):
         radial: RadialFeatures,
         hood: Neighborhood,
     ) -> Tensor:
-        """Features of every centre.
+        """Compute the features of every centre.
 
         Args:
             types: Element embeddings of the centres, (n, C).
             species: Index of the element of all nodes, (N,).
-            own_species: Of the centres, (n,).
+            own_species: Index of the element of the centres, (n,).
             basis: Radial basis of the edges, (E, n_radial).
             radial: Radial features of the edges.
-            hood: Edges and their nodes.
+            hood: Edges and their nodes, complete for the centres.
 
         Returns:
             (n, D, C).
@@ -155,7 +161,8 @@ class EnvironmentSeed(nn.Module):
     def _geometric(self, radial: RadialFeatures, hood: Neighborhood) -> list[Tensor]:
         """Features of each degree l >= 1, (n, 2l + 1, C).
 
-        The hidden radial features are summed first; the last radial layer acts on nodes, which are fewer.
+        Hidden radial features are summed over the edges first. The last radial layer then acts on nodes, which are
+        fewer than edges.
         """
         angular = hood.edges.harmonics()[:, 1:] * hood.edges.gate[:, None]
         summed = _sum_of_products(angular, radial.hidden, hood)
@@ -164,5 +171,5 @@ class EnvironmentSeed(nn.Module):
 
 
 def _sum_of_products(a: Tensor, b: Tensor, hood: Neighborhood) -> Tensor:
-    """Outer products of (E, k) and (E, c), summed over the edges of every centre without being kept: (N, k, c)."""
+    """Sum outer products of (E, k) and (E, c) over the edges of every centre, (N, k, c), without storing them."""
     return scatter_matmul(a[:, None, None], b[:, None], hood.destination)

@@ -1,8 +1,8 @@
-"""Non-linearities as products of fields on a grid (model-3 sections 2, 3; model-2 section 9).
+"""Non-linearities as products of fields on a grid (docs/theory.md, "Grids").
 
-A field with coefficients up to degree L is evaluated on a quadrature grid, multiplied pointwise and analysed
-again. The grids are exact for products of three such fields, so the result is equivariant to rounding.
-Coefficients on the SO(3) grid carry frames k = 0, -1, +1, ... as an outer channel axis: (n, D, K c).
+Two fields with coefficients up to degree L are evaluated on a quadrature grid, multiplied pointwise and analysed
+again. The grids integrate products of three such fields exactly, so the result is equivariant up to rounding.
+Coefficients of the SO(3) grid carry frames k = 0, -1, +1, ... as an outer channel axis: (n, D, K c).
 """
 
 from functools import lru_cache
@@ -23,13 +23,13 @@ LEBEDEV_DEGREES = (*range(3, 32, 2), *range(35, 132, 6))
 
 
 def lebedev(degree: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points (G, 3) and weights (G,), summing to one, of the smallest Lebedev rule exact to ``degree``."""
+    """Return points (G, 3) and weights (G,) of the smallest Lebedev rule exact to ``degree``; weights sum to one."""
     points, weights = lebedev_rule(next(d for d in LEBEDEV_DEGREES if d >= degree))
     return points.T.copy(), weights / weights.sum()
 
 
 def s2_grid(lmax: int) -> tuple[Tensor, Tensor]:
-    """Evaluation (G, D) and analysis (D, G) matrices of fields on the sphere; analysis inverts evaluation."""
+    """Evaluation (G, D) and analysis (D, G) matrices of fields on the sphere. Analysis inverts evaluation."""
     points, weights = lebedev(3 * lmax)
     harmonics = np.concatenate([spherical_harmonics(l, points) for l in range(lmax + 1)], axis=-1)
     degree = degree_of(lmax).numpy()
@@ -39,15 +39,15 @@ def s2_grid(lmax: int) -> tuple[Tensor, Tensor]:
 
 
 def so3_grid(lmax: int, kmax: int) -> tuple[Tensor, Tensor]:
-    """Evaluation (G, D K) and analysis (D K, G) matrices of fields on the rotations, frames |k| <= kmax.
+    """Evaluation (G, D K) and analysis (D K, G) matrices of fields on SO(3) with frames |k| <= kmax.
 
-    The grid is a Lebedev rule times 3 kmax + 1 rolls. Slots with |k| > l hold zeros.
+    The grid is a Lebedev rule times 3 kmax + 1 rolls. Entries with |k| > l are zero.
     """
     points, weights = lebedev(3 * lmax)
     rolls = 3 * kmax + 1
     angle = 2 * torch.pi * torch.arange(rolls, dtype=torch.float64) / rolls
     frame = edge_frame(torch.from_numpy(points))[:, None].expand(-1, rolls, -1, -1)
-    minus, axis, plus = frame.unbind(2)  # (Z(e2), Z(n), -Z(e1)): a roll turns the outer two into each other
+    minus, axis, plus = frame.unbind(2)  # (Z(e2), Z(n), -Z(e1)): a roll mixes the outer two
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     frame = torch.stack([cos * minus - sin * plus, axis, cos * plus + sin * minus], dim=2).flatten(0, 1)
     rows = WignerRows(lmax, kmax).double()(frame)
@@ -62,19 +62,24 @@ def so3_grid(lmax: int, kmax: int) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=16)
 def grid_matrices(lmax: int, kmax: int | None) -> tuple[Tensor, Tensor]:
-    """Those of the sphere, without kmax, or of the rotations."""
+    """Evaluation and analysis matrices of the sphere (kmax None) or of SO(3), cached."""
     return s2_grid(lmax) if kmax is None else so3_grid(lmax, kmax)
 
 
 @lru_cache(maxsize=16)
 def couplings(lmax: int, kmax: int | None) -> Terms:
-    """The products of coefficients that a product of two fields consists of."""
+    """Non-zero coefficients that couple two fields to their product, for use without the grid; cached."""
     evaluate, analyse = grid_matrices(lmax, kmax)
     return Terms.of(torch.einsum("kg,gi,gj->kij", analyse, evaluate, evaluate))
 
 
 class Grid(ConstantModule):
-    """Products of fields on a quadrature grid, and what is left of the grid in them."""
+    """Products of fields on a quadrature grid.
+
+    Args:
+        lmax: Highest degree of the fields.
+        kmax: Highest frame order of an SO(3) grid; None for the sphere.
+    """
 
     evaluate: Tensor
     analyse: Tensor
@@ -86,63 +91,64 @@ class Grid(ConstantModule):
         self.frames = 1 if kmax is None else 2 * kmax + 1
         self.register_constant("evaluate", evaluate)
         self.register_constant("analyse", analyse)
-        self.coupling = SparseProduct(couplings(lmax, kmax))  # faster than the grid on a CPU
+        self.coupling = SparseProduct(couplings(lmax, kmax))  # without the grid: faster on a CPU
         self.scaling = SparseProduct(Terms.of(torch.eye(len(analyse), dtype=torch.float64)[:, :, None]))
-        # Different coefficients are orthogonal on the grid, so the mean of a product needs no values on it.
+        # Different coefficients are orthogonal on the grid, so the mean of a product needs no values on the grid.
         self.register_constant("metric", (analyse[0] @ evaluate.square())[:, None])
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
-        """Product of two fields, (n, D K, c) each."""
+        """Multiply two fields, (n, D K, c) each."""
         if self.coupling.takes(left, right):
             return self.coupling(left, right, left.shape[1])
         values = (self.evaluate.to(left.dtype) @ left) * (self.evaluate.to(left.dtype) @ right)
         return self.analyse.to(values.dtype) @ values
 
     def scaled(self, x: Tensor, factor: Tensor) -> Tensor:
-        """A field (n, D K, c) times a factor (n, c)."""
+        """Multiply a field (n, D K, c) by a factor (n, c)."""
         factor = factor[:, None]
-        # On a CPU the sums over rows that are derivatives of the plain product are slow.
+        # The derivatives of the plain product are sums over rows, which are slow on a CPU.
         return self.scaling(x, factor, x.shape[1]) if self.scaling.takes(x, factor) else x * factor
 
     def scalar_product(self, left: Tensor, right: Tensor) -> Tensor:
-        """Scalar of frame 0 of `product`: (n, c)."""
+        """Compute only the scalars of frame 0 of `product`, (n, c)."""
         return (left * right * self.metric.to(left.dtype)).sum(1)
 
 
 class GridProduct(nn.Module):
-    """Product of two fields, and what operations with weights of their own do before and after it."""
+    """Gated product of two fields (operation "glu"). Derived classes add learned maps before and after it."""
 
     def __init__(self, grid: Grid):
         super().__init__()
         self.grid = grid
 
     def project(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """What is multiplied, a linear map of the channels of both fields: (..., K, c) -> (..., K, c').
+        """Project the channels of both factors, (..., K, c) to (..., K, c').
 
-        Also of weights that make the fields: they are fewer than the coefficients of some tens of nodes.
+        Being linear, the projection may be applied to the weights of the layer that makes the factors instead. This
+        is cheaper beyond a few tens of nodes.
         """
         return left, right
 
     def combine(self, values: Tensor, scalars: Tensor) -> Tensor:
-        """Products (n, D K, c') mixed by what the scalars (n, 2 c) say."""
+        """Combine products (n, D K, c') with weights that depend on the scalars (n, 2 c)."""
         return values
 
     def mix(self, x: Tensor) -> Tensor:
-        """What becomes of the result's channels: (..., c') -> (..., c)."""
+        """Map the channels of the product, (..., c') to (..., c)."""
         return x
 
     def forward(
         self, left: Tensor, right: Tensor, scalars: Tensor, gate: Tensor, first: Tensor, second: Tensor
     ) -> Tensor:
-        """The product of two fields, gated, plus a product of scalars for those of frame 0.
+        """Multiply two fields, gate the product, and add silu(first) * second to the scalars of frame 0.
 
         Args:
             left: Projected field, (n, D, K c').
             right: Projected field, (n, D, K c').
-            scalars: Of both fields before they were projected, (n, 2 c).
+            scalars: Scalars of both fields before the projection, (n, 2 c).
             gate: Factor of all coefficients, (n, c).
-            first: Scalars (n, c); their SiLU is multiplied.
-            second: Scalars (n, c).
+            first: Scalars of the left field, (n, c).
+            second: Scalars of the right field, (n, c).
 
         Returns:
             (n, D, K c).
@@ -155,18 +161,21 @@ class GridProduct(nn.Module):
     def scalar(
         self, left: Tensor, right: Tensor, scalars: Tensor, gate: Tensor, first: Tensor, second: Tensor
     ) -> Tensor:
-        """The scalar of frame 0 of what `forward` returns, (n, c); those of other frames are zero."""
+        """Compute only the scalars of frame 0 of `forward`, (n, c). Scalars of other frames are zero."""
         product = self.grid.scalar_product(self._fields(left), self._fields(right))
         y = self.mix(self.combine(product[:, None], scalars)[:, 0])
         return y * gate + functional.silu(first) * second
 
     def _fields(self, x: Tensor) -> Tensor:
-        """(n, D, K c') to (n, D K, c')."""
+        """Move the frames from the channels to the rows: (n, D, K c') to (n, D K, c')."""
         return x.unflatten(-1, (self.grid.frames, -1)).flatten(1, 2)
 
 
 class GridMLP(GridProduct):
-    """Product of two mixed fields, mixed again; ``joint`` mixes both fields into both factors."""
+    """Operation "mlp": product of two projected fields, mapped back.
+
+    With ``joint`` each factor is a projection of both fields.
+    """
 
     def __init__(self, grid: Grid, width: int, joint: bool):
         super().__init__(grid)
@@ -176,18 +185,18 @@ class GridMLP(GridProduct):
         self.out = ChannelLinear(2 * width, width)
 
     def project(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """See `GridProduct`."""
+        """Project both factors to 2 c channels, see `GridProduct.project`."""
         if self.joint:
             left = right = torch.cat([left, right], dim=-1)
         return self.left(left), self.right(right)
 
     def mix(self, x: Tensor) -> Tensor:
-        """See `GridProduct`."""
+        """Map 2 c channels back to c, see `GridProduct.mix`."""
         return self.out(x)
 
 
 class GridBranches(GridProduct):
-    """Products of several projected field pairs, mixed by a softmax over the scalars."""
+    """Operation of n branches: products of n pairs of projected fields, mixed by a softmax of the scalars."""
 
     def __init__(self, grid: Grid, width: int, branches: int):
         super().__init__(grid)
@@ -198,23 +207,23 @@ class GridBranches(GridProduct):
         self.router = ChannelLinear(2 * width, branches)
 
     def project(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """See `GridProduct`."""
+        """Project both factors to one c-channel field per branch, see `GridProduct.project`."""
         return self.left(left), self.right(right)
 
     def combine(self, values: Tensor, scalars: Tensor) -> Tensor:
-        """See `GridProduct`."""
-        if self.branches == 1:  # it has all of the share
+        """Mix the branches, see `GridProduct.combine`."""
+        if self.branches == 1:  # the softmax of one logit is one
             return values
         share = self.router(scalars).softmax(-1)
         return (values.unflatten(-1, (self.branches, -1)) * share[:, None, :, None]).sum(2)
 
     def mix(self, x: Tensor) -> Tensor:
-        """See `GridProduct`."""
+        """Map the channels of the mixed branches, see `GridProduct.mix`."""
         return self.out(x)
 
 
 def grid_operation(operation: GridOperation, grid: Grid, width: int, joint: bool) -> GridProduct:
-    """The operation a configuration names; ``joint`` applies to the MLP of one input split in halves."""
+    """Build the operation named by a configuration; ``joint`` is for an MLP on the halves of one input."""
     if operation == "glu":
         return GridProduct(grid)
     if operation == "mlp":
@@ -223,7 +232,7 @@ def grid_operation(operation: GridOperation, grid: Grid, width: int, joint: bool
 
 
 class GridActivation(nn.Module):
-    """Non-linearity of a feed-forward network: the product of both halves of what a linear layer makes."""
+    """Non-linearity of a feed-forward network: product of both halves of the output of a linear layer."""
 
     def __init__(self, lmax: int, kmax: int | None, width: int, operation: GridOperation, bias: bool):
         super().__init__()
@@ -233,24 +242,24 @@ class GridActivation(nn.Module):
         self.scalar_gate = FocusLinear(2 * width, width, bias=bias, std=0.01)
 
     def forward(self, x: Tensor, linear: DegreeLinear) -> Tensor:
-        """Multiply the halves of linear(x)."""
+        """Multiply the halves of linear(x): (n, D, C) to (n, D, K c)."""
         factors = self._factors(x, linear)
         return self.operation(*factors, *self._scalar_path(factors[-1]))
 
     def scalars(self, x: Tensor, linear: DegreeLinear) -> Tensor:
-        """The scalars of frame 0 of what `forward` returns, (n, c); those of other frames are zero."""
+        """Compute only the scalars of frame 0 of `forward`, (n, c). Scalars of other frames are zero."""
         factors = self._factors(x, linear)
         return self.operation.scalar(*factors, *self._scalar_path(factors[-1]))
 
     def _factors(self, x: Tensor, linear: DegreeLinear) -> tuple[Tensor, Tensor, Tensor]:
-        """Projected fields and scalars. The projections act on the weights of the layer, whose result is not made."""
+        """Projected fields and scalars of linear(x), with the projections applied to the weights of the layer."""
 
         def halves(of_layer: Tensor) -> list[Tensor]:
             left, right = of_layer.unflatten(-1, (2, self.frames, -1)).unbind(-3)
             return [p.flatten(-2) for p in self.operation.project(left, right)]
 
         def scalars(of_layer: Tensor) -> Tensor:
-            """Those of frame 0, of both halves."""
+            """Select the scalars of frame 0 of both halves."""
             return of_layer.unflatten(-1, (2, self.frames, -1))[..., 0, :].flatten(-2)
 
         biases = [None, None] if linear.bias is None else halves(linear.bias)
@@ -259,13 +268,13 @@ class GridActivation(nn.Module):
         return left, right, first if linear.bias is None else first + scalars(linear.bias)
 
     def _scalar_path(self, scalars: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gate, and the two factors of what is added to the scalars."""
+        """Gate of the product, and the scalars of both halves."""
         gate = self.scalar_gate(scalars[:, None])[:, 0].sigmoid()
         return gate, *scalars.chunk(2, dim=-1)
 
 
 class MessageNodeProduct(nn.Module):
-    """Product of the aggregated message with its own node on the SO(3) grid (model-2 sections 7.6, 9.1)."""
+    """Product of the aggregated message with its own node on the SO(3) grid."""
 
     def __init__(self, config: ModelConfig, lmax: int):
         super().__init__()
@@ -282,7 +291,7 @@ class MessageNodeProduct(nn.Module):
         self.residual_scale = nn.Parameter(torch.full((self.n_focus, width), 1e-3))
 
     def forward(self, message: Tensor, node: Tensor) -> Tensor:
-        """Message plus product, (N, D, F c) each; the focus streams are rows of one batch."""
+        """Add the product of message and node to the message, (N, D, F c) each."""
         query, context = self._streams(message), self._streams(node)
         first, second = query[:, 0], context[:, 0]
         scalars = torch.cat([first, second], dim=-1)
@@ -295,13 +304,13 @@ class MessageNodeProduct(nn.Module):
         return message + product.transpose(1, 2).flatten(2)
 
     def _streams(self, x: Tensor) -> Tensor:
-        """(N, D, F c) -> (N F, D, c)."""
+        """Move the focus streams to the first axis: (N, D, F c) to (N F, D, c)."""
         return x.unflatten(-1, (self.n_focus, -1)).transpose(1, 2).flatten(0, 1)
 
 
 class NoProduct(nn.Module):
-    """Leaves the message as it is."""
+    """Replacement for `MessageNodeProduct` for models without it."""
 
     def forward(self, message: Tensor, node: Tensor) -> Tensor:
-        """Return the message."""
+        """Return the message unchanged."""
         return message

@@ -1,11 +1,11 @@
-"""Real spherical harmonics of the model's basis and the rows of Wigner matrices that an edge needs.
+"""Real spherical harmonics of the model's basis, and the rows of Wigner matrices that an edge needs.
 
-Basis (model-1 section 8.1): Racah-normalised Z_l(v) with |Z_l| = 1 and Z_1(x, y, z) = (y, z, -x); polar axis z,
-orders m = -l..l ascending. A rotation acts as Z_l(R v) = D^l(R) Z_l(v).
+Basis (docs/theory.md, "Graph and edge frames"): Racah-normalised Z_l(v) with |Z_l| = 1 and Z_1(x, y, z) =
+(y, z, -x); polar axis z, orders m = -l..l ascending. A rotation acts as Z_l(R v) = D^l(R) Z_l(v).
 
-Everything is built from one constant tensor per degree, the coupling of degrees l - 1 and 1 to l. With an edge
-frame R = (e1, e2, n), rows m = 0 and m = +-1 of D^l(R) are that coupling applied to Z_{l-1}(n) and one vector of
-the frame; higher orders follow by recursion. Any choice of e1 and e2 gives the same network output.
+One constant tensor per degree is enough: the coupling of degrees l - 1 and 1 to l. With an edge frame
+R = (e1, e2, n), rows m = 0 and m = +-1 of D^l(R) are this coupling applied to Z_{l-1}(n) and one vector of the frame.
+Higher orders follow by recursion. Any choice of e1 and e2 gives the same network output (docs/adr/0002).
 """
 
 from functools import lru_cache
@@ -20,12 +20,12 @@ from dpa4.kernels.bilinear import Terms
 from dpa4.model.constants import ConstantModule, SparseProduct
 
 Rows = tuple[Tensor, ...]
-"""rows[m]: rows -m and +m of D^m, D^{m+1}, ..., D^lmax side by side, (E, 2, (lmax+1)^2 - m^2); for m = 0 the single
-row, (E, 1, (lmax+1)^2)."""
+"""Wigner rows by order. rows[m] holds rows -m and +m of D^m, D^{m+1}, ..., D^lmax side by side, of shape
+(E, 2, (lmax+1)^2 - m^2). rows[0] holds the single row 0, of shape (E, 1, (lmax+1)^2)."""
 
 
 def spherical_harmonics(l: int, directions: np.ndarray) -> np.ndarray:
-    """Z_l by its definition, in float64; the reference for everything else here.
+    """Evaluate Z_l by its definition, in float64; the reference for everything else in this file.
 
     Args:
         l: Degree.
@@ -44,10 +44,10 @@ def spherical_harmonics(l: int, directions: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=32)
 def coupling(l: int) -> Tensor:
-    """Constant T_l with Z_l(n) = T_l (Z_{l-1}(n) x Z_1(n)), shape (3 (2l-1), 2l+1), float64.
+    """Constant T_l with Z_l(n) = T_l (Z_{l-1}(n) x Z_1(n)), float64, shape (3 (2l-1), 2l+1).
 
-    It commutes with rotations, so it also couples Z_{l-1}(n) to any other vector. The least-squares solution of
-    smallest norm is the one: it has no part in the degrees l - 1 and l - 2 that the product also contains.
+    T_l commutes with rotations, so it also couples Z_{l-1}(n) to any other vector. T_l is the least-squares solution
+    of smallest norm on points of the sphere; the smallest norm excludes degrees l - 1 and l - 2 of the product.
     """
     k = np.arange(16 * (2 * l + 1)) + 0.5
     z, angle = 1 - 2 * k / len(k), np.pi * (1 + 5**0.5) * k
@@ -60,13 +60,13 @@ def coupling(l: int) -> Tensor:
 
 
 def edge_frame(direction: Tensor) -> Tensor:
-    """Right-handed frame around unit vectors n (Duff et al. 2017), smooth except where n_z changes sign.
+    """Build right-handed frames around unit vectors n (Duff et al. 2017), smooth except where n_z changes sign.
 
     Args:
         direction: Unit vectors, (E, 3).
 
     Returns:
-        Rows (Z_1(e2), Z_1(n), -Z_1(e1)), which are D^1 of the rotation that takes n to z, (E, 3, 3).
+        Rows (Z_1(e2), Z_1(n), -Z_1(e1)), which form D^1 of the rotation that takes n to z, (E, 3, 3).
     """
     x, y, z = direction.unbind(-1)
     sign = torch.where(z >= 0, 1.0, -1.0).to(z.dtype)
@@ -78,13 +78,13 @@ def edge_frame(direction: Tensor) -> Tensor:
 
 
 def _several(coupling: Tensor, count: int) -> Tensor:
-    """Coefficients (t (2l+1), 2l-1, t 3) of the coupling (3 (2l-1), 2l+1) of one factor with each of t vectors."""
+    """Coefficients (t (2l+1), 2l-1, t 3) that couple one factor with each of t vectors, from `coupling`."""
     one = coupling.unflatten(0, (-1, 3)).permute(2, 0, 1)
     return torch.einsum("kij,tu->tkiuj", one, torch.eye(count, dtype=one.dtype)).flatten(3).flatten(0, 1)
 
 
 class WignerRows(ConstantModule):
-    """Rows |m| <= mmax of the Wigner matrices up to lmax, from an edge frame."""
+    """Rows |m| <= mmax of the Wigner matrices up to degree lmax, computed from an edge frame."""
 
     def __init__(self, lmax: int, mmax: int):
         super().__init__()
@@ -94,10 +94,10 @@ class WignerRows(ConstantModule):
             self.register_constant(f"coupling_{l}", coupling(l))
             for count in (1, 2):
                 products[f"{l} {count}"] = SparseProduct(Terms.of(_several(coupling(l), count)))
-        self.products = nn.ModuleDict(products)  # faster on a CPU
+        self.products = nn.ModuleDict(products)  # the same couplings as sparse products: faster on a CPU
 
     def _couple(self, lower: Tensor, vectors: Tensor, l: int) -> Tensor:
-        """T_l (lower x vector) for one or two vectors: (E, 1, 2l-1), (E, t, 3) -> (E, t, 2l+1)."""
+        """Couple a row (E, 1, 2l-1) of degree l - 1 with one or two vectors (E, t, 3) to degree l, (E, t, 2l+1)."""
         count = vectors.shape[1]
         product = cast(SparseProduct, self.products[f"{l} {count}"])
         one, other = lower.flatten(1)[..., None], vectors.flatten(1)[..., None]
@@ -107,7 +107,7 @@ class WignerRows(ConstantModule):
         return products @ getattr(self, f"coupling_{l}")
 
     def forward(self, frame: Tensor) -> Rows:
-        """Rows of an edge frame (E, 3, 3) as `edge_frame` returns it."""
+        """Compute the Wigner rows of edge frames (E, 3, 3) as returned by `edge_frame`."""
         minus, axis, plus = frame[:, 0:1], frame[:, 1:2], frame[:, 2:3]
         pair = frame[:, 0::2]
         rows = [[frame.new_ones(frame.shape[0], 1, 1), axis][: self.lmax + 1]]  # [order][degree - order]
@@ -125,7 +125,7 @@ class WignerRows(ConstantModule):
                 ) ** 0.5  # ratio of two Clebsch-Gordan coefficients
                 if m == 1:
                     current.append(norm * self._couple(lower, pair, l))
-                else:  # (P - iM)(P1 - iM1): orders +m and -m are the real part and minus the imaginary part
+                else:  # product (P - iM)(P1 - iM1) of rows +m, -m: real part is +m, minus the imaginary part is -m
                     low_minus, low_plus = lower[:, 0:1], lower[:, 1:2]
                     up = self._couple(low_plus, plus, l) - self._couple(low_minus, minus, l)
                     down = self._couple(low_plus, minus, l) + self._couple(low_minus, plus, l)

@@ -1,6 +1,7 @@
-"""Linear maps and norms on scalars (n, C), coefficients (n, D, C) and focus streams (n, F, c).
+"""Linear maps and norms of scalars (n, C), coefficients (n, D, C) and focus streams (n, F, c).
 
-Packed coefficients run over degrees l = 0..lmax and orders m = -l..l: index l^2 + l + m.
+Packed coefficients run over degrees l = 0..lmax and orders m = -l..l; their index is l^2 + l + m. See docs/theory.md,
+"Normalisation".
 """
 
 import torch
@@ -19,29 +20,29 @@ def degree_of(lmax: int) -> Tensor:
 
 
 def balance_of(lmax: int, channels: int) -> Tensor:
-    """Weight of each packed coefficient in a norm where every degree counts equally, (D,) float64."""
+    """Weight of each packed coefficient in a mean square where every degree counts equally, (D,) float64."""
     return 1 / ((2 * degree_of(lmax).double() + 1) * (lmax + 1) * channels)
 
 
 def after_zeros(x: Tensor, count: int) -> Tensor:
-    """``count`` zeros before the entries of the last axis; ``functional.pad`` freezes symbolic sizes."""
+    """Put ``count`` zeros before the last axis. ``functional.pad`` would freeze symbolic sizes."""
     return torch.cat([x.new_zeros((*x.shape[:-1], count)), x], dim=-1) if count else x
 
 
 def before_zeros(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Zeros after the entries of the last two axes."""
+    """Append zeros to the last two axes: ``rows`` to the second last and ``columns`` to the last."""
     x = torch.cat([x, x.new_zeros((*x.shape[:-1], columns))], dim=-1) if columns else x
     return torch.cat([x, x.new_zeros((*x.shape[:-2], rows, x.shape[-1]))], dim=-2) if rows else x
 
 
 def truncated_normal(shape: tuple[int, ...], fan_in: int, fan_out: int) -> Tensor:
-    """Normal of standard deviation 1/sqrt(fan_in + fan_out), cut at three of them (model-2 section 2)."""
+    """Draw from a normal distribution of standard deviation 1/sqrt(fan_in + fan_out), truncated at three of them."""
     std = (fan_in + fan_out) ** -0.5
     return nn.init.trunc_normal_(torch.empty(shape), std=std, a=-3 * std, b=3 * std)
 
 
 class Linear(nn.Module):
-    """Dense layer y = x W + b of the scalar networks; weight (in, out)."""
+    """Dense layer y = x W + b of the scalar networks, with weight (in, out)."""
 
     def __init__(self, width_in: int, width_out: int, bias: bool = False):
         super().__init__()
@@ -49,13 +50,13 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.randn(width_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Map (..., in) to (..., out)."""
         y = x @ self.weight
         return y if self.bias is None else y + self.bias
 
 
 class ChannelLinear(nn.Module):
-    """Map of the last axis shared by all coefficients and frames, without bias; weight (in, out)."""
+    """Linear map of the last axis, shared by all coefficients and frames, without bias. Weight (in, out)."""
 
     def __init__(self, width_in: int, width_out: int):
         super().__init__()
@@ -63,12 +64,12 @@ class ChannelLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(width_in, width_out).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Map (..., in) to (..., out)."""
         return x @ self.weight
 
 
 class FocusLinear(nn.Module):
-    """Map of scalars with one matrix per focus stream; weight (in, F out)."""
+    """Linear map of scalars with one matrix per focus stream. Weight (in, F out)."""
 
     def __init__(
         self, width_in: int, width_out: int, n_focus: int = 1, bias: bool = False, std: float | None = None
@@ -81,17 +82,17 @@ class FocusLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_focus * width_out)) if bias else None
 
     def per_focus(self) -> Tensor:
-        """Weight with the focus axis first, (F, in, out)."""
+        """Return the weight with the focus axis first, (F, in, out)."""
         return self.weight.unflatten(1, (self.n_focus, -1)).transpose(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, F, in) -> (n, F, out)."""
+        """Map (n, F, in) to (n, F, out)."""
         y = precise_matmul(x.transpose(0, 1), self.per_focus()).transpose(0, 1)
         return y if self.bias is None else y + self.bias.view(self.n_focus, -1)
 
 
 class DegreeLinear(nn.Module):
-    """SO(3)-equivariant channel mixing, one matrix per degree; bias on l = 0 only. Weight (lmax+1, in, out)."""
+    """SO(3)-equivariant mixing of channels, one matrix per degree. Weight (lmax+1, in, out); bias for l = 0 only."""
 
     degree: Tensor
 
@@ -103,17 +104,17 @@ class DegreeLinear(nn.Module):
         self.register_buffer("degree", degree_of(lmax), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, D, in) -> (n, D, out)."""
+        """Map (n, D, in) to (n, D, out)."""
         return self.map(x, self.weight, self.bias)
 
     def map(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The same with another weight (lmax+1, in, out) and bias (out)."""
+        """Map (n, D, in) to (n, D, out) with the given weight (lmax+1, in, out) and bias (out)."""
         y = torch.bmm(x.transpose(0, 1), pick(weight, 0, self.degree)).transpose(0, 1)
         return y if bias is None else y + functional.pad(bias[None], (0, 0, 0, len(self.degree) - 1))
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm of scalars over channels with a learned scale (model-2 sections 3.3, 3.4)."""
+    """Root-mean-square norm of scalars over channels, with a learned scale."""
 
     def __init__(self, *shape: int, eps: float = 1e-7):
         super().__init__()
@@ -121,16 +122,16 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, *shape) -> (n, *shape), in the precision of the scale."""
+        """Normalise (n, *shape) in the precision of the scale."""
         x = x.to(self.scale.dtype)
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.scale
 
 
 class EquivariantRMSNorm(ConstantModule):
-    """Norm of packed coefficients in which every degree counts equally (model-2 section 3.1).
+    """Root-mean-square norm of packed coefficients in which every degree counts equally.
 
-    Scalars are centred over channels first. One factor per node multiplies all coefficients, so the norm
-    commutes with rotations; scales are per degree and channel, the bias acts on scalars.
+    Scalars are first centred over channels. One factor per node multiplies all coefficients, so the norm commutes
+    with rotations. Scales are per degree and channel; the bias acts on scalars only.
     """
 
     degree: Tensor
@@ -148,7 +149,7 @@ class EquivariantRMSNorm(ConstantModule):
         self.register_constant("scalar", (degree == 0).double()[:, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, D, C) -> (n, D, C), in the precision of the scale."""
+        """Normalise (n, D, C) in the precision of the scale."""
         x = x.to(self.scale.dtype)
         x = x - self.scalar * x[:, :1].mean(-1, keepdim=True)
         variance = (x.square() * self.balance).sum((1, 2), keepdim=True)

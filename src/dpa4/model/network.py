@@ -1,4 +1,4 @@
-"""The DPA4 network: elements and edge vectors to atomic energies."""
+"""The DPA4 network, from elements and edge vectors to atomic energies."""
 
 from collections.abc import Iterable
 from typing import cast
@@ -19,7 +19,7 @@ from dpa4.model.radial import BesselBasis, GaussianBasis, RadialFeatures, Radial
 
 
 class EnergyNetwork(nn.Module):
-    """Gated dense layers from the descriptor to one energy per atom (model-3 section 6)."""
+    """Gated dense layers from the descriptor to one energy per atom (docs/theory.md, "Readout and energy")."""
 
     def __init__(self, channels: int, widths: tuple[int, ...]):
         super().__init__()
@@ -32,7 +32,7 @@ class EnergyNetwork(nn.Module):
         self.output = Linear(sizes[-1], 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C) -> (N,), in eV."""
+        """Map descriptors (N, C) to energies (N,), in eV."""
         for layer in self.hidden:
             value, gate = layer(x).chunk(2, dim=-1)
             x = value * functional.silu(gate)
@@ -40,15 +40,15 @@ class EnergyNetwork(nn.Module):
 
 
 class DPA4(nn.Module):
-    """Equivariant message-passing network (arXiv:2606.02419; model-1 section 2).
+    """Equivariant message-passing network (arXiv:2606.02419; docs/theory.md).
 
-    Sees elements and edge vectors only, so its energy is invariant to translation and permutation, and to
-    rotation because every layer is equivariant.
+    The network sees elements and edge vectors only, so its energy is invariant to translations and permutations. The
+    energy is invariant to rotations because every layer is equivariant.
 
     Attributes:
         block_autocast: Lower precision (torch.bfloat16) for the matrix products of the interaction blocks;
             geometry, norms, softmax, residual stream and read-out keep the precision of the parameters.
-        max_edges: Edges that are worked on at once, by type of device: they bound the memory.
+        max_edges: Highest number of edges processed at once, by type of device; bounds the memory.
     """
 
     def __init__(self, config: ModelConfig):
@@ -82,14 +82,14 @@ class DPA4(nn.Module):
         charge_spin: Tensor,
         domain: Domain = WHOLE,
     ) -> Tensor:
-        """Energy of every own atom of the domain, without its reference energy.
+        """Compute the energy of every own atom, without its reference energy.
 
         Args:
-            species: Index into config.elements, (N,).
+            species: Index of the element of each node in ``config.elements``, (N,).
             vectors: Edge vectors from destination to source, (E, 3), in Angstrom.
             source: Neighbour of each edge.
-            destination: Centre of each edge, an own atom; edges are sorted by it.
-            charge_spin: Total charge and multiplicity of the atom's structure, (N, 2) int64.
+            destination: Centre of each edge, an own atom; edges are sorted by centre.
+            charge_spin: Total charge and multiplicity of each node's structure, (N, 2) int64.
             domain: The n own atoms among the N nodes; all of them by default.
 
         Returns:
@@ -106,7 +106,7 @@ class DPA4(nn.Module):
         charge_spin: Tensor,
         domain: Domain = WHOLE,
     ) -> Tensor:
-        """Invariant features of every own atom, (n, C); arguments as in `forward`."""
+        """Compute the invariant features of every own atom, (n, C); arguments as in `forward`."""
         open_ = self.geometry.openness(vectors, source, destination, domain)
         ends = in_parts(source, destination, self.max_edges[vectors.device.type])
         sizes = [centers.num_nodes for _, centers in ends]
@@ -131,7 +131,14 @@ class DPA4(nn.Module):
     def locate(
         self, vectors: Tensor, source: Incidence, destination: Incidence, open_: Tensor
     ) -> tuple[Edges, Tensor]:
-        """Geometry of the edges, which no parameter influences, and `Neighborhood.degree_norm`."""
+        """Compute the geometry of the edges, which depends on no parameter, and `Neighborhood.degree_norm`.
+
+        Args:
+            vectors: Edge vectors from destination to source, (E, 3), in Angstrom.
+            source: Neighbour of each edge.
+            destination: Centre of each edge.
+            open_: Freeze gate of each node, (N,), see `EdgeGeometry.openness`.
+        """
         hood = self.geometry(vectors, open_, source, destination)
         return hood.edges, hood.degree_norm
 
@@ -143,17 +150,17 @@ class DPA4(nn.Module):
         own_charge_spin: Tensor,
         hood: Neighborhood,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Initial features of the centres of a neighborhood, and what its edges know of their length and elements.
+        """Compute the input features of the centres, and the radial and element features of the edges.
 
         Args:
-            species: Of all nodes, (N,).
-            charge_spin: Of all nodes, (N, 2).
-            own_species: Of the n centres.
-            own_charge_spin: Of the n centres.
+            species: Index of the element of all nodes, (N,).
+            charge_spin: Total charge and multiplicity of all nodes, (N, 2).
+            own_species: Index of the element of the centres, (n,).
+            own_charge_spin: Total charge and multiplicity of the centres, (n, 2).
             hood: The edges, complete for the centres.
 
         Returns:
-            (n, D, C); `RadialFeatures.hidden` and ``pair``.
+            Input features (n, D, C), `RadialFeatures.hidden` and `RadialFeatures.pair`.
         """
         basis = self.basis(hood.edges.length)
         types = self.charge_spin(self.types(species), charge_spin)
@@ -164,7 +171,7 @@ class DPA4(nn.Module):
         return x, radial.hidden, radial.pair
 
     def read_out(self, x: Tensor) -> Tensor:
-        """Invariant features (N, C) of nodes (N, D, C)."""
+        """Compute invariant features (N, C) from node features (N, D, C)."""
         x = x[:, : self.readout_size]
         *layers, last = cast(Iterable[FeedForward], self.readout)
         for layer in layers:

@@ -1,8 +1,8 @@
-"""The published DPA4 models by name (arXiv:2606.02419 and the released weights).
+"""Published DPA4 models by name (arXiv:2606.02419 and the released weights).
 
-Generation 1 (``paper-*``, arXiv v1-v3) has its node non-linearity on the S2 grid and a scalar read-out;
-generation 2 (arXiv v4, released weights) works on the SO(3) grid, multiplies messages with nodes and reads
-out from the grid.
+Generation 1 (``paper-*``, arXiv v1-v3) has its node non-linearity on the S2 grid and a read-out of scalars.
+Generation 2 (arXiv v4, released weights) uses the SO(3) grid for both and multiplies messages with nodes. See
+docs/theory.md, "Published generations".
 """
 
 import difflib
@@ -50,7 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, elements: tuple[str, ...] = ALL_ELEMENTS, **overrides: Any) -> ModelConfig:
-    """Configuration of a published model.
+    """Return the configuration of a published model.
 
     Args:
         name: One of ``PRESETS``.
@@ -58,7 +58,7 @@ def preset(name: str, elements: tuple[str, ...] = ALL_ELEMENTS, **overrides: Any
         **overrides: Fields of ``ModelConfig`` that replace the published values.
 
     Raises:
-        ValueError: If the name is unknown, or an override is not valid.
+        ValueError: If the name is unknown or an override is invalid.
     """
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)

@@ -1,4 +1,7 @@
-"""Functions of the edge length: cutoff envelope, radial basis, radial network (model-1 sections 7, 10)."""
+"""Functions of the edge length: cutoff envelope, radial basis, radial network.
+
+See docs/theory.md, "Radial features".
+"""
 
 from math import comb, pi
 from typing import NamedTuple
@@ -13,14 +16,14 @@ from dpa4.model.layers import Linear, RMSNorm
 
 
 def envelope(length: Tensor, cutoff: float, exponent: int) -> Tensor:
-    r"""Smooth cutoff :math:`u^4 \sum_{k<p} \binom{k+3}{3} x^k` with x = r/rc, u = 1 - x (model-1 section 7.2).
+    r"""Evaluate the cutoff envelope :math:`u^4 \sum_{k<p} \binom{k+3}{3} x^k` with x = r/rc and u = 1 - x.
 
-    One at r = 0; value and three derivatives vanish at the cutoff; zero beyond.
+    The envelope is one at r = 0 and zero beyond the cutoff, where its value and three derivatives vanish.
 
     Args:
         length: r, any shape, in Angstrom.
         cutoff: rc, in Angstrom.
-        exponent: p >= 1; higher values stay near one for longer.
+        exponent: p >= 1; the higher, the longer the envelope stays near one.
     """
     u = ((cutoff - length) / cutoff).clamp(0, 1)
     x = 1 - u
@@ -31,7 +34,7 @@ def envelope(length: Tensor, cutoff: float, exponent: int) -> Tensor:
 
 
 class BesselBasis(nn.Module):
-    """sin(w_n r) / r times the envelope, with learned frequencies that start at n pi / rc."""
+    """Bessel basis sin(w_n r) / r times the envelope, with learned frequencies w_n that start at n pi / rc."""
 
     def __init__(self, n_radial: int, cutoff: float, exponent: int):
         super().__init__()
@@ -41,13 +44,13 @@ class BesselBasis(nn.Module):
         self.cutoff, self.exponent = cutoff, exponent
 
     def forward(self, length: Tensor) -> Tensor:
-        """(E,) -> (E, n_radial)."""
+        """Evaluate the basis at lengths (E,) in Angstrom: (E, n_radial)."""
         r = length[:, None]
         return torch.sin(self.frequencies * r) / r * envelope(r, self.cutoff, self.exponent)
 
 
 class GaussianBasis(nn.Module):
-    """Gaussians of fixed width times the envelope, with learned centres that start evenly spaced on [0, rc]."""
+    """Gaussian basis of fixed width times the envelope, with learned centres that start evenly spaced on [0, rc]."""
 
     def __init__(self, n_radial: int, cutoff: float, exponent: int):
         super().__init__()
@@ -56,7 +59,7 @@ class GaussianBasis(nn.Module):
         self.cutoff, self.exponent = cutoff, exponent
 
     def forward(self, length: Tensor) -> Tensor:
-        """(E,) -> (E, n_radial)."""
+        """Evaluate the basis at lengths (E,) in Angstrom: (E, n_radial)."""
         r = length[:, None]
         gaussian = torch.exp(-0.5 * ((r - self.frequencies) / self.width).square())
         return gaussian * envelope(r, self.cutoff, self.exponent)
@@ -65,30 +68,30 @@ class GaussianBasis(nn.Module):
 class RadialFeatures(NamedTuple):
     """Radial features of every degree, R[e, l, c] = hidden[e] @ last[:, l, c] + pair[e, c], never written out.
 
-    Everything that reads R is linear in it, so readers multiply their weight with ``last`` once per step and
-    apply the small product to the edges (model-notes, "identities").
+    All readers of R are linear in it. They multiply their weight with ``last`` once per step and apply the small
+    product to the edges (docs/adr/0003).
     """
 
-    hidden: Tensor  # (E, W) last hidden layer, times the envelope
-    pair: Tensor  # (E, C) sum of the two type embeddings, without an envelope
-    last: Tensor  # (W, L, C) last layer of the radial network
+    hidden: Tensor  # (E, W) last hidden layer times the envelope
+    pair: Tensor  # (E, C) sum of the two element embeddings, without an envelope
+    last: Tensor  # (W, L, C) weight of the last radial layer
 
     def project(self, weight: Tensor) -> Tensor:
-        """Contract degrees and channels: weight (L', C, K) with L' <= L gives (E, K)."""
+        """Contract degrees and channels of R with a weight (L', C, K), L' <= L, to (E, K)."""
         merged = torch.einsum("wlc,lck->wk", self.last[:, : len(weight)], weight)
         return precise_matmul(torch.cat([self.hidden, self.pair], -1), torch.cat([merged, weight.sum(0)]))
 
     def of_degrees(self, weight: Tensor, degrees: Tensor) -> Tensor:
-        """Map the channels of the features of some degrees (n,): weight (C, K) gives (E, n, K)."""
+        """Map the channels of R at the given degrees (n,) with a weight (C, K) to (E, n, K)."""
         merged = torch.einsum("wlc,ck->wlk", pick(self.last, 1, degrees), weight)
         by_degree = (self.hidden @ merged.flatten(1)).unflatten(1, (len(degrees), -1))
         return by_degree + (self.pair @ weight)[:, None]
 
 
 class RadialNetwork(nn.Module):
-    """Dense layers from the radial basis to (lmax + 1) * channels features; the last layer is kept apart.
+    """Dense layers from the radial basis to (lmax + 1) * channels features, with the last layer kept separate.
 
-    ``weighted`` multiplies the features by the edge weight; checkpoints of format below 1.1 do not.
+    With ``weighted`` the features are multiplied by the edge weight; checkpoints of format below 1.1 have it off.
     """
 
     def __init__(
@@ -102,7 +105,7 @@ class RadialNetwork(nn.Module):
         self.num_degrees, self.weighted = num_degrees, weighted
 
     def forward(self, basis: Tensor, weight: Tensor, pair: Tensor) -> RadialFeatures:
-        """Features from the basis (E, n_radial), an edge weight (E,) and the pair feature (E, C)."""
+        """Compute the features from the basis (E, n_radial), the edge weight (E,) and the pair feature (E, C)."""
         for layer, norm in zip(self.hidden, self.norms, strict=True):
             basis = functional.silu(norm(layer(basis)))
         if self.weighted:
@@ -110,5 +113,5 @@ class RadialNetwork(nn.Module):
         return RadialFeatures(basis, pair, self.last_of_degrees())
 
     def last_of_degrees(self) -> Tensor:
-        """Weight of the last layer, (W, L, C)."""
+        """Return the weight of the last layer, (W, L, C)."""
         return self.last.weight.unflatten(1, (self.num_degrees, -1))

@@ -1,4 +1,4 @@
-"""Softmax over the edges that share a node."""
+"""Softmax over the edges of a node."""
 
 import torch
 from torch import Tensor
@@ -10,18 +10,19 @@ from dpa4.kernels.segments import gather, segment_max, segment_sum
 def envelope_softmax(
     logits: Tensor, envelope: Tensor, gate: Tensor, null: Tensor, destination: Incidence
 ) -> Tensor:
-    r"""Attention weights that vanish smoothly with the cutoff envelope (model-2 section 8).
+    r"""Attention weights that vanish smoothly with the cutoff envelope (docs/theory.md, "Attention").
 
     .. math:: \alpha_e = \frac{w_e^2 g_e e^{l_e}}{\zeta + \sum_{e' \to n} w_{e'}^2 g_{e'} e^{l_{e'}}}
 
-    Written with the square root :math:`w e^{(l - M)/2}`, which stays below one and needs neither the logarithm
-    of a vanishing envelope nor a division by it in any derivative. The shift M cancels, so it is a constant.
+    The weight is computed as the square of :math:`w e^{(l - M)/2}`, up to the gate. This root stays below one, and
+    its derivatives need neither the logarithm of a vanishing envelope nor a division by the envelope
+    (docs/adr/0005). The shift M cancels in the ratio, so it is treated as a constant.
 
     Args:
-        logits: (E, F, H).
-        envelope: w, (E,), in [0, 1].
-        gate: g, (E,), in [0, 1].
-        null: zeta > 0, the weight of attending to nothing, (F, H).
+        logits: Logits l, (E, F, H).
+        envelope: Cutoff envelope w in [0, 1], (E,).
+        gate: Freeze gate g in [0, 1], (E,).
+        null: Weight zeta > 0 of attending to nothing, (F, H).
         destination: Centre of each edge.
 
     Returns:

@@ -1,8 +1,9 @@
-"""SO(2)-equivariant mixing in the edge frame (model-2 sections 5 to 7.3).
+"""SO(2)-equivariant operations in the edge frame: edge-node products and the stack of SO(2) layers.
 
-Edge features are held as (F, E, W): for every focus stream and edge the rows of the edge frame one after another,
-each with c channels. An order |m| owns a run of K_m columns: K_0 = (lmax + 1) c and K_m = 2 (lmax - m + 1) c, the -m
-rows before the +m rows. Every operation of the stack acts on the orders separately.
+See docs/theory.md, "EMFA convolution" and "SO(2) layers". Edge features have the shape (F, E, W): for every focus
+stream and edge, the rows of the edge frame follow one another in the last axis, each with c channels. An order |m|
+owns K_m adjacent columns, K_0 = (lmax + 1) c and K_m = 2 (lmax - m + 1) c, with the -m rows before the +m rows. The
+linear maps of the stack act on each order separately.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,17 +23,17 @@ from dpa4.model.radial import RadialFeatures
 
 
 def join_streams(x: Tensor, rows: Rows) -> Tensor:
-    """Edge features (F, E, W) to rows of the edge frame, (E, M, F c)."""
+    """Rearrange edge features (F, E, W) to rows of the edge frame, (E, M, F c)."""
     return x.unflatten(-1, (rows.total, -1)).permute(1, 2, 0, 3).flatten(2)
 
 
 def split_streams(x: Tensor, n_focus: int) -> Tensor:
-    """Rows of the edge frame (E, M, F c) to edge features, (F, E, W)."""
+    """Rearrange rows of the edge frame (E, M, F c) to edge features, (F, E, W)."""
     return x.unflatten(-1, (n_focus, -1)).permute(2, 0, 1, 3).flatten(2)
 
 
 class ElementwiseProduct(nn.Module):
-    """Edge-node product of mode "none": rotate the source, multiply by the radial feature of its degree."""
+    """Edge-node product of mode "none": the rotated source times the radial feature of each degree."""
 
     degree: Tensor
 
@@ -42,21 +43,22 @@ class ElementwiseProduct(nn.Module):
         self.register_buffer("degree", torch.tensor(reduced_degrees(lmax, mmax)), persistent=False)
 
     def spread(self, x: Tensor) -> Tensor:
-        """Nodes as the product gathers them, (N, D, C)."""
+        """Return the nodes as `forward` gathers them, (N, D, C)."""
         return x
 
     def forward(self, x: Tensor, radial: RadialFeatures, hidden: Tensor, hood: Neighborhood) -> Tensor:
-        """Spread nodes (N, D, C) to rows of the edge frame (E, M, C); ``hidden`` (C0, C) maps radial channels."""
+        """Map `spread` nodes to rows of the edge frame (E, M, C); ``hidden`` (C0, C) maps the radial channels."""
         rotation = self.frame.matrix(hood.edges.rows).to(x.dtype)
         return edge_matmul(rotation[:, None], x, hood.source) * radial.of_degrees(hidden, self.degree)
 
 
 class DegreeProduct(nn.Module):
-    """Edge-node product by a matrix over degrees that depends on the edge (model-2 section 6).
+    """Edge-node product: the rotated source times a matrix over degrees that depends on the edge.
 
-    For every order |m| the radial features give a matrix over degrees l, l' >= |m|. ``channel_basis`` (R, C) makes
-    it rank R in the channels (mode "degree_channel"); without it all channels share one (mode "degree"). The
-    basis acts on nodes before the gather, and matrix and rotation combine into one small product per edge.
+    For every order |m| the radial features determine a matrix over the degrees l, l' >= |m|. In mode
+    "degree_channel", ``channel_basis`` (R, C) gives the product rank R in the channels; in mode "degree" all channels
+    share one matrix. The basis acts on nodes before the gather, and matrix and rotation combine into one small matrix
+    per edge.
     """
 
     columns: Tensor
@@ -68,8 +70,8 @@ class DegreeProduct(nn.Module):
         shape = ((lmax + 1) * width, sum(entries) * self.rank)
         self.weight = nn.Parameter(truncated_normal(shape, *shape))
         self.channel_basis = nn.Parameter(truncated_normal((rank, width), rank, width)) if rank else None
-        # The entry of degrees l, l' and rank r serves all coefficients of degree l: repeated on the weights, which
-        # are small, it needs no indexing on the edges. Order within |m|: (l', r, coefficient).
+        # The entry of degrees l, l' and rank r serves all coefficients of degree l. It is repeated in the weights,
+        # which are small, to avoid indexing on the edges. Layout within |m|: (l', r, coefficient).
         columns, start = [], 0
         for m in range(mmax + 1):
             n, degree = lmax - m + 1, degree_of(lmax)[m * m :] - m
@@ -81,13 +83,13 @@ class DegreeProduct(nn.Module):
         self.entries = MatrixEntries(self._of_entries, start, lmax, mmax)
 
     def spread(self, x: Tensor) -> Tensor:
-        """Nodes as the product gathers them: (N, D, C) to (N, R D, C)."""
+        """Return the nodes as `forward` gathers them: (N, D, C) times the channel basis, (N, R D, C)."""
         if self.channel_basis is None:
             return x
         return (x[:, None] * self.channel_basis[:, None, :]).flatten(1, 2).to(x.dtype)
 
     def forward(self, x: Tensor, radial: RadialFeatures, hidden: Tensor, hood: Neighborhood) -> Tensor:
-        """Spread nodes to rows of the edge frame (E, M, C); ``hidden`` (C0, C) maps radial channels."""
+        """Map `spread` nodes to rows of the edge frame (E, M, C); ``hidden`` (C0, C) maps the radial channels."""
         rows = self.entries.own(hood.edges.rows)
         by_kernel = self.entries.takes(rows)
         weight = self.weight if by_kernel else pick(self.weight, 1, self.columns)
@@ -97,11 +99,11 @@ class DegreeProduct(nn.Module):
         return edge_matmul(matrices.to(x.dtype)[:, None], x, hood.source)
 
     def _of_entries(self, kernel: Tensor, rows: Sequence[Tensor]) -> Tensor:
-        """`matrices` of kernel entries that are not repeated."""
+        """`matrices` for a kernel whose entries are not repeated yet."""
         return self.matrices(kernel[:, self.columns], rows)
 
     def matrices(self, kernel: Tensor, rows: Sequence[Tensor]) -> Tensor:
-        """Rotation after mixing, (E, M, R D), from kernel (E, K) and Wigner rows."""
+        """Combine the kernel (E, K) and the Wigner rows to matrices (E, M, R D) that rotate and then mix degrees."""
         combined = []
         for m, block in enumerate(kernel.split(self.sizes, dim=1)):
             block = block.unflatten(1, (1, self.lmax - m + 1, self.rank, -1)) * rows[m][:, :, None, None]
@@ -110,10 +112,10 @@ class DegreeProduct(nn.Module):
 
 
 class SO2Linear(nn.Module):
-    """Linear map within each order |m| that commutes with rotations about the edge (model-2 section 5).
+    """Linear map within each order |m| that commutes with rotations about the edge.
 
-    ``weight_m0`` ((L c), F (L c)); ``weight_m[m - 1]`` (n c, F 2 n c) holds [U | V] with
-    y- = x- U - x+ V and y+ = x- V + x+ U.
+    With L = lmax + 1 and n = L - m, ``weight_m0`` has the shape (L c, F L c), and ``weight_m[m - 1]`` the shape
+    (n c, F 2 n c). The latter holds [U | V] with y- = x- U - x+ V and y+ = x- V + x+ U.
     """
 
     def __init__(self, lmax: int, mmax: int, width: int, n_focus: int, bias: bool):
@@ -130,7 +132,7 @@ class SO2Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_focus * width)) if bias else None
 
     def matrices(self) -> list[Tensor]:
-        """One dense matrix per order, [(F, K_m, K_m)]."""
+        """Return one dense matrix per order, [(F, K_m, K_m)]."""
         matrices = [self.weight_m0.unflatten(1, (self.n_focus, -1)).transpose(0, 1)]
         for weight in self.weight_m:
             u, v = weight.unflatten(1, (self.n_focus, 2, -1)).permute(2, 1, 0, 3)
@@ -138,7 +140,7 @@ class SO2Linear(nn.Module):
         return matrices
 
     def forward(self, groups: list[Tensor], bias_scale: Tensor | None) -> list[Tensor]:
-        """Map [(F, E, K_m)]; the scalar bias is multiplied by ``bias_scale`` (F, E, c) where that is given."""
+        """Map [(F, E, K_m)]. The bias of the scalars is multiplied by ``bias_scale`` (F, E, c), if given."""
         out = [precise_matmul(x, w) for x, w in zip(groups, self.matrices(), strict=True)]
         if self.bias is not None:
             bias = self.bias.view(self.n_focus, 1, -1)
@@ -149,7 +151,7 @@ class SO2Linear(nn.Module):
 
 
 class Gate(nn.Module):
-    """SiLU on scalars; a sigmoid of the scalars, one per degree and channel, on the rest (model-2 section 4.1)."""
+    """Gate between SO(2) layers: SiLU for scalars, sigmoids of the scalars per degree and channel for the rest."""
 
     def __init__(self, lmax: int, width: int, n_focus: int, bias: bool):
         super().__init__()
@@ -158,13 +160,13 @@ class Gate(nn.Module):
         self.linear = FocusLinear(width, lmax * width, n_focus, bias, std=0.01) if lmax else None
 
     def weight(self, x: Tensor) -> Tensor:
-        """Weight of the gates of the degrees above zero, (F, c, lmax c), in x's precision and on its device."""
+        """Weight of the gates of the degrees l >= 1, (F, c, lmax c); empty for lmax = 0, on the device of x."""
         if self.linear is None:
             return x.new_empty(self.n_focus, self.width, 0)
         return self.linear.per_focus()
 
     def forward(self, groups: list[Tensor]) -> list[Tensor]:
-        """Gate [(F, E, K_m)]; silu(x) = x sigmoid(x), so one sigmoid serves scalars and gates."""
+        """Gate [(F, E, K_m)]. Since silu(x) = x sigmoid(x), one sigmoid serves scalars and gates."""
         logits = groups[0][..., : self.width]
         if self.linear is not None:
             gates = self.linear(logits.transpose(0, 1)).transpose(0, 1)
@@ -177,7 +179,7 @@ class Gate(nn.Module):
 
 
 class SO2Stack(nn.Module):
-    """Residual SO(2) layers: gated, the last one linear (model-2 section 7.3, step 6)."""
+    """Stack of residual SO(2) layers. All but the last layer are gated."""
 
     def __init__(
         self, lmax: int, mmax: int, width: int, n_focus: int, layers: int, bias: bool, layer_scale: bool
@@ -192,7 +194,7 @@ class SO2Stack(nn.Module):
         self.scales = nn.ParameterList(torch.full((n_focus, width), 1e-3) for _ in scales)
 
     def forward(self, x: Tensor, bias_scale: Tensor | None) -> Tensor:
-        """Mix (F, E, W); ``bias_scale`` (F, E, c) multiplies the bias of the first layer."""
+        """Apply the layers to (F, E, W); ``bias_scale`` (F, E, c) multiplies the bias of the first layer."""
         width = x.shape[-1] // self.rows.total
         groups = list(x.split([count * width for _, count in self.rows.orders()], dim=-1))
         for t, (linear, gate) in enumerate(zip(self.linears, self.gates, strict=True)):
@@ -205,13 +207,16 @@ class SO2Stack(nn.Module):
 
 
 class FusedSO2Stack(SO2Stack):
-    """The same without biases and layer scales, which no published model has, in few passes over the edges."""
+    """`SO2Stack` as one operator with few passes over the edges.
+
+    Biases and layer scales, which no published model has, are not supported.
+    """
 
     def __init__(self, lmax: int, mmax: int, width: int, n_focus: int, layers: int):
         super().__init__(lmax, mmax, width, n_focus, layers, bias=False, layer_scale=False)
 
     def forward(self, x: Tensor, bias_scale: Tensor | None) -> Tensor:
-        """Mix (F, E, W)."""
+        """Apply the layers to (F, E, W); ``bias_scale`` is ignored."""
         linears, gates = cast(Iterable[SO2Linear], self.linears), cast(list[Gate], list(self.gates)[:-1])
         matrices = [linear.matrices() for linear in linears]
         return so2_stack(x, matrices, [gate.weight(x) for gate in gates], self.rows, self.training)
@@ -220,7 +225,7 @@ class FusedSO2Stack(SO2Stack):
 def so2_layers(
     lmax: int, mmax: int, width: int, n_focus: int, layers: int, bias: bool, layer_scale: bool
 ) -> SO2Stack:
-    """The stack of a configuration."""
+    """Build the stack for a configuration, as one operator where it is supported."""
     if bias or layer_scale or layers == 0:
         return SO2Stack(lmax, mmax, width, n_focus, layers, bias, layer_scale)
     return FusedSO2Stack(lmax, mmax, width, n_focus, layers)
