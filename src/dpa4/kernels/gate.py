@@ -12,7 +12,7 @@ given the gradient a of y, that of u is
           p_l = \sigma'_l \sum_{r \in l} a_r u_r
 
 Every function takes and makes tensors (F, E, W) with rows one after another in the last axis (`Rows`), and takes
-weights of the gates (F, C, lmax C), made `dpa4.kernels.matmul.ready`. Each has a Triton kernel for a GPU that reads
+weights of the gates (F, C, lmax C). Each has a Triton kernel for a GPU that reads
 and writes every edge tensor once.
 """
 
@@ -20,9 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from dpa4.kernels.hopper import on_hopper
-from dpa4.kernels.matmul import Weight
 
 
 class Rows(NamedTuple):
@@ -51,33 +48,33 @@ class Rows(NamedTuple):
         return found
 
 
-def value(x: Tensor, u: Tensor, gates: Weight, rows: Rows) -> Tensor:
+def value(x: Tensor, u: Tensor, gates: Tensor, rows: Rows) -> Tensor:
     """y."""
-    if (kernels := _kernels(u, gates, rows)) is not None:
+    if (kernels := _kernels(u)) is not None:
         return kernels.value(x, u, gates, rows)
-    sigma = _logits(u, gates.matrix).sigmoid_()
+    sigma = _logits(u, gates).sigmoid_()
     y = torch.empty_like(u)
     for run, of in rows.runs(u.shape[-1]):
         torch.addcmul(x[..., run], u[..., run], sigma[..., of], out=y[..., run])
     return y
 
 
-def vjp(a: Tensor, u: Tensor, gates: Weight, rows: Rows, sums: bool) -> tuple[Tensor, Tensor | None]:
+def vjp(a: Tensor, u: Tensor, gates: Tensor, rows: Rows, sums: bool) -> tuple[Tensor, Tensor | None]:
     """a D, and, if wanted, the sums p but that of the scalars, (F, E, lmax C): the gradient of G is s^T p."""
-    if (kernels := _kernels(u, gates, rows)) is not None:
+    if (kernels := _kernels(u)) is not None:
         return kernels.vjp(a, u, gates, rows, sums)
-    sigma = _logits(u, gates.matrix).sigmoid_()
+    sigma = _logits(u, gates).sigmoid_()
     p = _contract(a, u, rows).mul_(_slope(sigma))
-    du, p = _weighted(a, sigma, p, gates.matrix, rows)
+    du, p = _weighted(a, sigma, p, gates, rows)
     return du, p if sums else None
 
 
-def tangent(d: Tensor, v: Tensor, u: Tensor, gates: Weight, rows: Rows) -> Tensor:
+def tangent(d: Tensor, v: Tensor, u: Tensor, gates: Tensor, rows: Rows) -> Tensor:
     """Change of y where x changes by d and u by v."""
-    if (kernels := _kernels(u, gates, rows)) is not None:
+    if (kernels := _kernels(u)) is not None:
         return kernels.tangent(d, v, u, gates, rows)
-    sigma = _logits(u, gates.matrix).sigmoid_()
-    change = _logits(v, gates.matrix).mul_(_slope(sigma))
+    sigma = _logits(u, gates).sigmoid_()
+    change = _logits(v, gates).mul_(_slope(sigma))
     y = torch.empty_like(u)
     for run, of in rows.runs(u.shape[-1]):
         torch.addcmul(d[..., run], v[..., run], sigma[..., of], out=y[..., run])
@@ -86,7 +83,7 @@ def tangent(d: Tensor, v: Tensor, u: Tensor, gates: Weight, rows: Rows) -> Tenso
 
 
 def joint(
-    b: Tensor, v: Tensor, a: Tensor, u: Tensor, gates: Weight, rows: Rows
+    b: Tensor, v: Tensor, a: Tensor, u: Tensor, gates: Tensor, rows: Rows
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Derivatives of <v, a D> + <b, y>, and a D once more.
 
@@ -99,14 +96,14 @@ def joint(
 
         return triton_gate.joint(b, v, a, u, gates, rows)
     c = u.shape[-1] // rows.total
-    sigma = _logits(u, gates.matrix).sigmoid_()
-    zeta, slope = _logits(v, gates.matrix), _slope(sigma)
+    sigma = _logits(u, gates).sigmoid_()
+    zeta, slope = _logits(v, gates), _slope(sigma)
     contracted = _contract(a, u, rows)
     q = _contract(b, u, rows).add_(_contract(v, a, rows))
     q.addcmul_(zeta * contracted, 1 - 2 * sigma).mul_(slope)
     p = contracted.mul_(slope)
-    da, _ = _weighted(a, sigma, p, gates.matrix, rows)
-    du, _ = _weighted(b, sigma, q, gates.matrix, rows)
+    da, _ = _weighted(a, sigma, p, gates, rows)
+    du, _ = _weighted(b, sigma, q, gates, rows)
     change = zeta.mul_(slope)
     for run, of in rows.runs(u.shape[-1]):
         du[..., run].addcmul_(a[..., run], change[..., of])
@@ -114,7 +111,7 @@ def joint(
 
 
 def undo(
-    x: Tensor, d: Tensor | None, v: Tensor | None, u: Tensor, gates: Weight, rows: Rows, overwrite: bool
+    x: Tensor, d: Tensor | None, v: Tensor | None, u: Tensor, gates: Tensor, rows: Rows, overwrite: bool
 ) -> tuple[Tensor, Tensor | None]:
     """What became x by `value` and d by `tangent`, to rounding; d and v may be missing.
 
@@ -135,15 +132,10 @@ def _on_gpu(u: Tensor) -> bool:
     return u.is_cuda and u.dtype != torch.float64
 
 
-def _kernels(u: Tensor, gates: Weight, rows: Rows) -> Any:
+def _kernels(u: Tensor) -> Any:
     """Module of the kernels that take over, if any; a machine without a GPU may have no Triton to import."""
     if not _on_gpu(u):
         return None
-    if gates.pieces is not None and rows.mmax <= 1 and on_hopper(u.device):
-        from dpa4.kernels import gluon_gate
-
-        if gluon_gate.takes(gates.matrix):
-            return gluon_gate
     from dpa4.kernels import triton_gate
 
     return triton_gate

@@ -7,13 +7,12 @@ these products sees what depends on weights alone. Elsewhere it is the ordinary 
 """
 
 from collections.abc import Sequence
-from itertools import accumulate, zip_longest
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dpa4.kernels.hopper import is_hopper, on_hopper
 from dpa4.kernels.wanted import wanted
 
 
@@ -53,13 +52,8 @@ def precise_matmul(x: Tensor, w: Tensor) -> Tensor:
 class Pieces(NamedTuple):
     """A matrix of weights (F, K, N) in pieces, see `dpa4.kernels.triton_matmul`."""
 
-    halves: Tensor  # high and low, (1, 2, F, N, K) float16; (2, 2, F, N, K) if they are there by name, too
+    halves: Tensor  # high and low, (2, F, N, K) float16
     scale: Tensor  # powers of two that go with their products, (F, N)
-
-    @property
-    def by_name(self) -> Tensor:
-        """Halves with rows and columns in the order of the kernels in Gluon, (2, F, N, K)."""
-        return self.halves[1]
 
 
 class Weight(NamedTuple):
@@ -70,41 +64,34 @@ class Weight(NamedTuple):
     pieces: Pieces | None = None  # where the product is one of pieces; a residual is part of them
 
 
-def split(x: Tensor, weights: Sequence[Weight], gates: Sequence[Tensor] = ()) -> list[Tensor]:
+def split(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
     """Pieces of weights for products with features of the kind of x: of one after the other, as `ready` takes them.
 
-    None where the products are ordinary ones; none of gates where no kernel would take them.
+    None where the products are ordinary ones.
     """
-    if not _is_split(x):
-        return []
-    taken = [*weights, *(Weight(g) for g in gates if is_hopper(x.device))]
-    if not taken:
+    if not _is_split(x) or not weights:
         return []
     pieces: list[Tensor] = torch.ops.dpa4.split_weights(
-        [w.matrix for w in taken], [w.residual for w in taken]
+        [w.matrix for w in weights], [w.residual for w in weights]
     )
     return pieces
 
 
-def ready(
-    x: Tensor, weights: Sequence[Weight], gates: Sequence[Tensor], pieces: Sequence[Tensor]
-) -> tuple[list[Weight], list[Weight]]:
-    """Weights as products with features of the kind of x take them.
+def ready(x: Tensor, weights: Sequence[Weight], pieces: Sequence[Tensor]) -> list[Weight]:
+    """Weights as `order_matmul` takes them for features of the kind of x.
 
     Args:
         x: (F, E, W), with any strides.
-        weights: For `order_matmul`.
-        gates: For `dpa4.kernels.gate`, (F, C, lmax C).
-        pieces: Of both, made by `split`.
+        weights: Of the products.
+        pieces: Of the weights, made by `split`.
     """
     if not pieces and x.dtype in (torch.float32, torch.float64):
         # Shorter numbers would lose too much of a sum with 1.
         weights = [Weight(_plus_one(w.matrix)) if w.residual else w for w in weights]
-    pairs = [Pieces(*pair) for pair in zip(pieces[::2], pieces[1::2], strict=True)]
-    found = [
-        w._replace(pieces=pair) for w, pair in zip_longest([*weights, *(Weight(g) for g in gates)], pairs)
-    ]
-    return found[: len(weights)], found[len(weights) :]
+    if not pieces:
+        return list(weights)
+    pairs = zip(pieces[::2], pieces[1::2], strict=True)
+    return [w._replace(pieces=Pieces(*pair)) for w, pair in zip(weights, pairs, strict=True)]
 
 
 def order_matmul(
@@ -153,18 +140,8 @@ def _plus_one(w: Tensor) -> Tensor:
     return w + torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
 
 
-def _has_names(w: Tensor) -> bool:
-    """Whether the pieces of a matrix are stored by name, too: where kernels in Gluon may take them."""
-    return is_hopper(w.device) and w.shape[-2] % 16 == w.shape[-1] % 16 == 0
-
-
 def _split_into(y: Tensor, x: Tensor, blocks: Sequence[Pieces], add: Tensor | None) -> None:
     """Product with a block-diagonal matrix of pieces in the place of y, which has the strides of ``add``."""
-    if on_hopper(x.device):
-        from dpa4.kernels import gluon_matmul
-
-        if all(gluon_matmul.fits(x, b) for b in blocks):
-            return gluon_matmul.matmul_into(y, x, blocks, add)
     if len(blocks) > 1:
         parts_x, parts_y = ([b.halves.shape[axis] for b in blocks] for axis in (-1, -2))
         parts_add = [None] * len(blocks) if add is None else add.split(parts_y, -1)
@@ -230,8 +207,7 @@ def _new_pieces(weights: list[Tensor], plus_one: list[bool]) -> list[Tensor]:
     made = []
     for w in weights:
         n_batch, inner, columns = w.shape
-        orders = 2 if _has_names(w) else 1
-        made.append(w.new_empty((orders, 2, n_batch, columns, inner), dtype=torch.float16))
+        made.append(w.new_empty((2, n_batch, columns, inner), dtype=torch.float16))
         made.append(w.new_empty((n_batch, columns)))
     return made
 

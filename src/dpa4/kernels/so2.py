@@ -117,7 +117,7 @@ class _Stack:
     def _shared(self, inputs: Sequence[Maybe], backward: bool) -> tuple[Any, ...]:
         """The last arguments of every operator."""
         x, matrices, gates = self._inputs(inputs)
-        pieces = split(x, _weights(matrices, self.rows.mmax, backward), gates)
+        pieces = split(x, _weights(matrices, self.rows.mmax, backward))
         return matrices, gates, pieces, *self.rows
 
     def _packed(self, inputs: Sequence[Maybe], backward: bool) -> list[Tensor]:
@@ -154,16 +154,11 @@ def _weights(matrices: Sequence[Tensor], mmax: int, backward: bool) -> list[Weig
 
 
 def _ready(
-    x: Tensor,
-    matrices: Sequence[Tensor],
-    gates: Sequence[Tensor],
-    pieces: Sequence[Tensor],
-    mmax: int,
-    backward: bool = False,
-) -> tuple[list[Layer], list[Weight]]:
-    """Layers and gates for features like x."""
-    weights, of_gates = ready(x, _weights(matrices, mmax, backward), gates, pieces)
-    return [weights[i : i + mmax + 1] for i in range(0, len(weights), mmax + 1)], of_gates
+    x: Tensor, matrices: Sequence[Tensor], pieces: Sequence[Tensor], mmax: int, backward: bool = False
+) -> list[Layer]:
+    """Layers for features like x."""
+    weights = ready(x, _weights(matrices, mmax, backward), pieces)
+    return [weights[i : i + mmax + 1] for i in range(0, len(weights), mmax + 1)]
 
 
 def _value(
@@ -180,8 +175,8 @@ def _value(
     Those of the layers between are computed backwards from it, which takes less time and memory than keeping them.
     """
     rows, us = Rows(lmax, mmax), []
-    (*gated, last), of_gates = _ready(x, matrices, gates, pieces, mmax)
-    for layer, g in zip(gated, of_gates, strict=True):
+    *gated, last = _ready(x, matrices, pieces, mmax)
+    for layer, g in zip(gated, gates, strict=True):
         us.append(order_matmul(x, layer))
         x = gate.value(x, us[-1], g, rows)
     return [order_matmul(x, last), *us, *([x] if keep and gated else [])]
@@ -199,10 +194,10 @@ def _vjp(
 ) -> list[Tensor]:
     """Gradient of x, and (keep) of the results of all layers but the last."""
     rows = Rows(lmax, mmax)
-    (*gated, last), of_gates = _ready(a, matrices, gates, pieces, mmax, backward=True)
+    *gated, last = _ready(a, matrices, pieces, mmax, backward=True)
     a = order_matmul(a, last)
     kept = []
-    for layer, g, u in zip(reversed(gated), reversed(of_gates), reversed(us), strict=True):
+    for layer, g, u in zip(reversed(gated), reversed(gates), reversed(us), strict=True):
         kept.append(a)
         du, _ = gate.vjp(a, u, g, rows, sums=False)
         a = order_matmul(du, layer, add=a, overwrite=not keep)
@@ -221,8 +216,8 @@ def _tangent(
 ) -> list[Tensor]:
     """Change of y where x changes by d; those of the products u, and of the input that `_value` keeps."""
     rows, vs = Rows(lmax, mmax), []
-    (*gated, last), of_gates = _ready(d, matrices, gates, pieces, mmax)
-    for layer, g, u in zip(gated, of_gates, us, strict=True):
+    *gated, last = _ready(d, matrices, pieces, mmax)
+    for layer, g, u in zip(gated, gates, us, strict=True):
         vs.append(order_matmul(d, layer))
         d = gate.tangent(d, vs[-1], u, g, rows)
     return [order_matmul(d, last), *vs, *([d] if gated else [])]
@@ -254,15 +249,15 @@ def _joint(
         vs: Changes of the products.
         matrices: Weights.
         gates: Weights of the gates.
-        pieces: Of both, see `dpa4.kernels.matmul.split`; none where products are ordinary ones.
+        pieces: Of the matrices, see `dpa4.kernels.matmul.split`; none where products are ordinary ones.
         lmax: Largest degree.
         mmax: Largest order.
     """
     rows, c = Rows(lmax, mmax), b.shape[-1] // Rows(lmax, mmax).total
-    layers, ready_gates = _ready(b, matrices, gates, pieces, mmax, backward=True)
+    layers = _ready(b, matrices, pieces, mmax, backward=True)
     of_matrices: list[list[Tensor]] = []
     of_gates: list[Tensor] = []
-    inputs = _inputs_backwards(xs, ds, us, vs, ready_gates, rows) if xs else None
+    inputs = _inputs_backwards(xs, ds, us, vs, gates, rows) if xs else None
     for t in reversed(range(len(layers))):
         x, d = (None, None) if inputs is None else next(inputs)
         for_matrices: list[tuple[Tensor, Tensor]] = []
@@ -271,11 +266,11 @@ def _joint(
             du, for_gates = b, []
             for_matrices += [(d, grads[t])] if d is not None else []
         elif ds:
-            du, da, q, p = gate.joint(b, vs[t], grads[t], us[t], ready_gates[t], rows)
+            du, da, q, p = gate.joint(b, vs[t], grads[t], us[t], gates[t], rows)
             for_gates = [(us[t][..., :c], q), (vs[t][..., :c], p)]
             for_matrices += [(d, da)] if d is not None else []
         else:
-            du, sums = gate.vjp(b, us[t], ready_gates[t], rows, sums=bool(xs))
+            du, sums = gate.vjp(b, us[t], gates[t], rows, sums=bool(xs))
             for_gates = [(us[t][..., :c], sums)] if sums is not None else []
         if x is not None:
             pairs = [(x, du), *for_matrices]
@@ -290,7 +285,7 @@ def _joint(
 
 
 def _inputs_backwards(
-    xs: list[Tensor], ds: list[Tensor], us: list[Tensor], vs: list[Tensor], gates: list[Weight], rows: Rows
+    xs: list[Tensor], ds: list[Tensor], us: list[Tensor], vs: list[Tensor], gates: list[Tensor], rows: Rows
 ) -> Iterator[tuple[Tensor, Maybe]]:
     """Inputs of the layers and their changes, from the last layer to the first, rebuilt where they were not kept."""
     last = len(gates)

@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from dpa4.kernels.gate import Rows
-from dpa4.kernels.matmul import Weight
 
 
 @triton.jit
@@ -208,14 +207,14 @@ def _gate_joint(
     tl.store(da + at, total_a, mask=mask)
 
 
-def value(x: Tensor, u: Tensor, gates: Weight, rows: Rows) -> Tensor:
+def value(x: Tensor, u: Tensor, gates: Tensor, rows: Rows) -> Tensor:
     """`dpa4.kernels.gate.value`."""
     y = torch.empty_like(u)
     _launch(_gate_value, (16, 2), [y], [x, u], gates, rows)
     return y
 
 
-def vjp(a: Tensor, u: Tensor, gates: Weight, rows: Rows, sums: bool) -> tuple[Tensor, Tensor | None]:
+def vjp(a: Tensor, u: Tensor, gates: Tensor, rows: Rows, sums: bool) -> tuple[Tensor, Tensor | None]:
     """`dpa4.kernels.gate.vjp`."""
     du, p = torch.empty_like(u), _per_degree(u, gates) if sums else None
     results = [du, du if p is None else p]
@@ -223,7 +222,7 @@ def vjp(a: Tensor, u: Tensor, gates: Weight, rows: Rows, sums: bool) -> tuple[Te
     return du, p
 
 
-def tangent(d: Tensor, v: Tensor, u: Tensor, gates: Weight, rows: Rows) -> Tensor:
+def tangent(d: Tensor, v: Tensor, u: Tensor, gates: Tensor, rows: Rows) -> Tensor:
     """`dpa4.kernels.gate.tangent`."""
     y = torch.empty_like(u)
     _launch(_gate_tangent, (64, 8) if u.itemsize == 2 else (16, 2), [y], [d, v, u], gates, rows)
@@ -231,7 +230,7 @@ def tangent(d: Tensor, v: Tensor, u: Tensor, gates: Weight, rows: Rows) -> Tenso
 
 
 def joint(
-    b: Tensor, v: Tensor, a: Tensor, u: Tensor, gates: Weight, rows: Rows
+    b: Tensor, v: Tensor, a: Tensor, u: Tensor, gates: Tensor, rows: Rows
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`dpa4.kernels.gate.joint`."""
     du, da, q, p = torch.empty_like(u), torch.empty_like(u), _per_degree(u, gates), _per_degree(u, gates)
@@ -240,7 +239,7 @@ def joint(
 
 
 def undo(
-    x: Tensor, d: Tensor | None, v: Tensor | None, u: Tensor, gates: Weight, rows: Rows, overwrite: bool
+    x: Tensor, d: Tensor | None, v: Tensor | None, u: Tensor, gates: Tensor, rows: Rows, overwrite: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`dpa4.kernels.gate.undo`."""
     x_new = x if overwrite else torch.empty_like(x)
@@ -251,8 +250,8 @@ def undo(
     return x_new, d_new
 
 
-def _per_degree(u: Tensor, gates: Weight) -> Tensor:
-    return u.new_empty((*u.shape[:-1], gates.matrix.shape[2]))
+def _per_degree(u: Tensor, gates: Tensor) -> Tensor:
+    return u.new_empty((*u.shape[:-1], gates.shape[2]))
 
 
 def _launch(
@@ -260,12 +259,12 @@ def _launch(
     tile: tuple[int, int],
     results: list[Tensor],
     edges: list[Tensor],
-    gates: Weight,
+    gates: Tensor,
     rows: Rows,
     **flags: bool,
 ) -> None:
     """Run a kernel with so many edges and warps per program; results and edge tensors are contiguous."""
-    (n_focus, num_edges, width), weight = edges[0].shape, gates.matrix
+    (n_focus, num_edges, width), weight = edges[0].shape, gates
     c = weight.shape[1]
     if num_edges == 0:
         return

@@ -76,7 +76,7 @@ def split_into(pieces: Sequence[Pieces], weights: Sequence[Tensor], plus_one: Se
     """Split matrices, by one launch: each takes a few microseconds, most of it waiting.
 
     Args:
-        pieces: Where to, also by name (see `dpa4.kernels.gluon_tiles`) if there is room.
+        pieces: Where to.
         weights: (F, K, N) float32, with any strides.
         plus_one: Whether the identity is added to a matrix.
     """
@@ -90,7 +90,7 @@ def split_into(pieces: Sequence[Pieces], weights: Sequence[Tensor], plus_one: Se
             tuple(weights), tuple(w.stride() for w in weights),
             tuple(p.halves for p in pieces), tuple(p.scale for p in pieces), n_batch,
             STARTS=tuple(starts), BLOCKS=tuple(blocks), SIZES=tuple(tuple(w.shape[1:]) for w in weights),
-            FLAGS=tuple((len(p.halves) == 2, one) for p, one in zip(pieces, plus_one, strict=True)), num_warps=4,
+            PLUS_ONE=tuple(plus_one), num_warps=4,
         )  # fmt: skip
 
 
@@ -113,15 +113,9 @@ def _two_halves(x):
 
 
 @triton.jit
-def _name(column):
-    """Of a column in memory; see `dpa4.kernels.gluon_tiles`."""
-    return column // 16 * 16 + column % 4 // 2 * 8 + column % 16 // 4 * 2 + column % 2
-
-
-@triton.jit
 def _split_weights(
     weights, strides, pieces, scales, n_batch,
-    STARTS: tl.constexpr, BLOCKS: tl.constexpr, SIZES: tl.constexpr, FLAGS: tl.constexpr,
+    STARTS: tl.constexpr, BLOCKS: tl.constexpr, SIZES: tl.constexpr, PLUS_ONE: tl.constexpr,
 ):  # fmt: skip
     """Program (block of columns of all matrices, batch)."""
     program = tl.program_id(0)
@@ -129,14 +123,14 @@ def _split_weights(
         if (program >= STARTS[i]) & (program < STARTS[i + 1]):
             _split_weight(
                 weights[i], strides[i], pieces[i], scales[i], (program - STARTS[i]) * BLOCKS[i][1], n_batch,
-                SIZES[i][0], SIZES[i][1], FLAGS[i][0], FLAGS[i][1], BLOCKS[i][0], BLOCKS[i][1],
+                SIZES[i][0], SIZES[i][1], PLUS_ONE[i], BLOCKS[i][0], BLOCKS[i][1],
             )  # fmt: skip
 
 
 @triton.jit
 def _split_weight(
     w, strides, pieces, scale, first, n_batch,
-    INNER: tl.constexpr, COLUMNS: tl.constexpr, NAMED: tl.constexpr, PLUS_ONE: tl.constexpr,
+    INNER: tl.constexpr, COLUMNS: tl.constexpr, PLUS_ONE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Columns of a matrix from ``first`` on."""
@@ -155,10 +149,6 @@ def _split_weight(
     place = n[None, :] * INNER + k
     tl.store(out + place, high, mask=mask)
     tl.store(out + step + place, low, mask=mask)
-    if NAMED:
-        place = _name(n)[None, :] * INNER + _name(k)
-        tl.store(out + 2 * step + place, high, mask=mask)
-        tl.store(out + 3 * step + place, low, mask=mask)
     tl.store(scale + batch * COLUMNS + n, down, mask=n < COLUMNS)
 
 
