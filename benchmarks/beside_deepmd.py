@@ -42,14 +42,14 @@ import dpa4
 from dpa4.data import Batch
 from dpa4.graph import Graph, build_graph, collate
 from dpa4.potential import Potential, convert, load_potential, save_potential
-from dpa4.potential.compiled import compile_potential
-from dpa4.potential.deepmd_options import config_to_deepmd
-from dpa4.potential.evaluator import Evaluator
-from dpa4.potential.precompile import Mode, precompile
+from dpa4.execution.regions import compile_potential
+from dpa4.potential.deepmd.options import config_to_deepmd
+from dpa4.execution.evaluator import Evaluator
+from dpa4.execution.precompile import Mode, precompile
 from dpa4.simulation import DPA4Calculator
 from dpa4.system import keep_freed_memory
 from dpa4.training.loss import Loss
-from dpa4.training.replay import Recorder, ReplayedStep
+from dpa4.training.replayed_step import Recorder, ReplayedStep
 from dpa4.training.trainer import training_step
 
 CUDA = torch.cuda.is_available()

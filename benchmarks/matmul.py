@@ -17,8 +17,8 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench
 
-from dpa4.kernels.matmul import precise_matmul
-from dpa4.kernels.triton_matmul import Tile, matmul
+from dpa4.ops.split_matmul import precise_matmul
+from dpa4.ops.triton.split_matmul import Tile, matmul
 
 Product = Callable[[Tensor, Tensor], Tensor]
 

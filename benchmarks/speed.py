@@ -23,11 +23,11 @@ from dpa4.data import Batch
 from dpa4.graph import Graph, build_graph, collate
 from dpa4.model.presets import preset
 from dpa4.potential import Potential
-from dpa4.potential.compiled import KINDS, compare_with_eager, compile_potential, kind_of, restore_eager
-from dpa4.potential.precompile import Mode, precompile
-from dpa4.potential.replay import Replay, replayed_size
+from dpa4.execution.regions import KINDS, compare_with_eager, compile_potential, kind_of, restore_eager
+from dpa4.execution.precompile import Mode, precompile
+from dpa4.execution.cuda_graph import Replay, replayed_size
 from dpa4.training.loss import Loss
-from dpa4.training.replay import Recorder, ReplayedStep
+from dpa4.training.replayed_step import Recorder, ReplayedStep
 from dpa4.training.trainer import training_step
 
 WAYS = ["eager", "compiled", "recompute", "replay"]  # compiled; without kept results; as a CUDA graph

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from dpa4.cli import app
 from dpa4.potential import save_potential
-from dpa4.simulation.bench import files
-from dpa4.simulation.shards import Shard, join
+from dpa4.leaderboards import files
+from dpa4.simulation.runs.shards import Shard, join
 from helpers import random_potential
 
 POTENTIAL = random_potential(n_blocks=1, lmax=1)

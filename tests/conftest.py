@@ -30,7 +30,7 @@ def empty_cache(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def no_other_processes(monkeypatch):
     """Code is compiled in the process of the test, however many processors there are."""
-    monkeypatch.setattr("dpa4.potential.precompile._affordable", lambda device: 0)
+    monkeypatch.setattr("dpa4.execution.precompile._affordable", lambda device: 0)
 
 
 class NotCompiled:

@@ -11,7 +11,7 @@ import torch
 from ase import Atoms
 
 from dpa4.graph import Graph, build_graph
-from dpa4.kernels.stage import graph_of as graph_of_recipe
+from dpa4.tracing.stage import graph_of as graph_of_recipe
 from dpa4.model import ModelConfig
 from dpa4.potential import Potential
 

@@ -8,9 +8,9 @@ from ase.calculators.lj import LennardJones
 
 from bench_cases import POTENTIAL, command, rows, saved_model
 from dpa4.simulation import DPA4Calculator
-from dpa4.simulation.bench import run_diatomics, score_diatomics
-from dpa4.simulation.bench.curves import Curve
-from dpa4.simulation.bench.diatomics import (
+from dpa4.leaderboards import run_diatomics, score_diatomics
+from dpa4.leaderboards.curves import Curve
+from dpa4.leaderboards.diatomics import (
     SCORED,
     element_metrics,
     evaluation_window,

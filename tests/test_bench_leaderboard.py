@@ -20,16 +20,16 @@ from bench_cases import (
     saved_model,
     screened_alloys,
 )
-from dpa4.simulation.bench import (
+from dpa4.leaderboards import (
     run_diatomics,
     score_diatomics,
     score_kappa,
     score_structures,
     write_submission,
 )
-from dpa4.simulation.bench.kappa import ReferenceKappa
-from dpa4.simulation.bench.leaderboard import read_metadata
-from dpa4.simulation.records import Records
+from dpa4.leaderboards.kappa import ReferenceKappa
+from dpa4.leaderboards.submission import read_metadata
+from dpa4.simulation.runs.store import Records
 
 
 def conductivities(folder: Path) -> Path:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpa4.simulation.bench.metrics import (
+from dpa4.leaderboards.metrics import (
     combined_performance_score,
     discovery_metrics,
     mean_rmsd,

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from dpa4.simulation.records import Interrupted, Records, run_items
+from dpa4.simulation.runs.store import Interrupted, Records, run_items
 
 
 def test_records_survive_a_torn_line_and_failures_are_tried_again(tmp_path):

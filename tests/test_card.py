@@ -8,13 +8,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from dpa4.kernels import so2_fused
+from dpa4.ops.hopper import so2_stack as so2_fused
 from dpa4.model.presets import PRESETS, preset
 from dpa4.model.so2 import FusedSO2Stack
 from dpa4.potential import Potential
 from dpa4.potential.card import model_card
 from dpa4.potential.checkpoint import save_potential
-from dpa4.potential.deepmd_export import export_deepmd
+from dpa4.potential.deepmd.writer import export_deepmd
 from dpa4.potential.kernel_report import cpu_kernels, has_whole_stacks, triton_version, unsupported
 from helpers import random_potential
 
@@ -75,7 +75,7 @@ def test_the_card_tells_which_kernels_a_gpu_has_for_the_model(saved, monkeypatch
 
 
 def test_the_card_tells_which_kernels_this_cpu_has_for_the_model(monkeypatch):
-    monkeypatch.setattr("dpa4.kernels.cpp.unavailable", lambda: None)
+    monkeypatch.setattr("dpa4.ops.cpp.build.unavailable", lambda: None)
 
     def on_cpu(**switches) -> tuple[str, str]:
         lines = cpu_kernels(preset("mini", ("H",), **switches))
@@ -86,7 +86,7 @@ def test_the_card_tells_which_kernels_this_cpu_has_for_the_model(monkeypatch):
         "plain operations (channels 24, channels of a focus 24: not a multiple of 16)"
     )
     assert on_cpu(mlp_bias=True) == ("C++ kernels", "plain operations (not with mlp_bias = True)")
-    monkeypatch.setattr("dpa4.kernels.cpp.unavailable", lambda: "no compiler")
+    monkeypatch.setattr("dpa4.ops.cpp.build.unavailable", lambda: "no compiler")
     assert on_cpu() == ("plain operations (no compiler)",) * 2
     assert "On this CPU" in model_card("mini").text
 

@@ -9,15 +9,18 @@ import pytest
 import torch
 
 from dpa4.graph import collate
-from dpa4.kernels import cpp, matmul, so2_fused
-from dpa4.kernels import region as regions
-from dpa4.kernels import trace as tracing
-from dpa4.kernels.region import Region
-from dpa4.kernels.stage import graph_of as recorded
+from dpa4.ops.cpp import build as cpp
+from dpa4.ops import split_matmul as matmul
+from dpa4.ops.hopper import so2_stack as so2_fused
+from dpa4.tracing import region as regions
+from dpa4.tracing import trace as tracing
+from dpa4.tracing.region import Region
+from dpa4.tracing.stage import graph_of as recorded
 from dpa4.model.config import Bridging
 from dpa4.model.presets import preset
-from dpa4.potential import Potential, precompile
-from dpa4.potential.compiled import (
+from dpa4.execution import precompile
+from dpa4.potential import Potential
+from dpa4.execution.regions import (
     KINDS,
     Kept,
     compare_with_eager,
@@ -25,7 +28,7 @@ from dpa4.potential.compiled import (
     keep_results,
     restore_eager,
 )
-from dpa4.potential.compiled import regions as regions_of
+from dpa4.execution.regions import regions as regions_of
 from helpers import assert_close, assert_only_views_of_weights, crystal, graph_of, molecule, random_potential
 
 
@@ -277,7 +280,7 @@ def test_compiling_twice_and_back(compilations):
 
 def test_nothing_of_a_step_stays_alive(compilations):
     """What stages hand to each other must not keep a step's graph, and with it its memory, alive."""
-    from dpa4.kernels.twice import _Call
+    from dpa4.ops.second_order import _Call
 
     potential = small_potential().train()
     compile_potential(potential)

@@ -3,7 +3,7 @@
 import pytest
 
 from dpa4.model import Bridging, ModelConfig
-from dpa4.potential.deepmd_options import config_from_deepmd, config_to_deepmd
+from dpa4.potential.deepmd.options import config_from_deepmd, config_to_deepmd
 
 
 def params(descriptor=None, fitting=None, **model):

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpa4.kernels import cuda, so2_fused
-from dpa4.kernels.gate import Rows
-from dpa4.kernels.so2_fused import CHANNELS, EDGES, ROWS
+from dpa4.ops.hopper import build as cuda
+from dpa4.ops.hopper import so2_stack as so2_fused
+from dpa4.ops.gate import Rows
+from dpa4.ops.hopper.so2_stack import CHANNELS, EDGES, ROWS
 from dpa4.model.so2 import FusedSO2Stack
 
 needs_hopper = pytest.mark.skipif(

@@ -10,8 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dpa4.kernels import matmul
-from dpa4.kernels.matmul import precise_matmul
+from dpa4.ops import split_matmul as matmul
+from dpa4.ops.split_matmul import precise_matmul
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -35,7 +35,7 @@ def interpreter():
 
 def interpreted(x: np.ndarray, w: np.ndarray, tile: tuple | None, order: tuple) -> np.ndarray:
     """Product by the interpreted kernel; ``order`` permutes the axes of x first, which changes strides only."""
-    from dpa4.kernels import triton_matmul as kernel
+    from dpa4.ops.triton import split_matmul as kernel
 
     tile = None if tile is None else kernel.Tile(*tile)
     y = kernel.matmul(torch.from_numpy(x).permute(order), torch.from_numpy(w), tile)
@@ -122,7 +122,7 @@ def test_zeros_stay_zero_and_what_is_not_finite_is_seen(interpreter):
 @pytest.mark.parametrize("shapes", [((5, 3), (3, 4)), ((2, 5, 3), (2, 3, 4)), ((2, 0, 3), (2, 3, 4))])
 def test_derivatives(shapes):
     """Central differences of doubles through the Function that float32 uses."""
-    from dpa4.kernels.matmul import _PreciseMatmul
+    from dpa4.ops.split_matmul import _PreciseMatmul
 
     rng = torch.Generator().manual_seed(0)
     x, w = (torch.randn(s, dtype=torch.float64, generator=rng, requires_grad=True) for s in shapes)
@@ -219,7 +219,7 @@ def test_shapes_that_do_not_fit(x, w):
 @needs_gpu
 @pytest.mark.parametrize(("e", "k", "n"), [(1000, 256, 256), (515, 384, 384), (77, 40, 24), (300, 96, 128)])
 def test_sizes_on_the_device(e, k, n):
-    from dpa4.kernels import triton_matmul as kernel
+    from dpa4.ops.triton import split_matmul as kernel
 
     x, w = operands((2, e, k), (2, k, n))
     x *= np.float32(10) ** np.linspace(-4, 4, e, dtype=np.float32)[:, None]

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dpa4.kernels import rotate
-from dpa4.kernels.incidence import Incidence
-from dpa4.kernels.rotate import edge_matmul, edge_outer, scatter_matmul
-from dpa4.kernels.segments import gather, segment_max, segment_sum
+from dpa4.ops import edge_products as rotate
+from dpa4.ops.incidence import Incidence
+from dpa4.ops.edge_products import edge_matmul, edge_outer, scatter_matmul
+from dpa4.ops.segments import gather, segment_max, segment_sum
 from helpers import run_in_the_interpreter
 
 SIZES = {  # (N, E, H, M, K, c)
@@ -229,8 +229,8 @@ def test_a_cpu_needs_no_triton():
 import sys
 sys.modules["triton"] = None  # importing it fails
 import torch
-from dpa4.kernels.incidence import Incidence
-from dpa4.kernels.rotate import edge_matmul, edge_outer, scatter_matmul
+from dpa4.ops.incidence import Incidence
+from dpa4.ops.edge_products import edge_matmul, edge_outer, scatter_matmul
 end = Incidence.of(torch.tensor([1, 0]), 2)
 y = edge_matmul(torch.ones(2, 1, 3, 4), torch.ones(2, 4, 5), end)
 edge_outer(y, scatter_matmul(torch.ones(2, 1, 3, 4), y, end), end, 1)
@@ -290,7 +290,7 @@ def on_device(end: Incidence) -> Incidence:
 @contextmanager
 def triton_for_the_cpu():
     """Sends the operators' calls to the Triton kernels; yields the names of those called."""
-    from dpa4.kernels import segments
+    from dpa4.ops import segments
 
     called: set[str] = set()
     kernels = {

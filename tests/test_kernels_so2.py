@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpa4.kernels import gate, matmul
-from dpa4.kernels.gate import Rows
-from dpa4.kernels.matmul import Weight, ready, split
+from dpa4.ops import gate
+from dpa4.ops import split_matmul as matmul
+from dpa4.ops.gate import Rows
+from dpa4.ops.split_matmul import Weight, ready, split
 from dpa4.model.so2 import FusedSO2Stack, SO2Stack, so2_layers
 from helpers import assert_close, run_in_the_interpreter
 
@@ -196,7 +197,7 @@ def gates_of(module, b, v, a, u, weight, rows) -> list[Tensor]:
 
 def check_in_the_interpreter(names: Sequence[str]) -> None:
     """Some sizes of every gate kernel against the plain twin in float64."""
-    from dpa4.kernels import triton_gate
+    from dpa4.ops.triton import gate as triton_gate
 
     for name in names:
         size = SIZES[name]

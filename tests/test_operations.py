@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from dpa4.kernels.incidence import Incidence
-from dpa4.kernels.segments import gather, pick, segment_max, segment_sum
+from dpa4.ops.incidence import Incidence
+from dpa4.ops.segments import gather, pick, segment_max, segment_sum
 from dpa4.model import ModelConfig
 from dpa4.model.block import GatedActivation, feed_forward
 from dpa4.model.config import Bridging

@@ -8,7 +8,7 @@ import torch
 
 from dpa4.graph import build_graph
 from dpa4.potential import Potential, load_potential
-from dpa4.potential.deepmd_names import deepmd_name
+from dpa4.potential.deepmd.names import deepmd_name
 from helpers import SHARED, shared
 
 FIXTURES = SHARED / "reference" / "fixtures"

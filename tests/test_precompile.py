@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from dpa4.potential import precompile as module
-from dpa4.potential.compiled import Kept, compare_with_eager, compile_potential, regions
-from dpa4.potential.precompile import Mode, precompile
+from dpa4.execution import precompile as module
+from dpa4.execution.regions import Kept, compare_with_eager, compile_potential, regions
+from dpa4.execution.precompile import Mode, precompile
 from helpers import graph_of, molecule, random_potential
 
 MODES = [Mode(training=True), Mode(training=False)]
@@ -159,9 +159,9 @@ def test_this_process_has_nothing_to_compile_and_the_next_one_nothing_to_trace(c
     program = """
 import sys
 import torch
-from dpa4.kernels import trace
-from dpa4.potential.compiled import compare_with_eager, compile_potential
-from dpa4.potential.precompile import Mode, precompile
+from dpa4.tracing import trace
+from dpa4.execution.regions import compare_with_eager, compile_potential
+from dpa4.execution.precompile import Mode, precompile
 from helpers import graph_of, molecule, random_potential
 
 def not_to_be_called(*arguments, **options):

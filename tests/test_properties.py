@@ -153,7 +153,7 @@ def test_hessian_refusals():
         hessian(potential, collate([graph, graph]))
     with pytest.raises(ValueError, match=r"element Pu \(94\) is not in the model"):
         hessian(potential, graph_of(Atoms("Pu2", [(0, 0, 0), (0, 0, 2)])))
-    from dpa4.potential.compiled import compile_potential
+    from dpa4.execution.regions import compile_potential
 
     compile_potential(potential)
     with pytest.raises(ValueError, match="compiled potential does not support second derivatives"):

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpa4.training.config import RunConfig, TrainingOptions, default_config_text, load_run_config
+from dpa4.training.options import RunConfig, TrainingOptions, default_config_text, load_run_config
 
 
 @pytest.fixture

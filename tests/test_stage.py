@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from dpa4.kernels.stage import Recipe, Stage, graph_of, recipe_of, symbolic_sizes
+from dpa4.tracing.stage import Recipe, Stage, graph_of, recipe_of, symbolic_sizes
 
 SIZES = {"node": 1001, "edge": 5003}
 

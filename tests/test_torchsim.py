@@ -14,7 +14,7 @@ from helpers import crystal, graph_of, molecule, random_potential
 ts = pytest.importorskip("torch_sim")
 from torch_sim.models.interface import validate_model_outputs  # noqa: E402
 
-from dpa4.simulation.torchsim import DPA4Model  # noqa: E402
+from dpa4.interfaces.torchsim import DPA4Model  # noqa: E402
 
 OLD = not hasattr(ts, "fire_init")  # TorchSim 0.3, on Python 3.11
 
@@ -191,8 +191,8 @@ def test_several_structures_are_not_replayed(monkeypatch):
 
 def test_memory_that_does_not_suffice_is_no_fault_of_the_compiler(monkeypatch):
     own = model(dtype="float32", compile=True)
-    monkeypatch.setattr("dpa4.potential.compiled.compile_potential", lambda *_: None)
-    monkeypatch.setattr("dpa4.potential.compiled.compare_with_eager", lambda *_: {"energy": 0.0})
+    monkeypatch.setattr("dpa4.execution.regions.compile_potential", lambda *_: None)
+    monkeypatch.setattr("dpa4.execution.regions.compare_with_eager", lambda *_: {"energy": 0.0})
     called = own.potential.of_edges
     failing = iter([torch.OutOfMemoryError("CUDA out of memory")])
 
@@ -311,10 +311,10 @@ def test_autobatchers_take_as_many_structures_as_have_the_edges():
 
 
 def test_without_torchsim_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, "dpa4.simulation.torchsim")
+    monkeypatch.delitem(sys.modules, "dpa4.interfaces.torchsim")
     monkeypatch.setitem(sys.modules, "torch_sim", None)
     with pytest.raises(ImportError, match=r"torch_sim is not installed; pip install 'dpa4\[torchsim\]'"):
-        import dpa4.simulation.torchsim  # noqa: F401
+        import dpa4.interfaces.torchsim  # noqa: F401
 
 
 def test_constructor_has_the_arguments_of_the_calculator():

@@ -21,15 +21,15 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from dpa4.data import read_frames
-from dpa4.kernels.region import Region
+from dpa4.tracing.region import Region
 from dpa4.potential.checkpoint import load_potential
 from dpa4.system import CsvLog, read_csv
 from dpa4.training import compilation
 from dpa4.training import trainer as trainer_module
-from dpa4.training.config import RunConfig
+from dpa4.training.options import RunConfig
 from dpa4.training.evaluation import evaluate
 from dpa4.training.prepare import batch_budget, changed_options, prepare, split
-from dpa4.training.replay import ReplayedStep
+from dpa4.training.replayed_step import ReplayedStep
 from dpa4.training.state import load_state, save_state
 from dpa4.training.trainer import Trainer, train
 
@@ -316,7 +316,7 @@ def test_resuming_a_finished_run_changes_nothing(data, tmp_path, uninterrupted):
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
-from dpa4.training.config import load_run_config
+from dpa4.training.options import load_run_config
 from dpa4.training.trainer import train
 train(load_run_config(sys.argv[1]), resume=sys.argv[2] == "resume")
 """

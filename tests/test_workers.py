@@ -5,10 +5,10 @@ import re
 import subprocess
 import sys
 
-from dpa4.kernels import region
-from dpa4.potential import precompile
-from dpa4.potential.compiled import compile_potential
-from dpa4.potential.precompile import Mode
+from dpa4.tracing import region
+from dpa4.execution import precompile
+from dpa4.execution.regions import compile_potential
+from dpa4.execution.precompile import Mode
 from helpers import random_potential
 
 
@@ -41,7 +41,7 @@ def test_a_worker_knows_every_operator_of_the_stages(empty_cache):
     named = operators_of(channels=16, message_node_so3=True, ffn_on="so3", ffn_grid=1) | operators_of()
     assert {"edge_matmul", "segment_sum", "so2_value"} <= named
     code = (
-        "import json, sys, dpa4.kernels.worker, torch; "
+        "import json, sys, dpa4.tracing.workers, torch; "
         "print(json.dumps([n for n in json.loads(sys.argv[1]) if not hasattr(torch.ops.dpa4, n)]))"
     )
     run = subprocess.run(

@@ -22,7 +22,7 @@ from torch_sim.integrators import nve, nvt_langevin
 
 from dpa4.simulation import DPA4Calculator, attach_lammps, open_lammps
 from dpa4.simulation.momenta import draw_momenta
-from dpa4.simulation.torchsim import DPA4Model
+from dpa4.interfaces.torchsim import DPA4Model
 
 TEMPERATURE = 300.0  # K
 TIMESTEP = 1.0  # fs

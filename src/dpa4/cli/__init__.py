@@ -4,12 +4,12 @@ import typer
 
 from dpa4.cli.bench import bench
 from dpa4.cli.crystal import elastic, eos, phonon
-from dpa4.cli.dimer import dimer
 from dpa4.cli.dynamics import md
 from dpa4.cli.embed import embed
 from dpa4.cli.lammps import lammps
 from dpa4.cli.models import convert, info
 from dpa4.cli.neb import neb
+from dpa4.cli.pair_curves import dimer
 from dpa4.cli.relax import relax
 from dpa4.cli.report import report
 from dpa4.cli.screen import screen

@@ -22,7 +22,7 @@ from dpa4.cli.training import label_keys
 
 if TYPE_CHECKING:
     from dpa4.simulation import DPA4Calculator
-    from dpa4.simulation.records import Progressed
+    from dpa4.simulation.runs.store import Progressed
 
 bench = typer.Typer(
     help="Published benchmarks: Matbench Discovery and SPICE-MACE-OFF. The same command goes on after Ctrl-C.",
@@ -53,14 +53,14 @@ def discovery(
     branch: Branch = None,
 ) -> None:
     """Relax the WBM test set like dpa4 screen; F1, DAF and RMSD of Matbench Discovery."""
-    from dpa4.simulation.bench import files, score_structures
+    from dpa4.leaderboards import files, score_structures
 
     with user_errors():
         source = structures or files.locate(data, files.WBM_INITIAL)
         for file in (files.WBM_SUMMARY, files.WBM_ENTRIES, files.MP_REFERENCES):
             files.locate(data, file)
+        from dpa4.interfaces.torchsim import DPA4Model
         from dpa4.simulation.screen import screen
-        from dpa4.simulation.torchsim import DPA4Model
 
         potential = DPA4Model(
             model, device=device, dtype=dtype, precision=precision, compile=compile, branch=branch
@@ -102,8 +102,8 @@ def kappa(
     branch: Branch = None,
 ) -> None:
     """Lattice thermal conductivities of 103 crystals; the metric κ_SRME of Matbench Discovery."""
-    from dpa4.simulation.bench import files, run_kappa, score_kappa
-    from dpa4.simulation.bench.kappa import read_reference
+    from dpa4.leaderboards import files, run_kappa, score_kappa
+    from dpa4.leaderboards.kappa import read_reference
 
     with user_errors():
         source = structures or files.locate(data, files.KAPPA_STRUCTURES)
@@ -139,8 +139,8 @@ def diatomics(
     """Curves of homonuclear diatomic molecules; their metrics in Matbench Discovery."""
     from ase.data import atomic_numbers
 
-    from dpa4.simulation.bench import files, run_diatomics, score_diatomics
-    from dpa4.simulation.bench.diatomics import HEAVIEST, read_reference
+    from dpa4.leaderboards import files, run_diatomics, score_diatomics
+    from dpa4.leaderboards.diatomics import HEAVIEST, read_reference
 
     with user_errors():
         calculator = _calculator(model, device, dtype, compile, branch)
@@ -178,7 +178,7 @@ def spice(
 ) -> None:
     """Errors of energies and forces by subset (config_type), with the logarithmic mean."""
     from dpa4.data import LabelKeys, read_frames
-    from dpa4.simulation.bench import files, run_spice, score_spice
+    from dpa4.leaderboards import files, run_spice, score_spice
 
     with user_errors():
         frames = read_frames(
@@ -209,8 +209,8 @@ def submission(
     branch: Branch = None,
 ) -> None:
     """Write the YAML file and the artifacts of a submission to Matbench Discovery."""
+    from dpa4.leaderboards.submission import read_metadata, write_submission
     from dpa4.potential import identify, load_potential
-    from dpa4.simulation.bench.leaderboard import read_metadata, write_submission
 
     with user_errors():
         path, score = write_submission(

@@ -37,8 +37,8 @@ def screen(
 ) -> None:
     """Relax many structures, in batches; list what happened to each."""
     with user_errors():
+        from dpa4.interfaces.torchsim import DPA4Model
         from dpa4.simulation.screen import screen as run
-        from dpa4.simulation.torchsim import DPA4Model
 
         potential = DPA4Model(
             model, device=device, dtype=dtype, precision=precision, compile=compile, branch=branch

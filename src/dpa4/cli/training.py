@@ -59,9 +59,7 @@ def evaluate_command(
     with user_errors():
         potential = eager_potential(model, device, dtype, branch)
         frames = read_frames(data, LabelKeys(**label_keys(key or [])))
-        table = evaluate(
-            potential, frames, max_atoms=max_atoms, output=output, device=potential.reference_energies.device
-        )
+        table = evaluate(potential, frames, max_atoms=max_atoms, output=output, device=potential.device)
     console.print(table.to_rich())
     console.print(f"table, plots and predictions are in {output}/")
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dpa4.kernels.segments import pick
 from dpa4.model.config import ModelConfig, auto_width
 from dpa4.model.convolution import NodeStates, SO2Convolution
-from dpa4.model.domain import WHOLE, Domain
 from dpa4.model.edges import Neighborhood
+from dpa4.model.ghosts import WHOLE, Domain
 from dpa4.model.grid import GridActivation
 from dpa4.model.layers import DegreeLinear, EquivariantRMSNorm, FocusLinear, degree_of
 from dpa4.model.radial import RadialFeatures
+from dpa4.ops.segments import pick
 
 
 class GatedActivation(nn.Module):

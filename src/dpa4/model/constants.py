@@ -1,12 +1,12 @@
 """Constant tensors that stay exact when a model changes its precision."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpa4.kernels import bilinear
-from dpa4.kernels.bilinear import Terms
+from dpa4.ops.sparse_product import Terms, sparse_product
 
 
 class ConstantModule(nn.Module):
@@ -34,7 +34,7 @@ class ConstantModule(nn.Module):
 
 
 class SparseProduct(ConstantModule):
-    """Bilinear map with few non-zero coefficients, see `dpa4.kernels.bilinear`."""
+    """Bilinear map with few non-zero coefficients, see `dpa4.ops.sparse_product`."""
 
     indices: Tensor
     scale: Tensor
@@ -44,10 +44,11 @@ class SparseProduct(ConstantModule):
         self.register_buffer("indices", terms.indices, persistent=False)
         self.register_constant("scale", terms.scale)
 
-    def takes(self, a: Tensor, b: Tensor) -> bool:
-        """Return whether a kernel supports factors (n, A, c) and (n, B, c)."""
-        return bilinear.takes(a.shape[2], a, b)
+    def forward(self, a: Tensor, b: Tensor, size: int, dense: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Product of factors (n, A, c) and (n, B, c), of shape (n, size, c); ``dense`` is its plain form."""
+        return sparse_product(a, b, self.terms, size, dense)
 
-    def forward(self, a: Tensor, b: Tensor, size: int) -> Tensor:
-        """Product of factors (n, A, c) and (n, B, c), of shape (n, size, c)."""
-        return bilinear.bilinear(a, b, Terms(self.indices, self.scale), size)
+    @property
+    def terms(self) -> Terms:
+        """Non-zero coefficients, on the device of the module."""
+        return Terms(self.indices, self.scale)

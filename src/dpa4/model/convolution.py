@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dpa4.kernels.rotate import scatter_matmul
-from dpa4.kernels.segments import materialized
 from dpa4.model.attention import EnvelopeGatedAttention, EnvelopeSum, FocusCompetition, SingleFocus
 from dpa4.model.config import ModelConfig
 from dpa4.model.edges import Edges, LocalFrame, Neighborhood
@@ -17,6 +15,8 @@ from dpa4.model.grid import MessageNodeProduct, NoProduct
 from dpa4.model.layers import ChannelLinear, DegreeLinear
 from dpa4.model.radial import RadialFeatures
 from dpa4.model.so2 import DegreeProduct, ElementwiseProduct, join_streams, so2_layers, split_streams
+from dpa4.ops.edge_products import scatter_matmul
+from dpa4.ops.segments import materialized
 
 
 class SameChannels(nn.Module):
@@ -99,7 +99,7 @@ class SO2Convolution(nn.Module):
         share = self.focus(x[..., : self.width])
         x = self.stack(x, self._bias_scale(radial, to_hidden, hood.edges) if self.biased else None)
         weight = materialized(self.attention.weights(query, key, radial, to_hidden, hood) * share)
-        message = join_streams(x, self.stack.rows)
+        message = join_streams(x, self.stack.layout)
         # One matrix per edge and head applies weight, rotation back and rescaling.
         back = self.frame.weighted_back(hood.edges.rows, weight.flatten(1))
         return scatter_matmul(back.to(message.dtype), message, hood.destination)

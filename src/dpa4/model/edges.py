@@ -10,16 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpa4.kernels import bilinear
-from dpa4.kernels.bilinear import Terms
-from dpa4.kernels.incidence import Incidence
-from dpa4.kernels.segments import gather, segment_sum
 from dpa4.model.config import Bridging, ModelConfig
 from dpa4.model.constants import ConstantModule, SparseProduct
-from dpa4.model.domain import WHOLE, Domain
-from dpa4.model.harmonics import Rows, WignerRows, edge_frame
+from dpa4.model.ghosts import WHOLE, Domain
+from dpa4.model.harmonics import HarmonicRows, WignerRows, edge_frame
 from dpa4.model.layers import after_zeros, degree_of
 from dpa4.model.radial import envelope
+from dpa4.ops.incidence import Incidence
+from dpa4.ops.segments import gather, segment_sum
+from dpa4.ops.sparse_product import Terms, apply_terms, either
 
 SOFTENING = 1e-7
 """Length added in quadrature to every edge length, in Angstrom (``eps`` of deepmd-kit)."""
@@ -32,7 +31,7 @@ class Edges(NamedTuple):
     length: Tensor  # (E,), Angstrom; clamped with bridging
     weight: Tensor  # (E,) cutoff envelope w
     gate: Tensor  # (E,) freeze gate of the source atom; ones without bridging
-    rows: Rows  # rows |m| <= mmax of the edge's Wigner matrices
+    rows: HarmonicRows  # rows |m| <= mmax of the edge's Wigner matrices
 
     def harmonics(self) -> Tensor:
         """Return the harmonics Z_{l,m} of the edge directions, (E, D)."""
@@ -134,15 +133,26 @@ class MatrixEntries(nn.Module):
         """Drop the orders and degrees that the block lacks from the rows."""
         return [r[..., :n] for r, n in zip(rows, self.columns, strict=False)]
 
-    def takes(self, rows: Sequence[Tensor]) -> bool:
-        """Return whether there is a kernel; otherwise use the formula."""
-        return bilinear.takes(1, *rows)
+    def forward(
+        self, rows: Sequence[Tensor], numbers: Callable[[], Tensor], dense: Callable[[], Tensor]
+    ) -> Tensor:
+        """Evaluate the formula for the `own` rows of the block.
 
-    def forward(self, numbers: Tensor, rows: Sequence[Tensor]) -> Tensor:
-        """Evaluate the formula for numbers (E, size) and the `own` rows of the block."""
-        joined = torch.cat([r.flatten(1) for r in rows], dim=1)
-        numbers = numbers.to(joined.dtype)  # mixed precision yields numbers of another dtype
-        return self.product(numbers[..., None], joined[..., None], self.shape.numel()).view(-1, *self.shape)
+        Args:
+            rows: Wigner rows of the block.
+            numbers: Function that returns the numbers, (E, size), for the sparse product.
+            dense: Function that returns the same matrices in plain operations.
+        """
+
+        def sparse() -> Tensor:
+            joined = torch.cat([r.flatten(1) for r in rows], dim=1)
+            factor = numbers().to(joined.dtype)  # mixed precision yields numbers of another dtype
+            entries = apply_terms(
+                factor[..., None], joined[..., None], self.product.terms, self.shape.numel()
+            )
+            return entries.view(-1, *self.shape)
+
+        return either(sparse, dense, 1, *rows)
 
 
 class LocalFrame(ConstantModule):
@@ -171,9 +181,9 @@ class LocalFrame(ConstantModule):
     def weighted_back(self, rows: Sequence[Tensor], weight: Tensor) -> Tensor:
         """Matrices (E, H, M, D) whose transpose rotates back, rescales and multiplies by a weight (E, H)."""
         rows = self.entries.own(rows)
-        if self.entries.takes(rows):
-            return self.entries(weight, rows)
-        return _weighted_frame(weight, rows, self._masks("rescaled"))
+        return self.entries(
+            rows, lambda: weight, lambda: _weighted_frame(weight, rows, self._masks("rescaled"))
+        )
 
     def _masks(self, kind: str) -> list[Tensor]:
         return [getattr(self, f"{kind}_{m}") for m in range(self.mmax + 1)]

@@ -13,11 +13,11 @@ from scipy.integrate import lebedev_rule
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dpa4.kernels.bilinear import Terms
 from dpa4.model.config import GridOperation, ModelConfig
 from dpa4.model.constants import ConstantModule, SparseProduct
 from dpa4.model.harmonics import WignerRows, edge_frame, spherical_harmonics
 from dpa4.model.layers import ChannelLinear, DegreeLinear, FocusLinear, before_zeros, degree_of
+from dpa4.ops.sparse_product import Terms
 
 LEBEDEV_DEGREES = (*range(3, 32, 2), *range(35, 132, 6))
 
@@ -92,22 +92,17 @@ class Grid(ConstantModule):
         self.register_constant("evaluate", evaluate)
         self.register_constant("analyse", analyse)
         self.coupling = SparseProduct(couplings(lmax, kmax))  # without the grid: faster on a CPU
-        self.scaling = SparseProduct(Terms.of(torch.eye(len(analyse), dtype=torch.float64)[:, :, None]))
         # Different coefficients are orthogonal on the grid, so the mean of a product needs no values on the grid.
         self.register_constant("metric", (analyse[0] @ evaluate.square())[:, None])
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         """Multiply two fields, (n, D K, c) each."""
-        if self.coupling.takes(left, right):
-            return self.coupling(left, right, left.shape[1])
-        values = (self.evaluate.to(left.dtype) @ left) * (self.evaluate.to(left.dtype) @ right)
-        return self.analyse.to(values.dtype) @ values
 
-    def scaled(self, x: Tensor, factor: Tensor) -> Tensor:
-        """Multiply a field (n, D K, c) by a factor (n, c)."""
-        factor = factor[:, None]
-        # The derivatives of the plain product are sums over rows, which are slow on a CPU.
-        return self.scaling(x, factor, x.shape[1]) if self.scaling.takes(x, factor) else x * factor
+        def dense(left: Tensor, right: Tensor) -> Tensor:
+            values = (self.evaluate.to(left.dtype) @ left) * (self.evaluate.to(left.dtype) @ right)
+            return self.analyse.to(values.dtype) @ values
+
+        return self.coupling(left, right, left.shape[1], dense)
 
     def scalar_product(self, left: Tensor, right: Tensor) -> Tensor:
         """Compute only the scalars of frame 0 of `product`, (n, c)."""
@@ -154,7 +149,7 @@ class GridProduct(nn.Module):
             (n, D, K c).
         """
         product = self.combine(self.grid.product(self._fields(left), self._fields(right)), scalars)
-        y = self.grid.scaled(self.mix(product), gate).unflatten(1, (-1, self.grid.frames)).flatten(2)
+        y = (self.mix(product) * gate[:, None]).unflatten(1, (-1, self.grid.frames)).flatten(2)
         direct = functional.silu(first) * second
         return y + before_zeros(direct[:, None], y.shape[1] - 1, y.shape[2] - direct.shape[1])
 

@@ -16,10 +16,10 @@ import scipy.special
 import torch
 from torch import Tensor, nn
 
-from dpa4.kernels.bilinear import Terms
 from dpa4.model.constants import ConstantModule, SparseProduct
+from dpa4.ops.sparse_product import Terms, apply_terms, either
 
-Rows = tuple[Tensor, ...]
+HarmonicRows = tuple[Tensor, ...]
 """Wigner rows by order. rows[m] holds rows -m and +m of D^m, D^{m+1}, ..., D^lmax side by side, of shape
 (E, 2, (lmax+1)^2 - m^2). rows[0] holds the single row 0, of shape (E, 1, (lmax+1)^2)."""
 
@@ -101,12 +101,18 @@ class WignerRows(ConstantModule):
         count = vectors.shape[1]
         product = cast(SparseProduct, self.products[f"{l} {count}"])
         one, other = lower.flatten(1)[..., None], vectors.flatten(1)[..., None]
-        if product.takes(one, other):
-            return product(one, other, count * (2 * l + 1)).unflatten(1, (count, -1))[..., 0]
-        products = (lower.unsqueeze(-1) * vectors.unsqueeze(-2)).flatten(-2)
-        return products @ getattr(self, f"coupling_{l}")
 
-    def forward(self, frame: Tensor) -> Rows:
+        def sparse() -> Tensor:
+            entries = apply_terms(one, other, product.terms, count * (2 * l + 1))
+            return entries.unflatten(1, (count, -1))[..., 0]
+
+        def dense() -> Tensor:
+            products = (lower.unsqueeze(-1) * vectors.unsqueeze(-2)).flatten(-2)
+            return products @ getattr(self, f"coupling_{l}")
+
+        return either(sparse, dense, 1, one, other)
+
+    def forward(self, frame: Tensor) -> HarmonicRows:
         """Compute the Wigner rows of edge frames (E, 3, 3) as returned by `edge_frame`."""
         minus, axis, plus = frame[:, 0:1], frame[:, 1:2], frame[:, 2:3]
         pair = frame[:, 0::2]

@@ -7,15 +7,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dpa4.kernels.incidence import Incidence
-from dpa4.kernels.segments import gather
 from dpa4.model.block import Block, FeedForward, read_out
 from dpa4.model.config import ModelConfig, auto_width
-from dpa4.model.domain import WHOLE, Domain
 from dpa4.model.edges import EdgeGeometry, Edges, Neighborhood, in_parts
-from dpa4.model.embedding import ChargeSpinEmbedding, ElementSeed, Embedding, EnvironmentSeed, Unconditioned
+from dpa4.model.ghosts import WHOLE, Domain
 from dpa4.model.layers import Linear
 from dpa4.model.radial import BesselBasis, GaussianBasis, RadialFeatures, RadialNetwork
+from dpa4.model.seed import ChargeSpinEmbedding, ElementSeed, Embedding, EnvironmentSeed, Unconditioned
+from dpa4.ops.incidence import Incidence
+from dpa4.ops.segments import gather
+
+MAX_EDGES = {"cpu": 16_384, "cuda": 262_144}
+"""Edges processed at once, by type of device. On a CPU, edge features of this size stay in the cache (docs/adr/0012); on a
+GPU the limit bounds the memory, and parts of this size keep the device busy."""
 
 
 class EnergyNetwork(nn.Module):
@@ -56,7 +60,7 @@ class DPA4(nn.Module):
         c, lmax = config.channels, config.degrees[0]
         self.config, self.lmax = config, lmax
         self.block_autocast: torch.dtype | None = None
-        self.max_edges = {"cpu": 16_384, "cuda": 262_144}
+        self.max_edges = dict(MAX_EDGES)
         self.geometry = EdgeGeometry(config)
         basis = BesselBasis if config.basis == "bessel" else GaussianBasis
         self.basis = basis(config.n_radial, config.cutoff, config.env_exp[0])

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dpa4.kernels.matmul import precise_matmul
-from dpa4.kernels.segments import pick
 from dpa4.model.layers import Linear, RMSNorm
+from dpa4.ops.segments import pick
+from dpa4.ops.split_matmul import precise_matmul
 
 
 def envelope(length: Tensor, cutoff: float, exponent: int) -> Tensor:

@@ -12,19 +12,19 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dpa4.kernels.gate import Rows
-from dpa4.kernels.matmul import precise_matmul
-from dpa4.kernels.rotate import edge_matmul
-from dpa4.kernels.segments import pick
-from dpa4.kernels.so2 import so2_stack
 from dpa4.model.edges import LocalFrame, MatrixEntries, Neighborhood, reduced_degrees
 from dpa4.model.layers import FocusLinear, after_zeros, degree_of, truncated_normal
 from dpa4.model.radial import RadialFeatures
+from dpa4.ops.edge_products import edge_matmul
+from dpa4.ops.layout import EdgeLayout
+from dpa4.ops.segments import pick
+from dpa4.ops.so2_stack import so2_stack
+from dpa4.ops.split_matmul import precise_matmul
 
 
-def join_streams(x: Tensor, rows: Rows) -> Tensor:
+def join_streams(x: Tensor, layout: EdgeLayout) -> Tensor:
     """Rearrange edge features (F, E, W) to rows of the edge frame, (E, M, F c)."""
-    return x.unflatten(-1, (rows.total, -1)).permute(1, 2, 0, 3).flatten(2)
+    return x.unflatten(-1, (layout.total, -1)).permute(1, 2, 0, 3).flatten(2)
 
 
 def split_streams(x: Tensor, n_focus: int) -> Tensor:
@@ -91,11 +91,16 @@ class DegreeProduct(nn.Module):
     def forward(self, x: Tensor, radial: RadialFeatures, hidden: Tensor, hood: Neighborhood) -> Tensor:
         """Map `spread` nodes to rows of the edge frame (E, M, C); ``hidden`` (C0, C) maps the radial channels."""
         rows = self.entries.own(hood.edges.rows)
-        by_kernel = self.entries.takes(rows)
-        weight = self.weight if by_kernel else pick(self.weight, 1, self.columns)
-        weight = weight.unflatten(0, (self.lmax + 1, -1))
-        kernel = radial.project(torch.einsum("bc,lck->lbk", hidden, weight))
-        matrices = self.entries(kernel, rows) if by_kernel else self.matrices(kernel, rows)
+
+        def kernel(weight: Tensor) -> Tensor:
+            weight = weight.unflatten(0, (self.lmax + 1, -1))
+            return radial.project(torch.einsum("bc,lck->lbk", hidden, weight))
+
+        matrices = self.entries(
+            rows,
+            lambda: kernel(self.weight),
+            lambda: self.matrices(kernel(pick(self.weight, 1, self.columns)), rows),
+        )
         return edge_matmul(matrices.to(x.dtype)[:, None], x, hood.source)
 
     def _of_entries(self, kernel: Tensor, rows: Sequence[Tensor]) -> Tensor:
@@ -185,7 +190,7 @@ class SO2Stack(nn.Module):
         self, lmax: int, mmax: int, width: int, n_focus: int, layers: int, bias: bool, layer_scale: bool
     ):
         super().__init__()
-        self.rows = Rows(lmax, mmax)
+        self.layout = EdgeLayout(lmax, mmax)
         self.linears = nn.ModuleList(SO2Linear(lmax, mmax, width, n_focus, bias) for _ in range(layers))
         self.gates = nn.ModuleList(
             Gate(lmax, width, n_focus, bias) if t < layers - 1 else nn.Identity() for t in range(layers)
@@ -195,8 +200,8 @@ class SO2Stack(nn.Module):
 
     def forward(self, x: Tensor, bias_scale: Tensor | None) -> Tensor:
         """Apply the layers to (F, E, W); ``bias_scale`` (F, E, c) multiplies the bias of the first layer."""
-        width = x.shape[-1] // self.rows.total
-        groups = list(x.split([count * width for _, count in self.rows.orders()], dim=-1))
+        width = x.shape[-1] // self.layout.total
+        groups = list(x.split([count * width for _, count in self.layout.orders()], dim=-1))
         for t, (linear, gate) in enumerate(zip(self.linears, self.gates, strict=True)):
             update = gate(linear(groups, bias_scale if t == 0 else None))
             if self.scales:
@@ -219,7 +224,7 @@ class FusedSO2Stack(SO2Stack):
         """Apply the layers to (F, E, W); ``bias_scale`` is ignored."""
         linears, gates = cast(Iterable[SO2Linear], self.linears), cast(list[Gate], list(self.gates)[:-1])
         matrices = [linear.matrices() for linear in linears]
-        return so2_stack(x, matrices, [gate.weight(x) for gate in gates], self.rows, self.training)
+        return so2_stack(x, matrices, [gate.weight(x) for gate in gates], self.layout, self.training)
 
 
 def so2_layers(

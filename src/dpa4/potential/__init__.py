@@ -2,9 +2,9 @@
 
 from dpa4.potential.card import model_card
 from dpa4.potential.checkpoint import convert, load_potential, save_potential
-from dpa4.potential.embedding import embeddings, write_embeddings
+from dpa4.potential.descriptors import embeddings, write_embeddings
+from dpa4.potential.fingerprint import identify
 from dpa4.potential.hessian import Expansion, expand_energy, hessian, hessian_vector_product
-from dpa4.potential.identity import identify
 from dpa4.potential.potential import Potential, Prediction
 
 __all__ = [

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 from rich.text import Text
 
 from dpa4.model import DPA4, ModelConfig
 from dpa4.model.presets import preset
+from dpa4.ops import available
+from dpa4.ops.layout import EdgeLayout
 from dpa4.potential.checkpoint import read_checkpoint
-from dpa4.potential.kernel_report import cpu_kernels, gpu_kernels, triton_version
 
 UNITS = "energy eV, length Å, forces eV/Å, virial eV (-dE/dstrain), stress eV/Å³ (tensile positive)"
 _DESCRIBED = ("elements", "cutoff")  # fields with their own lines, not listed as switches
@@ -106,7 +108,7 @@ def _sections(config: ModelConfig, parameters: int) -> dict[str, dict[str, str]]
             key: _show(value) for key, value in switches.items() if value != default[key]
         },
         "Switches, default": {key: _show(value) for key, value in switches.items() if value == default[key]},
-        "On a GPU": gpu_kernels(config, triton_version()),
+        "On a GPU": gpu_kernels(config, available.triton_version()),
         "On this CPU": cpu_kernels(config),
     }
 
@@ -117,3 +119,77 @@ def _show(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "(" + ", ".join(_show(entry) for entry in value) + ")"
     return str(value)
+
+
+# Kernels: the rules are those of `dpa4.ops.available`; here they become lines of text.
+
+
+_PLAIN_SO2 = {"mlp_bias": "biases", "layer_scale": "learned scales"}
+"""Switches that prevent the SO(2) layers from being one fused operator, and the features they add."""
+
+
+def _plain_switches(config: ModelConfig) -> dict[str, str]:
+    """Entries of `_PLAIN_SO2` whose switch is set."""
+    return {switch: what for switch, what in _PLAIN_SO2.items() if getattr(config, switch)}
+
+
+def unsupported(config: ModelConfig, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Reasons why a model runs plain operations on a GPU where other models have kernels; empty if there are none.
+
+    Args:
+        config: The model.
+        dtype: Floating-point type of the network. Precision "fast" has the kernels of float32.
+    """
+    reasons = [
+        f"{switch} = True: SO(2) layers with {what} are not fused; they run operation by operation"
+        for switch, what in _plain_switches(config).items()
+    ]
+    if dtype == torch.float64:
+        reasons.append("float64: only sums over edges have a Triton kernel")
+    return reasons
+
+
+def has_whole_stacks(config: ModelConfig) -> bool:
+    """Return whether one kernel on Hopper GPUs computes all SO(2) layers of a block, for energies and forces."""
+    return not unsupported(config) and all(
+        available.whole_stack_shape(
+            EdgeLayout(degree, min(config.mmax, degree)),
+            config.n_focus,
+            config.focus_width,
+            config.mixing_layers,
+        )
+        for degree in config.degrees
+    )
+
+
+def gpu_kernels(config: ModelConfig, triton: str | None) -> dict[str, str]:
+    """Lines of the model card about GPUs.
+
+    Args:
+        config: The model.
+        triton: Version of Triton, or None if it is not installed.
+    """
+    return {
+        "Triton": triton or "not installed; without it no model runs on a GPU",
+        "edges and nodes": "Triton kernels",
+        "SO(2) layers": "; ".join(unsupported(config)) or "fused, Triton kernels",
+        "energies and forces on H100, H200": "one CUDA kernel for all SO(2) layers of a block"
+        if has_whole_stacks(config)
+        else "SO(2) layers product by product",
+        "with --dtype float64": "plain operations, not compiled",
+    }
+
+
+def cpu_kernels(config: ModelConfig) -> dict[str, str]:
+    """Lines of the model card about the CPU of this machine."""
+    widths = {"channels": config.channels, "channels of a focus": config.focus_width}
+    odd = [f"{name} {width}" for name, width in widths.items() if width % available.LANES]
+    plain = available.cpp_missing() or (
+        f"{', '.join(odd)}: not a multiple of {available.LANES}" if odd else None
+    )
+    switches = [f"{name} = True" for name in _plain_switches(config)]
+    layers = plain or (f"not with {', '.join(switches)}" if switches else None)
+    return {
+        "edges, nodes and grids": f"plain operations ({plain})" if plain else "C++ kernels",
+        "layers of SO(2)": f"plain operations ({layers})" if layers else "C++ kernels, all layers at once",
+    }

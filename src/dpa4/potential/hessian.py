@@ -79,7 +79,7 @@ class _Differentiated:
     """Atomic energies and their first derivative, ready to be differentiated again along any displacement."""
 
     def __init__(self, potential: Potential, graph: Graph):
-        if "embed" in vars(potential.model):  # put there by compile_potential
+        if potential.is_compiled:
             raise ValueError(
                 "a compiled potential does not support second derivatives; load it again and do not compile it"
             )

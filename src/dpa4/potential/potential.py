@@ -1,7 +1,7 @@
 """Potential: network, reference energies and nuclear repulsion, differentiated to forces and virial."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from ase.data import atomic_numbers, chemical_symbols
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from dpa4.data.coverage import Coverage
 from dpa4.graph import Graph
-from dpa4.kernels.incidence import Incidence
-from dpa4.kernels.segments import segment_sum
 from dpa4.model import DPA4, ModelConfig
-from dpa4.model.domain import WHOLE, Domain
-from dpa4.model.embedding import ChargeSpinEmbedding
+from dpa4.model.ghosts import WHOLE, Domain
+from dpa4.model.seed import ChargeSpinEmbedding
+from dpa4.ops.incidence import Incidence
+from dpa4.ops.segments import segment_sum
 from dpa4.potential.zbl import NoRepulsion, NuclearRepulsion
 
 
@@ -81,6 +81,29 @@ class Potential(nn.Module):
     def dtype(self) -> torch.dtype:
         """Floating-point type of the network."""
         return self.model.types.table.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network."""
+        return self.reference_energies.device
+
+    @property
+    def is_compiled(self) -> bool:
+        """True if parts of the network are compiled (`dpa4.execution.regions.compile_potential`)."""
+        from dpa4.tracing.region import Region  # imports the compiler, which takes a second
+
+        return any(
+            isinstance(part, Region) for module in self.model.modules() for part in vars(module).values()
+        )
+
+    @property
+    def precision(self) -> Literal["high", "fast"]:
+        """Precision of the matrix products of the interaction blocks, see `dpa4.potential.precision`."""
+        return "high" if self.model.block_autocast is None else "fast"
+
+    @precision.setter
+    def precision(self, precision: Literal["high", "fast"]) -> None:
+        self.model.block_autocast = torch.bfloat16 if precision == "fast" else None
 
     def _apply(self, fn, recurse: bool = True) -> "Potential":  # type: ignore[no-untyped-def]
         """Move or cast the network; reference energies stay float64."""

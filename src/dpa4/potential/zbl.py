@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from dpa4.kernels.incidence import Incidence
-from dpa4.kernels.segments import segment_sum
 from dpa4.model.radial import envelope
+from dpa4.ops.incidence import Incidence
+from dpa4.ops.segments import segment_sum
 
 COULOMB = 14.3996  # e^2 / (4 pi epsilon_0), eV Angstrom
 BOHR = 0.5291772109  # Angstrom

@@ -11,11 +11,11 @@ from ase import Atoms, units
 from ase.calculators.calculator import Calculator
 from ase.io import write
 
-from dpa4.simulation.calculator import identify_calculator, labelled
+from dpa4.interfaces.ase import identify_calculator, labelled
 from dpa4.simulation.integrators import bath_state, conserved_energy, make_integrator, set_bath_state
 from dpa4.simulation.momenta import degrees_of_freedom, draw_momenta, internal_momenta, temperature
-from dpa4.simulation.progress import progress_bar
-from dpa4.simulation.records import check_settings
+from dpa4.simulation.runs.progress import progress_bar
+from dpa4.simulation.runs.store import check_settings
 from dpa4.system import CsvLog, atomic_write, new_figure, read_csv, save_figure, stop_requests
 
 Ensemble = Literal["nve", "langevin", "nvt", "npt"]

@@ -10,8 +10,8 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 from numpy.typing import NDArray
 
-from dpa4.simulation.records import Record, write_csv, write_json
-from dpa4.simulation.tasks import Calculation
+from dpa4.simulation.runs.parts import Calculation
+from dpa4.simulation.runs.store import Record, write_csv, write_json
 from dpa4.system import atomic_write, new_figure, require, save_figure
 
 IMAGINARY = -0.05  # THz; lower frequencies are more than numerical noise of the acoustic modes at Gamma

@@ -17,9 +17,9 @@ from ase.io import write
 from ase.optimize import BFGS, FIRE, LBFGS
 from ase.spacegroup.symmetrize import symmetrize_rank2
 
-from dpa4.simulation.calculator import identify_calculator, labelled
-from dpa4.simulation.progress import progress_bar
-from dpa4.simulation.records import SETTINGS, Records
+from dpa4.interfaces.ase import identify_calculator, labelled
+from dpa4.simulation.runs.progress import progress_bar
+from dpa4.simulation.runs.store import SETTINGS, Records
 from dpa4.system import CsvLog, new_figure, require, save_figure, stop_requests
 
 CellChange = Literal["fixed", "full", "volume", "shape", "xy", "z"]

@@ -17,7 +17,7 @@ from rich.progress import track
 from dpa4 import __version__
 from dpa4.potential import Potential, load_potential, model_card
 from dpa4.potential.card import ModelCard
-from dpa4.simulation.dimer import Diagnosis, Pair, diagnose, draw_pairs, element_pairs, pair_curves
+from dpa4.simulation.pair_curves import Diagnosis, Pair, diagnose, draw_pairs, element_pairs, pair_curves
 from dpa4.system import atomic_write, choose_device, read_csv
 
 MAX_PAIRS = 60  # in the report; `dpa4 dimer` draws any number

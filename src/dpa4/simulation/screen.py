@@ -23,12 +23,12 @@ from torch import Tensor
 from dpa4.data import read_atoms
 from dpa4.data.labels import ENERGY, STRESS
 from dpa4.graph import build_graph
+from dpa4.interfaces.ase import charge_spin_of
+from dpa4.interfaces.torchsim import DPA4Model
 from dpa4.potential import identify
-from dpa4.simulation.calculator import charge_spin_of
-from dpa4.simulation.progress import progress_bar
 from dpa4.simulation.relax import CELLS, check_periodicity, check_relaxation
-from dpa4.simulation.shards import Shard, join
-from dpa4.simulation.torchsim import DPA4Model
+from dpa4.simulation.runs.progress import progress_bar
+from dpa4.simulation.runs.shards import Shard, join
 from dpa4.system import require, stop_requests
 
 ts = require("torch_sim", "torchsim")

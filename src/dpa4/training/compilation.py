@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -13,17 +13,14 @@ from rich.text import Text
 from torch import Tensor
 
 from dpa4.data import Batch, EpochBatches
+from dpa4.execution.limits import can_be_compiled, tolerance
+from dpa4.execution.precompile import Mode, precompile
+from dpa4.execution.regions import compile_potential, restore_eager
+from dpa4.execution.trial import attempt, compared
 from dpa4.graph import Graph
 from dpa4.potential import Potential
-from dpa4.potential.compiled import (
-    compare_with_eager,
-    compile_potential,
-    restore_eager,
-    tolerance,
-)
-from dpa4.potential.precompile import Mode, precompile
-from dpa4.training.evaluation import full_precision
-from dpa4.training.replay import Recorder, RecordingError, ReplayedStep, Step
+from dpa4.potential.precision import at_precision
+from dpa4.training.replayed_step import Recorder, RecordingError, ReplayedStep, Step
 
 T = TypeVar("T")
 
@@ -35,14 +32,10 @@ unnoticed. With 0.05, rounding to bfloat16 alone changes the energy of the large
 """
 
 
-class DeviationError(ArithmeticError):
-    """Deviation between compiled and eager results that rounding cannot explain."""
-
-
 class CompiledTraining:
     """Training steps with compiled code, which fall back to eager mode on failure.
 
-    On a GPU the compiled steps are also recorded as CUDA graphs and replayed (`dpa4.training.replay`).
+    On a GPU the compiled steps are also recorded as CUDA graphs and replayed (`dpa4.training.replayed_step`).
 
     Args:
         potential: The potential, on its device and in its precision.
@@ -73,7 +66,7 @@ class CompiledTraining:
         """
         self.active = True
         self._check(batches, training=True)
-        if self.active and self.potential.reference_energies.is_cuda:
+        if self.active and self.potential.device.type == "cuda":
             recorder = Recorder(self.differentiate, self.potential.parameters())
             self._step = ReplayedStep(self.potential, self.differentiate, recorder)
 
@@ -113,29 +106,31 @@ class CompiledTraining:
         """Compare training (compiled here) or evaluation with eager mode; on failure switch to eager mode."""
         # Order of the first epoch, even in a resumed run: the deviations are those of the uninterrupted run.
         order = batches.indices(0)
-        batch = next((b for b in order if _is_compiled(batches.dataset.batch(b).graph)), order[0])
+        batch = next((b for b in order if can_be_compiled(batches.dataset.batch(b).graph)), order[0])
         graph = batches.dataset.batch(batch).graph
         self.potential.check(graph)
-        device, before = self.potential.reference_energies.device, self.potential.training
+        device, before = self.potential.device, self.potential.training
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             _noise_on(self.potential.parameters()),
             self.console.status("compiling the network") as self._status,
         ):
-            try:
+
+            def work() -> str:
                 if training:
                     self._compile(graph.to(device))
-                line = self._self_check(batches, batch, training)
-            except Exception as error:
-                self._give_up(error)
-            else:
+                return self._self_check(batches, batch, training)
+
+            # Even lack of memory does not end the training: batches differ in size.
+            line = attempt(self.potential, work, self._give_up, propagate=())
+            if line is not None:
                 self.console.print(line, highlight=False, markup=False, soft_wrap=True)
         self._status = None
         self.potential.train(before)
 
     def _compile(self, graph: Graph) -> None:
         compile_potential(self.potential, self._report)
-        modes = [Mode(training=True, autocast=self.potential.model.block_autocast), Mode(training=False)]
+        modes = [Mode(training=True, precision=self.potential.precision), Mode(training=False)]
         start = time.monotonic()
         precompile(self.potential, modes, graph)
         self.seconds += time.monotonic() - start
@@ -148,7 +143,7 @@ class CompiledTraining:
         """
         count = len(batch)
         while True:
-            graph = batches.dataset.batch(batch[:count]).graph.to(self.potential.reference_energies.device)
+            graph = batches.dataset.batch(batch[:count]).graph.to(self.potential.device)
             try:
                 found = self._compare(graph, training)
                 break
@@ -157,7 +152,7 @@ class CompiledTraining:
                     raise
             count //= 2
         where = "the first batch" if count == len(batch) else f"{count} structures of the first batch"
-        if training and not _is_compiled(graph):
+        if training and not can_be_compiled(graph):
             where += ", which has no edges, so that derivatives were not compared"
         where = f"on {where}" if training else f"in evaluation on {where}"
         return f"compiled {self.pieces} pieces in {self.seconds:.0f} s; deviation from eager mode {where}: {found}"
@@ -168,16 +163,10 @@ class CompiledTraining:
         Raises:
             DeviationError: If a deviation is larger than allowed or not finite.
         """
-        model = self.potential.train(training).model
-        with nullcontext() if training else full_precision(model):
+        self.potential.train(training)
+        with at_precision(self.potential, self.potential.precision if training else "high"):
             allowed = tolerance(self.potential)
-            found = compare_with_eager(self.potential, graph)
-        for name, deviation in found.items():
-            if not deviation <= allowed:  # also true for NaN
-                raise DeviationError(
-                    f"{name} in {'training' if training else 'evaluation'}: relative deviation from eager mode "
-                    f"{deviation:.1g}, allowed {allowed:.0g}"
-                )
+            found = compared(self.potential, graph)
         return ", ".join(f"{name} {d:.0e}" for name, d in found.items()) + f" (allowed {allowed:.0e})"
 
     def _report(self, name: str, seconds: float) -> None:
@@ -213,11 +202,6 @@ class CompiledTraining:
         cause = "\n".join([f"{type(error).__name__}: {lines[0] if lines else ''}", *lines[1:4]])
         text = Text.assemble((cause, "bold"), f"\n\n{consequence}")
         self.console.print(Panel(text, title=title, border_style="bold red"))
-
-
-def _is_compiled(graph: Graph) -> bool:
-    """Return whether a graph is large enough for compiled code; smaller ones run eagerly."""
-    return graph.num_atoms > 1 and graph.num_edges > 1
 
 
 @contextmanager

@@ -2,8 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +17,6 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from dpa4.data import Batch, EpochBatches, Frame, FrameDataset, check_elements
-from dpa4.model import DPA4
 from dpa4.potential import Potential
 from dpa4.training.plots import plot_parity
 
@@ -104,7 +102,7 @@ def predict(potential: Potential, batches: Iterable[Batch]) -> list[FramePredict
     Raises:
         ValueError: If an element, charge or spin is outside the model.
     """
-    device = potential.reference_energies.device
+    device = potential.device
     training = potential.training
     potential.eval()
     results = []
@@ -122,16 +120,6 @@ def predict(potential: Potential, batches: Iterable[Batch]) -> list[FramePredict
     finally:
         potential.train(training)
     return results
-
-
-@contextmanager
-def full_precision(model: DPA4) -> Iterator[None]:
-    """Switch off the autocast of the interaction blocks while the context is active."""
-    autocast, model.block_autocast = model.block_autocast, None
-    try:
-        yield
-    finally:
-        model.block_autocast = autocast
 
 
 def pairs(frame: Frame, prediction: FramePrediction) -> dict[str, Pair]:

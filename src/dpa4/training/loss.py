@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dpa4.data.dataset import Batch
-from dpa4.kernels.incidence import Incidence
+from dpa4.ops.incidence import Incidence
 from dpa4.potential import Prediction
 
 LossKind = Literal["mae", "mse", "huber"]

@@ -26,8 +26,8 @@ from dpa4.data import (
 from dpa4.data.summary import elements_in
 from dpa4.potential import Potential
 from dpa4.system import choose_device
-from dpa4.training.config import RunConfig, TrainingOptions
 from dpa4.training.loss import Loss
+from dpa4.training.options import RunConfig, TrainingOptions
 
 DEFAULT_VIRIAL_WEIGHT = 5.0
 

@@ -6,10 +6,10 @@ from torch import nn
 
 from dpa4.model.attention import EnvelopeGatedAttention, FocusCompetition
 from dpa4.model.block import Block
-from dpa4.model.embedding import Embedding, EnvironmentSeed
 from dpa4.model.grid import MessageNodeProduct
 from dpa4.model.layers import ChannelLinear, DegreeLinear, EquivariantRMSNorm, FocusLinear, Linear, RMSNorm
 from dpa4.model.radial import BesselBasis, GaussianBasis
+from dpa4.model.seed import Embedding, EnvironmentSeed
 from dpa4.model.so2 import DegreeProduct, SO2Linear, SO2Stack
 from dpa4.training.muon import Route, block_shape
 

@@ -14,14 +14,15 @@ from torch import Tensor
 from dpa4.data import Batch
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import save_potential
+from dpa4.potential.precision import at_precision
 from dpa4.system import keep_freed_memory, stop_requests
-from dpa4.training.config import RunConfig
 from dpa4.training.coverage import RunCoverage
 from dpa4.training.ema import MovingAverage
-from dpa4.training.evaluation import error_table, full_precision, predict
+from dpa4.training.evaluation import error_table, predict
 from dpa4.training.logs import ERROR_COLUMNS, TERMS, RunLog
 from dpa4.training.loss import Loss
 from dpa4.training.muon import HybridMuon
+from dpa4.training.options import RunConfig
 from dpa4.training.plots import plot_learning_curve
 from dpa4.training.prepare import Preparation, changed_options, prepare
 from dpa4.training.routing import parameter_groups
@@ -94,8 +95,8 @@ class Trainer:
         self.config, self.console, self.preparation = config, console, preparation
         self.potential, self.loss = preparation.potential, preparation.loss
         self.coverage = RunCoverage(preparation, config.output, console)
-        self.potential.model.block_autocast = torch.bfloat16 if options.precision == "bf16" else None
-        self.device = self.potential.reference_energies.device
+        self.potential.precision = options.precision
+        self.device = self.potential.device
         keep_freed_memory(self.device)
         self.optimizer = _optimizer(config, self.potential)
         self.parameters = [p for p in self.potential.parameters() if p.requires_grad]
@@ -289,9 +290,9 @@ class Trainer:
 
     @contextmanager
     def _evaluated_weights(self) -> Iterator[None]:
-        """Use the averaged weights, if any, in full precision while the context is active."""
+        """Use the averaged weights, if any, at precision "high" while the context is active."""
         averaged = self.average.applied() if self.average is not None else nullcontext()
-        with full_precision(self.potential.model), averaged:
+        with at_precision(self.potential, "high"), averaged:
             yield
 
     # --- files

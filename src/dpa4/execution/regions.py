@@ -1,0 +1,120 @@
+"""Compilation of a potential: methods of its network are replaced by compiled regions."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from dpa4.execution.limits import KEEP_POLICIES, KeepPolicy
+from dpa4.model.edges import Edges, Neighborhood
+from dpa4.model.radial import RadialFeatures
+from dpa4.ops.available import triton_version
+from dpa4.ops.incidence import Incidence
+from dpa4.potential.potential import Potential
+from dpa4.tracing.region import Region, RegionCode
+
+
+def compile_potential(
+    potential: Potential,
+    report: Callable[[str, float], None] = lambda name, seconds: None,
+    kept: KeepPolicy = KEEP_POLICIES[0],
+) -> None:
+    """Replace the parts of the network by compiled ones, in place; code is made when first needed.
+
+    Call it when the potential is on its device and in its precision. Blocks of equal degree share their code. The
+    last derivative, that of training, is with respect to the parameters alone: second derivatives with respect to
+    positions are not supported.
+
+    Args:
+        potential: The potential.
+        report: Called with the name of a part and the seconds it took to compile.
+        kept: Which results are kept for the derivatives, outside of training.
+    """
+    restore_eager(potential)
+    model = potential.model
+    origin = repr([potential.config.model_dump_json(), triton_version()])
+    code_of = partial(RegionCode, report=report, origin=origin)
+    # No parameter influences the geometry: that it is data spares the last stage a derivative by it.
+    rows = ("edge data",) * (model.geometry.wigner.mmax + 1)
+    edges: Any = Edges("edge data", "edge data", "edge data", "edge data", rows)  # type: ignore[arg-type]
+    source: Any = Incidence("edge", "edge", "node+1")  # type: ignore[arg-type]
+    center: Any = Incidence("edge", None, "center+1")  # type: ignore[arg-type]
+    radial: Any = RadialFeatures("edge", "edge", "static")  # type: ignore[arg-type]
+    hood: Any = Neighborhood(edges, source, center, "center data")  # type: ignore[arg-type]
+    whole = {
+        "locate": ("geometry", ["geometry"], ("edge data", source, center, "node data")),
+        "embed": (
+            "embedding",
+            ["basis", "radial", "types", "charge_spin", "seed"],
+            ("node", "node", "center", "center", hood),
+        ),
+        "read_out": ("read-out", ["readout"], ("node",)),
+    }
+    for method, (name, parts, arguments) in whole.items():
+        model.__dict__[method] = Region(model, method, parts, code_of(name, arguments))
+    codes: dict[int, list[RegionCode]] = {}
+    update = [
+        f"{name}" for name in ("conv_norm_out", "ffns", "ffn_norms_in", "ffn_norms_out", "ffn_scales", "conv")
+    ]
+    for block, degree in zip(model.blocks, model.config.degrees, strict=True):
+        if degree not in codes:
+            update_of = ("node", "node", "node", "node data")
+            codes[degree] = [
+                code_of(f"node states of degree {degree}", ("node",)),
+                code_of(f"messages of degree {degree}", ("node", "center", "node", radial, hood)),
+                code_of(f"node update of degree {degree}", update_of),
+                code_of(f"update in parts of degree {degree}", update_of),
+            ]
+        states, messages, updates, updates_in_parts = codes[degree]
+        own = ["conv.product", "conv.pre_mix", "conv.attention", "conv_norm_in"]
+        on_edges = ["product", "stack", "focus", "attention", "radial_hidden", "frame", "scalar_degree"]
+        block.states = Region(block, "states", own, states)  # type: ignore
+        block.messages = Region(block, "messages", [f"conv.{n}" for n in on_edges], messages)  # type: ignore
+        block.update = Region(block, "update", update, updates)  # type: ignore
+        block.update_some = Region(block, "update_some", update, updates_in_parts, keeps=False)  # type: ignore
+    keep_results(potential, kept)
+
+
+def regions(potential: Potential) -> list[Region]:
+    """The compiled parts."""
+    return [region for _, _, region in _places(potential)]
+
+
+def _methods(potential: Potential) -> list[tuple[nn.Module, str]]:
+    """Modules, and the methods of theirs that are compiled."""
+    whole = [(potential.model, name) for name in ("locate", "embed", "read_out")]
+    of_block = ("states", "messages", "update", "update_some")
+    return [*whole, *((block, name) for block in potential.model.blocks for name in of_block)]
+
+
+def _places(potential: Potential) -> list[tuple[nn.Module, str, Region]]:
+    """The same where they are compiled, and what stands in their place."""
+    found = [(module, method, vars(module).get(method)) for module, method in _methods(potential)]
+    return [(module, method, part) for module, method, part in found if isinstance(part, Region)]
+
+
+def keep_results(potential: Potential, kept: KeepPolicy) -> None:
+    """Change which results the compiled parts keep for the derivatives; code that exists stays."""
+    for module, method, region in _places(potential):
+        early = method in ("messages", "update") and module is not potential.model.blocks[-1]
+        region.max_kept = kept.everywhere if early else kept.last
+
+
+def restore_eager(potential: Potential) -> None:
+    """Undo `compile_potential`."""
+    for module, method in _methods(potential):
+        module.__dict__.pop(method, None)
+
+
+@contextmanager
+def in_eager_mode(potential: Potential) -> Iterator[None]:
+    """Within the block nothing of the potential is compiled."""
+    places = _places(potential)
+    restore_eager(potential)
+    try:
+        yield
+    finally:
+        for module, method, region in places:
+            module.__dict__[method] = region

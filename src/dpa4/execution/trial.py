@@ -1,0 +1,71 @@
+"""The ritual of compiled code, written once: compile, compare with eager mode, give up with a reason."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from dpa4.execution.check import compare_with_eager
+from dpa4.execution.limits import exceeded, tolerance
+from dpa4.execution.regions import restore_eager
+from dpa4.graph import Graph
+from dpa4.potential.potential import Potential
+
+T = TypeVar("T")
+
+
+class DeviationError(ArithmeticError):
+    """Deviation between compiled and eager results that rounding cannot explain."""
+
+
+def compared(potential: Potential, graph: Graph) -> dict[str, float]:
+    """Compare a compiled potential with its eager form on a graph, in its present mode and precision.
+
+    Returns:
+        Largest relative deviations, see `dpa4.execution.check.compare_with_eager`.
+
+    Raises:
+        DeviationError: If a deviation is larger than `dpa4.execution.limits.tolerance` or not a number.
+    """
+    allowed = tolerance(potential)
+    found = compare_with_eager(potential, graph)
+    if worse := exceeded(found, allowed):
+        mode = "training" if potential.training else "evaluation"
+        listed = ", ".join(f"{name} {deviation:.1g}" for name, deviation in worse.items())
+        raise DeviationError(
+            f"relative deviations from eager mode in {mode}: {listed}; rounding explains {allowed:.0g}"
+        )
+    return found
+
+
+def attempt(
+    potential: Potential,
+    work: Callable[[], T],
+    give_up: Callable[[Exception], None],
+    propagate: tuple[type[Exception], ...] = (torch.OutOfMemoryError,),
+) -> T | None:
+    """Compile and compare; on any failure return to eager mode and report the reason.
+
+    Args:
+        potential: The potential.
+        work: Function that compiles the potential and compares it (`compared`).
+        give_up: Called with the error after the potential is back in eager mode.
+        propagate: Errors that are not the compiler's fault and are raised; by default lack of memory, since a smaller
+            graph may come.
+
+    Returns:
+        Result of ``work``, or None after a failure.
+    """
+    try:
+        return work()
+    except propagate:
+        raise
+    except Exception as error:
+        restore_eager(potential)
+        give_up(error)
+        return None
+
+
+def reason(error: Exception) -> str:
+    """Type and beginning of the message of an error, for warnings."""
+    return f"{type(error).__name__}: {str(error)[:500]}"

@@ -1,0 +1,245 @@
+"""ASE calculator for one potential or a committee of them."""
+
+import copy
+from collections.abc import Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.stress import full_3x3_to_voigt_6_stress
+from numpy.typing import NDArray
+
+from dpa4.data import CoverageMonitor
+from dpa4.execution.evaluator import Evaluator
+from dpa4.graph import SKIN, Graph, SkinnedNeighbors, within_cutoff
+from dpa4.potential import Potential, identify
+from dpa4.potential.checkpoint import load_potential
+from dpa4.potential.precision import Precision
+from dpa4.system import choose_device
+
+Model = str | Path | Potential
+Results = dict[str, Any]
+
+_INFO_KEYS = ("charge", "spin")
+_COMMITTEE = ("energy", "forces", "stress")
+
+
+class DPA4Calculator(Calculator):
+    """Energy, forces and stress of a DPA4 potential for ASE.
+
+    Results, in eV and Angstrom: ``energy``, ``free_energy`` (the same), ``energies`` (of the atoms, (N,)),
+    ``forces`` (N, 3), and for cells periodic along all axes ``stress`` (6,) in the order xx, yy, zz, yz, xz,
+    xy, positive under tension. ``stresses`` (N, 6), computed only when asked for, are the parts of the stress that
+    belong to the atoms: half of each edge to either end, divided by the volume of the cell. ``results["virial"]``
+    (3, 3), in eV, exists for every structure. Several models form a
+    committee: the results are means, and ``energy_std``, ``forces_std`` and ``stress_std`` their standard deviations
+    over the models (divided by their number).
+
+    Models conditioned on charge and spin read the total charge from ``atoms.info["charge"]`` and the
+    multiplicity 2S + 1 from ``atoms.info["spin"]``; a change of either gives new results.
+
+    A model that knows its training data warns, once, of elements that were not in them and of atoms closer than
+    they were there.
+    """
+
+    # Charges and moments of single atoms do not enter.
+    ignored_changes = {"initial_charges", "initial_magmoms"}
+
+    def __init__(
+        self,
+        model: Model | Sequence[Model],
+        device: str | torch.device = "auto",
+        dtype: Literal["float32", "float64"] = "float32",
+        branch: str | None = None,
+        neighbor_skin: float = SKIN,
+        compute_stress: bool = True,
+        precision: Precision = "high",
+        compile: bool | None = None,
+    ):
+        """Load the models.
+
+        Args:
+            model: Checkpoint (native or of deepmd-kit), potential (copied), or a list of them: a committee.
+            device: Where to compute; "auto" takes CUDA when there is one.
+            dtype: Precision of the network. Energies are summed in float64 in either case.
+            branch: Branch of a multitask checkpoint of deepmd-kit.
+            neighbor_skin: Edges are kept this much beyond the cutoff (Angstrom) and searched anew only after
+                an atom has moved by about half of it, or the cell has changed as much; the results do not
+                depend on it. 0 searches in every step.
+            compute_stress: Offer the stress of periodic cells.
+            precision: "high" is the accuracy of the dtype. "fast" multiplies in bfloat16 within the interaction
+                blocks, for screening rather than for dynamics: see the force errors in docs/running.md.
+            compile: Compile at the first calculation, which takes up to a minute once per machine; None does so on
+                a GPU in float32. A failure is a warning, and eager mode goes on.
+
+        Raises:
+            FileNotFoundError: If a checkpoint does not exist.
+            ValueError: If an argument is not allowed or a checkpoint cannot be read.
+        """
+        super().__init__()
+        if not 0 <= neighbor_skin < np.inf:
+            raise ValueError(f"neighbor_skin must be a distance >= 0 in Angstrom, got {neighbor_skin}")
+        models = [model] if isinstance(model, str | Path | Potential) else list(model)
+        if not models:
+            raise ValueError("model is an empty list; give at least one checkpoint or potential")
+        self.device = choose_device(device)
+        self.potentials = [load_model(m, self.device, dtype, precision, branch) for m in models]
+        self._evaluators = [Evaluator(potential, compile) for potential in self.potentials]
+        self.cutoff = max(p.config.cutoff for p in self.potentials)
+        self.neighbor_skin = neighbor_skin
+        self.compute_stress = compute_stress
+        self.implemented_properties = ["energy", "free_energy", "energies", "forces"]
+        self.implemented_properties += ["stress", "stresses"] if compute_stress else []
+        if len(self.potentials) > 1:
+            deviations = [f"{name}_std" for name in _COMMITTEE if name in self.implemented_properties]
+            self.implemented_properties += deviations
+        self._neighbors = SkinnedNeighbors(self.cutoff, neighbor_skin, self.device)
+        self._monitor = CoverageMonitor([p.coverage for p in self.potentials], self.device)
+        self._checked: tuple[NDArray[np.int64], list[tuple[int, int]]] | None = None
+        self._charge_spin: list[torch.Tensor] = []  # (1, 2) for each model, of the structure checked
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What changed since the last calculation, charge and spin included."""
+        changes = super().check_state(atoms, tol=tol)
+        if self.atoms is not None and any(self.atoms.info.get(k) != atoms.info.get(k) for k in _INFO_KEYS):
+            changes.append("info")
+        return changes
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        """Compute everything but ``stresses`` at once; the forces cost little more than the energy alone.
+
+        Raises:
+            ValueError: If there are no atoms, an element, the charge or the spin is outside a model, a position is
+                not finite, atoms coincide, or a periodic axis has no cell vector.
+        """
+        super().calculate(atoms, properties, system_changes)
+        if len(self.atoms) == 0:
+            raise ValueError("the structure has no atoms")
+        with_stress = self.compute_stress and bool(self.atoms.pbc.all())
+        graphs = self._graphs(self.atoms)
+        members = [
+            _results(evaluate(graph), self.atoms.get_volume() if with_stress else None)
+            for evaluate, graph in zip(self._evaluators, graphs, strict=True)
+        ]
+        self._monitor.report()  # the device has nothing left to do: this does not hold it up
+        if len(members) == 1:
+            self.results = members[0]
+        else:
+            stacked = {name: np.array([m[name] for m in members]) for name in members[0]}
+            self.results = {name: values.mean(axis=0) for name, values in stacked.items()}
+            spread = {f"{n}_std": stacked[n].std(axis=0) for n in _COMMITTEE if n in stacked}
+            self.results |= spread
+        if with_stress and "stresses" in properties:
+            self.results["stresses"] = self._stresses(graphs, self.atoms.get_volume())
+        self.results["energy"] = float(self.results["energy"])
+        self.results["free_energy"] = self.results["energy"]
+
+    def _stresses(self, graphs: Sequence[Graph], volume: float) -> NDArray[np.float64]:
+        """Parts of the mean stress that belong to the atoms (N, 6), in eV/Angstrom^3."""
+        virials = [p.atomic_virials(g).detach() for p, g in zip(self.potentials, graphs, strict=True)]
+        return full_3x3_to_voigt_6_stress(-_numpy(torch.stack(virials).mean(dim=0)) / volume)
+
+    def _graphs(self, atoms: Atoms) -> list[Graph]:
+        """The graph for each model, on the device."""
+        pairs = [charge_spin_of(potential, atoms) for potential in self.potentials]
+        graph = self._neighbors.graph(atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc)
+        known = self._checked
+        if known is None or pairs != known[1] or not np.array_equal(atoms.numbers, known[0]):
+            self._charge_spin = [torch.tensor([pair], device=self.device) for pair in pairs]
+            for potential, own in zip(self.potentials, self._charge_spin, strict=True):
+                potential.check(graph._replace(charge_spin=own))
+            self._monitor.elements(graph.atomic_numbers)
+            self._checked = atoms.numbers.copy(), pairs
+        self._monitor.look(graph)
+        graphs = [graph._replace(charge_spin=own) for own in self._charge_spin]
+        cutoffs = [potential.config.cutoff for potential in self.potentials]
+        return [g if c == self.cutoff else within_cutoff(g, c) for g, c in zip(graphs, cutoffs, strict=True)]
+
+
+def labelled(atoms: Atoms) -> Atoms:
+    """A copy that carries its present energy, forces and, where there is one, stress, ready to be written."""
+    frame = atoms.copy()
+    results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(apply_constraint=False)}
+    if atoms.pbc.all() and "stress" in atoms.calc.implemented_properties:
+        results["stress"] = atoms.get_stress(apply_constraint=False)
+    frame.calc = SinglePointCalculator(frame, **results)
+    return frame
+
+
+def identify_calculator(calculator: Calculator) -> dict[str, str]:
+    """What results depend on of a calculator: as ``identify`` says, digests of a committee one after another.
+
+    A calculator that is none of dpa4 cannot tell; {}.
+    """
+    if not isinstance(calculator, DPA4Calculator):
+        return {}
+    members = [identify(potential) for potential in calculator.potentials]
+    return members[0] | {"model": " ".join(member["model"] for member in members)}
+
+
+def load_model(
+    model: Model, device: torch.device, dtype: str, precision: Precision, branch: str | None
+) -> Potential:
+    """A potential of its own, in evaluation mode, from the arguments of ``DPA4Calculator``."""
+    if dtype not in ("float32", "float64"):
+        raise ValueError(f"dtype must be float32 or float64, got {dtype!r}")
+    if precision not in ("high", "fast"):
+        raise ValueError(f"precision must be high or fast, got {precision!r}")
+    if precision == "fast" and dtype != "float32":
+        raise ValueError(f"precision 'fast' needs dtype float32, got {dtype!r}")
+    if not isinstance(model, Potential):
+        potential = load_potential(model, device=device, dtype=getattr(torch, dtype), branch=branch)
+    elif branch is not None:
+        raise ValueError(
+            f"branch = {branch!r} selects from a checkpoint, but model is a potential; leave it out"
+        )
+    else:
+        potential = copy.deepcopy(model).to(device=device, dtype=getattr(torch, dtype)).eval()
+    potential.precision = precision
+    return potential
+
+
+def charge_spin_of(potential: Potential, atoms: Atoms) -> tuple[int, int]:
+    """Total charge and multiplicity for a model; (0, 1) when it does not look at them."""
+    if not potential.config.charge_spin:
+        return (0, 1)
+    missing = [key for key in _INFO_KEYS if key not in atoms.info]
+    default = potential.config.default_charge_spin
+    if missing and default is None:
+        raise ValueError(
+            f"the model is conditioned on charge and spin without a default; set atoms.info[{missing[0]!r}] "
+            "(charge in e, spin as the multiplicity 2S + 1)"
+        )
+    charge, spin = (atoms.info.get(key, d) for key, d in zip(_INFO_KEYS, default or (0, 1), strict=True))
+    if not all(isinstance(value, Real) and float(value).is_integer() for value in (charge, spin)):
+        raise ValueError(
+            f"charge and spin (2S + 1) must be whole numbers, got charge {charge!r}, spin {spin!r}"
+        )
+    return int(charge), int(spin)
+
+
+def _results(prediction: Any, volume: float | None) -> Results:
+    """Arrays of one structure; the stress when the volume (Angstrom^3) is given."""
+    results: Results = {
+        "energy": prediction.energy.item(),
+        "energies": _numpy(prediction.atomic_energies),
+        "forces": _numpy(prediction.forces),
+        "virial": _numpy(prediction.virial[0]),
+    }
+    if volume is not None:
+        results["stress"] = full_3x3_to_voigt_6_stress(-results["virial"] / volume)
+    return results
+
+
+def _numpy(tensor: torch.Tensor) -> NDArray[np.float64]:
+    return tensor.cpu().numpy()

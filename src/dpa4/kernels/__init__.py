@@ -1,1 +1,0 @@
-"""Operators with fast kernels: each is a torch operator with a plain twin, and its derivatives are such operators."""

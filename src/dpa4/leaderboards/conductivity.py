@@ -1,0 +1,193 @@
+"""Lattice thermal conductivity of one crystal: phono3py, Wigner transport, its contributions by modes."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator
+from ase.constraints import FixSymmetry
+from ase.filters import FrechetCellFilter
+from ase.optimize import FIRE
+from numpy.typing import NDArray
+
+from dpa4.simulation.runs.store import Interrupted, Record
+from dpa4.system import require
+
+Array = NDArray[np.float64]
+
+TEMPERATURE = 300.0  # K
+SYMPREC = 1e-5  # of the space groups and of phono3py
+RELAX_SYMPREC = 1e-2  # of the symmetry that the relaxation keeps
+BOUNDARY_MFP = 1e6  # micrometres
+GAMMA_THRESHOLD = -0.01  # THz; acoustic frequencies at q = 0 may be as low as that
+
+
+def space_group(atoms: Atoms) -> int:
+    """Number of the space group."""
+    dataset = require("spglib", "bench").get_symmetry_dataset(
+        (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers), symprec=SYMPREC
+    )
+    if dataset is None:
+        raise ValueError("no space group was found")
+    return int(dataset.number)
+
+
+def relax_symmetric(
+    atoms: Atoms, calculator: Calculator, *, fmax: float, steps: int, stopped: Sequence[int] = ()
+) -> int:
+    """Relax positions and cell in place with FIRE while the symmetry is kept and the cell does not tilt.
+
+    Args:
+        atoms: Start; ends as the relaxed structure.
+        calculator: ASE calculator.
+        fmax: Largest force, eV/Angstrom.
+        steps: Most steps.
+        stopped: A list that is not empty after Ctrl-C.
+
+    Returns:
+        Number of steps.
+
+    Raises:
+        Interrupted: After Ctrl-C.
+    """
+    atoms.calc = calculator
+    atoms.set_constraint(FixSymmetry(atoms, symprec=RELAX_SYMPREC))
+    engine = FIRE(FrechetCellFilter(atoms, mask=[True, True, True, False, False, False]), logfile=None)
+    for _ in engine.irun(fmax=fmax, steps=steps):
+        if stopped:
+            raise Interrupted
+    atoms.set_constraint()
+    atoms.calc = None
+    return engine.get_number_of_steps()
+
+
+def conductivity(
+    atoms: Atoms,
+    calculator: Calculator,
+    *,
+    fc2_supercell: NDArray[np.int64],
+    fc3_supercell: NDArray[np.int64],
+    mesh: Sequence[int],
+    displacement: float = 0.03,
+    stopped: Sequence[int] = (),
+) -> Record:
+    """Conductivity at 300 K by phono3py: Wigner transport in the relaxation time approximation.
+
+    Force constants of second and third order come from finite displacements; isotopes scatter. The transport is
+    "SMM19" of phono3py 4. Of the contribution of a pair of bands, each gets a share as in Matbench Discovery:
+
+        kappa_s = sum_s' 2 kappa_{s's} C_s' / (C_s + C_s'), with the heat capacities C of the modes.
+
+    Args:
+        atoms: Relaxed crystal.
+        calculator: ASE calculator.
+        fc2_supercell: (3,) or (3, 3) supercell for the second order.
+        fc3_supercell: The same for the third order.
+        mesh: Numbers of q-points.
+        displacement: In Angstrom.
+        stopped: A list that is not empty after Ctrl-C.
+
+    Returns:
+        ``has_imag_ph_modes``. Unless that is true, in W/(m K) and as xx, yy, zz, yz, xz, xy: ``kappa_tot_rta``
+        (1, 6), its parts ``kappa_p_rta`` within bands and ``kappa_c`` between them, and ``mode_kappa_tot_rta``
+        (1, Q, S, 6) with the ``mode_weights`` (Q,) of the ``q_points`` (Q, 3) in it; ``ph_freqs`` (Q, S) in THz.
+
+    Raises:
+        ImportError: If phono3py is not installed.
+        Interrupted: After Ctrl-C.
+    """
+    phonons = _phono3py(atoms, fc2_supercell, fc3_supercell, mesh, displacement)
+    phonons.phonon_forces = _forces(phonons.phonon_supercells_with_displacements, calculator, stopped)
+    phonons.produce_fc2()
+    phonons.symmetrize_fc2()
+    phonons.init_phph_interaction()
+    phonons.run_phonon_solver()
+    if imaginary(phonons.get_phonon_data()[0]):
+        return {"has_imag_ph_modes": True}
+    phonons.forces = _forces(phonons.supercells_with_displacements, calculator, stopped)
+    phonons.produce_fc3()
+    phonons.symmetrize_fc3()
+    phonons.init_phph_interaction()
+    phonons.run_thermal_conductivity(
+        temperatures=[TEMPERATURE], is_isotope=True, transport_type="SMM19", boundary_mfp=BOUNDARY_MFP
+    )
+    found = phonons.thermal_conductivity
+    return {
+        "has_imag_ph_modes": False,
+        "kappa_tot_rta": found.kappa[0],
+        "kappa_p_rta": found.kappa_intra[0],
+        "kappa_c": found.kappa_inter[0],
+        "mode_kappa_tot_rta": shares(found.mode_kappa_matrix[0], found.mode_heat_capacities),
+        "mode_weights": found.grid_weights,
+        "q_points": found.qpoints,
+        "ph_freqs": found.frequencies,
+    }
+
+
+def imaginary(frequencies: Array) -> bool:
+    """Whether a mode is imaginary.
+
+    Args:
+        frequencies: (Q, S) in THz, ascending with the bands, negative where imaginary, q = 0 first. Of its three
+            acoustic modes down to -0.01 THz are forgiven.
+    """
+    if np.isnan(frequencies).any():
+        return True
+    limit = np.zeros_like(frequencies)
+    limit[0, :3] = GAMMA_THRESHOLD
+    return bool((frequencies < limit).any())
+
+
+def shares(pairs: Array, heat_capacity: Array) -> Array:
+    """Contributions of modes from those of pairs, see ``conductivity``; their sum stays the same.
+
+    Args:
+        pairs: (T, Q, S, S, 6) of pairs of bands, symmetric in these.
+        heat_capacity: (T, Q, S) of the modes.
+
+    Returns:
+        (T, Q, S, 6)
+    """
+    both = heat_capacity[..., :, None] + heat_capacity[..., None, :]
+    fraction = np.divide(2 * heat_capacity[..., :, None], both, out=np.zeros_like(both), where=both > 0)
+    return np.einsum("tqsuc,tqsu->tquc", pairs, fraction)
+
+
+def _phono3py(
+    atoms: Atoms,
+    fc2_supercell: NDArray[np.int64],
+    fc3_supercell: NDArray[np.int64],
+    mesh: Sequence[int],
+    displacement: float,
+) -> Any:
+    """The object of phono3py with its displacements."""
+    phonopy_atoms = require("phonopy.structure.atoms", "bench").PhonopyAtoms
+    phono3py = require("phono3py", "bench").Phono3py
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the primitive cell is found automatically, which is wanted
+        phonons = phono3py(
+            phonopy_atoms(
+                symbols=atoms.get_chemical_symbols(), cell=atoms.cell.array, positions=atoms.positions
+            ),
+            supercell_matrix=fc3_supercell,
+            phonon_supercell_matrix=fc2_supercell,
+            primitive_matrix="auto",
+            symprec=SYMPREC,
+        )
+    phonons.mesh_numbers = list(mesh)
+    phonons.generate_displacements(distance=displacement)
+    return phonons
+
+
+def _forces(supercells: Sequence[Any], calculator: Calculator, stopped: Sequence[int]) -> Array:
+    """(D, N, 3) forces in displaced supercells, eV/Angstrom."""
+    forces = []
+    for cell in supercells:
+        if stopped:
+            raise Interrupted
+        atoms = Atoms(cell.symbols, cell.positions, cell=cell.cell, pbc=True)
+        atoms.calc = calculator
+        forces.append(atoms.get_forces())
+    return np.array(forces)

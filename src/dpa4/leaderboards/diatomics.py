@@ -1,0 +1,265 @@
+"""Curves of homonuclear diatomic molecules and their metrics: the diatomics task of Matbench Discovery."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator
+from ase.data import atomic_masses, atomic_numbers, chemical_symbols, covalent_radii, vdw_alvarez
+from numpy.typing import NDArray
+
+from dpa4.interfaces.ase import identify_calculator
+from dpa4.leaderboards import files
+from dpa4.leaderboards.curves import (
+    Curve,
+    combined_diatomics_score,
+    curve_metrics,
+    energy_diff_flips,
+    energy_jump,
+    reference_metrics,
+    wall_error,
+)
+from dpa4.simulation.runs.store import (
+    Progressed,
+    Record,
+    Records,
+    read_settings,
+    run_items,
+    write_csv,
+    write_json,
+)
+from dpa4.system import new_figure, save_figure
+
+DISTANCES = np.geomspace(0.1, 6.0, 119)  # Angstrom
+HEAVIEST = 92
+UNSCORED = frozenset({"Po", "At", "Rn", "Fr", "Ra"})  # not in the Materials Project
+SCORED = tuple(s for s in chemical_symbols[1 : HEAVIEST + 1] if s not in UNSCORED)  # 87
+INNER, INNER_WALL = 0.9, 0.8  # covalent radii where the windows begin; that of the wall reaches as far as DFT
+LEAST_POINTS = 5
+ROUGH_JUMP, ROUGH_FLIPS = 1.5, 3  # eV; a reference that has both is not compared with
+
+
+@dataclass(frozen=True)
+class DiatomicsScore:
+    """Means over the scored elements; a metric that no element has is absent."""
+
+    metrics: dict[str, float]
+    run_time_sec: float
+    coverage: float  # fraction of the 87 scored elements that have a curve
+    CDS: float  # NaN without a reference
+    failed: dict[str, str]  # element -> reason
+
+
+def homonuclear_curve(
+    element: str, calculator: Calculator, distances: NDArray[np.float64] = DISTANCES
+) -> Record:
+    """Energies and forces of two atoms at given distances along x, without periodicity.
+
+    Args:
+        element: Chemical symbol.
+        calculator: ASE calculator.
+        distances: (R,) ascending, in Angstrom.
+
+    Returns:
+        ``distances`` (R,), ``energies`` (R,) in eV and ``forces`` (R, 2, 3) in eV/Angstrom; points that are not
+        finite and outside the window of the wall, see ``evaluation_window``, are left out.
+
+    Raises:
+        ValueError: If a point within that window is not finite.
+    """
+    energies, forces = [], []
+    for distance in distances:
+        atoms = Atoms([element, element], positions=[[0, 0, 0], [distance, 0, 0]])
+        atoms.calc = calculator
+        energies.append(atoms.get_potential_energy())
+        forces.append(atoms.get_forces())
+    energy, force = np.array(energies), np.array(forces)
+    finite = np.isfinite(energy) & np.isfinite(force).all(axis=(1, 2))
+    low, high = evaluation_window(element, distances[-1], INNER_WALL)
+    scored = (distances >= low) & (distances <= high)
+    if not finite[scored].all():
+        raise ValueError(
+            f"energy or forces are not finite at {distances[scored & ~finite].round(3).tolist()} Angstrom"
+        )
+    return {"distances": distances[finite], "energies": energy[finite], "forces": force[finite]}
+
+
+def evaluation_window(element: str, largest: float, inner: float = INNER) -> tuple[float, float]:
+    """Distances that count: from 0.9 covalent radii to 3.1 van der Waals radii (Alvarez), at most the largest.
+
+    Closer than that no model has seen anything, and the wall would dominate every metric. The distance of the wall
+    itself is looked for from 0.8 covalent radii.
+    """
+    number = atomic_numbers[element]
+    low = inner * covalent_radii[number] - 1e-12  # DFT begins at 0.8 covalent radii, but for rounding
+    outer = vdw_alvarez.vdw_radii[number]
+    return low, min(3.1 * outer, largest) if np.isfinite(outer) else largest
+
+
+def run_diatomics(
+    elements: Sequence[str],
+    calculator: Calculator,
+    output: str | Path,
+    *,
+    model: str = "",
+    progress: bool = True,
+) -> Progressed:
+    """Curves of elements at 119 distances from 0.1 to 6 Angstrom.
+
+    Keeps every curve in ``output``/results.jsonl as it comes; the same call goes on after an interruption.
+
+    Args:
+        elements: Chemical symbols.
+        calculator: ASE calculator.
+        output: Folder, made if absent.
+        model: Name of the model, if it is none of dpa4; a folder of results of another model is refused.
+        progress: Show a progress bar on a terminal.
+
+    Raises:
+        ValueError: If a symbol is no element up to uranium, or the folder holds results of other settings.
+    """
+    if wrong := [e for e in elements if not 0 < atomic_numbers.get(e, 0) <= HEAVIEST]:
+        raise ValueError(f"{wrong[0]!r} is no element from H to U")
+    identity = {"model": model, **identify_calculator(calculator)}
+    settings = {"task": "diatomics", **identity, "distances": DISTANCES.tolist()}
+    with Records(Path(output), settings) as records:
+        return run_items(
+            ((e, e) for e in elements),
+            len(elements),
+            lambda element, _: homonuclear_curve(element, calculator),
+            records,
+            title="diatomics",
+            progress=progress,
+        )
+
+
+def score_diatomics(output: str | Path, reference: Mapping[str, Curve] | None = None) -> DiatomicsScore:
+    """Metrics of the curves in a folder.
+
+    Writes curves.csv, metrics.csv, summary.json and diatomics.png into it.
+
+    Args:
+        output: Folder of ``run_diatomics``.
+        reference: Curves of DFT by element; None leaves out what needs them.
+    """
+    folder = Path(output)
+    with Records(folder, read_settings(folder)) as kept:
+        records = list(kept)
+    curves = {r["id"]: _curve(r) for r in records if "error" not in r}
+    failed = {r["id"]: r["error"] for r in records if "error" in r}
+    table = {}
+    for element, curve in curves.items():
+        if element in SCORED:
+            table[element] = element_metrics(element, curve, (reference or {}).get(element))
+    names = dict.fromkeys(name for metrics in table.values() for name in metrics)
+    means = {n: _finite_mean([m[n] for m in table.values() if n in m]) for n in names}
+    means = {name: value for name, value in means.items() if np.isfinite(value)}
+    seconds = sum(r["seconds"] for r in records)
+    coverage = len(table) / len(SCORED)
+    score = combined_diatomics_score(means | {"run_time_sec": seconds}, coverage)
+    result = DiatomicsScore(means, seconds, coverage, score, failed)
+    _write(folder, curves, table, list(names), result)
+    _plot(curves, reference or {}, folder / "diatomics.png")
+    return result
+
+
+def element_metrics(element: str, curve: Curve, reference: Curve | None = None) -> dict[str, float]:
+    """Metrics of a curve within its window; those with respect to DFT only if its curve is smooth enough.
+
+    A reference with jumps of 1.5 eV or more in sum and three or more turns is not compared with.
+
+    Raises:
+        ValueError: If fewer than five points lie in the window.
+    """
+    window = evaluation_window(element, curve.distances[-1])
+    inside = curve.within(window)
+    if len(inside.distances) < LEAST_POINTS:
+        raise ValueError(
+            f"{element} has {len(inside.distances)} points in its window; {LEAST_POINTS} are needed"
+        )
+    metrics = curve_metrics(inside)
+    if reference is None or _rough(element, reference):
+        return metrics
+    mass = float(atomic_masses[atomic_numbers[element]])
+    whole = evaluation_window(element, curve.distances[-1], INNER_WALL)
+    wall = wall_error(curve.within(whole), reference.within(whole))
+    return metrics | reference_metrics(inside, reference.within(window), mass) | {"pbe_wall_dist_mae": wall}
+
+
+def _rough(element: str, reference: Curve) -> bool:
+    """Whether the calculations of a reference jumped between electronic states."""
+    energies = reference.within(evaluation_window(element, reference.distances[-1])).energies
+    return energy_jump(energies) >= ROUGH_JUMP and energy_diff_flips(energies) >= ROUGH_FLIPS
+
+
+def read_reference(path: Path, functional: str = "PBE") -> dict[str, Curve]:
+    """Curves of DFT by element.
+
+    Raises:
+        ValueError: If the file lacks the functional.
+    """
+    table = files.read_json(path)
+    if functional not in table:
+        raise ValueError(f"{path} has no curves of {functional}; it has {', '.join(table)}")
+    return {pair.partition("-")[0]: _curve(curve) for pair, curve in table[functional].items()}
+
+
+def _curve(record: Mapping[str, list]) -> Curve:
+    """A curve as it is in the files; forces are optional there, and NaN without."""
+    distances = np.array(record["distances"], dtype=float)
+    order = np.argsort(distances)
+    forces = np.full((len(order), 2, 3), np.nan)
+    if record.get("forces"):
+        forces = np.array(record["forces"], dtype=float)
+    return Curve(distances[order], np.array(record["energies"], dtype=float)[order], forces[order, 0, 0])
+
+
+def _finite_mean(values: Sequence[float]) -> float:
+    finite = [v for v in values if np.isfinite(v)]
+    return float(np.mean(finite)) if finite else float("nan")
+
+
+def _write(
+    folder: Path,
+    curves: Mapping[str, Curve],
+    table: Mapping[str, Mapping[str, float]],
+    names: Sequence[str],
+    score: DiatomicsScore,
+) -> None:
+    points = [
+        {"element": element, "distance": r, "energy": e, "force": f}
+        for element, c in curves.items()
+        for r, e, f in zip(c.distances, c.energies, c.forces, strict=True)
+    ]
+    write_csv(folder / "curves.csv", ("element", "distance", "energy", "force"), points)
+    write_csv(
+        folder / "metrics.csv", ("element", *names), [{"element": e} | dict(m) for e, m in table.items()]
+    )
+    write_json(folder / "summary.json", asdict(score))
+
+
+def _plot(curves: Mapping[str, Curve], reference: Mapping[str, Curve], path: Path) -> None:
+    width = min(10, max(1, len(curves)))
+    height = max(1, -(-len(curves) // width))
+    figure = new_figure(1.6 * width + 1, 1.4 * height + 0.6)
+    axes = figure.subplots(height, width, squeeze=False).ravel()
+    for axis, (element, curve) in zip(axes, curves.items(), strict=False):
+        inside = curve.within(evaluation_window(element, curve.distances[-1]))
+        shift = inside.energies[-1]
+        axis.plot(inside.distances, inside.energies - shift, linewidth=1)
+        lowest = float((inside.energies - shift).min())
+        if element in reference:
+            dft = reference[element].within(evaluation_window(element, reference[element].distances[-1]))
+            axis.plot(dft.distances, dft.energies - dft.energies[-1], "--", color="0.4", linewidth=1)
+            lowest = min(lowest, float((dft.energies - dft.energies[-1]).min()))
+        axis.set_ylim(1.2 * lowest - 0.1, -1.5 * lowest + 0.5)
+        axis.set_title(element, fontsize=8)
+        axis.tick_params(labelsize=6)
+        axis.grid(alpha=0.3)
+    for axis in axes[len(curves) :]:
+        axis.set_axis_off()
+    figure.supxlabel("distance (Å)", fontsize=8)
+    figure.supylabel("energy (eV)", fontsize=8)
+    save_figure(figure, path)

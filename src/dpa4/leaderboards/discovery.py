@@ -1,0 +1,273 @@
+"""Matbench Discovery: tell stable crystals from unstable ones, compare relaxed structures with those of DFT.
+
+``dpa4.simulation.screen`` relaxes them.
+"""
+
+import csv
+import gzip
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from dpa4.leaderboards import files, protocol
+from dpa4.leaderboards.metrics import StabilityMetrics, discovery_metrics, mean_rmsd
+from dpa4.simulation.runs.shards import FinishedRun
+from dpa4.simulation.runs.store import Progressed, Record, Records, run_items, write_csv, write_json
+from dpa4.system import new_figure, require, save_figure
+
+PREDICTION = "e_form_per_atom"  # column of the predicted formation energy, eV/atom
+DECIMALS = 4  # of energies per atom in the table, as in that of the leaderboard
+COLUMNS = (
+    *("material_id", "formula", "energy", "corrected_energy", PREDICTION, "e_above_hull_pred", "rmsd"),
+    *("converged", "steps", "error"),
+)
+
+
+@dataclass(frozen=True)
+class WBMRow:
+    """What DFT says about a crystal of the WBM test set."""
+
+    formula: str
+    e_form: float  # corrected as in the Materials Project, eV/atom
+    e_above_hull: float  # of the Materials Project, eV/atom
+    unique: bool  # its prototype is not in the Materials Project, and it stands for it in WBM
+
+
+@dataclass(frozen=True)
+class DiscoveryScore:
+    """Metrics of the leaderboard."""
+
+    stability: dict[str, StabilityMetrics]  # of "full_test_set", "unique_prototypes" and "most_stable_10k"
+    rmsd: float  # mean, without unit
+    structures: int
+    relaxed: int  # with a prediction
+    failed: int  # without
+    differences: tuple[str, ...]  # of the settings, from those of the leaderboard's runner
+
+
+def score_structures(
+    output: str | Path, data: str | Path, *, progress: bool = True
+) -> tuple[Progressed, DiscoveryScore | None]:
+    """Formation energies, energies above the hull and RMSD of relaxed structures, and the metrics of all of them.
+
+    The predicted energy and structure replace those of the DFT entry, ``MaterialsProject2020Compatibility`` corrects
+    the energy, and the energies of the elements are subtracted. A crystal that was not relaxed, or whose energy
+    cannot be corrected, is a missing prediction. Metrics refer to the structures of the run, which for those of the
+    leaderboard must be the whole test set.
+
+    Writes discovery.csv, summary.json and hull.png into ``output``, and keeps scores in scores.jsonl; the same call
+    goes on after an interruption.
+
+    Args:
+        output: Folder of ``dpa4.simulation.screen.screen``, of structures with the ``material_id`` of the test set.
+        data: Folder of the published files.
+        progress: Show a progress bar on a terminal.
+
+    Returns:
+        How far it came, and the metrics; None after an interruption.
+
+    Raises:
+        FileNotFoundError: If a file is missing, or the structures have not been relaxed.
+        ImportError: If pymatgen is not installed.
+        ValueError: If a structure is not one of the WBM test set or is there twice, a file cannot be read, or the
+            folder holds scores of other settings.
+    """
+    folder = Path(output)
+    require("pymatgen.entries.compatibility", "bench")
+    summary = read_summary(files.locate(data, files.WBM_SUMMARY))
+    corrector = _Corrector(read_references(files.locate(data, files.MP_REFERENCES)))
+    entries = files.locate(data, files.WBM_ENTRIES)
+    run = FinishedRun(folder)
+    crystals = _by_name(run, summary)
+    relaxed = {name: row for name, row in crystals.items() if row["frame"] == "True"}
+    cell, pressure = run.settings["cell"], run.settings["pressure"]
+    settings: Record = {
+        "task": "discovery", **{name: run.settings[name] for name in ("model", "dtype", "precision")},
+        "max_force": run.settings["fmax"], "max_steps": run.settings["steps"], "ase_optimizer": "FIRE",
+        "cell_filter": "FrechetCellFilter" if cell == "full" and not pressure else f"{cell}, {pressure} GPa",
+    }  # fmt: skip
+
+    def compute(entry: Record, _: list[int]) -> Record:
+        row = relaxed[entry["material_id"]]
+        atoms, energy = run.atoms(int(row["structure"])), float(row["energy"])
+        return corrector.score(atoms, energy, entry["computed_structure_entry"])
+
+    with Records(folder, settings, name="scores") as scores:
+        wanted = ((e["material_id"], e) for e in read_entries(entries) if e["material_id"] in relaxed)
+        state = run_items(
+            wanted, len(relaxed), compute, scores, title="formation energies", progress=progress
+        )
+        if state.interrupted:
+            return state, None
+        if lost := sorted(set(relaxed) - set(scores.names))[:3]:
+            raise ValueError(f"{entries} has no entry of {', '.join(lost)}; download it again")
+        rows = [
+            _row(row, scores[name] if name in relaxed else None, summary[name])
+            for name, row in crystals.items()
+        ]
+    score = _score(rows, summary, settings)
+    _write(folder, rows, summary, score)
+    return state, score
+
+
+def _by_name(run: FinishedRun, summary: Mapping[str, WBMRow]) -> dict[str, dict[str, str]]:
+    """Rows of a run by the names of the crystals."""
+    rows: dict[str, dict[str, str]] = {}
+    for row in run.rows:
+        name = row["material_id"]
+        if name not in summary:
+            raise ValueError(
+                f"structure {row['structure']} ({row['source']}) has the material_id {name!r}, which is not in the "
+                "summary of the WBM test set"
+            )
+        if name in rows:
+            raise ValueError(f"two structures have the material_id {name!r}; names must be unique")
+        rows[name] = row
+    return rows
+
+
+def read_summary(path: Path) -> dict[str, WBMRow]:
+    """The table of the WBM test set by name.
+
+    Raises:
+        ValueError: If a column is missing.
+    """
+    columns = ("material_id", "formula", "e_form_per_atom_mp2020_corrected",
+               "e_above_hull_mp2020_corrected_ppd_mp", "unique_prototype")  # fmt: skip
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
+            raise ValueError(f"{path} lacks the columns {', '.join(missing)}; it has {reader.fieldnames}")
+        return {
+            row[columns[0]]: WBMRow(row[columns[1]], float(row[columns[2]]), float(row[columns[3]]),
+                                    row[columns[4]].lower() in ("true", "1"))
+            for row in reader
+        }  # fmt: skip
+
+
+def read_references(path: Path) -> dict[str, float]:
+    """Energy of every element in the Materials Project, in eV/atom, to four decimals as the leaderboard has them."""
+    entry = require("pymatgen.entries.computed_entries", "bench").ComputedEntry
+    return {
+        element: round(entry.from_dict(found).energy_per_atom, 4)
+        for element, found in files.read_json(path).items()
+    }
+
+
+def read_entries(path: Path) -> Iterator[Record]:
+    """Lines of the file of DFT entries: ``material_id`` and ``computed_structure_entry``."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def pymatgen_structure(atoms: Atoms) -> Any:
+    """The same structure for pymatgen."""
+    core = require("pymatgen.core", "bench")
+    return core.Structure(
+        core.Lattice(atoms.cell.array), atoms.numbers, atoms.positions, coords_are_cartesian=True
+    )
+
+
+class _Corrector:
+    """Formation energy and distance to the DFT structure of one crystal after another."""
+
+    def __init__(self, references: Mapping[str, float]):
+        self.references = references
+        self.entry = require("pymatgen.entries.computed_entries", "bench").ComputedStructureEntry
+        self.scheme = require("pymatgen.entries.compatibility", "bench").MaterialsProject2020Compatibility()
+        matcher = require("pymatgen.analysis.structure_matcher", "bench").StructureMatcher
+        self.matcher = matcher(stol=1.0, scale=False)
+
+    def score(self, atoms: Atoms, energy: float, dft: Record) -> Record:
+        """Of a relaxed crystal, with its energy in eV and the entry of DFT."""
+        structure = pymatgen_structure(atoms)
+        reference = self.entry.from_dict(dft)
+        if structure.composition != reference.composition:
+            raise ValueError(f"the structure is {structure.formula}, that of DFT {reference.formula}")
+        entry = self.entry(structure, energy, parameters=reference.parameters, data=reference.data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that oxidation states are guessed, once for every alloy
+            processed = self.scheme.process_entries([entry], clean=True)
+        if not processed:
+            raise ValueError("MaterialsProject2020Compatibility refuses the entry")
+        corrected = float(processed[0].energy)
+        composition = structure.composition.get_el_amt_dict()
+        elements = sum(amount * self.references[element] for element, amount in composition.items())
+        distance = self.matcher.get_rms_dist(structure, reference.structure)
+        return {
+            "corrected_energy": corrected,
+            "e_form": (corrected - elements) / len(structure),
+            "rmsd": None if distance is None else float(distance[0]),
+        }
+
+
+def _row(row: Mapping[str, str], score: Record | None, dft: WBMRow) -> Record:
+    """A line of discovery.csv, from that of the relaxation and the score of a crystal that was relaxed."""
+    line: Record = {
+        "material_id": row["material_id"],
+        "formula": dft.formula,
+        "energy": row["energy"] or None,
+    }
+    line |= {"converged": row["status"] == "converged", "steps": row["steps"]}
+    if score is None:
+        return line | {"error": f"{row['status']}: {row['reason']}"}
+    if "error" in score:
+        return line | {"error": score["error"]}
+    e_form = round(score["e_form"], DECIMALS)
+    return line | {
+        "corrected_energy": score["corrected_energy"],
+        PREDICTION: e_form,
+        "e_above_hull_pred": round(dft.e_above_hull + e_form - dft.e_form, DECIMALS),
+        "rmsd": score["rmsd"],
+    }
+
+
+def _score(
+    rows: Sequence[Record], summary: Mapping[str, WBMRow], settings: Mapping[str, Any]
+) -> DiscoveryScore:
+    dft = [summary[row["material_id"]] for row in rows]
+    predicted = np.array([row.get(PREDICTION, np.nan) for row in rows], dtype=float)
+    stability = discovery_metrics(
+        [d.e_above_hull for d in dft], [d.e_form for d in dft], predicted, [d.unique for d in dft]
+    )
+    differences = protocol.differences(settings, protocol.DISCOVERY)
+    if len(rows) < len(summary):
+        differences += (f"{len(rows)} crystals (the whole test set: {len(summary)})",)
+    failed = int(np.isnan(predicted).sum())
+    return DiscoveryScore(
+        stability=stability,
+        rmsd=mean_rmsd(np.array([row.get("rmsd") for row in rows], dtype=float)),
+        structures=len(rows),
+        relaxed=len(rows) - failed,
+        failed=failed,
+        differences=differences,
+    )
+
+
+def _write(
+    folder: Path, rows: Sequence[Record], summary: Mapping[str, WBMRow], score: DiscoveryScore
+) -> None:
+    write_csv(folder / "discovery.csv", COLUMNS, rows)
+    write_json(folder / "summary.json", asdict(score))
+    pairs = [
+        (summary[row["material_id"]].e_above_hull, row["e_above_hull_pred"])
+        for row in rows
+        if "e_above_hull_pred" in row
+    ]
+    figure = new_figure(5, 5)
+    axis = figure.subplots()
+    if pairs:
+        axis.plot(*zip(*pairs, strict=True), ".", markersize=2, alpha=0.5)
+    axis.axline((0, 0), slope=1, color="0.5", linewidth=1)
+    axis.axhline(0, color="0.7", linewidth=0.8)
+    axis.axvline(0, color="0.7", linewidth=0.8)
+    axis.set_xlabel("energy above the hull, DFT (eV/atom)")
+    axis.set_ylabel("energy above the hull, predicted (eV/atom)")
+    axis.grid(alpha=0.3)
+    save_figure(figure, folder / "hull.png")

@@ -1,0 +1,98 @@
+"""Rules for which kernels may run: device, dtype, size, compiler and architecture are looked at here and nowhere else.
+
+Operators ask here and run plain operations where the answer is no; `dpa4 info` prints the same rules. Every rule is a
+function of what it decides on. A rule that depends on a compiler tries it once per process.
+"""
+
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+
+from dpa4.ops.cpp import build
+from dpa4.ops.hopper import so2_stack as hopper_so2_stack
+from dpa4.ops.layout import EdgeLayout
+
+LANES = 16
+"""The C++ kernels work on multiples of this number of channels: float32 numbers in the widest register."""
+
+_CPP_DTYPES = (torch.float32, torch.float64)
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# C++ kernels, on a CPU.
+
+
+def cpp(width: int, *tensors: Tensor) -> bool:
+    """Return whether the C++ kernels support tensors with ``width`` channels (per head or focus)."""
+    return width % LANES == 0 and _on_cpu(*tensors)
+
+
+def cpp_sparse_product(width: int, *tensors: Tensor) -> bool:
+    """Return whether the C++ kernel of sparse products supports tensors whose last axis has ``width`` entries."""
+    return (width == 1 or width % LANES == 0) and _on_cpu(*tensors)
+
+
+def cpp_missing() -> str | None:
+    """Reason why this machine has no C++ kernels; None if it has, provided its compiler works."""
+    if not build.is_supported_machine():
+        return "the kernels are for Linux and processors with AVX2"
+    return None if build.compiler() else "no C++ compiler (c++, g++ or clang++) was found"
+
+
+def _on_cpu(*tensors: Tensor) -> bool:
+    return all(t.device.type == "cpu" and t.dtype in _CPP_DTYPES for t in tensors) and cpp_compiled()
+
+
+def cpp_compiled() -> bool:
+    """Return whether the C++ kernels are there; compiles them on the first call of a process."""
+    return cpp_missing() is None and build.compiles()
+
+
+# Triton kernels, on a GPU.
+
+
+def triton(x: Tensor) -> bool:
+    """Return whether the Triton kernels on edge features support a tensor; tensor cores have no useful float64."""
+    return x.is_cuda and x.dtype in _TRITON_DTYPES
+
+
+def split_product(x: Tensor) -> bool:
+    """Return whether matrix products with x split their operands to reach float32 accuracy on tensor cores."""
+    return x.is_cuda and x.dtype == torch.float32
+
+
+def triton_version() -> str | None:
+    """Version of the installed Triton, or None."""
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
+
+
+# CUDA C++ kernels, on Hopper GPUs.
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Return whether a device is a Hopper GPU (H100, H200)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def whole_stack_shape(layout: EdgeLayout, n_focus: int, channels: int, layers: int) -> bool:
+    """Return whether the CUDA kernel for whole stacks of SO(2) layers exists for a shape of the network."""
+    kernel = hopper_so2_stack
+    return (
+        layout == kernel.LAYOUT
+        and (n_focus, channels) == (1, kernel.CHANNELS)
+        and 1 <= layers <= kernel.MAX_GATES + 1
+    )
+
+
+def whole_stack(x: Tensor, layers: int, layout: EdgeLayout) -> bool:
+    """Return whether the CUDA kernel for whole stacks supports features x (F, E, W); tried once per device."""
+    from dpa4.ops.hopper.trial import whole_stacks_work
+
+    fits = whole_stack_shape(layout, x.shape[0], x.shape[2] // layout.total, layers)
+    return fits and x.dtype == torch.float32 and is_hopper(x.device) and whole_stacks_work(x.device)

@@ -1,0 +1,44 @@
+"""C++ kernels of the functions of `dpa4.ops.edge_products` for a CPU; arguments as there, contiguous."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from dpa4.ops.cpp.build import call
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("edges", "nodes", "heads", "rows", "coefficients", "channels", "threads")
+    ]
+
+
+def edge_matmul(a: Tensor, x: Tensor, index: Tensor, out: Tensor) -> Tensor:
+    """Fill ``out``."""
+    _call("edge_matmul", _sizes(a, x, len(x)), a, x, index, out)
+    return out
+
+
+def scatter_matmul(a: Tensor, g: Tensor, order: Tensor | None, offsets: Tensor, out: Tensor) -> Tensor:
+    """Fill ``out``."""
+    _call("scatter_matmul", _sizes(a, g, len(out)), a, g, order, offsets, out)
+    return out
+
+
+def edge_outer(g: Tensor, x: Tensor, index: Tensor, out: Tensor) -> Tensor:
+    """Fill ``out``."""
+    _call("edge_outer", _sizes(out, x, len(x)), g, x, index, out)
+    return out
+
+
+def _sizes(a: Tensor, features: Tensor, nodes: int) -> _Sizes:
+    edges, heads, rows, coefficients = a.shape
+    return _Sizes(
+        edges, nodes, heads, rows, coefficients, features.shape[2] // heads, torch.get_num_threads()
+    )
+
+
+def _call(name: str, sizes: _Sizes, first: Tensor, *others: Tensor | None) -> None:
+    call("edges.cpp", name, first.dtype, sizes, (first, *others))

@@ -1,0 +1,150 @@
+r"""Gates between the layers of an SO(2) stack, and the derivatives that training needs.
+
+Edge features are rows of the edge frame, each of one degree l and C channels. The first row holds the scalars s. With
+the gates :math:`\sigma_l = \mathrm{sigmoid}(z_l)`, where :math:`z_0 = s` and :math:`z_l = s G_l`,
+
+.. math:: y_r = x_r + u_r \sigma_{l(r)}
+
+(model-2 section 4.1; for scalars that is SiLU). The functions below are that and what follows of it:
+given the gradient a of y, that of u is
+
+.. math:: (a D)_r = a_r \sigma_{l(r)} + \delta_{r0} \Big(p_0 + \sum_l p_l G_l^T\Big), \qquad
+          p_l = \sigma'_l \sum_{r \in l} a_r u_r
+
+Every function takes and makes tensors (F, E, W) with rows one after another in the last axis (`EdgeLayout`), and takes
+weights of the gates (F, C, lmax C). Each has a Triton kernel for a GPU that reads
+and writes every edge tensor once.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpa4.ops import available
+from dpa4.ops.layout import EdgeLayout
+
+
+def value(x: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout) -> Tensor:
+    """y."""
+    if (kernels := _kernels(u)) is not None:
+        return kernels.value(x, u, gates, layout)
+    sigma = _logits(u, gates).sigmoid_()
+    y = torch.empty_like(u)
+    for run, of in layout.runs(u.shape[-1]):
+        torch.addcmul(x[..., run], u[..., run], sigma[..., of], out=y[..., run])
+    return y
+
+
+def vjp(a: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout, sums: bool) -> tuple[Tensor, Tensor | None]:
+    """a D, and, if wanted, the sums p but that of the scalars, (F, E, lmax C): the gradient of G is s^T p."""
+    if (kernels := _kernels(u)) is not None:
+        return kernels.vjp(a, u, gates, layout, sums)
+    sigma = _logits(u, gates).sigmoid_()
+    p = _contract(a, u, layout).mul_(_slope(sigma))
+    du, p = _weighted(a, sigma, p, gates, layout)
+    return du, p if sums else None
+
+
+def tangent(d: Tensor, v: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout) -> Tensor:
+    """Change of y where x changes by d and u by v."""
+    if (kernels := _kernels(u)) is not None:
+        return kernels.tangent(d, v, u, gates, layout)
+    sigma = _logits(u, gates).sigmoid_()
+    change = _logits(v, gates).mul_(_slope(sigma))
+    y = torch.empty_like(u)
+    for run, of in layout.runs(u.shape[-1]):
+        torch.addcmul(d[..., run], v[..., run], sigma[..., of], out=y[..., run])
+        y[..., run].addcmul_(u[..., run], change[..., of])
+    return y
+
+
+def joint(
+    b: Tensor, v: Tensor, a: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Derivatives of <v, a D> + <b, y>, and a D once more.
+
+    Returns:
+        The derivative with respect to u; a D; q and p, (F, E, lmax C), of which that with respect to G is
+        s^T q + v_0^T p.
+    """
+    if (kernels := _kernels(u)) is not None:
+        return kernels.joint(b, v, a, u, gates, layout)
+    c = u.shape[-1] // layout.total
+    sigma = _logits(u, gates).sigmoid_()
+    zeta, slope = _logits(v, gates), _slope(sigma)
+    contracted = _contract(a, u, layout)
+    q = _contract(b, u, layout).add_(_contract(v, a, layout))
+    q.addcmul_(zeta * contracted, 1 - 2 * sigma).mul_(slope)
+    p = contracted.mul_(slope)
+    da, _ = _weighted(a, sigma, p, gates, layout)
+    du, _ = _weighted(b, sigma, q, gates, layout)
+    change = zeta.mul_(slope)
+    for run, of in layout.runs(u.shape[-1]):
+        du[..., run].addcmul_(a[..., run], change[..., of])
+    return du, da, q[..., c:], p[..., c:]
+
+
+def undo(
+    x: Tensor,
+    d: Tensor | None,
+    v: Tensor | None,
+    u: Tensor,
+    gates: Tensor,
+    layout: EdgeLayout,
+    overwrite: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """What became x by `value` and d by `tangent`, to rounding; d and v may be missing.
+
+    ``overwrite``: the results may take the places of x and d.
+    """
+    if (kernels := _kernels(u)) is not None:
+        return kernels.undo(x, d, v, u, gates, layout, overwrite)
+    x = x - value(torch.zeros_like(x), u, gates, layout)
+    if d is None or v is None:
+        return x, None
+    return x, d - tangent(torch.zeros_like(d), v, u, gates, layout)
+
+
+def _kernels(u: Tensor) -> Any:
+    """Module of the Triton kernels, or None. It is imported late because a machine without a GPU may lack Triton."""
+    if not available.triton(u):
+        return None
+    from dpa4.ops.triton import gate
+
+    return gate
+
+
+def _logits(u: Tensor, gates: Tensor) -> Tensor:
+    """z, (F, E, (lmax + 1) C)."""
+    s = u[..., : gates.shape[1]]
+    z = u.new_empty((*u.shape[:-1], gates.shape[1] + gates.shape[2]))
+    z[..., : gates.shape[1]] = s
+    torch.bmm(s, gates, out=z[..., gates.shape[1] :])
+    return z
+
+
+def _slope(sigma: Tensor) -> Tensor:
+    """Derivative of the sigmoid by its argument, from its value."""
+    return torch.addcmul(sigma, sigma, sigma, value=-1)
+
+
+def _contract(a: Tensor, u: Tensor, layout: EdgeLayout) -> Tensor:
+    """Products of the rows of each degree, summed, (F, E, (lmax + 1) C)."""
+    (first, _), *others = layout.runs(u.shape[-1])
+    total = a[..., first] * u[..., first]
+    for run, of in others:
+        total[..., of].addcmul_(a[..., run], u[..., run])
+    return total
+
+
+def _weighted(
+    a: Tensor, sigma: Tensor, p: Tensor, gates: Tensor, layout: EdgeLayout
+) -> tuple[Tensor, Tensor]:
+    """Rows of a times their gates, plus what comes back through the scalars from p; and p of the degrees >= 1."""
+    c = gates.shape[1]
+    du = torch.empty_like(a)
+    for run, of in layout.runs(a.shape[-1]):
+        torch.mul(a[..., run], sigma[..., of], out=du[..., run])
+    du[..., :c] += torch.baddbmm(p[..., :c], p[..., c:], gates.mT)
+    return du, p[..., c:]

@@ -1,0 +1,1 @@
+"""CUDA C++ kernels for Hopper GPUs (H100, H200), compiled on first use by NVRTC, which comes with PyTorch."""

@@ -1,0 +1,235 @@
+"""The stack of SO(2) layers and its derivative by the features, each in one kernel for Hopper GPUs (docs/adr/0017).
+
+The kernels are written in CUDA C++ (`so2_stack.cu`). Weights come to them as streams of bytes, in the order and
+arrangement in which the tensor cores take them, which `pack` makes: two streams, one for each half of the channels.
+They compute in float32 from pieces of float16 (see `dpa4.ops.triton.split_matmul`), for energies and forces; training
+needs more derivatives and has the kernels of `dpa4.ops.so2_stack`.
+"""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dpa4.ops.hopper.build import Kernel
+from dpa4.ops.layout import EdgeLayout
+from dpa4.ops.registration import register
+
+LAYOUT, CHANNELS = EdgeLayout(lmax=3, mmax=1), 64
+"""What the kernels are made for: one focus of the models of degree 3 with 64 channels: air, paper-air, paper-neo."""
+
+MAX_GATES = 8
+
+EDGES = 64
+"""Of a program."""
+
+PADDING = EDGES - 1
+"""Edges by which what is kept is longer, so that programs need not ask how many they have."""
+
+_WIDTH = LAYOUT.total * CHANNELS
+_THREADS, _SHARED_MEMORY = 384, 232_448
+_SOURCE = Path(__file__).with_name("so2_stack.cu")
+
+
+# Weights.
+
+
+def pack(matrices: Sequence[Tensor], gates: Sequence[Tensor], backward: bool) -> list[Tensor]:
+    """Weights of a stack as its kernel takes them, the identity included in the last matrices.
+
+    Args:
+        matrices: Of every layer, of orders 0 and 1, (1, K_m, K_m); that of order 1 is [[U, V], [-V, U]].
+        gates: Of every layer but the last, (1, C, lmax C).
+        backward: For the derivative.
+
+    Returns:
+        The streams (2, n), float16, and the powers of two by which products are too small, (layers, 4): of the
+        matrices of orders 0 and 1, of the gates, and 0.
+    """
+    layers = len(matrices) // 2
+    of_order = [torch.cat(list(matrices[m::2])) for m in (0, 1)]
+    for w in of_order:
+        w[-1].diagonal().add_(1)
+    zero, one, gate = (_split(w) for w in (*of_order, torch.cat(list(gates)) if gates else of_order[0][:0]))
+    halves = torch.cat([t.flatten() for t, _ in (zero, one, gate)])
+    scales = halves.new_zeros((layers, 4), dtype=torch.float32)
+    for column, (_, down) in enumerate((zero, one, gate)):
+        scales[: len(down), column] = down
+    return [halves[_order(layers, backward, halves.device)], scales]
+
+
+def _split(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices (n, K, N) in pieces, (n, 2, K, N) float16, and the power of two that goes with each.
+
+    w = (high + low) * down, with the power that leaves the most room below, see `dpa4.ops.triton.split_matmul`.
+    """
+    largest = w.abs().amax((1, 2)) if len(w) else w.new_empty(0)
+    exponent = torch.frexp(largest)[1].clamp(-100, 100) - 15
+    scaled = torch.ldexp(w, -exponent[:, None, None])
+    high = scaled.half()
+    return torch.stack([high, (scaled - high).half()], dim=1), torch.ldexp(torch.ones_like(largest), exponent)
+
+
+@cache
+def _order(layers: int, backward: bool, device: torch.device) -> Tensor:
+    """Which number of all pieces stands where in the streams, (2, n)."""
+    with torch.utils._python_dispatch._disable_current_modes():
+        width = (LAYOUT.lmax + 1) * CHANNELS, 2 * LAYOUT.lmax * CHANNELS, LAYOUT.lmax * CHANNELS
+        shapes = [(layers, 2, n, n) for n in width[:2]] + [(layers - 1, 2, CHANNELS, width[2])]
+        sizes = [torch.Size(s).numel() for s in shapes]
+        parts = torch.arange(sum(sizes)).split(sizes)
+        zero, one, gates = (p.view(s) for p, s in zip(parts, shapes, strict=True))
+        if backward:
+            zero, one = zero.mT, one.mT
+        streams = []
+        for group in (0, 1):
+            found: list[Tensor] = []
+            for t in reversed(range(layers)) if backward else range(layers):
+                product = _product(zero[t], one[t], group)
+                gate = _gate(gates[t], group, backward) if t < layers - 1 else iter(())
+                found += [*gate, *product] if backward else [*product, *gate]
+            streams.append(torch.cat(found))
+        return torch.stack(streams).to(device)
+
+
+def _product(zero: Tensor, one: Tensor, group: int) -> Iterator[Tensor]:
+    """Parts of a stream for matrices of orders 0 and 1, in pieces (2, K, K)."""
+    u, v = one[:, : one.shape[1] // 2].chunk(2, dim=2)
+    columns = torch.arange(LAYOUT.lmax + 1)[:, None, None] * CHANNELS + _channels(group).view(2, -1)
+    runs = [columns[:-1, run].flatten() for run in (0, 1)]
+    for block in range(0, LAYOUT.lmax * CHANNELS, CHANNELS):
+        for w in (u, v):
+            for run in runs:
+                yield from _tiles(w, block, CHANNELS, run)
+    for block in range(0, (LAYOUT.lmax + 1) * CHANNELS, CHANNELS):
+        for half in columns.flatten().chunk(2):
+            yield from _tiles(zero, block, CHANNELS, half)
+
+
+def _gate(w: Tensor, group: int, backward: bool) -> Iterator[Tensor]:
+    """Parts of a stream for the gates of a layer in pieces (2, C, lmax C); for the derivative the transpose, too."""
+    columns = _channels(group)
+    for degree in range(LAYOUT.lmax):
+        yield from _tiles(w, 0, CHANNELS, degree * CHANNELS + columns)
+    if backward:
+        yield from _tiles(w.mT, 0, LAYOUT.lmax * CHANNELS, columns)
+
+
+def _channels(group: int) -> Tensor:
+    """Channels of a group in the order of the columns of a product: a thread has two runs of four, see the kernel."""
+    n = torch.arange(CHANNELS // 2)
+    return group * CHANNELS // 2 + n // 16 * 16 + n % 8 // 2 * 4 + n // 8 % 2 * 2 + n % 2
+
+
+def _tiles(w: Tensor, first: int, rows: int, columns: Tensor) -> Iterator[Tensor]:
+    """Some rows and columns of pieces (2, K, N), 32 rows after the other.
+
+    In the arrangement of tensor cores: piece, column, and the 32 rows in four chunks, whose order depends on the
+    column (swizzled rows of 64 bytes).
+    """
+    n = torch.arange(len(columns))[:, None]
+    chunk = (torch.arange(4) ^ (n // 2 % 4))[None, :, :, None]
+    for start in range(first, first + rows, 32):
+        tile = w[:, start : start + 32, columns].mT.unflatten(2, (4, 8))
+        yield tile.gather(2, chunk.expand(tile.shape)).flatten()
+
+
+# Launches.
+
+
+def value(x: Tensor, weights: Sequence[Tensor], keep: bool) -> list[Tensor]:
+    """y (1, E, W); if wanted, what `vjp` takes: the products of the gated layers, in an order that `in_rows` undoes,
+    and the largest entries of each edge.
+
+    Args:
+        x: (1, E, W), contiguous.
+        weights: Made by `pack`.
+        keep: See above.
+    """
+    y, *kept = _new_value(x, weights, keep)
+    *us, maxima = kept or [y]
+    _launch("so2_value", x, y, us, maxima, weights, int(keep))
+    return [y, *kept]
+
+
+def vjp(g: Tensor, kept: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Gradient of x from that of y, g (1, E, W); weights: made by `pack`, ``backward``."""
+    g = g.contiguous()
+    dx = torch.empty_like(g)
+    *us, maxima = kept
+    _launch("so2_vjp", g, dx, us, maxima, weights)
+    return dx
+
+
+def in_rows(u: Tensor, edges: int) -> Tensor:
+    """Products kept by `value` as edge features (1, E, W)."""
+    tiles, blocks = -(-edges // EDGES), LAYOUT.total
+    # Of every 64 edges: group; block, degree by degree; bit 3 of the edge; run; bits 4, 5; bits 0 to 2; quad; four.
+    u = u.flatten()[: tiles * EDGES * _WIDTH].view(tiles, 2, blocks, 2, 2, 4, 8, 4, 4)
+    u = u.permute(0, 5, 3, 6, 2, 1, 4, 7, 8).reshape(-1, blocks, CHANNELS)
+    order = [0, *(1 + 3 * ((b - 1) % LAYOUT.lmax) + (b - 1) // LAYOUT.lmax for b in range(1, blocks))]
+    return u[:edges, order].reshape(1, edges, -1)
+
+
+class _Pointers(ctypes.Structure):
+    _fields_ = [("of", ctypes.c_void_p * MAX_GATES)]
+
+
+@cache
+def _kernel(name: str, device: int) -> Kernel:
+    return Kernel(_SOURCE, name, _THREADS, _SHARED_MEMORY)
+
+
+def _launch(
+    name: str,
+    x: Tensor,
+    y: Tensor,
+    us: Sequence[Tensor],
+    maxima: Tensor,
+    weights: Sequence[Tensor],
+    *more: int,
+) -> None:
+    edges, (streams, scales) = x.shape[1], weights
+    if edges == 0:
+        return
+    with torch.cuda.device_of(x):
+        device = torch.cuda.current_device()
+        blocks = min(-(-edges // EDGES), torch.cuda.get_device_properties(device).multi_processor_count)
+        pointers = _Pointers((ctypes.c_void_p * MAX_GATES)(*(u.data_ptr() for u in us)))
+        sizes = [ctypes.c_int(n) for n in (edges, len(scales), 2 * streams.shape[1], *more)]
+        _kernel(name, device)(blocks, [x, y, pointers, maxima, streams, scales, *sizes])
+
+
+# The operators. What tracing sees are results without values.
+
+
+def _new_pack(matrices: list[Tensor], gates: list[Tensor], backward: bool) -> list[Tensor]:
+    c, layers = CHANNELS, len(matrices) // 2
+    product = ((LAYOUT.lmax + 1) * c) ** 2 + 2 * (LAYOUT.lmax * c) ** 2
+    # Two pieces of everything, divided between two streams.
+    size = layers * product + len(gates) * LAYOUT.lmax * c * c * (1 + backward)
+    return [
+        matrices[0].new_empty((2, size), dtype=torch.float16),
+        matrices[0].new_empty((layers, 4)),
+    ]
+
+
+def _new_value(x: Tensor, weights: Sequence[Tensor], keep: bool) -> list[Tensor]:
+    gates, padded = len(weights[1]) - 1, x.shape[1] + PADDING
+    us = [x.new_empty((padded, _WIDTH)) for _ in range(gates if keep else 0)]
+    return [torch.empty_like(x), *us, *([x.new_empty((padded, gates))] if keep else [])]
+
+
+def _new_vjp(g: Tensor, kept: list[Tensor], weights: list[Tensor]) -> Tensor:
+    return torch.empty_like(g)
+
+
+for _schema, _operator, _new in (
+    ("so2_pack(Tensor[] matrices, Tensor[] gates, bool backward) -> Tensor[]", pack, _new_pack),
+    ("so2_fused_value(Tensor x, Tensor[] weights, bool keep) -> Tensor[]", value, _new_value),
+    ("so2_fused_vjp(Tensor g, Tensor[] kept, Tensor[] weights) -> Tensor", vjp, _new_vjp),
+):
+    register(_schema, _new, {"CompositeExplicitAutograd": _operator})

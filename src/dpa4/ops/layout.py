@@ -1,0 +1,35 @@
+"""Layout of edge features in the edge frame."""
+
+from typing import NamedTuple
+
+
+class EdgeLayout(NamedTuple):
+    """Rows of the edge frame along the last axis: order 0, then -m and +m for m = 1..mmax, each with degrees m..lmax.
+
+    Every row has one entry per channel, so an edge tensor has `total` times as many columns as channels.
+    """
+
+    lmax: int
+    mmax: int
+
+    @property
+    def total(self) -> int:
+        """Number of rows, M."""
+        return sum(count for _, count in self.orders())
+
+    def orders(self) -> list[tuple[int, int]]:
+        """First row and number of rows of every order |m|."""
+        sizes = [self.lmax + 1] + [2 * (self.lmax - m + 1) for m in range(1, self.mmax + 1)]
+        return [(sum(sizes[:m]), size) for m, size in enumerate(sizes)]
+
+    def runs(self, width: int) -> list[tuple[slice, slice]]:
+        """Columns of every signed order of an edge tensor with ``width`` columns, and the columns of its gates.
+
+        Gates have C columns per degree 0..lmax; the rows of order m have the degrees from m on.
+        """
+        c, gates = width // self.total, slice(0, (self.lmax + 1) * width // self.total)
+        found = [(gates, gates)]
+        for m, (first, count) in enumerate(self.orders()[1:], start=1):
+            for half in (first, first + count // 2):
+                found.append((slice(half * c, (half + count // 2) * c), slice(m * c, gates.stop)))
+        return found

@@ -1,0 +1,161 @@
+"""From nodes to edges and back: a gather and a sum, each the derivative of the other; largest entries; and `pick`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpa4.ops.incidence import Incidence
+from dpa4.ops.registration import register
+
+
+def gather(x: Tensor, incidence: Incidence) -> Tensor:
+    """Value of each edge's node: (N, ...) -> (E, ...)."""
+    return _Gather.apply(x, *incidence)
+
+
+def segment_sum(x: Tensor, incidence: Incidence) -> Tensor:
+    """Sum over the edges of each node: (E, ...) -> (N, ...); zero for a node without edges.
+
+    Low precision is accumulated in float32. Two calls agree to the last bit.
+    """
+    return _SegmentSum.apply(x, *incidence)
+
+
+def segment_max(x: Tensor, start: Tensor, incidence: Incidence) -> Tensor:
+    """Largest entry over the edges of each node, and of ``start``: (E, ...), (...) -> (N, ...); not differentiable.
+
+    An entry that is not a number may count or not.
+    """
+    found: Tensor = torch.ops.dpa4.segment_max(x.contiguous(), start.contiguous(), *incidence)
+    return found
+
+
+def pick(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """``x.index_select(dim, index)`` of a few entries, several times each, such as weights of degrees.
+
+    The sum that is its derivative is an operator of its own: the compiler of torch 2.13 writes such sums outside of
+    their tensor on a CPU, if the operand is transposed.
+    """
+    return _Pick.apply(x, dim, index)
+
+
+def materialized(x: Tensor) -> Tensor:
+    """x, as a result that a compiler writes to memory once instead of computing it anew wherever it is used."""
+    return _Materialized.apply(x)
+
+
+class _Materialized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.ops.dpa4.materialized(x.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return materialized(grad)
+
+
+class _Pick(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, index: Tensor) -> Tensor:
+        ctx.dim, ctx.size = dim, x.shape[dim]
+        ctx.save_for_backward(index)
+        return x.index_select(dim, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _PutBack.apply(grad, ctx.dim, *ctx.saved_tensors, ctx.size), None, None
+
+
+class _PutBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+        ctx.dim = dim
+        ctx.save_for_backward(index)
+        return torch.ops.dpa4.put_back(x.contiguous(), dim, index, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Pick.apply(grad, ctx.dim, *ctx.saved_tensors), None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(index, order, offsets)
+        return x.index_select(0, index)  # not an operator of its own: a compiler merges it with what uses it
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _SegmentSum.apply(grad, *ctx.saved_tensors), None, None, None
+
+
+class _SegmentSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(index, order, offsets)
+        return torch.ops.dpa4.segment_sum(x.contiguous(), index, order, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Gather.apply(grad, *ctx.saved_tensors), None, None, None
+
+
+def _eager(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+    wide = x.float() if x.itemsize < 4 else x
+    return wide.new_zeros(offsets.shape[0] - 1, *x.shape[1:]).index_add(0, index, wide).to(x.dtype)
+
+
+def _eager_max(x: Tensor, start: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+    whole = start.expand(offsets.shape[0] - 1, *start.shape)
+    index = index.view(-1, *[1] * start.dim()).expand_as(x)
+    return whole.scatter_reduce(0, index, x, "amax", include_self=True)
+
+
+def _cuda_max(x: Tensor, start: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+    from dpa4.ops.triton import segments as triton_segments
+
+    return triton_segments.segment_max(x, start, order, offsets)
+
+
+def _fake_max(x: Tensor, start: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+    return _fake(x, index, order, offsets)
+
+
+def _cuda(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+    from dpa4.ops.triton import (
+        segments as triton_segments,  # here, since a machine without a GPU may have no Triton
+    )
+
+    return triton_segments.segment_sum(x, order, offsets)
+
+
+def _fake(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+    return x.new_empty(offsets.shape[0] - 1, *x.shape[1:])
+
+
+def _new_put_back(x: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+    return x.new_empty(*x.shape[:dim], size, *x.shape[dim + 1 :])
+
+
+def _put_back(x: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+    return _new_put_back(x, dim, index, size).zero_().index_add_(dim, index, x)
+
+
+_ENDS = "Tensor index, Tensor? order, Tensor offsets"
+register(f"segment_sum(Tensor x, {_ENDS}) -> Tensor", _fake, {"CPU": _eager, "CUDA": _cuda})
+register(
+    f"segment_max(Tensor x, Tensor start, {_ENDS}) -> Tensor",
+    _fake_max,
+    {"CPU": _eager_max, "CUDA": _cuda_max},
+)
+register(
+    "materialized(Tensor x) -> Tensor",
+    lambda x: x.new_empty(x.shape),
+    {"CompositeExplicitAutograd": torch.clone},
+)
+register(
+    "put_back(Tensor x, int dim, Tensor index, SymInt size) -> Tensor",
+    _new_put_back,
+    {"CompositeExplicitAutograd": _put_back},
+)

@@ -1,0 +1,387 @@
+r"""The stack of SO(2) layers as one operator per stage of training (model-2 section 7.3, step 6).
+
+Layer t maps edge features x (F, E, W), rows of the edge frame one after another in the last axis (`EdgeLayout`), by
+
+.. math:: u = x W_t, \qquad x \leftarrow x + u \, \sigma(u)
+
+with one matrix per order |m| and the gates of `dpa4.ops.gate`; the last layer has none. Matrices of orders above
+zero are [[U, V], [-V, U]], since they commute with rotations about the edge; kernels may count on it, and of the
+gradients of these matrices only the part of that form is defined. The four stages of
+`dpa4.ops.second_order` are written out here, since they need fewer passes over edge tensors than what follows from
+differentiating layer by layer: a product and one gate kernel per layer and stage. Outside of training
+`dpa4.ops.hopper.so2_stack` takes over the first two where it can, with one kernel for all layers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpa4.ops import available, gate, second_order
+from dpa4.ops.cpp import so2_stack as cpp
+from dpa4.ops.hopper import so2_stack as hopper
+from dpa4.ops.layout import EdgeLayout
+from dpa4.ops.registration import register
+from dpa4.ops.second_order import Maybe
+from dpa4.ops.split_matmul import columns_of, order_matmul, ready, split
+from dpa4.ops.weights import Weight
+
+Matrices = Sequence[Tensor]
+"""One matrix per order, (F, K_m, K_m)."""
+
+
+def so2_stack(
+    x: Tensor, matrices: Sequence[Matrices], gates: Sequence[Tensor], layout: EdgeLayout, training: bool
+) -> Tensor:
+    """Apply the layers; can be differentiated twice by x.
+
+    Args:
+        x: (F, E, W).
+        matrices: Of every layer, one per order, (F, K_m, K_m).
+        gates: Weights of the gates of every layer but the last, (F, C, lmax C).
+        layout: Rows of the edge frame.
+        training: Whether matrices and gates are differentiated, too. If not, asking for their gradients is an
+            error.
+
+    Returns:
+        (F, E, W).
+
+    Raises:
+        RuntimeError: In a backward pass that asks for gradients of the weights without ``training``.
+    """
+    weights = [w.to(x.dtype).contiguous() for w in (*(w for layer in matrices for w in layer), *gates)]
+    if not training:
+        weights = [_Constant.apply(w) for w in weights]
+    fused = not training and available.whole_stack(x, len(matrices), layout)
+    (y,) = second_order.apply(_Stack(len(matrices), layout, training, fused), [x, *weights])
+    return y
+
+
+class _Constant(torch.autograd.Function):
+    """A weight outside of training."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError(
+            "gradients of the parameters were asked for in evaluation mode, which has none; call "
+            "potential.train() before the forward pass"
+        )
+
+
+class _Stack:
+    """The stages; inputs are x, the matrices of all layers, the gates."""
+
+    once = False
+
+    def __init__(self, layers: int, layout: EdgeLayout, training: bool, fused: bool):
+        self.layout, self.layers, self.training, self.fused = layout, layers, training, fused
+        self.num_inputs = 1 + layers * (layout.mmax + 1) + layers - 1
+        self.mask = [True] + [False] * (self.num_inputs - 1)
+        self.last_mask = [True] + [training] * (self.num_inputs - 1)
+
+    def run(self, stage: int, given: Sequence[Sequence[Maybe]]) -> tuple[list[Maybe], list[Tensor]]:
+        """See `dpa4.ops.second_order.Stages`."""
+        ops = torch.ops.dpa4
+        if stage == 0 and self.fused:
+            y, *kept = ops.so2_fused_value(given[0][0], self._packed(given[0], backward=False), True)
+            return [y], kept
+        x, (us, xs) = given[0][0], self._kept(given)
+        shared = self._shared(given[0], backward=stage in (1, 3))
+        if stage == 0:
+            y, *kept = ops.so2_value(x, *shared, self.training)
+            return [y], kept
+        if stage == 1:
+            dx, *kept = ops.so2_vjp(given[2][0], us, *shared, True)
+            return [dx], kept
+        c = given[4][0]
+        if stage == 2:
+            y, *kept = ops.so2_tangent(c, us, *shared)
+            return [y], kept
+        vs, ds, grads = (
+            given[5][: self.layers - 1],
+            [c, *given[5][self.layers - 1 :]],
+            [*given[3], given[2][0]],
+        )
+        return list(ops.so2_joint(given[6][0], xs, us, grads, ds, vs, *shared)), []
+
+    def without_first(self, given: list[list[Maybe]], grads: Sequence[Tensor]) -> list[Maybe]:
+        """See `dpa4.ops.second_order.Stages`."""
+        if self.fused:
+            return [torch.ops.dpa4.so2_fused_vjp(grads[0], given[1], self._packed(given[0], backward=True))]
+        shared, (us, xs) = self._shared(given[0], backward=True), self._kept(given)
+        if not self.training:
+            return list(torch.ops.dpa4.so2_vjp(grads[0], us, *shared, False))
+        return list(torch.ops.dpa4.so2_joint(grads[0], xs, us, [], [], [], *shared))
+
+    def _shared(self, inputs: Sequence[Maybe], backward: bool) -> tuple[Any, ...]:
+        """The last arguments of every operator."""
+        x, matrices, gates = self._inputs(inputs)
+        pieces = split(x, _weights(matrices, self.layout.mmax, backward))
+        return matrices, gates, pieces, *self.layout
+
+    def _packed(self, inputs: Sequence[Maybe], backward: bool) -> list[Tensor]:
+        """The weights for `dpa4.ops.hopper.so2_stack`."""
+        _, matrices, gates = self._inputs(inputs)
+        packed: list[Tensor] = torch.ops.dpa4.so2_pack(matrices, gates, backward)
+        return packed
+
+    def _inputs(self, inputs: Sequence[Maybe]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """x, matrices, gates."""
+        x, *weights = [t for t in inputs if t is not None]
+        count = self.layers * (self.layout.mmax + 1)
+        return x, weights[:count], weights[count:]
+
+    def _kept(self, given: Sequence[Sequence[Maybe]]) -> tuple[Any, ...]:
+        """What stage 0 kept of the products, and the inputs of the layers (none outside of training)."""
+        x, kept = given[0][0], given[1] if len(given) > 1 else []
+        if self.fused and x is not None:  # a second derivative outside of training
+            kept = [hopper.in_rows(u, x.shape[1]) for u in kept[:-1] if u is not None]
+        return kept[: self.layers - 1], [x, *kept[self.layers - 1 :]] if self.training else []
+
+
+# The stages. Lists run over the layers; the last one has no gate, so lists of what belongs to gates are shorter.
+
+
+Layer = list[Weight]
+"""One per order."""
+
+
+def _weights(matrices: Sequence[Tensor], mmax: int, backward: bool) -> list[Weight]:
+    """Matrices as products take them; ``backward``: transposed. The last layer is residual."""
+    gated = len(matrices) - (mmax + 1)
+    return [Weight(w.mT if backward else w, residual=i >= gated) for i, w in enumerate(matrices)]
+
+
+def _ready(
+    x: Tensor, matrices: Sequence[Tensor], pieces: Sequence[Tensor], mmax: int, backward: bool = False
+) -> list[Layer]:
+    """Layers for features like x."""
+    weights = ready(x, _weights(matrices, mmax, backward), pieces)
+    return [weights[i : i + mmax + 1] for i in range(0, len(weights), mmax + 1)]
+
+
+def _value(
+    x: Tensor,
+    matrices: list[Tensor],
+    gates: list[Tensor],
+    pieces: list[Tensor],
+    lmax: int,
+    mmax: int,
+    keep: bool,
+) -> list[Tensor]:
+    """y, the products u of the gated layers, and (keep) the input of the last layer.
+
+    Those of the layers between are computed backwards from it, which takes less time and memory than keeping them.
+    """
+    layout, us = EdgeLayout(lmax, mmax), []
+    *gated, last = _ready(x, matrices, pieces, mmax)
+    for layer, g in zip(gated, gates, strict=True):
+        us.append(order_matmul(x, layer))
+        x = gate.value(x, us[-1], g, layout)
+    return [order_matmul(x, last), *us, *([x] if keep and gated else [])]
+
+
+def _vjp(
+    a: Tensor,
+    us: list[Tensor],
+    matrices: list[Tensor],
+    gates: list[Tensor],
+    pieces: list[Tensor],
+    lmax: int,
+    mmax: int,
+    keep: bool,
+) -> list[Tensor]:
+    """Gradient of x, and (keep) of the results of all layers but the last."""
+    layout = EdgeLayout(lmax, mmax)
+    *gated, last = _ready(a, matrices, pieces, mmax, backward=True)
+    a = order_matmul(a, last)
+    kept = []
+    for layer, g, u in zip(reversed(gated), reversed(gates), reversed(us), strict=True):
+        kept.append(a)
+        du, _ = gate.vjp(a, u, g, layout, sums=False)
+        a = order_matmul(du, layer, add=a, overwrite=not keep)
+        del du  # makes room for the next one
+    return [a, *(kept[::-1] if keep else [])]
+
+
+def _tangent(
+    d: Tensor,
+    us: list[Tensor],
+    matrices: list[Tensor],
+    gates: list[Tensor],
+    pieces: list[Tensor],
+    lmax: int,
+    mmax: int,
+) -> list[Tensor]:
+    """Change of y where x changes by d; those of the products u, and of the input that `_value` keeps."""
+    layout, vs = EdgeLayout(lmax, mmax), []
+    *gated, last = _ready(d, matrices, pieces, mmax)
+    for layer, g, u in zip(gated, gates, us, strict=True):
+        vs.append(order_matmul(d, layer))
+        d = gate.tangent(d, vs[-1], u, g, layout)
+    return [order_matmul(d, last), *vs, *([d] if gated else [])]
+
+
+def _joint(
+    b: Tensor,
+    xs: list[Tensor],
+    us: list[Tensor],
+    grads: list[Tensor],
+    ds: list[Tensor],
+    vs: list[Tensor],
+    matrices: list[Tensor],
+    gates: list[Tensor],
+    pieces: list[Tensor],
+    lmax: int,
+    mmax: int,
+) -> list[Tensor]:
+    """Gradient of x and, if ``xs`` is given, of the matrices and the gates.
+
+    Without ``grads``, ``ds`` and ``vs`` those of <b, y> alone.
+
+    Args:
+        b: Gradient of y in the last backward pass.
+        xs: Inputs of the first and the last layer; one if they are the same.
+        us: Products of the gated layers.
+        grads: Gradients of the results of the layers in the backward pass of the forces.
+        ds: Changes of these inputs in stage 2.
+        vs: Changes of the products.
+        matrices: Weights.
+        gates: Weights of the gates.
+        pieces: Of the matrices, see `dpa4.ops.split_matmul.split`; none where products are ordinary ones.
+        lmax: Largest degree.
+        mmax: Largest order.
+    """
+    layout, c = EdgeLayout(lmax, mmax), b.shape[-1] // EdgeLayout(lmax, mmax).total
+    layers = _ready(b, matrices, pieces, mmax, backward=True)
+    of_matrices: list[list[Tensor]] = []
+    of_gates: list[Tensor] = []
+    inputs = _inputs_backwards(xs, ds, us, vs, gates, layout) if xs else None
+    for t in reversed(range(len(layers))):
+        x, d = (None, None) if inputs is None else next(inputs)
+        for_matrices: list[tuple[Tensor, Tensor]] = []
+        # Pairs of tensors whose products, summed over the edges, are the gradients of the weights.
+        if t == len(layers) - 1:
+            du, for_gates = b, []
+            for_matrices += [(d, grads[t])] if d is not None else []
+        elif ds:
+            du, da, q, p = gate.joint(b, vs[t], grads[t], us[t], gates[t], layout)
+            for_gates = [(us[t][..., :c], q), (vs[t][..., :c], p)]
+            for_matrices += [(d, da)] if d is not None else []
+        else:
+            du, sums = gate.vjp(b, us[t], gates[t], layout, sums=bool(xs))
+            for_gates = [(us[t][..., :c], sums)] if sums is not None else []
+        if x is not None:
+            pairs = [(x, du), *for_matrices]
+            columns = columns_of(layers[t])
+            of_matrices.append(
+                [_sum_of_products([(left[..., s], right[..., s]) for left, right in pairs]) for s in columns]
+            )
+            of_gates += [_sum_of_products(for_gates)] if for_gates else []
+        last = t == len(layers) - 1
+        b = order_matmul(du, layers[t], add=None if last else b, overwrite=not last)
+    return [b, *(w for layer in reversed(of_matrices) for w in layer), *reversed(of_gates)]
+
+
+def _inputs_backwards(
+    xs: list[Tensor],
+    ds: list[Tensor],
+    us: list[Tensor],
+    vs: list[Tensor],
+    gates: list[Tensor],
+    layout: EdgeLayout,
+) -> Iterator[tuple[Tensor, Maybe]]:
+    """Inputs of the layers and their changes, from the last layer to the first, rebuilt where they were not kept."""
+    last = len(gates)
+    x, d = xs[-1], ds[-1] if ds else None
+    yield x, d
+    for t in reversed(range(1, last)):
+        x, d = gate.undo(x, d, vs[t] if vs else None, us[t], gates[t], layout, overwrite=t + 1 != last)
+        yield x, d
+    if last:
+        yield xs[0], ds[0] if ds else None
+
+
+def _sum_of_products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Sum of x^T y over the pairs and the edges, (F, K, N)."""
+    (x, y), *others = pairs
+    total = torch.bmm(x.mT, y)
+    for x, y in others:
+        total.baddbmm_(x.mT, y)
+    return total
+
+
+# The operators. What tracing sees are results without values.
+
+
+def _new_value(x: Tensor, matrices: list[Tensor], gates: list[Tensor], *others: Any) -> list[Tensor]:
+    *_, keep = others
+    return [x.new_empty(x.shape) for _ in range(1 + len(gates) + (keep and bool(gates)))]
+
+
+def _new_vjp(
+    a: Tensor, us: list[Tensor], matrices: list[Tensor], gates: list[Tensor], *others: Any
+) -> list[Tensor]:
+    *_, keep = others
+    return [a.new_empty(a.shape) for _ in range(1 + keep * len(gates))]
+
+
+def _new_tangent(
+    d: Tensor, us: list[Tensor], matrices: list[Tensor], gates: list[Tensor], *others: Any
+) -> list[Tensor]:
+    return [d.new_empty(d.shape) for _ in range(1 + len(gates) + bool(gates))]
+
+
+def _new_joint(
+    b: Tensor,
+    xs: list[Tensor],
+    us: list[Tensor],
+    grads: list[Tensor],
+    ds: list[Tensor],
+    vs: list[Tensor],
+    matrices: list[Tensor],
+    gates: list[Tensor],
+    pieces: list[Tensor],
+    lmax: int,
+    mmax: int,
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (b, *matrices, *gates)][: None if xs else 1]
+
+
+def _on_cpu(
+    stage: Callable[..., list[Tensor]], new: Callable[..., list[Tensor]]
+) -> Callable[..., list[Tensor]]:
+    """Wrap a stage so that its C++ kernel runs where there is one."""
+
+    def run(x: Tensor, *others: Any) -> list[Tensor]:
+        *_, lmax, mmax = (o for o in others if type(o) is int)
+        if not available.cpp(x.shape[-1] // EdgeLayout(lmax, mmax).total, x):
+            return stage(x, *others)
+        out = new(x, *others)
+        getattr(cpp, stage.__name__[1:])(out, x, *others)
+        return out
+
+    return run
+
+
+for _schema, _stage, _new in (
+    ("so2_value(Tensor x, {weights}, bool keep)", _value, _new_value),
+    ("so2_vjp(Tensor a, Tensor[] us, {weights}, bool keep)", _vjp, _new_vjp),
+    ("so2_tangent(Tensor d, Tensor[] us, {weights})", _tangent, _new_tangent),
+    ("so2_joint(Tensor b, Tensor[] xs, Tensor[] us, Tensor[] grads, Tensor[] ds, Tensor[] vs, {weights})",
+     _joint, _new_joint),
+):  # fmt: skip
+    _weights_of_stack = "Tensor[] matrices, Tensor[] gates, Tensor[] pieces, int lmax, int mmax"
+    register(
+        f"{_schema.format(weights=_weights_of_stack)} -> Tensor[]",
+        _new,
+        {
+            "CPU": torch.autocast("cpu", enabled=False)(_on_cpu(_stage, _new)),
+            "CUDA": torch.autocast("cuda", enabled=False)(_stage),
+        },
+    )

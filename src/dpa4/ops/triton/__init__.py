@@ -1,0 +1,1 @@
+"""Triton kernels for a GPU; importing one of these modules imports Triton."""

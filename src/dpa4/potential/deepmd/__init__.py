@@ -1,0 +1,1 @@
+"""Checkpoints of deepmd-kit: reader, writer, names of parameters, options."""

@@ -1,0 +1,1 @@
+"""Bookkeeping of long runs: parts, records, shards, progress."""

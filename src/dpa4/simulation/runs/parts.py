@@ -1,0 +1,167 @@
+"""Calculations of many parts: every finished part is kept on disk at once, and a later call takes it over."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator
+
+from dpa4.interfaces.ase import identify_calculator
+from dpa4.simulation.relax import CellChange, Relaxation, relax
+from dpa4.simulation.runs.store import SETTINGS, Interrupted, Record, Records, run_items
+
+T = TypeVar("T")
+
+
+class Stopped(RuntimeError):
+    """Ctrl-C ended a calculation; what is finished is on disk."""
+
+
+class Calculation:
+    """A folder with the finished parts of a calculation for one crystal.
+
+    Args:
+        folder: Made if absent.
+        atoms: The crystal that the calculation starts with.
+        calculator: ASE calculator. The digest of its model tells it from another one; where it has none, its energy
+            of the crystal.
+        settings: What the parts depend on.
+        resume: Take over the parts in the folder.
+        progress: Show progress bars on a terminal.
+
+    Raises:
+        FileExistsError: If the folder holds a calculation and ``resume`` is not set.
+        FileNotFoundError: If there is none to resume.
+        ValueError: If the structure is not a crystal without constraints.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        atoms: Atoms,
+        calculator: Calculator,
+        settings: Record,
+        *,
+        resume: bool,
+        progress: bool,
+    ):
+        if not atoms.pbc.all():
+            raise ValueError(
+                f"needs a crystal, periodic along all three axes, but pbc is {atoms.pbc.tolist()}"
+            )
+        if atoms.constraints:
+            name = type(atoms.constraints[0]).__name__
+            raise ValueError(f"needs a crystal without constraints, got {name}; remove it")
+        known = (folder / SETTINGS).exists()
+        if known and not resume:
+            raise FileExistsError(f"{folder} already holds a calculation; resume it or choose another folder")
+        if resume and not known:
+            raise FileNotFoundError(f"there is no calculation to resume in {folder}")
+        identity: Record = dict(identify_calculator(calculator))
+        if not identity:  # four digits: a resumed calculation may be on another machine
+            identity = {"energy_eV": round(float(calculator.get_potential_energy(atoms.copy())), 4)}
+        self.settings = settings | {"structure": _name(atoms)} | identity
+        self.folder, self.calculator, self.progress = folder, calculator, progress
+
+    def run(
+        self, kind: str, parts: Sequence[tuple[str, T]], compute: Callable[[T], Record], title: str
+    ) -> list[Record]:
+        """Results of the parts, in their order; those on disk are not computed again.
+
+        Args:
+            kind: Name of the file, without ending.
+            parts: Name and input of each.
+            compute: Result of a part, for JSON.
+            title: Beside the progress bar.
+
+        Raises:
+            RuntimeError: If a part failed, after all others are done.
+            Stopped: After Ctrl-C.
+            ValueError: If the folder holds results of other settings.
+        """
+        with Records(self.folder, self.settings, kind) as records:
+            state = run_items(
+                parts,
+                len(parts),
+                lambda part, _: compute(part),
+                records,
+                title=title,
+                progress=self.progress,
+            )
+            if state.interrupted:
+                raise Stopped(f"stopped; {kind}: {state.done} of {len(parts)} done; resume to go on")
+            found = [records[name] for name, _ in parts]
+        for record in found:
+            if "error" in record:
+                raise RuntimeError(f"{record['id']}: {record['error']}")
+        return found
+
+    def relaxed(
+        self,
+        atoms: Atoms,
+        *,
+        fmax: float,
+        steps: int,
+        cell: CellChange = "full",
+        symprec: float | None = None,
+    ) -> Atoms:
+        """The relaxed crystal, a copy; with ``symprec`` its symmetry is kept.
+
+        Raises:
+            RuntimeError: If it does not converge.
+            Stopped: After Ctrl-C.
+        """
+        options: dict[str, Any] = {} if symprec is None else {"symmetry": True, "symprec": symprec}
+
+        def compute(start: Atoms) -> Record:
+            copy = start.copy()
+            result = relaxation(copy, self.calculator, fmax=fmax, steps=steps, cell=cell, **options)
+            return structure_record(copy) | asdict(result)
+
+        (record,) = self.run("start", [("start", atoms)], compute, "relaxing")
+        return structure(record, atoms)
+
+
+def relaxation(
+    atoms: Atoms, calculator: Calculator, *, fmax: float, steps: int, **options: Any
+) -> Relaxation:
+    """Relax in place by BFGS, as part of a calculation.
+
+    Raises:
+        Interrupted: After Ctrl-C.
+        RuntimeError: If it does not converge.
+    """
+    result = relax(atoms, calculator, fmax=fmax, steps=steps, optimizer="bfgs", **options)
+    if result.interrupted:
+        raise Interrupted
+    if not result.converged:
+        raise RuntimeError(
+            f"not relaxed to fmax = {fmax} eV/Angstrom in {steps} steps, the largest force is "
+            f"{result.max_force:.2g}; resume with more steps, or take a larger fmax and another folder"
+        )
+    return result
+
+
+def structure_record(atoms: Atoms) -> Record:
+    """Cell and positions, for JSON."""
+    return {"cell": atoms.cell.array.tolist(), "positions": atoms.positions.tolist()}
+
+
+def structure(record: Record, like: Atoms) -> Atoms:
+    """A copy of a structure with cell and positions of a record."""
+    atoms = like.copy()
+    atoms.set_cell(record["cell"])
+    atoms.set_positions(record["positions"])
+    return atoms
+
+
+def _name(atoms: Atoms) -> str:
+    """Formula and a digest of elements, cell, positions, charge and spin."""
+    numbers = np.concatenate([atoms.cell.array, atoms.positions]).round(6) + 0.0  # no -0
+    state = f"{atoms.numbers.tolist()} {atoms.info.get('charge')} {atoms.info.get('spin')}"
+    digest = hashlib.sha256(state.encode() + numbers.tobytes()).hexdigest()
+    return f"{atoms.get_chemical_formula()} {digest[:12]}"

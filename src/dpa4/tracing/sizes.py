@@ -1,0 +1,14 @@
+"""Sizes that traced code is made for."""
+
+COUNTED = ("node", "center", "edge")
+"""Axes whose sizes differ from call to call."""
+
+MIN_SIZE = 2
+"""Smallest number of nodes, centres or edges for compiled code; compilers specialise sizes 0 and 1."""
+
+INDEX_LIMIT = 2**31
+"""Number of elements beyond which an index needs 64 bits."""
+
+HINTS = {"node": 20_001, "center": 20_005, "edge": 100_009}
+"""Size hints for the compiler. Constant, so that code depends only on the model; odd, distinct and larger than any fixed
+axis, so that no symbolic size equals a fixed one (with a hint of 221 Inductor once specialised the node axis)."""
