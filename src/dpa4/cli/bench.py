@@ -7,21 +7,20 @@ import typer
 
 from dpa4.cli.options import (
     Branch,
-    Compile,
     Device,
     Dtype,
     Model,
+    ModelOptions,
     Output,
-    Precision,
     console,
     eager_potential,
     user_errors,
+    with_model_options,
 )
 from dpa4.cli.screen import MaxEdges, Rank, WorldSize, report
 from dpa4.cli.training import label_keys
 
 if TYPE_CHECKING:
-    from dpa4.simulation import DPA4Calculator
     from dpa4.simulation.records import Progressed
 
 bench = typer.Typer(
@@ -36,6 +35,7 @@ Structures = Annotated[
 
 
 @bench.command()
+@with_model_options()
 def discovery(
     model: Model,
     data: Data = Path("bench-data"),
@@ -46,11 +46,8 @@ def discovery(
     max_edges: MaxEdges = 200_000,
     rank: Rank = 0,
     world_size: WorldSize = 1,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    precision: Precision = "high",
-    compile: Compile = None,
-    branch: Branch = None,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Relax the WBM test set like dpa4 screen; F1, DAF and RMSD of Matbench Discovery."""
     from dpa4.simulation.bench import files, score_structures
@@ -62,9 +59,7 @@ def discovery(
         from dpa4.simulation.screen import screen
         from dpa4.simulation.torchsim import DPA4Model
 
-        potential = DPA4Model(
-            model, device=device, dtype=dtype, precision=precision, compile=compile, branch=branch
-        )
+        potential = DPA4Model(model, **options)
         result = screen(
             [source], potential, output, fmax=fmax, steps=steps, cell="full", max_edges=max_edges,
             rank=rank, world_size=world_size, resume=True,
@@ -88,6 +83,7 @@ def discovery(
 
 
 @bench.command()
+@with_model_options(dtype="float64", precision=False)
 def kappa(
     model: Model,
     data: Data = Path("bench-data"),
@@ -96,12 +92,11 @@ def kappa(
     fmax: Annotated[float, typer.Option(help="Of the relaxation, in eV/Angstrom.")] = 1e-4,
     steps: Annotated[int, typer.Option(help="Most steps of a relaxation.")] = 300,
     displacement: Annotated[float, typer.Option(help="Of atoms, in Angstrom.")] = 0.03,
-    device: Device = "auto",
-    dtype: Dtype = "float64",
-    compile: Compile = None,
-    branch: Branch = None,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Lattice thermal conductivities of 103 crystals; the metric κ_SRME of Matbench Discovery."""
+    from dpa4.simulation import DPA4Calculator
     from dpa4.simulation.bench import files, run_kappa, score_kappa
     from dpa4.simulation.bench.kappa import read_reference
 
@@ -109,7 +104,7 @@ def kappa(
         source = structures or files.locate(data, files.KAPPA_STRUCTURES)
         reference = read_reference(files.locate(data, files.KAPPA_REFERENCE))
         state = run_kappa(
-            source, _calculator(model, device, dtype, compile, branch), output, fmax=fmax, steps=steps,
+            source, DPA4Calculator(model, **options), output, fmax=fmax, steps=steps,
             displacement=displacement,
         )  # fmt: skip
         score = score_kappa(output, reference)
@@ -124,6 +119,7 @@ def kappa(
 
 
 @bench.command()
+@with_model_options(dtype="float64", precision=False)
 def diatomics(
     model: Model,
     data: Data = Path("bench-data"),
@@ -131,19 +127,18 @@ def diatomics(
     elements: Annotated[
         str | None, typer.Option(help="Such as H,C,O; by default all of the model up to U.")
     ] = None,
-    device: Device = "auto",
-    dtype: Dtype = "float64",
-    compile: Compile = None,
-    branch: Branch = None,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Curves of homonuclear diatomic molecules; their metrics in Matbench Discovery."""
     from ase.data import atomic_numbers
 
+    from dpa4.simulation import DPA4Calculator
     from dpa4.simulation.bench import files, run_diatomics, score_diatomics
     from dpa4.simulation.bench.diatomics import HEAVIEST, read_reference
 
     with user_errors():
-        calculator = _calculator(model, device, dtype, compile, branch)
+        calculator = DPA4Calculator(model, **options)
         own = [e for e in calculator.potentials[0].elements if atomic_numbers[e] <= HEAVIEST]
         wanted = elements.split(",") if elements else own
         try:
@@ -221,14 +216,6 @@ def submission(
     console.print(f"wrote {path} and its artifacts")
     if score is not None:
         console.print(f"CPS {score:.4f}", highlight=False)
-
-
-def _calculator(
-    model: Path, device: str, dtype: str, compile: bool | None, branch: str | None
-) -> "DPA4Calculator":
-    from dpa4.simulation import DPA4Calculator
-
-    return DPA4Calculator(model, device=device, dtype=dtype, compile=compile, branch=branch)  # type: ignore[arg-type]
 
 
 def _differences(found: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from dpa4.cli.options import Branch, Compile, Device, Dtype, Model, Output, console, last_image, user_errors
+from dpa4.cli.options import Model, ModelOptions, Output, console, last_image, user_errors, with_model_options
 
 Crystal = Annotated[Path, typer.Argument(help="Crystal, in any format ASE reads; the last image is taken.")]
 RelaxFirst = Annotated[bool, typer.Option("--relax/--no-relax", help="Relax positions and cell first.")]
@@ -15,6 +15,7 @@ Steps = Annotated[int, typer.Option(help="Most steps of each relaxation.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Use what an earlier call left in the output folder.")]
 
 
+@with_model_options(dtype="float64", precision=False)
 def eos(
     model: Model,
     crystal: Crystal,
@@ -28,17 +29,15 @@ def eos(
     fmax: Fmax = 1e-4,
     steps: Steps = 500,
     resume: Resume = False,
-    device: Device = "auto",
-    dtype: Dtype = "float64",
-    compile: Compile = None,
-    branch: Branch = None,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Fit the Birch-Murnaghan equation of state to energies at several volumes."""
     from dpa4.simulation import DPA4Calculator, equation_of_state
 
     with user_errors():
         atoms = last_image(crystal)
-        calculator = DPA4Calculator(model, device=device, dtype=dtype, compile=compile, branch=branch)
+        calculator = DPA4Calculator(model, **options)
         result = equation_of_state(
             atoms, calculator, output, points=points, span=span, shape=shape, relax_first=relax, fmax=fmax,
             steps=steps, resume=resume,
@@ -53,6 +52,7 @@ def eos(
     console.print(f"eos.csv, eos.json, eos.png and eos.xyz are in {output}/")
 
 
+@with_model_options(dtype="float64", precision=False)
 def elastic(
     model: Model,
     crystal: Crystal,
@@ -62,17 +62,15 @@ def elastic(
     fmax: Fmax = 1e-4,
     steps: Steps = 500,
     resume: Resume = False,
-    device: Device = "auto",
-    dtype: Dtype = "float64",
-    compile: Compile = None,
-    branch: Branch = None,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Compute the elastic tensor and the moduli of a polycrystal."""
     from dpa4.simulation import DPA4Calculator, elastic_tensor
 
     with user_errors():
         atoms = last_image(crystal)
-        calculator = DPA4Calculator(model, device=device, dtype=dtype, compile=compile, branch=branch)
+        calculator = DPA4Calculator(model, **options)
         result = elastic_tensor(
             atoms, calculator, output, strain=strain, relax_first=relax, fmax=fmax, steps=steps, resume=resume
         )
@@ -93,6 +91,7 @@ def elastic(
     console.print(f"elastic.csv, stresses.csv, elastic.json and elastic.png are in {output}/")
 
 
+@with_model_options(dtype="float64", precision=False)
 def phonon(
     model: Model,
     crystal: Crystal,
@@ -109,17 +108,15 @@ def phonon(
     fmax: Fmax = 1e-4,
     steps: Steps = 500,
     resume: Resume = False,
-    device: Device = "auto",
-    dtype: Dtype = "float64",
-    compile: Compile = None,
-    branch: Branch = None,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Compute phonons: bands, density of states, thermal properties."""
     from dpa4.simulation import DPA4Calculator, phonons
 
     with user_errors():
         atoms = last_image(crystal)
-        calculator = DPA4Calculator(model, device=device, dtype=dtype, compile=compile, branch=branch)
+        calculator = DPA4Calculator(model, **options)
         result = phonons(
             atoms, calculator, output, supercell=supercell, min_length=min_length, displacement=displacement,
             mesh=mesh, max_temperature=max_temperature, symprec=symprec, relax_first=relax, fmax=fmax, steps=steps,

@@ -6,19 +6,17 @@ from typing import Annotated, Literal
 import typer
 
 from dpa4.cli.options import (
-    Branch,
-    Compile,
-    Device,
-    Dtype,
     Model,
+    ModelOptions,
     Output,
-    Precision,
     console,
     last_image,
     user_errors,
+    with_model_options,
 )
 
 
+@with_model_options()
 def md(
     model: Model,
     structure: Annotated[
@@ -46,26 +44,15 @@ def md(
     skin: Annotated[float, typer.Option(help="Verlet skin of the neighbour list, in Angstrom.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    precision: Precision = "high",
-    compile: Compile = None,
-    branch: Branch = None,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Run molecular dynamics at constant energy, temperature or pressure."""
     from dpa4.simulation import DPA4Calculator, run_md
 
     with user_errors():
         atoms = last_image(structure)
-        calculator = DPA4Calculator(
-            model,
-            device=device,
-            dtype=dtype,
-            precision=precision,
-            compile=compile,
-            branch=branch,
-            neighbor_skin=skin,
-        )
+        calculator = DPA4Calculator(model, **options, neighbor_skin=skin)
         result = run_md(
             atoms, calculator, output, steps=steps, ensemble=ensemble, temperature=temperature, timestep=timestep,
             friction=friction, tdamp=tdamp, pressure=pressure, pdamp=pdamp, cell=cell, interval=interval, seed=seed,

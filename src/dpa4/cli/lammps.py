@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from dpa4.cli.options import Branch, Compile, Device, Dtype, Model, Precision, console, user_errors
+from dpa4.cli.options import Model, ModelOptions, console, user_errors, with_model_options
 
 
+@with_model_options()
 def lammps(
     model: Model,
     script: Annotated[
@@ -20,11 +21,8 @@ def lammps(
     charge: Annotated[int | None, typer.Option(help="Total charge, for models that look at it.")] = None,
     spin: Annotated[int | None, typer.Option(help="Multiplicity 2S + 1, for models that look at it.")] = None,
     skin: Annotated[float, typer.Option(help="Verlet skin of the neighbour list, in Angstrom.")] = 1.0,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    precision: Precision = "high",
-    compile: Compile = None,
-    branch: Branch = None,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Run an input script of LAMMPS; Ctrl-C ends the run after the step."""
     from dpa4.simulation import DPA4Calculator, run_lammps
@@ -33,15 +31,7 @@ def lammps(
         pairs = [pair.partition("=") for pair in var or []]
         if wrong := [name for name, equals, _ in pairs if not (name and equals)]:
             raise ValueError(f"--var must be NAME=VALUE, got {', '.join(wrong)}")
-        calculator = DPA4Calculator(
-            model,
-            device=device,
-            dtype=dtype,
-            precision=precision,
-            compile=compile,
-            branch=branch,
-            neighbor_skin=skin,
-        )
+        calculator = DPA4Calculator(model, **options, neighbor_skin=skin)
         finished = run_lammps(
             script,
             calculator,

@@ -6,19 +6,17 @@ from typing import Annotated
 import typer
 
 from dpa4.cli.options import (
-    Branch,
-    Compile,
-    Device,
-    Dtype,
     Model,
+    ModelOptions,
     Output,
-    Precision,
     console,
     last_image,
     user_errors,
+    with_model_options,
 )
 
 
+@with_model_options()
 def neb(
     model: Model,
     start: Annotated[Path, typer.Argument(help="One minimum; the last image of the file.")],
@@ -30,20 +28,15 @@ def neb(
     spring: Annotated[float, typer.Option(help="Between images, in eV/Angstrom^2.")] = 0.1,
     relax_ends: Annotated[bool, typer.Option("--relax-ends", help="Relax start and end first.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    precision: Precision = "high",
-    compile: Compile = None,
-    branch: Branch = None,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Find a minimum energy path and its barrier: climbing-image nudged elastic band."""
     from dpa4.simulation import DPA4Calculator, run_neb
 
     with user_errors():
         first, last = (last_image(file) for file in (start, end))
-        calculator = DPA4Calculator(
-            model, device=device, dtype=dtype, precision=precision, compile=compile, branch=branch
-        )
+        calculator = DPA4Calculator(model, **options)
         result = run_neb(
             first, last, calculator, output, images=images, fmax=fmax, steps=steps, spring=spring,
             relax_ends=relax_ends, resume=resume,

@@ -1,10 +1,12 @@
 """What the commands share: kinds of arguments, the console, errors for people."""
 
+import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 import typer
 from rich.console import Console
@@ -32,6 +34,56 @@ Compile = Annotated[
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
 Structures = Annotated[Path, typer.Argument(help="Structures in any format ASE reads.")]
+
+
+class ModelOptions(TypedDict, total=False):
+    """Keyword arguments of `DPA4Calculator` and `DPA4Model` that commands take from their options."""
+
+    device: str
+    dtype: Literal["float32", "float64"]
+    precision: Literal["high", "fast"]
+    compile: bool | None
+    branch: str | None
+
+
+def with_model_options(
+    dtype: str = "float32", precision: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator that adds the options of ``ModelOptions`` to a command, after the command's own options.
+
+    The command receives their values as one keyword argument, ``options``. Typer reads the parameters of a command
+    from its signature, so the signature of the decorated function lists every option instead of ``options``.
+
+    Args:
+        dtype: Default of --dtype.
+        precision: Whether the command has the option --precision.
+    """
+    shared = {
+        "device": (Device, "auto"),
+        "dtype": (Dtype, dtype),
+        "precision": (Precision, "high"),
+        "compile": (Compile, None),
+        "branch": (Branch, None),
+    }
+    if not precision:
+        del shared["precision"]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(**arguments: Any) -> None:
+            options = {name: arguments.pop(name) for name in shared}
+            command(**arguments, options=options)
+
+        signature = inspect.signature(command)
+        own = [p for p in signature.parameters.values() if p.name != "options"]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for name, (kind, default) in shared.items()
+        ]
+        run.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
 
 
 @contextmanager

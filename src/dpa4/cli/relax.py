@@ -6,20 +6,18 @@ from typing import Annotated, Literal
 import typer
 
 from dpa4.cli.options import (
-    Branch,
-    Compile,
-    Device,
-    Dtype,
     Model,
+    ModelOptions,
     Output,
-    Precision,
     Structures,
     console,
     read_structures,
     user_errors,
+    with_model_options,
 )
 
 
+@with_model_options()
 def relax(
     model: Model,
     structures: Structures,
@@ -35,20 +33,15 @@ def relax(
     symmetry: Annotated[bool, typer.Option("--symmetry", help="Keep the space group.")] = False,
     symprec: Annotated[float, typer.Option(help="Tolerance of the symmetry, in Angstrom.")] = 0.01,
     resume: Annotated[bool, typer.Option("--resume", help="Go on in the output folder.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    precision: Precision = "high",
-    compile: Compile = None,
-    branch: Branch = None,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Relax every structure of a file."""
     from dpa4.simulation import DPA4Calculator, relax_all
 
     with user_errors():
         images = read_structures(structures)
-        calculator = DPA4Calculator(
-            model, device=device, dtype=dtype, precision=precision, compile=compile, branch=branch
-        )
+        calculator = DPA4Calculator(model, **options)
         results = relax_all(
             images, calculator, output, resume=resume, fmax=fmax, steps=steps, optimizer=optimizer, cell=cell,
             pressure=pressure, symmetry=symmetry, symprec=symprec,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dpa4.cli.options import Branch, Compile, Device, Dtype, Model, Output, Precision, console, user_errors
+from dpa4.cli.options import Model, ModelOptions, Output, console, user_errors, with_model_options
 
 if TYPE_CHECKING:
     from dpa4.simulation.screen import Screening
@@ -15,6 +15,7 @@ Rank = Annotated[int, typer.Option(help="Number of this process among all, from 
 WorldSize = Annotated[int, typer.Option(help="How many processes share the work.")]
 
 
+@with_model_options()
 def screen(
     model: Model,
     structures: Annotated[list[Path], typer.Argument(help="Files with structures, in any format ASE reads.")],
@@ -29,20 +30,15 @@ def screen(
     rank: Rank = 0,
     world_size: WorldSize = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on in the output folder.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    precision: Precision = "high",
-    compile: Compile = None,
-    branch: Branch = None,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Relax many structures, in batches; list what happened to each."""
     with user_errors():
         from dpa4.simulation.screen import screen as run
         from dpa4.simulation.torchsim import DPA4Model
 
-        potential = DPA4Model(
-            model, device=device, dtype=dtype, precision=precision, compile=compile, branch=branch
-        )
+        potential = DPA4Model(model, **options)
         result = run(
             structures, potential, output, fmax=fmax, steps=steps, cell=cell, pressure=pressure, max_edges=max_edges,
             rank=rank, world_size=world_size, resume=resume,
