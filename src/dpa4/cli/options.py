@@ -1,4 +1,4 @@
-"""What the commands share: kinds of arguments, the console, errors for people."""
+"""Arguments, options, console and error handling shared by the commands."""
 
 import inspect
 import warnings
@@ -17,27 +17,29 @@ if TYPE_CHECKING:
 
     from dpa4.potential import Potential
 
-console = Console(markup=False)  # names of files and options may hold square brackets
+console = Console(markup=False)  # file names and options may contain square brackets
 
-Model = Annotated[Path, typer.Argument(help="Model: .safetensors, or a deepmd-kit checkpoint .pt.")]
+Model = Annotated[Path, typer.Argument(help="Model file: .safetensors, or a deepmd-kit checkpoint (.pt).")]
 Branch = Annotated[str | None, typer.Option(help="Branch of a multitask deepmd-kit checkpoint.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a GPU if there is one.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto uses a GPU if there is one.")]
 Dtype = Annotated[
-    Literal["float32", "float64"], typer.Option(help="Precision of the network: float32 or float64.")
+    Literal["float32", "float64"],
+    typer.Option(help="Floating-point type of the network: float32 or float64."),
 ]
 Precision = Annotated[
     Literal["high", "fast"],
-    typer.Option(help="high: of the dtype. fast: products in bfloat16, for screening."),
+    typer.Option(help="high: full precision of the dtype. fast: products in bfloat16, for screening."),
 ]
 Compile = Annotated[
-    bool | None, typer.Option("--compile/--no-compile", help="Compile first; by default on a GPU in float32.")
+    bool | None,
+    typer.Option("--compile/--no-compile", help="Compile the model first; by default on a GPU in float32."),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
 Structures = Annotated[Path, typer.Argument(help="Structures in any format ASE reads.")]
 
 
 class ModelOptions(TypedDict, total=False):
-    """Keyword arguments of `DPA4Calculator` and `DPA4Model` that commands take from their options."""
+    """Keyword arguments of ``DPA4Calculator`` and ``DPA4Model`` that are options of the commands."""
 
     device: str
     dtype: Literal["float32", "float64"]
@@ -51,12 +53,13 @@ def with_model_options(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator that adds the options of ``ModelOptions`` to a command, after the command's own options.
 
-    The command receives their values as one keyword argument, ``options``. Typer reads the parameters of a command
-    from its signature, so the signature of the decorated function lists every option instead of ``options``.
+    The command receives the values as one keyword argument, ``options``. Typer reads the parameters of a
+    command from its signature, so the decorated function's signature lists the single options in place of
+    ``options``.
 
     Args:
         dtype: Default of --dtype.
-        precision: Whether the command has the option --precision.
+        precision: If true, the command has the option --precision.
     """
     shared = {
         "device": (Device, "auto"),
@@ -88,7 +91,7 @@ def with_model_options(
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Print what is wrong with the input instead of a traceback, and exit with status 1; warnings in one line."""
+    """Print errors as one message instead of a traceback and exit with status 1; print warnings on one line."""
     shown, warnings.showwarning = warnings.showwarning, _show_warning
     try:
         yield
@@ -103,16 +106,20 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     _print("warning:", "bold yellow", message)
 
 
-def _print(what: str, style: str, message: object) -> None:
-    Console(stderr=True).print(Text.assemble((what, style), f" {message}"), soft_wrap=True)
+def _print(label: str, style: str, message: object) -> None:
+    Console(stderr=True).print(Text.assemble((label, style), f" {message}"), soft_wrap=True)
 
 
 def read_structures(file: Path, index: str = ":") -> "list[Atoms]":
-    """Structures of a file in any format ASE reads.
+    """Read the structures of a file in any format ASE supports.
+
+    Args:
+        file: The file.
+        index: ASE's index string; ":" selects all images, "-1" the last one.
 
     Raises:
-        FileNotFoundError: If there is no file.
-        ValueError: If ASE cannot read it, or there is no structure in it.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If ASE cannot read the file, or the file contains no structure.
     """
     from dpa4.data import read_images
 
@@ -125,12 +132,12 @@ def read_structures(file: Path, index: str = ":") -> "list[Atoms]":
 
 
 def last_image(file: Path) -> "Atoms":
-    """The last structure of a file in any format ASE reads; errors as of `read_structures`."""
+    """Read the last structure of a file; formats and errors are those of ``read_structures``."""
     return read_structures(file, "-1")[0]
 
 
 def eager_potential(model: Path, device: str, dtype: str, branch: str | None) -> "Potential":
-    """The potential of the commands that do not compile, from their options."""
+    """Load the potential of a command that never compiles, from the options of the command."""
     import torch
 
     from dpa4.potential import load_potential
