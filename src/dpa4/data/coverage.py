@@ -38,7 +38,7 @@ class Coverage:
     def text(self) -> str:
         """Summary with the shortest distances first, such as "O-H 0.952, H-H 1.514 Å"; at most 12 pairs."""
         if self.shortest is None:
-            return "not known, not every structure was used"
+            return "unknown, because not every structure was used"
         ascending = sorted(self.shortest.items(), key=lambda entry: entry[1])
         entries = [f"{a}-{b} {length:.3f}" for (a, b), length in ascending]
         more = f" and {len(entries) - 12} more pairs" if len(entries) > 12 else ""
@@ -64,7 +64,7 @@ class Coverage:
             entries = found["shortest"].items() if known else ()
             pairs = {tuple(name.split("-")): float(length) for name, length in entries}
             if unknown := {*found["elements"], *(e for pair in pairs for e in pair)} - set(chemical_symbols):
-                raise ValueError(f"no elements: {sorted(unknown)}")
+                raise ValueError(f"not chemical symbols: {sorted(unknown)}")
             shortest = {(a, b): length for (a, b), length in pairs.items()}
             return cls(float(found["cutoff"]), tuple(found["elements"]), shortest if known else None)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -196,8 +196,8 @@ class CoverageMonitor:
             self._watch_elements = False
             seen = " ".join(s for s in chemical_symbols if s in self._seen)
             warnings.warn(
-                f"{', '.join(sorted(unseen))}: the model knows the element, but its training data had none of it "
-                f"(they had {seen}); do not trust the results",
+                f"{', '.join(sorted(unseen))}: supported by the model, but not in its training data (only {seen}); "
+                "do not trust the results",
                 RuntimeWarning,
                 stacklevel=3,
             )

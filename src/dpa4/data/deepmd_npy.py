@@ -90,7 +90,7 @@ def _load(folder: Path, name: str, shape: tuple[int, ...]) -> NDArray[np.float64
         return values.astype(np.float64).reshape(shape)
     except ValueError:
         raise ValueError(
-            f"{path} has shape {values.shape}, which does not fit {shape} of its system"
+            f"{path} has shape {values.shape}, which does not match {shape} of its system"
         ) from None
 
 
@@ -101,5 +101,5 @@ def _type_map(system: Path) -> NDArray[np.int64]:
         raise ValueError(f"{system} has no type_map.raw; add it, with the chemical symbol of each type")
     names = path.read_text().split()
     if unknown := [name for name in names if not atomic_numbers.get(name)]:
-        raise ValueError(f"{path} names {unknown}; allowed are chemical symbols such as H, C, Si")
+        raise ValueError(f"{path} names {unknown}; use chemical symbols such as H, C, Si")
     return np.array([atomic_numbers[name] for name in names], dtype=np.int64)

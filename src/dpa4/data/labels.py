@@ -120,7 +120,7 @@ def checked_frame(frame: Frame) -> Frame:
         if value is not None and not np.isfinite(value).all():
             where = np.argwhere(~np.isfinite(value))[0]
             row = f" of atom {where[0]}" if name in ("positions", "forces") else ""
-            raise ValueError(f"{name}{row} in {frame.origin} not finite; correct or remove the structure")
+            raise ValueError(f"{frame.origin}: {name}{row} not finite; correct or remove the structure")
     return frame
 
 

@@ -107,7 +107,9 @@ def _read_archive(path: Path) -> Iterator[tuple[str, Atoms]]:
                     for k, atoms in enumerate(ase.io.iread(text, index=":", format="extxyz")):
                         yield f"{path}, {name}, frame {k}", atoms
     except Exception as error:  # the archive and ASE's reader raise many kinds of errors
-        raise ValueError(f"{path} cannot be read as archive: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{path} cannot be read as a zip archive: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _read_database(path: Path) -> Iterator[tuple[str, Atoms]]:
@@ -128,4 +130,6 @@ def _read_database(path: Path) -> Iterator[tuple[str, Atoms]]:
                 atoms.info.update(row.data)
                 yield f"{path}, row {row.id}", atoms
     except Exception as error:  # the database and its decoder raise many kinds of errors
-        raise ValueError(f"{path} cannot be read as ASE database: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{path} cannot be read as an ASE database: {type(error).__name__}: {error}"
+        ) from error

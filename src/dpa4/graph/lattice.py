@@ -42,7 +42,9 @@ def periodic_lattice(cell: ArrayLike, pbc: ArrayLike) -> tuple[Array, NDArray[np
     """
     cell, periodic = np.asarray(cell, dtype=np.float64), np.asarray(pbc, dtype=bool)
     if cell.shape != (*periodic.shape, 3) or periodic.shape[-1:] != (3,):
-        raise ValueError(f"cell must be (3, 3) and pbc (3,), got {cell.shape} and {periodic.shape}")
+        raise ValueError(
+            f"cell must have shape (3, 3) and pbc shape (3,), got {cell.shape} and {periodic.shape}"
+        )
     if not np.isfinite(cell).all():
         bad = next(one for one in cell.reshape(-1, 3, 3) if not np.isfinite(one).all())
         raise ValueError(f"the cell is not finite: {bad.tolist()}")

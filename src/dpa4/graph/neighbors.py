@@ -70,7 +70,7 @@ def neighbor_list(positions: ArrayLike, cell: ArrayLike, pbc: ArrayLike, cutoff:
     keep = np.flatnonzero(squared <= cutoff * cutoff)
     keep = keep[_order(i[keep], j[keep], shift[keep])]
     i, j, shift = i[keep], j[keep], shift[keep]
-    _refuse_coincident(torch.from_numpy(i), torch.from_numpy(j), torch.from_numpy(squared[keep]))
+    _check_coincident(torch.from_numpy(i), torch.from_numpy(j), torch.from_numpy(squared[keep]))
     return Neighbors(j, i, shift)
 
 
@@ -100,7 +100,7 @@ def neighbor_list_torch(
     check_positions(positions)
     if structure is not None and (structure.shape != positions.shape[:1] or cell.shape[0] != pbc.shape[0]):
         raise ValueError(
-            f"structure {tuple(structure.shape)}, cell {tuple(cell.shape)} and pbc {tuple(pbc.shape)} do not fit "
+            f"structure {tuple(structure.shape)}, cell {tuple(cell.shape)} and pbc {tuple(pbc.shape)} do not match "
             f"each other or {len(positions)} positions"
         )
     lattice, periodic = periodic_lattice(cell.cpu().numpy(), pbc.cpu().numpy())
@@ -120,7 +120,7 @@ def neighbor_list_torch(
     squared = _squared_lengths(positions, rows, source, destination, shift)
     keep = (squared <= cutoff * cutoff).nonzero().squeeze(1)
     source, destination = source[keep], destination[keep]
-    _refuse_coincident(destination, source, squared[keep])
+    _check_coincident(destination, source, squared[keep])
     return source, destination, shift[keep]
 
 
@@ -152,7 +152,9 @@ def build_graph(
     places = _copied(positions, torch.float64, device)
     rows = _copied(cell, torch.float64, device)
     if numbers.shape != places.shape[:1]:
-        raise ValueError(f"atomic_numbers {tuple(numbers.shape)} do not fit positions {tuple(places.shape)}")
+        raise ValueError(
+            f"atomic_numbers {tuple(numbers.shape)} do not match positions {tuple(places.shape)}"
+        )
     if device.type == "cuda":
         periodic = torch.as_tensor(np.asarray(_on_host(pbc), dtype=bool))
         source, destination, shift = neighbor_list_torch(places, rows, periodic, cutoff)
@@ -189,7 +191,7 @@ def within_cutoff(graph: Graph, cutoff: float) -> Graph:
     squared = _squared_lengths(graph.positions, rows, graph.source, graph.destination, graph.shift)
     keep = (squared <= cutoff * cutoff).nonzero().squeeze(1)
     source, destination = graph.source.index_select(0, keep), graph.destination.index_select(0, keep)
-    _refuse_coincident(destination, source, squared.index_select(0, keep))
+    _check_coincident(destination, source, squared.index_select(0, keep))
     return graph._replace(source=source, destination=destination, shift=graph.shift.index_select(0, keep))
 
 
@@ -268,8 +270,8 @@ def _search_radius(extents: NDArray[np.float64], radius: float) -> float:
     """Enlarge ``radius`` until the cell list of vesin works.
 
     Beyond 1e5 cells, vesin 0.6.2 coarsens all axes by the same factor. In a very large structure that is thin
-    along one axis, no cell is left along that axis and vesin divides by zero. A larger radius gives fewer
-    cells.
+    along one axis, no cell is left along that axis and vesin divides by zero. A larger radius results in
+    fewer cells.
     """
     while True:
         cells = np.maximum(extents // radius, 1.0)
@@ -278,7 +280,7 @@ def _search_radius(extents: NDArray[np.float64], radius: float) -> float:
         radius *= 1.2
 
 
-def _refuse_coincident(i: Tensor, j: Tensor, squared: Tensor) -> None:
+def _check_coincident(i: Tensor, j: Tensor, squared: Tensor) -> None:
     """Raise a ValueError if two atoms coincide."""
     same = squared < MIN_DISTANCE**2
     if same.any():
