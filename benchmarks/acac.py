@@ -1,10 +1,10 @@
-"""Acetylacetone (BOTNet data sets): train on 300 K molecular dynamics, test at 300 K and 600 K.
+"""Acetylacetone (BOTNet data sets): train on molecular dynamics at 300 K, test at 300 K and 600 K.
 
     python benchmarks/acac.py DATA --output acac-run [--minutes 20 | --steps 2300] [--set model.lmax=2 ...]
 
-DATA is the folder with train_300K.xyz, test_MD_300K.xyz and test_MD_600K.xyz. The number of steps is what fits
-into the minutes, from the measured time of a step, or as given.
-Prints one JSON line; results are in benchmarks/README.md.
+DATA is the folder with train_300K.xyz, test_MD_300K.xyz and test_MD_600K.xyz. The number of steps is --steps,
+or as many as fit into --minutes according to a short timed run. Prints one JSON line; results are in
+benchmarks/README.md.
 """
 
 import argparse
@@ -41,7 +41,7 @@ training:
 
 
 def configuration(folder: Path, output: Path, overrides: list[str]) -> RunConfig:
-    """The run with its data and output, written to a file as a user would."""
+    """Configuration of a run, loaded from a YAML file and overrides as a user would."""
     path = output.with_suffix(".yaml")
     path.write_text(RUN)
     files = [f"data.train={folder / 'train_300K.xyz'}", f"output={output}"]
@@ -49,7 +49,7 @@ def configuration(folder: Path, output: Path, overrides: list[str]) -> RunConfig
 
 
 def seconds_per_step(folder: Path, output: Path, overrides: list[str]) -> float:
-    """Time of a step once everything is warm, from the log of a short run."""
+    """Seconds per step after warm-up, from the log of a short run."""
     settings = ["training.steps=200", "training.validation_interval=200", "training.log_interval=100"]
     train(configuration(folder, output, [*overrides, *settings]))
     with (output / "train.csv").open() as file:
@@ -59,15 +59,17 @@ def seconds_per_step(folder: Path, output: Path, overrides: list[str]) -> float:
 
 
 def main() -> None:
-    """Train, evaluate on both test sets, print a JSON line."""
+    """Train, evaluate on both test sets and print a JSON line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--output", type=Path, default=Path("acac-run"))
-    parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    parser.add_argument("data", type=Path, help="folder with the three files")
+    parser.add_argument("--output", type=Path, default=Path("acac-run"), help="output folder")
+    parser.add_argument("--minutes", type=float, default=20, help="training time, if --steps is not given")
+    parser.add_argument("--steps", type=int, help="number of training steps")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], help="override an option, as model.lmax=2"
+    )
     options = parser.parse_args()
 
     steps = options.steps

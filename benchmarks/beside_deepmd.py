@@ -1,22 +1,25 @@
-"""dpa4 beside deepmd-kit: energy, forces and virial, and training steps, with the same weights and structures.
+"""Time dpa4 against deepmd-kit, with equal weights and structures: evaluation and training steps.
 
     python benchmarks/beside_deepmd.py mini --water --threads 2 --deepmd-python PYTHON
     python benchmarks/beside_deepmd.py paper-air --train 32x64 --atoms 216 1000 4096 --bf16 --compile \\
         --deepmd-python PYTHON
 
-PYTHON is an interpreter with deepmd-kit. The programs take turns, some calls each, so that a change of the machine's
-speed meets both. On a GPU if there is one; then they warm up at the same time, which takes each longer than alone.
-Everything is done twice (or see --search):
+PYTHON is an interpreter with deepmd-kit. The programs alternate, a few calls each, so that changes in the
+speed of the machine affect both. They use a GPU if there is one; both then warm up at the same time, which
+takes longer than alone. Every comparison is made twice (see --search):
 
-* with the neighbour search, as users meet it: our calculator beside ``DeepPot.eval``; a training step that builds its
-  graphs (which our trainer does ahead, in a thread) beside ``dp --pt train``;
-* without it: both networks on the same edges; in training the same loss and torch's AdamW.
+* with the neighbour search, as users run the programs: the calculator of dpa4 against ``DeepPot.eval``; a
+  training step that builds its graphs (which the trainer of dpa4 does ahead, in a thread) against
+  ``dp --pt train``;
+* without the neighbour search: both networks on the same edges; in training, the same loss and AdamW of
+torch.
 
-Compiled training steps of ours are replayed on a GPU, as our trainer does. ``dp train`` starts from weights of its
-own and uses its own loader, loss (mean squares of energy and forces) and AdamW. Structures are those of speed.py, or
-with --water 192 atoms of water, also for training steps of one structure. Prints lines of JSON: minimum and median of
-each program in milliseconds, and how far their results differ; on a GPU the most memory of all tensors, which leaves
-out what a replay works in, and the memory that the program reserved.
+Evaluation computes energy, forces and virial. On a GPU, compiled training steps of dpa4 are replayed as CUDA
+graphs, as in the trainer. ``dp train`` starts from its own weights and uses its own loader, loss (mean
+squares of energy and forces) and AdamW. The structures are those of speed.py, or, with --water, 192 atoms of
+water for evaluation and for training on one structure. Prints JSON lines with minimum and median milliseconds
+of each program and the difference of their results. On a GPU, the lines also contain the peak memory of
+tensors, without the memory pool of CUDA graphs, and the reserved memory.
 """
 
 import argparse
@@ -36,16 +39,16 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.build import molecule
+from dpa4.potential.deepmd.reader.options import config_to_deepmd
 from speed import ELEMENTS, labelled, potential_of, structure
 
 import dpa4
 from dpa4.data import Batch
-from dpa4.graph import Graph, build_graph, collate
-from dpa4.potential import Potential, convert, load_potential, save_potential
-from dpa4.execution.regions import compile_potential
-from dpa4.potential.deepmd.options import config_to_deepmd
 from dpa4.execution.evaluator import Evaluator
 from dpa4.execution.precompile import Mode, precompile
+from dpa4.execution.regions import compile_potential
+from dpa4.graph import Graph, build_graph, collate
+from dpa4.potential import Potential, convert, load_potential, save_potential
 from dpa4.simulation import DPA4Calculator
 from dpa4.system import keep_freed_memory
 from dpa4.training.loss import Loss
@@ -60,7 +63,7 @@ WORKER = Path(__file__).with_name("deepmd_worker.py")
 
 
 def water(seed: int = 0) -> Graph:
-    """64 randomly turned molecules on a cubic lattice at the density of the liquid."""
+    """64 randomly oriented water molecules on a cubic lattice at the density of the liquid."""
     rng = np.random.default_rng(seed)
     box = Atoms(cell=[12.42] * 3, pbc=True)
     for cell in np.ndindex(4, 4, 4):
@@ -80,7 +83,7 @@ def atoms_of(graph: Graph) -> Atoms:
 
 
 class Frames:
-    """Structures of as many atoms each, with random labels."""
+    """Structures with equal numbers of atoms, and random labels."""
 
     def __init__(self, graphs: list[Graph]):
         rng = np.random.default_rng(1)
@@ -91,9 +94,14 @@ class Frames:
         self.forces = rng.normal(size=(len(graphs), self.atoms, 3))
 
     def write(self, folder: Path, batches: int) -> None:
-        """For the worker, and, so many times, as a data set of deepmd-kit with the elements of each frame.
+        """Write the structures for the worker, and a mixed-type data set of deepmd-kit that repeats them.
 
-        The set outlasts the measurement: at its end deepmd-kit starts its loader anew, which takes seconds.
+        There must be more batches than training steps: at the end of the data set deepmd-kit restarts its
+        loader, which takes seconds.
+
+        Args:
+            folder: Where to write.
+            batches: Number of repetitions in the data set of deepmd-kit.
         """
         types = np.array(
             [[ELEMENTS.index(s) for s in atoms_of(g).get_chemical_symbols()] for g in self.graphs]
@@ -121,7 +129,7 @@ class Frames:
 
 
 def write_model(potential: Potential, folder: Path, frames: int, compile: bool, bf16: bool) -> None:
-    """Native and exported weights, and an input of deepmd-kit for the same architecture."""
+    """Write native and exported weights, and a deepmd-kit input file for the same architecture."""
     save_potential(potential, folder / "model.safetensors")
     convert(folder / "model.safetensors", folder / "model.pt")
     exported = torch.load(folder / "model.pt", weights_only=True)
@@ -148,7 +156,7 @@ def write_model(potential: Potential, folder: Path, frames: int, compile: bool, 
 
 
 class Worker:
-    """A process of deepmd-kit that prepares some work and does it when asked to."""
+    """Process of deepmd-kit that prepares a kind of work and makes calls on request."""
 
     def __init__(self, python: Path, work: str, folder: Path, threads: int, compile: bool):
         environment = dict(os.environ, OMP_NUM_THREADS=str(threads), DP_INTER_OP_PARALLELISM_THREADS="1")
@@ -163,7 +171,7 @@ class Worker:
             )
 
     def answer(self) -> dict[str, Any]:
-        """The next one; the first comes when it is warm, and says what it is."""
+        """Wait for the next answer. The first one comes after warm-up and names program and versions."""
         assert self.process.stdout
         for line in self.process.stdout:
             if line.startswith("@"):
@@ -171,7 +179,7 @@ class Worker:
         raise RuntimeError(f"deepmd-kit failed:\n{self.log.read_text()[-3000:]}")
 
     def ask(self, calls: int) -> dict[str, Any]:
-        """Milliseconds of so many calls, and memory."""
+        """Request calls; return their milliseconds and the memory used."""
         assert self.process.stdin
         self.process.stdin.write(f"{calls}\n")
         self.process.stdin.flush()
@@ -197,7 +205,7 @@ def timed(call: Callable[[], object], calls: int) -> list[float]:
 
 
 class Step:
-    """A training step of dpa4: loss of energy and forces, backward pass, AdamW."""
+    """Training step of dpa4: loss of energy and forces, backward pass, AdamW."""
 
     def __init__(self, potential: Potential, frames: Frames, compile: bool, bf16: bool, searches: bool):
         self.potential, self.searches = potential.to(DEVICE).train(), searches
@@ -239,7 +247,7 @@ class Step:
 
 
 class Evaluation:
-    """Energy, forces and virial by dpa4: of a structure with the calculator, or of edges."""
+    """Energy, forces and virial by dpa4: with the calculator, or on given edges."""
 
     def __init__(self, model: Path, frames: Frames, compile: bool, searches: bool):
         self.calculator = DPA4Calculator(model, device=DEVICE, compile=compile) if searches else None
@@ -258,7 +266,7 @@ class Evaluation:
 
 
 def compare(frames: Frames, train: bool, searches: bool, options: argparse.Namespace) -> dict[str, Any]:
-    """Times and parity of one kind of work in both programs."""
+    """Times of one kind of work in both programs, and differences of their results."""
     compile, bf16 = options.compile, options.bf16 and train
     potential = potential_of(options.model, "cpu").eval()
     with tempfile.TemporaryDirectory() as name:
@@ -269,7 +277,8 @@ def compare(frames: Frames, train: bool, searches: bool, options: argparse.Names
             ("train" if searches else "train_of_edges") if train else "evaluate" if searches else "of_edges"
         )
         with Worker(options.deepmd_python, work, folder, options.threads, compile) as worker:
-            others = {} if CUDA else worker.answer()  # there the programs would wait for each other's threads
+            # On a CPU the programs would compete for cores, so they warm up one after the other.
+            others = {} if CUDA else worker.answer()
             start = time.perf_counter()
             call: Step | Evaluation
             if train:
@@ -307,7 +316,7 @@ def compare(frames: Frames, train: bool, searches: bool, options: argparse.Names
 
 
 def release() -> None:
-    """Give back what earlier work left, and forget how much it was."""
+    """Release cached memory of earlier work and reset the memory statistics."""
     gc.collect()
     if CUDA:
         torch.cuda.empty_cache()
@@ -330,18 +339,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="name of a preset")
-    parser.add_argument("--deepmd-python", type=Path, required=True)
-    parser.add_argument("--water", action="store_true")
-    parser.add_argument("--train", help="frames x atoms, such as 32x64")
-    parser.add_argument("--atoms", type=int, nargs="*", default=[])
+    parser.add_argument("--deepmd-python", type=Path, required=True, help="interpreter with deepmd-kit")
     parser.add_argument(
-        "--compile", action="store_true", help="both programs, theirs with its Triton kernels"
+        "--water", action="store_true", help="time evaluation and training on 192 atoms of water"
     )
-    parser.add_argument("--bf16", action="store_true", help="mixed precision in training; on a GPU")
-    parser.add_argument("--search", choices=list(SEARCHES), default="both", help="for neighbours")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--calls", type=int, default=4, help="of each program in a round")
+    parser.add_argument("--train", help="time training steps of frames x atoms, such as 32x64")
+    parser.add_argument("--atoms", type=int, nargs="*", default=[], help="time evaluation of these sizes")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile both programs; deepmd-kit with its Triton kernels on a GPU",
+    )
+    parser.add_argument("--bf16", action="store_true", help="train in mixed precision; GPU only")
+    parser.add_argument(
+        "--search",
+        choices=list(SEARCHES),
+        default="both",
+        help="time with the neighbour search, without it, or both",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of each program"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="number of times the programs alternate")
+    parser.add_argument("--calls", type=int, default=4, help="calls of each program per round")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     cases: list[tuple[Frames, bool]] = []
@@ -362,7 +382,7 @@ def main() -> None:
             how = {"neighbour_search": searches, "compiled": options.compile}
             try:
                 result = compare(frames, train, searches, options)
-            except RuntimeError as error:  # the other kinds of work are still of interest
+            except RuntimeError as error:  # continue with the other kinds of work
                 result = {"error": str(error)}
             print(json.dumps(record | how | result), flush=True)
             release()

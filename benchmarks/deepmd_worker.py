@@ -1,10 +1,11 @@
-"""deepmd-kit's side of beside_deepmd.py; run by an interpreter that has deepmd-kit, without dpa4.
+"""Worker of beside_deepmd.py that runs deepmd-kit, in an interpreter with deepmd-kit but without dpa4.
 
     python benchmarks/deepmd_worker.py WORK FOLDER THREADS
 
-Prepares WORK (evaluate, of_edges, train, train_of_edges) from the files in FOLDER and answers. Then, for every number
-on a line of its input, it does so many calls and answers with their milliseconds. An answer is a line of JSON after
-"@"; all other output is the program's. How far it is with preparing goes to standard error.
+The worker prepares WORK (evaluate, of_edges, train or train_of_edges) from the files in FOLDER and prints an
+answer. It then reads a number from each line of its input, makes this number of calls and answers with their
+milliseconds. An answer is a line of "@" followed by JSON; all other output comes from deepmd-kit. Progress of
+the preparation goes to standard error.
 """
 
 import gc
@@ -33,8 +34,8 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def progress(what: str) -> None:
-    print(f"{what} after {seconds()} s", file=sys.stderr, flush=True)
+def progress(stage: str) -> None:
+    print(f"{stage} after {seconds()} s", file=sys.stderr, flush=True)
 
 
 def seconds() -> float:
@@ -49,7 +50,7 @@ def answer(**record) -> None:
 
 
 def answer_warm(**record) -> None:
-    """The first answer, after giving back the memory that preparing took."""
+    """Print the first answer, after releasing the memory used by the preparation."""
     record["warm_up_s"] = seconds()
     progress("warm")
     gc.collect()
@@ -59,8 +60,8 @@ def answer_warm(**record) -> None:
     answer(program=f"deepmd-kit {deepmd.__version__}", torch=torch.__version__, **record)
 
 
-def wanted() -> int:
-    """Calls asked for; the end of the input ends the process."""
+def requested_calls() -> int:
+    """Read the number of calls to make; the end of the input ends the process."""
     line = sys.stdin.readline()
     if not line:
         os._exit(0)
@@ -74,7 +75,7 @@ def serve(call: Callable[[], object], **result) -> NoReturn:
     answer_warm(**result)
     while True:
         times = []
-        for _ in range(wanted()):
+        for _ in range(requested_calls()):
             start = time.perf_counter()
             call()
             synchronize()
@@ -83,7 +84,7 @@ def serve(call: Callable[[], object], **result) -> NoReturn:
 
 
 def evaluate(folder: Path) -> NoReturn:
-    """Energy, forces and virial through the Python interface, neighbour search included."""
+    """Time energy, forces and virial through the Python interface, including the neighbour search."""
     data = np.load(folder / "frames.npz")
     potential = DeepPot(str(folder / "model.pt"))
     arguments = data["positions"].reshape(1, -1), data["cells"].reshape(1, -1), data["types"][0].tolist()
@@ -94,7 +95,7 @@ def evaluate(folder: Path) -> NoReturn:
 
 
 def of_edges(folder: Path, train: bool) -> NoReturn:
-    """Energy, forces and virial of given edges; in training a step of AdamW, too."""
+    """Time energy, forces and virial on given edges; in training, loss, backward pass and AdamW."""
     data = np.load(folder / "frames.npz")
     device = "cuda" if CUDA else "cpu"
     model = DeepPot(str(folder / "model.pt")).deep_eval.dp.model["Default"].train(train)
@@ -134,7 +135,7 @@ def of_edges(folder: Path, train: bool) -> NoReturn:
 
 
 def dp_train(folder: Path) -> None:
-    """``dp --pt train`` as it is, data loading and neighbour search included: the time from step to step."""
+    """Time the steps of an unmodified ``dp --pt train``, including data loading and the neighbour search."""
     times: list[float] = []
     warm, calls = False, WARM_UP
     last = time.perf_counter()
@@ -148,7 +149,7 @@ def dp_train(folder: Path) -> None:
                 answer(ms=times)
             else:
                 answer_warm()
-            warm, times, calls = True, [], wanted()
+            warm, times, calls = True, [], requested_calls()
         last = time.perf_counter()
 
     register_optimizer_step_post_hook(after_step)

@@ -1,11 +1,12 @@
-"""Products (E, K) @ (K, N) of float32 matrices on one CUDA device: time and error of every way to compute them.
+"""Time and error of several ways to multiply float32 matrices, (E, K) @ (K, N), on one CUDA device.
 
     python benchmarks/matmul.py [--edges 212992] [--sizes 256 384]
 
-K = N = size. Milliseconds are medians of triton.testing.do_bench (cache cleared before every call) and include the
-splitting of w; TFLOP/s counts 2 E K N. Errors are against float64: the largest of a row over the largest |y| of that
-row, worst of 8192 rows, for random normal x and w (normal), for rows scaled by 1e-4 to 1e4 and columns of x by 1 to
-1e-3 (scaled), and for |x| and |w| (positive: truncation adds up). A variant that fails says why.
+K = N = size. Milliseconds are medians of triton.testing.do_bench (the cache is cleared before every call) and
+include splitting w; TFLOP/s counts 2 E K N operations. Errors are relative to float64: the largest error of a
+row divided by the largest |y| of the row, maximum over 8192 rows. Inputs are random normal x and w (normal);
+x with rows scaled by 1e-4 to 1e4 and columns by 1 to 1e-3 (scaled); |x| and |w| (positive, where truncation
+errors add up). A variant that fails prints the reason.
 """
 
 import argparse
@@ -33,7 +34,7 @@ TILES = [
 
 
 def reduced(precision: str) -> Product:
-    """Torch's own product at "highest", "high" (TF32) precision."""
+    """Product of torch at the precision "highest" or "high" (TF32)."""
 
     def product(x: Tensor, w: Tensor) -> Tensor:
         torch.set_float32_matmul_precision(precision)
@@ -45,7 +46,7 @@ def reduced(precision: str) -> Product:
 
 
 def halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """float16 pieces of x, x = (high + low) * scale, with a power of two for every row (dim 1) or column (dim 0)."""
+    """Split x = (high + low) * scale into float16 parts, with a power of two per row (dim 1) or column (dim 0)."""
     exponent = torch.frexp(x.abs().amax(dim, keepdim=True)).exponent - 15
     x = torch.ldexp(x, -exponent)
     high = x.half()
@@ -53,19 +54,19 @@ def halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pieces_side_by_side(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(E, 3K) and (3K, N) in float16 whose product is x @ w up to the scale, which comes third."""
+    """float16 matrices (E, 3K) and (3K, N) whose product times the third result, the scale, is x @ w."""
     high, low, scale_x = halves(x, 1)
     w_high, w_low, scale_w = halves(w, 0)
     return torch.cat([high, low, high], 1), torch.cat([w_low, w_high, w_high], 0), scale_x * scale_w
 
 
 def mm(left: Tensor, right: Tensor) -> Tensor:
-    """The library's float16 product with float32 results."""
+    """float16 product of torch with float32 results."""
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
 def split_mm(x: Tensor, w: Tensor) -> Tensor:
-    """The same of operands split by ordinary operators."""
+    """Product of float32 matrices by ``mm``, with the operands split by ordinary operators."""
     left, right, scale = pieces_side_by_side(x, w)
     return mm(left, right) * scale
 
@@ -75,7 +76,7 @@ def with_tile(tile: Tile) -> Product:
 
 
 def variants() -> list[tuple[str, str, Product]]:
-    """(name, tile, product)."""
+    """Name, tile and product of every variant."""
     found: list[tuple[str, str, Product]] = [
         ("torch float32", "", reduced("highest")),
         ("torch TF32", "", reduced("high")),
@@ -87,7 +88,7 @@ def variants() -> list[tuple[str, str, Product]]:
 
 
 def errors(product: Product, size: int) -> list[float]:
-    """Largest errors: normal, scaled, positive."""
+    """Largest errors for the inputs normal, scaled and positive."""
     rng = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(8192, size, device="cuda", generator=rng)
     w = torch.randn(size, size, device="cuda", generator=rng)
@@ -105,15 +106,15 @@ def milliseconds(product: Product, x: Tensor, w: Tensor) -> float:
     return float(do_bench(lambda: product(x, w), warmup=10, rep=40, return_mode="median"))
 
 
-def line(name: str, tile: str, size: int, rest: str) -> None:
+def print_row(name: str, tile: str, size: int, rest: str) -> None:
     print(f"{name:<34} {tile:<16} {size:>4}  {rest}", flush=True)
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="Time and error of float32 matrix products.")
-    parser.add_argument("--edges", type=int, default=212_992)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384])
+    parser.add_argument("--edges", type=int, default=212_992, help="number of rows E")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384], help="values of K = N")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA device")
@@ -130,19 +131,19 @@ def main() -> None:
             try:
                 measured = errors(product, size)
                 ms = milliseconds(product, x, w)
-            except Exception as error:  # a tile may not fit: the others are still of interest
-                line(name, tile, size, " ".join(f"{type(error).__name__}: {error}".split())[:100])
+            except Exception as error:  # a tile may not fit; continue with the others
+                print_row(name, tile, size, " ".join(f"{type(error).__name__}: {error}".split())[:100])
                 continue
             numbers = f"{ms:8.3f} {flop / ms / 1e9:8.0f} " + " ".join(f"{e:9.1e}" for e in measured)
-            line(name, tile, size, numbers)
+            print_row(name, tile, size, numbers)
         try:
             left, right, _ = pieces_side_by_side(x, w)
             ms = milliseconds(mm, left, right)
-            line("torch float16 x 3, split not timed", "", size, f"{ms:8.3f} {flop / ms / 1e9:8.0f}")
+            print_row("torch float16 x 3, split not timed", "", size, f"{ms:8.3f} {flop / ms / 1e9:8.0f}")
             ms = milliseconds(torch.mm, x.bfloat16(), w.bfloat16())
-            line("torch bfloat16, casts not timed", "", size, f"{ms:8.3f} {flop / ms / 1e9:8.0f}")
+            print_row("torch bfloat16, casts not timed", "", size, f"{ms:8.3f} {flop / ms / 1e9:8.0f}")
         except Exception as error:
-            line("torch, operands prepared", "", size, str(error)[:100])
+            print_row("torch, operands prepared", "", size, str(error)[:100])
     print(f"{time.perf_counter() - start:.0f} s")
 
 

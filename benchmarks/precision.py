@@ -1,4 +1,4 @@
-"""Force errors of the precisions of a model against float64, and the time of a step, for the structures of a file.
+"""Errors of energies and forces at each precision of a model against float64, for the structures of a file.
 
 python benchmarks/precision.py MODEL STRUCTURES.extxyz
 """
@@ -15,8 +15,8 @@ from dpa4.simulation import DPA4Calculator
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("structures")
+    parser.add_argument("model", help="model file")
+    parser.add_argument("structures", help="file of structures, in any format ASE reads")
     options = parser.parse_args()
     frames = ase.io.read(options.structures, ":")
     exact = DPA4Calculator(options.model, dtype="float64", compile=False)

@@ -1,7 +1,7 @@
-"""Time training steps and energy+forces of the published sizes; checks that fast and plain agree in the same run.
+"""Time training steps and energy + forces of published model sizes; compare compiled and eager results.
 
-Structures: rattled simple-cubic lattices of 0.06 atoms per cubic Angstrom, 89 elements, cutoff 6 Angstrom. Neighbour
-search is not timed. One JSON line per measurement.
+The structures are rattled simple-cubic lattices of 89 elements with 0.06 atoms per cubic Angstrom; the cutoff
+is 6 Angstrom. The neighbour search is not timed. Every measurement prints one JSON line.
 
     python benchmarks/speed.py paper-air --train 32x64 --atoms 216 1000 4096
 """
@@ -20,21 +20,23 @@ import torch
 from ase.data import chemical_symbols
 
 from dpa4.data import Batch
+from dpa4.execution.cuda_graph import Replay, replayed_size
+from dpa4.execution.precompile import Mode, precompile
+from dpa4.execution.regions import KINDS, compare_with_eager, compile_potential, kind_of, restore_eager
 from dpa4.graph import Graph, build_graph, collate
 from dpa4.model.presets import preset
 from dpa4.potential import Potential
-from dpa4.execution.regions import KINDS, compare_with_eager, compile_potential, kind_of, restore_eager
-from dpa4.execution.precompile import Mode, precompile
-from dpa4.execution.cuda_graph import Replay, replayed_size
 from dpa4.training.loss import Loss
 from dpa4.training.replayed_step import Recorder, ReplayedStep
 from dpa4.training.trainer import training_step
 
-WAYS = ["eager", "compiled", "recompute", "replay"]  # compiled; without kept results; as a CUDA graph
+# recompute: compiled, without saved intermediate results; replay: compiled and recorded as a CUDA graph
+WAYS = ["eager", "compiled", "recompute", "replay"]
 ELEMENTS = tuple(chemical_symbols[1:90])
 
 
 def structure(atoms: int, seed: int, density: float = 0.06) -> Graph:
+    """Rattled simple-cubic lattice of random elements; density in atoms per cubic Angstrom."""
     rng = np.random.default_rng(seed)
     side = int(np.ceil(round(atoms ** (1 / 3), 6)))
     length = (atoms / density) ** (1 / 3)
@@ -45,7 +47,7 @@ def structure(atoms: int, seed: int, density: float = 0.06) -> Graph:
 
 
 def potential_of(name: str, device: str) -> Potential:
-    """Fresh weights with the zero-initialised layers filled, so that every part contributes."""
+    """Potential with random weights; zero-initialised layers are filled, too, so that all parts contribute."""
     torch.manual_seed(0)
     potential = Potential(preset(name, ELEMENTS))
     with torch.no_grad():
@@ -55,7 +57,7 @@ def potential_of(name: str, device: str) -> Potential:
 
 
 def timed(function, device: str, repeats: int) -> tuple[float, float, float]:
-    """Median milliseconds, peak GiB, and the seconds of the first call."""
+    """Median milliseconds and peak GiB of a call, and the seconds of the first call."""
     cuda = device == "cuda"
     start = time.perf_counter()
     function()
@@ -84,15 +86,14 @@ def timed(function, device: str, repeats: int) -> tuple[float, float, float]:
 
 
 def labelled(graph: Graph, energy: torch.Tensor, forces: torch.Tensor) -> Batch:
-    """Batch for training on energies (one of each structure) and forces; all on one device."""
+    """Training batch with one energy per structure and forces; all tensors on one device."""
     known = torch.ones_like(energy, dtype=torch.bool)
     virial = energy.new_zeros(len(energy), 3, 3)
     return Batch(graph, energy, forces, virial, known, known, ~known, weight=torch.ones_like(energy))
 
 
 def replayed(potential: Potential, batch: Batch, optimizer: torch.optim.Optimizer):
-    """A training step as the trainer replays it: copy of the batch, loss and gradients recorded, optimizer."""
-
+    """Training step as replayed by the trainer: copy the batch, replay loss and gradients, run the optimizer."""
     parameters = list(potential.parameters())
 
     def differentiate(batch: Batch):
@@ -111,14 +112,14 @@ def replayed(potential: Potential, batch: Batch, optimizer: torch.optim.Optimize
 
 
 def precompiled(potential: Potential, mode: Mode, graph: Graph, pieces: list[tuple[str, float]]) -> None:
-    """Let other processes compile, and note how long that took."""
+    """Compile in worker processes, and append the time to ``pieces``."""
     start = time.perf_counter()
     precompile(potential, [mode], graph)
     pieces.append(("other processes", round(time.perf_counter() - start, 1)))
 
 
 def profile(function, rows: int) -> None:
-    """Print where the device's time goes."""
+    """Print the kernels that consume most time on the GPU."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
@@ -135,7 +136,7 @@ def profile(function, rows: int) -> None:
 
 
 def measured(record: dict, function: Callable[[], object], way: str, options: argparse.Namespace) -> None:
-    """Print times and memory of a way to compute something."""
+    """Print time and memory of a function as a JSON line, and its profile if requested."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         ms, peak, first = timed(function, device, options.repeats)
@@ -143,7 +144,7 @@ def measured(record: dict, function: Callable[[], object], way: str, options: ar
         print(json.dumps(record | {"way": way, "error": "out of memory"}), flush=True)
         return
     result = {"way": way, "ms": round(ms, 2), "peak_gib": round(peak, 2), "first_s": round(first, 1)}
-    if way == "replay":  # a recording's memory is not counted as allocated
+    if way == "replay":  # the memory of a CUDA graph does not count as allocated
         result["reserved_gib"] = round(torch.cuda.memory_reserved() / 2**30, 2)
     print(json.dumps(record | result), flush=True)
     if options.profile and way != "eager" and device == "cuda":
@@ -153,7 +154,7 @@ def measured(record: dict, function: Callable[[], object], way: str, options: ar
 
 
 def train(base: dict, device: str, options: argparse.Namespace) -> None:
-    """Training steps."""
+    """Time training steps."""
     frames, atoms = map(int, options.train.split("x"))
     potential = potential_of(options.model, device).train()
     graph = collate([structure(atoms, i) for i in range(frames)]).to(device)
@@ -181,7 +182,7 @@ def train(base: dict, device: str, options: argparse.Namespace) -> None:
             compile_potential(potential, lambda part, s: pieces.append((part, round(s, 1))))
             precompiled(potential, Mode(True, potential.model.block_autocast), graph, pieces)
             parity = compare_with_eager(potential, graph)
-            ready = {"ready_s": round(time.perf_counter() - start, 1)}  # compiled and compared
+            ready = {"ready_s": round(time.perf_counter() - start, 1)}  # compilation and comparison
             print(json.dumps(record | {"parity": parity} | ready), flush=True)
             print(f"compiled in {sum(s for _, s in pieces):.1f} s: {pieces}", flush=True)
         called = step
@@ -192,7 +193,7 @@ def train(base: dict, device: str, options: argparse.Namespace) -> None:
 
 
 def evaluate(base: dict, device: str, atoms: int, options: argparse.Namespace) -> None:
-    """Energy and forces of one structure."""
+    """Time energy and forces of one structure."""
     potential = potential_of(options.model, device).eval()
     potential.model.block_autocast = torch.bfloat16 if options.fast else None
     graph = structure(atoms, 0, options.density).to(device)
@@ -218,23 +219,29 @@ def evaluate(base: dict, device: str, atoms: int, options: argparse.Namespace) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--train", help="frames x atoms, such as 32x64")
-    parser.add_argument("--atoms", type=int, nargs="*", default=[])
+    parser.add_argument("model", help="name of a preset")
+    parser.add_argument("--train", help="time training steps of frames x atoms, such as 32x64")
+    parser.add_argument(
+        "--atoms", type=int, nargs="*", default=[], help="time energy + forces of these sizes"
+    )
     parser.add_argument(
         "--ways",
         nargs="*",
         default=["eager", "compiled"],
         choices=WAYS,
+        help="ways to execute the model",
     )
-    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"], help="of training")
-    parser.add_argument("--fast", action="store_true", help="bfloat16 products for energy+forces, too")
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"], help="precision of training")
+    parser.add_argument("--fast", action="store_true", help="use bfloat16 products for energy + forces, too")
     parser.add_argument(
         "--density", type=float, default=0.06, help="atoms per cubic Angstrom; copper has 0.0847"
     )
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=10, help="calls per measurement")
     parser.add_argument(
-        "--profile", type=int, default=0, help="rows of the profile of every compiled measurement"
+        "--profile",
+        type=int,
+        default=0,
+        help="rows of the profile printed for every compiled measurement; 0 for none",
     )
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,8 +1,8 @@
-"""Make the bundled data set examples/organic: small organic molecules and solid CO2 with GFN2-xTB labels.
+"""Create the bundled data set examples/organic: small organic molecules and solid CO2 with GFN2-xTB labels.
 
-Run ``OMP_NUM_THREADS=1 python scripts/make_dataset.py``; it needs the package tblite and a few minutes.
-Every random number comes from a fixed seed. Positions and cells are rounded before the labels are computed,
-each by a fresh calculation, so that the labels belong to exactly what the files contain.
+Run ``OMP_NUM_THREADS=1 python scripts/make_dataset.py``; the script needs the package tblite and a few
+minutes. All random numbers come from fixed seeds. Positions and cells are rounded before the labels are
+computed, each label by a fresh calculation, so that labels match the structures in the files exactly.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from tblite.ase import TBLite
 
 Draw = Callable[[np.random.Generator], Atoms]
 
-DECIMALS = 6  # of positions and cells, Angstrom
-MAX_FORCE = 20.0  # eV/Angstrom; larger forces mean exploding frames and are rejected
-MAX_ENERGY = 1.0  # eV per atom above the relaxed structure
+DECIMALS = 6  # digits of positions and cells in Angstrom
+MAX_FORCE = 20.0  # eV/Angstrom; frames with larger forces are exploding and rejected
+MAX_ENERGY = 1.0  # eV/atom above the relaxed structure; frames of higher energy are rejected
 MULTIPLICITY = {"H": 2, "C": 3, "N": 4, "O": 3}  # ground states of the free atoms
 
 MOLECULES = {
@@ -55,17 +55,17 @@ HELD_OUT_FRAMES = 50
 
 
 def gfn2(atoms: Atoms, **options: int) -> Atoms:
-    """A copy of the structure with a fresh, tightly converged GFN2-xTB calculator."""
+    """Copy of the structure with a fresh, tightly converged GFN2-xTB calculator."""
     atoms = Atoms(atoms.symbols, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
     atoms.calc = TBLite(method="GFN2-xTB", accuracy=0.01, verbosity=0, **options)
     return atoms
 
 
 def label(atoms: Atoms) -> Atoms:
-    """The structure rounded to DECIMALS with energy, forces and, when periodic, stress.
+    """Round the structure to DECIMALS and compute energy, forces and, if periodic, stress.
 
     Raises:
-        RuntimeError: If the self-consistent charges do not converge (from tblite).
+        RuntimeError: If the self-consistent charges do not converge (raised by tblite).
     """
     atoms = gfn2(atoms)
     atoms.set_cell(np.round(atoms.cell.array, DECIMALS))
@@ -78,14 +78,14 @@ def label(atoms: Atoms) -> Atoms:
 
 
 def relaxed(atoms: Atoms) -> Atoms:
-    """Structure at the GFN2-xTB minimum next to the given one."""
+    """Relax the structure to the nearest GFN2-xTB minimum."""
     atoms = gfn2(atoms)
     FIRE(atoms, logfile=None).run(fmax=0.01, steps=500)
     return atoms
 
 
 def formamide() -> Atoms:
-    """Formamide, which ASE's collection lacks; roughly planar, to be relaxed."""
+    """Formamide, which is missing in the molecule collection of ASE; roughly planar, to be relaxed."""
     positions = [
         (0, 0.42, 0),
         (1.2, 0.24, 0),
@@ -98,9 +98,9 @@ def formamide() -> Atoms:
 
 
 def molecular_dynamics(atoms: Atoms, temperature: float, rng: np.random.Generator) -> Iterator[Atoms]:
-    """Snapshots of Langevin dynamics, one each 30 fs after 100 fs from the relaxed structure."""
+    """Yield snapshots of Langevin dynamics endlessly, one every 30 fs, the first 100 fs after the start."""
     atoms = gfn2(atoms)
-    # Half of the kinetic energy of the start becomes potential energy.
+    # Twice the temperature, because half of the initial kinetic energy becomes potential energy.
     atoms.set_momenta(
         np.sqrt(2 * units.kB * temperature * atoms.get_masses())[:, None] * rng.normal(size=(len(atoms), 3))
     )
@@ -114,14 +114,14 @@ def molecular_dynamics(atoms: Atoms, temperature: float, rng: np.random.Generato
 
 
 def displaced(atoms: Atoms, rng: np.random.Generator) -> Atoms:
-    """Independent normal displacements of 0.02 to 0.1 Angstrom of every atom."""
+    """Displace all atoms by normal random numbers with one standard deviation of 0.02 to 0.1 Angstrom."""
     moved = atoms.copy()
     moved.positions += rng.uniform(0.02, 0.1) * rng.normal(size=moved.positions.shape)
     return moved
 
 
 def stretched(atoms: Atoms, rng: np.random.Generator) -> Atoms:
-    """One bond at 0.75 to 1.7 times its length, moving its fragment; a bond of a ring scales the molecule."""
+    """Scale a random bond by 0.75 to 1.7 and move the fragment behind it; for a ring bond, scale the molecule."""
     neighbors = build_neighbor_list(atoms, natural_cutoffs(atoms), self_interaction=False)
     bonds = neighbors.get_connectivity_matrix(sparse=False)
     i, j = rng.permutation(rng.choice(np.argwhere(bonds)))
@@ -138,7 +138,7 @@ def stretched(atoms: Atoms, rng: np.random.Generator) -> Atoms:
 
 
 def cluster(molecules: list[Atoms], rng: np.random.Generator) -> Atoms:
-    """Molecules turned at random, each with a closest contact of 1.4 to 3.5 Angstrom to the earlier ones."""
+    """Join randomly rotated molecules, each with a closest contact of 1.4 to 3.5 Angstrom to earlier ones."""
     joined = Atoms()
     for part in molecules:
         part = displaced(part, rng)
@@ -157,7 +157,7 @@ def cluster(molecules: list[Atoms], rng: np.random.Generator) -> Atoms:
 
 
 def carbon_dioxide(rng: np.random.Generator) -> Atoms:
-    """Solid CO2 (Pa-3, 12 atoms): volume and shape strained, molecules shifted and turned, atoms moved."""
+    """Solid CO2 (Pa-3, 12 atoms) with strained cell, shifted and rotated molecules and displaced atoms."""
     sites = [(0, 0, 0), (0.119, 0.119, 0.119)]
     atoms = crystal(["C", "O"], sites, spacegroup=205, cellpar=[5.62] * 3 + [90] * 3)
     centres, offsets, molecules = _whole_molecules(atoms)
@@ -173,7 +173,7 @@ def carbon_dioxide(rng: np.random.Generator) -> Atoms:
 
 
 def _whole_molecules(atoms: Atoms) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-    """Carbon positions, positions relative to them, and atom indices of each CO2 of a crystal."""
+    """For each CO2 of a crystal: position of C, positions of all atoms relative to C, and atom indices."""
     centres, offsets, molecules = [], [], []
     for carbon in np.flatnonzero(atoms.symbols == "C"):
         vectors = atoms.get_distances(carbon, range(len(atoms)), mic=True, vector=True)
@@ -187,7 +187,7 @@ def _whole_molecules(atoms: Atoms) -> tuple[list[np.ndarray], list[np.ndarray], 
 def accepted(
     draws: Iterator[tuple[str, Atoms]], count: int, lowest: float, rejected: Counter
 ) -> Iterator[Atoms]:
-    """The first ``count`` labelled structures that converge and do not explode."""
+    """Yield the first ``count`` labelled structures that converge and do not explode."""
     kept = 0
     for kind, atoms in draws:
         try:
@@ -208,7 +208,7 @@ def accepted(
 
 
 def alternate(atoms: Atoms, far: Draw, temperatures: tuple[int, ...], rng: np.random.Generator) -> Iterator:
-    """Endless structures: dynamics at each temperature in turn, a displaced one, one far from equilibrium."""
+    """Yield structures endlessly: dynamics at each temperature, a displaced one, one far from equilibrium."""
     runs = {t: molecular_dynamics(atoms, t, rng) for t in temperatures}
     while True:
         for temperature, run in runs.items():
@@ -218,7 +218,7 @@ def alternate(atoms: Atoms, far: Draw, temperatures: tuple[int, ...], rng: np.ra
 
 
 def group_frames(name: str, split: str, count: int, rejected: Counter) -> list[Atoms]:
-    """Frames of one molecule, cluster or crystal; each split has its own seed and trajectories."""
+    """Create the frames of one molecule, cluster or crystal; each split has its own seed and trajectories."""
     rng = np.random.default_rng([*name.encode(), *split.encode()])
     if name == "solid-CO2":
         draws = (("strained", carbon_dioxide(rng)) for _ in iter(int, 1))
@@ -239,7 +239,7 @@ def group_frames(name: str, split: str, count: int, rejected: Counter) -> list[A
 
 
 def isolated_atoms() -> list[Atoms]:
-    """Free atoms in their ground-state multiplicity, for the atomic reference energies."""
+    """Free atoms with their ground-state multiplicity, for the atomic reference energies."""
     frames = []
     for symbol, multiplicity in MULTIPLICITY.items():
         atoms = gfn2(Atoms(symbol, [(0, 0, 0)]), multiplicity=multiplicity)
@@ -251,7 +251,7 @@ def isolated_atoms() -> list[Atoms]:
 
 
 def check_periodic() -> None:
-    """Print how forces and stress of solid CO2 agree with energy differences, and cell with supercell."""
+    """Compare forces and stress of solid CO2 with energy differences, and a cell with its supercell."""
     atoms = label(carbon_dioxide(np.random.default_rng(1)))
     step = 5e-4
     moved, strained = [], []
@@ -264,8 +264,8 @@ def check_periodic() -> None:
         strained.append(scaled.get_potential_energy())
     force = -(moved[0] - moved[1]) / (2 * step)
     trace = (strained[0] - strained[1]) / (2 * step) / atoms.get_volume()
-    print(f"force {atoms.get_forces()[0, 0]:.6f}, by differences {force:.6f} eV/Angstrom")
-    print(f"stress trace {atoms.get_stress()[:3].sum():.7f}, by differences {trace:.7f} eV/Angstrom^3")
+    print(f"force {atoms.get_forces()[0, 0]:.6f}, by finite differences {force:.6f} eV/Angstrom")
+    print(f"stress trace {atoms.get_stress()[:3].sum():.7f}, by finite differences {trace:.7f} eV/Angstrom^3")
     double = gfn2(atoms.repeat((2, 1, 1)))
     energy = double.get_potential_energy() / 2 - atoms.get_potential_energy()
     forces = np.abs(double.get_forces()[: len(atoms)] - atoms.get_forces()).max()
@@ -280,9 +280,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = Path(__file__).resolve().parents[1] / "examples" / "organic"
-    parser.add_argument("--output", type=Path, default=default, help="folder of the three files")
+    parser.add_argument("--output", type=Path, default=default, help="folder for the three files")
     parser.add_argument(
-        "--check", action="store_true", help="only check periodic forces and stress by differences"
+        "--check", action="store_true", help="only check periodic forces and stress by finite differences"
     )
     arguments = parser.parse_args()
     if arguments.check:

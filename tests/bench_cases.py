@@ -17,8 +17,8 @@ from ase.io import write
 from typer.testing import CliRunner
 
 from dpa4.cli import app
-from dpa4.potential import save_potential
 from dpa4.leaderboards import files
+from dpa4.potential import save_potential
 from dpa4.simulation.runs.shards import Shard, join
 from helpers import random_potential
 

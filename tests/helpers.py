@@ -11,9 +11,9 @@ import torch
 from ase import Atoms
 
 from dpa4.graph import Graph, build_graph
-from dpa4.tracing.stage import graph_of as graph_of_recipe
 from dpa4.model import ModelConfig
 from dpa4.potential import Potential
+from dpa4.tracing.stage import graph_of as graph_of_recipe
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -7,7 +7,6 @@ import pytest
 from ase.calculators.lj import LennardJones
 
 from bench_cases import POTENTIAL, command, rows, saved_model
-from dpa4.simulation import DPA4Calculator
 from dpa4.leaderboards import run_diatomics, score_diatomics
 from dpa4.leaderboards.curves import Curve
 from dpa4.leaderboards.diatomics import (
@@ -17,6 +16,7 @@ from dpa4.leaderboards.diatomics import (
     homonuclear_curve,
     read_reference,
 )
+from dpa4.simulation import DPA4Calculator
 
 
 def test_curves_of_a_potential(tmp_path):

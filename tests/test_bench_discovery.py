@@ -23,10 +23,9 @@ from bench_cases import (
     saved_model,
     screened_alloys,
 )
-from dpa4.simulation import DPA4Calculator, relax
-from dpa4.leaderboards import discovery
-from dpa4.leaderboards import score_structures
+from dpa4.leaderboards import discovery, score_structures
 from dpa4.leaderboards.discovery import _Corrector, pymatgen_structure, read_summary
+from dpa4.simulation import DPA4Calculator, relax
 from helpers import crystal
 
 # One of four atoms moved by 0.3 Angstrom: less the mean, it is 0.225 off and the others 0.075.

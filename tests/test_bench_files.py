@@ -9,8 +9,8 @@ import typer
 from bench_cases import command, saved_model
 from dpa4.cli import app
 from dpa4.leaderboards import files
-from dpa4.leaderboards.submission import read_metadata
 from dpa4.leaderboards.metrics import combined_performance_score
+from dpa4.leaderboards.submission import read_metadata
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "bench.md").read_text(encoding="utf-8")
 

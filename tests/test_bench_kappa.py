@@ -11,8 +11,7 @@ from ase.io import write
 
 from bench_cases import Interrupting, argon, gzipped, rows
 from dpa4.data import read_atoms
-from dpa4.leaderboards import kappa
-from dpa4.leaderboards import run_kappa, score_kappa
+from dpa4.leaderboards import kappa, run_kappa, score_kappa
 from dpa4.leaderboards.conductivity import imaginary, relax_symmetric, shares
 from dpa4.simulation.runs.store import Records
 

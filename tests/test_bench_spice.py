@@ -5,9 +5,9 @@ from ase.io import write
 
 from bench_cases import POTENTIAL, command, rows, saved_model
 from dpa4.data import Frame, read_frames
-from dpa4.simulation import DPA4Calculator
 from dpa4.leaderboards import run_spice, score_spice
 from dpa4.leaderboards.metrics import log_mean
+from dpa4.simulation import DPA4Calculator
 from helpers import molecule
 
 

@@ -93,9 +93,9 @@ def test_memory_grows_with_the_number_of_atoms(monkeypatch, spacing):
 
 def test_structures_must_fit():
     positions, cell, pbc = torch.zeros(2, 3), torch.eye(3)[None], torch.zeros(1, 3).bool()
-    with pytest.raises(ValueError, match=r"structure \(1,\), cell \(1, 3, 3\) and pbc \(1, 3\) do not fit"):
+    with pytest.raises(ValueError, match=r"structure \(1,\), cell \(1, 3, 3\) and pbc \(1, 3\) do not match"):
         neighbor_list_torch(positions, cell, pbc, 2.0, torch.zeros(1, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"pbc \(2, 3\) do not fit"):
+    with pytest.raises(ValueError, match=r"pbc \(2, 3\) do not match"):
         neighbor_list_torch(positions, cell, pbc.expand(2, 3), 2.0, torch.zeros(2, dtype=torch.int64))
 
 

@@ -8,18 +8,7 @@ import gc
 import pytest
 import torch
 
-from dpa4.graph import collate
-from dpa4.ops.cpp import build as cpp
-from dpa4.ops import split_matmul as matmul
-from dpa4.ops.hopper import so2_stack as so2_fused
-from dpa4.tracing import region as regions
-from dpa4.tracing import trace as tracing
-from dpa4.tracing.region import Region
-from dpa4.tracing.stage import graph_of as recorded
-from dpa4.model.config import Bridging
-from dpa4.model.presets import preset
 from dpa4.execution import precompile
-from dpa4.potential import Potential
 from dpa4.execution.regions import (
     KINDS,
     Kept,
@@ -29,6 +18,17 @@ from dpa4.execution.regions import (
     restore_eager,
 )
 from dpa4.execution.regions import regions as regions_of
+from dpa4.graph import collate
+from dpa4.model.config import Bridging
+from dpa4.model.presets import preset
+from dpa4.ops import split_matmul as matmul
+from dpa4.ops.cpp import build as cpp
+from dpa4.ops.hopper import so2_stack as so2_fused
+from dpa4.potential import Potential
+from dpa4.tracing import region as regions
+from dpa4.tracing import trace as tracing
+from dpa4.tracing.region import Region
+from dpa4.tracing.stage import graph_of as recorded
 from helpers import assert_close, assert_only_views_of_weights, crystal, graph_of, molecule, random_potential
 
 

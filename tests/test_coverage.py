@@ -76,7 +76,7 @@ def test_long_lists_are_cut():
     shortest = {(a, b): 1.0 + i + j for i, a in enumerate(elements) for j, b in enumerate(elements) if i <= j}
     assert Coverage(9.0, elements, shortest).text.endswith("Å and 3 more pairs")
     assert Coverage(9.0, elements, {}).text == "no pair within 9 Å"
-    assert Coverage(9.0, elements).text == "not known, not every structure was used"
+    assert Coverage(9.0, elements).text == "unknown, because not every structure was used"
 
 
 def test_training_writes_it_and_the_card_shows_it(tmp_path):
@@ -283,10 +283,12 @@ def test_large_data_that_were_not_used_once(folder):
     assert "not known, since training did not come to" in text and "of 12 structures" in text
     assert files(folder) == [Coverage(4.0, ("H", "C", "O"))] * 2
     best = folder / "run" / "best.safetensors"
-    assert "not known, not every structure was used" in model_card(best).text
+    assert "unknown, because not every structure was used" in model_card(best).text
     calc = DPA4Calculator(best, device="cpu")
     assert energy(pair("HC", 0.3), calc) == []
-    assert energy(pair("HN", 1.0), calc)[0].startswith("N: the model knows the element")
+    assert energy(pair("HN", 1.0), calc)[0].startswith(
+        "N: supported by the model, but not in its training data"
+    )
 
 
 def test_small_data_are_completed_at_the_end(folder, monkeypatch):
@@ -423,9 +425,7 @@ def test_the_worst_pair_is_named_and_images_count():
 def test_elements_outside_the_data_are_reported_once():
     calc = calculator(covered())
     (message,) = energy(pair("HO", 0.3), calc)  # no distance is known for O
-    assert message.startswith(
-        "O: the model knows the element, but its training data had none of it (they had H C)"
-    )
+    assert message.startswith("O: supported by the model, but not in its training data (only H C)")
     assert energy(pair("CO", 1.2), calc) == []
     assert "0.500 Angstrom apart" in energy(pair("HC", 0.5), calc)[0]  # the other warning is still to come
 
@@ -435,7 +435,7 @@ def test_the_narrowest_model_of_a_committee_decides():
     assert energy(pair("HC", 0.9), calculator(covered(wide), other)) == []
     (message,) = energy(pair("HC", 0.95), calculator(covered(wide), covered(SEEN), other))
     assert "(1.050 Angstrom)" in message
-    assert "had H C)" in energy(pair("HO", 1.0), calculator(covered(SEEN), covered(wide)))[0]
+    assert "only H C)" in energy(pair("HO", 1.0), calculator(covered(SEEN), covered(wide)))[0]
 
 
 def test_models_that_do_not_know_their_data_are_silent():

@@ -14,9 +14,16 @@ from dpa4.cli import app
 from dpa4.model.config import Bridging
 from dpa4.potential import save_potential
 from dpa4.potential.zbl import zbl_pair_energy
-from dpa4.simulation import pair_curves as dimer
 from dpa4.simulation import DPA4Calculator
-from dpa4.simulation.pair_curves import PairCurve, diagnose, element_pairs, pair_curves, parse_pairs, scan_pairs
+from dpa4.simulation import pair_curves as dimer
+from dpa4.simulation.pair_curves import (
+    PairCurve,
+    diagnose,
+    element_pairs,
+    pair_curves,
+    parse_pairs,
+    scan_pairs,
+)
 from helpers import random_potential
 
 R = np.linspace(0.8, 6.0, 261)

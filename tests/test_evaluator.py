@@ -9,12 +9,12 @@ import pytest
 import torch
 from ase.build import bulk
 
+from dpa4.execution import regions as compiled
+from dpa4.execution.cuda_graph import MAX_ATOMS, Replay, Room, pad, replayed_size, rounded_up
+from dpa4.execution.evaluator import Evaluator
 from dpa4.graph import build_graph, collate, first_atoms
 from dpa4.model.presets import preset
-from dpa4.execution import regions as compiled
 from dpa4.potential import Potential
-from dpa4.execution.evaluator import Evaluator
-from dpa4.execution.cuda_graph import MAX_ATOMS, Replay, Room, pad, replayed_size, rounded_up
 from dpa4.simulation import DPA4Calculator
 from helpers import crystal, graph_of, molecule, random_potential, randomize
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpa4.ops.cpp import build as cpp
-from dpa4.ops import pairs
-from dpa4.ops import edge_products as rotate
-from dpa4.ops import so2_stack as so2
-from dpa4.ops.sparse_product import Terms, bilinear
-from dpa4.ops.gate import Rows
-from dpa4.ops.incidence import Incidence
 from dpa4.model.edges import LocalFrame
 from dpa4.model.presets import preset
 from dpa4.model.so2 import DegreeProduct
+from dpa4.ops import edge_products as rotate
+from dpa4.ops import pairs
+from dpa4.ops import so2_stack as so2
+from dpa4.ops.cpp import build as cpp
+from dpa4.ops.gate import Rows
+from dpa4.ops.incidence import Incidence
+from dpa4.ops.sparse_product import Terms, bilinear
 from dpa4.potential import Potential
 from helpers import assert_close, graph_of, molecule, random_potential
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpa4.model.so2 import FusedSO2Stack
+from dpa4.ops.gate import Rows
 from dpa4.ops.hopper import build as cuda
 from dpa4.ops.hopper import so2_stack as so2_fused
-from dpa4.ops.gate import Rows
 from dpa4.ops.hopper.so2_stack import CHANNELS, EDGES, ROWS
-from dpa4.model.so2 import FusedSO2Stack
 
 needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dpa4.ops import edge_products as rotate
-from dpa4.ops.incidence import Incidence
 from dpa4.ops.edge_products import edge_matmul, edge_outer, scatter_matmul
+from dpa4.ops.incidence import Incidence
 from dpa4.ops.segments import gather, segment_max, segment_sum
 from helpers import run_in_the_interpreter
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpa4.model.so2 import FusedSO2Stack, SO2Stack, so2_layers
 from dpa4.ops import gate
 from dpa4.ops import split_matmul as matmul
 from dpa4.ops.gate import Rows
 from dpa4.ops.split_matmul import Weight, ready, split
-from dpa4.model.so2 import FusedSO2Stack, SO2Stack, so2_layers
 from helpers import assert_close, run_in_the_interpreter
 
 SIZES = {  # (lmax, mmax, c, F, layers, E)

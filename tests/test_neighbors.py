@@ -244,8 +244,20 @@ CUBE = np.eye(3) * 4
         ([[0, 0, 0]], [[4, 0, 0], [8, 0, 0], [0, 0, 4]], [1, 1, 0], 3, "axis 0 is periodic .* nearly in the"),
         ([[0, 0, 0]], [[4, 0, 0], [0, 4, 0], [4, 4, 0.01]], [1, 1, 1], 3, "make the axis non-periodic"),
         ([[0, 0]], CUBE, [1, 1, 1], 3, r"positions must have the shape \(atoms, 3\), got \(1, 2\)"),
-        ([[0, 0, 0]], [4, 4, 4], [1, 1, 1], 3, r"cell must be \(3, 3\) and pbc \(3,\), got \(3,\)"),
-        ([[0, 0, 0]], CUBE, True, 3, r"cell must be \(3, 3\) and pbc \(3,\), got \(3, 3\) and \(\)"),
+        (
+            [[0, 0, 0]],
+            [4, 4, 4],
+            [1, 1, 1],
+            3,
+            r"cell must have shape \(3, 3\) and pbc shape \(3,\), got \(3,\)",
+        ),
+        (
+            [[0, 0, 0]],
+            CUBE,
+            True,
+            3,
+            r"cell must have shape \(3, 3\) and pbc shape \(3,\), got \(3, 3\) and \(\)",
+        ),
         ([[0, 0, 0]], CUBE, [1, 1, 1], 0, "cutoff must be a positive length in Angstrom, got 0"),
         ([[0, 0, 0]], CUBE, [1, 1, 1], np.nan, "cutoff must be a positive length in Angstrom, got nan"),
     ],
@@ -257,5 +269,5 @@ def test_errors(function, positions, cell, pbc, cutoff, message):
 
 
 def test_atomic_numbers_must_fit():
-    with pytest.raises(ValueError, match=r"atomic_numbers \(1,\) do not fit positions \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"atomic_numbers \(1,\) do not match positions \(2, 3\)"):
         build_graph([1], np.eye(3)[:2], CUBE, [False] * 3, 3.0)

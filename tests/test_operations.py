@@ -7,10 +7,9 @@ from functools import cache
 
 import pytest
 import torch
+from dpa4.model.segments import envelope_softmax
 from torch.autograd import gradcheck, gradgradcheck
 
-from dpa4.ops.incidence import Incidence
-from dpa4.ops.segments import gather, pick, segment_max, segment_sum
 from dpa4.model import ModelConfig
 from dpa4.model.block import GatedActivation, feed_forward
 from dpa4.model.config import Bridging
@@ -20,7 +19,6 @@ from dpa4.model.grid import GridActivation, MessageNodeProduct
 from dpa4.model.harmonics import edge_frame
 from dpa4.model.layers import DegreeLinear, EquivariantRMSNorm, degree_of
 from dpa4.model.radial import RadialFeatures, envelope
-from dpa4.model.segments import envelope_softmax
 from dpa4.model.so2 import (
     DegreeProduct,
     ElementwiseProduct,
@@ -30,6 +28,8 @@ from dpa4.model.so2 import (
     SO2Stack,
     split_streams,
 )
+from dpa4.ops.incidence import Incidence
+from dpa4.ops.segments import gather, pick, segment_max, segment_sum
 from helpers import assert_close, randomize
 from test_harmonics import full_wigner
 

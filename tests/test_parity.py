@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from dpa4.potential.deepmd.reader.names import deepmd_name
 
 from dpa4.graph import build_graph
 from dpa4.potential import Potential, load_potential
-from dpa4.potential.deepmd.names import deepmd_name
 from helpers import SHARED, shared
 
 FIXTURES = SHARED / "reference" / "fixtures"

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dpa4.execution import precompile as module
-from dpa4.execution.regions import Kept, compare_with_eager, compile_potential, regions
 from dpa4.execution.precompile import Mode, precompile
+from dpa4.execution.regions import Kept, compare_with_eager, compile_potential, regions
 from helpers import graph_of, molecule, random_potential
 
 MODES = [Mode(training=True), Mode(training=False)]

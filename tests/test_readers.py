@@ -118,7 +118,7 @@ def test_archive_of_extended_xyz_files(tmp_path):
     assert [len(f) for f in frames] == [3, 4, 3, 4]
     assert frames[1].origin == f"{tmp_path / 'all.zip'}, set/a.extxyz, frame 1"
     (tmp_path / "broken.zip").write_bytes(b"PK")
-    with pytest.raises(ValueError, match="broken.zip cannot be read as archive: BadZipFile"):
+    with pytest.raises(ValueError, match="broken.zip cannot be read as a zip archive: BadZipFile"):
         read_frames(tmp_path / "broken.zip")
     with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
         pass
@@ -255,13 +255,13 @@ def _bad_multiplicity(system: Path) -> None:
     ("damage", "message"),
     [
         (_no_type_map, "cu has no type_map.raw; add it"),
-        (_unknown_element, r"type_map.raw names \['Qq'\]; allowed are chemical symbols"),
+        (_unknown_element, r"type_map.raw names \['Qq'\]; use chemical symbols"),
         (_few_names, "types up to 2, but type_map.raw has 2 names"),
         (_no_box, "set.000 has no box.npy; add it, or an empty file nopbc"),
         (_no_coordinates, "set.000 has no coord.npy"),
         (_no_set, "cu has type.raw but no set"),
-        (_wrong_shape, r"force.npy has shape \(1, 9\), which does not fit \(1, 4, 3\)"),
-        (_not_finite, "energy in .*set.000, frame 0 not finite"),
+        (_wrong_shape, r"force.npy has shape \(1, 9\), which does not match \(1, 4, 3\)"),
+        (_not_finite, "set.000, frame 0: energy not finite"),
         (
             _bad_multiplicity,
             r"spin of .*frame 0 must be the multiplicity 2S \+ 1 >= 1, a whole number, got 0",
@@ -400,10 +400,10 @@ def test_charge_or_spin_alone():
 @pytest.mark.parametrize(
     ("info", "message"),
     [
-        ({"energy": np.nan}, "energy in train.xyz, frame 12 not finite; correct or remove"),
+        ({"energy": np.nan}, "train.xyz, frame 12: energy not finite; correct or remove"),
         ({"energy": "low"}, "energy of train.xyz, frame 12 must be a number, got 'low'"),
         ({"energy": [1.0, 2.0]}, "energy of train.xyz, frame 12 must be a number"),
-        ({"virial": np.full(9, np.inf)}, "virial in train.xyz, frame 12 not finite"),
+        ({"virial": np.full(9, np.inf)}, "train.xyz, frame 12: virial not finite"),
         (
             {"stress": np.zeros(5)},
             r"stress of train.xyz, frame 12 must have 6 or 9 numbers, got shape \(5,\)",
@@ -427,14 +427,14 @@ def test_label_errors(info, message):
 def test_array_errors():
     atoms = molecule("H2O")
     atoms.arrays["forces"] = np.array([[0, 0, 0], [0, np.nan, 0], [0, 0, 0]])
-    with pytest.raises(ValueError, match="forces of atom 1 in a.xyz not finite"):
+    with pytest.raises(ValueError, match="a.xyz: forces of atom 1 not finite"):
         frame_from_atoms(atoms, origin="a.xyz")
     atoms.arrays["forces"] = np.zeros(3)
     with pytest.raises(ValueError, match=r"forces of a.xyz must be numbers of shape \(3, 3\)"):
         frame_from_atoms(atoms, origin="a.xyz")
     atoms = molecule("H2O")
     atoms.positions[2, 0] = np.inf
-    with pytest.raises(ValueError, match="positions of atom 2 in a.xyz not finite"):
+    with pytest.raises(ValueError, match="a.xyz: positions of atom 2 not finite"):
         frame_from_atoms(atoms, origin="a.xyz")
     with pytest.raises(ValueError, match="a.xyz has no atoms; remove it"):
         frame_from_atoms(Atoms(), origin="a.xyz")
@@ -450,7 +450,7 @@ def test_path_errors(tmp_path):
     with pytest.raises(ValueError, match="broken.xyz cannot be read by ASE: "):
         read_frames(tmp_path / "broken.xyz")
     (tmp_path / "broken.db").write_bytes(b"not a database, whatever its name says" * 9)
-    with pytest.raises(ValueError, match="broken.db cannot be read as ASE database: "):
+    with pytest.raises(ValueError, match="broken.db cannot be read as an ASE database: "):
         read_frames(tmp_path / "broken.db")
     with ase.db.connect(tmp_path / "none.db") as database:
         database.delete([database.write(water())])

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dpa4.tracing import region as regions
 from dpa4.ops.incidence import Incidence
-from dpa4.tracing.region import Region, RegionCode
 from dpa4.ops.segments import gather, segment_sum
+from dpa4.tracing import region as regions
+from dpa4.tracing.region import Region, RegionCode
 from helpers import assert_close, assert_only_views_of_weights
 
 SOURCE = Incidence("edge", "edge", "node+1")

@@ -25,9 +25,9 @@ from dpa4.simulation import DPA4Calculator, relax
 from helpers import crystal, molecule, random_potential
 
 ts = pytest.importorskip("torch_sim")
-from dpa4.simulation.screen import COLUMNS, screen  # noqa: E402
-from dpa4.simulation.runs.shards import Shard, join  # noqa: E402
 from dpa4.interfaces.torchsim import DPA4Model  # noqa: E402
+from dpa4.simulation.runs.shards import Shard, join  # noqa: E402
+from dpa4.simulation.screen import COLUMNS, screen  # noqa: E402
 
 POTENTIAL = random_potential(n_blocks=1, lmax=1)
 

@@ -212,7 +212,7 @@ def test_arguments():
         SkinnedNeighbors(CUTOFF, -1)
     with pytest.raises(ValueError, match="the cutoff must be a positive length"):
         SkinnedNeighbors(0.0)
-    with pytest.raises(ValueError, match=r"atomic_numbers \(1,\) do not fit positions \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"atomic_numbers \(1,\) do not match positions \(2, 3\)"):
         SkinnedNeighbors(CUTOFF).graph([1], np.eye(3)[:2], np.eye(3), [False] * 3)
     assert SkinnedNeighbors(CUTOFF).skin == SKIN
 

@@ -21,13 +21,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from dpa4.data import read_frames
-from dpa4.tracing.region import Region
 from dpa4.potential.checkpoint import load_potential
 from dpa4.system import CsvLog, read_csv
+from dpa4.tracing.region import Region
 from dpa4.training import compilation
 from dpa4.training import trainer as trainer_module
-from dpa4.training.options import RunConfig
 from dpa4.training.evaluation import evaluate
+from dpa4.training.options import RunConfig
 from dpa4.training.prepare import batch_budget, changed_options, prepare, split
 from dpa4.training.replayed_step import ReplayedStep
 from dpa4.training.state import load_state, save_state

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from dpa4.ops.pairs import pair_dot
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpa4.graph import collate
-from dpa4.ops.sparse_product import Terms, bilinear
-from dpa4.ops.incidence import Incidence
-from dpa4.ops.split_matmul import precise_matmul
-from dpa4.ops.pairs import pair_dot
 from dpa4.ops.edge_products import edge_matmul, edge_outer, scatter_matmul
+from dpa4.ops.incidence import Incidence
+from dpa4.ops.sparse_product import Terms, bilinear
+from dpa4.ops.split_matmul import precise_matmul
 from helpers import assert_close, graph_of, molecule, random_potential
 
 

@@ -5,10 +5,10 @@ import re
 import subprocess
 import sys
 
-from dpa4.tracing import region
 from dpa4.execution import precompile
-from dpa4.execution.regions import compile_potential
 from dpa4.execution.precompile import Mode
+from dpa4.execution.regions import compile_potential
+from dpa4.tracing import region
 from helpers import random_potential
 
 

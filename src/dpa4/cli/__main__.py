@@ -1,4 +1,4 @@
-"""``python -m dpa4.cli``."""
+"""Entry point of ``python -m dpa4.cli``."""
 
 from dpa4.cli import app
 

@@ -1,4 +1,4 @@
-"""Published benchmarks on the command line."""
+"""Commands that run published benchmarks."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,52 +7,49 @@ import typer
 
 from dpa4.cli.options import (
     Branch,
-    Compile,
     Device,
     Dtype,
     Model,
+    ModelOptions,
     Output,
-    Precision,
     console,
     eager_potential,
     user_errors,
+    with_model_options,
 )
 from dpa4.cli.screen import MaxEdges, Rank, WorldSize, report
 from dpa4.cli.training import label_keys
 
 if TYPE_CHECKING:
-    from dpa4.simulation import DPA4Calculator
     from dpa4.simulation.runs.store import Progressed
 
 bench = typer.Typer(
-    help="Published benchmarks: Matbench Discovery and SPICE-MACE-OFF. The same command goes on after Ctrl-C.",
+    help="Published benchmarks: Matbench Discovery and SPICE-MACE-OFF. After Ctrl-C, the same command continues.",
     no_args_is_help=True,
 )
 
-Data = Annotated[Path, typer.Option(help="Folder of the published files.")]
+Data = Annotated[Path, typer.Option(help="Folder with the published files.")]
 Structures = Annotated[
-    Path | None, typer.Option(help="Structures instead of those of the folder of published files.")
+    Path | None, typer.Option(help="File of structures to use instead of the published ones.")
 ]
 
 
 @bench.command()
+@with_model_options()
 def discovery(
     model: Model,
     data: Data = Path("bench-data"),
     structures: Structures = None,
     output: Output = Path("bench-discovery"),
-    fmax: Annotated[float, typer.Option(help="Largest force, in eV/Angstrom.")] = 0.02,
-    steps: Annotated[int, typer.Option(help="Most steps per structure.")] = 500,
+    fmax: Annotated[float, typer.Option(help="Largest force of a relaxed structure, in eV/Angstrom.")] = 0.02,
+    steps: Annotated[int, typer.Option(help="Maximum number of steps per structure.")] = 500,
     max_edges: MaxEdges = 200_000,
     rank: Rank = 0,
     world_size: WorldSize = 1,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    precision: Precision = "high",
-    compile: Compile = None,
-    branch: Branch = None,
+    *,
+    options: ModelOptions,
 ) -> None:
-    """Relax the WBM test set like dpa4 screen; F1, DAF and RMSD of Matbench Discovery."""
+    """Relax the WBM test set as dpa4 screen does; report F1, DAF and RMSD of Matbench Discovery."""
     from dpa4.leaderboards import files, score_structures
 
     with user_errors():
@@ -62,14 +59,12 @@ def discovery(
         from dpa4.interfaces.torchsim import DPA4Model
         from dpa4.simulation.screen import screen
 
-        potential = DPA4Model(
-            model, device=device, dtype=dtype, precision=precision, compile=compile, branch=branch
-        )
+        potential = DPA4Model(model, **options)
         result = screen(
             [source], potential, output, fmax=fmax, steps=steps, cell="full", max_edges=max_edges,
             rank=rank, world_size=world_size, resume=True,
         )  # fmt: skip
-        report(result, output, rank, world_size, "the same command goes on")
+        report(result, output, rank, world_size, "run the same command to continue")
         if not result.joined:
             return
         state, score = score_structures(output, data)
@@ -88,28 +83,28 @@ def discovery(
 
 
 @bench.command()
+@with_model_options(dtype="float64", precision=False)
 def kappa(
     model: Model,
     data: Data = Path("bench-data"),
     structures: Structures = None,
     output: Output = Path("bench-kappa"),
-    fmax: Annotated[float, typer.Option(help="Of the relaxation, in eV/Angstrom.")] = 1e-4,
-    steps: Annotated[int, typer.Option(help="Most steps of a relaxation.")] = 300,
-    displacement: Annotated[float, typer.Option(help="Of atoms, in Angstrom.")] = 0.03,
-    device: Device = "auto",
-    dtype: Dtype = "float64",
-    compile: Compile = None,
-    branch: Branch = None,
+    fmax: Annotated[float, typer.Option(help="Largest force of a relaxed crystal, in eV/Angstrom.")] = 1e-4,
+    steps: Annotated[int, typer.Option(help="Maximum number of steps per relaxation.")] = 300,
+    displacement: Annotated[float, typer.Option(help="Displacement of atoms, in Angstrom.")] = 0.03,
+    *,
+    options: ModelOptions,
 ) -> None:
-    """Lattice thermal conductivities of 103 crystals; the metric κ_SRME of Matbench Discovery."""
+    """Compute lattice thermal conductivities of 103 crystals and the metric κ_SRME of Matbench Discovery."""
     from dpa4.leaderboards import files, run_kappa, score_kappa
     from dpa4.leaderboards.kappa import read_reference
+    from dpa4.simulation import DPA4Calculator
 
     with user_errors():
         source = structures or files.locate(data, files.KAPPA_STRUCTURES)
         reference = read_reference(files.locate(data, files.KAPPA_REFERENCE))
         state = run_kappa(
-            source, _calculator(model, device, dtype, compile, branch), output, fmax=fmax, steps=steps,
+            source, DPA4Calculator(model, **options), output, fmax=fmax, steps=steps,
             displacement=displacement,
         )  # fmt: skip
         score = score_kappa(output, reference)
@@ -124,34 +119,34 @@ def kappa(
 
 
 @bench.command()
+@with_model_options(dtype="float64", precision=False)
 def diatomics(
     model: Model,
     data: Data = Path("bench-data"),
     output: Output = Path("bench-diatomics"),
     elements: Annotated[
-        str | None, typer.Option(help="Such as H,C,O; by default all of the model up to U.")
+        str | None, typer.Option(help="Elements, such as H,C,O; by default those of the model up to U.")
     ] = None,
-    device: Device = "auto",
-    dtype: Dtype = "float64",
-    compile: Compile = None,
-    branch: Branch = None,
+    *,
+    options: ModelOptions,
 ) -> None:
-    """Curves of homonuclear diatomic molecules; their metrics in Matbench Discovery."""
+    """Compute energy curves of homonuclear diatomic molecules and their Matbench Discovery metrics."""
     from ase.data import atomic_numbers
 
     from dpa4.leaderboards import files, run_diatomics, score_diatomics
     from dpa4.leaderboards.diatomics import HEAVIEST, read_reference
+    from dpa4.simulation import DPA4Calculator
 
     with user_errors():
-        calculator = _calculator(model, device, dtype, compile, branch)
+        calculator = DPA4Calculator(model, **options)
         own = [e for e in calculator.potentials[0].elements if atomic_numbers[e] <= HEAVIEST]
-        wanted = elements.split(",") if elements else own
+        symbols = elements.split(",") if elements else own
         try:
             reference = read_reference(files.locate(data, files.DIATOMICS_REFERENCE))
         except FileNotFoundError as error:
             console.print(f"no comparison with DFT: {error}")
             reference = None
-        state = run_diatomics(wanted, calculator, output)
+        state = run_diatomics(symbols, calculator, output)
         _report(state, "curves")
         score = score_diatomics(output, reference)
     for name, value in score.metrics.items():
@@ -164,19 +159,20 @@ def diatomics(
 def spice(
     model: Model,
     structures: Annotated[
-        Path | None, typer.Argument(help="Labelled structures; by default the test set in the folder --data.")
+        Path | None, typer.Argument(help="Labelled structures; by default the test set in --data.")
     ] = None,
     data: Data = Path("bench-data"),
     output: Output = Path("bench-spice"),
     key: Annotated[
-        list[str] | None, typer.Option(help="Name of a label in the data: energy=dft_energy.")
+        list[str] | None,
+        typer.Option(help="Name of a label in the data, as energy=dft_energy; may be repeated."),
     ] = None,
-    max_atoms: Annotated[int, typer.Option(help="Atoms per batch.")] = 2000,
+    max_atoms: Annotated[int, typer.Option(help="Maximum number of atoms per batch.")] = 2000,
     device: Device = "auto",
     dtype: Dtype = "float32",
     branch: Branch = None,
 ) -> None:
-    """Errors of energies and forces by subset (config_type), with the logarithmic mean."""
+    """Compute errors of energies and forces by subset (config_type), and their logarithmic mean."""
     from dpa4.data import LabelKeys, read_frames
     from dpa4.leaderboards import files, run_spice, score_spice
 
@@ -198,11 +194,11 @@ def spice(
 def submission(
     model: Model,
     metadata: Annotated[
-        Path, typer.Option(help="YAML file with names, authors, licences; see the documentation.")
+        Path, typer.Option(help="YAML file with names, authors and licences; see docs/bench.md.")
     ],
-    discovery: Annotated[Path | None, typer.Option(help="Folder of dpa4 bench discovery.")] = None,
-    kappa: Annotated[Path | None, typer.Option(help="Folder of dpa4 bench kappa.")] = None,
-    diatomics: Annotated[Path | None, typer.Option(help="Folder of dpa4 bench diatomics.")] = None,
+    discovery: Annotated[Path | None, typer.Option(help="Output folder of dpa4 bench discovery.")] = None,
+    kappa: Annotated[Path | None, typer.Option(help="Output folder of dpa4 bench kappa.")] = None,
+    diatomics: Annotated[Path | None, typer.Option(help="Output folder of dpa4 bench diatomics.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the submission.")] = Path(
         "submission"
     ),
@@ -223,19 +219,11 @@ def submission(
         console.print(f"CPS {score:.4f}", highlight=False)
 
 
-def _calculator(
-    model: Path, device: str, dtype: str, compile: bool | None, branch: str | None
-) -> "DPA4Calculator":
-    from dpa4.simulation import DPA4Calculator
-
-    return DPA4Calculator(model, device=device, dtype=dtype, compile=compile, branch=branch)  # type: ignore[arg-type]
-
-
 def _differences(found: tuple[str, ...]) -> None:
     for difference in found:
         console.print(f"differs from the leaderboard: {difference}", highlight=False)
 
 
-def _report(state: "Progressed", what: str) -> None:
+def _report(state: "Progressed", items: str) -> None:
     failed = f"{state.failed} failed ({state.reason})" if state.failed else "none failed"
-    console.print(f"{state.done} {what}, {failed}{', interrupted' if state.interrupted else ''}")
+    console.print(f"{state.done} {items}, {failed}{', interrupted' if state.interrupted else ''}")

@@ -1,4 +1,4 @@
-"""Molecular dynamics on the command line."""
+"""Command that runs molecular dynamics."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -6,66 +6,55 @@ from typing import Annotated, Literal
 import typer
 
 from dpa4.cli.options import (
-    Branch,
-    Compile,
-    Device,
-    Dtype,
     Model,
+    ModelOptions,
     Output,
-    Precision,
     console,
     last_image,
     user_errors,
+    with_model_options,
 )
 
 
+@with_model_options()
 def md(
     model: Model,
     structure: Annotated[
-        Path, typer.Argument(help="Start, in any format ASE reads; the last image is taken.")
+        Path, typer.Argument(help="Initial structure, in any format ASE reads; the last image is used.")
     ],
-    steps: Annotated[int, typer.Option(help="Steps of the whole run.")],
+    steps: Annotated[
+        int, typer.Option(help="Number of steps of the whole run, including those before --resume.")
+    ],
     output: Output = Path("md"),
     ensemble: Annotated[
         Literal["nve", "langevin", "nvt", "npt"],
         typer.Option(help="nve, langevin, nvt (Nose-Hoover chains) or npt (Martyna-Tobias-Klein)."),
     ] = "nve",
-    temperature: Annotated[float, typer.Option(help="Of the initial velocities and the bath, in K.")] = 300.0,
-    timestep: Annotated[float, typer.Option(help="In fs.")] = 0.5,
-    friction: Annotated[float, typer.Option(help="Of the Langevin bath, in 1/fs.")] = 0.01,
-    tdamp: Annotated[
-        float, typer.Option(help="Time constant of the thermostat of nvt and npt, in fs.")
-    ] = 100.0,
-    pressure: Annotated[float, typer.Option(help="External pressure of npt, in GPa.")] = 0.0,
-    pdamp: Annotated[float, typer.Option(help="Time constant of the barostat of npt, in fs.")] = 1000.0,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature of the initial velocities and the thermostat, in K.")
+    ] = 300.0,
+    timestep: Annotated[float, typer.Option(help="Time step, in fs.")] = 0.5,
+    friction: Annotated[float, typer.Option(help="Friction of the Langevin thermostat, in 1/fs.")] = 0.01,
+    tdamp: Annotated[float, typer.Option(help="Time constant of the thermostat (nvt, npt), in fs.")] = 100.0,
+    pressure: Annotated[float, typer.Option(help="External pressure (npt), in GPa.")] = 0.0,
+    pdamp: Annotated[float, typer.Option(help="Time constant of the barostat (npt), in fs.")] = 1000.0,
     cell: Annotated[
         Literal["volume", "full"],
-        typer.Option(help="What npt changes: the volume, or all lengths and angles."),
+        typer.Option(help="Cell degrees of freedom of npt: volume only, or full (all lengths and angles)."),
     ] = "volume",
-    interval: Annotated[int, typer.Option(help="Steps between rows of the table and frames.")] = 10,
+    interval: Annotated[int, typer.Option(help="Steps between frames and between rows of thermo.csv.")] = 10,
     skin: Annotated[float, typer.Option(help="Verlet skin of the neighbour list, in Angstrom.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    precision: Precision = "high",
-    compile: Compile = None,
-    branch: Branch = None,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Run molecular dynamics at constant energy, temperature or pressure."""
     from dpa4.simulation import DPA4Calculator, run_md
 
     with user_errors():
         atoms = last_image(structure)
-        calculator = DPA4Calculator(
-            model,
-            device=device,
-            dtype=dtype,
-            precision=precision,
-            compile=compile,
-            branch=branch,
-            neighbor_skin=skin,
-        )
+        calculator = DPA4Calculator(model, **options, neighbor_skin=skin)
         result = run_md(
             atoms, calculator, output, steps=steps, ensemble=ensemble, temperature=temperature, timestep=timestep,
             friction=friction, tdamp=tdamp, pressure=pressure, pdamp=pdamp, cell=cell, interval=interval, seed=seed,

@@ -1,4 +1,4 @@
-"""Embeddings of atoms on the command line."""
+"""Command that writes embeddings of atoms."""
 
 from pathlib import Path
 from typing import Annotated
@@ -22,17 +22,20 @@ def embed(
     model: Model,
     structures: Structures,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="File: .npz, or .xyz for structures with their embeddings.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="Output file: .npz, or .xyz for structures with their embeddings."
+        ),
     ] = Path("embeddings.npz"),
     mean: Annotated[
-        bool, typer.Option("--mean", help="One vector per structure, the mean over its atoms.")
+        bool, typer.Option("--mean", help="Write one vector per structure, the mean over its atoms.")
     ] = False,
-    max_atoms: Annotated[int, typer.Option(help="Atoms evaluated at once.")] = 2000,
+    max_atoms: Annotated[int, typer.Option(help="Maximum number of atoms per batch.")] = 2000,
     device: Device = "auto",
     dtype: Dtype = "float32",
     branch: Branch = None,
 ) -> None:
-    """Write the embedding of every atom: invariant features after the last block."""
+    """Write the embedding of every atom: its invariant features after the last block."""
     from dpa4.potential import write_embeddings
 
     with user_errors():

@@ -1,47 +1,41 @@
-"""LAMMPS on the command line."""
+"""Command that runs LAMMPS."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dpa4.cli.options import Branch, Compile, Device, Dtype, Model, Precision, console, user_errors
+from dpa4.cli.options import Model, ModelOptions, console, user_errors, with_model_options
 
 
+@with_model_options()
 def lammps(
     model: Model,
     script: Annotated[
-        Path, typer.Argument(help="Input script with the line: fix dpa4 all external pf/callback 1 1")
+        Path, typer.Argument(help="LAMMPS input script with the line: fix dpa4 all external pf/callback 1 1")
     ],
-    elements: Annotated[str, typer.Option(help="Element of every atom type, in their order, such as Si,O.")],
+    elements: Annotated[str, typer.Option(help="Element of each atom type, in order, such as Si,O.")],
     var: Annotated[
-        list[str] | None, typer.Option(help="Variable of LAMMPS, as NAME=VALUE; may be repeated.")
+        list[str] | None, typer.Option(help="LAMMPS variable, as NAME=VALUE; may be repeated.")
     ] = None,
-    charge: Annotated[int | None, typer.Option(help="Total charge, for models that look at it.")] = None,
-    spin: Annotated[int | None, typer.Option(help="Multiplicity 2S + 1, for models that look at it.")] = None,
+    charge: Annotated[
+        int | None, typer.Option(help="Total charge in e, for models conditioned on it.")
+    ] = None,
+    spin: Annotated[
+        int | None, typer.Option(help="Spin multiplicity 2S + 1, for models conditioned on it.")
+    ] = None,
     skin: Annotated[float, typer.Option(help="Verlet skin of the neighbour list, in Angstrom.")] = 1.0,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    precision: Precision = "high",
-    compile: Compile = None,
-    branch: Branch = None,
+    *,
+    options: ModelOptions,
 ) -> None:
-    """Run an input script of LAMMPS; Ctrl-C ends the run after the step."""
+    """Run a LAMMPS input script; Ctrl-C ends the run after the current step."""
     from dpa4.simulation import DPA4Calculator, run_lammps
 
     with user_errors():
         pairs = [pair.partition("=") for pair in var or []]
         if wrong := [name for name, equals, _ in pairs if not (name and equals)]:
             raise ValueError(f"--var must be NAME=VALUE, got {', '.join(wrong)}")
-        calculator = DPA4Calculator(
-            model,
-            device=device,
-            dtype=dtype,
-            precision=precision,
-            compile=compile,
-            branch=branch,
-            neighbor_skin=skin,
-        )
+        calculator = DPA4Calculator(model, **options, neighbor_skin=skin)
         finished = run_lammps(
             script,
             calculator,
@@ -49,4 +43,4 @@ def lammps(
             variables={name: value for name, _, value in pairs},
             info={k: v for k, v in (("charge", charge), ("spin", spin)) if v is not None},
         )
-    console.print("finished" if finished else "stopped; later runs of the script were left out")
+    console.print("finished" if finished else "stopped; later run commands of the script were skipped")

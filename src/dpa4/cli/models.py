@@ -1,4 +1,4 @@
-"""Commands about model files."""
+"""Commands that convert and describe model files."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,10 +24,10 @@ def convert(
 
 
 def info(
-    source: Annotated[str, typer.Argument(help="A model file, or the name of a preset such as paper-air.")],
+    source: Annotated[str, typer.Argument(help="Model file, or name of a preset such as paper-air.")],
     branch: Branch = None,
 ) -> None:
-    """Print the model card: parameters, elements, switches, units, kernels on a GPU, provenance."""
+    """Print the model card: parameters, elements, switches, units, GPU kernels, provenance."""
     from dpa4.potential import model_card
 
     with user_errors():

@@ -1,4 +1,4 @@
-"""Barriers on the command line."""
+"""Command that computes reaction barriers."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,44 +6,39 @@ from typing import Annotated
 import typer
 
 from dpa4.cli.options import (
-    Branch,
-    Compile,
-    Device,
-    Dtype,
     Model,
+    ModelOptions,
     Output,
-    Precision,
     console,
     last_image,
     user_errors,
+    with_model_options,
 )
 
 
+@with_model_options()
 def neb(
     model: Model,
-    start: Annotated[Path, typer.Argument(help="One minimum; the last image of the file.")],
-    end: Annotated[Path, typer.Argument(help="The other one, with its atoms in the same order.")],
+    start: Annotated[Path, typer.Argument(help="Initial minimum; the last image of the file is used.")],
+    end: Annotated[Path, typer.Argument(help="Final minimum, with the atoms in the same order.")],
     output: Output = Path("neb"),
-    images: Annotated[int, typer.Option(help="Images between the ends.")] = 7,
+    images: Annotated[int, typer.Option(help="Number of images between start and end.")] = 7,
     fmax: Annotated[float, typer.Option(help="Largest force of a converged band, in eV/Angstrom.")] = 0.05,
-    steps: Annotated[int, typer.Option(help="Most steps, those before a restart included.")] = 500,
-    spring: Annotated[float, typer.Option(help="Between images, in eV/Angstrom^2.")] = 0.1,
+    steps: Annotated[
+        int, typer.Option(help="Maximum number of steps, including those before --resume.")
+    ] = 500,
+    spring: Annotated[float, typer.Option(help="Spring constant between images, in eV/Angstrom^2.")] = 0.1,
     relax_ends: Annotated[bool, typer.Option("--relax-ends", help="Relax start and end first.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    precision: Precision = "high",
-    compile: Compile = None,
-    branch: Branch = None,
+    *,
+    options: ModelOptions,
 ) -> None:
-    """Find a minimum energy path and its barrier: climbing-image nudged elastic band."""
+    """Find a minimum energy path and its barrier with the climbing-image nudged elastic band method."""
     from dpa4.simulation import DPA4Calculator, run_neb
 
     with user_errors():
         first, last = (last_image(file) for file in (start, end))
-        calculator = DPA4Calculator(
-            model, device=device, dtype=dtype, precision=precision, compile=compile, branch=branch
-        )
+        calculator = DPA4Calculator(model, **options)
         result = run_neb(
             first, last, calculator, output, images=images, fmax=fmax, steps=steps, spring=spring,
             relax_ends=relax_ends, resume=resume,
@@ -51,7 +46,7 @@ def neb(
     state = "converged" if result.converged else "interrupted" if result.interrupted else "not converged"
     console.print(f"{state} after {result.steps} steps, largest force {result.max_force:.3f} eV/Å")
     console.print(
-        f"barrier {result.barrier:.4f} eV, in reverse {result.reverse_barrier:.4f} eV; end above start by "
+        f"barrier {result.barrier:.4f} eV, reverse barrier {result.reverse_barrier:.4f} eV, reaction energy "
         f"{round(result.reaction_energy, 4) + 0.0:.4f} eV",
         highlight=False,
     )

@@ -1,10 +1,12 @@
-"""What the commands share: kinds of arguments, the console, errors for people."""
+"""Arguments, options, console and error handling shared by the commands."""
 
+import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 import typer
 from rich.console import Console
@@ -15,28 +17,81 @@ if TYPE_CHECKING:
 
     from dpa4.potential import Potential
 
-console = Console(markup=False)  # names of files and options may hold square brackets
+console = Console(markup=False)  # file names and options may contain square brackets
 
-Model = Annotated[Path, typer.Argument(help="Model: .safetensors, or a deepmd-kit checkpoint .pt.")]
+Model = Annotated[Path, typer.Argument(help="Model file: .safetensors, or a deepmd-kit checkpoint (.pt).")]
 Branch = Annotated[str | None, typer.Option(help="Branch of a multitask deepmd-kit checkpoint.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a GPU if there is one.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto uses a GPU if there is one.")]
 Dtype = Annotated[
-    Literal["float32", "float64"], typer.Option(help="Precision of the network: float32 or float64.")
+    Literal["float32", "float64"],
+    typer.Option(help="Floating-point type of the network: float32 or float64."),
 ]
 Precision = Annotated[
     Literal["high", "fast"],
-    typer.Option(help="high: of the dtype. fast: products in bfloat16, for screening."),
+    typer.Option(help="high: full precision of the dtype. fast: products in bfloat16, for screening."),
 ]
 Compile = Annotated[
-    bool | None, typer.Option("--compile/--no-compile", help="Compile first; by default on a GPU in float32.")
+    bool | None,
+    typer.Option("--compile/--no-compile", help="Compile the model first; by default on a GPU in float32."),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
 Structures = Annotated[Path, typer.Argument(help="Structures in any format ASE reads.")]
 
 
+class ModelOptions(TypedDict, total=False):
+    """Keyword arguments of ``DPA4Calculator`` and ``DPA4Model`` that are options of the commands."""
+
+    device: str
+    dtype: Literal["float32", "float64"]
+    precision: Literal["high", "fast"]
+    compile: bool | None
+    branch: str | None
+
+
+def with_model_options(
+    dtype: str = "float32", precision: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator that adds the options of ``ModelOptions`` to a command, after the command's own options.
+
+    The command receives the values as one keyword argument, ``options``. Typer reads the parameters of a
+    command from its signature, so the decorated function's signature lists the single options in place of
+    ``options``.
+
+    Args:
+        dtype: Default of --dtype.
+        precision: If true, the command has the option --precision.
+    """
+    shared = {
+        "device": (Device, "auto"),
+        "dtype": (Dtype, dtype),
+        "precision": (Precision, "high"),
+        "compile": (Compile, None),
+        "branch": (Branch, None),
+    }
+    if not precision:
+        del shared["precision"]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(**arguments: Any) -> None:
+            options = {name: arguments.pop(name) for name in shared}
+            command(**arguments, options=options)
+
+        signature = inspect.signature(command)
+        own = [p for p in signature.parameters.values() if p.name != "options"]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for name, (kind, default) in shared.items()
+        ]
+        run.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Print what is wrong with the input instead of a traceback, and exit with status 1; warnings in one line."""
+    """Print errors as one message instead of a traceback and exit with status 1; print warnings on one line."""
     shown, warnings.showwarning = warnings.showwarning, _show_warning
     try:
         yield
@@ -51,16 +106,20 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     _print("warning:", "bold yellow", message)
 
 
-def _print(what: str, style: str, message: object) -> None:
-    Console(stderr=True).print(Text.assemble((what, style), f" {message}"), soft_wrap=True)
+def _print(label: str, style: str, message: object) -> None:
+    Console(stderr=True).print(Text.assemble((label, style), f" {message}"), soft_wrap=True)
 
 
 def read_structures(file: Path, index: str = ":") -> "list[Atoms]":
-    """Structures of a file in any format ASE reads.
+    """Read the structures of a file in any format ASE supports.
+
+    Args:
+        file: The file.
+        index: ASE's index string; ":" selects all images, "-1" the last one.
 
     Raises:
-        FileNotFoundError: If there is no file.
-        ValueError: If ASE cannot read it, or there is no structure in it.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If ASE cannot read the file, or the file contains no structure.
     """
     from dpa4.data import read_images
 
@@ -73,12 +132,12 @@ def read_structures(file: Path, index: str = ":") -> "list[Atoms]":
 
 
 def last_image(file: Path) -> "Atoms":
-    """The last structure of a file in any format ASE reads; errors as of `read_structures`."""
+    """Read the last structure of a file; formats and errors are those of ``read_structures``."""
     return read_structures(file, "-1")[0]
 
 
 def eager_potential(model: Path, device: str, dtype: str, branch: str | None) -> "Potential":
-    """The potential of the commands that do not compile, from their options."""
+    """Load the potential of a command that never compiles, from the options of the command."""
     import torch
 
     from dpa4.potential import load_potential

@@ -1,4 +1,4 @@
-"""Relaxation on the command line."""
+"""Command that relaxes structures one by one."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -6,49 +6,44 @@ from typing import Annotated, Literal
 import typer
 
 from dpa4.cli.options import (
-    Branch,
-    Compile,
-    Device,
-    Dtype,
     Model,
+    ModelOptions,
     Output,
-    Precision,
     Structures,
     console,
     read_structures,
     user_errors,
+    with_model_options,
 )
 
 
+@with_model_options()
 def relax(
     model: Model,
     structures: Structures,
     output: Output = Path("relax"),
     fmax: Annotated[float, typer.Option(help="Largest force of a relaxed structure, in eV/Angstrom.")] = 0.02,
-    steps: Annotated[int, typer.Option(help="Most steps per structure.")] = 500,
-    optimizer: Annotated[Literal["fire", "bfgs", "lbfgs"], typer.Option(help="Method.")] = "fire",
+    steps: Annotated[int, typer.Option(help="Maximum number of steps per structure.")] = 500,
+    optimizer: Annotated[
+        Literal["fire", "bfgs", "lbfgs"], typer.Option(help="Optimisation algorithm.")
+    ] = "fire",
     cell: Annotated[
         Literal["fixed", "full", "volume", "shape", "xy", "z"],
-        typer.Option(help="What of the cell is relaxed; xy and z are strains in and out of the plane."),
+        typer.Option(help="Cell degrees of freedom to relax; xy: in-plane strain, z: out-of-plane strain."),
     ] = "fixed",
     pressure: Annotated[float, typer.Option(help="External pressure, in GPa.")] = 0.0,
-    symmetry: Annotated[bool, typer.Option("--symmetry", help="Keep the space group.")] = False,
-    symprec: Annotated[float, typer.Option(help="Tolerance of the symmetry, in Angstrom.")] = 0.01,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on in the output folder.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    precision: Precision = "high",
-    compile: Compile = None,
-    branch: Branch = None,
+    symmetry: Annotated[bool, typer.Option("--symmetry", help="Preserve the space group.")] = False,
+    symprec: Annotated[float, typer.Option(help="Tolerance of the symmetry search, in Angstrom.")] = 0.01,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Relax every structure of a file."""
     from dpa4.simulation import DPA4Calculator, relax_all
 
     with user_errors():
         images = read_structures(structures)
-        calculator = DPA4Calculator(
-            model, device=device, dtype=dtype, precision=precision, compile=compile, branch=branch
-        )
+        calculator = DPA4Calculator(model, **options)
         results = relax_all(
             images, calculator, output, resume=resume, fmax=fmax, steps=steps, optimizer=optimizer, cell=cell,
             pressure=pressure, symmetry=symmetry, symprec=symprec,

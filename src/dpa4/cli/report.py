@@ -1,4 +1,4 @@
-"""The report of a training run on the command line."""
+"""Command that writes the report of a training run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +12,12 @@ def report(
     run: Annotated[Path, typer.Argument(help="Output folder of dpa4 train.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="File; report.html in the folder of the run by default."),
+        typer.Option("--output", "-o", help="HTML file; by default report.html in the folder of the run."),
     ] = None,
     evaluation: Annotated[Path | None, typer.Option("--eval", help="Output folder of dpa4 eval.")] = None,
     pairs: Annotated[
-        bool, typer.Option("--pairs/--no-pairs", help="Pair curves of the elements of the training data.")
+        bool,
+        typer.Option("--pairs/--no-pairs", help="Include pair curves of the elements in the training data."),
     ] = True,
     device: Device = "auto",
 ) -> None:

@@ -1,4 +1,4 @@
-"""Commands that train and evaluate."""
+"""Commands that train and evaluate a potential."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,9 +10,9 @@ from dpa4.cli.options import Branch, Device, Dtype, Model, console, eager_potent
 
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("run.yaml"),
-    train: Annotated[str, typer.Option(help="Training data to name in it.")] = "train.xyz",
+    train: Annotated[str, typer.Option(help="Path of the training data to enter in the file.")] = "train.xyz",
 ) -> None:
-    """Write a commented starting file for a training run."""
+    """Write a commented configuration file for a training run."""
     from dpa4.training import default_config_text
 
     with user_errors():
@@ -23,9 +23,10 @@ def init(
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file, see dpa4 init.")],
+    config: Annotated[Path, typer.Argument(help="YAML configuration file, as written by dpa4 init.")],
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Replace an option: training.seed=3.")
+        list[str] | None,
+        typer.Option("--set", help="Override an option of the file, as training.seed=3; may be repeated."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in its output folder.")] = False,
 ) -> None:
@@ -42,17 +43,18 @@ def evaluate_command(
     model: Model,
     data: Annotated[list[Path], typer.Argument(help="Labelled structures.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for table, plots, predictions.")
+        Path, typer.Option("--output", "-o", help="Folder for table, plots and predictions.")
     ] = Path("eval"),
     key: Annotated[
-        list[str] | None, typer.Option(help="Name of a label in the data: energy=dft_energy.")
+        list[str] | None,
+        typer.Option(help="Name of a label in the data, as energy=dft_energy; may be repeated."),
     ] = None,
-    max_atoms: Annotated[int, typer.Option(help="Atoms per batch.")] = 2000,
+    max_atoms: Annotated[int, typer.Option(help="Maximum number of atoms per batch.")] = 2000,
     device: Device = "auto",
     dtype: Dtype = "float32",
     branch: Branch = None,
 ) -> None:
-    """Compare predictions with labels: error table, parity plots, predictions as extxyz."""
+    """Compare predictions with labels; write an error table, parity plots and predictions as extxyz."""
     from dpa4.data import LabelKeys, read_frames
     from dpa4.training import evaluate
 
@@ -65,7 +67,11 @@ def evaluate_command(
 
 
 def label_keys(pairs: list[str]) -> dict[str, str]:
-    """Map of label to name from pairs such as energy=dft_energy."""
+    """Parse pairs such as energy=dft_energy into a map from label to name.
+
+    Raises:
+        ValueError: If a pair has no such form, or names an unknown label.
+    """
     known = ("energy", "forces", "stress", "virial")
     keys = dict(pair.partition("=")[::2] for pair in pairs)
     for name, value in keys.items():

@@ -1,4 +1,4 @@
-"""Structures, their labels, and batches of them."""
+"""Structures with labels: reading, checking, summarising and batching."""
 
 from dpa4.data.coverage import Coverage, CoverageCollector, CoverageMonitor, coverage_of
 from dpa4.data.dataset import Batch, EpochBatches, FrameDataset

@@ -1,4 +1,4 @@
-"""What training data covered: their elements, and how close atoms of each pair of elements came."""
+"""Coverage of training data: its elements and the shortest distance of each pair of elements."""
 
 import json
 import warnings
@@ -20,34 +20,32 @@ from dpa4.data.frame import Frame
 from dpa4.data.summary import elements_in
 from dpa4.graph import Graph
 
-MARGIN = (
-    0.05  # Angstrom that atoms may be closer than they ever were in the data before it is worth a warning
-)
+MARGIN = 0.05  # Angstrom below the shortest distance in the data that is tolerated without a warning
 _SIZE = len(chemical_symbols)
 
-Pair = tuple[str, str]  # chemical symbols, that of the smaller atomic number first
+Pair = tuple[str, str]  # chemical symbols, the smaller atomic number first
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Elements of the training data, and the shortest distance between atoms of each pair of them."""
+    """Elements of the training data, and the shortest distance between atoms of each pair of elements."""
 
-    cutoff: float  # Angstrom; distances beyond it were not looked at
-    elements: tuple[str, ...]  # by atomic number
-    shortest: Mapping[Pair, float] | None = None  # Angstrom; no entry: beyond the cutoff; None: not known
+    cutoff: float  # Angstrom; longer distances were not examined
+    elements: tuple[str, ...]  # sorted by atomic number
+    shortest: Mapping[Pair, float] | None = None  # Angstrom; no entry: none within the cutoff; None: unknown
 
     @property
     def text(self) -> str:
-        """Shortest distances first, such as "O-H 0.952, H-H 1.514 Å"; long lists are cut."""
+        """Summary with the shortest distances first, such as "O-H 0.952, H-H 1.514 Å"; at most 12 pairs."""
         if self.shortest is None:
-            return "not known, not every structure was used"
+            return "unknown, because not every structure was used"
         ascending = sorted(self.shortest.items(), key=lambda entry: entry[1])
         entries = [f"{a}-{b} {length:.3f}" for (a, b), length in ascending]
         more = f" and {len(entries) - 12} more pairs" if len(entries) > 12 else ""
         return ", ".join(entries[:12]) + " Å" + more if entries else f"no pair within {self.cutoff:g} Å"
 
     def to_json(self) -> str:
-        """As text for a checkpoint."""
+        """Serialise to the text stored in a checkpoint."""
         shortest = None
         if self.shortest is not None:
             shortest = {f"{a}-{b}": length for (a, b), length in self.shortest.items()}
@@ -55,10 +53,10 @@ class Coverage:
 
     @classmethod
     def from_json(cls, text: str) -> "Coverage":
-        """From the text of ``to_json``.
+        """Restore from the text of ``to_json``.
 
         Raises:
-            ValueError: If it is something else.
+            ValueError: If the text has another format.
         """
         try:
             found = json.loads(text)
@@ -66,7 +64,7 @@ class Coverage:
             entries = found["shortest"].items() if known else ()
             pairs = {tuple(name.split("-")): float(length) for name, length in entries}
             if unknown := {*found["elements"], *(e for pair in pairs for e in pair)} - set(chemical_symbols):
-                raise ValueError(f"no elements: {sorted(unknown)}")
+                raise ValueError(f"not chemical symbols: {sorted(unknown)}")
             shortest = {(a, b): length for (a, b), length in pairs.items()}
             return cls(float(found["cutoff"]), tuple(found["elements"]), shortest if known else None)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -74,13 +72,13 @@ class Coverage:
 
 
 class CoverageCollector:
-    """Finds the coverage of structures from their graphs, in any order and whenever they are built.
+    """Collects the coverage of structures from their graphs, in any order, as graphs are built.
 
-    One thread may add graphs while another looks at what was found.
+    One thread may add graphs while another reads the state.
 
     Args:
         frames: The structures.
-        cutoff: Of the graphs, in Angstrom.
+        cutoff: Cutoff radius of the graphs, in Angstrom.
     """
 
     def __init__(self, frames: Sequence[Frame], cutoff: float):
@@ -90,27 +88,30 @@ class CoverageCollector:
         self._squared = np.full((_SIZE, _SIZE), np.inf)
 
     def add(self, index: int, graph: Graph) -> None:
-        """Look at the graph of a structure, unless that was done."""
+        """Add the graph of structure ``index``, unless it was added before."""
         if self._seen[index]:
             return
         numbers, ends = graph.atomic_numbers, (graph.source, graph.destination)
         squared = graph.edge_vectors().square().sum(1).numpy()
         np.minimum.at(self._squared, (numbers[ends[0]].numpy(), numbers[ends[1]].numpy()), squared)
-        self._seen[index] = True  # only now: another thread may look
+        self._seen[index] = True  # last: another thread may read the state
 
     @property
     def complete(self) -> bool:
-        """Whether every structure was looked at."""
+        """True if the graph of every structure was added."""
         return bool(self._seen.all())
 
     @property
     def missing(self) -> NDArray[np.int64]:
-        """Indices of the structures that are still to be looked at."""
+        """Indices of the structures whose graph was not added yet."""
         return np.flatnonzero(~self._seen)
 
     @property
     def coverage(self) -> Coverage:
-        """Of all structures; distances are not known before it is complete, since those of some would be too long."""
+        """Coverage of all structures; distances are unknown until the graph of every structure was added.
+
+        Distances from only some of the structures would be too long.
+        """
         if not self.complete:
             return Coverage(self.cutoff, self._elements)
         shortest = {}
@@ -121,19 +122,19 @@ class CoverageCollector:
         return Coverage(self.cutoff, self._elements, shortest)
 
     def state_dict(self) -> dict[str, int | Tensor]:
-        """What was found so far, to continue from."""
-        seen = torch.from_numpy(self._seen.copy())  # first: another thread may add
+        """State of the collection, for a checkpoint of a run."""
+        seen = torch.from_numpy(self._seen.copy())  # first: another thread may add a graph
         return {"data": self._checksum, "seen": seen, "squared": torch.from_numpy(self._squared.copy())}
 
     def load_state_dict(self, state: Mapping[str, int | Tensor]) -> None:
-        """Add what was found before, unless the structures are no longer the same."""
+        """Merge a saved state, unless it belongs to other structures."""
         if state["data"] == self._checksum:
             self._seen |= torch.as_tensor(state["seen"]).numpy()
             np.minimum(self._squared, torch.as_tensor(state["squared"]).numpy(), out=self._squared)
 
     @cached_property
     def _checksum(self) -> int:
-        """Of everything that distances depend on."""
+        """Checksum of everything that the distances depend on."""
         value = zlib.crc32(np.float64(self.cutoff).tobytes())
         for frame in self.frames:
             for array in (frame.atomic_numbers, frame.positions, frame.cell, frame.pbc):
@@ -142,27 +143,32 @@ class CoverageCollector:
 
 
 def coverage_of(dataset: FrameDataset, collector: CoverageCollector | None = None) -> Coverage:
-    """What a data set covers; builds the graphs that a collector, if any, has not seen.
+    """Find the coverage of a data set.
+
+    Args:
+        dataset: The data set.
+        collector: Collection to complete, so that only missing graphs are built; None starts a new one.
 
     Raises:
-        ValueError: If a structure has no neighbour list.
+        ValueError: If the neighbour list of a structure cannot be built.
     """
     collector = collector or CoverageCollector(dataset.frames, dataset.cutoff)
     missing = collector.missing.tolist()
-    for index in track(missing, "looking for close atoms", disable=len(missing) <= 2000):
+    for index in track(missing, "finding shortest distances", disable=len(missing) <= 2000):
         collector.add(index, dataset.graph(index))
     return collector.coverage
 
 
 class CoverageMonitor:
-    """Warns, once each, of elements that training data lacked and of atoms closer than there.
+    """Warns once about elements missing from the training data and once about atoms closer than there.
 
-    Distances are compared in two steps, so that a GPU can go on with the evaluation: ``look`` starts it,
-    ``report`` waits for the result.
+    Distances are compared in two steps, so that a GPU need not wait: ``look`` starts the comparison before
+    the evaluation, ``report`` waits for its result afterwards.
 
     Args:
-        coverages: Of the models that compute together; the narrowest decides. None warns of nothing.
-        device: Of the graphs.
+        coverages: Coverage of each model of a committee; the narrowest counts. None stands for unknown
+            coverage, about which there are no warnings.
+        device: Device of the graphs.
     """
 
     def __init__(self, coverages: Sequence[Coverage | None], device: torch.device | str = "cpu"):
@@ -179,10 +185,10 @@ class CoverageMonitor:
         self._squared = torch.from_numpy(limits**2).ravel().to(device)
         self._watch_elements = bool(self.coverages)
         self._watch_distances = bool(limits.any())
-        self._looked: tuple[Graph, Tensor] | None = None  # and whether atoms are too close
+        self._looked: tuple[Graph, Tensor] | None = None  # last graph, and True if atoms are too close
 
     def elements(self, atomic_numbers: Tensor) -> None:
-        """Warn of elements outside the training data, at their first occurrence."""
+        """Warn about elements outside the training data, at the first occurrence only."""
         if not self._watch_elements:
             return
         present = {chemical_symbols[int(z)] for z in atomic_numbers.unique()}
@@ -190,19 +196,19 @@ class CoverageMonitor:
             self._watch_elements = False
             seen = " ".join(s for s in chemical_symbols if s in self._seen)
             warnings.warn(
-                f"{', '.join(sorted(unseen))}: the model knows the element, but its training data had none of it "
-                f"(they had {seen}); results are not to be trusted",
+                f"{', '.join(sorted(unseen))}: supported by the model, but not in its training data (only {seen}); "
+                "do not trust the results",
                 RuntimeWarning,
                 stacklevel=3,
             )
 
     def look(self, graph: Graph) -> None:
-        """Compare distances with those of the training data."""
+        """Start comparing the distances of a graph with the training data."""
         if self._watch_distances:
             self._looked = graph, (self._excess(graph) > 0).any()
 
     def report(self) -> None:
-        """Warn of atoms closer than in the training data, at their first occurrence, if the last look found any."""
+        """Warn, at the first occurrence only, if the last ``look`` found atoms closer than in the training data."""
         looked, self._looked = self._looked, None
         if looked is None or not bool(looked[1]):
             return
@@ -217,13 +223,13 @@ class CoverageMonitor:
         known = f"{data:.3f} Angstrom" if np.isfinite(data) else "none within the cutoff"
         warnings.warn(
             f"atoms {i} and {j} are {distance:.3f} Angstrom apart, closer than any {a}-{b} pair "
-            f"of the training data ({known}); the model extrapolates. Closer atoms are not reported again",
+            f"of the training data ({known}); the model extrapolates. Further close atoms are not reported",
             RuntimeWarning,
             stacklevel=2,
         )
 
     def _excess(self, graph: Graph) -> Tensor:
-        """Squared limits minus squared distances of edges, (E,) in square Angstrom."""
+        """Squared limit minus squared length of each edge (E,), in square Angstrom."""
         numbers = graph.atomic_numbers
         pair = numbers[graph.source] * _SIZE + numbers[graph.destination]
         return self._squared[pair] - graph.edge_vectors().square().sum(1)

@@ -1,4 +1,4 @@
-"""Labelled graphs and the batches they are packed into."""
+"""Data sets of labelled graphs, and the batches of an epoch."""
 
 import warnings
 from collections import deque
@@ -16,14 +16,12 @@ from torch import Tensor
 from dpa4.data.frame import Frame
 from dpa4.graph import Graph, build_graph, collate
 
-CACHE_BYTES = (
-    4 * 1024**3
-)  # graphs of one data set that are kept in memory; the others are rebuilt when needed
+CACHE_BYTES = 4 * 1024**3  # limit of the graphs that a data set caches in memory; others are rebuilt
 PREFETCH = 3  # batches prepared ahead
 
 
 class Batch(NamedTuple):
-    """B structures with N atoms and their labels; an absent label is zeros with a false mask."""
+    """B structures with N atoms and their labels; a missing label is zero and its mask is false."""
 
     graph: Graph
     energy: Tensor  # (B,) float64, eV
@@ -36,16 +34,16 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy to a device."""
-        non_blocking = torch.device(device).type != "cpu"  # as Graph.to
+        non_blocking = torch.device(device).type != "cpu"  # see Graph.to
         return Batch(self.graph.to(device), *(t.to(device, non_blocking=non_blocking) for t in self[1:]))
 
     def pin_memory(self) -> "Batch":
-        """Copy to page-locked memory, from where copies to a GPU do not wait."""
+        """Copy to page-locked memory, from which copies to a GPU are asynchronous."""
         return Batch(self.graph.pin_memory(), *(t.pin_memory() for t in self[1:]))
 
 
 class FrameDataset:
-    """Structures and their graphs, which are built when first needed."""
+    """Structures and their graphs, which are built at first use."""
 
     def __init__(
         self,
@@ -55,15 +53,16 @@ class FrameDataset:
         cache_bytes: int = CACHE_BYTES,
         observe: Callable[[int, Graph], None] | None = None,
     ):
-        """Hold frames for a model.
+        """Create a data set; no graph is built yet.
 
         Args:
             frames: The structures.
             cutoff: Cutoff radius of the model, in Angstrom.
-            default_charge_spin: Charge and multiplicity of frames that carry none; None: neutral singlet.
-            cache_bytes: Graphs are kept in memory up to this size. The first ones stay: dropping the least
-                recently used would keep none until its next use, an epoch later.
-            observe: Called with the index and graph of a structure whenever one is built, in the thread that does.
+            default_charge_spin: Charge and multiplicity of frames without them; None: neutral singlet.
+            cache_bytes: Size limit of the graphs cached in memory. The first graphs stay cached: evicting the
+                least recently used ones would evict every graph before its next use, one epoch later.
+            observe: Called with the index and the graph of a structure whenever a graph is built, in the
+                thread that builds it.
         """
         self.frames = list(frames)
         self.cutoff = cutoff
@@ -79,12 +78,12 @@ class FrameDataset:
 
     @property
     def num_atoms(self) -> NDArray[np.int64]:
-        """Atoms of each structure, (n,)."""
+        """Number of atoms of each structure (n,)."""
         return np.array([len(frame) for frame in self.frames], dtype=np.int64)
 
     @property
     def num_edges(self) -> NDArray[np.int64]:
-        """Edges of each structure, (n,); the first use builds every graph."""
+        """Number of edges of each structure (n,); the first use builds every graph."""
         if self._num_edges is None:
             indices = track(range(len(self)), "building neighbour lists", disable=len(self) <= 2000)
             self._num_edges = np.array([self.graph(i).num_edges for i in indices], dtype=np.int64)
@@ -94,7 +93,7 @@ class FrameDataset:
         """Graph of one structure.
 
         Raises:
-            ValueError: If the structure has no neighbour list; the message names its origin.
+            ValueError: If its neighbour list cannot be built; the message names the origin of the structure.
         """
         if index in self._graphs:
             return self._graphs[index]
@@ -115,7 +114,7 @@ class FrameDataset:
         return graph
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Join structures and their labels."""
+        """Join structures and their labels into one batch."""
         frames = [self.frames[i] for i in indices]
         forces = [np.zeros((len(f), 3)) if f.forces is None else f.forces for f in frames]
         virial = [np.zeros((3, 3)) if f.virial is None else f.virial for f in frames]
@@ -132,20 +131,20 @@ class FrameDataset:
 
 
 class Budget(NamedTuple):
-    """Most of something that a batch may hold."""
+    """Limit of the structures, atoms or edges in a batch."""
 
-    what: str  # structures, atoms or edges
-    sizes: NDArray[np.int64]  # of every structure
+    what: str  # "structures", "atoms" or "edges"
+    sizes: NDArray[np.int64]  # of each structure (n,)
     most: int
 
 
 def pack(order: Sequence[int], budgets: Sequence[Budget]) -> list[list[int]]:
-    """Cut an order of structures into batches, each as long as every budget allows.
+    """Split structures into consecutive batches, each as large as all budgets allow.
 
-    A structure larger than a budget is a batch of its own: nothing is dropped.
+    A structure that exceeds a budget becomes a batch of its own; none is dropped.
 
     Args:
-        order: Indices of structures.
+        order: Indices of the structures, in the order of the batches.
         budgets: Limits of a batch.
     """
     batches: list[list[int]] = []
@@ -161,10 +160,10 @@ def pack(order: Sequence[int], budgets: Sequence[Budget]) -> list[list[int]]:
 
 
 class EpochBatches:
-    """The batches of every epoch, determined by seed and epoch alone, so that a run can be resumed.
+    """Batches of every epoch, determined by seed and epoch alone so that a run can be resumed.
 
-    Batches mix system sizes: a batch is filled until its budget of atoms or edges is spent, so that one large
-    structure cannot exhaust the memory.
+    Batches mix structures of different sizes. A batch is filled until its budget of atoms or edges is spent,
+    so that large structures do not exhaust the memory.
     """
 
     def __init__(
@@ -177,20 +176,20 @@ class EpochBatches:
         seed: int = 0,
         shuffle: bool = True,
     ):
-        """Choose the size of a batch: ``batch_size``, or ``max_atoms`` and/or ``max_edges``.
+        """Set the size of batches: ``batch_size``, or ``max_atoms`` and/or ``max_edges``.
 
-        Warns once if a structure alone exceeds a budget.
+        A structure that alone exceeds a budget causes one warning.
 
         Args:
             dataset: The structures.
-            batch_size: Structures per batch.
-            max_atoms: Most atoms per batch.
-            max_edges: Most edges per batch.
+            batch_size: Number of structures per batch.
+            max_atoms: Maximum number of atoms per batch.
+            max_edges: Maximum number of edges per batch.
             seed: Seed of the shuffling.
-            shuffle: A new order in every epoch; otherwise the order of the frames.
+            shuffle: Shuffle anew in every epoch; otherwise preserve the order of the frames.
 
         Raises:
-            ValueError: If no size, both kinds, or a size below one is given, or there is no structure.
+            ValueError: If no size, both kinds of size or a size below 1 is given, or the data set is empty.
         """
         given = {"batch_size": batch_size, "max_atoms": max_atoms, "max_edges": max_edges}
         limits = {name: value for name, value in given.items() if value is not None}
@@ -224,20 +223,21 @@ class EpochBatches:
             )
 
     def indices(self, epoch: int) -> list[list[int]]:
-        """Structures of every batch of an epoch."""
+        """Indices of the structures of each batch of an epoch."""
         order = np.arange(len(self.dataset))
         if self.shuffle:
             order = np.random.default_rng((self.seed, epoch)).permutation(order)
         return pack(order.tolist(), self._budgets)
 
     def num_batches(self, epoch: int) -> int:
-        """Number of batches of an epoch; under a budget it depends on the order."""
+        """Number of batches of an epoch; with ``max_atoms`` or ``max_edges`` it differs between epochs."""
         return len(self.indices(epoch))
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Batches ``start``, ``start`` + 1, ... of an epoch, in page-locked memory where there is a GPU.
+        """Iterate over the batches of an epoch from number ``start`` on.
 
-        They are prepared ahead by a thread, which ends when the iterator is exhausted, closed or deleted.
+        The batches are in page-locked memory if there is a GPU. A thread prepares them ahead; it ends when
+        the iterator is exhausted, closed or deleted.
         """
         pin = torch.cuda.is_available()
 
@@ -249,7 +249,7 @@ class EpochBatches:
 
 
 def _prefetched(make: Callable[[list[int]], Batch], items: Sequence[list[int]]) -> Iterator[Batch]:
-    """``make`` of every item, a few items early, in one thread; its exceptions are raised here."""
+    """Yield ``make(item)`` of every item, computed ahead in one thread; re-raise exceptions of ``make``."""
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dpa4-batches")
     todo = iter(items)
     pending: deque[Future[Batch]] = deque()

@@ -1,4 +1,4 @@
-"""Reader of deepmd npy systems, standard and mixed type (model-3 section 19)."""
+"""Reader of deepmd-kit's npy systems, standard and mixed type."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,20 +12,21 @@ from dpa4.data.labels import checked_frame, whole_charge_spin
 
 
 def find_systems(directory: Path) -> list[Path]:
-    """Systems at or below a directory, in order: the directories that hold ``type.raw``."""
+    """Find all systems at or below a directory, sorted: the directories that contain ``type.raw``."""
     return sorted(file.parent for file in directory.rglob("type.raw"))
 
 
 def read_system(system: Path) -> Iterator[Frame]:
     """Read all frames of all sets of one system.
 
-    The virial is -dE/dstrain in eV, as here. Padding atoms (type -1) of a mixed-type system are removed.
+    The virial is -dE/dstrain in eV, as in ``Frame``. Padding atoms (type -1) of mixed-type systems are
+    removed.
 
     Args:
         system: Directory with ``type.raw``, ``type_map.raw`` and ``set.*``.
 
     Raises:
-        ValueError: If a file is missing, does not fit the others, or names an unknown element.
+        ValueError: If a file is missing, does not match the others, or names an unknown element.
     """
     charges = _type_map(system)
     types = np.array((system / "type.raw").read_text().split(), dtype=np.int64)
@@ -80,7 +81,7 @@ def _read_set(
 
 
 def _load(folder: Path, name: str, shape: tuple[int, ...]) -> NDArray[np.float64] | None:
-    """An array of the set as float64, None if there is no such file."""
+    """Load an array of a set as float64; None if there is no such file."""
     path = folder / f"{name}.npy"
     if not path.exists():
         return None
@@ -89,16 +90,16 @@ def _load(folder: Path, name: str, shape: tuple[int, ...]) -> NDArray[np.float64
         return values.astype(np.float64).reshape(shape)
     except ValueError:
         raise ValueError(
-            f"{path} has shape {values.shape}, which does not fit {shape} of its system"
+            f"{path} has shape {values.shape}, which does not match {shape} of its system"
         ) from None
 
 
 def _type_map(system: Path) -> NDArray[np.int64]:
-    """Nuclear charge of each type."""
+    """Read the nuclear charge of each type."""
     path = system / "type_map.raw"
     if not path.exists():
         raise ValueError(f"{system} has no type_map.raw; add it, with the chemical symbol of each type")
     names = path.read_text().split()
     if unknown := [name for name in names if not atomic_numbers.get(name)]:
-        raise ValueError(f"{path} names {unknown}; allowed are chemical symbols such as H, C, Si")
+        raise ValueError(f"{path} names {unknown}; use chemical symbols such as H, C, Si")
     return np.array([atomic_numbers[name] for name in names], dtype=np.int64)

@@ -8,22 +8,22 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A structure and its reference labels, in eV and Angstrom; a label that is absent is None.
+    """A structure and its reference labels, in eV and Angstrom; a missing label is None.
 
     ``virial`` is -dE/dstrain = -volume * stress, with the stress in ASE's sign (tensile positive).
     """
 
     atomic_numbers: NDArray[np.int64]  # (N,)
     positions: NDArray[np.float64]  # (N, 3)
-    cell: NDArray[np.float64]  # (3, 3) rows; zeros without periodicity
+    cell: NDArray[np.float64]  # (3, 3), cell vectors as rows; zeros without periodicity
     pbc: NDArray[np.bool_]  # (3,)
     charge_spin: tuple[int, int] | None = None  # total charge, spin multiplicity 2S + 1
     energy: float | None = None
     forces: NDArray[np.float64] | None = None  # (N, 3)
     virial: NDArray[np.float64] | None = None  # (3, 3)
     weight: float = 1.0
-    group: str = ""  # name in error tables: config_type of the file, or the file's name
-    origin: str = ""  # "train.xyz, frame 12", for messages
+    group: str = ""  # name in error tables: config_type in the file, or the name of the file
+    origin: str = ""  # source for messages, such as "train.xyz, frame 12"
 
     def __len__(self) -> int:
         """Number of atoms."""

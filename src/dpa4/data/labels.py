@@ -1,4 +1,4 @@
-"""From an ASE structure to a ``Frame``: which entries are labels, and in which sign."""
+"""Conversion of ASE structures to ``Frame``: names, units and signs of labels."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from dpa4.data.frame import Frame
 
-# Where a label is looked for, first match first: results of a calculator (where ASE puts energy, forces and
-# stress of an extxyz file), REF_* (MACE), plain names. free_energy is the last resort: the plain energy is
-# extrapolated to zero smearing, and the one other structures of a set are likely to have.
+# Entries searched for a label; the first match counts. Results of a calculator come first, because ASE stores
+# energy, forces and stress of an extxyz file there, then REF_* (MACE), then plain names. free_energy is the last
+# resort: the plain energy is extrapolated to zero smearing, and other structures are more likely to have it.
 ENERGY = ("results.energy", "info.REF_energy", "info.energy", "results.free_energy", "info.free_energy")
 FORCES = ("results.forces", "arrays.REF_forces", "arrays.forces", "arrays.force")
 STRESS = (
@@ -26,9 +26,9 @@ STRESS = (
 class LabelKeys:
     """Names of labels in ``atoms.info``, ``atoms.arrays`` or calculator results; None finds the usual names.
 
-    A label that is named is taken from there only: a structure without it has no such label. This keeps
-    energies of another method, which may be in the file under a usual name, out of the set. Naming the stress
-    or the virial replaces the search for both.
+    A named label is read from this entry only; a structure without the entry lacks the label. This excludes
+    labels of another method that the file may contain under a usual name. Naming the stress or the virial
+    replaces the search for both.
     """
 
     energy: str | None = None  # eV
@@ -43,15 +43,20 @@ USUAL_KEYS = LabelKeys()
 
 
 def label_names(atoms: Atoms) -> set[str]:
-    """Every name a structure has an entry under."""
+    """Names of all entries of a structure: calculator results, info and arrays."""
     return {*_results(atoms), *atoms.info, *atoms.arrays} - {"numbers", "positions"}
 
 
 def check_keys(keys: LabelKeys, found: Iterable[str], origin: str) -> None:
-    """Refuse a named label that no structure has.
+    """Check that every named label occurs in some structure.
+
+    Args:
+        keys: Names of the labels.
+        found: Names of all entries of all structures.
+        origin: Source of the structures, for the message.
 
     Raises:
-        ValueError: Naming the entries that exist.
+        ValueError: If a named label does not occur; the message lists the existing entries.
     """
     found = set(found)
     for label, key in asdict(keys).items():
@@ -64,17 +69,19 @@ def check_keys(keys: LabelKeys, found: Iterable[str], origin: str) -> None:
 def frame_from_atoms(atoms: Atoms, keys: LabelKeys = USUAL_KEYS, group: str = "", origin: str = "") -> Frame:
     """Read positions, labels, charge, spin multiplicity, weight and group of an ASE structure.
 
-    Charge and multiplicity are ``info["charge"]`` and ``info["spin"]`` (if one is absent, 0 or 1), the weight
-    is ``info["config_weight"]``, the group ``info["config_type"]`` or ``info["group"]``.
+    Charge and multiplicity are ``info["charge"]`` and ``info["spin"]`` (if only one is present, the other is
+    0 or 1), the weight is ``info["config_weight"]``, and the group ``info["config_type"]`` or
+    ``info["group"]``.
 
     Args:
         atoms: The structure.
         keys: Names of the labels.
-        group: Group of a structure that names none.
-        origin: Where the structure is from, for messages.
+        group: Group if the structure names none.
+        origin: Source of the structure, for messages.
 
     Raises:
-        ValueError: If a label has the wrong shape, is not finite, or a stress has no volume.
+        ValueError: If a label has the wrong shape or is not finite, or a stress belongs to a cell without
+            volume.
     """
     info = atoms.info
     weight = _numbers(info.get("config_weight", 1.0), (), "config_weight", origin)
@@ -104,7 +111,7 @@ def checked_frame(frame: Frame) -> Frame:
     """Return the frame if it has atoms and all its numbers are finite.
 
     Raises:
-        ValueError: Naming the frame and what is wrong.
+        ValueError: If not; the message names the frame and the problem.
     """
     if not len(frame):
         raise ValueError(f"{frame.origin} has no atoms; remove it")
@@ -113,15 +120,15 @@ def checked_frame(frame: Frame) -> Frame:
         if value is not None and not np.isfinite(value).all():
             where = np.argwhere(~np.isfinite(value))[0]
             row = f" of atom {where[0]}" if name in ("positions", "forces") else ""
-            raise ValueError(f"{name}{row} in {frame.origin} not finite; correct or remove the structure")
+            raise ValueError(f"{frame.origin}: {name}{row} not finite; correct or remove the structure")
     return frame
 
 
 def whole_charge_spin(charge: Any, spin: Any, origin: str) -> tuple[int, int]:
-    """Total charge and spin multiplicity as whole numbers.
+    """Convert total charge and spin multiplicity to integers.
 
     Raises:
-        ValueError: If they are not whole, or the multiplicity is below 1.
+        ValueError: If a value is not a whole number, or the multiplicity is below 1.
     """
     values = []
     for name, value in (("charge", charge), ("spin", spin)):
@@ -144,7 +151,7 @@ def _results(atoms: Atoms) -> dict[str, Any]:
 
 
 def _find(atoms: Atoms, usual: Iterable[str], named: Iterable[str | None]) -> tuple[str, Any] | None:
-    """Name and value of the first entry that exists; only named ones count if there are any."""
+    """Name and value of the first existing entry; entries in ``named``, if any, replace the usual ones."""
     places: dict[str, dict[str, Any]] = {
         "results": _results(atoms),
         "info": atoms.info,
@@ -160,16 +167,16 @@ def _find(atoms: Atoms, usual: Iterable[str], named: Iterable[str | None]) -> tu
 
 
 def _numbers(value: Any, shape: tuple[int, ...], name: str, origin: str) -> NDArray[np.float64]:
-    """The value as float64 of this shape."""
+    """Convert a value to float64 of this shape."""
     try:
         return np.array(value, dtype=np.float64).reshape(shape)
     except (TypeError, ValueError):
-        wanted = f"numbers of shape {shape}" if shape else "a number"
-        raise ValueError(f"{name} of {origin} must be {wanted}, got {value!r}") from None
+        expected = f"numbers of shape {shape}" if shape else "a number"
+        raise ValueError(f"{name} of {origin} must be {expected}, got {value!r}") from None
 
 
 def _virial(atoms: Atoms, name: str, value: Any, keys: LabelKeys, origin: str) -> NDArray[np.float64] | None:
-    """Virial (3, 3) in eV from a stress or virial in any order; None for the zero stress of a molecule."""
+    """Virial (3, 3) in eV from 6 or 9 numbers of a stress or virial; None for the zero stress of a molecule."""
     tensor = _numbers(value, np.shape(value), name, origin)
     if tensor.size not in (6, 9):
         raise ValueError(f"{name} of {origin} must have 6 or 9 numbers, got shape {tensor.shape}")

@@ -1,4 +1,4 @@
-"""Reading structures and labels from files, the only place where they enter."""
+"""Reading of structures and labels from files; all data enters here."""
 
 import io
 import zipfile
@@ -17,19 +17,19 @@ from dpa4.data.labels import USUAL_KEYS, LabelKeys, check_keys, frame_from_atoms
 def read_frames(paths: str | Path | Sequence[str | Path], keys: LabelKeys = USUAL_KEYS) -> list[Frame]:
     """Read every structure of one or more files or directories.
 
-    Files: all ASE reads (extended XYZ, trajectories, VASP and other outputs), ASE databases (``.db``,
-    ``.json``), ``.aselmdb``, and ``.zip`` archives of extended XYZ files. Directories: deepmd npy systems at
-    any depth, or ``.aselmdb`` shards.
+    Files may have any format that ASE reads (extended XYZ, trajectories, VASP and other outputs), be ASE
+    databases (``.db``, ``.json``, ``.aselmdb``), or ``.zip`` archives of extended XYZ files. Directories may
+    contain deepmd-kit npy systems at any depth, or ``.aselmdb`` shards.
 
-    Labels are in eV and Angstrom. Without ``keys`` they are looked for in the calculator's results, then as
+    Labels are in eV and Angstrom. Without ``keys`` they are searched in the calculator's results, then as
     ``REF_energy``, ``REF_forces``, ``REF_stress``, ``REF_virial(s)``, then under the plain names. A virial is
-    -dE/dstrain in eV; a stress is in eV/Angstrom^3 in ASE's sign (tensile positive) and becomes
-    -volume * stress. Of an energy and a free energy the energy is taken.
+    -dE/dstrain in eV; a stress is in eV/Angstrom^3 in ASE's sign (tensile positive) and is converted to the
+    virial -volume * stress. The energy is preferred to the free energy.
 
     Args:
         paths: A path, or several that are read in order.
-        keys: Names of the labels where they are not the usual ones. Each must occur in at least one structure
-            of all the paths together; deepmd directories have fixed names.
+        keys: Names of labels that differ from the usual ones. Each must occur in at least one structure of
+            all paths together. deepmd-kit directories have fixed names.
 
     Raises:
         FileNotFoundError: If a path does not exist.
@@ -58,7 +58,7 @@ def read_frames(paths: str | Path | Sequence[str | Path], keys: LabelKeys = USUA
 
 
 def read_atoms(path: Path) -> Iterator[tuple[str, Atoms]]:
-    """Structures of one path with their origin, in any of the formats of ``read_frames`` but deepmd's.
+    """Iterate over origin and structure, for a path in any format of ``read_frames`` except deepmd-kit's.
 
     Raises:
         ImportError: If the reader of ``.aselmdb`` files is not installed.
@@ -82,23 +82,23 @@ def read_atoms(path: Path) -> Iterator[tuple[str, Atoms]]:
 
 
 def read_images(path: Path, index: str = ":") -> list[Atoms]:
-    """Structures of a file in a format of ASE, without their origin.
+    """Read the structures of a file in a format of ASE, without their origin.
 
     Args:
         path: The file.
-        index: Which of them, as ASE writes it; "-1" is the last.
+        index: ASE's index string; ":" selects all images, "-1" the last one.
 
     Raises:
-        ValueError: If ASE cannot read it.
+        ValueError: If ASE cannot read the file.
     """
     try:
         return list(ase.io.iread(path, index=index))
-    except Exception as error:  # ASE's readers raise errors of every kind
+    except Exception as error:  # ASE's readers raise many kinds of errors
         raise ValueError(f"{path} cannot be read by ASE: {type(error).__name__}: {error}") from error
 
 
 def _read_archive(path: Path) -> Iterator[tuple[str, Atoms]]:
-    """Structures of the extended XYZ files in an archive, which is not unpacked."""
+    """Iterate over the structures of the extended XYZ files in an archive, without unpacking it."""
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
@@ -106,12 +106,14 @@ def _read_archive(path: Path) -> Iterator[tuple[str, Atoms]]:
                     text = io.StringIO(archive.read(name).decode())
                     for k, atoms in enumerate(ase.io.iread(text, index=":", format="extxyz")):
                         yield f"{path}, {name}, frame {k}", atoms
-    except Exception as error:  # of the archive or ASE's reader, of every kind
-        raise ValueError(f"{path} cannot be read as archive: {type(error).__name__}: {error}") from error
+    except Exception as error:  # the archive and ASE's reader raise many kinds of errors
+        raise ValueError(
+            f"{path} cannot be read as a zip archive: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _read_database(path: Path) -> Iterator[tuple[str, Atoms]]:
-    """Rows of an ASE database; their key-value pairs and data become ``atoms.info``."""
+    """Iterate over the rows of an ASE database; key-value pairs and data of a row become ``atoms.info``."""
     options: dict[str, object] = {}
     if path.suffix == ".aselmdb":
         try:
@@ -120,12 +122,14 @@ def _read_database(path: Path) -> Iterator[tuple[str, Atoms]]:
             raise ImportError(f"reading {path} needs ase-db-backends: pip install dpa4[aselmdb]") from None
         options = {"type": "aselmdb", "readonly": True}
     try:
-        # No lock file: the folder of a data set may not be writable.
+        # No lock file, because the folder of a data set may be read-only.
         with ase.db.connect(path, use_lock_file=False, **options) as database:
             for row in database.select():
                 atoms = row.toatoms()
                 atoms.info.update(row.key_value_pairs)
                 atoms.info.update(row.data)
                 yield f"{path}, row {row.id}", atoms
-    except Exception as error:  # of the database or its decoder, of every kind
-        raise ValueError(f"{path} cannot be read as ASE database: {type(error).__name__}: {error}") from error
+    except Exception as error:  # the database and its decoder raise many kinds of errors
+        raise ValueError(
+            f"{path} cannot be read as an ASE database: {type(error).__name__}: {error}"
+        ) from error

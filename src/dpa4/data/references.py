@@ -1,4 +1,4 @@
-"""Atomic reference energies: the part of a total energy that depends on the composition alone."""
+"""Atomic reference energies: the part of the total energy that depends on composition alone."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,31 +13,35 @@ ISOLATED_GROUPS = ("isolatedatom", "isolatedatoms")
 
 
 def is_isolated_atom(frame: Frame) -> bool:
-    """Whether a frame is a free atom: one atom, without periodicity or of config_type IsolatedAtom."""
+    """Return whether a frame is a free atom: one atom, non-periodic or with config_type IsolatedAtom."""
     labelled = frame.group.lower().replace("_", "") in ISOLATED_GROUPS
     return len(frame) == 1 and (labelled or not frame.pbc.any())
 
 
 def without_isolated_atoms(frames: Sequence[Frame]) -> list[Frame]:
-    """The frames to train on. As in MACE, free atoms give reference energies only and are not fitted."""
+    """Return the frames to fit. As in MACE, free atoms only define reference energies and are not fitted."""
     return [frame for frame in frames if not is_isolated_atom(frame)]
 
 
 def reference_energies(
     source: str | Mapping[str, float], frames: Sequence[Frame], elements: Sequence[str]
 ) -> dict[str, float]:
-    """Energy of an atom of each element, in eV.
+    """Determine the reference energy of each element, in eV (docs/theory.md, "Readout and energy").
 
     Args:
-        source: A map from chemical symbols to eV; "isolated": the frames with one free atom;
-            "least_squares": the minimum-norm fit of compositions to the energies of all other frames, where
-            elements that do not occur get 0 (model-3 section 11); "auto": isolated if every element has a
-            free atom, otherwise least_squares, or zeros if no frame has an energy.
-        frames: Training frames, free atoms included.
-        elements: Chemical symbols of the model.
+        source: One of
+
+            * a map from chemical symbols to energies in eV;
+            * "isolated": the energies of the free atoms among the frames;
+            * "least_squares": minimum-norm fit of compositions to the energies of all other frames; elements
+              that do not occur get 0;
+            * "auto": "isolated" if every element has a free atom, otherwise "least_squares", or zeros if no
+              frame has an energy.
+        frames: Training frames, including free atoms.
+        elements: Chemical symbols of the elements of the model.
 
     Raises:
-        ValueError: If the source is unknown, leaves out an element, or finds no energy.
+        ValueError: If the source is unknown, an element has no energy, or no frame has an energy to fit.
     """
     if isinstance(source, Mapping):
         return _given(source, elements)
@@ -78,10 +82,10 @@ def _given(source: Mapping[str, float], elements: Sequence[str]) -> dict[str, fl
 
 
 def _isolated(frames: Sequence[Frame]) -> dict[str, float]:
-    """Energies of the free atoms among the frames.
+    """Energies of the free atoms among the frames, in eV.
 
     Raises:
-        ValueError: If two free atoms of an element differ.
+        ValueError: If two free atoms of an element have different energies.
     """
     found: dict[str, tuple[float, str]] = {}
     for frame in frames:
@@ -98,7 +102,7 @@ def _isolated(frames: Sequence[Frame]) -> dict[str, float]:
 
 
 def _least_squares(frames: Sequence[Frame], elements: Sequence[str]) -> dict[str, float]:
-    """Minimum-norm solution of counts x energies = total energies, in float64."""
+    """Minimum-norm solution of counts @ energies = total energies, in float64."""
     if not frames:
         raise ValueError(
             "reference energies cannot be fitted, because no frame has an energy; give them as a map such as "

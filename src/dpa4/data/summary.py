@@ -1,4 +1,4 @@
-"""What is in the data: a table for people, and checks before a run starts."""
+"""Summary table of the data, and checks before a run starts."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,7 +17,7 @@ def label_counts(frames: Sequence[Frame]) -> dict[str, int]:
 
 
 def elements_in(frames: Sequence[Frame]) -> list[str]:
-    """Chemical symbols that occur, by atomic number."""
+    """Chemical symbols that occur, sorted by atomic number."""
     return [chemical_symbols[z] for z in sorted({int(z) for f in frames for z in f.atomic_numbers})]
 
 
@@ -37,14 +37,16 @@ def summarize(frames_by_split: Mapping[str, Sequence[Frame]]) -> Table:
 
 
 def check_labels(frames: Sequence[Frame], weights: Mapping[str, float]) -> None:
-    """Refuse a target that has a weight but no label in any frame; labels missing in some are masked.
+    """Check that every target with a non-zero weight has a label in some frame.
+
+    Labels missing in some frames only are allowed: the loss masks them.
 
     Args:
         frames: Training frames.
         weights: Weight of "energy", "forces" and "virial" in the loss.
 
     Raises:
-        ValueError: Naming the target and the labels that were found.
+        ValueError: If a target has none; the message lists the labels found.
     """
     counts = label_counts(frames)
     for name, weight in weights.items():
@@ -56,10 +58,10 @@ def check_labels(frames: Sequence[Frame], weights: Mapping[str, float]) -> None:
 
 
 def check_elements(frames: Sequence[Frame], elements: Sequence[str]) -> None:
-    """Refuse frames with an element the model does not know.
+    """Check that the model knows all elements of the frames.
 
     Raises:
-        ValueError: Naming the first such element and frame.
+        ValueError: If not; the message names the first unknown element and its frame.
     """
     known = np.zeros(len(chemical_symbols), dtype=bool)
     known[[chemical_symbols.index(e) for e in elements]] = True
@@ -73,10 +75,10 @@ def check_elements(frames: Sequence[Frame], elements: Sequence[str]) -> None:
 
 
 def check_charge_spin(frames: Sequence[Frame]) -> None:
-    """Refuse frames without charge and multiplicity, for a model that needs them and has no default.
+    """Check that all frames have charge and multiplicity, for a model that needs them and has no default.
 
     Raises:
-        ValueError: Naming the first such frame.
+        ValueError: If not; the message names the first frame without them.
     """
     for frame in frames:
         if frame.charge_spin is None:
@@ -87,6 +89,6 @@ def check_charge_spin(frames: Sequence[Frame]) -> None:
 
 
 def _labels(frames: Sequence[Frame], separator: str) -> str:
-    """Such as: energy 50/50, forces 50/50, virial 12/50."""
+    """Label counts as text, such as "energy 50/50, forces 50/50, virial 12/50"."""
     counts = label_counts(frames).items()
     return separator.join(f"{label} {count}/{len(frames)}" for label, count in counts)

@@ -1,4 +1,4 @@
-"""Graphs of atoms and edges."""
+"""Graphs of atoms and edges, and neighbour searches."""
 
 from dpa4.graph.graph import Graph, collate, first_atoms
 from dpa4.graph.neighbors import build_graph, neighbor_list, neighbor_list_torch, within_cutoff

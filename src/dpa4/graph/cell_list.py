@@ -1,8 +1,9 @@
-"""Cell list in torch operations: candidate pairs on any device, in memory that grows with the number of atoms.
+"""Cell list in torch operations: candidate pairs on any device, with memory linear in the number of atoms.
 
-Periodic images that can have a neighbour in the cell become atoms of their own. What is left is a search
-without periodicity: atoms are binned along the Cartesian axes and sorted by bin, so that the bins of one column
-around an atom are one range of the sorted list, found by bisection. No array has an entry per bin.
+Periodic images that can have a neighbour in the cell are added as atoms of their own, which leaves a search
+without periodicity. Atoms are binned along the Cartesian axes and sorted by bin number. The bins of one
+column along z around an atom are therefore one range of the sorted list, found by bisection, and no array has
+one entry per bin.
 """
 
 import numpy as np
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from dpa4.graph.lattice import completed
 
-REACH = (2, 2, 4)  # bins per search radius along x, y and z; finer ones along z cost nothing
-FARTHEST_BIN = 2**40  # atoms beyond are binned together
-MOST_BINS = 2**62  # numbers of bins are int64
-ATOMS_AT_ONCE = 2**14  # bounds the memory of the candidates
+REACH = (2, 2, 4)  # bins per search radius along x, y and z; finer bins along z cost nothing
+FARTHEST_BIN = 2**40  # atoms beyond this bin share it
+MOST_BINS = 2**62  # bin numbers are int64
+ATOMS_AT_ONCE = 2**14  # limits the memory of the candidates
 
 
 def candidate_pairs(
@@ -25,29 +26,29 @@ def candidate_pairs(
     structure: Tensor,
     radius: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs within the radius, up to rounding, sorted by destination, source and shift.
+    """Find pairs within the radius, up to rounding, sorted by destination, source and shift.
 
     Args:
         positions: Finite positions (N, 3) float64 of at least one atom, in Angstrom.
-        lattice: Cell vectors of each structure as rows, zero for axes that are not periodic, (B, 3, 3).
-        periodic: Periodicity of its axes, (B, 3).
-        structure: The structure of each atom (N,) int64.
+        lattice: Cell vectors of each structure as rows (B, 3, 3), in Angstrom; zero for non-periodic axes.
+        periodic: Periodicity of the axes of each structure (B, 3).
+        structure: Index of the structure of each atom (N,) int64.
         radius: Search radius, in Angstrom.
 
     Returns:
-        destination (E,) int64, source (E,) int64, shift (E, 3) float64.
+        Destination (E,) int64, source (E,) int64, and shift in whole cell vectors (E, 3) float64.
 
     Raises:
         ValueError: If a periodic cell vector is zero or nearly in the plane of the others.
     """
     source, image, places, turns = _images(positions, lattice, periodic, structure, radius)
-    home = (image == 0).all(1).nonzero().squeeze(1)  # one per atom, in their order
+    home = (image == 0).all(1).nonzero().squeeze(1)  # one per atom, in the order of the atoms
     number, strides = _bin_numbers(places, structure[source], radius)
     found = _near_pairs(places, home, number, strides, radius)
     destination = found.div(len(source), rounding_mode="floor")
     found -= destination * len(source)
     neighbor = source[found]
-    if len(lattice) > 1:  # bins that were enlarged may hold atoms of several structures
+    if len(lattice) > 1:  # enlarged bins may hold atoms of several structures
         same = (structure[neighbor] == structure[destination]).nonzero().squeeze(1)
         found, neighbor, destination = found[same], neighbor[same], destination[same]
     return destination, neighbor, image[found] - turns[neighbor] + turns[destination]
@@ -60,13 +61,14 @@ def _images(
     structure: Tensor,
     radius: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Atoms wrapped into their cells, and all their images that are not farther than the radius from the cell.
+    """Wrap atoms into their cells and add all images that lie within the radius of the cell.
 
-    Sorted by atom and image, so that their number orders the edges of an atom by source and shift.
+    The G places are sorted by atom and image, so the index of a place orders the edges of an atom by source
+    and shift.
 
     Returns:
-        Atom (G,), image in whole cell vectors (G, 3), position (G, 3), and the cell vectors by which each atom
-        was wrapped (N, 3).
+        Atom (G,), image in whole cell vectors (G, 3) and position (G, 3) of each place, and the number of
+        cell vectors by which each atom was wrapped (N, 3).
     """
     device = positions.device
     full, heights = completed(lattice, periodic)
@@ -97,21 +99,21 @@ def _images(
 
 
 def _bin_numbers(places: Tensor, structure: Tensor, radius: float) -> tuple[Tensor, tuple[int, int]]:
-    """Number of the bin of each place (G,), z running fastest, and the strides of x and y.
+    """Bin number of each place (G,), with z running fastest, and the strides along x and y.
 
-    Rows of bins have as many empty ones at their ends as the search looks at beyond.
+    Along every axis, the bins are padded at both ends with the empty bins that the search can reach.
     """
     reach = torch.tensor(REACH, device=places.device, dtype=torch.float64)
     bins = ((places - places.amin(0)) * (reach / radius)).clamp(max=FARTHEST_BIN).long()
     bins[:, 0] += structure * (bins[:, 0].max() + REACH[0] + 1)  # structures side by side
-    for axis in range(3):  # shorten the gaps, which may be astronomic, to the least that is out of reach
+    for axis in range(3):  # shorten gaps, which may be astronomic, to the smallest width out of reach
         values, which = torch.unique(bins[:, axis], return_inverse=True)
         steps = values.diff().clamp(max=REACH[axis] + 1)
         bins[:, axis] = torch.cat((steps.new_zeros(1), steps.cumsum(0)))[which]
     most = bins.amax(0).tolist()
     widths = [m + 1 + 2 * r for m, r in zip(most, REACH, strict=True)]
     while widths[0] * widths[1] * widths[2] >= MOST_BINS and max(most) > 0:
-        bins = bins.div(2, rounding_mode="floor")  # larger bins: what was in reach stays in reach
+        bins = bins.div(2, rounding_mode="floor")  # larger bins: places within reach remain so
         most = [m // 2 for m in most]
         widths = [m + 1 + 2 * r for m, r in zip(most, REACH, strict=True)]
     strides = (widths[1] * widths[2], widths[2])
@@ -124,13 +126,13 @@ def _bin_numbers(places: Tensor, structure: Tensor, radius: float) -> tuple[Tens
 def _near_pairs(
     places: Tensor, home: Tensor, number: Tensor, strides: tuple[int, int], radius: float
 ) -> Tensor:
-    """Pairs within the radius as atom * G + place, ascending.
+    """Find pairs within the radius, each encoded as atom * G + place, in ascending order.
 
     Args:
-        places: Atoms and images (G, 3), in Angstrom.
-        home: Which of them the atoms are (N,).
-        number: Bins of the places (G,).
-        strides: Of the bins along x and y.
+        places: Positions of atoms and images (G, 3), in Angstrom.
+        home: Index of each atom among the places (N,).
+        number: Bin number of each place (G,).
+        strides: Strides of the bin numbers along x and y.
         radius: Search radius, in Angstrom.
     """
     device, total = places.device, len(places)
@@ -141,6 +143,8 @@ def _near_pairs(
     pairs = []
     for atoms in torch.arange(len(home), device=device).split(ATOMS_AT_ONCE):
         middle = number[home[atoms], None] + columns
+        # Each column within reach is one range of the sorted places. The ranges differ in length and are expanded
+        # into one flat list: `begin` is the start of a range minus the position of the range in that list.
         first = torch.searchsorted(key, middle - REACH[2])
         count = (torch.searchsorted(key, middle + REACH[2], right=True) - first).flatten()
         end = count.cumsum(0)

@@ -1,4 +1,4 @@
-"""The graph a model sees: atoms of one or more structures and the directed edges within the cutoff."""
+"""Graph that a model evaluates: atoms of one or more structures and the directed edges within the cutoff."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,15 +10,15 @@ from torch import Tensor
 class Graph(NamedTuple):
     """B structures with N atoms and E directed edges in flat lists.
 
-    A message flows source -> destination. Each pair within the cutoff gives two edges; periodic images, also
-    those of an atom with itself, are edges of their own. Edges are sorted by destination; neighbour searches sort
-    those of an atom by source and shift.
+    A message flows source -> destination. Each pair within the cutoff gives two edges. Every periodic image
+    is an edge of its own, including images of the centre itself. Edges are sorted by destination; neighbour
+    searches also sort the edges of one atom by source and shift.
     """
 
     atomic_numbers: Tensor  # (N,) int64
     positions: Tensor  # (N, 3) float64, Angstrom
-    cell: Tensor  # (B, 3, 3) float64, cell vectors as rows in Angstrom; those of non-periodic axes are unused
-    structure: Tensor  # (N,) int64, ascending: the structure an atom belongs to
+    cell: Tensor  # (B, 3, 3) float64, cell vectors as rows in Angstrom; non-periodic rows are unused
+    structure: Tensor  # (N,) int64, ascending: index of the structure of each atom
     source: Tensor  # (E,) int64, neighbour j
     destination: Tensor  # (E,) int64, centre i, ascending
     shift: Tensor  # (E, 3) float64, whole cell vectors added to the neighbour
@@ -42,23 +42,23 @@ class Graph(NamedTuple):
     def edge_vectors(self) -> Tensor:
         """Vectors r_j + S cell - r_i from centre to neighbour, (E, 3) float64 in Angstrom."""
         cell = self.cell[self.structure[self.destination]]
-        # A batch of products takes several times as long on a GPU.
+        # A batched matrix product would be several times slower on a GPU.
         image = (self.shift[:, :, None] * cell).sum(1)
         return self.positions[self.source] - self.positions[self.destination] + image
 
     def to(self, device: torch.device | str) -> "Graph":
         """Copy to a device."""
-        # A copy to the CPU must be complete on return; one to an accelerator is ordered by its stream.
+        # A copy to the CPU must be complete on return; a copy to an accelerator is ordered by its stream.
         non_blocking = torch.device(device).type != "cpu"
         return Graph(*(t.to(device, non_blocking=non_blocking) for t in self))
 
     def pin_memory(self) -> "Graph":
-        """Copy to page-locked memory, from where copies to a GPU do not wait."""
+        """Copy to page-locked memory, from which copies to a GPU are asynchronous."""
         return Graph(*(t.pin_memory() for t in self))
 
 
 def collate(graphs: Sequence[Graph]) -> Graph:
-    """Join graphs into one; atoms and edges keep their order.
+    """Join graphs into one, preserving the order of atoms and edges.
 
     Raises:
         ValueError: If there is no graph.
@@ -86,7 +86,7 @@ def collate(graphs: Sequence[Graph]) -> Graph:
 
 
 def first_atoms(graph: Graph, count: int) -> Graph:
-    """The first atoms of a graph, with the edges between them."""
+    """Return the graph of the first ``count`` atoms and of the edges between them."""
     keep = (graph.source < count) & (graph.destination < count)
     return graph._replace(
         atomic_numbers=graph.atomic_numbers[:count],

@@ -1,4 +1,4 @@
-"""What every neighbour search requires of positions and cells, and the geometry of the periodic axes."""
+"""Checks of positions, cells and cutoffs for neighbour searches, and the geometry of the periodic axes."""
 
 import numpy as np
 import torch
@@ -8,17 +8,17 @@ from torch import Tensor
 
 Array = NDArray[np.float64]
 
-MIN_HEIGHT = 0.1  # Angstrom: an atom cannot have its own periodic image this near
+MIN_HEIGHT = 0.1  # Angstrom; an atom cannot be this close to its own periodic image
 
 
 def check_cutoff(cutoff: float) -> None:
-    """Error unless the cutoff is a positive length."""
+    """Raise a ValueError unless the cutoff is a positive, finite length in Angstrom."""
     if not (np.isfinite(cutoff) and cutoff > 0):
         raise ValueError(f"the cutoff must be a positive length in Angstrom, got {cutoff}")
 
 
 def check_positions(positions: Tensor) -> None:
-    """Error unless positions are finite and of the shape (N, 3)."""
+    """Raise a ValueError unless positions are finite and of shape (N, 3)."""
     if positions.dim() != 2 or positions.shape[1] != 3:
         raise ValueError(f"positions must have the shape (atoms, 3), got {tuple(positions.shape)}")
     finite = torch.isfinite(positions).all(1)
@@ -28,10 +28,23 @@ def check_positions(positions: Tensor) -> None:
 
 
 def periodic_lattice(cell: ArrayLike, pbc: ArrayLike) -> tuple[Array, NDArray[np.bool_]]:
-    """Cell vectors with zero rows for axes that are not periodic (..., 3, 3), and the periodicity (..., 3)."""
+    """Zero the cell vectors of non-periodic axes.
+
+    Args:
+        cell: Cell vectors as rows (..., 3, 3), in Angstrom.
+        pbc: Periodicity of the axes (..., 3).
+
+    Returns:
+        Cell vectors (..., 3, 3) float64 and periodicity (..., 3), as arrays.
+
+    Raises:
+        ValueError: If the shapes do not match or the cell is not finite.
+    """
     cell, periodic = np.asarray(cell, dtype=np.float64), np.asarray(pbc, dtype=bool)
     if cell.shape != (*periodic.shape, 3) or periodic.shape[-1:] != (3,):
-        raise ValueError(f"cell must be (3, 3) and pbc (3,), got {cell.shape} and {periodic.shape}")
+        raise ValueError(
+            f"cell must have shape (3, 3) and pbc shape (3,), got {cell.shape} and {periodic.shape}"
+        )
     if not np.isfinite(cell).all():
         bad = next(one for one in cell.reshape(-1, 3, 3) if not np.isfinite(one).all())
         raise ValueError(f"the cell is not finite: {bad.tolist()}")
@@ -39,14 +52,14 @@ def periodic_lattice(cell: ArrayLike, pbc: ArrayLike) -> tuple[Array, NDArray[np
 
 
 def completed(lattice: Array, pbc: NDArray[np.bool_]) -> tuple[Array, Array]:
-    """Complete the periodic rows by orthogonal unit vectors; also the distances of opposite faces.
+    """Replace the cell vectors of non-periodic axes by orthogonal unit vectors.
 
     Args:
-        lattice: Cell vectors as rows, (..., 3, 3), zero for axes that are not periodic.
-        pbc: Periodicity, (..., 3).
+        lattice: Cell vectors as rows (..., 3, 3), in Angstrom; zero for non-periodic axes.
+        pbc: Periodicity of the axes (..., 3).
 
     Returns:
-        The cells (..., 3, 3), and the distances (..., 3), in Angstrom.
+        Cells (..., 3, 3), and the distances between opposite faces of the cells (..., 3), in Angstrom.
 
     Raises:
         ValueError: If a periodic cell vector is zero or nearly in the plane of the others.

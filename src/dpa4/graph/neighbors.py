@@ -1,8 +1,10 @@
 """Neighbour lists: every pair of atoms within the cutoff, over all periodic images.
 
-The search is vesin's on the CPU and a cell list in torch operations on accelerators. Which pairs belong to the
-list is decided here, by one formula in float64, so that either search gives the edges of the definition
-0 < |r_j + S cell - r_i| <= cutoff and no others, in one order: by destination, source and shift.
+Candidate pairs come from vesin on a CPU and from a cell list in torch operations on accelerators. One formula
+in float64 then selects the edges, so that both searches return the same ones, sorted by destination, source
+and shift:
+
+    0 < |r_j + S cell - r_i| <= cutoff
 """
 
 from typing import Any, NamedTuple
@@ -17,8 +19,8 @@ from dpa4.graph.cell_list import candidate_pairs
 from dpa4.graph.graph import Graph
 from dpa4.graph.lattice import check_cutoff, check_positions, completed, periodic_lattice
 
-MIN_DISTANCE = 1e-5  # Angstrom: closer atoms are one atom given twice
-SEARCH_MARGIN = 1 + 1e-6  # searches look a little farther, since their rounding is not that of the definition
+MIN_DISTANCE = 1e-5  # Angstrom; closer atoms are the same atom entered twice
+SEARCH_MARGIN = 1 + 1e-6  # enlarges the radius of a search, whose rounding differs from the formula here
 
 
 class Neighbors(NamedTuple):
@@ -33,13 +35,13 @@ def neighbor_list(positions: ArrayLike, cell: ArrayLike, pbc: ArrayLike, cutoff:
     """Find all directed pairs with a distance of at most the cutoff.
 
     Positions may lie outside the cell, the cell may be skewed or smaller than the cutoff (an atom then has
-    its own images as neighbours), and any of its axes may be periodic.
+    its own images as neighbours), and any subset of the axes may be periodic.
 
     Args:
         positions: Atom positions (N, 3), in Angstrom.
-        cell: Cell vectors as rows (3, 3), in Angstrom; rows of axes that are not periodic are not used.
+        cell: Cell vectors as rows (3, 3), in Angstrom; rows of non-periodic axes are ignored.
         pbc: Periodicity of the three axes (3,).
-        cutoff: Cutoff radius, in Angstrom; a pair at exactly this distance is kept.
+        cutoff: Cutoff radius, in Angstrom; a pair at exactly this distance is included.
 
     Raises:
         ValueError: If a shape is wrong, a number is not finite, the cutoff is not positive, a periodic cell
@@ -68,23 +70,23 @@ def neighbor_list(positions: ArrayLike, cell: ArrayLike, pbc: ArrayLike, cutoff:
     keep = np.flatnonzero(squared <= cutoff * cutoff)
     keep = keep[_order(i[keep], j[keep], shift[keep])]
     i, j, shift = i[keep], j[keep], shift[keep]
-    _refuse_coincident(torch.from_numpy(i), torch.from_numpy(j), torch.from_numpy(squared[keep]))
+    _check_coincident(torch.from_numpy(i), torch.from_numpy(j), torch.from_numpy(squared[keep]))
     return Neighbors(j, i, shift)
 
 
 def neighbor_list_torch(
     positions: Tensor, cell: Tensor, pbc: Tensor, cutoff: float, structure: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Find the pairs of ``neighbor_list`` on the device of the positions, of many structures at once if wanted.
+    """Find the pairs of ``neighbor_list`` on the device of the positions, for one or several structures.
 
-    Memory grows with the number of atoms and edges, whatever the extent of the structure.
+    Memory is linear in the number of atoms and edges and independent of the extent of the structure.
 
     Args:
         positions: Atom positions (N, 3) float64, in Angstrom.
-        cell: Cell vectors as rows (3, 3), or (B, 3, 3) of several structures, in Angstrom.
-        pbc: Periodicity of the three axes (3,) or (B, 3).
-        cutoff: Cutoff radius, in Angstrom; a pair at exactly this distance is kept.
-        structure: The structure of each atom (N,) int64, ascending; left out for one structure.
+        cell: Cell vectors as rows (3, 3), or (B, 3, 3) for several structures, in Angstrom.
+        pbc: Periodicity of the three axes (3,), or (B, 3) for several structures.
+        cutoff: Cutoff radius, in Angstrom; a pair at exactly this distance is included.
+        structure: Index of the structure of each atom (N,) int64, ascending; None for one structure.
 
     Returns:
         source: Neighbours j (E,) int64.
@@ -92,13 +94,13 @@ def neighbor_list_torch(
         shift: Whole cell vectors added to the neighbour (E, 3) float64.
 
     Raises:
-        ValueError: As ``neighbor_list``.
+        ValueError: As for ``neighbor_list``, or if the shapes do not match.
     """
     positions = positions.double()
     check_positions(positions)
     if structure is not None and (structure.shape != positions.shape[:1] or cell.shape[0] != pbc.shape[0]):
         raise ValueError(
-            f"structure {tuple(structure.shape)}, cell {tuple(cell.shape)} and pbc {tuple(pbc.shape)} do not fit "
+            f"structure {tuple(structure.shape)}, cell {tuple(cell.shape)} and pbc {tuple(pbc.shape)} do not match "
             f"each other or {len(positions)} positions"
         )
     lattice, periodic = periodic_lattice(cell.cpu().numpy(), pbc.cpu().numpy())
@@ -118,7 +120,7 @@ def neighbor_list_torch(
     squared = _squared_lengths(positions, rows, source, destination, shift)
     keep = (squared <= cutoff * cutoff).nonzero().squeeze(1)
     source, destination = source[keep], destination[keep]
-    _refuse_coincident(destination, source, squared[keep])
+    _check_coincident(destination, source, squared[keep])
     return source, destination, shift[keep]
 
 
@@ -131,7 +133,7 @@ def build_graph(
     charge_spin: tuple[int, int] = (0, 1),
     device: torch.device | str = "cpu",
 ) -> Graph:
-    """Build the graph of one structure, by the search of its device.
+    """Build the graph of one structure.
 
     Args:
         atomic_numbers: Nuclear charges (N,).
@@ -140,17 +142,19 @@ def build_graph(
         pbc: Periodicity of the three axes (3,).
         cutoff: Cutoff radius, in Angstrom.
         charge_spin: Total charge in e and spin multiplicity 2S + 1.
-        device: Where to build it; tensors given may lie on any device.
+        device: Device of the graph and of the neighbour search; the arguments may be tensors on any device.
 
     Raises:
-        ValueError: As ``neighbor_list``, or if there is not one atomic number per position.
+        ValueError: As for ``neighbor_list``, or if the numbers of atomic numbers and positions differ.
     """
     device = torch.device(device)
     numbers = _copied(atomic_numbers, torch.int64, device)
     places = _copied(positions, torch.float64, device)
     rows = _copied(cell, torch.float64, device)
     if numbers.shape != places.shape[:1]:
-        raise ValueError(f"atomic_numbers {tuple(numbers.shape)} do not fit positions {tuple(places.shape)}")
+        raise ValueError(
+            f"atomic_numbers {tuple(numbers.shape)} do not match positions {tuple(places.shape)}"
+        )
     if device.type == "cuda":
         periodic = torch.as_tensor(np.asarray(_on_host(pbc), dtype=bool))
         source, destination, shift = neighbor_list_torch(places, rows, periodic, cutoff)
@@ -171,10 +175,14 @@ def build_graph(
 
 
 def within_cutoff(graph: Graph, cutoff: float) -> Graph:
-    """Keep the edges of a graph that are at most ``cutoff`` (Angstrom) long at its present positions.
+    """Remove the edges of a graph that are longer than a cutoff at the current positions.
 
-    A graph built with cutoff + skin stays complete until an atom has moved by half the skin; until then this
-    reduces it to the edges of a new one, in the same order.
+    A graph built with cutoff + skin remains complete until an atom has moved by half the skin. Until then the
+    result equals a newly built graph, including the order of the edges.
+
+    Args:
+        graph: The graph.
+        cutoff: Cutoff radius, in Angstrom.
 
     Raises:
         ValueError: If two atoms coincide.
@@ -183,16 +191,16 @@ def within_cutoff(graph: Graph, cutoff: float) -> Graph:
     squared = _squared_lengths(graph.positions, rows, graph.source, graph.destination, graph.shift)
     keep = (squared <= cutoff * cutoff).nonzero().squeeze(1)
     source, destination = graph.source.index_select(0, keep), graph.destination.index_select(0, keep)
-    _refuse_coincident(destination, source, squared.index_select(0, keep))
+    _check_coincident(destination, source, squared.index_select(0, keep))
     return graph._replace(source=source, destination=destination, shift=graph.shift.index_select(0, keep))
 
 
 def _squared_lengths(
     positions: Tensor, rows: Tensor, source: Tensor, destination: Tensor, shift: Tensor
 ) -> Tensor:
-    """Squared edge lengths (E,), the same to the last bit on every device; ``rows`` is (3, 3) or (E, 3, 3).
+    """Squared edge lengths (E,), identical to the last bit on every device; ``rows`` is (3, 3) or (E, 3, 3).
 
-    One rounding per operation in a fixed order: a matrix product could fuse or reorder them.
+    Every operation is rounded once, in a fixed order; a matrix product could fuse or reorder operations.
     """
     columns = positions.t().contiguous()
     x, y, z = (
@@ -213,7 +221,7 @@ def _order(i: NDArray[np.int64], j: NDArray[np.int64], shift: NDArray[np.int64])
         return i
     lows = [int(c.min()) for c in columns]
     widths = [int(c.max()) - low + 1 for c, low in zip(columns, lows, strict=True)]
-    if np.prod([float(w) for w in widths]) >= 2**62:  # atoms very many cells away from each other
+    if np.prod([float(w) for w in widths]) >= 2**62:  # the key below would overflow
         return np.lexsort(columns[::-1])
     key = columns[0] - lows[0]
     for column, low, width in zip(columns[1:], lows[1:], widths[1:], strict=True):
@@ -222,7 +230,7 @@ def _order(i: NDArray[np.int64], j: NDArray[np.int64], shift: NDArray[np.int64])
 
 
 def _copied(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A copy on the device, of a tensor or of what numpy takes."""
+    """Copy a tensor or array-like to the device."""
     if not isinstance(values, Tensor):
         values = torch.from_numpy(
             np.asarray(values).astype(np.float64 if dtype == torch.float64 else np.int64)
@@ -237,16 +245,16 @@ def _on_host(values: Any) -> Any:
 def _closed_gaps(
     positions: NDArray[np.float64], full_cell: NDArray[np.float64], pbc: NDArray[np.bool_], gap: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Move fragments that are farther apart than ``gap`` along a non-periodic direction together to this gap.
+    """Shorten gaps between fragments along non-periodic directions to ``gap``.
 
-    No pair within half the gap changes, but an atom that left a molecule and flew far away no longer blows up
-    the cell list, which aborts the process at extreme extents (vesin 0.6.2).
+    Pairs within half the gap do not change. An atom that has flown far away from its molecule then no longer
+    inflates the cell list, which at extreme extents aborts the process (vesin 0.6.2).
 
     Returns:
-        The positions (N, 3), and their extent along each axis that is not periodic (3,).
+        Positions (N, 3), and their extent along each non-periodic axis (3,).
     """
     extents = np.zeros(3)
-    for axis in np.flatnonzero(~pbc):  # these rows are orthogonal to all others, of unit length
+    for axis in np.flatnonzero(~pbc):  # unit vectors, orthogonal to all other rows
         direction = full_cell[axis]
         height = positions @ direction
         order = np.argsort(height, kind="stable")
@@ -259,10 +267,11 @@ def _closed_gaps(
 
 
 def _search_radius(extents: NDArray[np.float64], radius: float) -> float:
-    """Smallest radius of at least ``radius`` for which vesin's cell list works.
+    """Enlarge ``radius`` until the cell list of vesin works.
 
-    Beyond 1e5 cells, vesin 0.6.2 coarsens all axes alike, down to none along a thin axis of a very large
-    structure, and divides by zero. A larger radius gives fewer cells.
+    Beyond 1e5 cells, vesin 0.6.2 coarsens all axes by the same factor. In a very large structure that is thin
+    along one axis, no cell is left along that axis and vesin divides by zero. A larger radius results in
+    fewer cells.
     """
     while True:
         cells = np.maximum(extents // radius, 1.0)
@@ -271,8 +280,8 @@ def _search_radius(extents: NDArray[np.float64], radius: float) -> float:
         radius *= 1.2
 
 
-def _refuse_coincident(i: Tensor, j: Tensor, squared: Tensor) -> None:
-    """Error for two atoms at one place."""
+def _check_coincident(i: Tensor, j: Tensor, squared: Tensor) -> None:
+    """Raise a ValueError if two atoms coincide."""
     same = squared < MIN_DISTANCE**2
     if same.any():
         edge = int(same.nonzero()[0])

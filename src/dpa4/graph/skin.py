@@ -1,4 +1,4 @@
-"""Verlet skin: neighbours are searched a little beyond the cutoff, and again only after atoms have moved."""
+"""Verlet skin: the neighbour search extends beyond the cutoff and is repeated only after atoms have moved."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,27 +13,28 @@ from dpa4.graph.lattice import check_cutoff
 from dpa4.graph.neighbors import build_graph, within_cutoff
 
 SKIN = 0.5  # Angstrom
-ROUNDING = 1e-9  # Angstrom, far above the error of the bound; a skin below it searches in every step
+ROUNDING = 1e-9  # Angstrom, far above rounding errors of the bound; with a smaller skin every step searches
 
 
 class SkinnedNeighbors:
-    """Graphs of a structure that moves, each with exactly the edges, in the order, of ``build_graph``.
+    """Graphs of a moving structure, with exactly the edges of ``build_graph`` in the same order.
 
-    Edges up to cutoff + skin are kept, and each step takes those within the cutoff. Let F be the deformation of
-    the cell since the search, s its smallest singular value, and u the largest distance of an atom from where F
-    and a common translation carry it. A pair that was farther apart than cutoff + skin is now farther than
-    s (cutoff + skin) - 2 u; the search is repeated when this can be within the cutoff, or when the number of
-    atoms, the elements or the periodicity change. In a constant cell that is when an atom has moved by half the
-    skin. An atom wrapped to the other side of the cell has moved far.
+    A search stores the edges up to cutoff + skin, and each step selects those within the cutoff. Let F be the
+    deformation of the cell since the search, s its smallest singular value, and u the largest distance of an
+    atom from the position to which F and a common translation carry it. A pair that was farther apart than
+    cutoff + skin is now farther apart than s (cutoff + skin) - 2 u. The search is repeated when this bound
+    falls below the cutoff, or when the number of atoms, the elements or the periodicity change. In a constant
+    cell, this means that an atom has moved by half the skin. Wrapping an atom to the other side of the cell
+    counts as a move.
     """
 
     def __init__(self, cutoff: float, skin: float = SKIN, device: torch.device | str = "cpu"):
-        """Remember the lengths; nothing is searched yet.
+        """Set the lengths; the first search happens at the first call of ``graph``.
 
         Args:
             cutoff: Cutoff radius, in Angstrom.
-            skin: Added to it in the search, in Angstrom; 0 searches in every step.
-            device: Of the graphs.
+            skin: Length added to the cutoff in a search, in Angstrom; with 0 every step searches.
+            device: Device of the graphs.
 
         Raises:
             ValueError: If the cutoff is not positive, or the skin negative or not finite.
@@ -42,7 +43,7 @@ class SkinnedNeighbors:
         if not 0 <= skin < np.inf:
             raise ValueError(f"the skin must be a distance >= 0 in Angstrom, got {skin}")
         self.cutoff, self.skin, self.device = cutoff, skin, torch.device(device)
-        self.searches = 0  # so far
+        self.searches = 0  # number of searches so far
         self._last: _Search | None = None
 
     def graph(
@@ -53,15 +54,15 @@ class SkinnedNeighbors:
         pbc: Any,
         charge_spin: tuple[int, int] = (0, 1),
     ) -> Graph:
-        """The graph of the present structure; arguments and errors are those of ``build_graph``.
+        """Graph of the current structure; arguments and errors are those of ``build_graph``.
 
-        Displacements are measured on the device where the positions are.
+        Displacements are computed on the device of the positions.
         """
         numbers, places = _tensor(atomic_numbers, torch.int64), _tensor(positions, torch.float64)
         lattice, periodic = _array(cell, np.float64), _array(pbc, bool)
         last = self._last
         if last is None or not last.holds(numbers, places, lattice, periodic, self.cutoff, self.skin):
-            self._last = None  # a structure that is refused leaves no list behind
+            self._last = None  # if the new structure is rejected, no stale list remains
             radius = self.cutoff + self.skin
             wide = build_graph(numbers, places, lattice, periodic, radius, charge_spin, self.device)
             self._last = _Search(numbers, places, lattice, periodic, charge_spin, wide)
@@ -77,7 +78,7 @@ class SkinnedNeighbors:
 
 @dataclass(frozen=True)
 class _Search:
-    """A structure and its graph with the skin."""
+    """Structure at the time of a search, and its graph up to cutoff + skin."""
 
     numbers: Tensor
     positions: Tensor
@@ -89,7 +90,7 @@ class _Search:
     def holds(
         self, numbers: Tensor, positions: Tensor, cell: NDArray, pbc: NDArray, cutoff: float, skin: float
     ) -> bool:
-        """Whether every pair within the cutoff is among the edges; false for what the search has to refuse."""
+        """Return whether the stored edges contain all pairs within the cutoff; False for invalid structures."""
         if (numbers.device, positions.device) != (self.numbers.device, self.positions.device):
             return False
         if positions.shape != self.positions.shape or not torch.equal(numbers, self.numbers):
@@ -108,21 +109,21 @@ class _Search:
         moved = positions - carried
         moved -= moved.mean(0)
         farthest = float(moved.square().sum(1).amax().sqrt())
-        return stretch * (cutoff + skin) - 2 * farthest >= cutoff + ROUNDING  # false for nan
+        return stretch * (cutoff + skin) - 2 * farthest >= cutoff + ROUNDING  # False for nan
 
 
 def _deformation(old: NDArray[np.float64], new: NDArray[np.float64]) -> NDArray[np.float64]:
-    """F (3, 3) with old F = new, the identity across the periodic directions of rows that are not zero."""
+    """Deformation F (3, 3) with old F = new; the identity on directions orthogonal to the rows of old."""
     return np.eye(3) + np.linalg.pinv(old) @ (new - old)
 
 
 def _tensor(values: Any, dtype: torch.dtype) -> Tensor:
-    """A copy, where the values are."""
+    """Copy to a tensor on the device of the values."""
     if isinstance(values, Tensor):
         return values.to(dtype, copy=True)
     return torch.from_numpy(np.array(values, dtype=np.int64 if dtype == torch.int64 else np.float64))
 
 
 def _array(values: Any, dtype: type) -> NDArray:
-    """A copy on the host."""
+    """Copy to an array on the host."""
     return np.array(values.cpu().numpy() if isinstance(values, Tensor) else values, dtype=dtype)
