@@ -1,4 +1,4 @@
-"""Running potentials: the ASE calculator, molecular dynamics, relaxation."""
+"""Simulations with a potential: ASE, LAMMPS, molecular dynamics, relaxation, barriers, crystals, pair curves."""
 
 from dpa4.simulation.calculator import DPA4Calculator
 from dpa4.simulation.dimer import PairScan, scan_pairs
