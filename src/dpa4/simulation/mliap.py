@@ -27,7 +27,8 @@ class DPA4MLIAP:
     """Potential for ``pair_style mliap unified EXISTS`` of LAMMPS, passed to ``lammps.mliap.load_unified_kokkos``.
 
     The class has the methods and attributes of ``lammps.mliap.mliap_unified_abc.MLIAPUnified``. The computation runs
-    on the device that holds the data of LAMMPS: the GPU of the rank, or the CPU. Energies and pair forces are float64.
+    on the device that holds the data of LAMMPS: the GPU of the rank, or the CPU. Energies and pair forces are in
+    float64.
 
     Attributes:
         element_types: Elements of the model. In the input script, ``pair_coeff * *`` is followed by the element of
