@@ -26,10 +26,8 @@ COLUMNS = ("pair", "distance_A", "energy_eV", "force_eV_per_A", "curvature_eV_pe
 FORCE_FLOOR = 0.01  # eV/Angstrom; smaller forces count as zero
 WALL = 1.0  # eV; least energy of a repulsive wall at the shortest distance
 SPIKE = 0.1  # eV; largest excess variation without a flag
-JUMP, JUMP_SHARE = (
-    0.005,
-    0.02,
-)  # allowed mismatch of energy and force: eV, plus a fraction of the energy change
+# Largest mismatch of energy and force without a flag: eV, plus a fraction of the change of energy.
+JUMP, JUMP_SHARE = 0.005, 0.02
 PER_PAGE = 12  # pairs per figure
 CPU_EDGES, GPU_EDGES = 256, 8192  # per batch; larger batches exceed the caches of a CPU
 

@@ -252,7 +252,9 @@ class _Run:
             ValueError: If the file cannot be read, or settings or atoms differ.
         """
         if not self.restart.is_file():
-            raise FileNotFoundError(f"there is no run to resume in {self.folder}: {self.restart} is absent")
+            raise FileNotFoundError(
+                f"there is no run to resume in {self.folder}: {self.restart} does not exist"
+            )
         try:
             state = json.loads(self.restart.read_text(encoding="utf-8"))
             found = state["format"]

@@ -151,6 +151,7 @@ class DPA4MLIAP:
         from dpa4.potential import compiled  # takes a second to import
 
         keep = source < len(numbers)
+        # All positions are zero and the cell is the identity, so shifts are edge vectors.
         graph = Graph(
             atomic_numbers=numbers,
             positions=vectors.new_zeros(len(numbers), 3),
@@ -158,9 +159,7 @@ class DPA4MLIAP:
             structure=torch.zeros_like(numbers),
             source=source[keep],
             destination=destination[keep],
-            shift=vectors[
-                keep
-            ],  # equal to the edge vectors: all positions are zero, the cell is the identity
+            shift=vectors[keep],
             charge_spin=self._charge_spin,
         )
         graph = first_atoms(graph, compiled.COMPARED)

@@ -202,7 +202,7 @@ def relax_all(
     folder = Path(output)
     relaxed, kept = folder / "relaxed.xyz", folder / "relax.jsonl"
     if resume and not kept.is_file():
-        raise FileNotFoundError(f"there is no relaxation to resume in {folder}: {kept} is absent")
+        raise FileNotFoundError(f"there is no relaxation to resume in {folder}: {kept} does not exist")
     if kept.is_file() and not resume:
         (folder / SETTINGS).unlink(missing_ok=True)
         kept.unlink()

@@ -91,9 +91,8 @@ class DPA4Model(ModelInterface):
         self.charge_spin = self.potential.config.default_charge_spin
         self._evaluator = Evaluator(self.potential, compile)
         self._monitor = CoverageMonitor([self.potential.coverage], self._device)
-        self._checked: tuple[Tensor, Tensor] | None = (
-            None  # atomic numbers and charge_spin that passed the check
-        )
+        # Atomic numbers and charge_spin that passed the check.
+        self._checked: tuple[Tensor, Tensor] | None = None
 
     @ModelInterface.compute_forces.setter
     def compute_forces(self, value: bool) -> None:
