@@ -301,7 +301,7 @@ def test_command(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pairs": [("H", "N")]}, "the model describes no pair H-N; its elements are H, C, O"),
+        ({"pairs": [("H", "N")]}, "the model has no pair H-N; its elements are H, C, O"),
         ({"start": 0}, "start must be a distance between 0 and the cutoff, 4 Angstrom, got 0"),
         ({"start": 4.5}, "start must be a distance between 0 and the cutoff, 4 Angstrom, got 4.5"),
         ({"step": 0}, "step must be between 0 and 3.8 Angstrom, got 0"),

@@ -198,7 +198,7 @@ def test_failures_and_arguments(tmp_path):
     with pytest.raises(RuntimeError, match=r"start: .*not relaxed to fmax = 0.0001 .* in 2 steps"):
         run(rattled, EMT(), tmp_path / "few", steps=2)
     for options, message in (
-        ({"points": 4}, "points must be at least 5, one more than the parameters of the curve, got 4"),
+        ({"points": 4}, "points must be at least 5, one more than the curve has parameters, got 4"),
         ({"span": 1.0}, "span must be a fraction of the volume between 0 and 1, got 1.0"),
     ):
         with pytest.raises(ValueError, match=message):

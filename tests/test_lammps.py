@@ -393,7 +393,7 @@ def test_use_after_the_block(lmp):
     assert not attachment.interrupted
     with pytest.raises(Exception, match="Variable dpa4_guard"):
         lmp.command("run 2")
-    with pytest.raises(RuntimeError, match="the potential is not attached any more"):
+    with pytest.raises(RuntimeError, match="the potential is no longer attached"):
         attachment.raise_failure()
 
 
@@ -426,7 +426,7 @@ def test_a_second_interrupt_acts_at_once(lmp):
         (
             ["units metal", "dimension 2", "region b block 0 1 0 1 -0.5 0.5", "create_box 1 b"],
             ["Cu"],
-            "dimension of LAMMPS must be 3, got 2",
+            "LAMMPS dimension must be 3, got 2",
         ),
     ],
 )

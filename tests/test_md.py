@@ -411,9 +411,9 @@ def test_refusals(tmp_path):
         (
             FixBondLength(0, 1),
             "nvt",
-            "keeps only FixAtoms, FixCartesian, FixedLine and FixedPlane, got FixBondLengths",
+            "supports only FixAtoms, FixCartesian, FixedLine and FixedPlane, got FixBondLengths",
         ),
-        (FixAtoms([0]), "npt", "keeps no constraints, got FixAtoms"),
+        (FixAtoms([0]), "npt", "supports no constraints, got FixAtoms"),
     ):
         held = copper(1)
         held.set_constraint(constraint)

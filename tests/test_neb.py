@@ -241,7 +241,7 @@ def test_refusals(tmp_path):
         (
             {"pbc": (True, True, False)},
             {},
-            r"start has pbc \[True, True, True\], but end \[True, True, False\]",
+            r"start has pbc \[True, True, True\], but end has \[True, True, False\]",
         ),
         ({"cell": [50, 50, 50.1]}, {}, "cells of start and end differ by up to 0.1 Angstrom"),
     ],

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from dpa4.potential.deepmd.reader.names import deepmd_name
+from dpa4.potential.deepmd.reader.reader.names import deepmd_name
 
 from dpa4.graph import build_graph
 from dpa4.potential import Potential, load_potential

@@ -329,7 +329,7 @@ def test_dispersion_notices_a_change_of_charge():
 
 
 def test_dispersion_refusals(monkeypatch):
-    with pytest.raises(ValueError, match=r"no D3\(bj\) parameters of functional 'lda'"):
+    with pytest.raises(ValueError, match=r"no D3\(bj\) parameters for functional 'lda'"):
         with_dispersion(LennardJones(), "lda")
     with pytest.raises(ValueError, match="damping must be one of bj, zero, bjm, zerom, got 'tt'"):
         with_dispersion(LennardJones(), damping="tt")

@@ -125,7 +125,7 @@ def test_symmetry_is_kept():
 def test_symmetry_is_refused_where_it_cannot_be_kept(monkeypatch):
     fixed = bulk("Cu")
     fixed.set_constraint(FixAtoms([0]))
-    with pytest.raises(ValueError, match="symmetry cannot be kept beside FixAtoms"):
+    with pytest.raises(ValueError, match="symmetry cannot be combined with FixAtoms"):
         relax(fixed, EMT(), symmetry=True)
     with pytest.raises(ValueError, match="symmetry needs a cell periodic along all three axes"):
         relax(molecule(), EMT(), symmetry=True)

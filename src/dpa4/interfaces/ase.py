@@ -30,24 +30,40 @@ _COMMITTEE = ("energy", "forces", "stress")
 
 
 class DPA4Calculator(Calculator):
-    """Energy, forces and stress of a DPA4 potential for ASE.
+    """ASE calculator for a DPA4 potential or a committee of potentials.
 
-    Results, in eV and Angstrom: ``energy``, ``free_energy`` (the same), ``energies`` (of the atoms, (N,)),
-    ``forces`` (N, 3), and for cells periodic along all axes ``stress`` (6,) in the order xx, yy, zz, yz, xz,
-    xy, positive under tension. ``stresses`` (N, 6), computed only when asked for, are the parts of the stress that
-    belong to the atoms: half of each edge to either end, divided by the volume of the cell. ``results["virial"]``
-    (3, 3), in eV, exists for every structure. Several models form a
-    committee: the results are means, and ``energy_std``, ``forces_std`` and ``stress_std`` their standard deviations
-    over the models (divided by their number).
+    Results for N atoms:
 
-    Models conditioned on charge and spin read the total charge from ``atoms.info["charge"]`` and the
-    multiplicity 2S + 1 from ``atoms.info["spin"]``; a change of either gives new results.
+    * ``energy`` and ``free_energy`` (identical): total energy, in eV.
+    * ``energies`` (N,): atomic energies, in eV. Their sum is ``energy``.
+    * ``forces`` (N, 3): in eV/Angstrom.
+    * ``stress`` (6,): in eV/Angstrom^3, in the order xx, yy, zz, yz, xz, xy, positive under tension. Available if the
+      structure is periodic along all three axes.
+    * ``stresses`` (N, 6): atomic stresses, in eV/Angstrom^3 and in the same order. Their sum is ``stress``. Each edge
+      contributes half of its virial to each of its two atoms, divided by the volume of the cell. Atomic stresses
+      need a second evaluation and are computed only on request.
+    * ``results["virial"]`` (3, 3): minus volume times stress, in eV. Available for every structure, also for
+      molecules and slabs.
 
-    A model that knows its training data warns, once, of elements that were not in them and of atoms closer than
-    they were there.
+    Several models form a committee. The results are then means over the models. ``energy_std``, ``forces_std`` and
+    ``stress_std`` are the standard deviations over the M models (normalised by M, not M - 1).
+
+    Models conditioned on charge and spin read the total charge from ``atoms.info["charge"]`` and the multiplicity
+    2S + 1 from ``atoms.info["spin"]``. Changing either triggers a new calculation.
+
+    If the checkpoint describes its training data, the calculator warns once about elements absent from these data,
+    and once about atoms closer together than in these data.
+
+    Example:
+        Energy and forces of a structure:
+
+            atoms = ase.io.read("start.xyz")
+            atoms.calc = DPA4Calculator("run/best.safetensors")
+            energy = atoms.get_potential_energy()  # eV
+            forces = atoms.get_forces()  # (N, 3) eV/Angstrom
     """
 
-    # Charges and moments of single atoms do not enter.
+    # ASE's initial charges and magnetic moments of single atoms do not influence the results.
     ignored_changes = {"initial_charges", "initial_magmoms"}
 
     def __init__(
@@ -64,21 +80,23 @@ class DPA4Calculator(Calculator):
         """Load the models.
 
         Args:
-            model: Checkpoint (native or of deepmd-kit), potential (copied), or a list of them: a committee.
-            device: Where to compute; "auto" takes CUDA when there is one.
+            model: Checkpoint file (native or deepmd-kit), a ``Potential``, which is copied, or a list of these for a
+                committee.
+            device: Device for the computation, such as "cpu" or "cuda". "auto" selects a GPU if one is available.
             dtype: Precision of the network. Energies are summed in float64 in either case.
-            branch: Branch of a multitask checkpoint of deepmd-kit.
-            neighbor_skin: Edges are kept this much beyond the cutoff (Angstrom) and searched anew only after
-                an atom has moved by about half of it, or the cell has changed as much; the results do not
-                depend on it. 0 searches in every step.
-            compute_stress: Offer the stress of periodic cells.
-            precision: "high" is the accuracy of the dtype. "fast" multiplies in bfloat16 within the interaction
-                blocks, for screening rather than for dynamics: see the force errors in docs/running.md.
-            compile: Compile at the first calculation, which takes up to a minute once per machine; None does so on
-                a GPU in float32. A failure is a warning, and eager mode goes on.
+            branch: Branch of a multitask deepmd-kit checkpoint.
+            neighbor_skin: Verlet skin, in Angstrom. The neighbour list extends to cutoff plus skin and is rebuilt
+                only after an atom has moved by about half the skin, or the cell has changed by a similar amount.
+                With 0 it is rebuilt in every step. The results do not depend on the skin.
+            compute_stress: Provide the stress of structures periodic along all three axes.
+            precision: "high" has the accuracy of ``dtype``. "fast" uses bfloat16 matrix products in the interaction
+                blocks. It suits screening but not dynamics: see the force errors in docs/running.md.
+            compile: Compile the potential at the first calculation, which takes up to a minute once per machine. None
+                compiles on a GPU in float32 only. If compilation fails, a warning is issued and eager mode is used.
 
         Raises:
             FileNotFoundError: If a checkpoint does not exist.
+            RuntimeError: If ``device`` is a GPU and none is available.
             ValueError: If an argument is not allowed or a checkpoint cannot be read.
         """
         super().__init__()
@@ -101,10 +119,10 @@ class DPA4Calculator(Calculator):
         self._neighbors = SkinnedNeighbors(self.cutoff, neighbor_skin, self.device)
         self._monitor = CoverageMonitor([p.coverage for p in self.potentials], self.device)
         self._checked: tuple[NDArray[np.int64], list[tuple[int, int]]] | None = None
-        self._charge_spin: list[torch.Tensor] = []  # (1, 2) for each model, of the structure checked
+        self._charge_spin: list[torch.Tensor] = []  # per model, (1, 2), for the checked structure
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """What changed since the last calculation, charge and spin included."""
+        """Return what has changed since the last calculation, including charge and spin."""
         changes = super().check_state(atoms, tol=tol)
         if self.atoms is not None and any(self.atoms.info.get(k) != atoms.info.get(k) for k in _INFO_KEYS):
             changes.append("info")
@@ -116,11 +134,18 @@ class DPA4Calculator(Calculator):
         properties: Sequence[str] = ("energy",),
         system_changes: Sequence[str] = all_changes,
     ) -> None:
-        """Compute everything but ``stresses`` at once; the forces cost little more than the energy alone.
+        """Compute all results except ``stresses``, whatever ``properties`` lists; ASE calls this method.
+
+        Computing everything costs little more than computing the energy alone. ``stresses`` are added if listed.
+
+        Args:
+            atoms: Structure; None uses the structure of the last call.
+            properties: Names of the requested results.
+            system_changes: What has changed since the last call, for ASE.
 
         Raises:
-            ValueError: If there are no atoms, an element, the charge or the spin is outside a model, a position is
-                not finite, atoms coincide, or a periodic axis has no cell vector.
+            ValueError: If the structure is empty; if an element, the charge or the spin is not supported by a model;
+                if a position is not finite or atoms coincide; or if a periodic axis has no cell vector.
         """
         super().calculate(atoms, properties, system_changes)
         if len(self.atoms) == 0:
@@ -131,7 +156,7 @@ class DPA4Calculator(Calculator):
             _results(evaluate(graph), self.atoms.get_volume() if with_stress else None)
             for evaluate, graph in zip(self._evaluators, graphs, strict=True)
         ]
-        self._monitor.report()  # the device has nothing left to do: this does not hold it up
+        self._monitor.report()  # costs no time: the results above have already waited for the device
         if len(members) == 1:
             self.results = members[0]
         else:
@@ -145,12 +170,15 @@ class DPA4Calculator(Calculator):
         self.results["free_energy"] = self.results["energy"]
 
     def _stresses(self, graphs: Sequence[Graph], volume: float) -> NDArray[np.float64]:
-        """Parts of the mean stress that belong to the atoms (N, 6), in eV/Angstrom^3."""
+        """Atomic stresses (N, 6) in eV/Angstrom^3, averaged over the models."""
         virials = [p.atomic_virials(g).detach() for p, g in zip(self.potentials, graphs, strict=True)]
         return full_3x3_to_voigt_6_stress(-_numpy(torch.stack(virials).mean(dim=0)) / volume)
 
     def _graphs(self, atoms: Atoms) -> list[Graph]:
-        """The graph for each model, on the device."""
+        """Build one graph per model, on the device, and check the structure.
+
+        Elements, charge and spin are checked only when they have changed since the last call.
+        """
         pairs = [charge_spin_of(potential, atoms) for potential in self.potentials]
         graph = self._neighbors.graph(atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc)
         known = self._checked
@@ -167,7 +195,7 @@ class DPA4Calculator(Calculator):
 
 
 def labelled(atoms: Atoms) -> Atoms:
-    """A copy that carries its present energy, forces and, where there is one, stress, ready to be written."""
+    """Copy a structure together with its current energy, forces and, if available, stress, for writing to a file."""
     frame = atoms.copy()
     results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(apply_constraint=False)}
     if atoms.pbc.all() and "stress" in atoms.calc.implemented_properties:
@@ -177,9 +205,13 @@ def labelled(atoms: Atoms) -> Atoms:
 
 
 def identify_calculator(calculator: Calculator) -> dict[str, str]:
-    """What results depend on of a calculator: as ``identify`` says, digests of a committee one after another.
+    """Fingerprint of a calculator, from those of its models: everything its results depend on.
 
-    A calculator that is none of dpa4 cannot tell; {}.
+    Resumable runs compare fingerprints before they continue.
+
+    Returns:
+        The entries of ``identify``; the digests of a committee are joined by spaces. Other calculators have no
+        fingerprint: returns {}.
     """
     if not isinstance(calculator, DPA4Calculator):
         return {}
@@ -190,7 +222,12 @@ def identify_calculator(calculator: Calculator) -> dict[str, str]:
 def load_model(
     model: Model, device: torch.device, dtype: str, precision: Precision, branch: str | None
 ) -> Potential:
-    """A potential of its own, in evaluation mode, from the arguments of ``DPA4Calculator``."""
+    """Load or copy a potential and set it to evaluation mode; arguments as for ``DPA4Calculator``.
+
+    Raises:
+        FileNotFoundError: If the checkpoint does not exist.
+        ValueError: If an argument is not allowed or the checkpoint cannot be read.
+    """
     if dtype not in ("float32", "float64"):
         raise ValueError(f"dtype must be float32 or float64, got {dtype!r}")
     if precision not in ("high", "fast"):
@@ -201,7 +238,7 @@ def load_model(
         potential = load_potential(model, device=device, dtype=getattr(torch, dtype), branch=branch)
     elif branch is not None:
         raise ValueError(
-            f"branch = {branch!r} selects from a checkpoint, but model is a potential; leave it out"
+            f"branch = {branch!r} selects from a checkpoint, but model is a Potential; omit branch"
         )
     else:
         potential = copy.deepcopy(model).to(device=device, dtype=getattr(torch, dtype)).eval()
@@ -210,7 +247,14 @@ def load_model(
 
 
 def charge_spin_of(potential: Potential, atoms: Atoms) -> tuple[int, int]:
-    """Total charge and multiplicity for a model; (0, 1) when it does not look at them."""
+    """Total charge (e) and multiplicity 2S + 1 of a structure, as input of a model.
+
+    Values missing in ``atoms.info`` are replaced by the default of the model. A model that is not conditioned on
+    charge and spin gets (0, 1).
+
+    Raises:
+        ValueError: If a value is missing and the model has no default, or if a value is not an integer.
+    """
     if not potential.config.charge_spin:
         return (0, 1)
     missing = [key for key in _INFO_KEYS if key not in atoms.info]
@@ -229,7 +273,7 @@ def charge_spin_of(potential: Potential, atoms: Atoms) -> tuple[int, int]:
 
 
 def _results(prediction: Any, volume: float | None) -> Results:
-    """Arrays of one structure; the stress when the volume (Angstrom^3) is given."""
+    """Convert a prediction for one structure to arrays; includes the stress if ``volume`` (Angstrom^3) is given."""
     results: Results = {
         "energy": prediction.energy.item(),
         "energies": _numpy(prediction.atomic_energies),

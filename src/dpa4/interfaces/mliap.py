@@ -1,9 +1,9 @@
-"""A potential for LAMMPS's ML-IAP on several MPI ranks.
+"""Potential for the ML-IAP interface of LAMMPS, on any number of MPI ranks.
 
-The atoms of a rank are followed by ghosts, copies of atoms of this or another rank within the cutoff. They have no
-edges of their own here, so what messages need of them is computed by their owner and copied (``forward_exchange``),
-and derivatives go back the same way and are added up (``reverse_exchange``). A rank thus needs ghosts within one
-cutoff, whatever the number of blocks.
+The atoms of a rank are followed by ghosts: copies, within the cutoff, of atoms of this or another rank. Ghosts have
+no edges on this rank. The rank that owns an atom therefore computes the features that messages need, and copies them
+to the ghosts of the atom (``forward_exchange``). Derivatives are sent back to the owner and summed
+(``reverse_exchange``). Ghosts within one cutoff thus suffice, whatever the number of blocks.
 """
 
 import math
@@ -25,13 +25,23 @@ from dpa4.system import keep_freed_memory
 
 
 class DPA4MLIAP:
-    """What ``lammps.mliap.load_unified_kokkos`` takes, for ``pair_style mliap unified EXISTS``.
+    """Potential for ``pair_style mliap unified EXISTS`` of LAMMPS, passed to ``lammps.mliap.load_unified_kokkos``.
 
-    Has the methods and attributes of ``lammps.mliap.mliap_unified_abc.MLIAPUnified``. It computes where LAMMPS's data
-    are: on the GPU of its rank, or on the CPU. Energies and pair forces are float64.
+    The class has the methods and attributes of ``lammps.mliap.mliap_unified_abc.MLIAPUnified``. The computation runs
+    on the device that holds the data of LAMMPS: the GPU of the rank, or the CPU. Energies and pair forces are in
+    float64.
 
     Attributes:
-        element_types: Elements of the model; ``pair_coeff * *`` is followed by those of the atom types.
+        element_types: Elements of the model. In the input script, ``pair_coeff * *`` is followed by the element of
+            each atom type.
+
+    Example:
+        One MPI rank of a run, with ``pair_style mliap unified EXISTS 0`` in the input script:
+
+            lmp = lammps.lammps(cmdargs="-k on g 1 -sf kk -pk kokkos newton on neigh half".split())
+            lammps.mliap.activate_mliappy_kokkos(lmp)
+            lammps.mliap.load_unified_kokkos(DPA4MLIAP("run/best.safetensors"))
+            lmp.file("in.lmp")
     """
 
     def __init__(
@@ -45,23 +55,24 @@ class DPA4MLIAP:
         """Load the model.
 
         Args:
-            model: Checkpoint (native or of deepmd-kit), or potential (copied).
-            dtype: Precision of the network.
-            branch: Branch of a multitask checkpoint of deepmd-kit.
-            info: "charge" and "spin" (2S + 1) of the whole system, for models that look at them.
-            compile: Compile in the first step, which takes up to a minute once per machine, and compare with eager
-                mode on atoms of this rank. Eager mode stays, with a warning, if that deviates or fails.
+            model: Checkpoint file (native or deepmd-kit) or a ``Potential``, which is copied.
+            dtype: Precision of the network and of the features that ranks exchange.
+            branch: Branch of a multitask deepmd-kit checkpoint.
+            info: "charge" (e) and "spin" (multiplicity 2S + 1) of the whole system, for models conditioned on them.
+            compile: Compile the potential in the first step, which takes up to a minute once per machine, and compare
+                it with eager mode on atoms of this rank. If compilation fails or its results deviate, a warning is
+                issued and eager mode is used.
 
         Raises:
-            FileNotFoundError: If a checkpoint does not exist.
-            ValueError: If an argument is not allowed, charge or spin is outside the model, or a checkpoint cannot be
-                read.
+            FileNotFoundError: If the checkpoint does not exist.
+            ValueError: If an argument is not allowed, charge or spin is not supported by the model, or the checkpoint
+                cannot be read.
         """
         self.potential = load_model(model, torch.device("cpu"), dtype, "high", branch)
         self.element_types = list(self.potential.elements)
-        self.rcutfac = self.potential.config.cutoff / 2  # of the sum of two radii that are one
-        self.ndescriptors = self.nparams = 1  # there are none, but 0 is not expected
-        self.interface: Any = None  # LAMMPS puts itself here
+        self.rcutfac = self.potential.config.cutoff / 2  # LAMMPS multiplies it by the sum of two radii of 1
+        self.ndescriptors = self.nparams = 1  # unused, but LAMMPS does not expect 0
+        self.interface: Any = None  # set by LAMMPS
         self._compile = compile
         self._numbers = torch.tensor([atomic_numbers[e] for e in self.element_types])
         pair = charge_spin_of(self.potential, Atoms(info=info))
@@ -70,29 +81,33 @@ class DPA4MLIAP:
         self.potential.check(atom)
 
     def compute_descriptors(self, data: Any) -> None:
-        """Nothing; there are none."""
+        """Do nothing; LAMMPS needs no descriptors of this potential."""
 
     def compute_gradients(self, data: Any) -> None:
-        """Nothing; forces are computed at once."""
+        """Do nothing; `compute_forces` computes energies and forces together."""
 
     def compute_forces(self, data: Any) -> None:
-        """Give LAMMPS the energies of the atoms of this rank, their sum, and the derivatives by its pair vectors.
+        """Pass energies and pair forces to LAMMPS, which calls this method in every step.
 
-        All ranks must call it, also those without atoms.
+        Sets the atomic energies of this rank, their sum, and the derivatives of the energy with respect to the pair
+        vectors of LAMMPS. All ranks must call the method, even those without atoms.
+
+        Args:
+            data: ML-IAP data of LAMMPS for this rank.
 
         Raises:
-            RuntimeError: If LAMMPS does not exchange features, as without Kokkos.
+            RuntimeError: If this LAMMPS cannot exchange features, for example because it runs without Kokkos.
         """
         if not hasattr(data, "forward_exchange"):
             raise RuntimeError(
-                "this LAMMPS cannot exchange features of ghost atoms; it takes a version of July 2025 or later with "
+                "this LAMMPS cannot exchange features of ghost atoms; use a version of July 2025 or later with "
                 "ML-IAP and Kokkos, run with '-k on -sf kk'. On one rank, 'dpa4 lammps' needs neither"
             )
-        with torch.autograd.set_multithreading_enabled(False):  # MPI is called in derivatives, too
+        with torch.autograd.set_multithreading_enabled(False):  # the backward pass calls MPI
             self._compute(data)
 
     def _compute(self, data: Any) -> None:
-        if data.ntotal:  # else the device is unknown and does not matter
+        if data.ntotal:  # without atoms the device is unknown and irrelevant
             self._move(torch.as_tensor(data.elems).device)
         device = self._numbers.device
         _wait(device)
@@ -129,10 +144,15 @@ class DPA4MLIAP:
             self._numbers, self._charge_spin = self._numbers.to(device), self._charge_spin.to(device)
 
     def _prepare(self, numbers: Tensor, vectors: Tensor, source: Tensor, destination: Tensor) -> None:
-        """Compile if there are atoms to compare with eager mode on: own ones and the edges between them."""
+        """Compile the potential and compare it with eager mode, if this rank has atoms to compare on.
+
+        The comparison uses atoms of this rank and the edges between them, so it needs no exchange with other ranks.
+        Eager mode is restored, with a warning, if compilation fails or its results deviate.
+        """
         from dpa4.execution import regions, trial  # takes a second to import
 
         keep = source < len(numbers)
+        # All positions are zero and the cell is the identity, so shifts are edge vectors.
         graph = Graph(
             atomic_numbers=numbers,
             positions=vectors.new_zeros(len(numbers), 3),
@@ -140,7 +160,7 @@ class DPA4MLIAP:
             structure=torch.zeros_like(numbers),
             source=source[keep],
             destination=destination[keep],
-            shift=vectors[keep],  # in a cell of length one, around atoms in one place
+            shift=vectors[keep],
             charge_spin=self._charge_spin,
         )
         graph = first_atoms(graph, MAX_COMPARED_ATOMS)
@@ -149,14 +169,19 @@ class DPA4MLIAP:
         self._compile = False
 
         def work() -> dict[str, float]:
-            # The code that keeps nothing for the derivatives is the code for centres that are not all nodes.
+            # The last policy saves nothing for the backward pass. It is the code for graphs whose centres are only
+            # part of the nodes, as on a rank with ghosts.
             regions.compile_potential(self.potential, kept=KEEP_POLICIES[KEEP_NOTHING])
             return trial.compared(self.potential, graph)
 
         trial.attempt(self.potential, work, _warn)
 
     def _edges(self, data: Any, elements: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The pairs that are edges, in the order of their centres, and their sources and centres."""
+        """Edges among the pairs of LAMMPS, sorted by their centres.
+
+        Returns:
+            Index of the pair, source and centre of each edge, (E,) each.
+        """
         centers = _tensor(data.pair_i, data.npairs, elements.device, torch.int64)
         neighbors = _tensor(data.pair_j, data.npairs, elements.device, torch.int64)
         order = torch.argsort(centers, stable=True)
@@ -179,7 +204,7 @@ def _warn(error: Exception) -> None:
 
 
 class _Rank(Domain):
-    """The atoms of one rank, followed by its ghosts."""
+    """Atoms of one rank, followed by its ghosts."""
 
     def __init__(self, data: Any):
         self._data = data
@@ -189,12 +214,12 @@ class _Rank(Domain):
         return x[: self._data.nlocal]
 
     def with_ghosts(self, x: Tensor) -> Tensor:
-        """See `Domain`; all ranks must call it."""
+        """See `Domain`; all ranks must call this method."""
         return _Exchange.apply(x, self._data)
 
 
 class _Exchange(torch.autograd.Function):
-    """Copies atoms to their ghosts; the derivative adds those of the ghosts to that of their atom."""
+    """Copy of atoms to their ghosts; the backward pass adds the gradients of the ghosts to those of their atoms."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, data: Any) -> Tensor:
@@ -209,7 +234,7 @@ class _Exchange(torch.autograd.Function):
 
 
 def _exchanged(exchange: Any, x: Tensor) -> Tensor:
-    """Result of an exchange of LAMMPS, which takes rows of numbers by their addresses."""
+    """Call an exchange function of LAMMPS, which reads and writes contiguous rows in memory."""
     rows = x.reshape(len(x), math.prod(x.shape[1:])).contiguous()
     result = torch.empty_like(rows)
     _wait(x.device)
@@ -219,13 +244,13 @@ def _exchanged(exchange: Any, x: Tensor) -> Tensor:
 
 
 def _tensor(array: Any, length: int, device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
-    """A copy of an array of LAMMPS, which lies on the device; arrays of length zero may be absent."""
+    """Copy an array of LAMMPS, which is on the device; arrays of length zero may be None."""
     if length == 0:
         return torch.zeros(0, *shape, dtype=dtype, device=device)
     return torch.as_tensor(array)[:length].to(dtype, copy=True)
 
 
 def _wait(device: torch.device) -> None:
-    """LAMMPS and PyTorch do not order their work on a GPU."""
+    """Wait for a GPU: LAMMPS and PyTorch do not order their work there with respect to each other."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,6 +1,6 @@
-"""DPA4 for TorchSim: many structures relaxed or simulated at once, in one evaluation per step.
+"""DPA4 model for TorchSim, which relaxes or simulates many structures with one evaluation per step.
 
-Written for TorchSim 0.6, which needs Python 3.12, and for 0.3, the last for Python 3.11.
+Supports TorchSim 0.6, which needs Python 3.12, and TorchSim 0.3, the last version for Python 3.11.
 """
 
 import math
@@ -21,27 +21,35 @@ from torch_sim.models.interface import ModelInterface  # noqa: E402
 from torch_sim.state import SimState  # noqa: E402
 from torch_sim.typing import MemoryScaling  # noqa: E402
 
-COUNTS_EDGES = "n_edges" in get_args(MemoryScaling)  # TorchSim 0.3 does not
-NAMES = {"charge": ("total_charge", "charge"), "spin": ("total_spin", "spin")}  # of extras of a state
+COUNTS_EDGES = "n_edges" in get_args(MemoryScaling)  # false for TorchSim 0.3
+# Attributes of a state with charge and spin; the first one found counts.
+NAMES = {"charge": ("total_charge", "charge"), "spin": ("total_spin", "spin")}
 
 
 class DPA4Model(ModelInterface):
-    """Energies, forces and stresses of a DPA4 potential for TorchSim.
+    """TorchSim model with the energies, forces and stresses of a DPA4 potential.
 
-    States are in float64, whatever the precision of the network: positions and energies of large structures need
-    it, and it costs little.
+    States are in float64, whatever the precision of the network. Positions and energies of large structures need
+    this precision, and it costs little.
 
-    Models conditioned on charge and spin read the system extras ``total_charge`` (or ``charge``) in e and
-    ``total_spin`` (or ``spin``), the multiplicity 2S + 1, of TorchSim 0.6. A state without them takes
-    ``charge_spin``.
+    Models conditioned on charge and spin read two system extras of the state, which need TorchSim 0.6:
+    ``total_charge`` (or ``charge``), in e, and ``total_spin`` (or ``spin``), the multiplicity 2S + 1. The attribute
+    ``charge_spin`` replaces missing extras.
 
-    A model that knows its training data warns, once, of elements that were not in them and of atoms closer than
-    they were there.
+    If the checkpoint describes its training data, the model warns once about elements absent from these data, and
+    once about atoms closer together than in these data.
 
     Attributes:
         potential: The potential.
-        cutoff: Its cutoff, in Angstrom.
-        charge_spin: Charge and multiplicity of structures whose state does not tell; None refuses them.
+        cutoff: Cutoff of the potential, in Angstrom.
+        charge_spin: Charge and multiplicity of structures without these extras; None raises an error for them.
+
+    Example:
+        Energies and forces of several structures:
+
+            model = DPA4Model("run/best.safetensors")
+            state = torch_sim.initialize_state(ase.io.read("start.xyz", ":"), model.device, model.dtype)
+            results = model(state)
     """
 
     def __init__(
@@ -58,20 +66,21 @@ class DPA4Model(ModelInterface):
         """Load the model.
 
         Args:
-            model: Checkpoint (native or of deepmd-kit) or potential (copied).
-            device: Where to compute; "auto" takes CUDA when there is one.
+            model: Checkpoint file (native or deepmd-kit) or a ``Potential``, which is copied.
+            device: Device for the computation, such as "cpu" or "cuda". "auto" selects a GPU if one is available.
             dtype: Precision of the network.
-            branch: Branch of a multitask checkpoint of deepmd-kit.
-            compute_forces: Hand out forces.
-            compute_stress: Hand out stresses.
-            precision: "high" is the accuracy of the dtype. "fast" multiplies in bfloat16 within the interaction
+            branch: Branch of a multitask deepmd-kit checkpoint.
+            compute_forces: Include forces in the results.
+            compute_stress: Include stresses in the results.
+            precision: "high" has the accuracy of ``dtype``. "fast" uses bfloat16 matrix products in the interaction
                 blocks, for screening.
-            compile: Compile at the first calculation; None does so on a GPU in float32. A failure is a warning, and
-                eager mode goes on.
+            compile: Compile the potential at the first calculation. None compiles on a GPU in float32 only. If
+                compilation fails, a warning is issued and eager mode is used.
 
         Raises:
-            FileNotFoundError: If a checkpoint does not exist.
-            ValueError: If an argument is not allowed or a checkpoint cannot be read.
+            FileNotFoundError: If the checkpoint does not exist.
+            RuntimeError: If ``device`` is a GPU and none is available.
+            ValueError: If an argument is not allowed or the checkpoint cannot be read.
         """
         super().__init__()
         self._device = choose_device(device)
@@ -83,22 +92,31 @@ class DPA4Model(ModelInterface):
         self.charge_spin = self.potential.config.default_charge_spin
         self._evaluator = Evaluator(self.potential, compile)
         self._monitor = CoverageMonitor([self.potential.coverage], self._device)
-        self._checked: tuple[Tensor, Tensor] | None = None  # atomic numbers, charges and spins
+        # Atomic numbers and charge_spin that passed the check.
+        self._checked: tuple[Tensor, Tensor] | None = None
 
     @ModelInterface.compute_forces.setter
     def compute_forces(self, value: bool) -> None:
-        """Whether forces are handed out."""
+        """Include forces in the results."""
         self._compute_forces = value
 
     @ModelInterface.compute_stress.setter
     def compute_stress(self, value: bool) -> None:
-        """Whether stresses are handed out."""
+        """Include stresses in the results."""
         self._compute_stress = value
 
     def autobatching(self, max_edges: float) -> dict[str, Any]:
-        """Arguments that limit TorchSim's autobatchers to so many edges per batch, without trying what fits.
+        """Build arguments that limit TorchSim's autobatchers to a number of edges per batch.
 
-        TorchSim 0.3 does not count edges; there the limit is that of a homogeneous structure with so many.
+        With a fixed limit an autobatcher need not find out what fits by running out of memory. TorchSim 0.3 does not
+        count edges. Its limit is atoms times density, set to the value of a homogeneous structure with ``max_edges``
+        edges.
+
+        Args:
+            max_edges: Largest number of edges in a batch.
+
+        Returns:
+            Keyword arguments for ``InFlightAutoBatcher`` and ``BinningAutoBatcher``.
         """
         if COUNTS_EDGES:
             return {
@@ -106,26 +124,27 @@ class DPA4Model(ModelInterface):
                 "cutoff": self.cutoff,
                 "max_memory_scaler": float(max_edges),
             }
-        neighbors = 4 / 3 * math.pi * self.cutoff**3 / 1000  # of an atom, at one atom per cubic nanometre
+        # Neighbours of an atom at TorchSim's unit of density, one atom per cubic nanometre.
+        neighbors = 4 / 3 * math.pi * self.cutoff**3 / 1000
         return {"memory_scales_with": "n_atoms_x_density", "max_memory_scaler": max_edges / neighbors}
 
     def forward(self, state: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Evaluate all systems of a state at once.
 
         Args:
-            state: ``SimState``; not changed.
+            state: ``SimState`` with B systems and N atoms; not modified.
             **kwargs: Not used.
 
         Returns:
-            ``energy`` (B,) and ``energies`` of the atoms (N,) in eV, ``forces`` (N, 3) in eV/Angstrom, and
-            ``stress`` (B, 3, 3) in eV/Angstrom^3, positive under tension, not a number unless the systems are
-            periodic along all three axes. All detached, in the precision of the positions.
+            ``energy`` (B,) in eV, ``energies`` of the atoms (N,) in eV, ``forces`` (N, 3) in eV/Angstrom, and
+            ``stress`` (B, 3, 3) in eV/Angstrom^3, positive under tension. The stress is NaN unless the systems are
+            periodic along all three axes. All tensors are detached and have the dtype of the positions.
 
         Raises:
-            ValueError: If an element, a charge or a spin is outside the model, a position is not finite, atoms
-                coincide, or a periodic axis has no cell vector.
+            ValueError: If an element, a charge or a spin is not supported by the model; if a position is not finite
+                or atoms coincide; or if a periodic axis has no cell vector.
         """
-        if isinstance(state, dict):  # TorchSim 0.3 allows it
+        if isinstance(state, dict):  # allowed by TorchSim 0.3
             state = SimState(**state)
         periodic = torch.as_tensor(state.pbc, dtype=torch.bool).cpu().expand(3)
         graph = self._graph(state, periodic)
@@ -139,7 +158,10 @@ class DPA4Model(ModelInterface):
         return {name: values.detach().to(state.positions.dtype) for name, values in results.items()}
 
     def _graph(self, state: Any, periodic: Tensor) -> Graph:
-        """Graph of all systems, on the device; refuses what the model does not know."""
+        """Build the graph of all systems, on the device, and check the structures.
+
+        Elements, charges and spins are checked only when they have changed since the last call.
+        """
         numbers, structure = state.atomic_numbers.long(), state.system_idx.long()
         positions, cell = state.positions.double(), state.row_vector_cell.double().contiguous()
         charge_spin = self._charges_and_spins(state, len(cell))
@@ -158,11 +180,11 @@ class DPA4Model(ModelInterface):
             self._monitor.elements(numbers)
             self._checked = numbers.clone(), charge_spin
         self._monitor.look(graph)
-        self._monitor.report()  # at once: results stay on the device, which nothing below waits for
+        self._monitor.report()  # now, because no later step waits for the device
         return graph
 
     def _charges_and_spins(self, state: Any, systems: int) -> Tensor:
-        """Charge and multiplicity of each system (B, 2) int64."""
+        """Charge and multiplicity of each system, (B, 2) int64."""
         if not self.potential.config.charge_spin:
             return torch.tensor([[0, 1]], device=self._device).expand(systems, 2)
         columns = []
@@ -175,7 +197,7 @@ class DPA4Model(ModelInterface):
             else:
                 raise ValueError(
                     f"the model is conditioned on charge and spin without a default; give each system a {what} as "
-                    f"the extra {names[0]!r} of the state (TorchSim 0.6), or set charge_spin of the model"
+                    f"the extra {names[0]!r} of the state (TorchSim 0.6), or set model.charge_spin"
                 )
             if not torch.equal(values, values.round()):
                 raise ValueError(

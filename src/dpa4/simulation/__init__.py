@@ -1,4 +1,4 @@
-"""Running potentials: the ASE calculator, molecular dynamics, relaxation."""
+"""Simulations with a potential: ASE, LAMMPS, molecular dynamics, relaxation, barriers, crystals, pair curves."""
 
 from dpa4.interfaces.ase import DPA4Calculator
 from dpa4.interfaces.dispersion import with_dispersion

@@ -1,4 +1,4 @@
-"""Molecular dynamics with ASE's integrators: logged, plotted, and resumed exactly after an interruption."""
+"""Molecular dynamics with ASE's integrators, with tables, plots and exact continuation after an interruption."""
 
 import json
 import os
@@ -23,25 +23,37 @@ ENSEMBLES = ("nve", "langevin", "nvt", "npt")
 CELLS = ("volume", "full")
 
 COLUMNS = ("step", "time_ps", "potential_eV", "kinetic_eV", "total_eV", "temperature_K")
-CONSERVED = "conserved_eV"  # of structure and baths together; nvt and npt
-PRESSURE = "pressure_GPa"  # of cells periodic along all axes
-VOLUME, DENSITY = "volume_A3", "density_g_cm3"  # npt
-RESTART_INTERVAL = 1000  # steps between restart files; an interruption writes one too
+CONSERVED = "conserved_eV"  # energy of structure and baths; nvt and npt only
+PRESSURE = "pressure_GPa"  # only if periodic along all three axes
+VOLUME, DENSITY = "volume_A3", "density_g_cm3"  # npt only
+RESTART_INTERVAL = 1000  # steps between restart files; written also at the end and on interruption
 RESTART_FORMAT = 2
-GRAMS_PER_CM3 = 1e27 * units._amu  # of 1 u/Angstrom^3
+GRAMS_PER_CM3 = 1e27 * units._amu  # 1 u/Angstrom^3 in g/cm^3
 
 
 @dataclass(frozen=True)
 class DynamicsResult:
-    """Outcome of a run, from its table thermo.csv."""
+    """Summary of a molecular dynamics run, computed from all rows of its table thermo.csv.
 
-    steps: int  # done, those before a restart included
-    finished: bool  # false after an interruption
-    temperature: float  # mean, K
-    # Of the energy that the ensemble conserves, in nve the total energy; not in langevin:
-    drift: float | None  # slope by least squares, meV/atom/ps
-    deviation: float | None  # largest distance from the start, meV/atom
-    density: float | None  # mean, g/cm3; only npt
+    The conserved energy is the total energy in ensemble nve, and the energy of structure and baths in nvt and npt. In
+    langevin no energy is conserved.
+
+    Attributes:
+        steps: Number of steps done, including steps before a restart.
+        finished: False after an interruption.
+        temperature: Mean temperature, in K.
+        drift: Slope of the conserved energy by least squares, in meV/atom/ps. None in langevin, and if the table has
+            a single row.
+        deviation: Largest deviation of the conserved energy from its initial value, in meV/atom. None in langevin.
+        density: Mean density, in g/cm^3. None except in npt.
+    """
+
+    steps: int
+    finished: bool
+    temperature: float
+    drift: float | None
+    deviation: float | None
+    density: float | None
 
 
 def run_md(
@@ -63,43 +75,58 @@ def run_md(
     resume: bool = False,
     progress: bool = True,
 ) -> DynamicsResult:
-    """Run molecular dynamics; ``atoms`` ends as the last structure.
+    """Run molecular dynamics at constant energy, temperature or pressure.
 
-    Writes into the folder ``output``: trajectory.xyz, thermo.csv, thermo.png and restart.json. Ctrl-C
-    finishes the step and saves; with ``resume`` the run then goes on to the same numbers as without the
-    interruption (to rounding, if the calculator keeps neighbours from step to step). A larger ``steps`` extends a
-    finished run.
+    ``atoms`` is modified in place and ends as the last structure. The folder ``output`` receives:
+
+    * trajectory.xyz: structures with energy, forces, momenta and, if periodic along all three axes, stress.
+    * thermo.csv and thermo.png: energies, temperature, pressure and volume against time.
+    * restart.json: the state to continue from, written every 1000 steps and at the end.
+
+    Ctrl-C finishes the step and saves. A run continued with ``resume`` yields the same numbers as an uninterrupted
+    one, up to rounding if the calculator reuses a neighbour list from step to step. A finished run can be extended
+    with ``resume`` and a larger ``steps``.
 
     Args:
-        atoms: Start. Constraints hold, and momenta are kept; where they are all zero they are drawn. In nvt and npt
-            the centre of mass is brought to rest, and an isolated structure's rotation, too.
+        atoms: Initial structure. Constraints hold. Momenta are used as they are; if all are zero, they are drawn from
+            the Maxwell-Boltzmann distribution. In nvt and npt the motion of the centre of mass is removed, and for
+            isolated structures the rotation.
         calculator: ASE calculator.
-        output: Folder, made if absent.
-        steps: Steps of the whole run, those before a restart included.
-        ensemble: "nve" by velocity Verlet; "langevin" at constant temperature, which lets the centre of mass
-            diffuse; "nvt" by Nose-Hoover chains; "npt" by Martyna, Tobias and Klein's equations, which needs
-            periodicity along all axes and a stress.
-        temperature: Of the drawn momenta and of the bath, in K, not counting motion of the centre of mass and
-            rotation of isolated structures. From a relaxed start without a bath, half of it goes into the potential
-            energy.
-        timestep: In fs.
-        friction: Of the Langevin bath, in 1/fs.
-        tdamp: Time constant of the thermostat of nvt and npt, in fs.
-        pressure: External pressure of npt, in GPa.
-        pdamp: Time constant of the barostat of npt, in fs.
-        cell: What the barostat of npt changes: "volume", which keeps the shape, for liquids and cubic crystals, or
-            "full": all lengths and angles.
-        interval: Steps between rows of the table and frames of the trajectory.
-        seed: Of the random numbers.
+        output: Output folder, created if absent.
+        steps: Number of steps of the whole run, including steps before a restart.
+        ensemble: "nve" (velocity Verlet); "langevin" (constant temperature, the centre of mass diffuses); "nvt"
+            (Nose-Hoover chains); or "npt" (Martyna-Tobias-Klein equations), which needs periodicity along all three
+            axes and a calculator with stress.
+        temperature: Temperature of drawn momenta and of the bath, in K. Motion of the centre of mass and rotation of
+            isolated structures do not count. In nve, a run from a relaxed structure ends at about half of this
+            temperature, because half of the kinetic energy turns into potential energy.
+        timestep: Time step, in fs.
+        friction: Friction of the Langevin bath, in 1/fs.
+        tdamp: Time constant of the thermostat in nvt and npt, in fs.
+        pressure: External pressure in npt, in GPa.
+        pdamp: Time constant of the barostat in npt, in fs.
+        cell: Degrees of freedom of the barostat in npt: "volume" keeps the shape of the cell, for liquids and cubic
+            crystals; "full" changes all lengths and angles.
+        interval: Number of steps between rows of the table and frames of the trajectory.
+        seed: Seed of the random numbers.
         resume: Continue the run in ``output``.
         progress: Show a progress bar on a terminal.
+
+    Returns:
+        Summary of the whole run, including steps before a restart.
 
     Raises:
         FileExistsError: If ``output`` already holds a run and ``resume`` is not set.
         FileNotFoundError: If there is no run to resume.
-        ValueError: If an argument is not allowed, no atom can move, or the run to resume had another model, other
-            settings or atoms.
-        RuntimeError: If a step fails, usually because the timestep is too long.
+        RuntimeError: If a step fails, usually because the time step is too long.
+        ValueError: If an argument is not allowed, no atom can move, the ensemble cannot respect a constraint, or the
+            run to resume had another model, other settings or other atoms.
+
+    Example:
+        50 ps at 300 K:
+
+            calculator = DPA4Calculator("run/best.safetensors", neighbor_skin=1.0)
+            result = run_md(atoms, calculator, "md", steps=100_000, ensemble="langevin", temperature=300.0)
     """
     settings = {
         "ensemble": ensemble,
@@ -127,7 +154,7 @@ def run_md(
 
 
 class _Run:
-    """State and files of a run."""
+    """State and files of a molecular dynamics run."""
 
     def __init__(
         self, atoms: Atoms, calculator: Calculator, folder: Path, settings: dict[str, Any], resume: bool
@@ -148,7 +175,7 @@ class _Run:
             raise ValueError(f"none of {len(atoms)} atoms can move; give atoms without constraints")
         baths = self._load() if resume else self._start()
         atoms.calc = calculator
-        atoms.get_forces()  # what is wrong with the structure shows before there are files
+        atoms.get_forces()  # reveals an invalid structure before files are written
         self.integrator = make_integrator(atoms, settings, self.rng)
         if resume:
             set_bath_state(self.integrator, baths)
@@ -162,10 +189,10 @@ class _Run:
             self.save()
 
     def advance(self) -> None:
-        """One step, and what is due after it."""
+        """Run one step, then write the table, trajectory and restart file if due."""
         try:
             self.integrator.step()
-        except ValueError as error:  # positions that are not finite, atoms that coincide
+        except ValueError as error:  # for example positions that are not finite, or coincident atoms
             raise RuntimeError(
                 f"step {self.step + 1} failed: {error}. Try a shorter timestep than "
                 f"{self.settings['timestep']} fs; {self.trajectory} shows what happened before"
@@ -194,7 +221,14 @@ class _Run:
             temporary.write_text(json.dumps(state), encoding="utf-8")
 
     def _start(self) -> dict[str, Any]:
-        """Refuse a used folder, draw momenta; the state of baths at the start."""
+        """Create the folder and prepare the momenta of a new run.
+
+        Returns:
+            Initial state of the baths: {}.
+
+        Raises:
+            FileExistsError: If the folder already holds a run.
+        """
         for name in (self.restart.name, "thermo.csv", self.trajectory.name):
             if (self.folder / name).exists():
                 raise FileExistsError(
@@ -208,9 +242,19 @@ class _Run:
         return {}
 
     def _load(self) -> dict[str, Any]:
-        """Take over structure and random numbers of the run to resume; the state of its baths."""
+        """Restore structure and random numbers from the restart file.
+
+        Returns:
+            State of the baths, for ``set_bath_state``.
+
+        Raises:
+            FileNotFoundError: If there is no restart file.
+            ValueError: If the file cannot be read, or settings or atoms differ.
+        """
         if not self.restart.is_file():
-            raise FileNotFoundError(f"there is no run to resume in {self.folder}: {self.restart} is absent")
+            raise FileNotFoundError(
+                f"there is no run to resume in {self.folder}: {self.restart} does not exist"
+            )
         try:
             state = json.loads(self.restart.read_text(encoding="utf-8"))
             found = state["format"]
@@ -220,17 +264,19 @@ class _Run:
             raise ValueError(f"{self.restart} has format {found}; this version reads format {RESTART_FORMAT}")
         check_settings(self.settings, state["settings"], self.folder)
         if state["atomic_numbers"] != self.atoms.numbers.tolist():
-            raise ValueError(f"the atoms are not those of the run to resume in {self.folder}")
+            raise ValueError(
+                f"the atoms are not those of the run to resume in {self.folder}; start from the same structure"
+            )
         self.step = state["step"]
         self.atoms.set_cell(state["cell"])
         self.atoms.set_positions(state["positions"], apply_constraint=False)
         self.atoms.set_momenta(state["momenta"], apply_constraint=False)
         self.rng.bit_generator.state = state["random"]
-        os.truncate(self.trajectory, state["trajectory_bytes"])  # frames after the restart file come again
+        os.truncate(self.trajectory, state["trajectory_bytes"])  # later frames are computed again
         return state["baths"]
 
     def _record(self) -> None:
-        """Add a row to the table and a frame to the trajectory."""
+        """Append a row to the table and a frame to the trajectory."""
         atoms = self.atoms
         time = round(self.step * self.settings["timestep"] / 1000, 9)
         potential, kinetic = float(atoms.get_potential_energy()), float(atoms.get_kinetic_energy())
@@ -274,7 +320,7 @@ def _check_arguments(settings: dict[str, Any]) -> None:
 
 
 def _finish(folder: Path, steps: int, finished: bool, num_atoms: int, ensemble: str) -> DynamicsResult:
-    """Statistics and figure of the whole run, from its table."""
+    """Compute the summary and draw the figure of the whole run from its table."""
     rows = read_csv(folder / "thermo.csv")
     table = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
     energy = table.get(CONSERVED, table["total_eV"])

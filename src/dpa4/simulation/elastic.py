@@ -1,4 +1,4 @@
-"""Elastic tensor of a crystal from the stresses of small strains, and the moduli of a polycrystal."""
+"""Elastic tensor of a crystal from stresses at small strains, and the moduli of a polycrystal."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,35 +15,54 @@ from dpa4.simulation.runs.store import Record, write_csv, write_json
 from dpa4.system import new_figure, save_figure
 
 VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")
-FRACTIONS = (-1.0, -0.5, 0.5, 1.0)  # of the largest strain
+FRACTIONS = (-1.0, -0.5, 0.5, 1.0)  # in units of the largest strain
 
 
 @dataclass(frozen=True)
 class Moduli:
-    """Moduli in GPa of a polycrystal without texture: bounds of Voigt and Reuss, and their mean after Hill."""
+    """Elastic moduli of a polycrystal without texture.
+
+    Attributes:
+        bulk_voigt: Voigt bound of the bulk modulus, B_V, in GPa.
+        bulk_reuss: Reuss bound of the bulk modulus, B_R, in GPa.
+        bulk: Hill bulk modulus, the mean of both bounds, in GPa.
+        shear_voigt: Voigt bound of the shear modulus, G_V, in GPa.
+        shear_reuss: Reuss bound of the shear modulus, G_R, in GPa.
+        shear: Hill shear modulus, the mean of both bounds, in GPa.
+        young: Young's modulus from the Hill values, in GPa.
+        poisson: Poisson's ratio from the Hill values.
+        anisotropy: Universal anisotropy index, 5 G_V / G_R + B_V / B_R - 6; zero for an isotropic crystal.
+    """
 
     bulk_voigt: float
     bulk_reuss: float
-    bulk: float  # Hill
+    bulk: float
     shear_voigt: float
     shear_reuss: float
-    shear: float  # Hill
-    young: float  # of the Hill values
-    poisson: float  # of the Hill values
-    anisotropy: float  # universal index: 5 G_V / G_R + B_V / B_R - 6, zero for an isotropic crystal
+    shear: float
+    young: float
+    poisson: float
+    anisotropy: float
 
 
 @dataclass(frozen=True)
 class Elasticity:
-    """Elastic tensor of a crystal."""
+    """Elastic tensor of a crystal, in Voigt order xx, yy, zz, yz, xz, xy.
 
-    stiffness: NDArray[np.float64]  # (6, 6) GPa, in the order xx, yy, zz, yz, xz, xy; symmetric
-    asymmetry: (
-        float  # GPa; largest difference between the two values of an element, of which the mean is taken
-    )
-    stress: NDArray[np.float64]  # (6,) GPa; of the crystal without strain
-    stable: bool  # all eigenvalues of the stiffness are positive (Born)
-    moduli: Moduli | None  # None unless stable
+    Attributes:
+        stiffness: Elastic tensor (6, 6) in GPa, symmetric.
+        asymmetry: Largest difference between the elements ij and ji of the fitted tensor, in GPa. The stiffness has
+            their means.
+        stress: Stress (6,) of the crystal without strain, in GPa.
+        stable: True if all eigenvalues of the stiffness are positive (Born stability criterion).
+        moduli: Moduli of a polycrystal; None unless the crystal is stable.
+    """
+
+    stiffness: NDArray[np.float64]
+    asymmetry: float
+    stress: NDArray[np.float64]
+    stable: bool
+    moduli: Moduli | None
 
 
 def elastic_tensor(
@@ -58,30 +77,49 @@ def elastic_tensor(
     resume: bool = False,
     progress: bool = True,
 ) -> Elasticity:
-    """Strain a crystal along each of the six components, relax the positions, and fit Hooke's law to the stresses.
+    """Compute the elastic tensor of a crystal from the stresses of strained cells.
 
-    Each component takes four strains, -1, -1/2, 1/2 and 1 times ``strain``, so that terms of second order drop out
-    of the slopes. Writes into the folder ``output``: elastic.csv (the tensor), stresses.csv, elastic.json and
-    elastic.png. Ctrl-C ends with the strain at hand; with ``resume`` a later call goes on.
+    Each of the six strain components is applied with -1, -1/2, 1/2 and 1 times ``strain``, so that second-order terms
+    cancel in the slopes. Positions are relaxed at every strain. Hooke's law is fitted to the stresses. The folder
+    ``output`` receives:
+
+    * elastic.csv: the elastic tensor, in GPa.
+    * stresses.csv: strains and stresses.
+    * elastic.json: the fields of ``Elasticity``.
+    * elastic.png: stresses against strains with the fit. Points off the lines indicate too large a strain or
+      insufficient relaxation.
+
+    Ctrl-C stops the calculation. A later call with ``resume`` continues after the last finished strain.
 
     Args:
-        atoms: Crystal; left as it is. The axes of the tensor are x, y and z of its coordinates.
+        atoms: Crystal, periodic along all three axes and without constraints. Not modified. The axes of the tensor
+            are the Cartesian axes of the coordinates.
         calculator: ASE calculator with stress.
-        output: Folder, made if absent.
-        strain: The largest; of shear the angle, 2 eps_xy.
-        relax_first: Relax positions and cell at the start. The constants mean what they should only where the
-            crystal is free of stress.
-        fmax: Of all relaxations, in eV/Angstrom; see ``relax``.
-        steps: Most steps of each relaxation.
-        resume: Take over the strains an earlier call has finished.
+        output: Output folder, created if absent.
+        strain: Largest strain, at most 0.1. For shear components, the angle (2 eps_xy).
+        relax_first: Relax positions and cell first. Elastic constants are well defined only for a crystal free of
+            stress.
+        fmax: Convergence threshold of all relaxations, in eV/Angstrom; see ``relax``.
+        steps: Largest number of steps of each relaxation.
+        resume: Continue the calculation in ``output``.
         progress: Show progress bars on a terminal.
+
+    Returns:
+        Elastic tensor, stability and moduli.
 
     Raises:
         FileExistsError: If ``output`` holds a calculation and ``resume`` is not set.
         FileNotFoundError: If there is no calculation to resume.
         RuntimeError: If a relaxation does not converge.
         Stopped: After Ctrl-C.
-        ValueError: If an argument is not allowed, or the calculation to resume had others.
+        ValueError: If an argument is not allowed, or the calculation to resume had other arguments, another structure
+            or another model.
+
+    Example:
+        Elastic constants of a crystal:
+
+            calculator = DPA4Calculator("run/best.safetensors", dtype="float64")
+            print(elastic_tensor(atoms, calculator, "elastic").stiffness)  # (6, 6) GPa
     """
     if not 0 < strain <= 0.1:
         raise ValueError(f"strain must be positive and at most 0.1, got {strain}")
@@ -92,7 +130,7 @@ def elastic_tensor(
 
     def compute(voigt: list[float]) -> Record:
         strained = start.copy()
-        deformation = voigt_6_to_full_3x3_strain(voigt)  # with the identity added
+        deformation = voigt_6_to_full_3x3_strain(voigt)  # includes the identity
         strained.set_cell(start.cell.array @ deformation, scale_atoms=True)
         relaxation(strained, calculator, fmax=fmax, steps=steps)
         return {"strain": voigt, "stress_GPa": (strained.get_stress() / units.GPa).tolist()}
@@ -112,11 +150,14 @@ def elastic_tensor(
 
 
 def elasticity(strains: NDArray[np.float64], stresses: NDArray[np.float64]) -> Elasticity:
-    """Hooke's law, stress = stress at rest + stiffness @ strain, by least squares.
+    """Fit Hooke's law, stress = stress at zero strain + stiffness @ strain, by least squares.
 
     Args:
-        strains: (P, 6) Voigt strains, those of shear as angles; at least one of them is zero.
-        stresses: (P, 6) in GPa.
+        strains: Voigt strains (P, 6), with shear strains as angles. At least one row is zero.
+        stresses: Stresses (P, 6), in GPa.
+
+    Returns:
+        Elastic tensor, stability and moduli.
     """
     design = np.column_stack([strains, np.ones(len(strains))])
     solution = np.linalg.lstsq(design, stresses, rcond=None)[0]
@@ -133,7 +174,14 @@ def elasticity(strains: NDArray[np.float64], stresses: NDArray[np.float64]) -> E
 
 
 def moduli(stiffness: NDArray[np.float64]) -> Moduli:
-    """Moduli of a polycrystal from a positive definite stiffness (6, 6), in its unit."""
+    """Compute the moduli of a polycrystal without texture.
+
+    Args:
+        stiffness: Elastic tensor (6, 6) in Voigt order, positive definite.
+
+    Returns:
+        Moduli, in the unit of the stiffness.
+    """
     compliance = np.linalg.inv(stiffness)
     c, s = stiffness, compliance
     bulk_voigt = c[:3, :3].sum() / 9
@@ -176,7 +224,7 @@ def _write(
 def _plot(
     path: Path, strains: NDArray[np.float64], stresses: NDArray[np.float64], result: Elasticity
 ) -> None:
-    """Stresses against strains with the fit: curved lines mean that the strain is too large."""
+    """Plot stresses against strains with the fit; curved lines mean that the strain is too large."""
     figure = new_figure(10, 6)
     panels = figure.subplots(2, 3, sharex=True).flat
     for number, (axis, component) in enumerate(zip(panels, VOIGT, strict=True)):

@@ -1,4 +1,4 @@
-"""Energy of a crystal against its volume, and the Birch-Murnaghan equation of state."""
+"""Energy of a crystal as a function of volume, and the Birch-Murnaghan equation of state."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,14 +21,23 @@ COLUMNS = ("volume_A3", "energy_eV", "pressure_GPa", "a_A", "b_A", "c_A")
 
 @dataclass(frozen=True)
 class EquationOfState:
-    """Birch-Murnaghan equation of state of third order; energy and volume are those of the cell that was given."""
+    """Third-order Birch-Murnaghan equation of state; energy and volume are per cell.
 
-    volume: float  # of least energy, Angstrom^3
-    energy: float  # there, eV
-    bulk_modulus: float  # there, GPa
-    bulk_modulus_derivative: float  # by the pressure
-    lengths: tuple[float, float, float]  # of the cell vectors at that volume, Angstrom
-    rms: float  # of the distances of the energies from the curve, meV/atom
+    Attributes:
+        volume: Volume of minimum energy, in Angstrom^3.
+        energy: Energy at this volume, in eV.
+        bulk_modulus: Bulk modulus at this volume, in GPa.
+        bulk_modulus_derivative: Derivative of the bulk modulus with respect to pressure, dimensionless.
+        lengths: Lengths of the cell vectors at this volume, in Angstrom.
+        rms: Root mean square deviation of the energies from the curve, in meV/atom.
+    """
+
+    volume: float
+    energy: float
+    bulk_modulus: float
+    bulk_modulus_derivative: float
+    lengths: tuple[float, float, float]
+    rms: float
 
 
 def equation_of_state(
@@ -45,35 +54,50 @@ def equation_of_state(
     resume: bool = False,
     progress: bool = True,
 ) -> EquationOfState:
-    """Compute energies at several volumes, with positions relaxed at each, and fit the equation of state.
+    """Fit the equation of state of a crystal to its energies at several volumes.
 
-    Writes into the folder ``output``: eos.csv, eos.json, eos.png and eos.xyz. Ctrl-C ends with the volume at hand;
-    with ``resume`` a later call goes on.
+    Positions are relaxed at every volume. The folder ``output`` receives:
+
+    * eos.csv: volume, energy, pressure from the stress, and lengths of the cell vectors.
+    * eos.json: the fields of ``EquationOfState``.
+    * eos.png: energies and pressures with the fitted curve. Pressures are not fitted, so their agreement with the
+      curve is a check.
+    * eos.xyz: relaxed structures with their energies.
+
+    Ctrl-C stops the calculation. A later call with ``resume`` continues after the last finished volume.
 
     Args:
-        atoms: Crystal; left as it is.
-        calculator: ASE calculator, with stress.
-        output: Folder, made if absent.
-        points: Number of volumes.
-        span: They range from 1 - span to 1 + span times the volume at the start, in equal steps.
-        shape: Relax the shape of the cell at every volume, too; needed where symmetry does not fix it.
-        relax_first: Relax positions and cell at the start.
-        fmax: Of all relaxations, in eV/Angstrom; see ``relax``.
-        steps: Most steps of each relaxation.
-        resume: Take over the volumes an earlier call has finished.
+        atoms: Crystal, periodic along all three axes and without constraints. Not modified.
+        calculator: ASE calculator with stress.
+        output: Output folder, created if absent.
+        points: Number of volumes, at least 5.
+        span: Range of the volumes, as a fraction: from 1 - span to 1 + span times the initial volume, in equal steps.
+        shape: Relax the shape of the cell at every volume as well. Needed if symmetry does not determine the shape.
+        relax_first: Relax positions and cell first; volumes are then relative to the relaxed one.
+        fmax: Convergence threshold of all relaxations, in eV/Angstrom; see ``relax``.
+        steps: Largest number of steps of each relaxation.
+        resume: Continue the calculation in ``output``.
         progress: Show progress bars on a terminal.
+
+    Returns:
+        Parameters of the equation of state.
 
     Raises:
         FileExistsError: If ``output`` holds a calculation and ``resume`` is not set.
         FileNotFoundError: If there is no calculation to resume.
         RuntimeError: If a relaxation does not converge, or the energies have no minimum among the volumes.
         Stopped: After Ctrl-C.
-        ValueError: If an argument is not allowed, or the calculation to resume had others.
+        ValueError: If an argument is not allowed, or the calculation to resume had other arguments, another structure
+            or another model.
+
+    Example:
+        Bulk modulus of a crystal:
+
+            calculator = DPA4Calculator("run/best.safetensors", dtype="float64")
+            print(equation_of_state(atoms, calculator, "eos").bulk_modulus)  # GPa
     """
     if points < 5:
-        raise ValueError(
-            f"points must be at least 5, one more than the parameters of the curve, got {points}"
-        )
+        raise ValueError(f"points must be at least 5, one more than the curve has parameters, got {points}")
     if not 0 < span < 1:
         raise ValueError(f"span must be a fraction of the volume between 0 and 1, got {span}")
     folder = Path(output)
@@ -96,11 +120,15 @@ def equation_of_state(
 def fit_equation_of_state(
     volumes: NDArray[np.float64], energies: NDArray[np.float64]
 ) -> tuple[float, float, float, float]:
-    """Volume (Angstrom^3), energy (eV), bulk modulus (GPa) and its derivative by the pressure, at least energy.
+    """Fit the third-order Birch-Murnaghan equation to P energies.
 
     Args:
-        volumes: (P,) in Angstrom^3, ascending.
-        energies: (P,) in eV.
+        volumes: Volumes (P,) in Angstrom^3, ascending.
+        energies: Energies (P,) in eV.
+
+    Returns:
+        Volume of minimum energy (Angstrom^3), energy (eV), bulk modulus (GPa) and its derivative with respect to
+        pressure, all at this volume.
 
     Raises:
         RuntimeError: If the energies have no minimum among the volumes.
@@ -121,13 +149,23 @@ def fit_equation_of_state(
 def birch_murnaghan_pressure(
     volumes: NDArray[np.float64], volume: float, modulus: float, derivative: float
 ) -> NDArray[np.float64]:
-    """Pressure (P,) of the equation of state with these parameters, in the unit of the bulk modulus."""
+    """Evaluate the pressure of the third-order Birch-Murnaghan equation.
+
+    Args:
+        volumes: Volumes (P,), in any unit.
+        volume: Volume at zero pressure, in the same unit.
+        modulus: Bulk modulus at zero pressure.
+        derivative: Derivative of the bulk modulus with respect to pressure.
+
+    Returns:
+        Pressures (P,), in the unit of the bulk modulus.
+    """
     x = (volume / volumes) ** (1 / 3)
     return 1.5 * modulus * (x**7 - x**5) * (1 + 0.75 * (derivative - 4) * (x**2 - 1))
 
 
 def _finish(folder: Path, records: list[Record], start: Atoms) -> EquationOfState:
-    """Files and result of the volumes."""
+    """Fit the curve to the finished volumes and write the files."""
     volumes, energies, pressures = (
         np.array([record[name] for record in records]) for name in ("volume", "energy", "pressure")
     )
@@ -143,7 +181,7 @@ def _finish(folder: Path, records: list[Record], start: Atoms) -> EquationOfStat
         write(temporary, frames, format="extxyz")
     volume, energy, modulus, derivative = fit_equation_of_state(volumes, energies)
     fitted = birchmurnaghan(volumes, energy, modulus * units.GPa, derivative, volume)
-    # Lengths divided by the cube root of the volume hardly change with it; at constant shape not at all.
+    # Lengths over the cube root of the volume vary slowly, and not at all at constant shape: interpolate these.
     relative = [np.interp(volume, volumes, column / np.cbrt(volumes)) for column in lengths.T]
     a, b, c = (float(length * np.cbrt(volume)) for length in relative)
     rms = 1000 * float(np.sqrt(np.mean((fitted - energies) ** 2))) / len(start)

@@ -1,7 +1,7 @@
-"""Integrators of ASE for the ensembles, and the state of their baths, from which a run goes on.
+"""ASE integrators for the ensembles, and the state of their baths for restarts.
 
-ASE gives no access to that state, so attributes that start with an underscore are read and set here and
-nowhere else.
+ASE has no public access to the state of a bath. This module, and no other, therefore reads and sets private
+attributes of ASE's integrators.
 """
 
 from functools import reduce
@@ -26,7 +26,11 @@ from dpa4.simulation.momenta import degrees_of_freedom
 
 
 class NVT(NoseHooverChainNVT):
-    """Nose-Hoover chains that hold atoms in place; ASE's own moves them on, unseen, and warms them."""
+    """Nose-Hoover chain integrator that keeps fixed atoms at rest.
+
+    ASE's integrator uses forces without constraints. Its internal momenta of fixed atoms therefore grow, although the
+    atoms do not move, and enter the temperature of the thermostat.
+    """
 
     def _get_forces(self) -> NDArray[np.float64]:
         self._update_atoms()
@@ -47,24 +51,29 @@ _STATE: dict[type, tuple[str, ...]] = {
 
 
 def make_integrator(atoms: Atoms, settings: dict[str, Any], rng: np.random.Generator) -> Integrator:
-    """Integrator for the settings of ``run_md``; ``rng`` is the Langevin bath's.
+    """Create the integrator for the settings of ``run_md``.
+
+    Args:
+        atoms: Structure with momenta and calculator.
+        settings: Ensemble and its parameters, in the units of ``run_md``.
+        rng: Random numbers of the Langevin bath.
 
     Raises:
-        ValueError: If the ensemble cannot keep the constraints.
+        ValueError: If the ensemble cannot respect a constraint.
     """
     ensemble, timestep = settings["ensemble"], settings["timestep"] * units.fs
     if ensemble == "nve":
         return VelocityVerlet(atoms, timestep)
     kelvin = settings["temperature"]
     if ensemble == "langevin":
-        # fixcm would distort the distribution
+        # fixcm=True would distort the canonical distribution.
         friction = settings["friction"] / units.fs
         return Langevin(atoms, timestep, temperature_K=kelvin, friction=friction, rng=rng, fixcm=False)
     _check_constraints(atoms, ensemble)
     tdamp, pdamp = settings["tdamp"] * units.fs, settings["pdamp"] * units.fs
     integrator: Any
-    # ASE takes 3 N for the number of degrees of freedom. It is smaller where the centre of mass rests or atoms are
-    # fixed, and the motion that is left would be too hot; so the baths are made for a third of the number at hand.
+    # ASE assumes 3 N degrees of freedom. There are fewer if the centre of mass rests or atoms are fixed, and the
+    # remaining motion would be too hot. The baths therefore get a third of the actual number as "number of atoms".
     third: Any = degrees_of_freedom(atoms) / 3
     if ensemble == "nvt":
         integrator = NVT(atoms, timestep, kelvin, tdamp)
@@ -75,25 +84,25 @@ def make_integrator(atoms: Atoms, settings: dict[str, Any], rng: np.random.Gener
         if kind is IsotropicMTKNPT:
             integrator._barostat = IsotropicMTKBarostat(third, kelvin, pdamp)
         else:
-            # The momenta of the cell are symmetric: six degrees of freedom, not nine.
+            # The matrix of cell momenta is symmetric: six degrees of freedom, not nine.
             integrator._barostat = MTKBarostat(third, kelvin, pdamp, mask=(True,) * 6)  # type: ignore[arg-type]
     integrator._thermostat = NoseHooverChainThermostat(third, integrator.masses, kelvin, tdamp)
     return integrator
 
 
 def conserved_energy(integrator: Integrator) -> float | None:
-    """Energy of structure and baths together, in eV, which Nose-Hoover chains conserve; None for other ensembles."""
+    """Energy of structure and baths, in eV, conserved in nvt and npt; None for other ensembles."""
     return None if isinstance(integrator, VelocityVerlet | Langevin) else integrator.get_conserved_energy()
 
 
 def bath_state(integrator: Integrator) -> dict[str, Any]:
-    """State of the baths, for JSON; {} for an integrator without."""
+    """State of the baths as JSON values; {} for an integrator without a bath."""
     names = _STATE[type(integrator)]
     return {name: np.asarray(reduce(getattr, name.split("."), integrator)).tolist() for name in names}
 
 
 def set_bath_state(integrator: Integrator, state: dict[str, Any]) -> None:
-    """Take over what ``bath_state`` gave.
+    """Restore a state returned by ``bath_state``.
 
     Raises:
         KeyError: If a part of the state is absent.
@@ -106,11 +115,18 @@ def set_bath_state(integrator: Integrator, state: dict[str, Any]) -> None:
 
 
 def _check_constraints(atoms: Atoms, ensemble: str) -> None:
-    """Nose-Hoover chains hold atoms in place, but know nothing of bonds; the barostat moves every atom."""
+    """Reject constraints that an ensemble cannot respect.
+
+    Nose-Hoover chains support fixed atoms and directions but not, for example, bond lengths. The barostat moves every
+    atom and supports no constraint.
+
+    Raises:
+        ValueError: If there is such a constraint.
+    """
     kept = (FixAtoms, FixCartesian, FixedLine, FixedPlane) if ensemble == "nvt" else ()
     for constraint in atoms.constraints:
         if not isinstance(constraint, kept):
             allowed = "only FixAtoms, FixCartesian, FixedLine and FixedPlane" if kept else "no constraints"
             raise ValueError(
-                f"ensemble {ensemble} keeps {allowed}, got {type(constraint).__name__}; use langevin or remove it"
+                f"ensemble {ensemble} supports {allowed}, got {type(constraint).__name__}; use langevin or remove it"
             )

@@ -1,4 +1,4 @@
-"""Minimum energy paths and barriers by the climbing-image nudged elastic band, with ASE."""
+"""Minimum energy paths and barriers by the climbing-image nudged elastic band (NEB) method of ASE."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,22 +21,36 @@ from dpa4.simulation.runs.progress import progress_bar
 from dpa4.system import CsvLog, atomic_write, new_figure, read_csv, save_figure, stop_requests
 
 COLUMNS = ("step", "climbing", "max_force_eV_per_A", "barrier_eV", "highest_image")
-BEFORE_CLIMBING = 4.0  # times fmax: forces below which the highest image starts to climb
-SAME = 0.01  # Angstrom; ends that no atom moves farther between are one structure
+BEFORE_CLIMBING = 4.0  # in units of fmax: largest force at which the highest image starts to climb
+SAME = 0.01  # Angstrom; ends are the same structure if no atom moves farther
 
 
 @dataclass(frozen=True)
 class Barrier:
-    """Outcome of a nudged elastic band; energies in eV, of the images themselves, not of a curve through them."""
+    """Result of a nudged elastic band.
+
+    Energies are those of the images, not of a curve through them.
+
+    Attributes:
+        converged: True if the band with climbing image is below fmax.
+        interrupted: True after Ctrl-C.
+        steps: Number of steps, including steps before a restart.
+        barrier: Energy of the highest image relative to the start, in eV.
+        reverse_barrier: Energy of the highest image relative to the end, in eV.
+        reaction_energy: Energy of the end relative to the start, in eV.
+        highest_image: Index of the highest image; 0 is the start. If it is one of the ends, there is no barrier
+            between them.
+        max_force: Largest NEB force on an atom, in eV/Angstrom.
+    """
 
     converged: bool
-    interrupted: bool  # by Ctrl-C
-    steps: int  # those before a restart included
-    barrier: float  # highest image above the start
-    reverse_barrier: float  # highest image above the end
-    reaction_energy: float  # end above the start
-    highest_image: int  # 0 is the start; that of an end means there is no barrier between them
-    max_force: float  # largest force of the band on an atom, eV/Angstrom
+    interrupted: bool
+    steps: int
+    barrier: float
+    reverse_barrier: float
+    reaction_energy: float
+    highest_image: int
+    max_force: float
 
 
 def run_neb(
@@ -53,36 +67,53 @@ def run_neb(
     resume: bool = False,
     progress: bool = True,
 ) -> Barrier:
-    """Find the path of lowest barrier near the interpolation between two structures.
+    """Find a minimum energy path between two structures, and its barrier.
 
-    The first path is interpolated between pair distances (IDPP), every atom along the shortest way under
-    periodicity. It is relaxed by FIRE with improved tangents, first without climbing, then with the highest
-    image climbing to the saddle point. Isolated structures without constraints are kept from rotating.
+    The initial path interpolates pair distances (IDPP); each atom takes the shortest way through periodic
+    boundaries. FIRE relaxes the path with improved tangents, first without climbing, then with the highest image
+    climbing to the saddle point. Isolated structures without constraints do not rotate along the path.
 
-    Writes into the folder ``output``: after every step path.xyz (images with energy, forces and ``path``, their
-    distance along the band) and a row of neb.csv, at the end path.csv and path.png. Ctrl-C finishes the step and
-    saves; with ``resume`` the path of path.xyz is relaxed further.
+    The folder ``output`` receives:
+
+    * path.xyz: images with energy, forces and ``path``, the distance along the path in Angstrom. Written after every
+      step.
+    * neb.csv: one row per step with largest force, barrier and highest image.
+    * path.csv and path.png: energy along the path. Written at the end.
+
+    Ctrl-C finishes the step and saves. With ``resume`` the path in path.xyz is relaxed further.
 
     Args:
-        start: One minimum. Its constraints hold for all images. Stays as it is.
-        end: The other one: the same atoms in the same order, and the same cell.
-        calculator: ASE calculator; one serves all images.
-        output: Folder, made if absent.
+        start: Minimum at the start of the path. Its constraints hold for all images. Not modified.
+        end: Minimum at the end of the path, with the same atoms in the same order and the same cell. Not modified.
+        calculator: ASE calculator, shared by all images.
+        output: Output folder, created if absent.
         images: Number of images between the ends.
-        fmax: Converged when no atom of an image feels a larger force of the band, in eV/Angstrom.
-        steps: Most steps, those before a restart included.
-        spring: Constant of the springs between images, in eV/Angstrom^2; it spaces them and hardly changes the path.
+        fmax: Convergence threshold for the largest NEB force on an atom, in eV/Angstrom.
+        steps: Largest number of steps, including steps before a restart.
+        spring: Force constant of the springs between images, in eV/Angstrom^2. It determines their spacing and hardly
+            changes the path.
         relax_ends: Relax start and end first, to half of fmax.
         resume: Continue the run in ``output``.
         progress: Show a progress bar on a terminal.
 
+    Returns:
+        Barrier in both directions, reaction energy, and whether the band converged.
+
     Raises:
         FileExistsError: If ``output`` already holds a path and ``resume`` is not set.
         FileNotFoundError: If there is no path to resume.
-        ValueError: If an argument is not allowed, the ends do not fit each other or are one structure, or the path to
-            resume has other atoms or another number of images.
-        RuntimeError: If an end does not relax.
-        KeyboardInterrupt: If Ctrl-C comes while the ends are relaxed, before there is a path.
+        KeyboardInterrupt: After Ctrl-C while the ends are relaxed, before there is a path.
+        RuntimeError: If the relaxation of an end does not converge.
+        ValueError: If an argument is not allowed; if start and end have different atoms, cells or periodicity, or are
+            the same structure; or if the path to resume has other atoms or another number of images.
+
+    Example:
+        Barrier between two structures:
+
+            calculator = DPA4Calculator("run/best.safetensors")
+            start, end = ase.io.read("start.xyz"), ase.io.read("end.xyz")
+            result = run_neb(start, end, calculator, "neb", images=5, relax_ends=True)
+            print(result.barrier, result.reverse_barrier)  # eV
     """
     _check(start, end, images, fmax, steps, spring)
     folder = Path(output)
@@ -101,7 +132,7 @@ def run_neb(
     rows = read_csv(log_file) if resume else []
     done = int(rows[-1]["step"]) if rows else 0
     band.climb = bool(rows) and rows[-1]["climbing"] == "1"
-    log = CsvLog(log_file, COLUMNS, done - 1 if rows else None)  # the last row comes again
+    log = CsvLog(log_file, COLUMNS, done - 1 if rows else None)  # the last row is written again
     converged = False
     try:
         with stop_requests() as stopped, progress_bar("step", steps, done, progress) as bar:
@@ -128,7 +159,7 @@ def run_neb(
 
 
 class _Constant(Calculator):
-    """The energy of an end, wherever a rotation or translation puts it."""
+    """Calculator with the fixed energy and forces of an end, which rotations and translations do not change."""
 
     implemented_properties = ["energy", "free_energy", "forces"]
 
@@ -147,7 +178,7 @@ class _Constant(Calculator):
 
 
 class _Band(NEB):
-    """A band of which each image is computed once per step, with one calculator."""
+    """Elastic band that computes each image once per step, with one calculator for all images."""
 
     def __init__(self, images: Sequence[Atoms], calculator: Calculator, spring: float):
         for atoms in (images[0], images[-1]):
@@ -167,7 +198,10 @@ class _Band(NEB):
         self._known: tuple[NDArray[np.float64], bool, NDArray[np.float64]] | None = None
 
     def get_forces(self) -> NDArray[np.float64]:
-        """Forces of the band; an optimizer asks twice per step, and a shared calculator remembers one image."""
+        """Return the NEB forces, cached for the current positions.
+
+        ASE's optimizer requests them twice per step, and a shared calculator remembers the last image only.
+        """
         known = self._known
         if known is None or known[1] != self.climb or not np.array_equal(known[0], self.get_positions()):
             forces = super().get_forces()
@@ -175,7 +209,7 @@ class _Band(NEB):
         return known[2].copy()
 
     def frames(self) -> list[Atoms]:
-        """The images with their energies, forces and distances along the band."""
+        """Copies of the images with their energies, forces and distances along the band."""
         self.get_forces()
         frames = []
         ends = {0: self.images[0].calc.kept["forces"], self.nimages - 1: self.images[-1].calc.kept["forces"]}
@@ -188,19 +222,19 @@ class _Band(NEB):
         return frames
 
     def path(self) -> NDArray[np.float64]:
-        """Distance of each image from the start, along straight lines between images, in Angstrom."""
+        """Distance of each image from the start along straight lines between images, (images + 2,) in Angstrom."""
         steps = [b.positions - a.positions for a, b in zip(self.images, self.images[1:], strict=False)]
         return np.concatenate([[0.0], np.cumsum([np.linalg.norm(step) for step in steps])])
 
     def row(self, step: int) -> dict[str, Any]:
-        """The present state for neb.csv."""
+        """Row of neb.csv for the current state."""
         force = float(np.linalg.norm(self.get_forces(), axis=1).max())
         highest = int(self.energies.argmax())
         values = (step, int(self.climb), force, float(self.energies[highest] - self.energies[0]), highest)
         return dict(zip(COLUMNS, values, strict=True))
 
     def save(self, file: Path) -> None:
-        """Write the images."""
+        """Write the images to path.xyz."""
         with atomic_write(file) as temporary:
             write(temporary, self.frames(), format="extxyz")
 
@@ -219,16 +253,22 @@ def _check(start: Atoms, end: Atoms, images: int, fmax: float, steps: int, sprin
             "in the same order"
         )
     if not np.array_equal(start.pbc, end.pbc):
-        raise ValueError(f"start has pbc {start.pbc.tolist()}, but end {end.pbc.tolist()}")
+        raise ValueError(
+            f"start has pbc {start.pbc.tolist()}, but end has {end.pbc.tolist()}; give both the same periodicity"
+        )
     difference = np.abs(start.cell.array - end.cell.array)[start.pbc].max(initial=0.0)
-    if difference > 1e-8:  # what ASE allows
+    if difference > 1e-8:  # the tolerance of ASE
         raise ValueError(
             f"the cells of start and end differ by up to {difference:.2g} Angstrom; give them the same cell"
         )
 
 
 def _ends(start: Atoms, end: Atoms) -> tuple[Atoms, Atoms]:
-    """Copies with the constraints of the start; the atoms of the end are the images nearest to the start."""
+    """Copy start and end.
+
+    Both copies have the constraints of the start. Each atom of the end is replaced by its periodic image nearest to
+    the atom of the start.
+    """
     first, last = start.copy(), end.copy()
     last.set_constraint()
     last.positions = first.positions + find_mic(last.positions - first.positions, first.cell, first.pbc)[0]
@@ -243,7 +283,7 @@ def _relax(name: str, atoms: Atoms, calculator: Calculator, fmax: float, steps: 
     if not result.converged:
         raise RuntimeError(
             f"{name} is not relaxed to {fmax:g} eV/Angstrom after {steps} steps (largest force "
-            f"{result.max_force:.3f}); relax it first, or allow more steps"
+            f"{result.max_force:.3f}); relax the structure first, or allow more steps"
         )
 
 
@@ -252,25 +292,34 @@ def _interpolated(first: Atoms, last: Atoms, images: int) -> list[Atoms]:
         raise ValueError("start and end are the same structure, so there is no path between them")
     path = [first, *(first.copy() for _ in range(images)), last]
     band = NEB(path, method="improvedtangent", remove_rotation_and_translation=_is_free(first))
-    band.interpolate(mic=False, apply_constraint=True)  # the ends are nearest images of each other
+    band.interpolate(mic=False, apply_constraint=True)  # _ends has chosen the nearest images
     idpp_interpolate(band, traj=None, log=None, mic=True)
     return path
 
 
 def _is_free(atoms: Atoms) -> bool:
-    """Whether nothing keeps the structure from moving and rotating as a whole."""
+    """Return whether a structure can move and rotate as a whole: isolated and without constraints."""
     return not atoms.pbc.any() and not atoms.constraints
 
 
 def _read_path(file: Path, start: Atoms, images: int) -> list[Atoms]:
-    """The images of an earlier run, with the constraints of the start."""
+    """Read the images of an earlier run and give them the constraints of the start.
+
+    Raises:
+        FileNotFoundError: If there is no path.
+        ValueError: If the path has other atoms or another number of images.
+    """
     if not file.is_file():
-        raise FileNotFoundError(f"there is no path to resume: {file} is absent")
+        raise FileNotFoundError(f"there is no path to resume: {file} does not exist")
     path: list[Atoms] = list(iread(file))
     if len(path) != images + 2:
-        raise ValueError(f"images = {images}, but the path to resume has {len(path) - 2} between its ends")
+        raise ValueError(
+            f"images = {images}, but the path to resume has {len(path) - 2} between its ends; use this number"
+        )
     if any(not np.array_equal(atoms.numbers, start.numbers) for atoms in path):
-        raise ValueError(f"the atoms of start are not those of the path to resume in {file}")
+        raise ValueError(
+            f"the atoms of start are not those of the path to resume in {file}; give the same ones in the same order"
+        )
     for atoms in path:
         atoms.calc = None
         atoms.set_constraint(start.constraints)
@@ -278,7 +327,7 @@ def _read_path(file: Path, start: Atoms, images: int) -> list[Atoms]:
 
 
 def _finish(band: _Band, folder: Path, converged: bool, interrupted: bool, steps: int) -> Barrier:
-    """Table and figure of the band as it is."""
+    """Write table and figure of the band in its current state, and summarise it."""
     frames, row = band.frames(), band.row(steps)
     energies = np.array([frame.get_potential_energy() for frame in frames])
     forces = [frame.get_forces() for frame in frames]

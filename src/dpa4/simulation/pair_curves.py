@@ -1,7 +1,7 @@
-"""Pair curves: energy, force and curvature of two atoms alone against their distance.
+"""Pair curves: energy, force and curvature of two isolated atoms as functions of their distance.
 
-They show what a model does where data are few: at short range and between elements that never met. (Nothing to do
-with the dimer method, which looks for saddle points.)
+Pair curves show how a model behaves where training data are scarce: at short range, and between elements that were
+never neighbours. They are unrelated to the dimer method, which searches for saddle points.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,12 +23,13 @@ from dpa4.system import save_figure, stop_requests
 
 COMPUTED = ("energy", "force", "curvature")
 COLUMNS = ("pair", "distance_A", "energy_eV", "force_eV_per_A", "curvature_eV_per_A2")
-FORCE_FLOOR = 0.01  # eV/Angstrom; a smaller force has no direction
-WALL = 1.0  # eV that atoms at the shortest distance have at least
-SPIKE = 0.1  # eV of ups and downs beyond those of a single well
-JUMP, JUMP_SHARE = 0.005, 0.02  # eV, and share of the change of energy, that force and energy may disagree by
-PER_PAGE = 12  # pairs of a figure
-CPU_EDGES, GPU_EDGES = 256, 8192  # of a batch; on a CPU more do not fit into its caches
+FORCE_FLOOR = 0.01  # eV/Angstrom; smaller forces count as zero
+WALL = 1.0  # eV; least energy of a repulsive wall at the shortest distance
+SPIKE = 0.1  # eV; largest excess variation without a flag
+# Largest mismatch of energy and force without a flag: eV, plus a fraction of the change of energy.
+JUMP, JUMP_SHARE = 0.005, 0.02
+PER_PAGE = 12  # pairs per figure
+CPU_EDGES, GPU_EDGES = 256, 8192  # per batch; larger batches exceed the caches of a CPU
 
 Pair = tuple[str, str]
 Array = NDArray[np.float64]
@@ -36,61 +37,86 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PairCurve:
-    """Two atoms alone in space, at n distances."""
+    """Energy, force and curvature of two isolated atoms at n distances.
+
+    Attributes:
+        pair: Chemical symbols of the atoms.
+        distance: Distances (n,), in Angstrom, ascending.
+        energy: Energies (n,) relative to the separated atoms, in eV.
+        force: Forces -dE/dr (n,), in eV/Angstrom; positive forces are repulsive.
+        curvature: Second derivatives d2E/dr2 (n,), in eV/Angstrom^2.
+    """
 
     pair: Pair
-    distance: Array  # (n,) Angstrom, ascending
-    energy: Array  # (n,) eV, relative to the atoms far apart
-    force: Array  # (n,) eV/Angstrom, -dE/dr; positive pushes them apart
-    curvature: Array  # (n,) eV/Angstrom^2, d2E/dr2
+    distance: Array
+    energy: Array
+    force: Array
+    curvature: Array
 
     @property
     def name(self) -> str:
-        """Such as "Si-O"."""
+        """Name of the pair, such as "Si-O"."""
         return "-".join(self.pair)
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Numbers that tell whether a pair curve is a wall with at most one well; None where it is not finite.
+    """Measures of the shape of a pair curve, which should be a repulsive wall with at most one well.
 
-    The flags: "not finite"; "no wall", if at the shortest distance the force does not repel or the energy is below
-    1 eV; "several wells", if the force changes sign more than once; "spike", if the excess variation is above 0.1 eV;
-    "jump", if energy and force disagree by more than 5 meV plus 2 % of the change of the energy.
+    All numbers are None if the curve is not finite.
+
+    Attributes:
+        pair: Name of the pair, such as "Si-O".
+        minimum: Distance of lowest energy, in Angstrom.
+        depth: Depth of the minimum below the separated atoms, in eV.
+        force_flips: Number of sign changes of the force, ignoring forces below 0.01 eV/Angstrom; 1 for a single well.
+        excess_variation: Sum of |dE| between neighbouring points minus that of a single well, in eV.
+        largest_jump: Largest difference between the change of energy and minus the integral of the force over one
+            step, in eV.
+        flags: Names of the problems found: "not finite"; "no wall" (at the shortest distance the force is not
+            repulsive or the energy is below 1 eV); "several wells" (more than one sign change of the force); "spike"
+            (excess variation above 0.1 eV); "jump" (energy and force disagree by more than 5 meV plus 2 % of the
+            change of energy).
     """
 
     pair: str
-    minimum: float | None  # distance of the lowest energy, Angstrom
-    depth: float | None  # energy below that of the atoms far apart, eV
-    force_flips: int | None  # changes of sign, forces below 0.01 eV/Angstrom left out; a well has one
-    excess_variation: float | None  # sum of |dE| between neighbouring points, less that of a single well, eV
-    largest_jump: float | None  # between change of energy and integral of the force, over one step, eV
+    minimum: float | None
+    depth: float | None
+    force_flips: int | None
+    excess_variation: float | None
+    largest_jump: float | None
     flags: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class PairScan:
-    """Curves of several pairs and what is conspicuous about them."""
+    """Pair curves of several pairs and their diagnoses.
+
+    Attributes:
+        curves: Pair curves, in the order of the pairs.
+        diagnoses: Diagnosis of each curve.
+        finished: False after an interruption.
+    """
 
     curves: list[PairCurve]
     diagnoses: list[Diagnosis]
-    finished: bool  # false after an interruption
+    finished: bool
 
     @property
     def flagged(self) -> list[Diagnosis]:
-        """Diagnoses with a flag."""
+        """Diagnoses with at least one flag."""
         return [d for d in self.diagnoses if d.flags]
 
 
 def element_pairs(potential: Potential) -> list[Pair]:
-    """Every pair of elements of a potential, those it leaves out excepted."""
+    """List every pair of elements of a potential, except excluded pairs."""
     excluded = {frozenset(pair) for pair in potential.config.excluded_pairs}
     pairs = combinations_with_replacement(potential.elements, 2)
     return [pair for pair in pairs if frozenset(pair) not in excluded]
 
 
 def parse_pairs(text: str) -> list[Pair]:
-    """Pairs from text such as "Si-O,O-O".
+    """Parse pairs of elements from text such as "Si-O,O-O".
 
     Raises:
         ValueError: If an entry is not two elements joined by a hyphen.
@@ -100,7 +126,7 @@ def parse_pairs(text: str) -> list[Pair]:
         first, _, second = entry.strip().partition("-")
         if unknown := [e for e in (first, second) if e not in atomic_numbers or e == "X"]:
             raise ValueError(
-                f"pairs are written as Si-O,O-O; in {entry.strip()!r} {unknown[0]!r} is no element"
+                f"pairs are written as Si-O,O-O; {unknown[0]!r} in {entry.strip()!r} is not an element"
             )
         pairs.append((first, second))
     return pairs
@@ -109,28 +135,32 @@ def parse_pairs(text: str) -> list[Pair]:
 def pair_curves(
     potential: Potential, pairs: Sequence[Pair] | None = None, *, start: float = 0.2, step: float = 0.02
 ) -> Iterator[PairCurve]:
-    """Energy, force and curvature of pairs of atoms, one pair after another.
+    """Compute energy, force and curvature of isolated pairs of atoms.
 
-    Force and curvature are derivatives of the energy by automatic differentiation. On a GPU a batch holds several
-    pairs, and becomes smaller where it does not fit into memory. A model with charge and spin is given its default,
-    or else the neutral pair with the lowest multiplicity its number of electrons allows.
+    Force and curvature are exact derivatives of the energy, by automatic differentiation. Batches may contain several
+    pairs and are halved if they exceed the memory of a GPU. A model conditioned on charge and spin gets its default
+    values, or, without a default, a neutral pair with the lowest multiplicity that its number of electrons allows.
 
     Args:
-        potential: The potential, not compiled, on the device to compute on.
-        pairs: Elements; every pair of the potential by default.
-        start: Shortest distance, in Angstrom; the longest is the cutoff.
-        step: Between distances, in Angstrom; made a little smaller so that the last one is the cutoff.
+        potential: Potential, not compiled, on the device for the computation.
+        pairs: Pairs of elements; None selects all pairs of the potential.
+        start: Shortest distance, in Angstrom. The longest distance is the cutoff.
+        step: Largest distance between points, in Angstrom. The actual step is reduced slightly so that the last point
+            is at the cutoff.
+
+    Returns:
+        Iterator over the curves, one per pair, in order.
 
     Raises:
-        ValueError: If an element is not in the potential, the potential leaves a pair out, or start or step do not
-            fit below the cutoff.
+        ValueError: If an element is not in the potential, a pair is excluded from it, or ``start`` or ``step`` does
+            not fit below the cutoff.
     """
     distances = _distances(potential, pairs, start, step)
     return _curves(potential, element_pairs(potential) if pairs is None else pairs, distances)
 
 
 def diagnose(curve: PairCurve) -> Diagnosis:
-    """What is conspicuous about a curve."""
+    """Measure the shape of a pair curve and flag problems."""
     r, e, f, k = curve.distance, curve.energy, curve.force, curve.curvature
     if not (np.isfinite(e).all() and np.isfinite(f).all() and np.isfinite(k).all()):
         return Diagnosis(curve.name, None, None, None, None, None, ("not finite",))
@@ -138,7 +168,7 @@ def diagnose(curve: PairCurve) -> Diagnosis:
     flips = int((directions[1:] != directions[:-1]).sum())
     lowest, change, h = int(e.argmin()), np.diff(e), np.diff(r)
     excess = float(np.abs(change).sum() - (e[0] - e[lowest]) - (e[-1] - e[lowest]))
-    # Trapezoidal rule with end correction: exact for cubic forces, so that the steep wall is no jump.
+    # Trapezoidal rule with end correction. It is exact for cubic forces, so a steep wall does not count as a jump.
     integral = h * (f[1:] + f[:-1]) / 2 + h**2 * (k[1:] - k[:-1]) / 12
     jumps = np.abs(change + integral)
     flags = {
@@ -167,42 +197,59 @@ def scan_pairs(
     step: float = 0.02,
     progress: bool = True,
 ) -> PairScan:
-    """Compute pair curves and write them.
+    """Compute pair curves, diagnose them and write tables and figures.
 
-    Every curve is kept at once in ``output``/pairs.jsonl. Ctrl-C ends after the pair at hand; what is there is
-    written, and the same call goes on, also for other pairs.
+    Force and curvature are exact derivatives of the energy. The folder ``output`` receives the files below, which
+    replace earlier ones:
 
-    Writes into the folder ``output``, replacing earlier files: pairs.csv (a row per distance), pairs.json (a
-    ``Diagnosis`` per pair) and figures pairs-01.png, ... of 12 pairs each, flagged ones with a red title.
+    * pairs.csv: one row per pair and distance.
+    * pairs.json: the fields of ``Diagnosis`` for each pair.
+    * pairs-01.png, ...: figures of 12 pairs each. The titles of flagged pairs are red.
+    * pairs.jsonl and settings.json: finished curves, model and distances.
+
+    Ctrl-C finishes the current pair and writes the files. Another call with the same model and distances continues
+    and may ask for other pairs: curves in the folder are not computed again.
 
     Args:
-        potential: As ``pair_curves``, which takes all other arguments, too.
-        output: Folder, made if absent.
-        pairs: Elements; every pair of the potential by default.
-        start: Shortest distance, in Angstrom.
-        step: Between distances, in Angstrom.
+        potential: Potential, not compiled, on the device for the computation.
+        output: Output folder, created if absent.
+        pairs: Pairs of elements; None selects all pairs of the potential.
+        start: Shortest distance, in Angstrom. The longest distance is the cutoff.
+        step: Largest distance between points, in Angstrom. The actual step is reduced slightly so that the last point
+            is at the cutoff.
         progress: Show progress bars on a terminal.
 
+    Returns:
+        Curves and diagnoses.
+
     Raises:
-        ValueError: As ``pair_curves``; or if the folder holds curves of another model or of other distances.
+        ValueError: If an element is not in the potential, a pair is excluded from it, ``start`` or ``step`` does not
+            fit below the cutoff, or the folder holds curves of another model or of other distances.
+
+    Example:
+        Pairs with problems:
+
+            scan = scan_pairs(load_potential("run/best.safetensors"), "pairs", [("Si", "O"), ("O", "O")])
+            for diagnosis in scan.flagged:
+                print(diagnosis.pair, diagnosis.flags)
     """
     distances = _distances(potential, pairs, start, step)
-    wanted = {"-".join(pair): pair for pair in (element_pairs(potential) if pairs is None else pairs)}
+    requested = {"-".join(pair): pair for pair in (element_pairs(potential) if pairs is None else pairs)}
     settings = {"task": "dimer", **identify(potential), "start": float(start), "step": float(step)}
     folder = Path(output)
     with Records(folder, settings, "pairs") as records, stop_requests() as stopped:
-        missing = [pair for name, pair in wanted.items() if name not in records.done]
-        with progress_bar("pair", len(wanted), len(wanted) - len(missing), progress) as bar:
+        missing = [pair for name, pair in requested.items() if name not in records.done]
+        with progress_bar("pair", len(requested), len(requested) - len(missing), progress) as bar:
             for curve in _curves(potential, missing, distances):
                 records.append({"id": curve.name} | {name: getattr(curve, name) for name in COMPUTED})
                 bar.update(bar.task_ids[0], advance=1, status=curve.name)
                 if stopped:
                     break
-        kept = [(pair, records[name]) for name, pair in wanted.items() if name in records.done]
+        kept = [(pair, records[name]) for name, pair in requested.items() if name in records.done]
     curves = [
         PairCurve(pair, distances, *(np.array(record[name]) for name in COMPUTED)) for pair, record in kept
     ]
-    scan = PairScan(curves, [diagnose(curve) for curve in curves], len(curves) == len(wanted))
+    scan = PairScan(curves, [diagnose(curve) for curve in curves], len(curves) == len(requested))
     write_csv(folder / "pairs.csv", COLUMNS, _rows(curves))
     content = {"finished": scan.finished, "pairs": [asdict(d) for d in scan.diagnoses]}
     write_json(folder / "pairs.json", content)
@@ -218,7 +265,7 @@ def scan_pairs(
 
 
 def draw_pairs(curves: Sequence[PairCurve], diagnoses: Iterable[Diagnosis]) -> Any:
-    """A matplotlib figure with energy, force and curvature of up to 12 pairs; walls are cut off."""
+    """Draw energy, force and curvature of up to 12 pairs as a matplotlib figure; steep walls are cut off."""
     from matplotlib.figure import Figure  # takes a second to import
 
     columns = min(4, len(curves))
@@ -249,14 +296,18 @@ def draw_pairs(curves: Sequence[PairCurve], diagnoses: Iterable[Diagnosis]) -> A
 
 
 def _below_the_wall(curve: PairCurve) -> NDArray[np.bool_]:
-    """Points worth showing: up to twice the depth of the well, and at least 3 eV, above the atoms far apart."""
+    """Select the points (n,) to show.
+
+    These are points with an energy of at most twice the depth of the well, or 3 eV if that is more, above the
+    separated atoms.
+    """
     finite = curve.energy[np.isfinite(curve.energy)]
     depth = -float(finite.min(initial=0.0))
     return curve.energy <= max(3.0, 2 * depth)
 
 
 def _rows(curves: Iterable[PairCurve]) -> Iterator[dict[str, str]]:
-    """Of the table."""
+    """Yield the rows of pairs.csv."""
     for curve in curves:
         columns = (curve.distance, curve.energy, curve.force, curve.curvature)
         for values in zip(*columns, strict=True):
@@ -264,7 +315,11 @@ def _rows(curves: Iterable[PairCurve]) -> Iterator[dict[str, str]]:
 
 
 def _distances(potential: Potential, pairs: Iterable[Pair] | None, start: float, step: float) -> Array:
-    """Distances of every curve, after a check of the arguments."""
+    """Check the arguments and return the distances of every curve, in Angstrom.
+
+    Raises:
+        ValueError: If an argument is not allowed.
+    """
     cutoff, known = potential.config.cutoff, element_pairs(potential)
     if not 0 < start < cutoff:
         raise ValueError(
@@ -275,17 +330,21 @@ def _distances(potential: Potential, pairs: Iterable[Pair] | None, start: float,
     for pair in pairs or ():
         if pair not in known and pair[::-1] not in known:
             raise ValueError(
-                f"the model describes no pair {'-'.join(pair)}; its elements are {', '.join(potential.elements)}"
+                f"the model has no pair {'-'.join(pair)}; its elements are {', '.join(potential.elements)}"
             )
     return np.linspace(start, cutoff, round(np.ceil((cutoff - start) / step - 1e-9)) + 1)
 
 
 def _curves(potential: Potential, pairs: Sequence[Pair], distances: Array) -> Iterator[PairCurve]:
-    """Curves one after another; a batch ends within a curve, or takes points of several."""
+    """Yield the curves one after another.
+
+    A batch may contain a part of a curve or the points of several. Points of curves that are not complete yet wait in
+    ``values``.
+    """
     size = (GPU_EDGES if potential.device.type == "cuda" else CPU_EDGES) // 2
     numbers = np.array([[atomic_numbers[element] for element in pair] for pair in pairs])
     count, begun = len(distances), 0
-    values = np.empty((0, 3))  # of points whose curves are not complete
+    values = np.empty((0, 3))
     for pair in pairs:
         while len(values) < count:
             which, place = np.divmod(np.arange(begun, min(begun + size, count * len(pairs))), count)
@@ -303,7 +362,15 @@ def _curves(potential: Potential, pairs: Sequence[Pair], distances: Array) -> It
 
 
 def _dimers(potential: Potential, numbers: NDArray[np.int64], distances: Array) -> Graph:
-    """Pairs of atoms (S, 2) along x at the distances (S,); at the cutoff they do not interact any more."""
+    """Build the graph of S isolated pairs of atoms along x, on the device of the potential.
+
+    A pair at the cutoff does not interact and gets no edges.
+
+    Args:
+        potential: Source of cutoff, default charge and spin, and device.
+        numbers: Atomic numbers (S, 2).
+        distances: Distances (S,), in Angstrom.
+    """
     atoms = torch.from_numpy(numbers)
     positions = torch.zeros(2 * len(atoms), 3, dtype=torch.float64)
     positions[1::2, 0] = torch.from_numpy(distances)
@@ -325,8 +392,9 @@ def _dimers(potential: Potential, numbers: NDArray[np.int64], distances: Array) 
 
 
 def _evaluate(potential: Potential, graph: Graph) -> Array:
-    """Energy, force and curvature (S, 3) of pairs of atoms along x."""
+    """Energy, force and curvature (S, 3) of S pairs of atoms along x."""
     outward = torch.zeros_like(graph.positions)
-    outward[1::2, 0] = 1.0  # the second atom moves away, so the product is the second derivative by distance
+    # Moving the second atom along x changes the distance: the Hessian-vector product is the second derivative.
+    outward[1::2, 0] = 1.0
     energy, forces, product = expand_energy(potential, graph, outward)
     return torch.stack([energy, forces[1::2, 0], product[1::2, 0]], dim=1).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Phonons of a crystal by finite displacements, with phonopy: bands, density of states, thermal properties."""
+"""Phonons of a crystal by finite displacements with phonopy: bands, density of states, thermal properties."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,27 +14,40 @@ from dpa4.simulation.runs.parts import Calculation
 from dpa4.simulation.runs.store import Record, write_csv, write_json
 from dpa4.system import atomic_write, new_figure, require, save_figure
 
-IMAGINARY = -0.05  # THz; lower frequencies are more than numerical noise of the acoustic modes at Gamma
-BAND_POINTS = 101  # along each line of the path
+IMAGINARY = -0.05  # THz; lower frequencies exceed the numerical noise of acoustic modes at Gamma
+BAND_POINTS = 101  # per line of the path
 DOS = ("frequency_THz", "dos_per_THz")
 THERMAL = ("temperature_K", "free_energy_kJ_mol", "entropy_J_K_mol", "heat_capacity_J_K_mol")
 
 
 @dataclass(frozen=True)
 class Phonons:
-    """Summary; energies are of a mole of primitive cells."""
+    """Summary of a phonon calculation; thermal properties are per mole of primitive cells.
+
+    Attributes:
+        atoms_of_primitive_cell: Number of atoms in the primitive cell.
+        supercell: Multiples of the vectors of the input cell.
+        displacements: Number of displaced supercells.
+        residual_force: Largest force on an atom before displacement, in eV/Angstrom. It is subtracted from the forces
+            of the displaced supercells.
+        min_frequency: Lowest frequency on bands and mesh, in THz; negative for imaginary modes.
+        max_frequency: Highest frequency on bands and mesh, in THz.
+        imaginary: True if ``min_frequency`` is below -0.05 THz: the crystal is unstable, or the supercell is too
+            small.
+        zero_point_energy: Zero-point energy in kJ/mol, without imaginary modes.
+        heat_capacity: Heat capacity at constant volume and 300 K, in J/(K mol). None if 300 K is not among the
+            temperatures.
+    """
 
     atoms_of_primitive_cell: int
-    supercell: tuple[int, int, int]  # multiples of the vectors of the cell that was given
+    supercell: tuple[int, int, int]
     displacements: int
-    residual_force: float  # largest force on an atom before displacement, eV/Angstrom; taken off all forces
-    min_frequency: float  # THz, on bands and mesh; negative for imaginary
-    max_frequency: float  # THz
-    imaginary: bool  # min_frequency is below -0.05 THz: the crystal is not stable, or the supercell too small
-    zero_point_energy: float  # kJ/mol, without imaginary modes
-    heat_capacity: (
-        float | None
-    )  # at constant volume and 300 K, J/(K mol); None if 300 K is not among the temperatures
+    residual_force: float
+    min_frequency: float
+    max_frequency: float
+    imaginary: bool
+    zero_point_energy: float
+    heat_capacity: float | None
 
 
 def phonons(
@@ -54,32 +67,43 @@ def phonons(
     resume: bool = False,
     progress: bool = True,
 ) -> Phonons:
-    """Compute forces of displaced atoms in a supercell, and from them the phonons in the harmonic approximation.
+    """Compute the phonons of a crystal in the harmonic approximation, by finite displacements in a supercell.
 
-    Symmetry decides which displacements are needed. The forces of the supercell without displacement are taken off.
-    Force constants are made symmetric and obey the acoustic sum rule. There is no correction for the long range of
-    charges, so optical branches of polar crystals do not split at Gamma.
+    Symmetry reduces the number of displacements. The forces of the undisplaced supercell are subtracted. The force
+    constants are symmetrized and obey the acoustic sum rule. There is no non-analytical correction for long-range
+    electrostatics, so the optical branches of polar crystals do not split at Gamma.
 
-    Writes into the folder ``output``: phonopy_params.yaml, which phonopy loads, band.yaml, dos.csv, thermal.csv,
-    phonon.json, phonon.png (bands and density of states) and thermal.png. Ctrl-C ends with the displacement at hand;
-    with ``resume`` a later call uses the forces that are there, also for another mesh or other temperatures.
+    The folder ``output`` receives:
+
+    * phonopy_params.yaml: displacements, forces and force constants, for phonopy.
+    * band.yaml and phonon.png: bands and density of states.
+    * dos.csv: density of states per primitive cell, in 1/THz.
+    * thermal.csv and thermal.png: free energy, entropy and heat capacity.
+    * phonon.json: the fields of ``Phonons``.
+
+    Ctrl-C stops the calculation. A later call with ``resume`` reuses the forces computed so far, also for another
+    mesh or other temperatures.
 
     Args:
-        atoms: Crystal; left as it is.
-        calculator: ASE calculator; float64 is advisable.
-        output: Folder, made if absent.
-        supercell: Multiples of the three cell vectors; None takes the smallest that reach ``min_length``.
-        min_length: Least distance between opposite faces of the supercell, in Angstrom.
-        displacement: In Angstrom.
-        mesh: Length that decides the number of wave vectors along each reciprocal vector, mesh times its length (of
-            1/Angstrom, without 2 pi), for density of states and thermal properties.
-        max_temperature: Of the thermal properties, which start at 0 in steps of 10 K.
-        symprec: How far atoms may be from symmetric positions, in Angstrom.
-        relax_first: Relax positions and cell at the start; the symmetry is kept.
-        fmax: Of that relaxation, in eV/Angstrom; see ``relax``.
-        steps: Most steps of that relaxation.
-        resume: Take over the forces an earlier call has computed.
+        atoms: Crystal, periodic along all three axes and without constraints. Not modified.
+        calculator: ASE calculator. float64 is recommended.
+        output: Output folder, created if absent.
+        supercell: Multiples of the three cell vectors. None selects the smallest multiples that satisfy
+            ``min_length``.
+        min_length: Smallest distance between opposite faces of the supercell, in Angstrom.
+        displacement: Length of the displacements, in Angstrom.
+        mesh: Density of the wave vectors for density of states and thermal properties, as a length in Angstrom. The
+            number along a reciprocal vector is this length times that of the vector (in 1/Angstrom, without 2 pi).
+        max_temperature: Highest temperature of the thermal properties, in K. The lowest is 0, the step is 10 K.
+        symprec: Symmetry tolerance: distance of an atom from its symmetric position, in Angstrom.
+        relax_first: Relax positions and cell first, at constant symmetry.
+        fmax: Convergence threshold of this relaxation, in eV/Angstrom; see ``relax``.
+        steps: Largest number of steps of this relaxation.
+        resume: Continue the calculation in ``output``.
         progress: Show progress bars on a terminal.
+
+    Returns:
+        Range of frequencies, stability, zero-point energy and heat capacity.
 
     Raises:
         FileExistsError: If ``output`` holds a calculation and ``resume`` is not set.
@@ -87,7 +111,14 @@ def phonons(
         ImportError: If phonopy or seekpath is not installed.
         RuntimeError: If the relaxation does not converge.
         Stopped: After Ctrl-C.
-        ValueError: If an argument is not allowed, or the calculation to resume had others.
+        ValueError: If an argument is not allowed, the crystal has charge or spin, or the calculation to resume had
+            other arguments, another structure or another model.
+
+    Example:
+        Highest frequency in a 4 x 4 x 4 supercell:
+
+            calculator = DPA4Calculator("run/best.safetensors", dtype="float64")
+            print(phonons(atoms, calculator, "phonon", supercell=(4, 4, 4)).max_frequency)  # THz
     """
     for module in ("phonopy", "seekpath"):
         require(module, "phonon")
@@ -117,7 +148,15 @@ def phonons(
 
 
 def supercell_of_length(atoms: Atoms, min_length: float) -> tuple[int, int, int]:
-    """Multiples of the cell vectors whose faces are at least ``min_length`` (Angstrom) apart."""
+    """Find the smallest multiples of the cell vectors for a supercell of a given width.
+
+    Args:
+        atoms: Crystal.
+        min_length: Smallest distance between opposite faces of the supercell, in Angstrom.
+
+    Returns:
+        Multiples of the three cell vectors.
+    """
     distances = 1 / np.linalg.norm(atoms.cell.reciprocal(), axis=1)
     a, b, c = np.ceil(min_length / distances - 1e-6).astype(int).tolist()
     return max(a, 1), max(b, 1), max(c, 1)
@@ -131,12 +170,13 @@ def _check(atoms: Atoms, supercell: Sequence[int] | None, **positive: float) -> 
         raise ValueError(f"supercell must be three positive multiples, got {tuple(supercell)}")
     if atoms.info.get("charge", 0) != 0 or atoms.info.get("spin", 1) != 1:
         raise ValueError(
-            "phonons need an uncharged crystal with spin 1; a supercell has no charge or spin of its own"
+            "phonons need an uncharged crystal with spin 1, because charge and spin of a supercell are not defined; "
+            "remove charge and spin from atoms.info"
         )
 
 
 def _phonopy(atoms: Atoms, multiples: Sequence[int], displacement: float, symprec: float) -> Any:
-    """Phonopy's object with displacements."""
+    """Create the Phonopy object and its displacements."""
     from phonopy import Phonopy
     from phonopy.structure.atoms import PhonopyAtoms
     from phonopy.structure.cells import guess_primitive_matrix
@@ -158,14 +198,14 @@ def _from_phonopy(cell: Any) -> Atoms:
 
 
 def _finish(folder: Path, phonon: Any, mesh: float, max_temperature: float, residual: float) -> Phonons:
-    """Properties, files and summary from the force constants."""
+    """Compute properties from the force constants, write the files and return the summary."""
     from phonopy.phonon.band_structure import get_band_qpoints_by_seekpath
 
     bands, labels, connections = get_band_qpoints_by_seekpath(phonon.primitive, BAND_POINTS)
     phonon.run_band_structure(bands, path_connections=connections, labels=labels)
     phonon.run_mesh(mesh)
     phonon.run_total_dos()
-    # Modes below 0.01 THz, the acoustic ones at Gamma, would have an entropy without bound.
+    # The acoustic modes at Gamma, which are below 0.01 THz, would have an unbounded entropy.
     phonon.run_thermal_properties(t_max=max_temperature, t_step=10, cutoff_frequency=0.01)
     band, dos, thermal = phonon.band_structure, phonon.total_dos, phonon.thermal_properties
     for name, save in {
@@ -221,7 +261,15 @@ def _plot_bands(path: Path, band: Any, labels: list[str], connections: list[bool
 def _ticks(
     distances: list[NDArray[np.float64]], labels: list[str], connections: list[bool]
 ) -> tuple[list[float], list[str]]:
-    """Places and names of the points between the lines; where the path jumps, both names."""
+    """Positions and labels of the points at the ends of lines.
+
+    Where the path jumps to another point, the label joins the names of both.
+
+    Args:
+        distances: Distances along the path, for each line.
+        labels: Names of the points. A point where the path jumps is followed by the point that it jumps to.
+        connections: For each line, True if the path continues without a jump.
+    """
     places, names = [float(distances[0][0])], [labels[0]]
     rest = iter(labels[1:])
     for line, connected in zip(distances, connections, strict=True):

@@ -1,4 +1,4 @@
-"""Relaxation of structures, with or without the cell, by ASE's optimizers."""
+"""Relaxation of positions and, optionally, of the cell with ASE's optimizers."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from dpa4.system import CsvLog, new_figure, require, save_figure, stop_requests
 CellChange = Literal["fixed", "full", "volume", "shape", "xy", "z"]
 
 OPTIMIZERS = {"fire": FIRE, "bfgs": BFGS, "lbfgs": LBFGS}
-# Options of ASE's filter; a mask names the strains xx, yy, zz, yz, xz, xy.
+# Options of ASE's FrechetCellFilter; a mask selects the strains xx, yy, zz, yz, xz, xy.
 CELLS: dict[str, dict[str, Any]] = {
     "fixed": {},
     "full": {},
@@ -41,16 +41,27 @@ FMAX = 0.02  # eV/Angstrom
 
 @dataclass(frozen=True)
 class Relaxation:
-    """Outcome of a relaxation."""
+    """Result of a relaxation.
+
+    Attributes:
+        converged: True if the forces (and the virial, if the cell changes) are below fmax.
+        interrupted: True after Ctrl-C.
+        steps: Number of steps of the optimizer.
+        initial_energy: Energy of the start, in eV.
+        energy: Energy of the final structure, in eV.
+        max_force: Largest force on an atom, in eV/Angstrom.
+        volume: Volume of the cell, in Angstrom^3. None unless the structure is periodic along all three axes.
+        pressure: -trace(stress) / 3, in GPa. None if there is no stress.
+    """
 
     converged: bool
-    interrupted: bool  # by Ctrl-C
+    interrupted: bool
     steps: int
-    initial_energy: float  # eV
-    energy: float  # eV
-    max_force: float  # largest force on an atom, eV/Angstrom
-    volume: float | None  # Angstrom^3; None unless periodic along all three axes
-    pressure: float | None  # GPa, -trace(stress)/3; None where there is no stress
+    initial_energy: float
+    energy: float
+    max_force: float
+    volume: float | None
+    pressure: float | None
 
 
 COLUMNS = ("structure", "formula", *(field.name for field in fields(Relaxation)))
@@ -70,31 +81,40 @@ def relax(
     trajectory: str | Path | None = None,
     watch: Callable[[str], None] | None = None,
 ) -> Relaxation:
-    """Relax a structure in place; constraints hold, and momenta stay as they are.
+    """Relax a structure in place.
 
-    Ctrl-C finishes the step and returns what has been reached.
+    Constraints hold. Momenta are unchanged. Ctrl-C finishes the step; the structure is then as far as it has come.
 
     Args:
-        atoms: Start; ends as the relaxed structure with the calculator attached.
+        atoms: Start. Ends as the relaxed structure with the calculator attached.
         calculator: ASE calculator.
-        fmax: Converged when no atom feels a larger force, in eV/Angstrom. With a cell that changes, forces count in
-            the starting cell's frame, and the rows of the virial per atom (eV), less that of the pressure, must be
-            below it too.
-        steps: Most steps of the optimizer.
-        optimizer: "fire" (robust), "bfgs" (few steps, small structures) or "lbfgs".
-        cell: What of the cell is relaxed, by its Frechet derivative: nothing ("fixed"), all lengths and angles
-            ("full"), the "volume" at constant shape, the "shape" at constant volume, only lengths and angle in the
-            "xy" plane, for layers, or only the extension along "z", for films on a substrate.
-        pressure: External pressure in GPa; needs a cell whose volume changes.
-        symmetry: Keep the space group that spglib finds. The start is symmetrized to it.
-        symprec: How far atoms may be from symmetric positions for ``symmetry``, in Angstrom.
-        trajectory: Extended XYZ file for the structure of every step.
-        watch: Gets a line about every step.
+        fmax: Convergence threshold for the largest force on an atom, in eV/Angstrom. If the cell changes, forces are
+            measured in the frame of the initial cell. The rows of the virial per atom (in eV), minus the contribution
+            of the pressure, must then be below fmax as well.
+        steps: Largest number of optimizer steps.
+        optimizer: "fire" (robust), "bfgs" (few steps, for small structures) or "lbfgs".
+        cell: Part of the cell that is relaxed, by ASE's Frechet cell filter: nothing ("fixed"); all lengths and
+            angles ("full"); the volume at constant shape ("volume"); the shape at constant volume ("shape"); lengths
+            and angle in the xy plane, for layers ("xy"); or the extension along z, for films on a substrate ("z").
+        pressure: External pressure, in GPa. Needs a choice of ``cell`` that changes the volume.
+        symmetry: Keep the space group that spglib finds. The start is symmetrized first.
+        symprec: Tolerance of ``symmetry``: distance of an atom from its symmetric position, in Angstrom.
+        trajectory: Extended XYZ file to which the structure of every step is written.
+        watch: Function called with a line of text after every step.
+
+    Returns:
+        Energies, largest force, volume and pressure, and whether the relaxation converged.
 
     Raises:
-        ImportError: If ``symmetry`` is asked for and spglib is not installed.
-        ValueError: If an argument is not allowed, there are no atoms, or the cell is to change and the structure is
-            not periodic along all three axes.
+        ImportError: If ``symmetry`` is set and spglib is not installed.
+        ValueError: If an argument is not allowed, the structure is empty, or the cell is to change and the structure
+            is not periodic along all three axes.
+
+    Example:
+        Relaxation of positions and cell at 5 GPa:
+
+            result = relax(atoms, DPA4Calculator("run/best.safetensors"), fmax=0.01, cell="full", pressure=5.0)
+            print(result.converged, result.energy)  # eV
     """
     if len(atoms) == 0:
         raise ValueError("the structure has no atoms")
@@ -152,28 +172,37 @@ def relax_all(
 ) -> list[Relaxation]:
     """Relax structures in place, one after another.
 
-    Writes into the folder ``output``, replacing earlier files unless ``resume`` is set: relaxed.xyz, with energies
-    and forces, relax.csv, a row per structure, relax.png, and relax.jsonl, from which a run goes on. Ctrl-C ends with
-    the structure at hand; the list holds those that were begun.
+    The folder ``output`` receives the files below. They replace earlier files unless ``resume`` is set.
+
+    * relaxed.xyz: final structures with energies, forces and, if periodic along all three axes, stress.
+    * relax.csv: one row per structure with the fields of ``Relaxation``.
+    * relax.png: change of energy and largest force of every structure.
+    * relax.jsonl and settings.json: finished structures, model and options, for ``resume``.
+
+    Ctrl-C finishes the current step and stops.
 
     Args:
-        structures: The starts.
+        structures: Starts. They end as the relaxed structures.
         calculator: ASE calculator.
-        output: Folder, made if absent.
-        resume: Take over the structures that an earlier call with the same model and options finished, and go on
-            with the one it left from where it was.
+        output: Output folder, created if absent.
+        resume: Continue an earlier call with the same model, options and structures. Finished structures are not
+            relaxed again; an interrupted one continues from where it was.
         progress: Show a progress bar on a terminal.
-        **options: As ``relax`` takes them, for every structure.
+        **options: Options of ``relax``, applied to every structure.
+
+    Returns:
+        Results of all structures that were started, in order. After Ctrl-C the last one is marked as interrupted.
 
     Raises:
         FileNotFoundError: If there is nothing to resume.
-        ValueError: As ``relax``, with the number of the structure; or if model, options or structures are not those
-            of the call to resume.
+        ImportError: If ``symmetry`` is set and spglib is not installed.
+        ValueError: For the reasons of ``relax``, with the number of the structure; or if model, options or structures
+            differ from those of the call to resume.
     """
     folder = Path(output)
     relaxed, kept = folder / "relaxed.xyz", folder / "relax.jsonl"
     if resume and not kept.is_file():
-        raise FileNotFoundError(f"there is no relaxation to resume in {folder}: {kept} is absent")
+        raise FileNotFoundError(f"there is no relaxation to resume in {folder}: {kept} does not exist")
     if kept.is_file() and not resume:
         (folder / SETTINGS).unlink(missing_ok=True)
         kept.unlink()
@@ -210,10 +239,22 @@ def relax_all(
 
 
 def _taken_over(structures: Sequence[Atoms], records: Records, relaxed: Path) -> list[Relaxation]:
-    """Results of finished structures; all that were begun move to where they ended."""
+    """Restore structures and results of an earlier call.
+
+    Every structure that was started, also the interrupted one, is set to its last cell and positions.
+
+    Returns:
+        Results of the finished structures.
+
+    Raises:
+        ValueError: If the structures differ from those of the earlier call.
+    """
     for record, atoms in zip_longest(records, structures[: len(records)]):
         if atoms is None or record["formula"] != atoms.get_chemical_formula():
-            raise ValueError(f"the structures are not those of the relaxation to resume in {relaxed.parent}")
+            raise ValueError(
+                f"the structures are not those of the relaxation to resume in {relaxed.parent}; give the same ones "
+                "in the same order"
+            )
         atoms.set_cell(record["cell"])
         atoms.set_positions(record["positions"], apply_constraint=False)
     done = [records[str(number)] for number in range(len(records.done))]
@@ -223,9 +264,9 @@ def _taken_over(structures: Sequence[Atoms], records: Records, relaxed: Path) ->
 
 
 def _plot(results: Sequence[Relaxation], sizes: Sequence[int], fmax: float, path: Path) -> None:
-    """What relaxing changed of every structure, and how far it came."""
+    """Plot the change of energy and the final largest force of every structure."""
     change = [1e3 * (r.energy - r.initial_energy) / n for r, n in zip(results, sizes, strict=True)]
-    force = [max(r.max_force, 1e-6) for r in results]  # on a logarithmic axis
+    force = [max(r.max_force, 1e-6) for r in results]  # positive for the logarithmic axis
     numbers, converged = np.arange(len(results)), np.array([r.converged for r in results])
     figure = new_figure(7, 5)
     axes = figure.subplots(2, 1, sharex=True)
@@ -249,10 +290,17 @@ def _max_force(atoms: Atoms) -> float:
 
 
 def check_relaxation(fmax: float, steps: int, cell: str, pressure: float, cells: Sequence[str]) -> None:
-    """Refuse options that no structure can be relaxed with; ``cells`` are the choices there are.
+    """Check the options of a relaxation that do not depend on the structure.
+
+    Args:
+        fmax: Threshold of forces, in eV/Angstrom.
+        steps: Largest number of steps.
+        cell: Part of the cell that is relaxed.
+        pressure: External pressure, in GPa.
+        cells: Allowed choices of ``cell``.
 
     Raises:
-        ValueError: If one is not allowed.
+        ValueError: If an option is not allowed.
     """
     if not 0 < fmax < np.inf:
         raise ValueError(f"fmax must be a positive force in eV/Angstrom, got {fmax}")
@@ -269,10 +317,10 @@ def check_relaxation(fmax: float, steps: int, cell: str, pressure: float, cells:
 
 
 def check_periodicity(atoms: Atoms, cell: str) -> None:
-    """Refuse to change the cell of a structure that is not a crystal.
+    """Check that a structure is periodic along all three axes if its cell is to change.
 
     Raises:
-        ValueError: If the cell is to change and the structure is not periodic along all three axes.
+        ValueError: If the cell is to change and the structure is not periodic.
     """
     if cell != "fixed" and not atoms.pbc.all():
         raise ValueError(
@@ -281,7 +329,13 @@ def check_periodicity(atoms: Atoms, cell: str) -> None:
 
 
 def _keep_symmetry(atoms: Atoms, cell: str, symprec: float) -> None:
-    """Symmetrize a structure and constrain it to its space group."""
+    """Symmetrize a structure and constrain it to its space group.
+
+    Raises:
+        ImportError: If spglib is not installed.
+        ValueError: If the structure is not periodic or has other constraints, if ``symprec`` is not allowed, or if
+            the chosen change of the cell breaks the symmetry.
+    """
     require("spglib", "symmetry")
     if not atoms.pbc.all():
         raise ValueError(
@@ -289,7 +343,7 @@ def _keep_symmetry(atoms: Atoms, cell: str, symprec: float) -> None:
         )
     if atoms.constraints:
         raise ValueError(
-            f"symmetry cannot be kept beside {type(atoms.constraints[0]).__name__}; remove the constraint"
+            f"symmetry cannot be combined with {type(atoms.constraints[0]).__name__}; remove the constraint"
         )
     if not 0 < symprec < np.inf:
         raise ValueError(f"symprec must be a positive distance in Angstrom, got {symprec}")
@@ -300,5 +354,7 @@ def _keep_symmetry(atoms: Atoms, cell: str, symprec: float) -> None:
         if not np.allclose(
             symmetrize_rank2(atoms.cell.array, inverse, allowed, symmetric.rotations), allowed
         ):
-            raise ValueError(f"cell = {cell} breaks the symmetry of the structure; leave one of them out")
+            raise ValueError(
+                f"cell = {cell} breaks the symmetry of the structure; use another cell or omit symmetry"
+            )
     atoms.set_constraint(symmetric)
