@@ -55,6 +55,6 @@ def test_a_run_resumes_from_a_kept_state_and_ends_with_the_same_model(tmp_path):
     assert load_state(last)["step"] == SAVED_STEPS
     run = training_run(tmp_path, ALL_STEPS, resume=True)
     assert load_state(last)["step"] == ALL_STEPS
-    # Training is in float32, where processors round differently: weights changed by 1e-7 move the energy by 3e-5 eV. A
-    # run that loses the momenta of the optimiser ends 5e-2 eV and 4 % of the forces away.
+    # Training is in float32, where processors round differently: weights changed by 1e-7 move the energy by 3e-5 eV.
+    # A run that loses the momenta of the optimiser ends 5e-2 eV and 4 % of the forces away.
     assert_same_results(run / "last.safetensors", path, tolerance=2e-3)
