@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.build import molecule
-from dpa4.potential.deepmd.reader.reader.options import config_to_deepmd
+from dpa4.potential.deepmd.options import config_to_deepmd
 from speed import ELEMENTS, labelled, potential_of, structure
 
 import dpa4

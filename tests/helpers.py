@@ -32,10 +32,10 @@ def run_in_the_interpreter(file: str, *arguments: str) -> str:
 
 
 def shared(path: str) -> Path:
-    """A file of the reference collection beside the checkout; the test is skipped where it is absent."""
+    """Return a file of the reference collection beside the checkout; skip the test where the file is absent."""
     found = SHARED / path
     if not found.exists():
-        pytest.skip(f"needs the reference collection: {found} is absent")
+        pytest.skip(f"the large reference collection is not part of the repository: {found} is absent")
     return found
 
 

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from dpa4.potential.deepmd.reader.reader.writer import export_deepmd
+from dpa4.potential.deepmd.writer import export_deepmd
 from dpa4.potential.kernel_report import cpu_kernels, has_whole_stacks, triton_version, unsupported
 from rich.console import Console
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dpa4.potential.deepmd.reader.reader.writer import deepmd_state, export_deepmd
+from dpa4.potential.deepmd.writer import deepmd_state, export_deepmd
 
 from dpa4.model import Bridging
 from dpa4.model.presets import preset

@@ -7,7 +7,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from dpa4.potential.deepmd.reader.reader.writer import deepmd_state
+from dpa4.potential.deepmd.writer import deepmd_state
 from torch.nn import functional
 
 from dpa4.graph import build_graph

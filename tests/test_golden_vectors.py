@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from dpa4.potential.deepmd.reader.reader.names import deepmd_name
+from dpa4.potential.deepmd.names import deepmd_name
 
 from dpa4.graph import build_graph
 from dpa4.model import ModelConfig

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from ase.data import chemical_symbols
-from dpa4.potential.deepmd.reader.reader.names import deepmd_name
+from dpa4.potential.deepmd.names import deepmd_name
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dpa4.model import DPA4, ModelConfig
-from dpa4.potential.deepmd.reader.reader.names import deepmd_name
-from dpa4.potential.deepmd.reader.reader.options import config_from_deepmd, precision_of
+from dpa4.potential.deepmd.names import deepmd_name
+from dpa4.potential.deepmd.options import config_from_deepmd, precision_of
 
 NEWEST_FORMAT = 1.2  # newest readable format of the descriptor, written by deepmd-kit 3.2.0
 

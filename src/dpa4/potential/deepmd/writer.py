@@ -12,8 +12,8 @@ from torch import Tensor
 from dpa4.model.config import ModelConfig
 from dpa4.model.edges import reduced_degrees
 from dpa4.model.layers import balance_of, degree_of
-from dpa4.potential.deepmd.reader.reader.names import deepmd_name
-from dpa4.potential.deepmd.reader.reader.options import config_to_deepmd
+from dpa4.potential.deepmd.names import deepmd_name
+from dpa4.potential.deepmd.options import config_to_deepmd
 from dpa4.potential.potential import Potential
 from dpa4.system import atomic_write
 
