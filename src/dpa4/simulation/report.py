@@ -190,7 +190,7 @@ def _error_table(file: Path) -> list[dict[str, Any]] | None:
     try:
         return [{name: row[name] for name in names} for row in json.loads(file.read_text(encoding="utf-8"))]
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} is damaged ({error!r})") from error
+        raise ValueError(f"{file} is damaged ({error!r}); write it again with dpa4 eval") from error
 
 
 def _errors(model: Path | None, evaluation: Path | None, table: list[dict[str, Any]] | None) -> str:

@@ -212,7 +212,9 @@ class FinishedRun:
 def _read_marker(path: Path) -> dict[str, Any]:
     marker = json.loads(path.read_text(encoding="utf-8"))
     if marker["format"] != FORMAT:
-        raise ValueError(f"{path} has format {marker['format']}; this version reads format {FORMAT}")
+        raise ValueError(
+            f"{path} has format {marker['format']}; this version reads format {FORMAT}; choose another folder"
+        )
     return marker
 
 

@@ -60,7 +60,7 @@ class Calculation:
         if known and not resume:
             raise FileExistsError(f"{folder} already holds a calculation; resume it or choose another folder")
         if resume and not known:
-            raise FileNotFoundError(f"there is no calculation to resume in {folder}")
+            raise FileNotFoundError(f"there is no calculation to resume in {folder}; start it without resume")
         identity: Record = dict(identify_calculator(calculator))
         if not identity:  # rounded, because a calculation may be resumed on another machine
             identity = {"energy_eV": round(float(calculator.get_potential_energy(atoms.copy())), 4)}
