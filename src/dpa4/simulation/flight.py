@@ -3,11 +3,11 @@
 A structure passes through four states:
 
 * waiting: in the queue of ``_Supply``, largest first.
-* ready: its first forces are known (``Flight._started``), but it does not fit into the batch yet.
-* in flight: a member of the batch. All members advance together by a few steps of FIRE.
-* ended: converged, unconverged, exploded or failed. It has left the batch, and its ``Outcome`` is handed out.
-
-A structure whose first evaluation fails goes from waiting to ended at once.
+* ready: evaluated once (``Flight._start``), because FIRE begins with forces, but not in the batch, which may be full.
+  A state of its own, so that many structures are evaluated together although TorchSim requests them one by one.
+* in flight: a member of the batch. All members advance together by a few steps of FIRE, and are then checked.
+* ended: converged, unconverged, exploded or failed. The structure has left the batch, and ``Flight`` has reported its
+  ``Outcome``. A structure whose first evaluation fails ends without having been in flight.
 """
 
 import warnings
@@ -32,7 +32,7 @@ from dpa4.system import require
 if TYPE_CHECKING:
     from dpa4.simulation.torchsim import DPA4Model
 
-STEPS_BETWEEN_CHECKS = 5  # a check waits for the GPU
+STEPS_BETWEEN_CHECKS = 5  # a check makes the CPU wait for the GPU
 EXPLODED = 4.0  # a volume that changes by more than this factor
 
 
@@ -50,7 +50,7 @@ class Job:
 
     @property
     def orientation(self) -> int:
-        """-1 for a left-handed cell, else 1: TorchSim takes the signed volume, so it gets minus the cell vectors."""
+        """Factor for the cell vectors: -1 for a left-handed cell, whose volume is negative for TorchSim, else 1."""
         return -1 if self.atoms.pbc.all() and np.linalg.det(self.atoms.cell.array) < 0 else 1
 
 
@@ -67,42 +67,41 @@ class Outcome:
 
 def count_fragments(graph: Graph, structure: int = 0) -> int:
     """Count the fragments of one structure of a graph: groups of atoms with no edge to the others."""
-    first, last = _slice(graph.structure, structure, structure + 1)  # of its atoms
-    own = slice(*_slice(graph.destination, first, last))  # of its edges
+    first, last = _range(graph.structure, structure, structure + 1)  # of the atoms
+    own = slice(*_range(graph.destination, first, last))  # of the edges, which are sorted by destination
     ends = [atom[own].cpu().numpy() - first for atom in (graph.source, graph.destination)]
     edges = coo_array((np.ones(len(ends[0]), dtype=np.int8), ends), shape=(last - first, last - first))
     return int(connected_components(edges, directed=False)[0])
 
 
-def _slice(ascending: Tensor, low: int, high: int) -> list[int]:
-    """First and last (exclusive) index of the values from low to high (exclusive) in an ascending tensor."""
+def _range(ascending: Tensor, low: int, high: int) -> list[int]:
+    """Range of indices, end exclusive, of the values low <= x < high in an ascending tensor."""
     return torch.searchsorted(ascending, ascending.new_tensor([low, high])).tolist()
 
 
 def one_line(error: Exception) -> str:
-    """Message of an error on one line, at most 500 characters; the type as well unless it is a ValueError."""
+    """Message of an error on one line, of at most 500 characters; preceded by the type, except for ValueError."""
     text = " ".join(str(error).split())[:500]
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
 class _Supply:
-    """Iterator over states of single structures, ready for the batch.
+    """Iterator that supplies TorchSim's batcher with states of single structures.
 
-    TorchSim's batcher pulls states from it until ``StopIteration``. That is raised not only at the end, but also
-    while the next structure does not fit beside those in flight. The batcher asks again after it has removed
-    members, and the iteration then goes on.
+    ``StopIteration`` is raised at the end, but also while the next structure does not fit into the batch. The batcher
+    iterates again whenever it has removed members of the batch, and then receives the next structures.
 
     Args:
         jobs: Structures to relax.
-        limit: Largest total load in flight. A structure with a larger load flies alone.
-        start: Computes the first forces of several structures; returns the states of those that do not fail.
+        limit: Maximum total load in flight. A structure with a larger load is relaxed alone.
+        start: Evaluates several structures together; returns the states of the structures that do not fail.
 
     Attributes:
-        handed_out: Structures so far, in the order in which the batcher numbers them.
+        handed_out: Structures that have entered the batch, in the order in which the batcher numbers them.
     """
 
     def __init__(self, jobs: list[Job], limit: int, start: Callable[[list[Job]], list[tuple[Job, Any]]]):
-        # Largest first: a large structure that came last would fly alone at the end.
+        # Largest first: if a large structure came last, the GPU would relax it alone at the end.
         self._waiting = deque(sorted(jobs, key=lambda job: -job.load))
         self._limit, self._start = limit, start
         self._ready: deque[tuple[Job, Any]] = deque()
@@ -111,7 +110,7 @@ class _Supply:
 
     def __bool__(self) -> bool:
         """Return whether a structure is left that can be relaxed."""
-        # Waiting -> ready, as many together as a batch may hold. A loop, because all of them may fail.
+        # Waiting -> ready: as many structures as a batch may hold. A loop, because all of them may fail.
         while self._waiting and not self._ready:
             chunk = [self._waiting.popleft()]
             while self._waiting and sum(job.load for job in chunk) + self._waiting[0].load <= self._limit:
@@ -123,7 +122,7 @@ class _Supply:
         return self
 
     def __next__(self) -> Any:
-        # Ready -> in flight. With nothing in flight the next one fits, however large it is.
+        # Ready -> in flight. If the batch is empty, the next structure fits, however large it is.
         if not self or (self._in_flight and self._load + self._ready[0][0].load > self._limit):
             raise StopIteration
         job, state = self._ready.popleft()
@@ -133,24 +132,24 @@ class _Supply:
         return state
 
     def release(self, job: Job) -> None:
-        """Free the place of a structure that is in flight no more."""
+        """Free the place of a structure that leaves the batch."""
         self._in_flight -= 1
         self._load -= job.load
 
 
 class Flight:
-    """Relaxes groups of structures by FIRE and hands out how each ended.
+    """Relaxes groups of structures by FIRE and reports how each relaxation ended.
 
     Args:
         model: The model.
-        landed: Called with each outcome.
-        stopped: Not empty once the run is to stop; structures in flight are then abandoned.
+        record: Called with each outcome.
+        stopped: List that becomes non-empty when the run is to stop; structures in flight are then abandoned.
         watch: Called after every check with the number of structures in flight.
         fmax: Largest force of a converged structure, in eV/Angstrom.
-        steps: Largest number of steps per structure.
+        steps: Maximum number of steps per structure.
         cell: Degrees of freedom of the cell, a key of ``relax.CELLS``.
         pressure: External pressure, in GPa.
-        max_edges: Largest number of edges in flight.
+        max_edges: Maximum load in flight, see ``Job.load``.
 
     Raises:
         ImportError: If TorchSim is not installed.
@@ -159,7 +158,7 @@ class Flight:
     def __init__(
         self,
         model: "DPA4Model",
-        landed: Callable[[Outcome], None],
+        record: Callable[[Outcome], None],
         stopped: list[int],
         watch: Callable[[int], None],
         *,
@@ -170,7 +169,7 @@ class Flight:
         max_edges: int,
     ):
         self._torchsim: Any = require("torch_sim", "torchsim")
-        self._model, self._landed, self._stopped, self._watch = model, landed, stopped, watch
+        self._model, self._record, self._stopped, self._watch = model, record, stopped, watch
         self._steps, self._max_edges, self._cell_relaxes = steps, max_edges, cell != "fixed"
         self._begin, self._step = self._fire(cell, pressure)
         self._converged = self._torchsim.generate_force_convergence_fn(
@@ -181,22 +180,23 @@ class Flight:
         """Relax structures of one periodicity, charge and spin multiplicity.
 
         Raises:
-            torch.AcceleratorError: If the GPU is in a state in which nothing works any more.
+            torch.AcceleratorError: If the GPU is in a state in which every further call fails.
         """
         self._model.charge_spin = charge_spin
-        self._supply = _Supply(jobs, self._max_edges, self._started)
-        if not self._supply:  # all failed at once, and the batcher needs a first structure
+        self._supply = _Supply(jobs, self._max_edges, self._start)
+        if not self._supply:  # all have failed, and the batcher needs at least one structure
             return
-        # TorchSim's own limit is lifted: the supply decides by the edges how many are in flight.
+        # No limit in TorchSim: the supply limits the batch, by edges.
         batcher = self._torchsim.InFlightAutoBatcher(
             self._model, memory_scales_with="n_atoms", max_memory_scaler=np.inf
         )
         batcher.load_states(self._supply)
         state, _ = batcher.next_batch(None, None)
         failed: dict[int, str] = {}
-        # Each turn checks the batch, then either replaces the members that have ended or advances the batch. It
-        # never does both: a member that has just come in may have converged already. A member that fails while the
-        # batch advances ends in the check of the next turn; the batch is as it was before, and advances without it.
+        # Each turn checks the batch and then either replaces the members that have ended or advances the batch, never
+        # both: a new member must be checked before its first step, because it may have converged already. If members
+        # fail while the batch advances, no member has moved. The next turn removes those that failed, and a later one
+        # repeats the steps without them.
         while state is not None and not self._stopped:
             batch = [self._supply.handed_out[index] for index in batcher.current_idx]
             ended = self._check(state, batch, failed)
@@ -207,17 +207,21 @@ class Flight:
                 state, failed = self._advance(state, batch)
             self._watch(len(batch))
 
-    def _started(self, jobs: Sequence[Job]) -> list[tuple[Job, Any]]:
-        """States with their first forces; structures that fail end here."""
-        state, failed = self._isolated(self._begin, self._state(jobs))
+    def _start(self, jobs: Sequence[Job]) -> list[tuple[Job, Any]]:
+        """Evaluate structures for the first time; report those that fail, return the states of the others."""
+        state, failed = self._isolate_failures(self._begin, self._state(jobs))
         for index, reason in failed.items():
-            self._landed(Outcome(jobs[index], "failed", reason))
+            self._record(Outcome(jobs[index], "failed", reason))
         alive = [job for index, job in enumerate(jobs) if index not in failed]
         return list(zip(alive, state.split(), strict=True)) if alive else []
 
     def _advance(self, state: Any, batch: Sequence[Job]) -> tuple[Any, dict[int, str]]:
-        """State some steps later; if members fail, the unchanged state and the reason of each by index."""
-        # No member exceeds its steps, so some advance in shorter strides than they could.
+        """Advance the batch by a few steps.
+
+        Returns:
+            New state; or, if members fail, the unchanged state and the reason of each failure by index.
+        """
+        # All members take the same number of steps, so the one with the fewest steps left limits it.
         count = min(STEPS_BETWEEN_CHECKS, *(self._steps - job.steps for job in batch))
 
         def advance(start: Any) -> Any:
@@ -225,7 +229,7 @@ class Flight:
                 start = self._step(start)
             return start
 
-        later, failed = self._isolated(advance, state)
+        later, failed = self._isolate_failures(advance, state)
         if failed:
             return state, failed
         for job in batch:
@@ -233,19 +237,19 @@ class Flight:
         return later, {}
 
     def _check(self, state: Any, batch: Sequence[Job], failed: dict[int, str]) -> list[bool]:
-        """Return which members of the batch have ended, after handing out their outcomes."""
+        """Report the outcomes of the members that have ended; return for each member whether it has."""
         norms = state.forces.norm(dim=1)
         largest = norms.new_zeros(len(batch)).scatter_reduce(0, state.system_idx, norms, "amax")
         volumes = torch.linalg.det(state.cell)
         columns = [state.energy, largest, volumes, self._converged(state, None).double()]
-        numbers = torch.stack([c.double() for c in columns], dim=1).tolist()  # the GPU is waited for once
+        numbers = torch.stack([c.double() for c in columns], dim=1).tolist()  # one wait for the GPU
         ended = []
         for index, (job, (energy, force, volume, converged)) in enumerate(zip(batch, numbers, strict=True)):
             if job.steps == 0:
                 job.initial_energy = energy
             growth = volume / job.atoms.get_volume() if self._cell_relaxes else 1.0
-            # A number that is not finite counts as an explosion even where it would compare as converged, and a
-            # structure that converges with its last step is converged.
+            # The order matters: a structure whose energy is not finite may have converged forces, and a structure
+            # that converges in its last step is converged.
             status, reason = "", ""
             if index in failed:
                 status, reason = "failed", failed[index]
@@ -271,7 +275,7 @@ class Flight:
             ended.append(status != "")
             if status:
                 self._supply.release(job)
-                self._landed(Outcome(job, status, reason, relaxed, None if relaxed is None else force))
+                self._record(Outcome(job, status, reason, relaxed, None if relaxed is None else force))
         return ended
 
     def _fragments(self, state: Any, index: int, job: Job) -> int:
@@ -279,8 +283,8 @@ class Flight:
         if job.steps == 0:
             return job.fragments
         graph = self._model.last_graph
-        # The last step ended with an evaluation of this state, so that its edges are known, unless memory did not
-        # suffice and the batch was evaluated in halves.
+        # A step of FIRE ends with an evaluation of the new state, so the model usually has its graph. It has another
+        # graph if the batch did not fit into memory and was evaluated in halves.
         if (
             graph is not None
             and torch.equal(graph.positions, state.positions.double())
@@ -293,7 +297,7 @@ class Flight:
         )
 
     def _atoms(self, state: Any, index: int, job: Job) -> Atoms:
-        """Present structure of a member of the batch, in the orientation of its start."""
+        """Current structure of a member of the batch, its cell vectors with their original sign."""
         positions = state.positions[state.system_idx == index].double().cpu().numpy()
         atoms = Atoms(job.atoms.numbers, positions, cell=job.atoms.cell, pbc=job.atoms.pbc)
         if self._cell_relaxes:
@@ -301,7 +305,7 @@ class Flight:
         return atoms
 
     def _relaxed(self, state: Any, index: int, job: Job, energy: float) -> Atoms:
-        """Present structure of a member of the batch, with energy, forces and, if periodic, stress."""
+        """Current structure of a member of the batch, with energy, forces and, if periodic, stress."""
         atoms = self._atoms(state, index, job)
         forces = state.forces[state.system_idx == index]
         results = {"energy": energy, "forces": forces.double().cpu().numpy()}
@@ -312,7 +316,7 @@ class Flight:
         return atoms
 
     def _fire(self, cell: str, pressure: float) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """TorchSim's functions that begin and continue FIRE, with its Frechet filter where the cell relaxes."""
+        """TorchSim's functions that initialise and advance FIRE, with its Frechet filter if the cell relaxes."""
         ts, model = self._torchsim, self._model
         options: dict[str, Any] = CELLS[cell] | (
             {"scalar_pressure": pressure * units.GPa} if pressure else {}
@@ -325,7 +329,7 @@ class Flight:
         return partial(ts.fire_init, model=model, **options), partial(ts.fire_step, model=model)
 
     def _state(self, jobs: Sequence[Job]) -> Any:
-        """TorchSim's state of structures of one periodicity."""
+        """TorchSim state of structures with one periodicity."""
         device, dtype = self._model.device, self._model.dtype
         tensor = partial(torch.tensor, device=device)
         atoms = [job.atoms for job in jobs]
@@ -335,24 +339,24 @@ class Flight:
             positions=tensor(np.concatenate([a.positions for a in atoms]), dtype=dtype),
             masses=tensor(np.concatenate([a.get_masses() for a in atoms]), dtype=dtype),
             cell=tensor(cells, dtype=dtype),
-            pbc=pbc[0] if len(set(pbc)) == 1 else pbc,  # TorchSim 0.3 knows one value for all axes only
+            pbc=pbc[0] if len(set(pbc)) == 1 else pbc,  # TorchSim 0.3 has one value for all axes
             atomic_numbers=tensor(np.concatenate([a.numbers for a in atoms]), dtype=torch.int),
             system_idx=torch.repeat_interleave(
                 torch.arange(len(atoms), device=device), tensor([len(a) for a in atoms])
             ),
         )
 
-    def _isolated(self, function: Callable[[Any], Any], state: Any) -> tuple[Any, dict[int, str]]:
-        """Apply a function to a copy of a state; if it raises, to either half, down to single systems.
+    def _isolate_failures(self, function: Callable[[Any], Any], state: Any) -> tuple[Any, dict[int, str]]:
+        """Apply a function to a copy of a state; if it raises, to each half separately, down to single systems.
 
-        A system that makes the function raise thus fails alone. Halves may also fit into memory where the whole
-        does not.
+        A system for which the function raises thus fails alone. Halves may also fit into memory if the whole does
+        not.
 
         Returns:
-            New state of the systems that do not fail (None if there is none), and the reasons of the others by index.
+            New state of the systems that do not fail (None if all fail), and the reasons of the failures by index.
 
         Raises:
-            torch.AcceleratorError: If the GPU is in a state in which nothing works any more.
+            torch.AcceleratorError: If the GPU is in a state in which every further call fails.
         """
         try:
             return function(state.clone()), {}
@@ -360,7 +364,7 @@ class Flight:
             raise
         except Exception as error:
             reason, no_memory = one_line(error), isinstance(error, torch.OutOfMemoryError)
-        # Outside of the except block, which would hold the traceback and with it the tensors of the failed attempt.
+        # Outside the except block, in which the traceback keeps the tensors of the failed attempt alive.
         if state.n_systems == 1:
             return None, {0: reason}
         if no_memory:
@@ -372,8 +376,8 @@ class Flight:
                 stacklevel=2,
             )
         middle = state.n_systems // 2
-        first, failed = self._isolated(function, state[list(range(middle))])
-        second, others = self._isolated(function, state[list(range(middle, state.n_systems))])
+        first, failed = self._isolate_failures(function, state[list(range(middle))])
+        second, others = self._isolate_failures(function, state[list(range(middle, state.n_systems))])
         alive = [part for part in (first, second) if part is not None]
         return (
             self._torchsim.concatenate_states(alive) if alive else None,

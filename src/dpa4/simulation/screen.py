@@ -137,14 +137,14 @@ def screen(
     try:
         with stop_requests() as stopped, progress_bar("structure", 0, show=progress) as bar:
 
-            def landed(outcome: Outcome) -> None:
+            def record(outcome: Outcome) -> None:
                 shard.record(*_recorded(outcome))
 
             def watch(in_flight: int) -> None:
                 status = f"{in_flight} in flight  {shard.counts['converged']} converged"
                 bar.update(bar.task_ids[0], completed=len(shard.done), status=status)
 
-            flight = Flight(model, landed, stopped, watch, **asdict(options))
+            flight = Flight(model, record, stopped, watch, **asdict(options))
             groups: Groups = defaultdict(list)
             todo = len(shard.done)
             for total, (source, found) in enumerate(_structures(paths), start=1):
