@@ -72,7 +72,10 @@ def force_total_variation(f: ArrayLike) -> float:
 
 
 def smoothness(r: ArrayLike, e: ArrayLike) -> float:
-    """Root mean square second derivative of the energy by finite differences, in eV/Angstrom^2."""
+    """Root mean square second derivative of the energy, in eV/Angstrom^2; lower is smoother.
+
+    The derivative is computed by finite differences.
+    """
     distance = np.asarray(r, dtype=float)
     curvature = np.gradient(np.gradient(np.asarray(e, dtype=float), distance), distance)
     return float(np.sqrt(np.square(curvature).mean()))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 MAX_FORMATION_ENERGY_ERROR = 5.0  # eV/atom; predictions farther from DFT count as missing
-DECIMALS = 3  # of energies in eV/atom before they are classified
+DECIMALS = 3  # of energies in eV/atom, before classification
 RMSD_BASELINE = 0.15
 UNMATCHED_RMSD = 1.0
 FAILED_SRME = 2.0  # also the maximum: negative mode contributions could cause larger values
