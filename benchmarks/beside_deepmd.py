@@ -39,7 +39,6 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.build import molecule
-from dpa4.potential.deepmd.options import config_to_deepmd
 from speed import ELEMENTS, labelled, potential_of, structure
 
 import dpa4
@@ -49,6 +48,7 @@ from dpa4.execution.precompile import Mode, precompile
 from dpa4.execution.regions import compile_potential
 from dpa4.graph import Graph, build_graph, collate
 from dpa4.potential import Potential, convert, load_potential, save_potential
+from dpa4.potential.deepmd.options import config_to_deepmd
 from dpa4.simulation import DPA4Calculator
 from dpa4.system import keep_freed_memory
 from dpa4.training.loss import Loss

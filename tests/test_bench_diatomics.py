@@ -126,5 +126,5 @@ def test_windows_and_points_that_are_not_finite(tmp_path):
         homonuclear_curve("O", calculator)
     assert run_diatomics(["O"], calculator, tmp_path, progress=False)[:3] == (0, 1, False)
     assert "not finite" in score_diatomics(tmp_path).failed["O"]
-    with pytest.raises(ValueError, match="'Xx' is no element from H to U"):
+    with pytest.raises(ValueError, match="'Xx' is not an element from H to U"):
         run_diatomics(["Xx"], calculator, tmp_path, progress=False)

@@ -55,7 +55,7 @@ def test_formation_energy_by_hand():
     swollen = atoms.copy()
     swollen.set_cell(1.5 * atoms.cell.array, scale_atoms=True)
     assert corrector.score(swollen, -48.0, dft)["rmsd"] is None
-    with pytest.raises(ValueError, match="the structure is Mg4 O4, that of DFT"):
+    with pytest.raises(ValueError, match="the structure is Mg4 O4, but the DFT entry is"):
         corrector.score(atoms, -48.0, entry_of(bulk("MgO", "rocksalt", a=4.2)))
 
 

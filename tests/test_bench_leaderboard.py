@@ -128,10 +128,10 @@ def test_submission_refuses_what_does_not_belong_together(tmp_path, submission):
     with pytest.raises(ValueError, match="holds a run of the task 'kappa', not of 'discovery'"):
         write_submission(model, metadata, tmp_path, discovery=runs["kappa"])
     run_diatomics(["Ar"], argon(), tmp_path / "other", model="another", progress=False)
-    with pytest.raises(ValueError, match="the runs are of different models"):
+    with pytest.raises(ValueError, match="the runs belong to different models"):
         write_submission(model, metadata, tmp_path, kappa=runs["kappa"], diatomics=tmp_path / "other")
     with pytest.raises(
-        FileNotFoundError, match="summary.json is absent; finish the task with dpa4 bench diatomics"
+        FileNotFoundError, match="summary.json does not exist; finish the task with dpa4 bench diatomics"
     ):
         write_submission(model, metadata, tmp_path, diatomics=tmp_path / "other")
     with pytest.raises(ValueError, match="'kappa': '', 'the checkpoint': 'sha256:1'"):
@@ -151,7 +151,7 @@ def test_command_refuses_runs_of_another_model(tmp_path, submission):
         "-o",
         tmp_path / "out",
     )
-    assert "the runs are of different models" in command(*arguments, "--kappa", runs["kappa"], ok=False)
+    assert "the runs belong to different models" in command(*arguments, "--kappa", runs["kappa"], ok=False)
     output = command(*arguments)
     assert (tmp_path / "out" / "models" / "dpa4" / "dpa4-test.yml").exists() and "CPS" not in output
 
@@ -160,8 +160,8 @@ def test_command_refuses_runs_of_another_model(tmp_path, submission):
     ("text", "message"),
     [
         ("model_name: x", "lacks model_key .*license .mapping with code"),
-        (METADATA + "metrics: {}", "gives metrics, which is computed"),
-        (METADATA.replace("dpa4-test", "../x"), "model_key = '../x' in .*; it must be of letters"),
+        (METADATA + "metrics: {}", "has entries that are computed: metrics; remove them"),
+        (METADATA.replace("dpa4-test", "../x"), "model_key = '../x' in .*; use only letters"),
         ("[1", "is not YAML"),
         ("- 1", "must be a mapping with model_name"),
     ],

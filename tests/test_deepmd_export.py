@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dpa4.potential.deepmd.writer import deepmd_state, export_deepmd
 
 from dpa4.model import Bridging
 from dpa4.model.presets import preset
 from dpa4.potential.checkpoint import load_potential
+from dpa4.potential.deepmd.writer import deepmd_state, export_deepmd
 from dpa4.potential.potential import Potential
 from helpers import SHARED, graph_of, molecule, random_potential, randomize
 

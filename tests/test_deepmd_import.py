@@ -7,12 +7,12 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from dpa4.potential.deepmd.writer import deepmd_state
 from torch.nn import functional
 
 from dpa4.graph import build_graph
 from dpa4.model import ModelConfig
 from dpa4.potential.checkpoint import load_potential, read_checkpoint
+from dpa4.potential.deepmd.writer import deepmd_state
 from dpa4.potential.potential import Potential
 from helpers import SHARED, graph_of, molecule, random_potential, shared
 

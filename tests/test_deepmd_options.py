@@ -1,9 +1,9 @@
 """The options of deepmd-kit's models: each is translated, without influence, or refused by name."""
 
 import pytest
-from dpa4.potential.deepmd.options import config_from_deepmd, config_to_deepmd
 
 from dpa4.model import Bridging, ModelConfig
+from dpa4.potential.deepmd.options import config_from_deepmd, config_to_deepmd
 
 
 def params(descriptor=None, fitting=None, **model):

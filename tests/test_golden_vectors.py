@@ -10,7 +10,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from dpa4.potential.deepmd.names import deepmd_name
 
 from dpa4.graph import build_graph
 from dpa4.model import ModelConfig
@@ -21,6 +20,7 @@ from dpa4.model.layers import EquivariantRMSNorm
 from dpa4.model.radial import RadialFeatures
 from dpa4.ops.incidence import Incidence
 from dpa4.potential import Potential, load_potential
+from dpa4.potential.deepmd.names import deepmd_name
 from helpers import SHARED, assert_close, shared
 
 VECTORS = SHARED / "reference" / "vectors"

@@ -4,12 +4,12 @@ import math
 import pytest
 import torch
 from ase.data import chemical_symbols
-from dpa4.potential.deepmd.names import deepmd_name
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpa4.model import DPA4
 from dpa4.model.presets import PRESETS, preset
+from dpa4.potential.deepmd.names import deepmd_name
 from dpa4.training.ema import MovingAverage
 from dpa4.training.muon import HybridMuon, block_shape, orthogonalize, update_magma_score
 from dpa4.training.routing import parameter_groups, parameter_routes

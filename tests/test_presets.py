@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from dpa4.potential.deepmd.options import config_from_deepmd
 
 from dpa4.model import DPA4
 from dpa4.model.presets import ALL_ELEMENTS, PRESETS, preset
+from dpa4.potential.deepmd.options import config_from_deepmd
 from helpers import shared
 
 PUBLISHED_COUNTS = {

@@ -167,7 +167,7 @@ def test_a_run_without_a_model(trained, tmp_path):
     found = page(write_report(tmp_path, progress=False))
     for name in ("model", "pair-curves"):
         assert "There is no model yet: dpa4 train run.yaml --resume" in found.words[name]
-    assert "No evaluation was given; name its folder by --eval: dpa4 eval" in found.words["errors"]
+    assert "No evaluation was given; pass its folder with --eval: dpa4 eval" in found.words["errors"]
     assert "no validation data" in found.words["learning-curve"]
 
 
@@ -196,7 +196,7 @@ def test_refusals(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         write_report(trained / "run", evaluation=tmp_path / "absent")
     with pytest.raises(
-        ValueError, match="is no output folder of a training run: it has none of best.safetensors"
+        ValueError, match="is not an output folder of a training run: it has none of best.safetensors"
     ):
         write_report(tmp_path)
     (tmp_path / "errors.json").write_text('[{"group": 1}]')

@@ -1,6 +1,7 @@
 """Screening: the minima of ASE, every structure listed once whatever happens, kills and interruptions included."""
 
 import csv
+import importlib
 import json
 import signal
 import subprocess
@@ -19,7 +20,9 @@ from ase.db import connect
 from ase.io import read, write
 from typer.testing import CliRunner
 
+import dpa4.simulation
 from dpa4.cli import app
+from dpa4.graph import build_graph
 from dpa4.potential import save_potential
 from dpa4.simulation import DPA4Calculator, relax
 from helpers import crystal, molecule, random_potential
@@ -179,9 +182,9 @@ def test_every_structure_is_listed_with_what_happened_to_it(tmp_path):
     reasons = {int(row["structure"]): row["reason"] for row in table if row["status"] == "refused"}
     assert "atoms 0 and 1 coincide" in reasons[3]
     assert "element Xe (54) is not in the model" in reasons[4]
-    assert "constraints are not kept in batches; use dpa4 relax" in reasons[5]
+    assert "constraints are not supported in batches; use dpa4 relax" in reasons[5]
     assert "broken.cif cannot be read by ASE" in reasons[7]
-    assert "after all steps" in table[0]["reason"] and table[0]["steps"] == "3"
+    assert "after 3 steps" in table[0]["reason"] and table[0]["steps"] == "3"
     assert table[6]["source"].endswith("some.db, row 2")
     assert frames[0].info["name"] == "cluster 0" and frames[3].info["project"] == "x"
     assert "REF_energy" not in frames[0].info  # it was that of the start
@@ -227,7 +230,9 @@ def test_what_does_not_fit_into_memory_is_tried_in_halves(tmp_path):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return results
 
-    with pytest.warns(RuntimeWarning, match="atoms did not fit into memory at once; half of them are tried"):
+    with pytest.warns(
+        RuntimeWarning, match="atoms did not fit into memory and is tried in halves; lower max_edges"
+    ):
         result = run(clusters(tmp_path, 5), Watched(small_memory), tmp_path / "out", steps=10, fmax=0.05)
     assert set(result.counts) <= {"converged", "unconverged"} and sum(result.counts.values()) == 5
 
@@ -261,12 +266,50 @@ def test_explosions(tmp_path):
     write(tmp_path / "a.xyz", [molecule(1, 2), molecule(1, 3), molecule(1, 4)])
     run(tmp_path / "a.xyz", Watched(pushing), tmp_path / "a", steps=60)
     table, frames = check(tmp_path / "a", 3, ("converged", "exploded"))
-    assert table[0]["reason"] == "it fell into 2 pieces, from 1, that no longer interact"
+    assert table[0]["reason"] == "it broke into 2 fragments, from 1, that no longer interact"
     assert table[1]["reason"].startswith("energy nan eV and largest force")
     assert table[2]["status"] == "converged" and len(frames) == 1
     write(tmp_path / "b.xyz", crystal())
     run(tmp_path / "b.xyz", Watched(pushing), tmp_path / "b", steps=200, cell="volume")
     assert "its volume changed by a factor of 4" in rows(tmp_path / "b")[0]["reason"]
+
+
+def test_fragments_are_counted_in_the_graph_of_the_last_step(tmp_path, monkeypatch):
+    """The search that counts them anew, for batches evaluated in halves, finds the same."""
+
+    def pushing(state, results):
+        results["forces"][0] += 1.0  # the first atom of the batch
+        return results
+
+    def search(*args, **options):
+        searches.append(args)
+        return build_graph(*args, **options)
+
+    write(tmp_path / "start.xyz", [molecule(1, 4), molecule(3, 3)])
+    searches: list[object] = []
+    monkeypatch.setattr("dpa4.simulation.flight.build_graph", search)
+    run(tmp_path / "start.xyz", Watched(pushing), tmp_path / "known", steps=100)
+    assert not searches
+    monkeypatch.setattr(Watched, "last_graph", property(lambda _: None, lambda *_: None), raising=False)
+    run(tmp_path / "start.xyz", Watched(pushing), tmp_path / "searched", steps=100)
+    assert len(searches) == 2
+    known, searched = rows(tmp_path / "known"), rows(tmp_path / "searched")
+    assert (
+        known == searched
+        and known[0]["reason"] == "it broke into 2 fragments, from 1, that no longer interact"
+    )
+
+
+def test_without_torchsim_the_module_can_be_imported_and_the_error_says_what_to_install(
+    tmp_path, monkeypatch
+):
+    for name in ("screen", "flight", "torchsim"):
+        monkeypatch.setattr(dpa4.simulation, name, getattr(dpa4.simulation, name))  # put back afterwards
+        monkeypatch.delitem(sys.modules, f"dpa4.simulation.{name}")
+    monkeypatch.setitem(sys.modules, "torch_sim", None)
+    module = importlib.import_module("dpa4.simulation.screen")
+    with pytest.raises(ImportError, match=r"torch_sim is not installed; pip install 'dpa4\[torchsim\]'"):
+        module.screen([clusters(tmp_path, 1)], Watched(), tmp_path / "out")
 
 
 def test_large_structures_are_relaxed_by_themselves(tmp_path):

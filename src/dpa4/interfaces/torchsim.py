@@ -91,6 +91,7 @@ class DPA4Model(ModelInterface):
         self.cutoff = self.potential.config.cutoff
         self.charge_spin = self.potential.config.default_charge_spin
         self._evaluator = Evaluator(self.potential, compile)
+        self.last_graph: Graph | None = None  # of the latest call; saves a neighbour search after it
         self._monitor = CoverageMonitor([self.potential.coverage], self._device)
         # Atomic numbers and charge_spin that passed the check.
         self._checked: tuple[Tensor, Tensor] | None = None
@@ -174,6 +175,7 @@ class DPA4Model(ModelInterface):
             systems = zip(numbers.split(sizes), positions.split(sizes), cell, strict=True)
             graphs = [build_graph(z, r, rows, periodic, self.cutoff) for z, r, rows in systems]
             graph = collate(graphs)._replace(charge_spin=charge_spin)
+        self.last_graph = graph
         known = self._checked
         if known is None or not (torch.equal(numbers, known[0]) and torch.equal(charge_spin, known[1])):
             self.potential.check(graph)

@@ -1,4 +1,4 @@
-"""Published benchmarks: Matbench Discovery, its conductivities and diatomic molecules, and SPICE-MACE-OFF."""
+"""Published benchmarks: Matbench Discovery (discovery, conductivity, diatomic molecules) and SPICE-MACE-OFF."""
 
 from dpa4.leaderboards.diatomics import DiatomicsScore, run_diatomics, score_diatomics
 from dpa4.leaderboards.discovery import DiscoveryScore, score_structures

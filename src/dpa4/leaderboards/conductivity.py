@@ -1,4 +1,4 @@
-"""Lattice thermal conductivity of one crystal: phono3py, Wigner transport, its contributions by modes."""
+"""Mode-resolved lattice thermal conductivity of one crystal, by phono3py with Wigner transport."""
 
 import warnings
 from collections.abc import Sequence
@@ -18,14 +18,19 @@ from dpa4.system import require
 Array = NDArray[np.float64]
 
 TEMPERATURE = 300.0  # K
-SYMPREC = 1e-5  # of the space groups and of phono3py
-RELAX_SYMPREC = 1e-2  # of the symmetry that the relaxation keeps
+SYMPREC = 1e-5  # tolerance for space groups and in phono3py
+RELAX_SYMPREC = 1e-2  # tolerance for the symmetry that the relaxation preserves
 BOUNDARY_MFP = 1e6  # micrometres
-GAMMA_THRESHOLD = -0.01  # THz; acoustic frequencies at q = 0 may be as low as that
+GAMMA_THRESHOLD = -0.01  # THz; lowest allowed acoustic frequency at q = 0
 
 
 def space_group(atoms: Atoms) -> int:
-    """Number of the space group."""
+    """Number of the space group.
+
+    Raises:
+        ImportError: If spglib is not installed.
+        ValueError: If no space group is found.
+    """
     dataset = require("spglib", "bench").get_symmetry_dataset(
         (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers), symprec=SYMPREC
     )
@@ -37,17 +42,17 @@ def space_group(atoms: Atoms) -> int:
 def relax_symmetric(
     atoms: Atoms, calculator: Calculator, *, fmax: float, steps: int, stopped: Sequence[int] = ()
 ) -> int:
-    """Relax positions and cell in place with FIRE while the symmetry is kept and the cell does not tilt.
+    """Relax positions and cell in place with FIRE, preserving the symmetry; the cell is not sheared.
 
     Args:
-        atoms: Start; ends as the relaxed structure.
+        atoms: Initial structure; replaced by the relaxed one.
         calculator: ASE calculator.
-        fmax: Largest force, eV/Angstrom.
-        steps: Most steps.
-        stopped: A list that is not empty after Ctrl-C.
+        fmax: Largest force of the relaxed structure, eV/Angstrom.
+        steps: Maximum number of steps.
+        stopped: List that is not empty after Ctrl-C.
 
     Returns:
-        Number of steps.
+        Number of steps taken.
 
     Raises:
         Interrupted: After Ctrl-C.
@@ -75,24 +80,26 @@ def conductivity(
 ) -> Record:
     """Conductivity at 300 K by phono3py: Wigner transport in the relaxation time approximation.
 
-    Force constants of second and third order come from finite displacements; isotopes scatter. The transport is
-    "SMM19" of phono3py 4. Of the contribution of a pair of bands, each gets a share as in Matbench Discovery:
+    Force constants of second and third order come from finite displacements. Isotope scattering is included. The
+    transport is "SMM19" of phono3py 4. The contribution of a pair of bands is divided between the two bands according
+    to their heat capacities C, as in Matbench Discovery:
 
-        kappa_s = sum_s' 2 kappa_{s's} C_s' / (C_s + C_s'), with the heat capacities C of the modes.
+        kappa_s = sum_s' 2 kappa_{s's} C_s' / (C_s + C_s').
 
     Args:
         atoms: Relaxed crystal.
         calculator: ASE calculator.
-        fc2_supercell: (3,) or (3, 3) supercell for the second order.
-        fc3_supercell: The same for the third order.
-        mesh: Numbers of q-points.
-        displacement: In Angstrom.
-        stopped: A list that is not empty after Ctrl-C.
+        fc2_supercell: (3,) or (3, 3) supercell for the second-order force constants.
+        fc3_supercell: (3,) or (3, 3) supercell for the third-order force constants.
+        mesh: Numbers of q-points along the three axes.
+        displacement: Displacement of atoms, in Angstrom.
+        stopped: List that is not empty after Ctrl-C.
 
     Returns:
-        ``has_imag_ph_modes``. Unless that is true, in W/(m K) and as xx, yy, zz, yz, xz, xy: ``kappa_tot_rta``
-        (1, 6), its parts ``kappa_p_rta`` within bands and ``kappa_c`` between them, and ``mode_kappa_tot_rta``
-        (1, Q, S, 6) with the ``mode_weights`` (Q,) of the ``q_points`` (Q, 3) in it; ``ph_freqs`` (Q, S) in THz.
+        ``has_imag_ph_modes``. If it is False, also the conductivity ``kappa_tot_rta`` (1, 6), its parts
+        ``kappa_p_rta`` within bands and ``kappa_c`` between bands, and the contributions of the modes
+        ``mode_kappa_tot_rta`` (1, Q, S, 6), all in W/(m K) in the order xx, yy, zz, yz, xz, xy. The contributions of
+        the modes include the ``mode_weights`` (Q,) of the ``q_points`` (Q, 3). ``ph_freqs`` (Q, S) are in THz.
 
     Raises:
         ImportError: If phono3py is not installed.
@@ -127,11 +134,12 @@ def conductivity(
 
 
 def imaginary(frequencies: Array) -> bool:
-    """Whether a mode is imaginary.
+    """Return whether a mode is imaginary, or its frequency not a number.
+
+    The three acoustic modes at q = 0 count as imaginary only below -0.01 THz.
 
     Args:
-        frequencies: (Q, S) in THz, ascending with the bands, negative where imaginary, q = 0 first. Of its three
-            acoustic modes down to -0.01 THz are forgiven.
+        frequencies: (Q, S) in THz, negative if imaginary; q = 0 comes first, bands ascend.
     """
     if np.isnan(frequencies).any():
         return True
@@ -141,14 +149,14 @@ def imaginary(frequencies: Array) -> bool:
 
 
 def shares(pairs: Array, heat_capacity: Array) -> Array:
-    """Contributions of modes from those of pairs, see ``conductivity``; their sum stays the same.
+    """Divide the contributions of pairs of bands between the bands, see ``conductivity``; preserves the sum.
 
     Args:
-        pairs: (T, Q, S, S, 6) of pairs of bands, symmetric in these.
-        heat_capacity: (T, Q, S) of the modes.
+        pairs: (T, Q, S, S, 6) contributions of pairs of bands, symmetric in the two bands.
+        heat_capacity: (T, Q, S) heat capacities of the modes.
 
     Returns:
-        (T, Q, S, 6)
+        Contributions of the modes (T, Q, S, 6), in the unit of ``pairs``.
     """
     both = heat_capacity[..., :, None] + heat_capacity[..., None, :]
     fraction = np.divide(2 * heat_capacity[..., :, None], both, out=np.zeros_like(both), where=both > 0)
@@ -162,11 +170,11 @@ def _phono3py(
     mesh: Sequence[int],
     displacement: float,
 ) -> Any:
-    """The object of phono3py with its displacements."""
+    """Set up phono3py and generate the displaced supercells."""
     phonopy_atoms = require("phonopy.structure.atoms", "bench").PhonopyAtoms
     phono3py = require("phono3py", "bench").Phono3py
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the primitive cell is found automatically, which is wanted
+        warnings.simplefilter("ignore")  # about the automatic primitive cell, which is intended
         phonons = phono3py(
             phonopy_atoms(
                 symbols=atoms.get_chemical_symbols(), cell=atoms.cell.array, positions=atoms.positions
@@ -182,7 +190,7 @@ def _phono3py(
 
 
 def _forces(supercells: Sequence[Any], calculator: Calculator, stopped: Sequence[int]) -> Array:
-    """(D, N, 3) forces in displaced supercells, eV/Angstrom."""
+    """Forces in the displaced supercells (D, N, 3), eV/Angstrom."""
     forces = []
     for cell in supercells:
         if stopped:

@@ -1,6 +1,6 @@
 """Metrics of the curves of diatomic molecules, as pure functions of arrays.
 
-They follow Matbench Discovery (repository of July 2026) and, for ``conservation_deviation``, MLIP Arena.
+Sources: Matbench Discovery (repository of July 2026) and, for ``conservation_deviation``, MLIP Arena.
 """
 
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ from dpa4.leaderboards.metrics import ratio
 
 Array = NDArray[np.float64]
 
-# r (R,) are ascending distances in Angstrom, e (R,) energies in eV, f (R,) the force on
-# the first atom along the axis towards the second, in eV/Angstrom: f = +dE/dr, positive where the atoms attract.
+# Arguments of the metrics: r (R,) are ascending distances in Angstrom, e (R,) energies in eV, f (R,) the force on the
+# first atom along the axis towards the second, in eV/Angstrom: f = +dE/dr, positive where the atoms attract.
 
 
 def tortuosity(e: ArrayLike) -> float:
-    """Path of the energy over its least path from the first point to the minimum to the last; 1 without bumps.
+    """Total variation of the energy, relative to the shortest way down to the minimum and up again.
 
-    NaN for a constant energy.
+    1 for a curve without bumps, NaN for a constant energy.
     """
     energy = np.asarray(e, dtype=float)
     lowest = energy.min()
@@ -29,54 +29,62 @@ def tortuosity(e: ArrayLike) -> float:
 
 
 def _turns(values: ArrayLike, threshold: float) -> tuple[Array, NDArray[np.bool_]]:
-    """Differences of neighbours that are not below the threshold, and whether the sign changes after each."""
+    """Steps between neighbouring values that reach the threshold, and whether the sign changes after each step.
+
+    Returns:
+        Steps (K,), and sign changes (K - 1,).
+    """
     steps = np.diff(np.asarray(values, dtype=float))
     steps = steps[(np.abs(steps) >= threshold) & (steps != 0)]
     return steps, np.diff(np.sign(steps)) != 0
 
 
 def energy_diff_flips(e: ArrayLike) -> int:
-    """How often the energy turns from falling to rising or back; steps below 1 meV are passed over."""
+    """Number of turns of the energy from falling to rising or back; steps below 1 meV are ignored."""
     return int(_turns(e, 1e-3)[1].sum())
 
 
 def _jump(values: ArrayLike, threshold: float) -> float:
+    """Sum of the steps before and after each turn."""
     steps, turns = _turns(values, threshold)
     return float(np.abs(steps[:-1][turns]).sum() + np.abs(steps[1:][turns]).sum())
 
 
 def energy_jump(e: ArrayLike) -> float:
-    """Sum of the two steps of the energy at each of its turns, in eV; steps below 1 meV are passed over."""
+    """Sum of the steps of the energy before and after each turn, in eV; steps below 1 meV are ignored."""
     return _jump(e, 1e-3)
 
 
 def force_flips(f: ArrayLike) -> int:
-    """How often the force changes its sign; forces below 0.01 eV/Angstrom are passed over. A bond has one flip."""
+    """Number of sign changes of the force; forces below 0.01 eV/Angstrom are ignored. A single bond has one."""
     force = np.asarray(f, dtype=float)
     return int((np.diff(np.sign(force[np.abs(force) >= 1e-2])) != 0).sum())
 
 
 def force_jump(f: ArrayLike) -> float:
-    """Sum of the two steps of the force at each of its turns, in eV/Angstrom."""
+    """Sum of the steps of the force before and after each turn, in eV/Angstrom."""
     return _jump(f, 0.0)
 
 
 def force_total_variation(f: ArrayLike) -> float:
-    """Sum of the steps of the force, in eV/Angstrom."""
+    """Total variation: sum of the absolute steps of the force, in eV/Angstrom."""
     return float(np.abs(np.diff(np.asarray(f, dtype=float))).sum())
 
 
 def smoothness(r: ArrayLike, e: ArrayLike) -> float:
-    """Root mean square of the second derivative of the energy by differences, in eV/Angstrom^2; lower is smoother."""
+    """Root mean square second derivative of the energy, in eV/Angstrom^2; lower is smoother.
+
+    The derivative is computed by finite differences.
+    """
     distance = np.asarray(r, dtype=float)
     curvature = np.gradient(np.gradient(np.asarray(e, dtype=float), distance), distance)
     return float(np.sqrt(np.square(curvature).mean()))
 
 
 def conservation_deviation(r: ArrayLike, e: ArrayLike, f: ArrayLike) -> float:
-    """Mean distance of the force from the derivative of the energy by differences, in eV/Angstrom.
+    """Mean absolute difference of the force from the finite-difference slope of the energy, in eV/Angstrom.
 
-    Zero for forces that are a derivative, up to the error of the differences.
+    Zero for conservative forces, up to the error of the finite differences.
     """
     slope = np.gradient(np.asarray(e, dtype=float), np.asarray(r, dtype=float))
     return float(np.abs(np.asarray(f, dtype=float) - slope).mean())
@@ -84,14 +92,14 @@ def conservation_deviation(r: ArrayLike, e: ArrayLike, f: ArrayLike) -> float:
 
 @dataclass(frozen=True)
 class Curve:
-    """A diatomic molecule at ascending distances."""
+    """Energies and forces of a diatomic molecule at ascending distances."""
 
     distances: Array  # (R,) Angstrom
     energies: Array  # (R,) eV
     forces: Array  # (R,) on the first atom along the axis towards the second, eV/Angstrom
 
     def __post_init__(self) -> None:
-        """Refuse what is not a curve."""
+        """Check lengths and order."""
         lengths = {len(self.distances), len(self.energies), len(self.forces)}
         if len(lengths) != 1 or len(self.distances) < 2:
             raise ValueError("a curve needs at least two distances, each with an energy and a force")
@@ -99,18 +107,18 @@ class Curve:
             raise ValueError("the distances of a curve must ascend")
 
     def within(self, window: tuple[float, float]) -> "Curve":
-        """The part of the curve whose distances lie in a window."""
+        """Part of the curve with distances in a window, ends included."""
         inside = (self.distances >= window[0]) & (self.distances <= window[1])
         return Curve(self.distances[inside], self.energies[inside], self.forces[inside])
 
 
-GRID = 200  # points on which two curves are compared
+GRID = 200  # points at which two curves are compared
 WALL_ENERGIES = (1, 5, 10, 20, 50, 100)  # eV above the minimum
-MIN_WELL = 0.05  # eV; no bond is looked for in a reference whose well is shallower
+MIN_WELL = 0.05  # eV; a reference with a shallower well has no bond to compare
 
 
 def curve_metrics(curve: Curve) -> dict[str, float]:
-    """Metrics that need no reference, by their names in the leaderboard's file."""
+    """Metrics that need no reference, under their names in the leaderboard's file."""
     r, e, f = curve.distances, curve.energies, curve.forces
     return {
         "tortuosity": tortuosity(e),
@@ -125,18 +133,21 @@ def curve_metrics(curve: Curve) -> dict[str, float]:
 
 
 def reference_metrics(curve: Curve, reference: Curve, mass: float) -> dict[str, float]:
-    r"""Errors of a curve with respect to one of DFT, by their names in the leaderboard's file.
+    r"""Errors of a curve relative to a DFT curve, under their names in the leaderboard's file.
 
-    Energies and forces are compared on 200 points, equally spaced where the two curves overlap, by linear
-    interpolation; energies are zero at the last of them. The force error is a mean over the Cartesian components
-    of both atoms, of which one in three is not zero. Bond length and curvature are those of a parabola through the
-    five points about the minimum; the well is as deep as the last point lies above the minimum. These three are
-    NaN for a reference whose well is shallower than 0.05 eV.
+    Energies and forces are interpolated linearly at 200 equally spaced points where the two curves overlap; energies
+    are relative to the last of these points. The force error is a mean over the Cartesian components of both atoms,
+    of which two in three are zero. Bond length and curvature come from a parabola through the five points around the
+    minimum. The depth of the well is the energy of the last point above the minimum. The errors of bond length, depth
+    and vibrational frequency are NaN if the well of the reference is shallower than 0.05 eV.
 
     Args:
-        curve: The prediction.
-        reference: The curve of DFT.
-        mass: Of an atom, in u.
+        curve: Predicted curve.
+        reference: DFT curve.
+        mass: Mass of an atom, in u.
+
+    Raises:
+        ValueError: If the curves do not overlap.
     """
     low = max(curve.distances[0], reference.distances[0])
     high = min(curve.distances[-1], reference.distances[-1])
@@ -162,11 +173,11 @@ def reference_metrics(curve: Curve, reference: Curve, mass: float) -> dict[str, 
 
 
 def wall_error(curve: Curve, reference: Curve) -> float:
-    """Error of the distance of the repulsive wall, ``pbe_wall_dist_mae``, in Angstrom.
+    """Mean error of the position of the repulsive wall, ``pbe_wall_dist_mae``, in Angstrom.
 
-    The wall is where the energy on the repulsive side of the minimum is 1, 5, 10, 20, 50 and 100 eV above it, as far
-    as the reference reaches. A wall that the curve does not reach costs its distance in the reference. NaN if the
-    reference does not rise by 1 eV.
+    The position is compared at energies of 1, 5, 10, 20, 50 and 100 eV above the minimum, as far as the reference
+    reaches. If the curve does not reach one of these energies, the error there is the distance in the reference. NaN
+    if the reference does not rise by 1 eV.
     """
     errors = []
     for height in WALL_ENERGIES:
@@ -177,17 +188,19 @@ def wall_error(curve: Curve, reference: Curve) -> float:
 
 
 def _wall(curve: Curve, height: float) -> float:
-    """Distance at which the repulsive side has risen to a height above the minimum; NaN if it does not."""
+    """Distance at which the repulsive side reaches a height above the minimum, in Angstrom; NaN if it does not."""
     lowest = int(np.argmin(curve.energies))
     rise = np.maximum.accumulate(curve.energies[lowest::-1] - curve.energies[lowest])
     if lowest == 0 or rise[-1] < height:
         return np.nan
-    heights, first = np.unique(rise, return_index=True)  # a wall that falls back keeps its first distance
+    heights, first = np.unique(
+        rise, return_index=True
+    )  # where the wall falls back, the first distance counts
     return float(np.interp(height, heights, curve.distances[lowest::-1][first]))
 
 
 def _well(curve: Curve, mass: float) -> tuple[float, float, float]:
-    """Bond length (Angstrom), depth (eV) and wavenumber (1/cm; NaN where the energy does not curve upwards)."""
+    """Bond length (Angstrom), depth (eV) and wavenumber (1/cm; NaN if the fitted parabola opens downwards)."""
     r, e = curve.distances, curve.energies
     lowest = int(np.argmin(e))
     depth = float(e[-1] - e[lowest])
@@ -199,12 +212,12 @@ def _well(curve: Curve, mass: float) -> tuple[float, float, float]:
     if square <= 0:
         return float(r[lowest]), depth, np.nan
     vertex = -linear / (2 * square)
-    frequency = np.sqrt(2 * square / (mass / 2)) * units._hbar * units.J * units.s  # eV, by ASE's time unit
+    frequency = np.sqrt(2 * square / (mass / 2)) * units._hbar * units.J * units.s  # eV; ASE's unit of time
     bond = vertex if near[0] <= vertex <= near[-1] else r[lowest]
     return float(bond), depth, float(frequency / units.invcm)
 
 
-# Score of the diatomics task: pillar -> (weight, its metrics: (weight, floor, baseline))
+# Score of the diatomics task: pillar -> (weight, {metric: (weight within the pillar, floor, baseline)}).
 CDS_PILLARS: dict[str, tuple[float, dict[str, tuple[float, float, float]]]] = {
     "accuracy": (4 / 9, {"pbe_energy_mae": (5 / 9, 0, 4), "pbe_force_mae": (4 / 9, 0, 5)}),
     "geometry": (
@@ -224,18 +237,18 @@ CDS_PILLARS: dict[str, tuple[float, dict[str, tuple[float, float, float]]]] = {
 
 
 def combined_diatomics_score(values: Mapping[str, float], coverage: float) -> float:
-    r"""CDS of the leaderboard: a weighted mean of scores, times the fraction of the 87 elements that have a curve.
+    r"""Combined diatomics score (CDS) of the leaderboard: weighted mean of scores times coverage.
 
     The score of a metric is :math:`\operatorname{clip}_{[0, 1]}(1 - (x - \text{floor}) /
-    (\text{baseline} - \text{floor}))`, that of the run time with logarithms. Weights: accuracy 4/9, geometry 2/9,
-    physicality 2/9, speed 1/9.
+    (\text{baseline} - \text{floor}))`; for the run time, all three are replaced by their logarithms. Weights:
+    accuracy 4/9, geometry 2/9, physicality 2/9, speed 1/9.
 
     Args:
-        values: Means over the elements by their names, and ``run_time_sec``.
-        coverage: Fraction of the elements.
+        values: Mean of each metric over the elements, and ``run_time_sec``.
+        coverage: Fraction of the 87 scored elements that have a curve.
 
     Returns:
-        NaN if a value is missing.
+        Score between 0 and 1; NaN if a value is missing.
     """
     score = 0.0
     for name, (weight, parts) in CDS_PILLARS.items():

@@ -36,14 +36,15 @@ DISTANCES = np.geomspace(0.1, 6.0, 119)  # Angstrom
 HEAVIEST = 92
 UNSCORED = frozenset({"Po", "At", "Rn", "Fr", "Ra"})  # not in the Materials Project
 SCORED = tuple(s for s in chemical_symbols[1 : HEAVIEST + 1] if s not in UNSCORED)  # 87
-INNER, INNER_WALL = 0.9, 0.8  # covalent radii where the windows begin; that of the wall reaches as far as DFT
+# Start of the windows in covalent radii: of most metrics, and of the wall, which extends as far as the DFT curves.
+INNER, INNER_WALL = 0.9, 0.8
 LEAST_POINTS = 5
-ROUGH_JUMP, ROUGH_FLIPS = 1.5, 3  # eV; a reference that has both is not compared with
+ROUGH_JUMP, ROUGH_FLIPS = 1.5, 3  # eV, turns; a reference that reaches both is not used
 
 
 @dataclass(frozen=True)
 class DiatomicsScore:
-    """Means over the scored elements; a metric that no element has is absent."""
+    """Means over the scored elements; metrics without a value for any element are absent."""
 
     metrics: dict[str, float]
     run_time_sec: float
@@ -55,7 +56,7 @@ class DiatomicsScore:
 def homonuclear_curve(
     element: str, calculator: Calculator, distances: NDArray[np.float64] = DISTANCES
 ) -> Record:
-    """Energies and forces of two atoms at given distances along x, without periodicity.
+    """Energies and forces of two isolated atoms at given distances along x.
 
     Args:
         element: Chemical symbol.
@@ -63,11 +64,11 @@ def homonuclear_curve(
         distances: (R,) ascending, in Angstrom.
 
     Returns:
-        ``distances`` (R,), ``energies`` (R,) in eV and ``forces`` (R, 2, 3) in eV/Angstrom; points that are not
-        finite and outside the window of the wall, see ``evaluation_window``, are left out.
+        ``distances`` (R,), ``energies`` (R,) in eV and ``forces`` (R, 2, 3) in eV/Angstrom. Points that are not
+        finite are omitted if they lie outside the window of the wall, see ``evaluation_window``.
 
     Raises:
-        ValueError: If a point within that window is not finite.
+        ValueError: If a point within the window of the wall is not finite.
     """
     energies, forces = [], []
     for distance in distances:
@@ -87,13 +88,18 @@ def homonuclear_curve(
 
 
 def evaluation_window(element: str, largest: float, inner: float = INNER) -> tuple[float, float]:
-    """Distances that count: from 0.9 covalent radii to 3.1 van der Waals radii (Alvarez), at most the largest.
+    """Range of the scored distances, in Angstrom: 0.9 covalent radii to 3.1 van der Waals radii (Alvarez).
 
-    Closer than that no model has seen anything, and the wall would dominate every metric. The distance of the wall
-    itself is looked for from 0.8 covalent radii.
+    No model has training data at shorter distances, and the wall would dominate every metric. Only the position of
+    the wall is scored from 0.8 covalent radii.
+
+    Args:
+        element: Chemical symbol.
+        largest: Upper limit of the range, in Angstrom.
+        inner: Lower end, in covalent radii.
     """
     number = atomic_numbers[element]
-    low = inner * covalent_radii[number] - 1e-12  # DFT begins at 0.8 covalent radii, but for rounding
+    low = inner * covalent_radii[number] - 1e-12  # DFT curves begin at 0.8 covalent radii, up to rounding
     outer = vdw_alvarez.vdw_radii[number]
     return low, min(3.1 * outer, largest) if np.isfinite(outer) else largest
 
@@ -106,22 +112,25 @@ def run_diatomics(
     model: str = "",
     progress: bool = True,
 ) -> Progressed:
-    """Curves of elements at 119 distances from 0.1 to 6 Angstrom.
+    """Compute the curves of elements at 119 distances from 0.1 to 6 Angstrom.
 
-    Keeps every curve in ``output``/results.jsonl as it comes; the same call goes on after an interruption.
+    Every curve is saved in ``output``/results.jsonl at once. After an interruption, the same call continues.
 
     Args:
         elements: Chemical symbols.
         calculator: ASE calculator.
-        output: Folder, made if absent.
-        model: Name of the model, if it is none of dpa4; a folder of results of another model is refused.
-        progress: Show a progress bar on a terminal.
+        output: Folder; created if it does not exist.
+        model: Name of a model that is not from dpa4; results of another model in the folder are refused.
+        progress: Show a progress bar if the output is a terminal.
+
+    Returns:
+        Numbers of finished and failed elements.
 
     Raises:
-        ValueError: If a symbol is no element up to uranium, or the folder holds results of other settings.
+        ValueError: If a symbol is not an element from H to U, or the folder holds results of other settings.
     """
     if wrong := [e for e in elements if not 0 < atomic_numbers.get(e, 0) <= HEAVIEST]:
-        raise ValueError(f"{wrong[0]!r} is no element from H to U")
+        raise ValueError(f"{wrong[0]!r} is not an element from H to U")
     identity = {"model": model, **identify_calculator(calculator)}
     settings = {"task": "diatomics", **identity, "distances": DISTANCES.tolist()}
     with Records(Path(output), settings) as records:
@@ -136,13 +145,17 @@ def run_diatomics(
 
 
 def score_diatomics(output: str | Path, reference: Mapping[str, Curve] | None = None) -> DiatomicsScore:
-    """Metrics of the curves in a folder.
+    """Compute the metrics of the curves in a folder.
 
-    Writes curves.csv, metrics.csv, summary.json and diatomics.png into it.
+    Writes curves.csv, metrics.csv, summary.json and diatomics.png into the folder.
 
     Args:
         output: Folder of ``run_diatomics``.
-        reference: Curves of DFT by element; None leaves out what needs them.
+        reference: DFT curves by element; None omits the metrics that need them.
+
+    Raises:
+        FileNotFoundError: If the folder holds no run.
+        ValueError: If a curve has fewer than five points in its window.
     """
     folder = Path(output)
     with Records(folder, read_settings(folder)) as kept:
@@ -166,9 +179,9 @@ def score_diatomics(output: str | Path, reference: Mapping[str, Curve] | None = 
 
 
 def element_metrics(element: str, curve: Curve, reference: Curve | None = None) -> dict[str, float]:
-    """Metrics of a curve within its window; those with respect to DFT only if its curve is smooth enough.
+    """Metrics of a curve within its window, including the errors relative to a smooth DFT curve.
 
-    A reference with jumps of 1.5 eV or more in sum and three or more turns is not compared with.
+    A reference whose jumps add up to 1.5 eV or more, with three or more turns, is not used.
 
     Raises:
         ValueError: If fewer than five points lie in the window.
@@ -189,16 +202,16 @@ def element_metrics(element: str, curve: Curve, reference: Curve | None = None) 
 
 
 def _rough(element: str, reference: Curve) -> bool:
-    """Whether the calculations of a reference jumped between electronic states."""
+    """Return whether a reference jumps between electronic states."""
     energies = reference.within(evaluation_window(element, reference.distances[-1])).energies
     return energy_jump(energies) >= ROUGH_JUMP and energy_diff_flips(energies) >= ROUGH_FLIPS
 
 
 def read_reference(path: Path, functional: str = "PBE") -> dict[str, Curve]:
-    """Curves of DFT by element.
+    """DFT curves by element.
 
     Raises:
-        ValueError: If the file lacks the functional.
+        ValueError: If the file is not JSON or lacks the functional.
     """
     table = files.read_json(path)
     if functional not in table:
@@ -207,7 +220,7 @@ def read_reference(path: Path, functional: str = "PBE") -> dict[str, Curve]:
 
 
 def _curve(record: Mapping[str, list]) -> Curve:
-    """A curve as it is in the files; forces are optional there, and NaN without."""
+    """Curve from a record of a file; forces are NaN if the record has none."""
     distances = np.array(record["distances"], dtype=float)
     order = np.argsort(distances)
     forces = np.full((len(order), 2, 3), np.nan)

@@ -1,6 +1,6 @@
-"""Matbench Discovery: tell stable crystals from unstable ones, compare relaxed structures with those of DFT.
+"""Discovery task of Matbench Discovery: stability of crystals, and relaxed structures compared with DFT.
 
-``dpa4.simulation.screen`` relaxes them.
+The structures are relaxed by ``dpa4.simulation.screen``.
 """
 
 import csv
@@ -22,7 +22,7 @@ from dpa4.simulation.runs.store import Progressed, Record, Records, run_items, w
 from dpa4.system import new_figure, require, save_figure
 
 PREDICTION = "e_form_per_atom"  # column of the predicted formation energy, eV/atom
-DECIMALS = 4  # of energies per atom in the table, as in that of the leaderboard
+DECIMALS = 4  # of energies per atom in discovery.csv, as on the leaderboard
 COLUMNS = (
     *("material_id", "formula", "energy", "corrected_energy", PREDICTION, "e_above_hull_pred", "rmsd"),
     *("converged", "steps", "error"),
@@ -31,52 +31,53 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class WBMRow:
-    """What DFT says about a crystal of the WBM test set."""
+    """DFT results for a crystal of the WBM test set."""
 
     formula: str
     e_form: float  # corrected as in the Materials Project, eV/atom
     e_above_hull: float  # of the Materials Project, eV/atom
-    unique: bool  # its prototype is not in the Materials Project, and it stands for it in WBM
+    unique: bool  # True if it represents, within WBM, a prototype that the Materials Project lacks
 
 
 @dataclass(frozen=True)
 class DiscoveryScore:
     """Metrics of the leaderboard."""
 
-    stability: dict[str, StabilityMetrics]  # of "full_test_set", "unique_prototypes" and "most_stable_10k"
-    rmsd: float  # mean, without unit
+    stability: dict[str, StabilityMetrics]  # for "full_test_set", "unique_prototypes", "most_stable_10k"
+    rmsd: float  # mean, dimensionless
     structures: int
     relaxed: int  # with a prediction
-    failed: int  # without
-    differences: tuple[str, ...]  # of the settings, from those of the leaderboard's runner
+    failed: int  # without a prediction
+    differences: tuple[str, ...]  # between the settings and those of the leaderboard's runner
 
 
 def score_structures(
     output: str | Path, data: str | Path, *, progress: bool = True
 ) -> tuple[Progressed, DiscoveryScore | None]:
-    """Formation energies, energies above the hull and RMSD of relaxed structures, and the metrics of all of them.
+    """Compute formation energies, energies above the hull and RMSD of relaxed structures, and their metrics.
 
     The predicted energy and structure replace those of the DFT entry, ``MaterialsProject2020Compatibility`` corrects
     the energy, and the energies of the elements are subtracted. A crystal that was not relaxed, or whose energy
-    cannot be corrected, is a missing prediction. Metrics refer to the structures of the run, which for those of the
-    leaderboard must be the whole test set.
+    cannot be corrected, is a missing prediction. The metrics refer to the structures of the run; they are comparable
+    with the leaderboard only for the whole test set.
 
-    Writes discovery.csv, summary.json and hull.png into ``output``, and keeps scores in scores.jsonl; the same call
-    goes on after an interruption.
+    Writes discovery.csv, summary.json and hull.png into ``output``. Scores are saved one by one in scores.jsonl.
+    After an interruption, the same call continues.
 
     Args:
-        output: Folder of ``dpa4.simulation.screen.screen``, of structures with the ``material_id`` of the test set.
+        output: Output folder of ``dpa4.simulation.screen.screen``. Each structure must have the ``material_id`` of a
+            crystal of the test set.
         data: Folder of the published files.
-        progress: Show a progress bar on a terminal.
+        progress: Show a progress bar if the output is a terminal.
 
     Returns:
-        How far it came, and the metrics; None after an interruption.
+        Numbers of scored and failed structures, and the metrics, which are None after an interruption.
 
     Raises:
         FileNotFoundError: If a file is missing, or the structures have not been relaxed.
         ImportError: If pymatgen is not installed.
-        ValueError: If a structure is not one of the WBM test set or is there twice, a file cannot be read, or the
-            folder holds scores of other settings.
+        ValueError: If a structure is not in the WBM test set or occurs twice, a file cannot be read, or the folder
+            holds scores of other settings.
     """
     folder = Path(output)
     require("pymatgen.entries.compatibility", "bench")
@@ -99,10 +100,8 @@ def score_structures(
         return corrector.score(atoms, energy, entry["computed_structure_entry"])
 
     with Records(folder, settings, name="scores") as scores:
-        wanted = ((e["material_id"], e) for e in read_entries(entries) if e["material_id"] in relaxed)
-        state = run_items(
-            wanted, len(relaxed), compute, scores, title="formation energies", progress=progress
-        )
+        items = ((e["material_id"], e) for e in read_entries(entries) if e["material_id"] in relaxed)
+        state = run_items(items, len(relaxed), compute, scores, title="formation energies", progress=progress)
         if state.interrupted:
             return state, None
         if lost := sorted(set(relaxed) - set(scores.names))[:3]:
@@ -117,7 +116,7 @@ def score_structures(
 
 
 def _by_name(run: FinishedRun, summary: Mapping[str, WBMRow]) -> dict[str, dict[str, str]]:
-    """Rows of a run by the names of the crystals."""
+    """Rows of a run by ``material_id``."""
     rows: dict[str, dict[str, str]] = {}
     for row in run.rows:
         name = row["material_id"]
@@ -133,7 +132,7 @@ def _by_name(run: FinishedRun, summary: Mapping[str, WBMRow]) -> dict[str, dict[
 
 
 def read_summary(path: Path) -> dict[str, WBMRow]:
-    """The table of the WBM test set by name.
+    """DFT results of the WBM test set by ``material_id``.
 
     Raises:
         ValueError: If a column is missing.
@@ -152,7 +151,7 @@ def read_summary(path: Path) -> dict[str, WBMRow]:
 
 
 def read_references(path: Path) -> dict[str, float]:
-    """Energy of every element in the Materials Project, in eV/atom, to four decimals as the leaderboard has them."""
+    """Energies of the elements in the Materials Project (eV/atom), rounded to four decimals as on the leaderboard."""
     entry = require("pymatgen.entries.computed_entries", "bench").ComputedEntry
     return {
         element: round(entry.from_dict(found).energy_per_atom, 4)
@@ -161,13 +160,13 @@ def read_references(path: Path) -> dict[str, float]:
 
 
 def read_entries(path: Path) -> Iterator[Record]:
-    """Lines of the file of DFT entries: ``material_id`` and ``computed_structure_entry``."""
+    """DFT entries of a file one by one: ``material_id`` and ``computed_structure_entry``."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         yield from map(json.loads, file)
 
 
 def pymatgen_structure(atoms: Atoms) -> Any:
-    """The same structure for pymatgen."""
+    """Convert a structure to pymatgen."""
     core = require("pymatgen.core", "bench")
     return core.Structure(
         core.Lattice(atoms.cell.array), atoms.numbers, atoms.positions, coords_are_cartesian=True
@@ -175,7 +174,7 @@ def pymatgen_structure(atoms: Atoms) -> Any:
 
 
 class _Corrector:
-    """Formation energy and distance to the DFT structure of one crystal after another."""
+    """Formation energies of relaxed crystals and their distances to the DFT structures."""
 
     def __init__(self, references: Mapping[str, float]):
         self.references = references
@@ -185,14 +184,28 @@ class _Corrector:
         self.matcher = matcher(stol=1.0, scale=False)
 
     def score(self, atoms: Atoms, energy: float, dft: Record) -> Record:
-        """Of a relaxed crystal, with its energy in eV and the entry of DFT."""
+        """Score a relaxed crystal.
+
+        Args:
+            atoms: Relaxed structure.
+            energy: Predicted energy, in eV.
+            dft: DFT entry of the crystal.
+
+        Returns:
+            ``corrected_energy`` (eV), ``e_form`` (eV/atom) and ``rmsd`` (None if the structures do not match).
+
+        Raises:
+            ValueError: If the compositions differ or pymatgen refuses the entry.
+        """
         structure = pymatgen_structure(atoms)
         reference = self.entry.from_dict(dft)
         if structure.composition != reference.composition:
-            raise ValueError(f"the structure is {structure.formula}, that of DFT {reference.formula}")
+            raise ValueError(
+                f"the structure is {structure.formula}, but the DFT entry is {reference.formula}"
+            )
         entry = self.entry(structure, energy, parameters=reference.parameters, data=reference.data)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that oxidation states are guessed, once for every alloy
+            warnings.simplefilter("ignore")  # one for every alloy, about guessed oxidation states
             processed = self.scheme.process_entries([entry], clean=True)
         if not processed:
             raise ValueError("MaterialsProject2020Compatibility refuses the entry")
@@ -208,7 +221,7 @@ class _Corrector:
 
 
 def _row(row: Mapping[str, str], score: Record | None, dft: WBMRow) -> Record:
-    """A line of discovery.csv, from that of the relaxation and the score of a crystal that was relaxed."""
+    """Row of discovery.csv, from the row of the relaxation and, for a relaxed crystal, its score."""
     line: Record = {
         "material_id": row["material_id"],
         "formula": dft.formula,

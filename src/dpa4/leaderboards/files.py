@@ -1,4 +1,4 @@
-"""The published files that the benchmarks need: their names, what they hold, where they come from."""
+"""Published files that the benchmarks need: name, content and source of each."""
 
 import gzip
 import json
@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 
 class PublishedFile(NamedTuple):
-    """A file to be downloaded."""
+    """A file to download."""
 
-    path: str  # below the folder of the data, as Matbench Discovery names it
+    path: str  # within the data folder, named as by Matbench Discovery
     content: str
     source: str
 
@@ -41,7 +41,7 @@ KAPPA_STRUCTURES = PublishedFile(
 )
 KAPPA_REFERENCE = PublishedFile(
     "phonons/2024-11-09-kappas-phononDB-PBE-noNAC.json.gz",
-    "conductivities of the 103 crystals by DFT, resolved by modes",
+    "mode-resolved conductivities of the 103 crystals by DFT",
     "https://figshare.com/files/59988539",
 )
 DIATOMICS_REFERENCE = PublishedFile(
@@ -57,10 +57,10 @@ SPICE_TEST = PublishedFile(
 
 
 def locate(folder: str | Path, file: PublishedFile) -> Path:
-    """Path of a published file in a folder, in its subfolder or directly.
+    """Path of a published file in a data folder, either in the subfolder of ``file.path`` or directly.
 
     Raises:
-        FileNotFoundError: If it is not there; the message tells where to get it and where to put it.
+        FileNotFoundError: If the file is missing; the message says where to get it and where to save it.
     """
     path = Path(folder) / file.path
     for candidate in (path, Path(folder) / path.name):
@@ -72,10 +72,10 @@ def locate(folder: str | Path, file: PublishedFile) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """Content of a JSON file, which may be compressed by gzip.
+    """Content of a JSON file; compressed by gzip if the name ends in .gz.
 
     Raises:
-        ValueError: If it is not JSON.
+        ValueError: If the content is not JSON.
     """
     opener = gzip.open if path.suffix == ".gz" else open
     try:

@@ -1,4 +1,4 @@
-"""Lattice thermal conductivities of many crystals and their errors: a task of Matbench Discovery."""
+"""Conductivity task of Matbench Discovery: lattice thermal conductivities of many crystals, and their errors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,32 +33,32 @@ COLUMNS = ("material_id", "formula", "kappa", "kappa_dft", "SRME", "SRE", "reaso
 
 @dataclass(frozen=True)
 class ReferenceKappa:
-    """Conductivity of a crystal by DFT."""
+    """DFT conductivity of a crystal."""
 
     kappa: float  # mean of the diagonal, W/(m K)
-    mode_kappa: Array  # (Q, S) contributions of the modes to it, with the weights of the q-points
+    mode_kappa: Array  # (Q, S) contributions of the modes, multiplied by the weights of the q-points
     q_points: Array | None  # (Q, 3)
 
 
 @dataclass(frozen=True)
 class KappaScore:
-    """Metrics of the leaderboard, means over all materials of the reference."""
+    """Metrics of the leaderboard: means over all materials of the reference."""
 
     kappa_SRME: float
     kappa_SRE: float
     materials: int
-    failed: int  # that count as 2: no result, imaginary frequencies or a symmetry that broke
-    missing: int  # of these, not computed yet
-    differences: tuple[str, ...]  # of the settings, from those of the leaderboard's runner
+    failed: int  # counted as 2: no result, imaginary frequencies or a changed space group
+    missing: int  # not computed yet, included in failed
+    differences: tuple[str, ...]  # between the settings and those of the leaderboard's runner
 
 
 def read_reference(path: Path) -> dict[str, ReferenceKappa]:
-    """Conductivities of DFT at 300 K by the name of the material.
+    """DFT conductivities at 300 K by the name of the material.
 
-    Reads the file of Matbench Discovery and that of arXiv:2408.00755: a table as JSON, by columns or by rows.
+    Both the file of Matbench Discovery and that of arXiv:2408.00755 are supported: a JSON table, by columns or rows.
 
     Raises:
-        ValueError: If a column is missing.
+        ValueError: If the file is not JSON or lacks a column.
     """
     table = files.read_json(path)
     if isinstance(table, dict):
@@ -88,26 +88,29 @@ def run_kappa(
     model: str = "",
     progress: bool = True,
 ) -> Progressed:
-    """Conductivities of the crystals of a file.
+    """Compute the conductivities of the crystals of a file.
 
-    Keeps the result of every crystal in ``output``/results.jsonl as it comes; the same call goes on after an
-    interruption and tries failed crystals again.
+    Every result is saved in ``output``/results.jsonl at once. After an interruption, the same call continues and
+    tries failed crystals again.
 
     Args:
-        structures: Extended XYZ with ``material_id`` or ``mp_id``, ``fc2_supercell``, ``fc3_supercell`` and
-            ``q_point_mesh`` or ``q_mesh`` of every crystal.
+        structures: Extended XYZ file. Every crystal has ``material_id`` or ``mp_id``, ``fc2_supercell``,
+            ``fc3_supercell``, and ``q_point_mesh`` or ``q_mesh``.
         calculator: ASE calculator.
-        output: Folder, made if absent.
-        fmax: Of the relaxation, eV/Angstrom.
-        steps: Most steps of the relaxation.
-        displacement: Of atoms, in Angstrom.
-        model: Name of the model, if it is none of dpa4; a folder of results of another model is refused.
-        progress: Show a progress bar on a terminal.
+        output: Folder; created if it does not exist.
+        fmax: Largest force of a relaxed crystal, in eV/Angstrom.
+        steps: Maximum number of steps of a relaxation.
+        displacement: Displacement of atoms for the force constants, in Angstrom.
+        model: Name of a model that is not from dpa4; results of another model in the folder are refused.
+        progress: Show a progress bar if the output is a terminal.
+
+    Returns:
+        Numbers of finished and failed crystals.
 
     Raises:
         ImportError: If phono3py or spglib is not installed.
-        ValueError: If an argument is not allowed, the file lacks an entry, or the folder holds results of
-            other settings.
+        ValueError: If an argument is not allowed, a crystal of the file lacks an entry, or the folder holds results
+            of other settings.
     """
     for module in ("phono3py", "spglib"):
         require(module, "bench")
@@ -141,16 +144,17 @@ def run_kappa(
 
 
 def score_kappa(output: str | Path, reference: Mapping[str, ReferenceKappa]) -> KappaScore:
-    """Compare the conductivities of a folder with those of DFT.
+    """Compare the conductivities in a folder with DFT.
 
-    Writes kappa.csv, summary.json and kappa.png into it.
+    Writes kappa.csv, summary.json and kappa.png into the folder.
 
     Args:
         output: Folder of ``run_kappa``.
-        reference: All materials that count; one without a result is a failure.
+        reference: DFT conductivities of all materials to score. A material without a result is a failure.
 
     Raises:
-        ValueError: If modes are not those of the reference, so that they cannot be compared.
+        FileNotFoundError: If the folder holds no run.
+        ValueError: If the modes of a material differ from the reference and cannot be compared.
     """
     folder = Path(output)
     settings = read_settings(folder)
@@ -174,7 +178,7 @@ def score_kappa(output: str | Path, reference: Mapping[str, ReferenceKappa]) -> 
 
 
 def _compare(name: str, dft: ReferenceKappa, record: Record | None) -> Record:
-    """A line of kappa.csv."""
+    """Row of kappa.csv."""
     row: Record = {"material_id": name, "kappa_dft": dft.kappa, "SRME": FAILED_SRME, "SRE": FAILED_SRME}
     row |= {"formula": (record or {}).get("formula"), "kappa": None, "reason": None}
     if record is None:
@@ -185,7 +189,7 @@ def _compare(name: str, dft: ReferenceKappa, record: Record | None) -> Record:
         row["reason"] = f"the space group changed from {record['init_spg_num']} to {record['final_spg_num']}"
     elif record["has_imag_ph_modes"]:
         row["reason"] = "imaginary frequencies"
-    elif not (kappa := float(np.mean(record["kappa_tot_rta"][0][:3]))) >= 0:  # nor NaN
+    elif not (kappa := float(np.mean(record["kappa_tot_rta"][0][:3]))) >= 0:  # negative or NaN
         row["reason"] = f"the conductivity is {kappa} W/(m K)"
     else:
         modes = np.array(record["mode_kappa_tot_rta"])[0, ..., :3].mean(axis=-1)
@@ -201,19 +205,19 @@ def _compare(name: str, dft: ReferenceKappa, record: Record | None) -> Record:
 
 
 def _order(q_points: Array, reference: Array, name: str) -> NDArray[np.int64]:
-    """Where the q-points of the reference are in our list, up to reciprocal lattice vectors."""
+    """Index in ``q_points`` of each q-point of the reference; equal up to reciprocal lattice vectors."""
     difference = q_points[:, None] - reference[None]
     same = (np.abs(difference - difference.round()) < 1e-4).all(axis=-1)
     if not ((same.sum(axis=0) == 1).all() and (same.sum(axis=1) == 1).all()):
         raise ValueError(
-            f"the q-points of {name} are not those of the reference; they depend on the mesh and, maybe, on the "
-            "version of phono3py"
+            f"the q-points of {name} are not those of the reference; use the same mesh, and check the version of "
+            "phono3py, which may matter as well"
         )
     return same.argmax(axis=0)
 
 
 def _crystal(origin: str, atoms: Atoms) -> tuple[str, tuple[Atoms, dict[str, Any]]]:
-    """Name, structure and settings of phono3py from a structure of the file."""
+    """Name of a crystal of the file, its structure and its settings for phono3py."""
 
     def entry(*names: str) -> Any:
         return _column(atoms.info, origin, *names)
@@ -228,6 +232,7 @@ def _crystal(origin: str, atoms: Atoms) -> tuple[str, tuple[Atoms, dict[str, Any
 
 
 def _column(row: Mapping[str, Any], origin: Path | str, *names: str) -> Any:
+    """Value of the first of these names that a row has."""
     for name in names:
         if row.get(name) is not None:
             return row[name]

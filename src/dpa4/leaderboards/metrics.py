@@ -1,8 +1,8 @@
 """Definitions of the benchmarks' metrics, as pure functions of arrays.
 
-They follow Matbench Discovery (repository of July 2026; arXiv:2308.14920), arXiv:2408.00755 for the
-conductivity, and the tables of SPICE-MACE-OFF for the logarithmic mean. NaN stands for a prediction that is
-missing. Those of diatomic molecules are in ``curves``.
+Sources: Matbench Discovery (repository of July 2026; arXiv:2308.14920), arXiv:2408.00755 for the conductivity, and
+the tables of SPICE-MACE-OFF for the logarithmic mean. NaN stands for a missing prediction. The metrics of diatomic
+molecules are in ``curves``.
 """
 
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 MAX_FORMATION_ENERGY_ERROR = 5.0  # eV/atom; predictions farther from DFT count as missing
-DECIMALS = 3  # of energies in eV/atom before they are classified
+DECIMALS = 3  # of energies in eV/atom, before classification
 RMSD_BASELINE = 0.15
 UNMATCHED_RMSD = 1.0
-FAILED_SRME = 2.0  # also the largest: negative contributions of modes could make more of it
+FAILED_SRME = 2.0  # also the maximum: negative mode contributions could cause larger values
 MOST_STABLE = 10_000
 
 
 @dataclass(frozen=True)
 class StabilityMetrics:
-    """How well stable crystals are told from unstable ones, and errors of the distances to the hull."""
+    """Classification of crystals as stable or unstable, and errors of the energies above the hull."""
 
     F1: float
     DAF: float
@@ -45,19 +45,18 @@ class StabilityMetrics:
 def stability_metrics(
     each_true: ArrayLike, each_pred: ArrayLike, prevalence: float | None = None
 ) -> StabilityMetrics:
-    r"""Classification of crystals into stable ones, :math:`E_\mathrm{hull} \le 0`, and others.
+    r"""Classify crystals as stable, :math:`E_\mathrm{hull} \le 0`, or unstable, and compare with DFT.
 
     .. math::
         P = \frac{TP}{TP + FP}, \quad R = \frac{TP}{TP + FN}, \quad F_1 = \frac{2 P R}{P + R}, \quad
         \mathrm{DAF} = \frac{P}{\text{prevalence}}
 
-    A missing prediction counts as unstable; MAE, RMSE and R2 leave it out. A ratio whose denominator is zero is
-    NaN.
+    A missing prediction counts as unstable and does not enter MAE, RMSE and R2. A ratio with denominator zero is NaN.
 
     Args:
         each_true: (M,) energies above the convex hull by DFT, eV/atom.
-        each_pred: (M,) the same by the model; NaN where there is none.
-        prevalence: Fraction of stable crystals that a random choice would find; None takes that of ``each_true``.
+        each_pred: (M,) energies above the hull by the model, eV/atom; NaN for a missing prediction.
+        prevalence: Fraction of stable crystals that a random choice would find; None computes it from ``each_true``.
 
     Raises:
         ValueError: If the lengths differ, there is no crystal, or a true value is NaN.
@@ -98,19 +97,22 @@ def stability_metrics(
 def discovery_metrics(
     each_true: ArrayLike, e_form_true: ArrayLike, e_form_pred: ArrayLike, unique: ArrayLike
 ) -> dict[str, StabilityMetrics]:
-    r"""Metrics of the leaderboard for all crystals, unique prototypes, and the 10,000 most stable of these.
+    r"""Metrics of the leaderboard for all crystals, unique prototypes, and the 10,000 most stable prototypes.
 
-    The hull is that of DFT, so that :math:`E_\mathrm{hull}^\mathrm{pred} = E_\mathrm{hull} +
+    The hull is the DFT hull, so that :math:`E_\mathrm{hull}^\mathrm{pred} = E_\mathrm{hull} +
     E_f^\mathrm{pred} - E_f`. Predictions of :math:`E_f` more than 5 eV/atom from DFT count as missing; energies are
-    rounded to three decimals before they are classified. The leaderboard shows F1 of the unique prototypes. DAF of
-    these and of the most stable 10,000 (by prediction) refers to the prevalence among unique prototypes, which is
-    taken from energies that are not rounded.
+    rounded to three decimals before classification. The leaderboard shows F1 of the unique prototypes. DAF of the
+    unique prototypes and of the 10,000 most stable ones (by prediction) refers to the prevalence among unique
+    prototypes, computed from energies before rounding.
 
     Args:
         each_true: (M,) energies above the hull by DFT, eV/atom.
         e_form_true: (M,) formation energies by DFT, eV/atom.
-        e_form_pred: (M,) predicted formation energies, eV/atom; NaN where there is none.
-        unique: (M,) whether the prototype is unique.
+        e_form_pred: (M,) predicted formation energies, eV/atom; NaN for a missing prediction.
+        unique: (M,) True for a unique prototype.
+
+    Returns:
+        Metrics by subset: "full_test_set", "unique_prototypes" and, if there is a prediction, "most_stable_10k".
 
     Raises:
         ValueError: As ``stability_metrics``, or if no crystal is unique.
@@ -136,11 +138,11 @@ def discovery_metrics(
 
 
 def mean_rmsd(rmsd: ArrayLike) -> float:
-    """Mean of the root mean square distances to the DFT structures, without unit; NaN, no match, counts as 1.
+    """Mean root mean square distance to the DFT structures, dimensionless; NaN (no match) counts as 1.
 
-    The distances are those of pymatgen's ``StructureMatcher(stol=1.0, scale=False).get_rms_dist``, which are
-    divided by (V/N)^(1/3). The leaderboard leaves out crystals of which there is no relaxed structure; passed as
-    NaN they count as 1, which is never better.
+    The distances come from pymatgen's ``StructureMatcher(stol=1.0, scale=False).get_rms_dist``, which divides them
+    by (V/N)^(1/3). The leaderboard omits crystals without a relaxed structure. Passed as NaN, such crystals count
+    as 1 here, which never improves the mean.
 
     Raises:
         ValueError: If there is no distance.
@@ -154,30 +156,30 @@ def mean_rmsd(rmsd: ArrayLike) -> float:
 def srme(
     mode_kappa: ArrayLike, mode_kappa_true: ArrayLike, weight: float, kappa: float, kappa_true: float
 ) -> float:
-    r"""Symmetric relative mean error of a conductivity, resolved by modes; between 0 and 2.
+    r"""Symmetric relative mean error of a mode-resolved conductivity, between 0 and 2.
 
     .. math::
         \mathrm{SRME} = \frac{2}{\kappa + \kappa^\mathrm{DFT}}
         \frac{\sum_{qs} |\kappa_{qs} - \kappa^\mathrm{DFT}_{qs}|}{\sum_q w_q}
 
-    It is 2, too, for a crystal whose conductivity there is not: imaginary frequencies, a space group that changed
-    on relaxation, or a failure; and where negative contributions of modes would make it larger.
+    Crystals without a usable conductivity (imaginary frequencies, changed space group, failed run) count as 2.
+    Values above 2, which negative mode contributions can cause, are capped at 2.
 
     Args:
-        mode_kappa: (Q, S) contributions of the modes, means over the directions, with the weights of their q-points
-            in them, W/(m K).
-        mode_kappa_true: (Q, S) the same by DFT.
+        mode_kappa: (Q, S) contributions of the modes, averaged over the directions and multiplied by the weights of
+            their q-points, W/(m K).
+        mode_kappa_true: (Q, S) contributions by DFT, W/(m K).
         weight: Sum of the weights of the q-points.
         kappa: Mean of the diagonal of the conductivity, W/(m K).
-        kappa_true: The same by DFT.
+        kappa_true: Mean of the diagonal by DFT, W/(m K).
 
     Raises:
-        ValueError: If the modes are not those of the reference.
+        ValueError: If the numbers of q-points and bands differ from the reference.
     """
     modes, reference = np.asarray(mode_kappa, dtype=float), np.asarray(mode_kappa_true, dtype=float)
     if modes.shape != reference.shape:
         raise ValueError(
-            f"modes (q-points, bands) are {modes.shape}, those of the reference {reference.shape}"
+            f"modes (q-points, bands) are {modes.shape}, those of the reference {reference.shape}; use the same mesh"
         )
     return min(FAILED_SRME, float(2 * np.abs(modes - reference).sum() / weight / (kappa + kappa_true)))
 
@@ -188,7 +190,7 @@ def sre(kappa: float, kappa_true: float) -> float:
 
 
 def mean_with_failures(errors: ArrayLike) -> float:
-    """Mean of SRME or SRE over materials, in which NaN, a failure, counts as 2.
+    """Mean of SRME or SRE over materials; NaN (a failure) counts as 2.
 
     Raises:
         ValueError: If there is no error.
@@ -200,22 +202,22 @@ def mean_with_failures(errors: ArrayLike) -> float:
 
 
 def combined_performance_score(f1: float, kappa_srme: float, rmsd: float) -> float:
-    r"""CPS of the leaderboard.
+    r"""Combined performance score (CPS) of the leaderboard.
 
     .. math::
         \mathrm{CPS} = 0.5 F_1 + 0.4 \left(1 - \frac{\kappa_\mathrm{SRME}}{2}\right) + 0.1
         \operatorname{clip}_{[0, 1]}\left(1 - \frac{\mathrm{RMSD}}{0.15}\right)
 
     Args:
-        f1: Of the unique prototypes.
-        kappa_srme: Mean over the 103 compounds.
-        rmsd: Mean over the WBM test set.
+        f1: F1 of the unique prototypes.
+        kappa_srme: Mean SRME of the 103 compounds.
+        rmsd: Mean RMSD of the WBM test set.
     """
     return 0.5 * f1 + 0.4 * (1 - kappa_srme / 2) + 0.1 * float(np.clip(1 - rmsd / RMSD_BASELINE, 0, 1))
 
 
 def log_mean(values: Sequence[float]) -> float:
-    r"""Geometric mean :math:`\exp(\frac{1}{n} \sum_i \ln x_i)`, which is how errors of subsets are put together.
+    r"""Geometric mean :math:`\exp(\frac{1}{n} \sum_i \ln x_i)`, which combines the errors of subsets.
 
     Raises:
         ValueError: If there is no value, or one is not positive.
@@ -227,5 +229,5 @@ def log_mean(values: Sequence[float]) -> float:
 
 
 def ratio(numerator: float, denominator: float) -> float:
-    """The quotient, NaN if the denominator is zero."""
+    """Quotient; NaN if the denominator is zero."""
     return float(numerator / denominator) if denominator else float("nan")

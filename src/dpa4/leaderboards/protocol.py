@@ -1,4 +1,4 @@
-"""Settings of the runners of Matbench Discovery (repository of July 2026), by their names in a submission."""
+"""Settings of the Matbench Discovery runners (repository of July 2026), under their names in a submission."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ KAPPA: dict[str, Any] = {
 
 
 def differences(settings: Mapping[str, Any], protocol: Mapping[str, Any]) -> tuple[str, ...]:
-    """What of the settings of a run is not that of a runner, for people."""
+    """Differences between the settings of a run and of the leaderboard's runner, as readable text."""
     return tuple(
         f"{name} = {settings[name]} (runner of the leaderboard: {value})"
         for name, value in protocol.items()

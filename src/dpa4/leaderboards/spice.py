@@ -1,4 +1,4 @@
-"""Error tables of a labelled test set by subset, with the logarithmic mean: the tables of SPICE-MACE-OFF."""
+"""SPICE-MACE-OFF tables: errors of a labelled test set by subset, and their logarithmic mean."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -38,7 +38,7 @@ class SubsetErrors(NamedTuple):
 
 @dataclass(frozen=True)
 class SpiceScore:
-    """Errors by subset and their logarithmic means."""
+    """Errors by subset, and their logarithmic means."""
 
     subsets: tuple[SubsetErrors, ...]
     energy: float  # logarithmic mean, meV/atom
@@ -66,16 +66,20 @@ def run_spice(
     max_atoms: int = 2000,
     progress: bool = True,
 ) -> Progressed:
-    """Errors of every structure of a test set.
+    """Compute the errors of every structure of a test set.
 
-    Keeps those of every batch in ``output``/results.jsonl as they come; the same call goes on after an interruption.
+    The errors of every batch are saved in ``output``/results.jsonl at once. After an interruption, the same call
+    continues.
 
     Args:
-        potential: The model, on its device.
+        potential: Potential, on the device to use.
         frames: Structures with energies and forces; ``group`` is the subset.
-        output: Folder, made if absent.
-        max_atoms: Atoms evaluated at once.
-        progress: Show a progress bar on a terminal.
+        output: Folder; created if it does not exist.
+        max_atoms: Maximum number of atoms per batch.
+        progress: Show a progress bar if the output is a terminal.
+
+    Returns:
+        Numbers of finished and failed batches.
 
     Raises:
         ValueError: If a structure lacks a label or has an element outside the model, or the folder holds results of
@@ -116,12 +120,13 @@ def run_spice(
 
 
 def score_spice(output: str | Path) -> SpiceScore:
-    """Tables of the errors in a folder, a row per subset, and the logarithmic means over the subsets.
+    """Average the errors in a folder by subset, and compute the logarithmic means over the subsets.
 
-    Writes errors.csv, structures.csv, summary.json and errors.png into it.
+    Writes errors.csv, structures.csv, summary.json and errors.png into the folder.
 
     Raises:
-        ValueError: If a batch failed, or an error is zero, which has no logarithm.
+        FileNotFoundError: If the folder holds no run.
+        ValueError: If a batch failed, or the error of a subset is zero, which has no logarithm.
     """
     folder = Path(output)
     rows: list[Record] = []

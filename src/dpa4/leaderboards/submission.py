@@ -1,4 +1,4 @@
-"""A submission to Matbench Discovery: the model's YAML file and the artifacts that it names."""
+"""Submission to Matbench Discovery: the YAML file of a model and the artifacts that it names."""
 
 import csv
 import datetime
@@ -28,17 +28,17 @@ from dpa4.system import atomic_write, read_csv
 MAX_NEIGHBORS = "missing"  # the number of neighbours is not limited
 REQUIRED = {
     "model_name": "name on the leaderboard",
-    "model_key": "of letters, digits and . + -; the name of the files",
-    "model_version": "such as v2026.08.01",
+    "model_key": "letters, digits and . + - only; the name of the files",
+    "model_version": "for example v2026.08.01",
     "dates": "mapping with benchmark_added and paper_published, each as 'YYYY-MM-DD'",
-    "authors": "list of mappings with name, affiliation, email, orcid; the first with email",
-    "repo": "address of the code",
-    "doi": "address https://doi.org/...",
-    "paper": "address of the paper",
-    "pr_url": "address of the pull request",
-    "checkpoint_url": "address of the weights",
+    "authors": "list of mappings with name, affiliation, email, orcid; the first needs an email",
+    "repo": "URL of the code",
+    "doi": "URL https://doi.org/...",
+    "paper": "URL of the paper",
+    "pr_url": "URL of the pull request",
+    "checkpoint_url": "URL of the weights",
     "license": "mapping with code, code_url, checkpoint, checkpoint_url",
-    "training_sets": "list such as [MPtrj]",
+    "training_sets": "list, for example [MPtrj]",
     "training_cost": "mapping with entries: list of hardware, count, hours_per_device",
 }
 DEFAULTS: Record = {
@@ -53,11 +53,11 @@ COMPUTED = ("environment", "model_params", "metrics")
 
 
 def read_metadata(path: Path) -> Record:
-    """What only the submitter knows, from a YAML file.
+    """Read the metadata that only the submitter knows from a YAML file.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a mapping, an entry is missing, or one is given that is computed.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the content is not a mapping, lacks an entry, or has an entry that is computed.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; it must hold {', '.join(REQUIRED)}")
@@ -70,9 +70,9 @@ def read_metadata(path: Path) -> Record:
     if missing := [name for name in REQUIRED if not metadata.get(name)]:
         raise ValueError(f"{path} lacks " + "; ".join(f"{name} ({REQUIRED[name]})" for name in missing))
     if not re.fullmatch(r"[a-zA-Z0-9.+-]+", key := str(metadata["model_key"])):
-        raise ValueError(f"model_key = {key!r} in {path}; it must be of letters, digits and . + -")
+        raise ValueError(f"model_key = {key!r} in {path}; use only letters, digits and . + -")
     if given := [name for name in COMPUTED if name in metadata]:
-        raise ValueError(f"{path} gives {', '.join(given)}, which is computed; leave it out")
+        raise ValueError(f"{path} has entries that are computed: {', '.join(given)}; remove them")
     return metadata
 
 
@@ -88,30 +88,30 @@ def write_submission(
     fingerprint: str | None = None,
     date: datetime.date | None = None,
 ) -> tuple[Path, float | None]:
-    """Write models/dpa4/{key}.yml and the artifacts beside it, as the repository of the leaderboard has them.
+    """Write models/dpa4/{key}.yml and the artifacts in models/dpa4/{key}/, as in the leaderboard's repository.
 
     The artifacts are {date}-discovery.csv.gz, {date}-geo-opt.jsonl.gz, {date}-phonons-kappa-103.json.gz and
-    {date}-diatomics.json.gz. Their addresses (``url``) and the statistics of symmetries are added by the tools of the
-    leaderboard's repository.
+    {date}-diatomics.json.gz. The tools of the leaderboard's repository add their URLs (``url``) and the statistics of
+    symmetries.
 
     Args:
-        model: The checkpoint.
-        metadata: As ``read_metadata`` gives it; its ``hyperparams`` join those that are known.
-        output: Folder, made if absent.
+        model: Checkpoint.
+        metadata: Result of ``read_metadata``; its ``hyperparams`` are merged with the known ones.
+        output: Folder; created if it does not exist.
         discovery: Folder of the discovery task.
         kappa: Folder of the conductivities.
         diatomics: Folder of the diatomic molecules.
         branch: Branch of a multitask checkpoint of deepmd-kit.
-        fingerprint: What the runs must have as ``model``, see ``dpa4.potential.identify``; None asks only that it
-            be the same in all.
-        date: In the names of the artifacts; None is today.
+        fingerprint: Required ``model`` of all runs, see ``dpa4.potential.identify``; None only requires that all runs
+            have the same one.
+        date: Date in the names of the artifacts; None for today.
 
     Returns:
-        The YAML file, and the combined performance score if all it needs is there.
+        Path of the YAML file, and the combined performance score; None if discovery or conductivities are missing.
 
     Raises:
-        FileNotFoundError: If a task has not been finished.
-        ValueError: If the folders are of different models or of other tasks.
+        FileNotFoundError: If a task is not finished.
+        ValueError: If the folders belong to different models or to other tasks.
     """
     stored = read_checkpoint(Path(model), branch)
     key = str(metadata["model_key"])
@@ -160,6 +160,7 @@ def write_submission(
 
 
 def _check(task: str, folder: Path) -> Record:
+    """Settings of a run, which must be one of this task."""
     settings = read_settings(folder)
     if settings.get("task") != task:
         raise ValueError(f"{folder} holds a run of the task {settings.get('task')!r}, not of {task!r}")
@@ -171,17 +172,18 @@ def _check_same_model(settings: Mapping[str, Record], fingerprint: str | None) -
     if fingerprint is not None:
         models["the checkpoint"] = fingerprint
     if len(set(models.values())) > 1:
-        raise ValueError(f"the runs are of different models: {models}")
+        raise ValueError(f"the runs belong to different models: {models}; run the tasks with one model")
 
 
 def _summary(task: str, folder: Path | None) -> Record:
     path = Path(folder or "") / "summary.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is absent; finish the task with dpa4 bench {task}")
+        raise FileNotFoundError(f"{path} does not exist; finish the task with dpa4 bench {task}")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _cps(summaries: Mapping[str, Record]) -> float | None:
+    """Combined performance score; None if a task it needs is missing or has no F1."""
     if not {"discovery", "kappa"} <= set(summaries):
         return None
     f1 = summaries["discovery"]["stability"]["unique_prototypes"]["F1"]
@@ -191,7 +193,7 @@ def _cps(summaries: Mapping[str, Record]) -> float | None:
 
 
 def _discovery(run: Path, summary: Record, stem: Path, folder: Path) -> Record:
-    """Sections discovery and geo_opt, and their artifacts."""
+    """Write the artifacts of discovery and geo_opt; return these sections of the metrics."""
     table = Path(f"{stem}discovery.csv.gz")
     with _compressed(table) as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -224,6 +226,7 @@ def _discovery(run: Path, summary: Record, stem: Path, folder: Path) -> Record:
 
 
 def _kappa(run: Path, summary: Record, stem: Path, folder: Path) -> Record:
+    """Write the artifact of the conductivities; return their section of the metrics."""
     path = Path(f"{stem}phonons-kappa-103.json.gz")
     with Records(run, read_settings(run)) as records, _compressed(path) as file:
         rows = []
@@ -244,6 +247,7 @@ def _kappa(run: Path, summary: Record, stem: Path, folder: Path) -> Record:
 
 
 def _diatomics(run: Path, summary: Record, stem: Path, folder: Path) -> Record:
+    """Write the artifact of the diatomic molecules; return their section of the metrics."""
     path = Path(f"{stem}diatomics.json.gz")
     settings = read_settings(run)
     with Records(run, settings) as records, _compressed(path) as file:
@@ -269,7 +273,7 @@ def _diatomics(run: Path, summary: Record, stem: Path, folder: Path) -> Record:
 
 @contextmanager
 def _compressed(path: Path) -> Iterator[TextIO]:
-    """A gzip file to write; the same content gives the same bytes."""
+    """Open a gzip file for writing; equal content gives equal bytes."""
     with atomic_write(path) as temporary, temporary.open("wb") as raw:
         with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed:
             with io.TextIOWrapper(packed, encoding="utf-8") as text:
@@ -277,7 +281,7 @@ def _compressed(path: Path) -> Iterator[TextIO]:
 
 
 def _reference(path: Path, folder: Path) -> Record:
-    """How the YAML file names an artifact."""
+    """Name, size and checksum of an artifact, for the YAML file."""
     content = path.read_bytes()
     return {
         "name": f"models/dpa4/{folder.name}/{path.name}",

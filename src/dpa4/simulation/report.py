@@ -1,4 +1,4 @@
-"""A training run on one page: an HTML file that needs nothing else."""
+"""Report of a training run: one self-contained HTML page."""
 
 import base64
 import io
@@ -20,8 +20,8 @@ from dpa4.potential.card import ModelCard
 from dpa4.simulation.pair_curves import Diagnosis, Pair, diagnose, draw_pairs, element_pairs, pair_curves
 from dpa4.system import atomic_write, choose_device, read_csv
 
-MAX_PAIRS = 60  # in the report; `dpa4 dimer` draws any number
-PAIRS_OF_A_FIGURE = 3  # as wide as a page
+MAX_PAIRS = 60  # in the report; `dpa4 dimer` has no limit
+PAIRS_OF_A_FIGURE = 3  # one row, as wide as the page
 SUMMARY = (
     "preset",
     "trainable parameters",
@@ -32,7 +32,7 @@ SUMMARY = (
     "step",
     "date",
 )
-UNITS = {"energy": "meV/atom", "forces": "meV/Å", "virial": "meV/atom"}  # of valid.csv
+UNITS = {"energy": "meV/atom", "forces": "meV/Å", "virial": "meV/atom"}  # of the errors in valid.csv
 
 STYLE = """
 :root { color-scheme: light dark; --line: #ddd; --soft: #f4f4f4; --bad: #a40000; }
@@ -70,24 +70,25 @@ def write_report(
 ) -> Path:
     """Write one self-contained HTML file about a training run.
 
-    Its sections: summary, learning curve, errors on test data, pair curves, model card, configuration, versions.
-    Where something is missing, the section says so and names the command that makes it.
+    Sections: summary, learning curve, errors on test data, pair curves, model card, configuration, versions. A
+    section without data says what is missing and names the command that creates it.
 
     Args:
-        run: Output folder of the training.
-        output: The file; report.html in the folder of the run by default. An earlier one is replaced.
-        evaluation: Output folder of `dpa4 eval` with the model.
-        pairs: Compute the pair curves of the pairs of elements that were neighbours in the training data (all pairs
-            of the model if its file does not tell); of more than 60, of those with the shortest distances.
-        device: Where to compute them.
+        run: Output folder of the training run.
+        output: File to write or replace; by default report.html in the folder of the run.
+        evaluation: Output folder of `dpa4 eval` for the model.
+        pairs: Compute the curves of the pairs of elements that were neighbours in the training data, or of all pairs
+            if the model file does not say which were. Of more than 60 pairs, only the 60 with the shortest distances
+            are shown.
+        device: Device to compute the curves on.
         progress: Show a progress bar.
 
     Returns:
-        The file.
+        Path of the report.
 
     Raises:
         FileNotFoundError: If a folder does not exist.
-        ValueError: If the folder holds nothing of a training run, or a file in it is damaged.
+        ValueError: If the folder is not the output folder of a training run, or a file in it is damaged.
     """
     folder = Path(run)
     for given in (folder, *([Path(evaluation)] if evaluation is not None else [])):
@@ -95,7 +96,9 @@ def write_report(
             raise FileNotFoundError(f"there is no folder {given}")
     names = ("best.safetensors", "last.safetensors", "train.csv", "run.yaml")
     if not any((folder / name).is_file() for name in names):
-        raise ValueError(f"{folder} is no output folder of a training run: it has none of {', '.join(names)}")
+        raise ValueError(
+            f"{folder} is not an output folder of a training run: it has none of {', '.join(names)}"
+        )
     file = folder / "report.html" if output is None else Path(output)
     model = next((folder / name for name in names[:2] if (folder / name).is_file()), None)
     card = None if model is None else model_card(model)
@@ -149,11 +152,11 @@ def _summary(
         lines["test MAE"] = ", ".join(
             f"{r['quantity']} {_short(r['mae'])} {r['unit']}" for r in table if r["group"] == "all"
         )
-    return _pairs_table(lines) if lines else "<p>There is neither a model nor a validation yet.</p>"
+    return _pairs_table(lines) if lines else "<p>There is neither a model nor a validation result yet.</p>"
 
 
 def _validations(folder: Path) -> dict[str, dict[str, str]]:
-    """Rows of valid.csv: the best and, if it is another, the last; {} without validation."""
+    """Best and last row of valid.csv, or one row if they are the same; {} without validation."""
     rows = read_csv(folder / "valid.csv")
     best = [row for row in rows if row["best"] == "1"]
     chosen = [("best", row) for row in best[-1:]] + [
@@ -169,7 +172,7 @@ def _learning_curve(folder: Path, validations: dict[str, dict[str, str]]) -> str
     else:
         parts.append(_missing("There is no learning_curve.png", "dpa4 train run.yaml --resume"))
     if not validations:
-        return "\n".join([*parts, "<p>There were no validation data.</p>"])
+        return "\n".join([*parts, "<p>The run has no validation data.</p>"])
     rows = [["score", *(_short(row["score"]) for row in validations.values())]]
     for name in next(iter(validations.values())):
         what, _, kind = name.partition("_")
@@ -180,20 +183,20 @@ def _learning_curve(folder: Path, validations: dict[str, dict[str, str]]) -> str
 
 
 def _error_table(file: Path) -> list[dict[str, Any]] | None:
-    """Rows of the table of `dpa4 eval`; None if there is none."""
+    """Rows of the error table of `dpa4 eval`; None if the file does not exist."""
     if not file.is_file():
         return None
     names = ("group", "quantity", "unit", "values", "mae", "rmse", "maximum")
     try:
         return [{name: row[name] for name in names} for row in json.loads(file.read_text(encoding="utf-8"))]
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} is damaged ({error!r})") from error
+        raise ValueError(f"{file} is damaged ({error!r}); write it again with dpa4 eval") from error
 
 
 def _errors(model: Path | None, evaluation: Path | None, table: list[dict[str, Any]] | None) -> str:
     command = f"dpa4 eval {model or 'best.safetensors'} test.xyz --output eval"
     if evaluation is None:
-        return _missing("No evaluation was given; name its folder by --eval", command)
+        return _missing("No evaluation was given; pass its folder with --eval", command)
     parts = (
         [_missing(f"{evaluation} has no errors.json", command)] if table is None else [_error_tables(table)]
     )
@@ -205,7 +208,7 @@ def _errors(model: Path | None, evaluation: Path | None, table: list[dict[str, A
 
 
 def _error_tables(table: list[dict[str, Any]]) -> str:
-    """Errors of all structures, and below those of groups, a row for each."""
+    """Table of the errors of all structures, followed by a table with a row for each group."""
     header = ["quantity", "unit", "values", "MAE", "RMSE", "largest"]
     names = ("quantity", "unit", "values", "mae", "rmse", "maximum")
     parts = [_table(header, [[_short(r[n]) for n in names] for r in table if r["group"] == "all"])]
@@ -221,10 +224,10 @@ def _error_tables(table: list[dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-def _pair_curves(model: Path | None, wanted: bool, device: str | torch.device, progress: bool) -> str:
+def _pair_curves(model: Path | None, compute: bool, device: str | torch.device, progress: bool) -> str:
     if model is None:
         return _missing("There is no model yet", "dpa4 train run.yaml --resume")
-    if not wanted:
+    if not compute:
         return _missing("Pair curves were switched off", f"dpa4 dimer {model} --output dimer")
     potential = load_potential(model, device=choose_device(device))
     pairs = _pairs_of_the_data(potential)
@@ -233,13 +236,14 @@ def _pair_curves(model: Path | None, wanted: bool, device: str | torch.device, p
     curves = list(computed)
     diagnoses = [diagnose(curve) for curve in curves]
     parts = [
-        "<p>Energy, force and curvature of two atoms alone. Flags: no wall (at 0.2 Å the atoms do not repel, or by "
-        "less than 1 eV), several wells (the force changes sign more than once), spike (the energy goes up and down "
-        "by more than 0.1 eV beyond a single well), jump (energy and force disagree).</p>"
+        "<p>Energy, force and curvature of two isolated atoms. Flags: no wall (at 0.2 Å the atoms do not repel each "
+        "other, or the energy is less than 1 eV), several wells (the force changes sign more than once), spike (the "
+        "energy varies by more than 0.1 eV in excess of a single well), jump (energy and force disagree).</p>"
     ]
     if len(pairs) > MAX_PAIRS:
         text = (
-            f"These are the {MAX_PAIRS} of {len(pairs)} pairs that came closest in the training data; for all"
+            f"Only {MAX_PAIRS} of {len(pairs)} pairs are shown, with the shortest distances in the training data; "
+            "for all pairs"
         )
         parts.append(_missing(text, f"dpa4 dimer {model} --output dimer"))
     for first in range(0, len(curves), PAIRS_OF_A_FIGURE):
@@ -252,7 +256,7 @@ def _pair_curves(model: Path | None, wanted: bool, device: str | torch.device, p
 
 
 def _pairs_of_the_data(potential: Potential) -> list[Pair]:
-    """Pairs that were neighbours in the training data, closest first; without knowledge of them, all."""
+    """Pairs that were neighbours in the training data, closest first; all pairs if the model does not record them."""
     known = element_pairs(potential)
     if potential.coverage is None or potential.coverage.shortest is None:
         return known
@@ -300,10 +304,11 @@ def _versions() -> str:
     )
 
 
-# --- pieces of HTML; each escapes its text
+# --- HTML elements; each function escapes its text
 
 
 def _missing(what: str, command: str) -> str:
+    """Paragraph that says what is missing and which command creates it."""
     return f'<p class="missing">{escape(what)}: <code>{escape(command)}</code></p>'
 
 
@@ -340,7 +345,7 @@ def _is_number(text: str) -> bool:
 
 
 def _short(value: Any) -> str:
-    """Text of a value, with four digits if it is a fraction."""
+    """Text of a value; four significant digits for a number that is not an integer."""
     text = str(value)
     if not _is_number(text) or text.lstrip("-").isdecimal():
         return text

@@ -1,4 +1,4 @@
-"""Calculations of many parts: every finished part is kept on disk at once, and a later call takes it over."""
+"""Resumable calculations of many parts: every finished part is saved at once and reused by a later call."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -18,25 +18,25 @@ T = TypeVar("T")
 
 
 class Stopped(RuntimeError):
-    """Ctrl-C ended a calculation; what is finished is on disk."""
+    """Ctrl-C stopped a calculation; the finished parts are on disk."""
 
 
 class Calculation:
     """A folder with the finished parts of a calculation for one crystal.
 
     Args:
-        folder: Made if absent.
-        atoms: The crystal that the calculation starts with.
-        calculator: ASE calculator. The digest of its model tells it from another one; where it has none, its energy
-            of the crystal.
-        settings: What the parts depend on.
-        resume: Take over the parts in the folder.
-        progress: Show progress bars on a terminal.
+        folder: Folder; created if it does not exist.
+        atoms: Initial crystal.
+        calculator: ASE calculator. It is recognised by the fingerprint of its model or, if it has none, by the energy
+            it gives the crystal.
+        settings: Everything the parts depend on.
+        resume: Reuse the parts in the folder.
+        progress: Show progress bars if the output is a terminal.
 
     Raises:
         FileExistsError: If the folder holds a calculation and ``resume`` is not set.
-        FileNotFoundError: If there is none to resume.
-        ValueError: If the structure is not a crystal without constraints.
+        FileNotFoundError: If ``resume`` is set and the folder holds no calculation.
+        ValueError: If the structure is not periodic along all three axes, or has constraints.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class Calculation:
         if known and not resume:
             raise FileExistsError(f"{folder} already holds a calculation; resume it or choose another folder")
         if resume and not known:
-            raise FileNotFoundError(f"there is no calculation to resume in {folder}")
+            raise FileNotFoundError(f"there is no calculation to resume in {folder}; start it without resume")
         identity: Record = dict(identify_calculator(calculator))
-        if not identity:  # four digits: a resumed calculation may be on another machine
+        if not identity:  # rounded, because a calculation may be resumed on another machine
             identity = {"energy_eV": round(float(calculator.get_potential_energy(atoms.copy())), 4)}
         self.settings = settings | {"structure": _name(atoms)} | identity
         self.folder, self.calculator, self.progress = folder, calculator, progress
@@ -70,16 +70,16 @@ class Calculation:
     def run(
         self, kind: str, parts: Sequence[tuple[str, T]], compute: Callable[[T], Record], title: str
     ) -> list[Record]:
-        """Results of the parts, in their order; those on disk are not computed again.
+        """Results of the parts, in their order; parts on disk are not computed again.
 
         Args:
             kind: Name of the file, without ending.
-            parts: Name and input of each.
-            compute: Result of a part, for JSON.
-            title: Beside the progress bar.
+            parts: Name and input of each part.
+            compute: Returns the result of a part, for JSON.
+            title: Text beside the progress bar.
 
         Raises:
-            RuntimeError: If a part failed, after all others are done.
+            RuntimeError: If a part failed; raised after all other parts are done.
             Stopped: After Ctrl-C.
             ValueError: If the folder holds results of other settings.
         """
@@ -109,10 +109,10 @@ class Calculation:
         cell: CellChange = "full",
         symprec: float | None = None,
     ) -> Atoms:
-        """The relaxed crystal, a copy; with ``symprec`` its symmetry is kept.
+        """Relaxed copy of a crystal; ``symprec`` is the tolerance of its symmetry, which is then preserved.
 
         Raises:
-            RuntimeError: If it does not converge.
+            RuntimeError: If the relaxation does not converge.
             Stopped: After Ctrl-C.
         """
         options: dict[str, Any] = {} if symprec is None else {"symmetry": True, "symprec": symprec}
@@ -129,11 +129,11 @@ class Calculation:
 def relaxation(
     atoms: Atoms, calculator: Calculator, *, fmax: float, steps: int, **options: Any
 ) -> Relaxation:
-    """Relax in place by BFGS, as part of a calculation.
+    """Relax a structure in place by BFGS, as part of a calculation.
 
     Raises:
         Interrupted: After Ctrl-C.
-        RuntimeError: If it does not converge.
+        RuntimeError: If the relaxation does not converge.
     """
     result = relax(atoms, calculator, fmax=fmax, steps=steps, optimizer="bfgs", **options)
     if result.interrupted:
@@ -141,18 +141,18 @@ def relaxation(
     if not result.converged:
         raise RuntimeError(
             f"not relaxed to fmax = {fmax} eV/Angstrom in {steps} steps, the largest force is "
-            f"{result.max_force:.2g}; resume with more steps, or take a larger fmax and another folder"
+            f"{result.max_force:.2g}; resume with more steps, or use a larger fmax and another folder"
         )
     return result
 
 
 def structure_record(atoms: Atoms) -> Record:
-    """Cell and positions, for JSON."""
+    """Cell and positions of a structure, for JSON."""
     return {"cell": atoms.cell.array.tolist(), "positions": atoms.positions.tolist()}
 
 
 def structure(record: Record, like: Atoms) -> Atoms:
-    """A copy of a structure with cell and positions of a record."""
+    """Copy of a structure with the cell and positions of a record."""
     atoms = like.copy()
     atoms.set_cell(record["cell"])
     atoms.set_positions(record["positions"])
@@ -160,7 +160,7 @@ def structure(record: Record, like: Atoms) -> Atoms:
 
 
 def _name(atoms: Atoms) -> str:
-    """Formula and a digest of elements, cell, positions, charge and spin."""
+    """Formula, and digest of elements, cell, positions, charge and spin."""
     numbers = np.concatenate([atoms.cell.array, atoms.positions]).round(6) + 0.0  # no -0
     state = f"{atoms.numbers.tolist()} {atoms.info.get('charge')} {atoms.info.get('spin')}"
     digest = hashlib.sha256(state.encode() + numbers.tobytes()).hexdigest()

@@ -1,10 +1,10 @@
-"""The progress bar of the simulations."""
+"""Progress bar of the simulations."""
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 def progress_bar(what: str, total: int, done: int = 0, show: bool = True) -> Progress:
-    """A bar with one task that counts ``what`` and shows a free text; silent where there is no terminal.
+    """Progress bar with one task that counts ``what``, and a status text; hidden unless the output is a terminal.
 
     Update it by ``bar.update(bar.task_ids[0], completed=..., status=...)``.
     """

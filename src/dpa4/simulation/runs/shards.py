@@ -1,7 +1,8 @@
 """Results of many structures, computed by several processes that share a folder.
 
-Each process, a shard, appends to files of its own, one structure at a time: first the structure, then its row of the
-table. Whatever a kill leaves at their ends is put right when the shard goes on. The shard that ends last joins all.
+Each process writes a shard: files of its own, to which it appends one structure at a time, first the relaxed
+structure and then the row of the table. If the process is killed, incomplete entries at the ends of the files are
+removed when the shard is resumed. The process that finishes last joins all shards.
 """
 
 import csv
@@ -22,17 +23,17 @@ from dpa4.system import CsvLog, atomic_write
 
 FORMAT = 1
 TABLE, FRAMES = "screen.csv", "relaxed.xyz"
-NUMBER = "screen_structure"  # key of a structure's number in its info
-FOREVER = 2**63
-Span = tuple[Path, int, int]  # bytes of a file: where they begin, and how many
+NUMBER = "screen_structure"  # key in the info of a structure, for its number
+ALL_ROWS = 2**63  # larger than any number: CsvLog drops no row
+Span = tuple[Path, int, int]  # part of a file: path, first byte, number of bytes
 
 
 class Shard:
-    """Files of one of ``world_size`` processes, in the folder ``shards`` of the output.
+    """Files of one of ``world_size`` processes, in the subfolder ``shards`` of the output.
 
     Attributes:
-        done: Numbers of the structures that have been recorded.
-        counts: How many of them have each status.
+        done: Numbers of the recorded structures.
+        counts: Number of recorded structures by status.
     """
 
     def __init__(
@@ -44,26 +45,26 @@ class Shard:
         world_size: int = 1,
         resume: bool = False,
     ):
-        """Begin, or go on after what has been recorded.
+        """Create the shard, or open it to continue after the recorded structures.
 
         Args:
-            output: Folder of all shards, made if absent.
-            columns: Of the table; "structure", the number, comes first, and there is "status". "frame" is added:
-                whether there is a frame of the structure.
-            settings: What all shards, and the calls before, must have in common; for JSON.
-            rank: Which of the processes this is, from 0.
-            world_size: How many there are.
-            resume: Go on if there is something to go on with.
+            output: Folder of all shards; created if it does not exist.
+            columns: Columns of the table. The first is "structure", the number; one is "status". A column "frame" is
+                added, which is True if there is a relaxed structure.
+            settings: Settings that all shards and earlier calls must share; written as JSON.
+            rank: Index of this process, from 0.
+            world_size: Number of processes.
+            resume: Continue the shard if it exists.
 
         Raises:
-            FileExistsError: If the shard has files and is not to go on.
+            FileExistsError: If the shard exists and ``resume`` is not set.
             RuntimeError: If another process is working on the shard.
-            ValueError: If rank or settings do not fit what is there.
+            ValueError: If the rank is not allowed, or world_size or settings differ from those in the folder.
         """
         if not 0 <= rank < world_size:
             raise ValueError(
-                f"rank must be from 0 to world_size - 1 = {world_size - 1}, got {rank}; it is the number of this "
-                "process among all"
+                f"rank must be from 0 to world_size - 1 = {world_size - 1}, got {rank}; it is the index of this "
+                "process"
             )
         folder = output / "shards"
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,14 +91,17 @@ class Shard:
         self._mark(None)
         self.done = {int(row["structure"]) for row in rows}
         self.counts = Counter(row["status"] for row in rows)
-        self._log = CsvLog(self.table, columns, FOREVER)
+        self._log = CsvLog(self.table, columns, ALL_ROWS)
         self._frames = self.frames.open("ab", buffering=0)
 
     def record(self, row: Mapping[str, Any], frame: Atoms | None = None) -> None:
-        """Add a structure for good: its row and, where there is something to show, its final form.
+        """Write the row of a structure and, if there is one, the relaxed structure.
 
-        ``frame`` carries its results in a calculator; its info gets the number of the structure.
+        Args:
+            row: Values of the table, among them "structure" and "status".
+            frame: Relaxed structure with its results in a calculator. The number is added to its info.
         """
+        # The row comes last: a row that says there is a frame is never written before the frame.
         if frame is not None:
             frame.info[NUMBER] = row["structure"]
             text = io.StringIO()
@@ -108,7 +112,11 @@ class Shard:
         self.counts[row["status"]] += 1
 
     def finish(self, total: int) -> None:
-        """Note that everything of this shard is recorded, out of ``total`` structures of all shards."""
+        """Mark the shard as finished.
+
+        Args:
+            total: Number of structures of all shards.
+        """
         self._mark(total)
 
     def close(self) -> None:
@@ -118,12 +126,13 @@ class Shard:
         self._lock.close()
 
     def _mark(self, total: int | None) -> None:
+        """Write the marker; ``total`` is None until the shard has finished."""
         marker = {"format": FORMAT, "settings": self.settings, "total": total}
         with atomic_write(self.marker) as temporary:
             temporary.write_text(json.dumps(marker, indent=1), encoding="utf-8")
 
     def _recovered(self, columns: Sequence[str]) -> list[dict[str, str]]:
-        """Rows of complete structures; what is left of others leaves the files."""
+        """Rows of the completely written structures; everything else is removed from the files."""
         spans = _spans(self.frames)
         rows = [r for r in _rows(self.table) if r["frame"] != "True" or int(r["structure"]) in spans]
         known = {int(row["structure"]) for row in rows}
@@ -135,13 +144,13 @@ class Shard:
 
 
 def join(output: Path, world_size: int) -> bool:
-    """Make one table and one file of structures, in the order of the input, once all shards have finished.
+    """Join the tables and the relaxed structures in the order of the input, if all shards have finished.
 
     Returns:
-        Whether they have.
+        True if all shards have finished, so that the joined files were written.
 
     Raises:
-        ValueError: If the shards do not belong together or a structure is missing or there twice.
+        ValueError: If the shards have different settings, or a structure is missing or occurs twice.
     """
     names = [f"{rank}-of-{world_size}" for rank in range(world_size)]
     folder = output / "shards"
@@ -157,7 +166,7 @@ def join(output: Path, world_size: int) -> bool:
     if {marker["total"] for marker in markers} != {len(rows)} or numbers != list(range(len(rows))):
         raise ValueError(
             f"the shards in {folder} do not add up: {len(rows)} rows for {len(set(numbers))} of "
-            f"{markers[0]['total']} structures; were the input files changed in between?"
+            f"{markers[0]['total']} structures; if the input files have changed, screen them again in another folder"
         )
     spans: dict[int, Span] = {}
     for name in names:
@@ -168,31 +177,31 @@ def join(output: Path, world_size: int) -> bool:
 
 
 class FinishedRun:
-    """What a run left once its shards were joined.
+    """Results of a screening whose shards have been joined.
 
     Attributes:
-        settings: Of the run.
-        rows: Of the table.
+        settings: Settings of the run.
+        rows: Rows of the table, in the order of the input.
     """
 
     def __init__(self, output: Path):
-        """Read settings and table; structures are read one by one.
+        """Read settings and table; structures are read on demand.
 
         Raises:
-            FileNotFoundError: If there is no such run.
+            FileNotFoundError: If the folder holds no finished run.
         """
         markers = sorted((output / "shards").glob("*-of-*.json"))
         if not markers or not (output / TABLE).is_file():
-            raise FileNotFoundError(f"there is no finished run of dpa4 screen in {output}")
+            raise FileNotFoundError(f"there is no finished run of dpa4 screen in {output}; finish it first")
         self.settings = _read_marker(markers[0])["settings"]
         self.rows = _rows(output / TABLE)
         self._spans = _spans(output / FRAMES)
 
     def atoms(self, number: int) -> Atoms:
-        """The relaxed structure of a number.
+        """Relaxed structure with a number.
 
         Raises:
-            KeyError: If there is none.
+            KeyError: If the structure was not relaxed.
         """
         path, begin, length = self._spans[number]
         with path.open("rb") as file:
@@ -203,19 +212,21 @@ class FinishedRun:
 def _read_marker(path: Path) -> dict[str, Any]:
     marker = json.loads(path.read_text(encoding="utf-8"))
     if marker["format"] != FORMAT:
-        raise ValueError(f"{path} has format {marker['format']}; this version reads format {FORMAT}")
+        raise ValueError(
+            f"{path} has format {marker['format']}; this version reads format {FORMAT}; choose another folder"
+        )
     return marker
 
 
 def _locked(path: Path) -> IO[str]:
-    """A file that only one process has open at a time."""
+    """Open and lock a file that only one process may have open."""
     file = path.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
         raise RuntimeError(
-            f"another process is working on {path.parent}/{path.stem[1:]}; wait for it"
+            f"another process is working on {path.parent}/{path.stem[1:]}; wait until it has finished"
         ) from error
     return file
 
@@ -230,7 +241,7 @@ def _rows(table: Path) -> list[dict[str, str]]:
 
 
 def _spans(frames: Path) -> dict[int, Span]:
-    """Where the complete structures of an extended XYZ file are, by their numbers."""
+    """Positions of the complete structures in an extended XYZ file, by number."""
     spans: dict[int, Span] = {}
     if not frames.is_file():
         return spans
@@ -252,7 +263,7 @@ def _spans(frames: Path) -> dict[int, Span]:
 
 
 def _copy(spans: Iterable[Span], path: Path) -> None:
-    """Write parts of files, one after another."""
+    """Write parts of files one after another."""
     sources: dict[Path, IO[bytes]] = {}
     try:
         with atomic_write(path) as temporary, temporary.open("wb") as file:

@@ -1,4 +1,4 @@
-"""Runs over many items that keep every result at once, so that the same call goes on after an interruption."""
+"""Resumable runs over many items: every result is saved at once, and a later call continues the run."""
 
 import csv
 import json
@@ -20,29 +20,33 @@ SETTINGS = "settings.json"
 
 
 class Interrupted(Exception):
-    """Ctrl-C came while an item was at work; its result is not kept."""
+    """Ctrl-C was pressed during the computation of an item, whose result is discarded."""
 
 
 class Progressed(NamedTuple):
     """State of a run after a call."""
 
-    done: int  # items with a result, those of earlier calls included
+    done: int  # items with a result, including earlier calls
     failed: int  # items whose last attempt failed
     interrupted: bool
     reason: str = ""  # of the first failure
 
 
 class Records:
-    """Results by name in a file of JSON lines; every line reaches the file at once, and a torn last line is dropped.
+    """Results by name in a file of JSON lines.
 
-    All files ``{name}*.jsonl`` of the folder are read, and one of them is written, so that several processes may
-    share a folder, each with a part of its own. Failures, records with an ``error``, count as not done.
+    Every line reaches the file at once. An incomplete last line, left by a kill, is dropped. All files
+    ``{name}*.jsonl`` of the folder are read, but only ``{name}{part}.jsonl`` is written. Several processes may thus
+    share a folder, each with a part of its own. Failures are records with an ``error``; they do not count as done.
 
     Args:
-        folder: Made if absent.
-        settings: What the results depend on.
-        name: Of the results.
-        part: Ending of the name of the file to write, for one process of several.
+        folder: Folder; created if it does not exist.
+        settings: Everything the results depend on.
+        name: Name of the results, the beginning of the file names.
+        part: Ending of the name of the file to write, different for each process.
+
+    Attributes:
+        done: Names of the items with a result.
 
     Raises:
         ValueError: If the folder holds results of other settings.
@@ -82,14 +86,14 @@ class Records:
         return name in self._places
 
     def __iter__(self) -> Iterator[Record]:
-        """The last record of every item of ``names``."""
+        """Last record of every item, in the order of ``names``."""
         return map(self.__getitem__, self.names)
 
     def __getitem__(self, name: str) -> Record:
         """Last record of an item.
 
         Raises:
-            KeyError: If it has none.
+            KeyError: If the item has no record.
         """
         path, offset = self._places[name]
         with path.open("rb") as file:
@@ -97,13 +101,14 @@ class Records:
             return json.loads(file.readline())
 
     def append(self, record: Record) -> None:
-        """Keep a record; its ``id`` is the name of the item."""
+        """Save a record; its ``id`` is the name of the item."""
         offset = self._file.tell()
         self._file.write(json.dumps(record, default=_plain).encode() + b"\n")
         self._file.flush()
         self._note(record, self._own, offset)
 
     def _read(self, path: Path, repair: bool) -> None:
+        """Note the records of a file; ``repair`` removes an incomplete last line from it."""
         offset = 0
         with path.open("rb") as file:
             for line in file:
@@ -116,10 +121,11 @@ class Records:
                 file.truncate(offset)
 
     def _note(self, record: Record, path: Path, offset: int) -> None:
+        """Remember the position of a record; a failure does not replace a result."""
         name = record["id"]
         if "error" not in record:
             self.done.add(name)
-        elif name in self.done:  # another process was more lucky
+        elif name in self.done:  # from another process
             return
         self._places[name] = path, offset
 
@@ -133,19 +139,22 @@ def run_items(
     title: str,
     progress: bool,
 ) -> Progressed:
-    """Compute every item that has no result yet and keep what comes out; Ctrl-C ends with the item at hand.
+    """Compute and save every item that has no result yet; Ctrl-C stops after the current item.
 
-    An item that raises ``ValueError``, ``RuntimeError`` or ``ArithmeticError`` is kept as a failure and tried again
-    by the next call.
+    An item that raises ``ValueError``, ``RuntimeError`` or ``ArithmeticError`` is recorded as a failure. The next
+    call tries it again.
 
     Args:
-        items: Name and item.
+        items: Name and input of each item.
         total: Number of items, for the progress bar.
-        compute: Gives the record of an item, without ``id`` and ``seconds``; it may look at the list, which is not
-            empty after Ctrl-C, and raise ``Interrupted``.
-        records: Where results are kept.
-        title: Beside the progress bar.
-        progress: Show it on a terminal.
+        compute: Returns the record of an item, without ``id`` and ``seconds``. Its second argument is a list that is
+            not empty after Ctrl-C; ``compute`` may then raise ``Interrupted`` to stop before the item is finished.
+        records: Receives the results.
+        title: Text beside the progress bar.
+        progress: Show a progress bar if the output is a terminal.
+
+    Returns:
+        Numbers of finished and failed items, earlier calls included.
 
     Raises:
         ValueError: If two items have the same name.
@@ -178,7 +187,7 @@ def run_items(
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a table; absent values stay empty."""
+    """Write a CSV file; missing values stay empty."""
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
@@ -186,7 +195,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, indented, NaN as null."""
+    """Write an indented JSON file; NaN and infinity become null."""
     with atomic_write(path) as temporary:
         temporary.write_text(
             json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -197,24 +206,24 @@ def read_settings(folder: Path) -> Record:
     """Settings of the run in a folder.
 
     Raises:
-        FileNotFoundError: If there is no run.
+        FileNotFoundError: If the folder holds no run.
     """
     path = folder / SETTINGS
     if not path.is_file():
-        raise FileNotFoundError(f"there is no run in {folder}: {path} is absent")
+        raise FileNotFoundError(f"there is no run in {folder}: {path} does not exist")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def check_settings(settings: Record, found: Record, folder: Path) -> None:
-    """Refuse to go on with results of other settings.
+    """Refuse to continue a run with other settings.
 
     Args:
-        settings: Of this call.
-        found: Those that the results in the folder depend on, from JSON.
-        folder: For the message.
+        settings: Settings of this call.
+        found: Settings of the results in the folder, as read from JSON.
+        folder: Folder, for the message.
 
     Raises:
-        ValueError: If they differ.
+        ValueError: If the settings differ.
     """
     settings = json.loads(json.dumps(settings, default=_plain))
     for name in {**found, **settings}:
@@ -226,14 +235,14 @@ def check_settings(settings: Record, found: Record, folder: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy values as those of Python, for JSON."""
+    """Convert NumPy values to Python's, for JSON."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 def _finite(content: Any) -> Any:
-    """The same with None in place of numbers that JSON does not know."""
+    """Copy with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(content, dict):
         return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
