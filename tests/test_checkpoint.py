@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dpa4.model import Bridging, ModelConfig
-from dpa4.potential import checkpoint, identify
+from dpa4.potential import checkpoint, fingerprint_of
 from dpa4.potential.checkpoint import convert, load_potential, read_checkpoint, save_potential
 from helpers import graph_of, molecule, random_potential, randomize
 
@@ -75,14 +75,14 @@ def test_precision_can_be_chosen(saved):
 
 
 def test_a_model_is_the_same_in_any_precision_and_file(saved, tmp_path):
-    found = identify(load_potential(saved))
+    found = fingerprint_of(load_potential(saved))
     assert found == {"model": found["model"], "dtype": "float32", "precision": "high"}
-    assert identify(load_potential(saved, dtype=torch.float64)) == found | {"dtype": "float64"}
+    assert fingerprint_of(load_potential(saved, dtype=torch.float64)) == found | {"dtype": "float64"}
     convert(saved, tmp_path / "other.pt")
-    assert identify(load_potential(tmp_path / "other.pt")) == found
+    assert fingerprint_of(load_potential(tmp_path / "other.pt")) == found
     fast = load_potential(saved)
     fast.model.block_autocast = torch.bfloat16
-    assert identify(fast) == found | {"precision": "fast"}
+    assert fingerprint_of(fast) == found | {"precision": "fast"}
 
 
 def test_another_model_is_told_apart():
@@ -91,7 +91,7 @@ def test_another_model_is_told_apart():
         next(reversed(list(models[0].parameters()))).flatten()[0] *= 1 + 1e-6  # rounding is 6e-8
     models[1].reference_energies[2] += 1e-9
     models.append(make_potential(excluded_pairs=(("H", "H"),)))
-    assert len({identify(model)["model"] for model in models}) == 4
+    assert len({fingerprint_of(model)["model"] for model in models}) == 4
 
 
 def test_metadata_describe_the_model_without_the_weights(saved):

@@ -206,13 +206,13 @@ def submission(
 ) -> None:
     """Write the YAML file and the artifacts of a submission to Matbench Discovery."""
     from dpa4.leaderboards.submission import read_metadata, write_submission
-    from dpa4.potential import identify, load_potential
+    from dpa4.potential import fingerprint_of, load_potential
 
     with user_errors():
         path, score = write_submission(
             model, read_metadata(metadata), output,
             discovery=discovery, kappa=kappa, diatomics=diatomics, branch=branch,
-            fingerprint=identify(load_potential(model, branch=branch))["model"],
+            fingerprint=fingerprint_of(load_potential(model, branch=branch))["model"],
         )  # fmt: skip
     console.print(f"wrote {path} and its artifacts")
     if score is not None:

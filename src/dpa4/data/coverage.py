@@ -23,7 +23,7 @@ from dpa4.graph import Graph
 MARGIN = 0.05  # Angstrom below the shortest distance in the data that is tolerated without a warning
 _SIZE = len(chemical_symbols)
 
-Pair = tuple[str, str]  # chemical symbols, the smaller atomic number first
+ElementPair = tuple[str, str]  # chemical symbols, the smaller atomic number first
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class Coverage:
 
     cutoff: float  # Angstrom; longer distances were not examined
     elements: tuple[str, ...]  # sorted by atomic number
-    shortest: Mapping[Pair, float] | None = None  # Angstrom; no entry: none within the cutoff; None: unknown
+    shortest: Mapping[ElementPair, float] | None = (
+        None  # Angstrom; no entry: none within the cutoff; None: unknown
+    )
 
     @property
     def text(self) -> str:

@@ -16,14 +16,14 @@ from dpa4.potential.potential import Potential
 from dpa4.tracing.sizes import MIN_SIZE
 
 MAX_REPLAYED_ATOMS = 4224
-"""Atoms of the largest CUDA graph, padding included: 4096 are padded to 4224. Larger systems keep the device busy without
-one, and a CUDA graph never returns its memory (one H200, docs/adr/0010 and 0011)."""
+"""Atoms of the largest CUDA graph, padding included: 4096 are padded to 4224. Larger systems keep the device busy
+without one, and a CUDA graph never returns its memory (one H200, docs/adr/0010 and 0011)."""
 
 SIZE_DIGITS = 6
 """Binary digits of the padded sizes in dynamics: padding adds at most 1/32 (one H200; before, 5 digits and 1/16)."""
 
 BATCH_SIZE_DIGITS = 5
-"""Binary digits of the padded sizes of training batches, whose sizes vary more than those of MD steps: at most 1/16."""
+"""Binary digits of the padded sizes of training batches, which vary more than the sizes of MD steps: at most 1/16."""
 
 MAX_COMPARED_ATOMS = 512
 """Atoms compared with eager mode, which may lack the memory for a whole large system."""
@@ -47,7 +47,8 @@ WORKER_MEMORY = 2**30
 class KeepPolicy(NamedTuple):
     """Largest numbers of atoms for which energies and forces keep results of the forward pass for the derivatives."""
 
-    last: int  # outside of the blocks, and in the last block: its derivative comes first, so its results are freed early
+    # Outside of the blocks, and in the last block: its derivative comes first, so its results are freed early.
+    last: int
     everywhere: int
 
 
@@ -56,8 +57,8 @@ KEEP_POLICIES = (
     KeepPolicy(MAX_REPLAYED_ATOMS, 0),
     KeepPolicy(0, 0),
 )
-"""Policies for small, larger and large systems. Keeping results everywhere takes 3 MiB per atom of paper-air and saves a
-sixth of the time (43.6 and 37.0 ms for 4,096 atoms on one H200)."""
+"""Policies for small, larger and large systems. Keeping results everywhere takes 3 MiB per atom of paper-air and
+saves a sixth of the time (43.6 and 37.0 ms for 4,096 atoms on one H200)."""
 
 KEEP_NOTHING = len(KEEP_POLICIES) - 1
 """Index of the policy that keeps nothing."""
@@ -90,5 +91,5 @@ def exceeded(deviations: dict[str, float], allowed: float) -> dict[str, float]:
 
 
 def is_in_parts(num_edges: int, device: torch.device) -> bool:
-    """Return whether the network processes its edges in parts; a CUDA graph cannot, since cutting waits for the device."""
+    """Return whether the network processes its edges in parts; CUDA graphs cannot, as cutting waits for the device."""
     return num_edges > MAX_EDGES[device.type]

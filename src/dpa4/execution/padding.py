@@ -91,8 +91,8 @@ def _padding_ends(
 ) -> torch.Tensor:
     """Added atoms to which the padding edges first … last-1 belong; edges below ``first`` are real.
 
-    The result ascends, and spreads the edges evenly over the atoms where most are added. It depends on the place of an
-    edge and not on their number, so that another structure can be copied into the same buffers.
+    The result ascends, and spreads the edges evenly over the atoms where most are added. It depends on the place of
+    an edge and not on their number, so that another structure can be copied into the same buffers.
     """
     unit = _unit(first, digits)
     return (torch.arange(first, last, device=device) - (size - unit)) * atoms // unit

@@ -42,13 +42,13 @@ def compile_potential(
     source: Any = Incidence("edge", "edge", "node+1")  # type: ignore[arg-type]
     center: Any = Incidence("edge", None, "center+1")  # type: ignore[arg-type]
     radial: Any = RadialFeatures("edge", "edge", "static")  # type: ignore[arg-type]
-    hood: Any = Neighborhood(edges, source, center, "center data")  # type: ignore[arg-type]
+    neighborhood: Any = Neighborhood(edges, source, center, "center data")  # type: ignore[arg-type]
     whole = {
         "locate": ("geometry", ["geometry"], ("edge data", source, center, "node data")),
         "embed": (
             "embedding",
             ["basis", "radial", "types", "charge_spin", "seed"],
-            ("node", "node", "center", "center", hood),
+            ("node", "node", "center", "center", neighborhood),
         ),
         "read_out": ("read-out", ["readout"], ("node",)),
     }
@@ -63,7 +63,7 @@ def compile_potential(
             update_of = ("node", "node", "node", "node data")
             codes[degree] = [
                 code_of(f"node states of degree {degree}", ("node",)),
-                code_of(f"messages of degree {degree}", ("node", "center", "node", radial, hood)),
+                code_of(f"messages of degree {degree}", ("node", "center", "node", radial, neighborhood)),
                 code_of(f"node update of degree {degree}", update_of),
                 code_of(f"update in parts of degree {degree}", update_of),
             ]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dpa4.data import CoverageMonitor
 from dpa4.execution.evaluator import Evaluator
 from dpa4.graph import SKIN, Graph, SkinnedNeighbors, within_cutoff
-from dpa4.potential import Potential, identify
+from dpa4.potential import Potential, fingerprint_of
 from dpa4.potential.checkpoint import load_potential
 from dpa4.potential.precision import Precision
 from dpa4.system import choose_device
@@ -204,18 +204,18 @@ def labelled(atoms: Atoms) -> Atoms:
     return frame
 
 
-def identify_calculator(calculator: Calculator) -> dict[str, str]:
+def fingerprint_of_calculator(calculator: Calculator) -> dict[str, str]:
     """Fingerprint of a calculator, from those of its models: everything its results depend on.
 
     Resumable runs compare fingerprints before they continue.
 
     Returns:
-        The entries of ``identify``; the digests of a committee are joined by spaces. Other calculators have no
+        The entries of ``fingerprint_of``; the digests of a committee are joined by spaces. Other calculators have no
         fingerprint: returns {}.
     """
     if not isinstance(calculator, DPA4Calculator):
         return {}
-    members = [identify(potential) for potential in calculator.potentials]
+    members = [fingerprint_of(potential) for potential in calculator.potentials]
     return members[0] | {"model": " ".join(member["model"] for member in members)}
 
 

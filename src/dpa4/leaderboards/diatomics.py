@@ -10,7 +10,7 @@ from ase.calculators.calculator import Calculator
 from ase.data import atomic_masses, atomic_numbers, chemical_symbols, covalent_radii, vdw_alvarez
 from numpy.typing import NDArray
 
-from dpa4.interfaces.ase import identify_calculator
+from dpa4.interfaces.ase import fingerprint_of_calculator
 from dpa4.leaderboards import files
 from dpa4.leaderboards.curves import (
     Curve,
@@ -131,8 +131,8 @@ def run_diatomics(
     """
     if wrong := [e for e in elements if not 0 < atomic_numbers.get(e, 0) <= HEAVIEST]:
         raise ValueError(f"{wrong[0]!r} is not an element from H to U")
-    identity = {"model": model, **identify_calculator(calculator)}
-    settings = {"task": "diatomics", **identity, "distances": DISTANCES.tolist()}
+    fingerprint = {"model": model, **fingerprint_of_calculator(calculator)}
+    settings = {"task": "diatomics", **fingerprint, "distances": DISTANCES.tolist()}
     with Records(Path(output), settings) as records:
         return run_items(
             ((e, e) for e in elements),

@@ -11,7 +11,7 @@ from ase.calculators.calculator import Calculator
 from numpy.typing import NDArray
 
 from dpa4.data import read_atoms
-from dpa4.interfaces.ase import identify_calculator
+from dpa4.interfaces.ase import fingerprint_of_calculator
 from dpa4.leaderboards import files, protocol
 from dpa4.leaderboards.conductivity import conductivity, relax_symmetric, space_group
 from dpa4.leaderboards.metrics import FAILED_SRME, mean_with_failures, sre, srme
@@ -118,7 +118,7 @@ def run_kappa(
         if not 0 < value < np.inf:
             raise ValueError(f"{name} must be positive, got {value}")
     settings = {
-        "task": "kappa", "model": model, **identify_calculator(calculator),
+        "task": "kappa", "model": model, **fingerprint_of_calculator(calculator),
         "force_max": float(fmax), "max_steps": steps,
         "displacement_distance": float(displacement),
     }  # fmt: skip

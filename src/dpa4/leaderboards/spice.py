@@ -11,7 +11,7 @@ from rich.table import Table
 from dpa4.data import EpochBatches, Frame, FrameDataset, check_elements
 from dpa4.data.dataset import Budget, pack
 from dpa4.leaderboards.metrics import log_mean
-from dpa4.potential import Potential, identify
+from dpa4.potential import Potential, fingerprint_of
 from dpa4.simulation.runs.store import (
     Progressed,
     Record,
@@ -91,7 +91,7 @@ def run_spice(
     check_elements(frames, potential.elements)
     settings = {
         "task": "spice",
-        **identify(potential),
+        **fingerprint_of(potential),
         "max_atoms": max_atoms,
         "structures": len(frames),
     }

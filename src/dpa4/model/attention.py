@@ -67,7 +67,7 @@ class EnvelopeGatedAttention(nn.Module):
         return self.query(normed), self.key(normed)
 
     def weights(
-        self, query: Tensor, key: Tensor, radial: RadialFeatures, hidden: Tensor, hood: Neighborhood
+        self, query: Tensor, key: Tensor, radial: RadialFeatures, hidden: Tensor, neighborhood: Neighborhood
     ) -> Tensor:
         """Weight of every edge, focus stream and head, (E, F, H).
 
@@ -76,11 +76,11 @@ class EnvelopeGatedAttention(nn.Module):
             key: Keys of all nodes, (N, F, c).
             radial: Radial features of the edges.
             hidden: Map of the radial channels, (C, F c).
-            hood: The edges, complete for the n centres.
+            neighborhood: The edges, complete for the n centres.
         """
         focuses, width = query.shape[1:]
         query, key = query.flatten(1), key.flatten(1)
-        products = gather(query, hood.destination) * gather(key, hood.source)
+        products = gather(query, neighborhood.destination) * gather(key, neighborhood.source)
         content = products.unflatten(-1, (focuses * self.heads, width // self.heads)).sum(-1)
         content = content.unflatten(1, (focuses, self.heads)) * (width / self.heads) ** -0.5
         by_focus = hidden.unflatten(1, (focuses, -1))
@@ -88,7 +88,11 @@ class EnvelopeGatedAttention(nn.Module):
         logits = content + radial.project(projection.flatten(1)[None]).view_as(content)
         null = functional.softplus(self.null_logit) + SOFTENING
         return envelope_softmax(
-            logits.to(null.dtype), hood.edges.weight, hood.edges.gate, null, hood.destination
+            logits.to(null.dtype),
+            neighborhood.edges.weight,
+            neighborhood.edges.gate,
+            null,
+            neighborhood.destination,
         )
 
     def output_scale(self, scalars: Tensor, degree_norm: Tensor) -> Tensor:
@@ -104,10 +108,10 @@ class EnvelopeSum(nn.Module):
         return scalars[..., :0], scalars[..., :0]
 
     def weights(
-        self, query: Tensor, key: Tensor, radial: RadialFeatures, hidden: Tensor, hood: Neighborhood
+        self, query: Tensor, key: Tensor, radial: RadialFeatures, hidden: Tensor, neighborhood: Neighborhood
     ) -> Tensor:
         """Weight of every edge, (E, 1, 1)."""
-        return (hood.edges.weight * hood.edges.gate)[:, None, None]
+        return (neighborhood.edges.weight * neighborhood.edges.gate)[:, None, None]
 
     def output_scale(self, scalars: Tensor, degree_norm: Tensor) -> Tensor:
         """Normalisation of the aggregated messages of every node, (N, 1, 1)."""

@@ -108,8 +108,8 @@ class Block(nn.Module):
         conv_in, conv_out, ffn_in, ffn_out = config.sandwich_norm
         c, count = config.channels, config.ffn_blocks
 
-        def norm(wanted: bool, eps: float = 1e-5) -> nn.Module:
-            return EquivariantRMSNorm(lmax, c, eps) if wanted else nn.Identity()
+        def norm(enabled: bool, eps: float = 1e-5) -> nn.Module:
+            return EquivariantRMSNorm(lmax, c, eps) if enabled else nn.Identity()
 
         self.size = (lmax + 1) ** 2
         self.conv_norm_in = norm(conv_in)
@@ -126,7 +126,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         radial: Sequence[RadialFeatures],
-        hoods: Sequence[Neighborhood],
+        neighborhoods: Sequence[Neighborhood],
         domain: Domain = WHOLE,
     ) -> Tensor:
         """Map own nodes of at least the block's degree to own nodes of the block's degree, (n, D, C).
@@ -134,20 +134,20 @@ class Block(nn.Module):
         Args:
             x: Features of the own nodes, (n, D', C) with D' >= D.
             radial: Radial features of every part of the edges.
-            hoods: Parts of the edges, each complete for its centres.
+            neighborhoods: Parts of the edges, each complete for its centres.
             domain: The own atoms among all nodes.
         """
         x = x[:, : self.size]
         states = self.states(domain.with_ghosts(x))
-        sizes = [hood.destination.num_nodes for hood in hoods]
+        sizes = [neighborhood.destination.num_nodes for neighborhood in neighborhoods]
         queries = domain.own(states.query).split(sizes)
-        update = self.update if len(hoods) == 1 else self.update_some
+        update = self.update if len(neighborhoods) == 1 else self.update_some
         parts = []
-        for own_x, own, query, features, hood in zip(
-            x.split(sizes), domain.own(states.own).split(sizes), queries, radial, hoods, strict=True
+        for own_x, own, query, features, neighborhood in zip(
+            x.split(sizes), domain.own(states.own).split(sizes), queries, radial, neighborhoods, strict=True
         ):
-            total = self.messages(states.sources, query, states.key, features, hood)
-            parts.append(update(own_x, own, total, hood.degree_norm))
+            total = self.messages(states.sources, query, states.key, features, neighborhood)
+            parts.append(update(own_x, own, total, neighborhood.degree_norm))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def states(self, x: Tensor) -> NodeStates:
@@ -155,10 +155,10 @@ class Block(nn.Module):
         return self.conv.states(self.conv_norm_in(x))
 
     def messages(
-        self, sources: Tensor, query: Tensor, key: Tensor, radial: RadialFeatures, hood: Neighborhood
+        self, sources: Tensor, query: Tensor, key: Tensor, radial: RadialFeatures, neighborhood: Neighborhood
     ) -> Tensor:
         """Sum the weighted messages to every centre, (n, D, F c); see `SO2Convolution.messages`."""
-        return self.conv.messages(sources, query, key, radial, hood)
+        return self.conv.messages(sources, query, key, radial, neighborhood)
 
     def update(self, x: Tensor, own: Tensor, total: Tensor, degree_norm: Tensor) -> Tensor:
         """Apply aggregated messages and feed-forward networks to nodes (N, D, C)."""

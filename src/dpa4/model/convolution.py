@@ -69,11 +69,11 @@ class SO2Convolution(nn.Module):
         self.frame = LocalFrame(lmax, self.mmax, heads=focus * max(heads, 1))
         self.register_buffer("scalar_degree", torch.zeros(1, dtype=torch.int64), persistent=False)
 
-    def forward(self, x: Tensor, radial: RadialFeatures, hood: Neighborhood) -> Tensor:
+    def forward(self, x: Tensor, radial: RadialFeatures, neighborhood: Neighborhood) -> Tensor:
         """Compute the aggregated messages (N, D, C) of nodes (N, D, C)."""
         states = self.states(x)
-        total = self.messages(states.sources, states.query, states.key, radial, hood)
-        return self.update(states.own, total, hood.degree_norm)
+        total = self.messages(states.sources, states.query, states.key, radial, neighborhood)
+        return self.update(states.own, total, neighborhood.degree_norm)
 
     def states(self, x: Tensor) -> NodeStates:
         """Compute the features of nodes (N, D, C) that messages and update read."""
@@ -82,7 +82,7 @@ class SO2Convolution(nn.Module):
         return NodeStates(x, self.product.spread(x), query, key)
 
     def messages(
-        self, sources: Tensor, query: Tensor, key: Tensor, radial: RadialFeatures, hood: Neighborhood
+        self, sources: Tensor, query: Tensor, key: Tensor, radial: RadialFeatures, neighborhood: Neighborhood
     ) -> Tensor:
         """Sum the weighted messages to every centre, (n, D, F c).
 
@@ -91,18 +91,18 @@ class SO2Convolution(nn.Module):
             query: Queries of the centres, (n, F, c).
             key: Keys of all nodes, (N, F, c).
             radial: Radial features of the edges.
-            hood: The edges, complete for the n centres.
+            neighborhood: The edges, complete for the n centres.
         """
         to_hidden = self.radial_hidden.weight
-        x = self.product(sources, radial, to_hidden, hood)
+        x = self.product(sources, radial, to_hidden, neighborhood)
         x = split_streams(x, self.n_focus)
         share = self.focus(x[..., : self.width])
-        x = self.stack(x, self._bias_scale(radial, to_hidden, hood.edges) if self.biased else None)
-        weight = materialized(self.attention.weights(query, key, radial, to_hidden, hood) * share)
+        x = self.stack(x, self._bias_scale(radial, to_hidden, neighborhood.edges) if self.biased else None)
+        weight = materialized(self.attention.weights(query, key, radial, to_hidden, neighborhood) * share)
         message = join_streams(x, self.stack.layout)
         # One matrix per edge and head applies weight, rotation back and rescaling.
-        back = self.frame.weighted_back(hood.edges.rows, weight.flatten(1))
-        return scatter_matmul(back.to(message.dtype), message, hood.destination)
+        back = self.frame.weighted_back(neighborhood.edges.rows, weight.flatten(1))
+        return scatter_matmul(back.to(message.dtype), message, neighborhood.destination)
 
     def update(self, x: Tensor, total: Tensor, degree_norm: Tensor) -> Tensor:
         """Compute the update (N, D, C) of nodes from their own features and sums of messages, (N, D, F c) each."""

@@ -90,9 +90,9 @@ def openness(length: Tensor, destination: Incidence, bridging: Bridging) -> Tens
     """
     t = ((length - bridging.r_inner) / (bridging.r_outer - bridging.r_inner)).clamp(0, 1)
     switch = t**4 * (35 + t * (-84 + t * (70 - 20 * t)))
-    open_ = switch > 0
-    log_product = segment_sum(torch.where(open_, switch, 1.0).log(), destination)
-    closed = segment_sum((~open_).to(length.dtype), destination) > 0
+    gates_open = switch > 0
+    log_product = segment_sum(torch.where(gates_open, switch, 1.0).log(), destination)
+    closed = segment_sum((~gates_open).to(length.dtype), destination) > 0
     return torch.where(closed, 0.0, log_product.exp())
 
 
@@ -218,7 +218,7 @@ class FullRange(nn.Module):
         """Freeze gate of each node as a source, (N,), from the vectors (E, 3)."""
         return vector.new_ones(source.num_nodes)
 
-    def forward(self, vector: Tensor, open_: Tensor, source: Incidence) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, vector: Tensor, gates_open: Tensor, source: Incidence) -> tuple[Tensor, Tensor, Tensor]:
         """Return vectors (E, 3), their lengths (E,) and the gates of the edges (E,)."""
         length = softened_length(vector)
         return vector, length, torch.ones_like(length)
@@ -236,11 +236,11 @@ class FrozenCore(FullRange):
         clamped = clamp_length(softened_length(vector), self.bridging)
         return domain.with_ghosts(openness(clamped, destination, self.bridging))
 
-    def forward(self, vector: Tensor, open_: Tensor, source: Incidence) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, vector: Tensor, gates_open: Tensor, source: Incidence) -> tuple[Tensor, Tensor, Tensor]:
         """Return clamped vectors (E, 3), their lengths (E,) and the gates of the edges (E,)."""
         length = softened_length(vector)
         clamped = clamp_length(length, self.bridging)
-        return vector * (clamped / length)[:, None], clamped, gather(open_, source)
+        return vector * (clamped / length)[:, None], clamped, gather(gates_open, source)
 
 
 class EdgeGeometry(nn.Module):
@@ -261,10 +261,10 @@ class EdgeGeometry(nn.Module):
         return self.short_range.openness(vector, source, destination, domain)
 
     def forward(
-        self, vector: Tensor, open_: Tensor, source: Incidence, destination: Incidence
+        self, vector: Tensor, gates_open: Tensor, source: Incidence, destination: Incidence
     ) -> Neighborhood:
-        """Compute the geometry of edge vectors (E, 3) in Angstrom; ``open_`` is the `openness` of all nodes."""
-        vector, length, gate = self.short_range(vector, open_, source)
+        """Compute the geometry of edge vectors (E, 3) in Angstrom; ``gates_open`` is the `openness` of all nodes."""
+        vector, length, gate = self.short_range(vector, gates_open, source)
         weight = envelope(length, self.cutoff, self.exponent)
         coordination = segment_sum(weight.square(), destination)
         rows = self.wigner(edge_frame(vector / length[:, None]))

@@ -18,8 +18,8 @@ from dpa4.ops.incidence import Incidence
 from dpa4.ops.segments import gather
 
 MAX_EDGES = {"cpu": 16_384, "cuda": 262_144}
-"""Edges processed at once, by type of device. On a CPU, edge features of this size stay in the cache (docs/adr/0012); on a
-GPU the limit bounds the memory, and parts of this size keep the device busy."""
+"""Edges processed at once, by type of device. On a CPU, edge features of this size stay in the cache (docs/adr/0012).
+On a GPU the limit bounds the memory, and parts of this size keep the device busy."""
 
 
 class EnergyNetwork(nn.Module):
@@ -111,29 +111,29 @@ class DPA4(nn.Module):
         domain: Domain = WHOLE,
     ) -> Tensor:
         """Compute the invariant features of every own atom, (n, C); arguments as in `forward`."""
-        open_ = self.geometry.openness(vectors, source, destination, domain)
+        gates_open = self.geometry.openness(vectors, source, destination, domain)
         ends = in_parts(source, destination, self.max_edges[vectors.device.type])
         sizes = [centers.num_nodes for _, centers in ends]
         own = (domain.own(t).split(sizes) for t in (species, charge_spin))
         edges = vectors.split([len(centers.index) for _, centers in ends])
-        nodes, radial, hoods, last = [], [], [], self.radial.last_of_degrees()
+        nodes, radial, neighborhoods, last = [], [], [], self.radial.last_of_degrees()
         for own_vectors, own_species, own_charge_spin, (neighbours, centers) in zip(
             edges, *own, ends, strict=True
         ):
-            geometry, degree_norm = self.locate(own_vectors, neighbours, centers, open_)
-            hood = Neighborhood(geometry, neighbours, centers, degree_norm)
-            x, hidden, pair = self.embed(species, charge_spin, own_species, own_charge_spin, hood)
+            geometry, degree_norm = self.locate(own_vectors, neighbours, centers, gates_open)
+            neighborhood = Neighborhood(geometry, neighbours, centers, degree_norm)
+            x, hidden, pair = self.embed(species, charge_spin, own_species, own_charge_spin, neighborhood)
             nodes.append(x)
             radial.append(RadialFeatures(hidden, pair, last))
-            hoods.append(hood)
+            neighborhoods.append(neighborhood)
         x = nodes[0] if len(nodes) == 1 else torch.cat(nodes)
         with torch.autocast(x.device.type, self.block_autocast, enabled=self.block_autocast is not None):
             for block in self.blocks:
-                x = block(x, radial, hoods, domain)
+                x = block(x, radial, neighborhoods, domain)
         return self.read_out(x)
 
     def locate(
-        self, vectors: Tensor, source: Incidence, destination: Incidence, open_: Tensor
+        self, vectors: Tensor, source: Incidence, destination: Incidence, gates_open: Tensor
     ) -> tuple[Edges, Tensor]:
         """Compute the geometry of the edges, which depends on no parameter, and `Neighborhood.degree_norm`.
 
@@ -141,10 +141,10 @@ class DPA4(nn.Module):
             vectors: Edge vectors from destination to source, (E, 3), in Angstrom.
             source: Neighbour of each edge.
             destination: Centre of each edge.
-            open_: Freeze gate of each node, (N,), see `EdgeGeometry.openness`.
+            gates_open: Freeze gate of each node, (N,), see `EdgeGeometry.openness`.
         """
-        hood = self.geometry(vectors, open_, source, destination)
-        return hood.edges, hood.degree_norm
+        neighborhood = self.geometry(vectors, gates_open, source, destination)
+        return neighborhood.edges, neighborhood.degree_norm
 
     def embed(
         self,
@@ -152,7 +152,7 @@ class DPA4(nn.Module):
         charge_spin: Tensor,
         own_species: Tensor,
         own_charge_spin: Tensor,
-        hood: Neighborhood,
+        neighborhood: Neighborhood,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the input features of the centres, and the radial and element features of the edges.
 
@@ -161,17 +161,17 @@ class DPA4(nn.Module):
             charge_spin: Total charge and multiplicity of all nodes, (N, 2).
             own_species: Index of the element of the centres, (n,).
             own_charge_spin: Total charge and multiplicity of the centres, (n, 2).
-            hood: The edges, complete for the centres.
+            neighborhood: The edges, complete for the centres.
 
         Returns:
             Input features (n, D, C), `RadialFeatures.hidden` and `RadialFeatures.pair`.
         """
-        basis = self.basis(hood.edges.length)
+        basis = self.basis(neighborhood.edges.length)
         types = self.charge_spin(self.types(species), charge_spin)
         own_types = self.charge_spin(self.types(own_species), own_charge_spin)
-        pair = gather(types, hood.source) + gather(own_types, hood.destination)
-        radial = self.radial(basis, hood.edges.weight, pair)
-        x = self.seed(own_types, species, own_species, basis, radial, hood)
+        pair = gather(types, neighborhood.source) + gather(own_types, neighborhood.destination)
+        radial = self.radial(basis, neighborhood.edges.weight, pair)
+        x = self.seed(own_types, species, own_species, basis, radial, neighborhood)
         return x, radial.hidden, radial.pair
 
     def read_out(self, x: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class ElementSeed(nn.Module):
         own_species: Tensor,
         basis: Tensor,
         radial: RadialFeatures,
-        hood: Neighborhood,
+        neighborhood: Neighborhood,
     ) -> Tensor:
         """Features (n, D, C) from element embeddings (n, C); arguments as in `EnvironmentSeed.forward`."""
         return before_zeros(types[:, None], self.padding, 0)
@@ -118,7 +118,7 @@ class EnvironmentSeed(nn.Module):
         own_species: Tensor,
         basis: Tensor,
         radial: RadialFeatures,
-        hood: Neighborhood,
+        neighborhood: Neighborhood,
     ) -> Tensor:
         """Compute the features of every centre.
 
@@ -128,29 +128,29 @@ class EnvironmentSeed(nn.Module):
             own_species: Index of the element of the centres, (n,).
             basis: Radial basis of the edges, (E, n_radial).
             radial: Radial features of the edges.
-            hood: Edges and their nodes, complete for the centres.
+            neighborhood: Edges and their nodes, complete for the centres.
 
         Returns:
             (n, D, C).
         """
-        scalars = self._modulate(types, species, own_species, basis, hood)
-        return torch.cat([scalars[:, None], *self._geometric(radial, hood)], dim=1)
+        scalars = self._modulate(types, species, own_species, basis, neighborhood)
+        return torch.cat([scalars[:, None], *self._geometric(radial, neighborhood)], dim=1)
 
     def _modulate(
-        self, types: Tensor, species: Tensor, own_species: Tensor, basis: Tensor, hood: Neighborhood
+        self, types: Tensor, species: Tensor, own_species: Tensor, basis: Tensor, neighborhood: Neighborhood
     ) -> Tensor:
-        edges = hood.edges
+        edges = neighborhood.edges
         features = [
             self.basis_out(functional.silu(self.basis_in(basis))),
-            gather(self.types(species), hood.source),
-            gather(self.types(own_species), hood.destination),
+            gather(self.types(species), neighborhood.source),
+            gather(self.types(own_species), neighborhood.destination),
         ]
         filters = self.pair_out(functional.silu(self.pair_in(torch.cat(features, dim=-1))))
         inverse = torch.rsqrt(edges.vector.square().sum(-1, keepdim=True) + SOFTENING**2)
         radial = (edges.weight * edges.gate)[:, None] * inverse
         vector = torch.cat([radial, radial * edges.vector * inverse], dim=-1)
-        matrix = _sum_of_products(vector, filters, hood)
-        matrix = matrix * hood.degree_norm[:, None, None]
+        matrix = _sum_of_products(vector, filters, neighborhood)
+        matrix = matrix * neighborhood.degree_norm[:, None, None]
         gram = matrix.transpose(1, 2) @ matrix[:, :, : self.axes]
         scale, shift = self.output(gram.flatten(1)).unflatten(1, (2, 1, -1)).unbind(1)
         scale, shift = self.scale_norm(scale)[:, 0], self.shift_norm(shift)[:, 0]
@@ -158,18 +158,18 @@ class EnvironmentSeed(nn.Module):
             types * (1 + self.scale_strength.exp() * scale.tanh()) + self.shift_strength.exp() * shift.tanh()
         )
 
-    def _geometric(self, radial: RadialFeatures, hood: Neighborhood) -> list[Tensor]:
+    def _geometric(self, radial: RadialFeatures, neighborhood: Neighborhood) -> list[Tensor]:
         """Features of each degree l >= 1, (n, 2l + 1, C).
 
         Hidden radial features are summed over the edges first. The last radial layer then acts on nodes, which are
         fewer than edges.
         """
-        angular = hood.edges.harmonics()[:, 1:] * hood.edges.gate[:, None]
-        summed = _sum_of_products(angular, radial.hidden, hood)
-        summed = summed * hood.degree_norm[:, None, None]
+        angular = neighborhood.edges.harmonics()[:, 1:] * neighborhood.edges.gate[:, None]
+        summed = _sum_of_products(angular, radial.hidden, neighborhood)
+        summed = summed * neighborhood.degree_norm[:, None, None]
         return [summed[:, l * l - 1 : (l + 1) ** 2 - 1] @ radial.last[:, l] for l in range(1, self.lmax + 1)]
 
 
-def _sum_of_products(a: Tensor, b: Tensor, hood: Neighborhood) -> Tensor:
+def _sum_of_products(a: Tensor, b: Tensor, neighborhood: Neighborhood) -> Tensor:
     """Sum outer products of (E, k) and (E, c) over the edges of every centre, (N, k, c), without storing them."""
-    return scatter_matmul(a[:, None, None], b[:, None], hood.destination)
+    return scatter_matmul(a[:, None, None], b[:, None], neighborhood.destination)

@@ -46,10 +46,12 @@ class ElementwiseProduct(nn.Module):
         """Return the nodes as `forward` gathers them, (N, D, C)."""
         return x
 
-    def forward(self, x: Tensor, radial: RadialFeatures, hidden: Tensor, hood: Neighborhood) -> Tensor:
+    def forward(
+        self, x: Tensor, radial: RadialFeatures, hidden: Tensor, neighborhood: Neighborhood
+    ) -> Tensor:
         """Map `spread` nodes to rows of the edge frame (E, M, C); ``hidden`` (C0, C) maps the radial channels."""
-        rotation = self.frame.matrix(hood.edges.rows).to(x.dtype)
-        return edge_matmul(rotation[:, None], x, hood.source) * radial.of_degrees(hidden, self.degree)
+        rotation = self.frame.matrix(neighborhood.edges.rows).to(x.dtype)
+        return edge_matmul(rotation[:, None], x, neighborhood.source) * radial.of_degrees(hidden, self.degree)
 
 
 class DegreeProduct(nn.Module):
@@ -88,9 +90,11 @@ class DegreeProduct(nn.Module):
             return x
         return (x[:, None] * self.channel_basis[:, None, :]).flatten(1, 2).to(x.dtype)
 
-    def forward(self, x: Tensor, radial: RadialFeatures, hidden: Tensor, hood: Neighborhood) -> Tensor:
+    def forward(
+        self, x: Tensor, radial: RadialFeatures, hidden: Tensor, neighborhood: Neighborhood
+    ) -> Tensor:
         """Map `spread` nodes to rows of the edge frame (E, M, C); ``hidden`` (C0, C) maps the radial channels."""
-        rows = self.entries.own(hood.edges.rows)
+        rows = self.entries.own(neighborhood.edges.rows)
 
         def kernel(weight: Tensor) -> Tensor:
             weight = weight.unflatten(0, (self.lmax + 1, -1))
@@ -101,7 +105,7 @@ class DegreeProduct(nn.Module):
             lambda: kernel(self.weight),
             lambda: self.matrices(kernel(pick(self.weight, 1, self.columns)), rows),
         )
-        return edge_matmul(matrices.to(x.dtype)[:, None], x, hood.source)
+        return edge_matmul(matrices.to(x.dtype)[:, None], x, neighborhood.source)
 
     def _of_entries(self, kernel: Tensor, rows: Sequence[Tensor]) -> Tensor:
         """`matrices` for a kernel whose entries are not repeated yet."""

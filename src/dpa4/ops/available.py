@@ -1,4 +1,4 @@
-"""Rules for which kernels may run: device, dtype, size, compiler and architecture are looked at here and nowhere else.
+"""Rules for which kernels may run: only here are device, dtype, size, compiler and architecture looked at.
 
 Operators ask here and run plain operations where the answer is no; `dpa4 info` prints the same rules. Every rule is a
 function of what it decides on. A rule that depends on a compiler tries it once per process.

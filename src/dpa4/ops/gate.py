@@ -5,15 +5,15 @@ the gates :math:`\sigma_l = \mathrm{sigmoid}(z_l)`, where :math:`z_0 = s` and :m
 
 .. math:: y_r = x_r + u_r \sigma_{l(r)}
 
-(model-2 section 4.1; for scalars that is SiLU). The functions below are that and what follows of it:
-given the gradient a of y, that of u is
+(docs/theory.md, "SO(2) layers"; for scalars the product is SiLU). The functions below compute y and the derivatives
+that follow from it. Given the gradient a of y, the gradient of u is
 
 .. math:: (a D)_r = a_r \sigma_{l(r)} + \delta_{r0} \Big(p_0 + \sum_l p_l G_l^T\Big), \qquad
           p_l = \sigma'_l \sum_{r \in l} a_r u_r
 
-Every function takes and makes tensors (F, E, W) with rows one after another in the last axis (`EdgeLayout`), and takes
-weights of the gates (F, C, lmax C). Each has a Triton kernel for a GPU that reads
-and writes every edge tensor once.
+Edge tensors have the shape (F, E, W), with the rows one after another in the last axis (`EdgeLayout`); the weights of
+the gates have the shape (F, C, lmax C). On a GPU each function is a Triton kernel that reads and writes every edge
+tensor once.
 """
 
 from typing import Any

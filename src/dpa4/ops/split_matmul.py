@@ -53,7 +53,7 @@ def precise_matmul(x: Tensor, w: Tensor) -> Tensor:
 
 
 def split(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
-    """SplitWeight of weights for products with features of the kind of x: of one after the other, as `ready` takes them.
+    """Split weights for products with features like x into the parts that `ready` expects, one weight after another.
 
     None where the products are ordinary ones.
     """

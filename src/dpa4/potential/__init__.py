@@ -3,7 +3,7 @@
 from dpa4.potential.card import model_card
 from dpa4.potential.checkpoint import convert, load_potential, save_potential
 from dpa4.potential.descriptors import embeddings, write_embeddings
-from dpa4.potential.fingerprint import identify
+from dpa4.potential.fingerprint import fingerprint_of
 from dpa4.potential.hessian import Expansion, expand_energy, hessian, hessian_vector_product
 from dpa4.potential.potential import Potential, Prediction
 
@@ -16,7 +16,7 @@ __all__ = [
     "expand_energy",
     "hessian",
     "hessian_vector_product",
-    "identify",
+    "fingerprint_of",
     "load_potential",
     "model_card",
     "save_potential",

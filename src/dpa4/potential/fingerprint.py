@@ -5,7 +5,7 @@ import hashlib
 from dpa4.potential.potential import Potential
 
 
-def identify(potential: Potential) -> dict[str, str]:
+def fingerprint_of(potential: Potential) -> dict[str, str]:
     """Fingerprint of a potential: everything its results depend on.
 
     Resumable runs compare it before they continue. The digest covers the configuration, the weights and the reference

@@ -11,7 +11,7 @@ from ase import Atoms, units
 from ase.calculators.calculator import Calculator
 from ase.io import write
 
-from dpa4.interfaces.ase import identify_calculator, labelled
+from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
 from dpa4.simulation.integrators import bath_state, conserved_energy, make_integrator, set_bath_state
 from dpa4.simulation.momenta import degrees_of_freedom, draw_momenta, internal_momenta, temperature
 from dpa4.simulation.runs.progress import progress_bar
@@ -141,7 +141,7 @@ def run_md(
         "seed": seed,
     }
     _check_arguments(settings | {"steps": steps})
-    run = _Run(atoms, calculator, Path(output), settings | identify_calculator(calculator), resume)
+    run = _Run(atoms, calculator, Path(output), settings | fingerprint_of_calculator(calculator), resume)
     try:
         with stop_requests() as stopped, progress_bar("step", steps, run.step, progress) as bar:
             while run.step < steps and not stopped:

@@ -15,8 +15,9 @@ import torch
 from ase.data import atomic_numbers
 from numpy.typing import NDArray
 
+from dpa4.data.coverage import ElementPair
 from dpa4.graph import Graph
-from dpa4.potential import Potential, expand_energy, identify
+from dpa4.potential import Potential, expand_energy, fingerprint_of
 from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.store import Records, write_csv, write_json
 from dpa4.system import save_figure, stop_requests
@@ -31,7 +32,6 @@ JUMP, JUMP_SHARE = 0.005, 0.02
 PER_PAGE = 12  # pairs per figure
 CPU_EDGES, GPU_EDGES = 256, 8192  # per batch; larger batches exceed the caches of a CPU
 
-Pair = tuple[str, str]
 Array = NDArray[np.float64]
 
 
@@ -47,7 +47,7 @@ class PairCurve:
         curvature: Second derivatives d2E/dr2 (n,), in eV/Angstrom^2.
     """
 
-    pair: Pair
+    pair: ElementPair
     distance: Array
     energy: Array
     force: Array
@@ -108,14 +108,14 @@ class PairScan:
         return [d for d in self.diagnoses if d.flags]
 
 
-def element_pairs(potential: Potential) -> list[Pair]:
+def element_pairs(potential: Potential) -> list[ElementPair]:
     """List every pair of elements of a potential, except excluded pairs."""
     excluded = {frozenset(pair) for pair in potential.config.excluded_pairs}
     pairs = combinations_with_replacement(potential.elements, 2)
     return [pair for pair in pairs if frozenset(pair) not in excluded]
 
 
-def parse_pairs(text: str) -> list[Pair]:
+def parse_pairs(text: str) -> list[ElementPair]:
     """Parse pairs of elements from text such as "Si-O,O-O".
 
     Raises:
@@ -133,7 +133,11 @@ def parse_pairs(text: str) -> list[Pair]:
 
 
 def pair_curves(
-    potential: Potential, pairs: Sequence[Pair] | None = None, *, start: float = 0.2, step: float = 0.02
+    potential: Potential,
+    pairs: Sequence[ElementPair] | None = None,
+    *,
+    start: float = 0.2,
+    step: float = 0.02,
 ) -> Iterator[PairCurve]:
     """Compute energy, force and curvature of isolated pairs of atoms.
 
@@ -191,7 +195,7 @@ def diagnose(curve: PairCurve) -> Diagnosis:
 def scan_pairs(
     potential: Potential,
     output: str | Path,
-    pairs: Sequence[Pair] | None = None,
+    pairs: Sequence[ElementPair] | None = None,
     *,
     start: float = 0.2,
     step: float = 0.02,
@@ -235,7 +239,7 @@ def scan_pairs(
     """
     distances = _distances(potential, pairs, start, step)
     requested = {"-".join(pair): pair for pair in (element_pairs(potential) if pairs is None else pairs)}
-    settings = {"task": "dimer", **identify(potential), "start": float(start), "step": float(step)}
+    settings = {"task": "dimer", **fingerprint_of(potential), "start": float(start), "step": float(step)}
     folder = Path(output)
     with Records(folder, settings, "pairs") as records, stop_requests() as stopped:
         missing = [pair for name, pair in requested.items() if name not in records.done]
@@ -314,7 +318,7 @@ def _rows(curves: Iterable[PairCurve]) -> Iterator[dict[str, str]]:
             yield dict(zip(COLUMNS, (curve.name, *(f"{x:.9g}" for x in values)), strict=True))
 
 
-def _distances(potential: Potential, pairs: Iterable[Pair] | None, start: float, step: float) -> Array:
+def _distances(potential: Potential, pairs: Iterable[ElementPair] | None, start: float, step: float) -> Array:
     """Check the arguments and return the distances of every curve, in Angstrom.
 
     Raises:
@@ -335,7 +339,7 @@ def _distances(potential: Potential, pairs: Iterable[Pair] | None, start: float,
     return np.linspace(start, cutoff, round(np.ceil((cutoff - start) / step - 1e-9)) + 1)
 
 
-def _curves(potential: Potential, pairs: Sequence[Pair], distances: Array) -> Iterator[PairCurve]:
+def _curves(potential: Potential, pairs: Sequence[ElementPair], distances: Array) -> Iterator[PairCurve]:
     """Yield the curves one after another.
 
     A batch may contain a part of a curve or the points of several. Points of curves that are not complete yet wait in

@@ -17,7 +17,7 @@ from ase.io import write
 from ase.optimize import BFGS, FIRE, LBFGS
 from ase.spacegroup.symmetrize import symmetrize_rank2
 
-from dpa4.interfaces.ase import identify_calculator, labelled
+from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
 from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.store import SETTINGS, Records
 from dpa4.system import CsvLog, new_figure, require, save_figure, stop_requests
@@ -206,7 +206,7 @@ def relax_all(
     if kept.is_file() and not resume:
         (folder / SETTINGS).unlink(missing_ok=True)
         kept.unlink()
-    settings = {"task": "relax", **identify_calculator(calculator), **options}
+    settings = {"task": "relax", **fingerprint_of_calculator(calculator), **options}
     with Records(folder, settings, "relax") as records:
         results = _taken_over(structures, records, relaxed)
         done, total = len(results), len(structures)

@@ -15,9 +15,10 @@ import torch
 from rich.progress import track
 
 from dpa4 import __version__
+from dpa4.data.coverage import ElementPair
 from dpa4.potential import Potential, load_potential, model_card
 from dpa4.potential.card import ModelCard
-from dpa4.simulation.pair_curves import Diagnosis, Pair, diagnose, draw_pairs, element_pairs, pair_curves
+from dpa4.simulation.pair_curves import Diagnosis, diagnose, draw_pairs, element_pairs, pair_curves
 from dpa4.system import atomic_write, choose_device, read_csv
 
 MAX_PAIRS = 60  # in the report; `dpa4 dimer` has no limit
@@ -255,7 +256,7 @@ def _pair_curves(model: Path | None, compute: bool, device: str | torch.device, 
     return "\n".join(parts)
 
 
-def _pairs_of_the_data(potential: Potential) -> list[Pair]:
+def _pairs_of_the_data(potential: Potential) -> list[ElementPair]:
     """Pairs that were neighbours in the training data, closest first; all pairs if the model does not record them."""
     known = element_pairs(potential)
     if potential.coverage is None or potential.coverage.shortest is None:

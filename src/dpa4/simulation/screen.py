@@ -15,7 +15,7 @@ from dpa4.data import read_atoms
 from dpa4.data.labels import ENERGY, STRESS
 from dpa4.graph import build_graph
 from dpa4.interfaces.ase import charge_spin_of
-from dpa4.potential import identify
+from dpa4.potential import fingerprint_of
 from dpa4.simulation.flight import Flight, Job, Outcome, count_fragments, one_line
 from dpa4.simulation.relax import check_periodicity, check_relaxation
 from dpa4.simulation.runs.progress import progress_bar
@@ -127,7 +127,7 @@ def screen(
     model.compute_forces = model.compute_stress = True
     folder = Path(output)
     settings = {
-        **identify(model.potential),
+        **fingerprint_of(model.potential),
         "files": [[str(path), path.stat().st_size] for path in paths],
         **asdict(options),
     }

@@ -10,5 +10,5 @@ INDEX_LIMIT = 2**31
 """Number of elements beyond which an index needs 64 bits."""
 
 HINTS = {"node": 20_001, "center": 20_005, "edge": 100_009}
-"""Size hints for the compiler. Constant, so that code depends only on the model; odd, distinct and larger than any fixed
-axis, so that no symbolic size equals a fixed one (with a hint of 221 Inductor once specialised the node axis)."""
+"""Size hints for the compiler. Constant, so that code depends only on the model; odd, distinct and larger than any
+fixed axis, so that no symbolic size equals a fixed one: with a hint of 221, Inductor once specialised the node axis."""

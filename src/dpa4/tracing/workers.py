@@ -1,7 +1,7 @@
 """Worker processes that compile stages, both ends of the pipe: `WorkerPool` here, `serve` in each worker.
 
-A worker reads one recipe per line, compiles it into a file and answers with a line. Importing `dpa4.ops` registers the
-operators that recipes name.
+A worker reads one recipe per line, compiles it into a file and answers with a line. Importing `dpa4.ops` registers
+the operators that recipes name.
 """
 
 import itertools

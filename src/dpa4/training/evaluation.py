@@ -21,7 +21,7 @@ from dpa4.potential import Potential
 from dpa4.training.plots import plot_parity
 
 TOTAL = "all"
-Pair = tuple[NDArray[np.float64], NDArray[np.float64]]  # label, prediction
+LabelPair = tuple[NDArray[np.float64], NDArray[np.float64]]  # label, prediction
 
 
 class FramePrediction(NamedTuple):
@@ -122,10 +122,10 @@ def predict(potential: Potential, batches: Iterable[Batch]) -> list[FramePredict
     return results
 
 
-def pairs(frame: Frame, prediction: FramePrediction) -> dict[str, Pair]:
+def pairs(frame: Frame, prediction: FramePrediction) -> dict[str, LabelPair]:
     """Flat label and prediction of every labelled quantity of a structure, by its name, in eV and Angstrom."""
     n = len(frame)
-    out: dict[str, Pair] = {}
+    out: dict[str, LabelPair] = {}
     if frame.energy is not None:
         label, value = np.array([frame.energy]), np.array([prediction.energy])
         out["energy per atom"], out["energy"] = (label / n, value / n), (label, value)
@@ -221,9 +221,9 @@ def write_predictions(frames: Sequence[Frame], predictions: Sequence[FramePredic
     ase.io.write(path, images, format="extxyz")
 
 
-def _parity_data(frames: Sequence[Frame], predictions: Sequence[FramePrediction]) -> dict[str, Pair]:
+def _parity_data(frames: Sequence[Frame], predictions: Sequence[FramePrediction]) -> dict[str, LabelPair]:
     """Labels and predictions of all structures, by the title of their panel."""
-    collected: dict[str, list[Pair]] = {}
+    collected: dict[str, list[LabelPair]] = {}
     for frame, prediction in zip(frames, predictions, strict=True):
         for name, pair in pairs(frame, prediction).items():
             collected.setdefault(name, []).append(pair)

@@ -4,8 +4,8 @@ A program holds the features of a few edges. It computes the gates of one degree
 which are a small product on tensor cores, and works on the rows of that degree. float32 is multiplied as three TF32
 products, which keeps its accuracy; all other arithmetic is in float32.
 
-EdgeLayout of the edge frame run over degrees 0..LMAX of order 0, then over degrees k..LMAX of order -k and of order +k for
-k = 1..MMAX; each is C channels wide.
+The rows of the edge frame (`EdgeLayout`) run over degrees 0..LMAX of order 0, then over degrees k..LMAX of order -k
+and of order +k for k = 1..MMAX; each is C channels wide.
 """
 
 from typing import Any

@@ -10,7 +10,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 
-from dpa4.interfaces.ase import identify_calculator
+from dpa4.interfaces.ase import fingerprint_of_calculator
 from dpa4.simulation.relax import CellChange, Relaxation, relax
 from dpa4.simulation.runs.store import SETTINGS, Interrupted, Record, Records, run_items
 
@@ -61,10 +61,10 @@ class Calculation:
             raise FileExistsError(f"{folder} already holds a calculation; resume it or choose another folder")
         if resume and not known:
             raise FileNotFoundError(f"there is no calculation to resume in {folder}; start it without resume")
-        identity: Record = dict(identify_calculator(calculator))
-        if not identity:  # rounded, because a calculation may be resumed on another machine
-            identity = {"energy_eV": round(float(calculator.get_potential_energy(atoms.copy())), 4)}
-        self.settings = settings | {"structure": _name(atoms)} | identity
+        fingerprint: Record = dict(fingerprint_of_calculator(calculator))
+        if not fingerprint:  # rounded, because a calculation may be resumed on another machine
+            fingerprint = {"energy_eV": round(float(calculator.get_potential_energy(atoms.copy())), 4)}
+        self.settings = settings | {"structure": _name(atoms)} | fingerprint
         self.folder, self.calculator, self.progress = folder, calculator, progress
 
     def run(
