@@ -1,7 +1,7 @@
-"""Rules for which kernels may run: only here are device, dtype, size, compiler and architecture looked at.
+"""Rules for which kernels may run. Device, dtype, size, compiler and architecture are checked only here.
 
-Operators ask here and run plain operations where the answer is no; `dpa4 info` prints the same rules. Every rule is a
-function of what it decides on. A rule that depends on a compiler tries it once per process.
+Operators call these functions and run plain operations where no kernel is available; `dpa4 info` prints the same
+rules. A rule that depends on a compiler runs it once per process and remembers the outcome.
 """
 
 from functools import cache
@@ -15,13 +15,13 @@ from dpa4.ops.hopper import so2_stack as hopper_so2_stack
 from dpa4.ops.layout import EdgeLayout
 
 LANES = 16
-"""The C++ kernels work on multiples of this number of channels: float32 numbers in the widest register."""
+"""Number of channels must be a multiple of this for the C++ kernels: float32 numbers in a 512-bit register."""
 
 _CPP_DTYPES = (torch.float32, torch.float64)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-# C++ kernels, on a CPU.
+# C++ kernels for CPUs.
 
 
 def cpp(width: int, *tensors: Tensor) -> bool:
@@ -35,9 +35,9 @@ def cpp_sparse_product(width: int, *tensors: Tensor) -> bool:
 
 
 def cpp_missing() -> str | None:
-    """Reason why this machine has no C++ kernels; None if it has, provided its compiler works."""
+    """Reason why this machine cannot have C++ kernels; None if it can. Does not try the compiler."""
     if not build.is_supported_machine():
-        return "the kernels are for Linux and processors with AVX2"
+        return "the kernels need Linux and a processor with AVX2"
     return None if build.compiler() else "no C++ compiler (c++, g++ or clang++) was found"
 
 
@@ -46,20 +46,20 @@ def _on_cpu(*tensors: Tensor) -> bool:
 
 
 def cpp_compiled() -> bool:
-    """Return whether the C++ kernels are there; compiles them on the first call of a process."""
+    """Return whether the C++ kernels can be used; the first call in a process compiles or loads them."""
     return cpp_missing() is None and build.compiles()
 
 
-# Triton kernels, on a GPU.
+# Triton kernels for GPUs.
 
 
 def triton(x: Tensor) -> bool:
-    """Return whether the Triton kernels on edge features support a tensor; tensor cores have no useful float64."""
+    """Return whether the Triton kernels on edge features support a tensor; tensor cores would not help in float64."""
     return x.is_cuda and x.dtype in _TRITON_DTYPES
 
 
 def split_product(x: Tensor) -> bool:
-    """Return whether matrix products with x split their operands to reach float32 accuracy on tensor cores."""
+    """Return whether matrix products with x use tensor cores with split operands, at float32 accuracy."""
     return x.is_cuda and x.dtype == torch.float32
 
 
@@ -71,7 +71,7 @@ def triton_version() -> str | None:
         return None
 
 
-# CUDA C++ kernels, on Hopper GPUs.
+# CUDA C++ kernels for Hopper GPUs.
 
 
 @cache
@@ -81,7 +81,14 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def whole_stack_shape(layout: EdgeLayout, n_focus: int, channels: int, layers: int) -> bool:
-    """Return whether the CUDA kernel for whole stacks of SO(2) layers exists for a shape of the network."""
+    """Return whether the CUDA kernels for whole stacks of SO(2) layers support a shape of the network.
+
+    Args:
+        layout: Rows of the edge frame.
+        n_focus: Number of focus streams.
+        channels: Channels per focus stream.
+        layers: Layers of the stack, the last one included, which has no gate.
+    """
     kernel = hopper_so2_stack
     return (
         layout == kernel.LAYOUT
@@ -91,7 +98,7 @@ def whole_stack_shape(layout: EdgeLayout, n_focus: int, channels: int, layers: i
 
 
 def whole_stack(x: Tensor, layers: int, layout: EdgeLayout) -> bool:
-    """Return whether the CUDA kernel for whole stacks supports features x (F, E, W); tried once per device."""
+    """Return whether the CUDA kernels for whole stacks support features x (F, E, W); tried once per device."""
     from dpa4.ops.hopper.trial import whole_stacks_work
 
     fits = whole_stack_shape(layout, x.shape[0], x.shape[2] // layout.total, layers)

@@ -1,14 +1,14 @@
-r"""Matrices on edges between node and edge tensors: the three functions of one trilinear form.
+r"""Products of a matrix per edge with node and edge tensors: three derivatives of one trilinear form.
 
 .. math:: T(a, x, g) = \sum_e \sum_h \langle a_{eh} \, x_{n(e),h},\; g_{eh} \rangle
 
 with matrices a (E, H, M, K) on edges, a node tensor x (N, K, H c) and an edge tensor g (E, M, H c); n(e) is the node
 of edge e in an `Incidence`, and head h owns the h-th run of c channels. Each function is the derivative of T with
-respect to one argument, so the derivatives of each are the two others, to any order. No product of the size of
-an edge tensor other than the result is kept.
+respect to one argument, so its own derivatives are the other two functions, to any order. No intermediate tensor of
+the size of an edge tensor is stored.
 
-The tensors of one call have one dtype, which is the result's; float16 and bfloat16 are accumulated in float32.
-Two calls agree to the last bit.
+The tensors of one call have the same dtype, which is that of the result; float16 and bfloat16 are accumulated in
+float32. Two calls with the same tensors agree to the last bit.
 """
 
 from collections.abc import Iterator
@@ -25,25 +25,26 @@ from dpa4.ops.second_order import needs_gradient
 from dpa4.ops.segments import segment_sum
 
 CHUNK = 512
-"""Edges whose nodes are copied at a time on a CPU: the copies stay in its cache."""
+"""Edges processed together by the plain version: few enough that the copies of their nodes stay in the CPU cache."""
 
 
-# Contiguous here rather than in a kernel, so that a compiler writes the operands that way at once; and before a
-# derivative is recorded, since a copy made within would be a constant to its second derivative.
+# `contiguous` is called here and not in the kernels for two reasons. Compiled code then writes the operands in
+# contiguous form at once. And the call comes before the function is recorded by autograd: a copy made inside of
+# `forward` would be a constant to the second derivative.
 
 
 def edge_matmul(a: Tensor, x: Tensor, incidence: Incidence) -> Tensor:
-    """Each edge's matrix applied to its node: (E, H, M, K), (N, K, H c) -> (E, M, H c)."""
+    """Multiply each edge's matrix by its node's features: (E, H, M, K), (N, K, H c) -> (E, M, H c)."""
     return _EdgeMatmul.apply(a.contiguous(), x.contiguous(), *incidence)
 
 
 def scatter_matmul(a: Tensor, g: Tensor, incidence: Incidence) -> Tensor:
-    """Transposed matrices applied to the edges, summed per node: (E, H, M, K), (E, M, H c) -> (N, K, H c)."""
+    """Apply transposed matrices, summed over the edges of each node: (E, H, M, K), (E, M, H c) -> (N, K, H c)."""
     return _ScatterMatmul.apply(a.contiguous(), g.contiguous(), *incidence)
 
 
 def edge_outer(g: Tensor, x: Tensor, incidence: Incidence, heads: int) -> Tensor:
-    """Edge times node, contracted over each head's channels: (E, M, H c), (N, K, H c) -> (E, H, M, K)."""
+    """Contract edge and node features over each head's channels: (E, M, H c), (N, K, H c) -> (E, H, M, K)."""
     return _EdgeOuter.apply(g.contiguous(), x.contiguous(), *incidence, heads)
 
 
@@ -101,7 +102,7 @@ class _EdgeOuter(torch.autograd.Function):
         return dg, dx, None, None, None, None
 
 
-# Results without values: what tracing sees, and what the twins fill.
+# Uninitialised results: tracing needs their shapes, and the kernels fill them.
 
 
 def _new_edge_matmul(a: Tensor, x: Tensor, index: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def _new_edge_outer(g: Tensor, x: Tensor, index: Tensor, heads: int) -> Tensor:
     return g.new_empty(g.shape[0], heads, g.shape[1], x.shape[1])
 
 
-# Plain twins, for a CPU.
+# CPU: C++ kernels where they are available, else plain operations.
 
 
 def _chunks(num_edges: int) -> Iterator[slice]:
@@ -124,17 +125,17 @@ def _chunks(num_edges: int) -> Iterator[slice]:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """The tensor in the dtype in which its products are summed."""
+    """Convert to the dtype of accumulation, at least float32."""
     return x.float() if x.itemsize < 4 else x
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
-    """(E, K, H c) -> (E, H, K, c)."""
+    """Split channels into heads: (E, K, H c) -> (E, H, K, c)."""
     return _wide(x).unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2)
 
 
 def _join(x: Tensor) -> Tensor:
-    """(E, H, K, c) -> (E, K, H c)."""
+    """Join the channels of all heads: (E, H, K, c) -> (E, K, H c)."""
     return x.transpose(1, 2).flatten(2)
 
 
@@ -142,7 +143,7 @@ def _edge_matmul(a: Tensor, x: Tensor, index: Tensor) -> Tensor:
     out = _new_edge_matmul(a, x, index)
     if available.cpp(x.shape[2] // a.shape[1], a):
         return cpp.edge_matmul(a, x, index, out)
-    with torch.autocast("cpu", enabled=False):  # the caller has chosen the dtype
+    with torch.autocast("cpu", enabled=False):  # the dtype was chosen by the caller
         for s in _chunks(len(a)):
             out[s] = _join(_wide(a[s]) @ _split(x.index_select(0, index[s]), a.shape[1]))
     return out
@@ -156,7 +157,8 @@ def _scatter_matmul(a: Tensor, g: Tensor, index: Tensor, order: Tensor | None, o
     with torch.autocast("cpu", enabled=False):
         for s in _chunks(len(a)):
             columns, rows = _wide(a[s]).mT, _split(g[s], a.shape[1])
-            products = columns * rows if a.shape[2] == 1 else columns @ rows  # one term: much faster so
+            # With one term per sum, broadcasting is much faster than a matrix product.
+            products = columns * rows if a.shape[2] == 1 else columns @ rows
             out.index_add_(0, index[s], _join(products))
     return out.to(a.dtype)
 
@@ -171,15 +173,14 @@ def _edge_outer(g: Tensor, x: Tensor, index: Tensor, heads: int) -> Tensor:
     return out
 
 
-# On a GPU: Triton where its tensor cores can, else the same formulas on all edges at once.
+# GPU: Triton kernels where they support the dtype, else plain operations on all edges at once.
 
 
 def _edge_matmul_cuda(a: Tensor, x: Tensor, index: Tensor) -> Tensor:
     if not available.triton(a):
         return _join(a @ _split(x[index], a.shape[1])).contiguous()
-    from dpa4.ops.triton import (
-        edge_products as kernels,  # here, since a machine without a GPU may have no Triton
-    )
+    # Imported here, since a machine without a GPU may have no Triton.
+    from dpa4.ops.triton import edge_products as kernels
 
     return kernels.edge_matmul(a, x, index)
 

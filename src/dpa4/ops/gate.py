@@ -1,19 +1,20 @@
 r"""Gates between the layers of an SO(2) stack, and the derivatives that training needs.
 
-Edge features are rows of the edge frame, each of one degree l and C channels. The first row holds the scalars s. With
-the gates :math:`\sigma_l = \mathrm{sigmoid}(z_l)`, where :math:`z_0 = s` and :math:`z_l = s G_l`,
+Edge features are rows of the edge frame; row r has one degree l(r) and C channels. The first row of u holds the
+scalars s. With the gates :math:`\sigma_l = \mathrm{sigmoid}(z_l)`, where :math:`z_0 = s` and :math:`z_l = s G_l`,
 
 .. math:: y_r = x_r + u_r \sigma_{l(r)}
 
-(docs/theory.md, "SO(2) layers"; for scalars the product is SiLU). The functions below compute y and the derivatives
-that follow from it. Given the gradient a of y, the gradient of u is
+(docs/theory.md, "SO(2) layers"; for scalars the product is SiLU). The functions below compute y and its derivatives.
+For a gradient a of y, the gradient of u is
 
 .. math:: (a D)_r = a_r \sigma_{l(r)} + \delta_{r0} \Big(p_0 + \sum_l p_l G_l^T\Big), \qquad
           p_l = \sigma'_l \sum_{r \in l} a_r u_r
 
 Edge tensors have the shape (F, E, W), with the rows one after another in the last axis (`EdgeLayout`); the weights of
-the gates have the shape (F, C, lmax C). On a GPU each function is a Triton kernel that reads and writes every edge
-tensor once.
+the gates, G, have the shape (F, C, lmax C). On a GPU each function is a Triton kernel that reads and writes every
+edge tensor once. Names follow the formula: x, u, y and a as above, d and v are changes of x and u, b is another
+gradient of y, zeta is the change of z, p and q are sums over the rows of a degree.
 """
 
 from typing import Any
@@ -26,7 +27,7 @@ from dpa4.ops.layout import EdgeLayout
 
 
 def value(x: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout) -> Tensor:
-    """y."""
+    """Compute y = x + u sigma(u), (F, E, W)."""
     if (kernels := _kernels(u)) is not None:
         return kernels.value(x, u, gates, layout)
     sigma = _logits(u, gates).sigmoid_()
@@ -37,7 +38,18 @@ def value(x: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout) -> Tensor:
 
 
 def vjp(a: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout, sums: bool) -> tuple[Tensor, Tensor | None]:
-    """a D, and, if wanted, the sums p but that of the scalars, (F, E, lmax C): the gradient of G is s^T p."""
+    """Compute the gradient a D of u from the gradient a of y.
+
+    Args:
+        a: Gradient of y, (F, E, W).
+        u: Products of the layer, (F, E, W).
+        gates: Weights G, (F, C, lmax C).
+        layout: Rows of the edge frame.
+        sums: Whether p is returned.
+
+    Returns:
+        a D, (F, E, W), and p of the degrees above zero, (F, E, lmax C), or None. The gradient of G is s^T p.
+    """
     if (kernels := _kernels(u)) is not None:
         return kernels.vjp(a, u, gates, layout, sums)
     sigma = _logits(u, gates).sigmoid_()
@@ -47,7 +59,7 @@ def vjp(a: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout, sums: bool) -> 
 
 
 def tangent(d: Tensor, v: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout) -> Tensor:
-    """Change of y where x changes by d and u by v."""
+    """Compute the change of y if x changes by d and u by v, to first order; all of them (F, E, W)."""
     if (kernels := _kernels(u)) is not None:
         return kernels.tangent(d, v, u, gates, layout)
     sigma = _logits(u, gates).sigmoid_()
@@ -62,11 +74,11 @@ def tangent(d: Tensor, v: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout) 
 def joint(
     b: Tensor, v: Tensor, a: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Derivatives of <v, a D> + <b, y>, and a D once more.
+    """Differentiate <v, a D> + <b, y> with respect to u and G, and compute a D again; all tensors as above.
 
     Returns:
-        The derivative with respect to u; a D; q and p, (F, E, lmax C), of which that with respect to G is
-        s^T q + v_0^T p.
+        The derivative with respect to u, (F, E, W); a D, (F, E, W); q and p, (F, E, lmax C). The derivative with
+        respect to G is s^T q + v_0^T p, with v_0 the first row of v.
     """
     if (kernels := _kernels(u)) is not None:
         return kernels.joint(b, v, a, u, gates, layout)
@@ -94,9 +106,9 @@ def undo(
     layout: EdgeLayout,
     overwrite: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """What became x by `value` and d by `tangent`, to rounding; d and v may be missing.
+    """Invert `value` and `tangent`: recover their inputs x and d up to rounding. d and v may be None.
 
-    ``overwrite``: the results may take the places of x and d.
+    If ``overwrite`` is true, the results may be written to the memory of x and d.
     """
     if (kernels := _kernels(u)) is not None:
         return kernels.undo(x, d, v, u, gates, layout, overwrite)
@@ -107,16 +119,17 @@ def undo(
 
 
 def _kernels(u: Tensor) -> Any:
-    """Module of the Triton kernels, or None. It is imported late because a machine without a GPU may lack Triton."""
+    """Module of the Triton kernels if they support u, else None."""
     if not available.triton(u):
         return None
+    # Imported here, since a machine without a GPU may have no Triton.
     from dpa4.ops.triton import gate
 
     return gate
 
 
 def _logits(u: Tensor, gates: Tensor) -> Tensor:
-    """z, (F, E, (lmax + 1) C)."""
+    """Arguments z of the gates, (F, E, (lmax + 1) C): the scalars s, then s G."""
     s = u[..., : gates.shape[1]]
     z = u.new_empty((*u.shape[:-1], gates.shape[1] + gates.shape[2]))
     z[..., : gates.shape[1]] = s
@@ -125,12 +138,12 @@ def _logits(u: Tensor, gates: Tensor) -> Tensor:
 
 
 def _slope(sigma: Tensor) -> Tensor:
-    """Derivative of the sigmoid by its argument, from its value."""
+    """Derivative of the sigmoid, from its value: sigma - sigma^2."""
     return torch.addcmul(sigma, sigma, sigma, value=-1)
 
 
 def _contract(a: Tensor, u: Tensor, layout: EdgeLayout) -> Tensor:
-    """Products of the rows of each degree, summed, (F, E, (lmax + 1) C)."""
+    """Sum of a_r u_r over the rows of each degree, (F, E, (lmax + 1) C)."""
     (first, _), *others = layout.runs(u.shape[-1])
     total = a[..., first] * u[..., first]
     for run, of in others:
@@ -141,7 +154,7 @@ def _contract(a: Tensor, u: Tensor, layout: EdgeLayout) -> Tensor:
 def _weighted(
     a: Tensor, sigma: Tensor, p: Tensor, gates: Tensor, layout: EdgeLayout
 ) -> tuple[Tensor, Tensor]:
-    """Rows of a times their gates, plus what comes back through the scalars from p; and p of the degrees >= 1."""
+    """The gradient of u from sigma and p (the formula of a D); and p without degree 0."""
     c = gates.shape[1]
     du = torch.empty_like(a)
     for run, of in layout.runs(a.shape[-1]):

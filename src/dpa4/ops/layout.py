@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 
 class EdgeLayout(NamedTuple):
-    """Rows of the edge frame along the last axis: order 0, then -m and +m for m = 1..mmax, each with degrees m..lmax.
+    """Rows of the edge frame in the last axis of an edge tensor.
 
-    Every row has one entry per channel, so an edge tensor has `total` times as many columns as channels.
+    Rows of order 0 come first, then those of orders -m and +m for m = 1..mmax; each order has degrees m..lmax. A row
+    has one entry per channel, so an edge tensor has `total` times as many columns as channels.
     """
 
     lmax: int
@@ -18,14 +19,14 @@ class EdgeLayout(NamedTuple):
         return sum(count for _, count in self.orders())
 
     def orders(self) -> list[tuple[int, int]]:
-        """First row and number of rows of every order |m|."""
+        """First row and number of rows of each order |m|, both signs together."""
         sizes = [self.lmax + 1] + [2 * (self.lmax - m + 1) for m in range(1, self.mmax + 1)]
         return [(sum(sizes[:m]), size) for m, size in enumerate(sizes)]
 
     def runs(self, width: int) -> list[tuple[slice, slice]]:
-        """Columns of every signed order of an edge tensor with ``width`` columns, and the columns of its gates.
+        """Columns of each signed order in an edge tensor with ``width`` columns, and the columns of its gates.
 
-        Gates have C columns per degree 0..lmax; the rows of order m have the degrees from m on.
+        Gates have C columns per degree 0..lmax. Rows of order ±m start at degree m, and their gates at column m C.
         """
         c, gates = width // self.total, slice(0, (self.lmax + 1) * width // self.total)
         found = [(gates, gates)]

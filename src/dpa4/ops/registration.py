@@ -1,4 +1,4 @@
-"""Registration of operators with PyTorch, so that the compiler keeps them as single calls."""
+"""Registration of operators with PyTorch; the compiler treats a registered operator as one opaque call."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,11 +9,11 @@ _LIBRARY = torch.library.Library("dpa4", "FRAGMENT")
 
 
 def register(schema: str, fake: Callable[..., Any], kernels: Mapping[str, Callable[..., Any]]) -> None:
-    """Define an operator ``torch.ops.dpa4.<name>``; derivatives are not part of it.
+    """Define an operator ``torch.ops.dpa4.<name>``, without derivatives.
 
     Args:
         schema: Name, arguments and results, in PyTorch's schema language.
-        fake: The same function on tensors without values, which tracing calls: shapes and dtypes of the results.
+        fake: Function that returns uninitialised results of the right shapes and dtypes. Tracing calls it.
         kernels: Implementation by dispatch key: "CPU", "CUDA", or "CompositeExplicitAutograd" for every device.
     """
     name = _LIBRARY.define(schema, tags=[torch.Tag.pt2_compliant_tag])

@@ -1,17 +1,17 @@
-"""Functions with two derivatives, given as four stages instead of as a derivative of a derivative.
+"""Functions with second derivatives, written as four explicit stages instead of as nested autograd functions.
 
-Training on forces asks of a function y = f(p, x) of parameters p and arguments x:
+Training on forces evaluates a function y = f(p, x) of parameters p and arguments x in four stages:
 
-0. y, in the forward pass;
-1. g J, given the gradient g of y: the backward pass that yields the forces (J is the Jacobian with respect to x);
-2. J c, given the cotangent c of stage 1: the way of the loss from the forces back through stage 1;
-3. the derivatives of <c, g J> + <G, y> with respect to p and x, given the gradient G of y.
+0. y: the forward pass;
+1. g J for a gradient g of y, with J the Jacobian with respect to x: the backward pass that yields the forces;
+2. J c for a cotangent c of stage 1: the loss propagates from the forces back through stage 1;
+3. the derivatives of <c, g J> + <G, y> with respect to p and x, for a gradient G of y: the last backward pass.
 
-Stages keep results for later ones. Two ``torch.autograd.Function`` tie them together, so that
-``torch.autograd.grad(..., create_graph=True)`` and ``loss.backward()`` work as with any function. In the last
-backward pass autograd reaches stage 1 before stage 0: its derivative, stage 2, only hands c on, and stage 3
-differentiates both at once, which takes fewer products of matrices than one after the other. A third derivative is
-an error.
+Each stage may save results for later stages. Two ``torch.autograd.Function`` tie the stages together, so that
+``torch.autograd.grad(..., create_graph=True)`` and ``loss.backward()`` work as with any function. The last backward
+pass reaches stage 1 before stage 0. The derivative of stage 1, which is stage 2, computes J c and passes its saved
+results on; the derivative of stage 0, which is stage 3, then differentiates both terms at once. That takes fewer
+matrix products than differentiating them one after the other. A third derivative raises an error.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ Maybe = Tensor | None
 
 
 class FourStages(Protocol):
-    """A function in stages.
+    """A function in four stages.
 
     Attributes:
-        num_inputs: Parameters and arguments, of which some may be None.
-        mask: Which inputs stage 1 differentiates with respect to.
-        last_mask: Which inputs stage 3 differentiates with respect to.
-        once: There are stages 0 and 1 only: one derivative, with respect to the inputs of ``mask``.
+        num_inputs: Number of inputs: parameters and arguments together. An input may be None.
+        mask: For each input, whether stage 1 differentiates with respect to it.
+        last_mask: For each input, whether stage 3 differentiates with respect to it.
+        once: If true, only stages 0 and 1 exist: one derivative, with respect to the inputs of ``mask``.
     """
 
     num_inputs: int
@@ -38,48 +38,63 @@ class FourStages(Protocol):
     last_mask: list[bool]
     once: bool
 
-    def run(self, stage: int, given: Sequence[Sequence[Maybe]]) -> tuple[list[Maybe], list[Tensor]]:
-        """Results of a stage (None where an input has no influence) and what it keeps for later ones.
+    def run(self, stage: int, groups: Sequence[Sequence[Maybe]]) -> tuple[list[Maybe], list[Tensor]]:
+        """Run a stage.
 
         Args:
-            stage: 0 to 3.
-            given: Inputs, kept of stage 0, g, kept of stage 1, c, kept of stage 2, G; of these the first 2 stage + 1.
+            stage: Number of the stage, 0 to 3.
+            groups: Groups of tensors that exist before the stage, the first 2 stage + 1 of these:
+
+                0. the inputs, p and x;
+                1. tensors saved by stage 0;
+                2. g, one gradient per result of stage 0;
+                3. tensors saved by stage 1;
+                4. c, one cotangent per result of stage 1;
+                5. tensors saved by stage 2;
+                6. G, one gradient per result of stage 0.
+
+                Group 2 stage is what autograd passes to the stage, and group 2 stage + 1 what the stage saves.
+
+        Returns:
+            Results of the stage, None where an input has no influence; and the tensors it saves for later stages.
         """
 
-    def without_first(self, given: list[list[Maybe]], grads: Sequence[Tensor]) -> list[Maybe]:
-        """Results of stage 3 if the loss does not depend on stage 1.
+    def without_first(self, groups: list[list[Maybe]], grads: Sequence[Tensor]) -> list[Maybe]:
+        """Run stage 3 if the loss does not depend on stage 1, so that stages 1 and 2 did not run.
 
         Args:
-            given: Inputs, kept of stage 0.
-            grads: G.
+            groups: The inputs, and the tensors saved by stage 0.
+            grads: Gradients G of the results of stage 0.
         """
 
 
 def apply(stages: FourStages, inputs: Sequence[Maybe]) -> list[Tensor]:
-    """Results of stage 0, differentiable."""
+    """Evaluate stage 0; its results can be differentiated twice, or once if ``stages.once``."""
     *results, _ = _Value.apply(_Call(stages), *inputs)
     return results
 
 
 class _Call:
-    """One call: hands what stage 2 found to stage 3 of the same backward pass."""
+    """State of one call: passes the groups from stage 2 to stage 3 of the same backward pass."""
 
     def __init__(self, stages: FourStages):
         self.stages = stages
-        self.handed: tuple[int, list[list[Maybe]]] | None = None
+        self.handed: tuple[int, list[list[Maybe]]] | None = None  # backward pass, and groups 0 to 5
 
-    def hand_over(self, given: list[list[Maybe]]) -> None:
-        self.handed = torch._C._current_graph_task_id(), given
+    def hand_over(self, groups: list[list[Maybe]]) -> None:
+        self.handed = torch._C._current_graph_task_id(), groups
 
     def take_over(self) -> list[list[Maybe]] | None:
+        # Groups of an earlier backward pass, which ended between stages 2 and 3, are dropped.
         handed, self.handed = self.handed, None
         return handed[1] if handed is not None and handed[0] == torch._C._current_graph_task_id() else None
 
 
 class _Value(torch.autograd.Function):
-    """Stage 0; its derivative is stage 1, or, in the last backward pass of training, stage 3.
+    """Stage 0; its derivative is stage 1, or stage 3 in the last backward pass of training.
 
-    The last result is empty. It enters stage 1 so that the derivative of that is taken before stage 3.
+    The last result is an empty tensor, a token. It is an input of stage 1, so that autograd runs the derivative of
+    stage 1, which is stage 2, before stage 3.
     """
 
     @staticmethod
@@ -102,62 +117,65 @@ class _Value(torch.autograd.Function):
         elif torch.is_grad_enabled():
             found = list(_Vjp.apply(call, token, len(kept), *inputs, *kept, *grads[:-1]))
             mask = stages.mask
-        elif not any(stages.last_mask):  # nothing is asked of stage 3
+        elif not any(stages.last_mask):  # stage 3 has no results
             return (None,) * (1 + stages.num_inputs)
         else:
-            given = call.take_over()
-            if given is None:
+            groups = call.take_over()
+            if groups is None:
                 found = stages.without_first([inputs, kept], grads[:-1])
             else:
-                found, _ = stages.run(3, [*given, grads[:-1]])
+                found, _ = stages.run(3, [*groups, grads[:-1]])
             mask = stages.last_mask
+        # Results exist only for inputs of the mask; autograd expects one entry per argument of `forward`.
         rest = iter(found)
         return None, *(next(rest) if m else None for m in mask)
 
 
 class _Vjp(torch.autograd.Function):
-    """Stage 1; its derivative is stage 2 with respect to g, and left to stage 3 with respect to the rest."""
+    """Stage 1; its derivative with respect to g is stage 2. Stage 3 covers all other derivatives."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, token: Tensor, num_kept: int, *tensors: Maybe) -> tuple[Maybe, ...]:
         stages = call.stages
+        # Autograd functions have flat arguments: here groups 0 to 2, one after another.
         split = stages.num_inputs, stages.num_inputs + num_kept
         parts = tensors[: split[0]], tensors[split[0] : split[1]], tensors[split[1] :]
-        given: list[Sequence[Maybe]] = [*parts]
-        results, kept = stages.run(1, given)
-        ctx.call, ctx.lengths = call, [len(g) for g in (*given, kept)]
+        groups: list[Sequence[Maybe]] = [*parts]
+        results, kept = stages.run(1, groups)
+        ctx.call, ctx.lengths = call, [len(g) for g in (*groups, kept)]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*(t for group in (*given, kept) for t in group))
+        ctx.save_for_backward(*(t for group in (*groups, kept) for t in group))
         return tuple(results)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *cotangents: Maybe) -> tuple[Maybe, ...]:
         stages, saved = ctx.call.stages, iter(ctx.saved_tensors)
-        given = [[next(saved) for _ in range(n)] for n in ctx.lengths]
-        given.append(with_zeros(stages, given[0], cotangents))
-        found, kept = stages.run(2, given)
-        if any(stages.last_mask):  # else stage 3 never comes to take it, and it would keep the graph alive
-            ctx.call.hand_over([*given, kept])
+        groups = [[next(saved) for _ in range(n)] for n in ctx.lengths]  # groups 0 to 3
+        groups.append(with_zeros(stages, groups[0], cotangents))
+        found, kept = stages.run(2, groups)
+        if any(stages.last_mask):  # otherwise stage 3 does not run, and the groups would keep the graph alive
+            ctx.call.hand_over([*groups, kept])
+        # No gradient for call, token, num_kept and groups 0 and 1; stage 2 is the gradient of group 2.
         return None, None, None, *[None] * (ctx.lengths[0] + ctx.lengths[1]), *found
 
 
 def with_zeros(stages: FourStages, inputs: Sequence[Maybe], cotangents: Sequence[Maybe]) -> list[Maybe]:
-    """Cotangents of stage 1, with zeros where there are none."""
+    """Replace missing cotangents of stage 1 by zeros of the shape of the input they belong to."""
     like = [t for t, m in zip(inputs, stages.mask, strict=True) if m and t is not None]
     return [torch.zeros_like(t) if c is None else c for c, t in zip(cotangents, like, strict=True)]
 
 
 def needs_gradient(ctx: Any, count: int) -> list[bool]:
-    """Find the first ``count`` inputs of a ``torch.autograd.Function`` that the running backward pass needs.
+    """Which of a Function's first ``count`` inputs need a gradient in the running backward pass.
 
     ``ctx.needs_input_grad`` only says which inputs can have a gradient at all. The last backward pass of training
-    asks for the gradients of the parameters alone, so gradients that lead only to the edge vectors need not be
-    computed. PyTorch's own functions skip them by themselves.
+    computes the gradients of the parameters alone, so gradients that lead only to the edge vectors can be skipped.
+    PyTorch's own functions skip them automatically.
 
     Args:
         ctx: Context of the function, in its ``backward``.
-        count: Number of inputs to look at; all of them tensors.
+        count: Number of inputs to check; all of them tensors.
     """
     return [
         needed and _is_executed(node)
@@ -168,5 +186,5 @@ def needs_gradient(ctx: Any, count: int) -> list[bool]:
 def _is_executed(node: Any) -> bool:
     try:
         return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # raised for leaves passed to `torch.autograd.grad`
+    except RuntimeError:  # raised for leaves that are inputs of `torch.autograd.grad`
         return True

@@ -1,4 +1,7 @@
-"""From nodes to edges and back: a gather and a sum, each the derivative of the other; largest entries; and `pick`."""
+"""Transfers between nodes and edges: `gather` and `segment_sum`, each the derivative of the other; `segment_max`.
+
+Two operators for compiled code are here as well: `pick`, an index selection, and `materialized`, a fusion barrier.
+"""
 
 from typing import Any
 
@@ -10,38 +13,38 @@ from dpa4.ops.registration import register
 
 
 def gather(x: Tensor, incidence: Incidence) -> Tensor:
-    """Value of each edge's node: (N, ...) -> (E, ...)."""
+    """Copy the value of each edge's node: (N, ...) -> (E, ...)."""
     return _Gather.apply(x, *incidence)
 
 
 def segment_sum(x: Tensor, incidence: Incidence) -> Tensor:
     """Sum over the edges of each node: (E, ...) -> (N, ...); zero for a node without edges.
 
-    Low precision is accumulated in float32. Two calls agree to the last bit.
+    float16 and bfloat16 are accumulated in float32. Two calls with the same tensors agree to the last bit.
     """
     return _SegmentSum.apply(x, *incidence)
 
 
 def segment_max(x: Tensor, start: Tensor, incidence: Incidence) -> Tensor:
-    """Largest entry over the edges of each node, and of ``start``: (E, ...), (...) -> (N, ...); not differentiable.
+    """Maximum over the edges of each node and ``start``: (E, ...), (...) -> (N, ...); not differentiable.
 
-    An entry that is not a number may count or not.
+    Entries that are NaN may be ignored or propagated.
     """
     found: Tensor = torch.ops.dpa4.segment_max(x.contiguous(), start.contiguous(), *incidence)
     return found
 
 
 def pick(x: Tensor, dim: int, index: Tensor) -> Tensor:
-    """``x.index_select(dim, index)`` of a few entries, several times each, such as weights of degrees.
+    """Compute ``x.index_select(dim, index)`` for a short axis with repeated entries, such as weights of degrees.
 
-    The sum that is its derivative is an operator of its own: the compiler of torch 2.13 writes such sums outside of
-    their tensor on a CPU, if the operand is transposed.
+    Its backward sum is a custom operator because Inductor (torch 2.13, CPU) writes out of bounds when the operand is
+    transposed.
     """
     return _Pick.apply(x, dim, index)
 
 
 def materialized(x: Tensor) -> Tensor:
-    """x, as a result that a compiler writes to memory once instead of computing it anew wherever it is used."""
+    """Return x behind a fusion barrier: it is written to memory once instead of being recomputed at every use."""
     return _Materialized.apply(x)
 
 
@@ -64,10 +67,12 @@ class _Pick(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _PutBack.apply(grad, ctx.dim, *ctx.saved_tensors, ctx.size), None, None
+        return _PickBackward.apply(grad, ctx.dim, *ctx.saved_tensors, ctx.size), None, None
 
 
-class _PutBack(torch.autograd.Function):
+class _PickBackward(torch.autograd.Function):
+    """Sum of entries into the places they were picked from."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
         ctx.dim = dim
@@ -83,7 +88,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(index, order, offsets)
-        return x.index_select(0, index)  # not an operator of its own: a compiler merges it with what uses it
+        return x.index_select(0, index)  # no custom operator, so that a compiler fuses it into its users
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -101,36 +106,35 @@ class _SegmentSum(torch.autograd.Function):
         return _Gather.apply(grad, *ctx.saved_tensors), None, None, None
 
 
-def _eager(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+def _sum_cpu(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
     wide = x.float() if x.itemsize < 4 else x
     return wide.new_zeros(offsets.shape[0] - 1, *x.shape[1:]).index_add(0, index, wide).to(x.dtype)
 
 
-def _eager_max(x: Tensor, start: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+def _max_cpu(x: Tensor, start: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
     whole = start.expand(offsets.shape[0] - 1, *start.shape)
     index = index.view(-1, *[1] * start.dim()).expand_as(x)
     return whole.scatter_reduce(0, index, x, "amax", include_self=True)
 
 
-def _cuda_max(x: Tensor, start: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+def _max_cuda(x: Tensor, start: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
     from dpa4.ops.triton import segments as triton_segments
 
     return triton_segments.segment_max(x, start, order, offsets)
 
 
-def _fake_max(x: Tensor, start: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
-    return _fake(x, index, order, offsets)
+def _new_max(x: Tensor, start: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+    return _new_sum(x, index, order, offsets)
 
 
-def _cuda(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
-    from dpa4.ops.triton import (
-        segments as triton_segments,  # here, since a machine without a GPU may have no Triton
-    )
+def _sum_cuda(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+    # Imported here, since a machine without a GPU may have no Triton.
+    from dpa4.ops.triton import segments as triton_segments
 
     return triton_segments.segment_sum(x, order, offsets)
 
 
-def _fake(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+def _new_sum(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
     return x.new_empty(offsets.shape[0] - 1, *x.shape[1:])
 
 
@@ -142,12 +146,12 @@ def _put_back(x: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
     return _new_put_back(x, dim, index, size).zero_().index_add_(dim, index, x)
 
 
-_ENDS = "Tensor index, Tensor? order, Tensor offsets"
-register(f"segment_sum(Tensor x, {_ENDS}) -> Tensor", _fake, {"CPU": _eager, "CUDA": _cuda})
+_INCIDENCE = "Tensor index, Tensor? order, Tensor offsets"
+register(f"segment_sum(Tensor x, {_INCIDENCE}) -> Tensor", _new_sum, {"CPU": _sum_cpu, "CUDA": _sum_cuda})
 register(
-    f"segment_max(Tensor x, Tensor start, {_ENDS}) -> Tensor",
-    _fake_max,
-    {"CPU": _eager_max, "CUDA": _cuda_max},
+    f"segment_max(Tensor x, Tensor start, {_INCIDENCE}) -> Tensor",
+    _new_max,
+    {"CPU": _max_cpu, "CUDA": _max_cuda},
 )
 register(
     "materialized(Tensor x) -> Tensor",

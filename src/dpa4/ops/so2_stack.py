@@ -1,15 +1,16 @@
-r"""The stack of SO(2) layers as one operator per stage of training (model-2 section 7.3, step 6).
+r"""Stack of SO(2) layers as one operator per stage of training (docs/theory.md, "SO(2) layers"; docs/adr/0013).
 
 Layer t maps edge features x (F, E, W), rows of the edge frame one after another in the last axis (`EdgeLayout`), by
 
 .. math:: u = x W_t, \qquad x \leftarrow x + u \, \sigma(u)
 
-with one matrix per order |m| and the gates of `dpa4.ops.gate`; the last layer has none. Matrices of orders above
-zero are [[U, V], [-V, U]], since they commute with rotations about the edge; kernels may count on it, and of the
-gradients of these matrices only the part of that form is defined. The four stages of
-`dpa4.ops.second_order` are written out here, since they need fewer passes over edge tensors than what follows from
-differentiating layer by layer: a product and one gate kernel per layer and stage. Outside of training
-`dpa4.ops.hopper.so2_stack` takes over the first two where it can, with one kernel for all layers.
+with one matrix per order |m| and the gates of `dpa4.ops.gate`; the last layer has no gates. Matrices of orders above
+zero have the form [[U, V], [-V, U]], since they commute with rotations about the edge. Kernels rely on this form, and
+only the projection of a matrix gradient onto it is defined.
+
+The four stages of `dpa4.ops.second_order` are written out here: one product and one gate kernel per layer and stage,
+fewer passes over edge tensors than differentiating layer by layer. Outside of training, stages 0 and 1 run in
+`dpa4.ops.hopper.so2_stack` where it is available, with one kernel for all layers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,31 +25,30 @@ from dpa4.ops.hopper import so2_stack as hopper
 from dpa4.ops.layout import EdgeLayout
 from dpa4.ops.registration import register
 from dpa4.ops.second_order import Maybe
-from dpa4.ops.split_matmul import columns_of, order_matmul, ready, split
+from dpa4.ops.split_matmul import columns_of, order_matmul, prepare, split
 from dpa4.ops.weights import Weight
 
 Matrices = Sequence[Tensor]
-"""One matrix per order, (F, K_m, K_m)."""
+"""Matrices of one layer, one per order, (F, K_m, K_m)."""
 
 
 def so2_stack(
     x: Tensor, matrices: Sequence[Matrices], gates: Sequence[Tensor], layout: EdgeLayout, training: bool
 ) -> Tensor:
-    """Apply the layers; can be differentiated twice by x.
+    """Apply the layers; can be differentiated twice with respect to x.
 
     Args:
-        x: (F, E, W).
-        matrices: Of every layer, one per order, (F, K_m, K_m).
-        gates: Weights of the gates of every layer but the last, (F, C, lmax C).
+        x: Edge features, (F, E, W).
+        matrices: For each layer, one matrix per order, (F, K_m, K_m).
+        gates: Weights of the gates of each layer but the last, (F, C, lmax C).
         layout: Rows of the edge frame.
-        training: Whether matrices and gates are differentiated, too. If not, asking for their gradients is an
-            error.
+        training: Whether matrices and gates are differentiated as well.
 
     Returns:
-        (F, E, W).
+        Edge features, (F, E, W).
 
     Raises:
-        RuntimeError: In a backward pass that asks for gradients of the weights without ``training``.
+        RuntimeError: In a backward pass that needs gradients of the weights although ``training`` is false.
     """
     weights = [w.to(x.dtype).contiguous() for w in (*(w for layer in matrices for w in layer), *gates)]
     if not training:
@@ -59,7 +59,7 @@ def so2_stack(
 
 
 class _Constant(torch.autograd.Function):
-    """A weight outside of training."""
+    """Identity on a weight outside of training; raises an error if its gradient is needed."""
 
     @staticmethod
     def forward(ctx: Any, w: Tensor) -> Tensor:
@@ -68,13 +68,23 @@ class _Constant(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         raise RuntimeError(
-            "gradients of the parameters were asked for in evaluation mode, which has none; call "
+            "a backward pass needs gradients of the parameters in evaluation mode, which has none; call "
             "potential.train() before the forward pass"
         )
 
 
 class _Stack:
-    """The stages; inputs are x, the matrices of all layers, the gates."""
+    """The stack as `dpa4.ops.second_order.FourStages`. Inputs: x, the matrices of all layers, the gates.
+
+    Every stage saves lists over layers, flattened into one list. With L layers these are
+
+    * stage 0 (group 1): the products u of the L - 1 gated layers; in training also the input of the last layer. The
+      fused kernel saves the products in its own order, and the largest entries of each edge.
+    * stage 1 (group 3): the gradients of the results of the L - 1 gated layers.
+    * stage 2 (group 5): the changes v of the L - 1 products, and the change of the input of the last layer.
+
+    The last layer saves nothing if it is the only one: its input is x.
+    """
 
     once = False
 
@@ -84,84 +94,86 @@ class _Stack:
         self.mask = [True] + [False] * (self.num_inputs - 1)
         self.last_mask = [True] + [training] * (self.num_inputs - 1)
 
-    def run(self, stage: int, given: Sequence[Sequence[Maybe]]) -> tuple[list[Maybe], list[Tensor]]:
-        """See `dpa4.ops.second_order.Stages`."""
+    def run(self, stage: int, groups: Sequence[Sequence[Maybe]]) -> tuple[list[Maybe], list[Tensor]]:
+        """Run a stage, see `dpa4.ops.second_order.FourStages.run`."""
         ops = torch.ops.dpa4
         if stage == 0 and self.fused:
-            y, *kept = ops.so2_fused_value(given[0][0], self._packed(given[0], backward=False), True)
+            y, *kept = ops.so2_fused_value(groups[0][0], self._packed(groups[0], backward=False), True)
             return [y], kept
-        x, (us, xs) = given[0][0], self._kept(given)
-        shared = self._shared(given[0], backward=stage in (1, 3))
+        x, (us, xs) = groups[0][0], self._kept(groups)
+        shared = self._shared(groups[0], backward=stage in (1, 3))
         if stage == 0:
             y, *kept = ops.so2_value(x, *shared, self.training)
             return [y], kept
         if stage == 1:
-            dx, *kept = ops.so2_vjp(given[2][0], us, *shared, True)
+            dx, *kept = ops.so2_vjp(groups[2][0], us, *shared, True)
             return [dx], kept
-        c = given[4][0]
+        c = groups[4][0]  # cotangent of dx; as a change of x it is the input of stage 2
         if stage == 2:
             y, *kept = ops.so2_tangent(c, us, *shared)
             return [y], kept
-        vs, ds, grads = (
-            given[5][: self.layers - 1],
-            [c, *given[5][self.layers - 1 :]],
-            [*given[3], given[2][0]],
-        )
-        return list(ops.so2_joint(given[6][0], xs, us, grads, ds, vs, *shared)), []
+        # Group 5: changes of the products, then that of the last layer's input. The first layer's input changes by c.
+        vs, ds = groups[5][: self.layers - 1], [c, *groups[5][self.layers - 1 :]]
+        # Group 3: gradients of the results of the gated layers. That of the last layer's result is g.
+        grads = [*groups[3], groups[2][0]]
+        return list(ops.so2_joint(groups[6][0], xs, us, grads, ds, vs, *shared)), []
 
-    def without_first(self, given: list[list[Maybe]], grads: Sequence[Tensor]) -> list[Maybe]:
-        """See `dpa4.ops.second_order.Stages`."""
+    def without_first(self, groups: list[list[Maybe]], grads: Sequence[Tensor]) -> list[Maybe]:
+        """Run stage 3 alone, see `dpa4.ops.second_order.FourStages.without_first`."""
         if self.fused:
-            return [torch.ops.dpa4.so2_fused_vjp(grads[0], given[1], self._packed(given[0], backward=True))]
-        shared, (us, xs) = self._shared(given[0], backward=True), self._kept(given)
+            return [torch.ops.dpa4.so2_fused_vjp(grads[0], groups[1], self._packed(groups[0], backward=True))]
+        shared, (us, xs) = self._shared(groups[0], backward=True), self._kept(groups)
         if not self.training:
             return list(torch.ops.dpa4.so2_vjp(grads[0], us, *shared, False))
         return list(torch.ops.dpa4.so2_joint(grads[0], xs, us, [], [], [], *shared))
 
     def _shared(self, inputs: Sequence[Maybe], backward: bool) -> tuple[Any, ...]:
-        """The last arguments of every operator."""
+        """Arguments that all operators have in common: the weights, their split parts, lmax and mmax."""
         x, matrices, gates = self._inputs(inputs)
-        pieces = split(x, _weights(matrices, self.layout.mmax, backward))
-        return matrices, gates, pieces, *self.layout
+        parts = split(x, _weights(matrices, self.layout.mmax, backward))
+        return matrices, gates, parts, *self.layout
 
     def _packed(self, inputs: Sequence[Maybe], backward: bool) -> list[Tensor]:
-        """The weights for `dpa4.ops.hopper.so2_stack`."""
+        """Weights as the kernels of `dpa4.ops.hopper.so2_stack` read them."""
         _, matrices, gates = self._inputs(inputs)
         packed: list[Tensor] = torch.ops.dpa4.so2_pack(matrices, gates, backward)
         return packed
 
     def _inputs(self, inputs: Sequence[Maybe]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """x, matrices, gates."""
+        """Split the flat inputs into x, the matrices of all layers, and the gates."""
         x, *weights = [t for t in inputs if t is not None]
         count = self.layers * (self.layout.mmax + 1)
         return x, weights[:count], weights[count:]
 
-    def _kept(self, given: Sequence[Sequence[Maybe]]) -> tuple[Any, ...]:
-        """What stage 0 kept of the products, and the inputs of the layers (none outside of training)."""
-        x, kept = given[0][0], given[1] if len(given) > 1 else []
-        if self.fused and x is not None:  # a second derivative outside of training
+    def _kept(self, groups: Sequence[Sequence[Maybe]]) -> tuple[Any, ...]:
+        """Products u of the gated layers; and in training the inputs of the first and the last layer."""
+        x, kept = groups[0][0], groups[1] if len(groups) > 1 else []
+        if (
+            self.fused and x is not None
+        ):  # a second derivative outside of training: the other kernels continue
             kept = [hopper.in_rows(u, x.shape[1]) for u in kept[:-1] if u is not None]
+        # The first layers - 1 tensors are products. In training the input of the last layer follows, if it is not x.
         return kept[: self.layers - 1], [x, *kept[self.layers - 1 :]] if self.training else []
 
 
-# The stages. Lists run over the layers; the last one has no gate, so lists of what belongs to gates are shorter.
+# The stages. Lists have one entry per layer. The last layer has no gate, so lists of gates and products are shorter.
 
 
 Layer = list[Weight]
-"""One per order."""
+"""Weights of one layer, one per order."""
 
 
 def _weights(matrices: Sequence[Tensor], mmax: int, backward: bool) -> list[Weight]:
-    """Matrices as products take them; ``backward``: transposed. The last layer is residual."""
+    """Weights of the products, transposed for backward passes; the last layer is residual."""
     gated = len(matrices) - (mmax + 1)
     return [Weight(w.mT if backward else w, residual=i >= gated) for i, w in enumerate(matrices)]
 
 
-def _ready(
-    x: Tensor, matrices: Sequence[Tensor], pieces: Sequence[Tensor], mmax: int, backward: bool = False
+def _layers(
+    x: Tensor, matrices: Sequence[Tensor], parts: Sequence[Tensor], mmax: int, backward: bool = False
 ) -> list[Layer]:
-    """Layers for features like x."""
-    weights = ready(x, _weights(matrices, mmax, backward), pieces)
+    """Group the weights into layers and prepare them for products with features like x."""
+    weights = prepare(x, _weights(matrices, mmax, backward), parts)
     return [weights[i : i + mmax + 1] for i in range(0, len(weights), mmax + 1)]
 
 
@@ -169,17 +181,18 @@ def _value(
     x: Tensor,
     matrices: list[Tensor],
     gates: list[Tensor],
-    pieces: list[Tensor],
+    parts: list[Tensor],
     lmax: int,
     mmax: int,
     keep: bool,
 ) -> list[Tensor]:
-    """y, the products u of the gated layers, and (keep) the input of the last layer.
+    """Stage 0: y, the products u of the gated layers, and with ``keep`` the input of the last layer.
 
-    Those of the layers between are computed backwards from it, which takes less time and memory than keeping them.
+    Inputs of the layers in between are recomputed backwards from the last one, which takes less time and memory than
+    saving them.
     """
     layout, us = EdgeLayout(lmax, mmax), []
-    *gated, last = _ready(x, matrices, pieces, mmax)
+    *gated, last = _layers(x, matrices, parts, mmax)
     for layer, g in zip(gated, gates, strict=True):
         us.append(order_matmul(x, layer))
         x = gate.value(x, us[-1], g, layout)
@@ -191,21 +204,21 @@ def _vjp(
     us: list[Tensor],
     matrices: list[Tensor],
     gates: list[Tensor],
-    pieces: list[Tensor],
+    parts: list[Tensor],
     lmax: int,
     mmax: int,
     keep: bool,
 ) -> list[Tensor]:
-    """Gradient of x, and (keep) of the results of all layers but the last."""
+    """Stage 1: the gradient of x, and with ``keep`` the gradients of the results of the gated layers."""
     layout = EdgeLayout(lmax, mmax)
-    *gated, last = _ready(a, matrices, pieces, mmax, backward=True)
+    *gated, last = _layers(a, matrices, parts, mmax, backward=True)
     a = order_matmul(a, last)
     kept = []
     for layer, g, u in zip(reversed(gated), reversed(gates), reversed(us), strict=True):
         kept.append(a)
         du, _ = gate.vjp(a, u, g, layout, sums=False)
         a = order_matmul(du, layer, add=a, overwrite=not keep)
-        del du  # makes room for the next one
+        del du  # frees memory for the next layer's
     return [a, *(kept[::-1] if keep else [])]
 
 
@@ -214,13 +227,13 @@ def _tangent(
     us: list[Tensor],
     matrices: list[Tensor],
     gates: list[Tensor],
-    pieces: list[Tensor],
+    parts: list[Tensor],
     lmax: int,
     mmax: int,
 ) -> list[Tensor]:
-    """Change of y where x changes by d; those of the products u, and of the input that `_value` keeps."""
+    """Stage 2: the changes of y, of the products u and of the last layer's input, if x changes by d."""
     layout, vs = EdgeLayout(lmax, mmax), []
-    *gated, last = _ready(d, matrices, pieces, mmax)
+    *gated, last = _layers(d, matrices, parts, mmax)
     for layer, g, u in zip(gated, gates, us, strict=True):
         vs.append(order_matmul(d, layer))
         d = gate.tangent(d, vs[-1], u, g, layout)
@@ -236,36 +249,41 @@ def _joint(
     vs: list[Tensor],
     matrices: list[Tensor],
     gates: list[Tensor],
-    pieces: list[Tensor],
+    parts: list[Tensor],
     lmax: int,
     mmax: int,
 ) -> list[Tensor]:
-    """Gradient of x and, if ``xs`` is given, of the matrices and the gates.
+    """Stage 3: the gradient of x and, if ``xs`` is not empty, those of the matrices and the gates.
 
-    Without ``grads``, ``ds`` and ``vs`` those of <b, y> alone.
+    If ``grads``, ``ds`` and ``vs`` are empty, <b, y> alone is differentiated.
 
     Args:
         b: Gradient of y in the last backward pass.
-        xs: Inputs of the first and the last layer; one if they are the same.
+        xs: Inputs of the first and the last layer; one tensor if there is one layer.
         us: Products of the gated layers.
-        grads: Gradients of the results of the layers in the backward pass of the forces.
-        ds: Changes of these inputs in stage 2.
-        vs: Changes of the products.
-        matrices: Weights.
+        grads: Gradients of the results of the layers in the backward pass that yields the forces.
+        ds: Changes of the inputs ``xs`` in stage 2.
+        vs: Changes of the products in stage 2.
+        matrices: Matrices of all layers, one per order.
         gates: Weights of the gates.
-        pieces: Of the matrices, see `dpa4.ops.split_matmul.split`; none where products are ordinary ones.
+        parts: Split parts of the matrices, see `dpa4.ops.split_matmul.split`; empty for ordinary products.
         lmax: Largest degree.
         mmax: Largest order.
+
+    Returns:
+        The gradient of x; then, if ``xs`` is not empty, those of the matrices and of the gates, each from the first
+        layer to the last.
     """
     layout, c = EdgeLayout(lmax, mmax), b.shape[-1] // EdgeLayout(lmax, mmax).total
-    layers = _ready(b, matrices, pieces, mmax, backward=True)
+    layers = _layers(b, matrices, parts, mmax, backward=True)
     of_matrices: list[list[Tensor]] = []
     of_gates: list[Tensor] = []
     inputs = _inputs_backwards(xs, ds, us, vs, gates, layout) if xs else None
     for t in reversed(range(len(layers))):
         x, d = (None, None) if inputs is None else next(inputs)
+        # Pairs of tensors whose products, summed over the edges, are the gradients of the weights. The term <b, y>
+        # gives (x, du), the term <c, g J> gives (d, da).
         for_matrices: list[tuple[Tensor, Tensor]] = []
-        # Pairs of tensors whose products, summed over the edges, are the gradients of the weights.
         if t == len(layers) - 1:
             du, for_gates = b, []
             for_matrices += [(d, grads[t])] if d is not None else []
@@ -296,7 +314,11 @@ def _inputs_backwards(
     gates: list[Tensor],
     layout: EdgeLayout,
 ) -> Iterator[tuple[Tensor, Maybe]]:
-    """Inputs of the layers and their changes, from the last layer to the first, rebuilt where they were not kept."""
+    """Inputs of the layers and their changes, from the last layer to the first.
+
+    Those of the first and the last layer were saved. Those in between are recovered by inverting the gated updates;
+    all but the first such step may overwrite the tensors of the step before.
+    """
     last = len(gates)
     x, d = xs[-1], ds[-1] if ds else None
     yield x, d
@@ -316,7 +338,7 @@ def _sum_of_products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     return total
 
 
-# The operators. What tracing sees are results without values.
+# The operators. Tracing calls the functions `_new_...`, which return uninitialised results.
 
 
 def _new_value(x: Tensor, matrices: list[Tensor], gates: list[Tensor], *others: Any) -> list[Tensor]:
@@ -346,7 +368,7 @@ def _new_joint(
     vs: list[Tensor],
     matrices: list[Tensor],
     gates: list[Tensor],
-    pieces: list[Tensor],
+    parts: list[Tensor],
     lmax: int,
     mmax: int,
 ) -> list[Tensor]:
@@ -356,10 +378,10 @@ def _new_joint(
 def _on_cpu(
     stage: Callable[..., list[Tensor]], new: Callable[..., list[Tensor]]
 ) -> Callable[..., list[Tensor]]:
-    """Wrap a stage so that its C++ kernel runs where there is one."""
+    """Wrap a stage so that its C++ kernel runs where it is available."""
 
     def run(x: Tensor, *others: Any) -> list[Tensor]:
-        *_, lmax, mmax = (o for o in others if type(o) is int)
+        *_, lmax, mmax = (o for o in others if type(o) is int)  # `keep`, which may follow, is a bool
         if not available.cpp(x.shape[-1] // EdgeLayout(lmax, mmax).total, x):
             return stage(x, *others)
         out = new(x, *others)

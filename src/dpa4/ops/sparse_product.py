@@ -1,12 +1,14 @@
-r"""Bilinear maps of few terms, on a CPU: the three functions of one trilinear form.
+r"""Sparse bilinear maps: products given by a list of terms, with derivatives of any order.
 
 .. math:: T(a, b, g) = \sum_n \sum_t s_t\, \langle a_{n, i_t}\, b_{n, j_t},\, g_{n, k_t} \rangle
 
-with a (n, A, c), b (n, B, c) and g (n, G, c), entry by entry in the last axis. The map of a and b is the derivative
-of T by g. Its own derivatives are those by a and b, so one operator with its indices exchanged serves to any order.
+with a (n, A, c), b (n, B, c) and g (n, G, c), multiplied entry by entry along the last axis. The map of a and b is
+the derivative of this trilinear form T with respect to g. The derivatives of the map are the derivatives of T with
+respect to a and b: the same operator with permuted indices. One operator therefore serves all orders of
+differentiation.
 
-Elsewhere than on a CPU a compiler merges the plain formulas that such maps stand for, or products with matrices are
-faster.
+The operator exists for CPUs only. On a GPU a compiler fuses the plain formulas of such maps, or dense matrix products
+are faster.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +24,14 @@ from dpa4.ops.second_order import needs_gradient
 
 
 class Terms(NamedTuple):
-    """Which entries are multiplied."""
+    """Terms of a sparse bilinear map: the entries that are multiplied, and their coefficients."""
 
-    indices: Tensor  # i, j and k of every term, (3, T) int32
-    scale: Tensor  # s, (T,)
+    indices: Tensor  # i, j and k of every term: rows of a, b and the result, (3, T) int32
+    scale: Tensor  # coefficient s of every term, (T,)
 
     @classmethod
     def of(cls, coefficients: Tensor) -> Self:
-        """From a dense tensor (G, A, B) float64; entries below 1e-12 are zeros with rounding errors."""
+        """Build from a dense tensor (G, A, B) float64; entries below 1e-12 are rounding errors and dropped."""
         coefficients = torch.where(coefficients.abs() < 1e-12, 0, coefficients)
         result, first, second = coefficients.nonzero(as_tuple=True)
         return cls(torch.stack([first, second, result]).int(), coefficients[result, first, second])
@@ -38,12 +40,15 @@ class Terms(NamedTuple):
     def of_products(
         cls, formula: Callable[[Tensor, Sequence[Tensor]], Tensor], left: int, rights: Sequence[torch.Size]
     ) -> Self:
-        """Those of a formula each entry of whose result is one product, found by applying it to numbered entries.
+        """Build from a formula in which each entry of the result is a single product of an entry of a and one of b.
+
+        The formula is applied to tensors whose entries are numbered 1, 2, ...: dividing the result by the coefficient
+        gives the number of the entry that was multiplied.
 
         Args:
-            formula: A tensor (E, ...) of a (E, A) and several b (E, ...), in plain operations.
-            left: A.
-            rights: Shape of every b, without the axis of the edges.
+            formula: Function in plain operations that maps a, (E, A), and several b, (E, ...), to a tensor (E, ...).
+            left: Number of entries A.
+            rights: Shape of each b, without the axis of the edges.
         """
         sizes = [shape.numel() for shape in rights]
 
@@ -73,8 +78,7 @@ def sparse_product(
         b: Second factor.
         terms: Non-zero coefficients of the map.
         size: Rows of the result.
-        dense: The same map in plain operations, for tensors without a kernel: on a GPU a compiler fuses them, or
-            products with matrices are faster.
+        dense: The same map in plain operations, for tensors that the kernel does not support.
     """
     return either(lambda: apply_terms(a, b, terms, size), lambda: dense(a, b), a.shape[-1], a, b)
 
@@ -82,24 +86,25 @@ def sparse_product(
 def either(sparse: Callable[[], Tensor], dense: Callable[[], Tensor], width: int, *factors: Tensor) -> Tensor:
     """Return ``sparse()`` if there is a kernel for sparse products of the factors, and ``dense()`` otherwise.
 
-    Both compute the same. Use it where the dense form differs in more than the product, else `sparse_product`.
+    Both compute the same result. Use this function where the two forms differ in more than the product, and
+    `sparse_product` otherwise.
 
     Args:
-        sparse: Form that calls `sparse_product` or `apply_terms`.
-        dense: Form in plain operations.
-        width: Length of the last axis of the factors of the sparse form.
-        *factors: Tensors whose device and dtype decide.
+        sparse: Function that calls `sparse_product` or `apply_terms`.
+        dense: Function in plain operations.
+        width: Length of the last axis of the factors in the sparse form.
+        *factors: Tensors whose device and dtype must be supported.
     """
     return sparse() if available.cpp_sparse_product(width, *factors) else dense()
 
 
 def apply_terms(a: Tensor, b: Tensor, terms: Terms, size: int) -> Tensor:
-    """Evaluate the map by its terms on any device: (n, A, c), (n, B, c) -> (n, size, c)."""
+    """Evaluate the map by its terms, on a CPU with or without the kernel: (n, A, c), (n, B, c) -> (n, size, c)."""
     return _Bilinear.apply(a, b, *terms, (0, 1, 2), size)
 
 
 class _Bilinear(torch.autograd.Function):
-    """``roles``: which indices of the terms are those of a, of b and of the result."""
+    """The map; ``roles`` are the rows of the indices that belong to a, to b and to the result."""
 
     @staticmethod
     def forward(
@@ -123,9 +128,8 @@ def _bilinear(
 ) -> Tensor:
     out = _new(a, b, index, scale, first, second, result, size)
     scale = scale.to(a.dtype)
-    if not available.cpp_sparse_product(
-        a.shape[2], a
-    ):  # traced where there were kernels, run where there are none
+    # Code may be traced where the kernel is available, and run where it is not.
+    if not available.cpp_sparse_product(a.shape[2], a):
         products = a[:, index[first]] * b[:, index[second]] * scale[:, None]
         return out.zero_().index_add_(1, index[result], products)
     return cpp.sparse_product(a, b, [index[role] for role in (first, second, result)], scale, out)

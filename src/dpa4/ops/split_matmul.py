@@ -1,9 +1,9 @@
-"""Matrix product of float32 accuracy that uses tensor cores where there are any.
+"""Matrix products of float32 accuracy on tensor cores.
 
-float32 units of a GPU are several times slower than its tensor cores, which multiply shorter numbers. On CUDA the
-operands are split into sums of short numbers, so that the result is as accurate as float32 (see
-`dpa4.ops.triton.split_matmul`): features on chip, weights by an operator of its own (`split`), so that whoever traces
-these products sees what depends on weights alone. Elsewhere it is the ordinary product.
+The float32 units of a GPU are several times slower than its tensor cores, which multiply 16-bit numbers. On CUDA the
+operands are split into sums of float16 numbers, so that the result is as accurate as float32 (see
+`dpa4.ops.triton.split_matmul`). Features are split inside the kernel. Weights are split by a separate operator
+(`split`), so that a trace shows that their parts depend on weights alone. On other devices the product is ordinary.
 """
 
 from collections.abc import Sequence
@@ -20,21 +20,21 @@ from dpa4.ops.weights import SplitWeight, Weight
 
 
 def precise_matmul(x: Tensor, w: Tensor) -> Tensor:
-    """x @ w, differentiable any number of times; dL/dx is again such a product, dL/dw an ordinary one.
+    """Multiply x @ w, differentiable any number of times; dL/dx is again such a product, dL/dw an ordinary one.
 
-    In float32 the error is below 1e-6 sum_k |x_k w_k| plus 1e-11 K max|x| max|w| over the row of x and the column of
-    w, on every device, for magnitudes between 1e-30 and 1e30. Other types, and mixed precision by autocast, get the
-    ordinary product.
+    In float32, on every device and for magnitudes between 1e-30 and 1e30, the error of an entry is below
+    1e-6 sum_k |x_k w_k| + 1e-11 K max|x| max|w|, with the maxima over the row of x and the column of w. For other
+    dtypes, and under autocast, the product is the ordinary one.
 
     Args:
-        x: (E, K) or (F, E, K), with any strides; fastest where the last axis is contiguous.
-        w: (K, N) or (F, K, N), with as many axes as x.
+        x: Left operand, (E, K) or (F, E, K), with any strides; fastest if the last axis is contiguous.
+        w: Right operand, (K, N) or (F, K, N), with the same number of axes as x.
 
     Returns:
-        (E, N) or (F, E, N).
+        Product, (E, N) or (F, E, N).
 
     Raises:
-        ValueError: If the shapes do not fit.
+        ValueError: If the shapes do not match.
     """
     if (
         x.dim() != w.dim()
@@ -53,48 +53,48 @@ def precise_matmul(x: Tensor, w: Tensor) -> Tensor:
 
 
 def split(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
-    """Split weights for products with features like x into the parts that `ready` expects, one weight after another.
+    """Split weights for products with features like x into the parts that `prepare` expects, two tensors per weight.
 
-    None where the products are ordinary ones.
+    The list is empty if products with x are ordinary ones.
     """
     if not available.split_product(x) or not weights:
         return []
-    pieces: list[Tensor] = torch.ops.dpa4.split_weights(
+    parts: list[Tensor] = torch.ops.dpa4.split_weights(
         [w.matrix for w in weights], [w.residual for w in weights]
     )
-    return pieces
+    return parts
 
 
-def ready(x: Tensor, weights: Sequence[Weight], pieces: Sequence[Tensor]) -> list[Weight]:
-    """Weights as `order_matmul` takes them for features of the kind of x.
+def prepare(x: Tensor, weights: Sequence[Weight], parts: Sequence[Tensor]) -> list[Weight]:
+    """Prepare weights for `order_matmul` with features like x.
 
     Args:
-        x: (F, E, W), with any strides.
-        weights: Of the products.
-        pieces: Of the weights, made by `split`.
+        x: Features, (F, E, W), with any strides.
+        weights: Weights of the products.
+        parts: Result of `split` for the same weights.
     """
-    if not pieces and x.dtype in (torch.float32, torch.float64):
-        # Shorter numbers would lose too much of a sum with 1.
+    if not parts and x.dtype in (torch.float32, torch.float64):
+        # In 16 bits the sum with the identity would round off too much of the weight.
         weights = [Weight(_plus_one(w.matrix)) if w.residual else w for w in weights]
-    if not pieces:
+    if not parts:
         return list(weights)
-    pairs = zip(pieces[::2], pieces[1::2], strict=True)
+    pairs = zip(parts[::2], parts[1::2], strict=True)
     return [w._replace(parts=SplitWeight(*pair)) for w, pair in zip(weights, pairs, strict=True)]
 
 
 def order_matmul(
     x: Tensor, weights: Sequence[Weight], add: Tensor | None = None, overwrite: bool = False
 ) -> Tensor:
-    """x times a block-diagonal matrix, plus ``add``; of the same accuracy as `precise_matmul`, not differentiable.
+    """Multiply x by a block-diagonal matrix and add ``add``; as accurate as `precise_matmul`, not differentiable.
 
     Args:
-        x: (F, E, W), contiguous.
-        weights: The blocks, (F, K_m, K_m), of together W columns.
-        add: (F, E, W), contiguous; none with residual weights.
-        overwrite: The result may take the place of ``add``.
+        x: Features, (F, E, W), contiguous.
+        weights: Blocks made by `prepare`, (F, K_m, K_m), with W columns in total.
+        add: Term that is added, (F, E, W), contiguous; must be None with residual weights.
+        overwrite: Whether the result may be written to the memory of ``add``.
 
     Returns:
-        (F, E, W), contiguous.
+        Result, (F, E, W), contiguous.
     """
     if add is not None and overwrite:
         y = add
@@ -106,7 +106,7 @@ def order_matmul(
     if weights[0].residual:
         add = x
     if add is not None and y is not add:
-        # At once: the library would copy each block of columns for itself, which takes twice as long.
+        # All columns are copied at once: the library would copy each block separately, which takes twice as long.
         y.copy_(add)
     for run, w in zip(columns_of(weights), weights, strict=True):
         _library_into(y[..., run], x[..., run], w.matrix, add is not None)
@@ -124,12 +124,14 @@ def _plus_one(w: Tensor) -> Tensor:
 
 
 def _split_into(y: Tensor, x: Tensor, blocks: Sequence[SplitWeight], add: Tensor | None) -> None:
-    """Product with a block-diagonal matrix of pieces in the place of y, which has the strides of ``add``."""
+    """Write the product with a split block-diagonal matrix to y, which has the strides of ``add``."""
     if len(blocks) > 1:
-        parts_x, parts_y = ([b.halves.shape[axis] for b in blocks] for axis in (-1, -2))
-        parts_add = [None] * len(blocks) if add is None else add.split(parts_y, -1)
-        for b, *part in zip(blocks, y.split(parts_y, -1), x.split(parts_x, -1), parts_add, strict=True):
-            _split_into(part[0], part[1], [b], part[2])
+        widths_x, widths_y = ([b.halves.shape[axis] for b in blocks] for axis in (-1, -2))
+        columns_add = [None] * len(blocks) if add is None else add.split(widths_y, -1)
+        for b, *columns in zip(
+            blocks, y.split(widths_y, -1), x.split(widths_x, -1), columns_add, strict=True
+        ):
+            _split_into(columns[0], columns[1], [b], columns[2])
         return
     from dpa4.ops.triton import split_matmul as kernels
 
@@ -137,7 +139,7 @@ def _split_into(y: Tensor, x: Tensor, blocks: Sequence[SplitWeight], add: Tensor
 
 
 def _library_into(y: Tensor, x: Tensor, w: Tensor, add: bool) -> None:
-    """Product of the library in the place of y, or added to it."""
+    """Write the product to y, or add it to y, with the library of the device (cuBLAS, MKL)."""
     if len(x) > 1:
         y.baddbmm_(x, w) if add else torch.bmm(x, w, out=y)
     elif add:
@@ -150,8 +152,8 @@ class _PreciseMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
         ctx.save_for_backward(x, w)
-        pieces = split(x, [Weight(w if w.dim() == 3 else w[None])])
-        product: Tensor = torch.ops.dpa4.precise_matmul(x, w, pieces)
+        parts = split(x, [Weight(w if w.dim() == 3 else w[None])])
+        product: Tensor = torch.ops.dpa4.precise_matmul(x, w, parts)
         return product
 
     @staticmethod
@@ -161,38 +163,38 @@ class _PreciseMatmul(torch.autograd.Function):
         return precise_matmul(grad, w.mT) if need_x else None, x.mT @ grad if need_w else None
 
 
-# The operators. What tracing sees are results without values.
+# The operators. Tracing calls the functions `_new_...`, which return uninitialised results.
 
 
-def _product(x: Tensor, w: Tensor, pieces: list[Tensor]) -> Tensor:
-    if not pieces:
+def _product(x: Tensor, w: Tensor, parts: list[Tensor]) -> Tensor:
+    if not parts:
         return torch.matmul(x, w).contiguous()
     y = x.new_empty((*x.shape[:-1], w.shape[-1]))
     x_FEK, y_FEN = (x, y) if x.dim() == 3 else (x[None], y[None])
-    _split_into(y_FEN, x_FEK, [SplitWeight(*pieces)], None)
+    _split_into(y_FEN, x_FEK, [SplitWeight(*parts)], None)
     return y
 
 
-def _new_product(x: Tensor, w: Tensor, pieces: list[Tensor]) -> Tensor:
+def _new_product(x: Tensor, w: Tensor, parts: list[Tensor]) -> Tensor:
     return x.new_empty((*x.shape[:-1], w.shape[-1]))
 
 
 def _split_weights(weights: list[Tensor], plus_one: list[bool]) -> list[Tensor]:
-    from dpa4.ops.triton import split_matmul as kernels  # triton is needed on CUDA only
+    from dpa4.ops.triton import split_matmul as kernels  # Triton is needed on CUDA only
 
-    made = _new_pieces(weights, plus_one)
-    pairs = [SplitWeight(*pair) for pair in zip(made[::2], made[1::2], strict=True)]
+    parts = _new_parts(weights, plus_one)
+    pairs = [SplitWeight(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
     kernels.split_into(pairs, weights, plus_one)
-    return made
+    return parts
 
 
-def _new_pieces(weights: list[Tensor], plus_one: list[bool]) -> list[Tensor]:
-    made = []
+def _new_parts(weights: list[Tensor], plus_one: list[bool]) -> list[Tensor]:
+    parts = []
     for w in weights:
         n_batch, inner, columns = w.shape
-        made.append(w.new_empty((2, n_batch, columns, inner), dtype=torch.float16))
-        made.append(w.new_empty((n_batch, columns)))
-    return made
+        parts.append(w.new_empty((2, n_batch, columns, inner), dtype=torch.float16))
+        parts.append(w.new_empty((n_batch, columns)))
+    return parts
 
 
 register(
@@ -202,6 +204,6 @@ register(
 )
 register(
     "split_weights(Tensor[] weights, bool[] plus_one) -> Tensor[]",
-    _new_pieces,
+    _new_parts,
     {"CompositeExplicitAutograd": _split_weights},
 )

@@ -1,4 +1,4 @@
-"""Weights of matrix products, whole and split into float16 parts."""
+"""Weights of matrix products, in full precision or split into float16 parts."""
 
 from typing import NamedTuple
 
@@ -6,17 +6,16 @@ from torch import Tensor
 
 
 class SplitWeight(NamedTuple):
-    """A matrix (F, K, N) in float16 parts, see `dpa4.ops.triton.split_matmul`."""
+    """Matrix (F, K, N) as a sum of float16 parts times a power of two, see `dpa4.ops.triton.split_matmul`."""
 
     halves: Tensor  # high and low parts, (2, F, N, K) float16
-    scale: Tensor  # power of two that each column of the product is multiplied by, (F, N)
+    scale: Tensor  # power of two by which each column of the product is multiplied, (F, N) float32
 
 
 class Weight(NamedTuple):
-    """A matrix as `dpa4.ops.split_matmul.order_matmul` expects it, see `dpa4.ops.split_matmul.ready`."""
+    """Matrix as `dpa4.ops.split_matmul.order_matmul` expects it; made by `dpa4.ops.split_matmul.prepare`."""
 
     matrix: Tensor  # (F, K, N), with any strides
     residual: bool = False  # if true, x is added to the product with x
-    parts: SplitWeight | None = (
-        None  # set if the product uses split operands; a residual is then part of them
-    )
+    # Set if the product uses split operands. The parts of a residual weight include the identity.
+    parts: SplitWeight | None = None

@@ -1,1 +1,1 @@
-"""C++ kernels for a CPU: AVX2 or AVX-512, compiled on first use by the C++ compiler of the machine."""
+"""C++ kernels for CPUs with AVX2 or AVX-512, compiled on first use by the C++ compiler of the machine."""

@@ -1,6 +1,7 @@
-"""Kernels in C++ for a CPU, compiled when first needed by the compiler of the machine.
+"""Compilation and calls of the C++ kernels for CPUs.
 
-Where there is none, or on another machine than a Linux one with AVX2, plain operations run.
+The kernels are compiled on first use by the C++ compiler of the machine. Without a compiler, and on machines other
+than Linux with AVX2, plain operations run instead.
 """
 
 import ctypes
@@ -22,31 +23,31 @@ from dpa4.system import atomic_write
 
 _FOLDER = Path(__file__).parent
 _ARCHITECTURES = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
-"""Instructions to compile for, by what PyTorch says the CPU can do."""
+"""Argument of -march by the capability of the CPU that PyTorch reports."""
 
 _LOG = logging.getLogger(__name__)
 
 
 @cache
 def compiles() -> bool:
-    """Compile all sources, or load what was compiled before; return whether that worked, with a warning if not."""
+    """Compile all sources, or load them from the cache; return whether that worked, and log a warning if not."""
     try:
         for source in _SOURCES:
             _library(source)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
-        _LOG.warning("the kernels for a CPU could not be compiled, slower operations run: %s", reason)
+        _LOG.warning("the C++ kernels for CPUs could not be compiled, slower operations run: %s", reason)
         return False
     return True
 
 
 def is_supported_machine() -> bool:
-    """Return whether the kernels are written for this operating system and processor."""
+    """Return whether the kernels support this operating system and processor."""
     return platform.system() == "Linux" and _architecture() is not None
 
 
 def compiler() -> str | None:
-    """Path of a C++ compiler, or None."""
+    """Path of the first C++ compiler found, or None."""
     return next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
 
 
@@ -54,7 +55,7 @@ _NAMES = {torch.float32: "float", torch.float64: "double"}
 
 
 def function(source: str, name: str, dtype: torch.dtype) -> Callable[..., None]:
-    """A function of a program, for tensors of a dtype of `_NAMES`."""
+    """Look up a function of a compiled source file, for float32 or float64."""
     found: Callable[..., None] = getattr(_library(source), f"{name}_{_NAMES[dtype]}")
     return found
 
@@ -62,7 +63,15 @@ def function(source: str, name: str, dtype: torch.dtype) -> Callable[..., None]:
 def call(
     source: str, name: str, dtype: torch.dtype, sizes: ctypes.Structure, arguments: Sequence[Any]
 ) -> None:
-    """Call a `function` with sizes and contiguous tensors, lists of them, or None."""
+    """Call a function of a source file.
+
+    Args:
+        source: Name of the source file.
+        name: Name of the function without its suffix for the dtype.
+        dtype: float32 or float64.
+        sizes: Structure that the function receives first, by address.
+        arguments: Contiguous tensors, lists of contiguous tensors, or None; passed by address.
+    """
     addresses = [pointers(a) if isinstance(a, list) else _pointer(a) for a in arguments]
     function(source, name, dtype)(ctypes.byref(sizes), *addresses)
 
@@ -72,7 +81,10 @@ def _pointer(t: Tensor | None) -> ctypes.c_void_p:
 
 
 def pointers(tensors: Sequence[Tensor]) -> ctypes.c_void_p:
-    """Address of the addresses of contiguous tensors, which lives as long as it; null where there are no tensors."""
+    """Pointer to an array of the tensors' addresses, or a null pointer if there are no tensors.
+
+    The returned object keeps the array alive, but not the tensors.
+    """
     array = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
     return ctypes.cast(array, ctypes.c_void_p) if tensors else ctypes.c_void_p()
 
@@ -92,13 +104,13 @@ def _library(source: str) -> ctypes.CDLL:
     digest = hashlib.sha256(text + version + " ".join(command).encode()).hexdigest()[:32]
     file = _cache() / f"{Path(source).stem}-{digest}.so"
     if not file.exists():
-        _LOG.info("compiling %s for this CPU, once", source)
+        _LOG.info("compiling %s for this CPU (first use)", source)
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder, atomic_write(file) as path:
-            made = str(Path(folder) / "made.o")
-            _run([*command, "-c", str(_FOLDER / source), "-o", made])
-            # Without a library of threads: PyTorch's own, which it has loaded for all, is to be the only one.
-            _run([command[0], "-shared", made, "-o", str(path)])
+            compiled = str(Path(folder) / "kernels.o")
+            _run([*command, "-c", str(_FOLDER / source), "-o", compiled])
+            # Linked without -fopenmp: the process must have one OpenMP library, the one PyTorch has loaded globally.
+            _run([command[0], "-shared", compiled, "-o", str(path)])
     return ctypes.CDLL(str(file))
 
 
@@ -107,5 +119,5 @@ def _run(command: Sequence[str]) -> None:
 
 
 def _cache() -> Path:
-    """Folder for what was compiled: in PyTorch's cache, as a rule ~/.cache/torch."""
+    """Folder of compiled kernels in PyTorch's cache folder, usually ~/.cache/torch/dpa4."""
     return Path(torch.hub.get_dir()).parent / "dpa4"

@@ -1,4 +1,7 @@
-"""C++ kernels of the functions of `dpa4.ops.edge_products` for a CPU; arguments as there, contiguous."""
+"""C++ kernels of `dpa4.ops.edge_products` for CPUs.
+
+Arguments are those of the functions there; all tensors are contiguous. Each kernel writes to ``out`` and returns it.
+"""
 
 import ctypes
 
@@ -16,19 +19,16 @@ class _Sizes(ctypes.Structure):
 
 
 def edge_matmul(a: Tensor, x: Tensor, index: Tensor, out: Tensor) -> Tensor:
-    """Fill ``out``."""
     _call("edge_matmul", _sizes(a, x, len(x)), a, x, index, out)
     return out
 
 
 def scatter_matmul(a: Tensor, g: Tensor, order: Tensor | None, offsets: Tensor, out: Tensor) -> Tensor:
-    """Fill ``out``."""
     _call("scatter_matmul", _sizes(a, g, len(out)), a, g, order, offsets, out)
     return out
 
 
 def edge_outer(g: Tensor, x: Tensor, index: Tensor, out: Tensor) -> Tensor:
-    """Fill ``out``."""
     _call("edge_outer", _sizes(out, x, len(x)), g, x, index, out)
     return out
 

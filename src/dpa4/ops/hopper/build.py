@@ -1,4 +1,4 @@
-"""Kernels in CUDA C++, compiled when first needed by the compiler that comes with PyTorch (NVRTC)."""
+"""Compilation and launch of CUDA C++ kernels, by the compiler that comes with PyTorch (NVRTC)."""
 
 import ctypes
 import hashlib
@@ -16,13 +16,13 @@ _SHARED_MEMORY_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 class Kernel:
-    """A kernel on the device that was current when it was loaded.
+    """Kernel, loaded on the current device.
 
     Args:
-        source: File of the program.
-        name: Of the kernel, which is declared ``extern "C"``.
-        threads: Of a block.
-        shared_memory: Bytes of a block, all of it dynamic.
+        source: Source file.
+        name: Name of the kernel, which is declared ``extern "C"``.
+        threads: Threads per block.
+        shared_memory: Bytes of dynamic shared memory per block.
     """
 
     def __init__(self, source: Path, name: str, threads: int, shared_memory: int):
@@ -33,7 +33,7 @@ class Kernel:
         _check(_driver().cuFuncSetAttribute(self._function, _SHARED_MEMORY_SIZE, shared_memory))
 
     def __call__(self, blocks: int, arguments: Sequence[Any]) -> None:
-        """Launch on the current stream; arguments are tensors and values of ctypes."""
+        """Launch on the current stream; arguments are tensors, passed by address, and ctypes values."""
         values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -46,14 +46,14 @@ class Kernel:
 
 @cache
 def _module(source: Path, device: int) -> ctypes.c_void_p:
-    torch.cuda.current_stream()  # a context exists
+    torch.cuda.current_stream()  # creates the context of the device
     module = ctypes.c_void_p()
     _check(_driver().cuModuleLoadData(ctypes.byref(module), _code(source)))
     return module
 
 
 def _code(source: Path) -> bytes:
-    """Machine code for Hopper GPUs, kept in a file beside the compiler's cache."""
+    """Machine code for Hopper GPUs, cached in a file in Inductor's cache folder."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir  # imports Triton
 
     text = source.read_bytes()
@@ -68,11 +68,11 @@ def _code(source: Path) -> bytes:
 
 
 def compile_cuda(text: bytes, name: str) -> bytes:
-    """Compile a program for compute capability 9.0, its own instructions included; takes no GPU.
+    """Compile a source text for sm_90a: compute capability 9.0 with its own instructions. Needs no GPU.
 
     Raises:
-        RuntimeError: With what the compiler says, if it fails.
-        OSError: If there is no compiler.
+        RuntimeError: If compilation fails; the message is the compiler's log.
+        OSError: If NVRTC is not found.
     """
     compiler, program = _compiler(), ctypes.c_void_p()
     compiler.nvrtcCreateProgram(ctypes.byref(program), text, name.encode(), 0, None, None)
@@ -96,11 +96,11 @@ def _compiler() -> ctypes.CDLL:
     name = f"libnvrtc.so.{str(torch.version.cuda).partition('.')[0]}"
     try:
         return ctypes.CDLL(name)
-    except OSError:  # where PyTorch has not loaded it: among the packages that it demands
+    except OSError:  # not loaded by PyTorch: look in the packages that PyTorch depends on
         packages = importlib.util.find_spec("nvidia")
         for folder in (packages.submodule_search_locations or []) if packages else []:
             for file in Path(folder).glob(f"*/lib/{name}"):
-                for other in file.parent.glob("libnvrtc-builtins.so*"):  # which it looks for by name
+                for other in file.parent.glob("libnvrtc-builtins.so*"):  # NVRTC looks it up by name
                     ctypes.CDLL(str(other))
                 return ctypes.CDLL(str(file))
         raise

@@ -1,9 +1,9 @@
-"""The stack of SO(2) layers and its derivative by the features, each in one kernel for Hopper GPUs (docs/adr/0017).
+"""Whole stacks of SO(2) layers, and their derivative with respect to features, in one kernel each for Hopper GPUs.
 
-The kernels are written in CUDA C++ (`so2_stack.cu`). Weights come to them as streams of bytes, in the order and
-arrangement in which the tensor cores take them, which `pack` makes: two streams, one for each half of the channels.
-They compute in float32 from pieces of float16 (see `dpa4.ops.triton.split_matmul`), for energies and forces; training
-needs more derivatives and has the kernels of `dpa4.ops.so2_stack`.
+The kernels are written in CUDA C++ (`so2_stack.cu`, docs/adr/0017). They read weights as two streams of bytes, one
+per half of the channels, in the order and arrangement in which tensor cores use them; `pack` builds the streams.
+They reach float32 accuracy from float16 parts (see `dpa4.ops.triton.split_matmul`). They serve energies and forces;
+training needs more derivatives and uses the kernels of `dpa4.ops.so2_stack`.
 """
 
 import ctypes
@@ -19,15 +19,16 @@ from dpa4.ops.layout import EdgeLayout
 from dpa4.ops.registration import register
 
 LAYOUT, CHANNELS = EdgeLayout(lmax=3, mmax=1), 64
-"""What the kernels are made for: one focus of the models of degree 3 with 64 channels: air, paper-air, paper-neo."""
+"""Supported shape: one focus stream of degree 3 with 64 channels (air, paper-air, paper-neo)."""
 
 MAX_GATES = 8
+"""Largest number of gated layers."""
 
 EDGES = 64
-"""Of a program."""
+"""Number of edges that a block of threads takes through all layers."""
 
 PADDING = EDGES - 1
-"""Edges by which what is kept is longer, so that programs need not ask how many they have."""
+"""Extra rows of saved tensors, so that every block writes EDGES rows without bounds checks."""
 
 _WIDTH = LAYOUT.total * CHANNELS
 _THREADS, _SHARED_MEMORY = 384, 232_448
@@ -38,16 +39,17 @@ _SOURCE = Path(__file__).with_name("so2_stack.cu")
 
 
 def pack(matrices: Sequence[Tensor], gates: Sequence[Tensor], backward: bool) -> list[Tensor]:
-    """Weights of a stack as its kernel takes them, the identity included in the last matrices.
+    """Pack the weights of a stack for the kernels. The identity is added to the matrices of the last layer.
 
     Args:
-        matrices: Of every layer, of orders 0 and 1, (1, K_m, K_m); that of order 1 is [[U, V], [-V, U]].
-        gates: Of every layer but the last, (1, C, lmax C).
-        backward: For the derivative.
+        matrices: For each layer, the matrices of orders 0 and 1, (1, K_m, K_m). Those of order 1 have the form
+            [[U, V], [-V, U]].
+        gates: Weights of the gates of each layer but the last, (1, C, lmax C).
+        backward: Whether the weights are for the derivative.
 
     Returns:
-        The streams (2, n), float16, and the powers of two by which products are too small, (layers, 4): of the
-        matrices of orders 0 and 1, of the gates, and 0.
+        The streams (2, n), float16; and the powers of two by which products must be multiplied, (layers, 4) float32:
+        for the matrices of order 0, of order 1, for the gates, and a zero.
     """
     layers = len(matrices) // 2
     of_order = [torch.cat(list(matrices[m::2])) for m in (0, 1)]
@@ -56,15 +58,16 @@ def pack(matrices: Sequence[Tensor], gates: Sequence[Tensor], backward: bool) ->
     zero, one, gate = (_split(w) for w in (*of_order, torch.cat(list(gates)) if gates else of_order[0][:0]))
     halves = torch.cat([t.flatten() for t, _ in (zero, one, gate)])
     scales = halves.new_zeros((layers, 4), dtype=torch.float32)
-    for column, (_, down) in enumerate((zero, one, gate)):
-        scales[: len(down), column] = down
+    for column, (_, power) in enumerate((zero, one, gate)):
+        scales[: len(power), column] = power
     return [halves[_order(layers, backward, halves.device)], scales]
 
 
 def _split(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Matrices (n, K, N) in pieces, (n, 2, K, N) float16, and the power of two that goes with each.
+    """Split matrices (n, K, N) into float16 parts (n, 2, K, N) and a power of two per matrix, (n,).
 
-    w = (high + low) * down, with the power that leaves the most room below, see `dpa4.ops.triton.split_matmul`.
+    w = (high + low) * power. The power moves the largest entry close to the end of the float16 range, so that small
+    entries keep as many bits as possible.
     """
     largest = w.abs().amax((1, 2)) if len(w) else w.new_empty(0)
     exponent = torch.frexp(largest)[1].clamp(-100, 100) - 15
@@ -75,8 +78,11 @@ def _split(w: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _order(layers: int, backward: bool, device: torch.device) -> Tensor:
-    """Which number of all pieces stands where in the streams, (2, n)."""
-    with torch.utils._python_dispatch._disable_current_modes():
+    """Permutation that arranges the parts of all weights into the two streams, (2, n) int64.
+
+    It is found by arranging the numbers 0, 1, ... in the place of the entries.
+    """
+    with torch.utils._python_dispatch._disable_current_modes():  # also while tracing, real numbers are needed
         width = (LAYOUT.lmax + 1) * CHANNELS, 2 * LAYOUT.lmax * CHANNELS, LAYOUT.lmax * CHANNELS
         shapes = [(layers, 2, n, n) for n in width[:2]] + [(layers - 1, 2, CHANNELS, width[2])]
         sizes = [torch.Size(s).numel() for s in shapes]
@@ -96,7 +102,7 @@ def _order(layers: int, backward: bool, device: torch.device) -> Tensor:
 
 
 def _product(zero: Tensor, one: Tensor, group: int) -> Iterator[Tensor]:
-    """Parts of a stream for matrices of orders 0 and 1, in pieces (2, K, K)."""
+    """Sections of a stream for the matrices of orders 0 and 1, (2, K, K) with the two float16 parts first."""
     u, v = one[:, : one.shape[1] // 2].chunk(2, dim=2)
     columns = torch.arange(LAYOUT.lmax + 1)[:, None, None] * CHANNELS + _channels(group).view(2, -1)
     runs = [columns[:-1, run].flatten() for run in (0, 1)]
@@ -110,7 +116,7 @@ def _product(zero: Tensor, one: Tensor, group: int) -> Iterator[Tensor]:
 
 
 def _gate(w: Tensor, group: int, backward: bool) -> Iterator[Tensor]:
-    """Parts of a stream for the gates of a layer in pieces (2, C, lmax C); for the derivative the transpose, too."""
+    """Sections of a stream for the gates of a layer, (2, C, lmax C); for the derivative also their transposes."""
     columns = _channels(group)
     for degree in range(LAYOUT.lmax):
         yield from _tiles(w, 0, CHANNELS, degree * CHANNELS + columns)
@@ -119,16 +125,20 @@ def _gate(w: Tensor, group: int, backward: bool) -> Iterator[Tensor]:
 
 
 def _channels(group: int) -> Tensor:
-    """Channels of a group in the order of the columns of a product: a thread has two runs of four, see the kernel."""
+    """Channels of a group in the order of the columns of a product.
+
+    Tensor cores give each thread pairs of adjacent columns in every run of eight. In this order two such pairs are
+    four adjacent channels, so that a thread holds two runs of four channels, see the kernel.
+    """
     n = torch.arange(CHANNELS // 2)
     return group * CHANNELS // 2 + n // 16 * 16 + n % 8 // 2 * 4 + n // 8 % 2 * 2 + n % 2
 
 
 def _tiles(w: Tensor, first: int, rows: int, columns: Tensor) -> Iterator[Tensor]:
-    """Some rows and columns of pieces (2, K, N), 32 rows after the other.
+    """Rows first to first + rows, and some columns, of split weights (2, K, N), as tiles of 32 rows.
 
-    In the arrangement of tensor cores: piece, column, and the 32 rows in four chunks, whose order depends on the
-    column (swizzled rows of 64 bytes).
+    The entries of a tile are arranged for tensor cores: by float16 part, by column, then the 32 rows in four chunks
+    whose order depends on the column (shared memory with rows of 64 bytes, swizzled).
     """
     n = torch.arange(len(columns))[:, None]
     chunk = (torch.arange(4) ^ (n // 2 % 4))[None, :, :, None]
@@ -141,13 +151,16 @@ def _tiles(w: Tensor, first: int, rows: int, columns: Tensor) -> Iterator[Tensor
 
 
 def value(x: Tensor, weights: Sequence[Tensor], keep: bool) -> list[Tensor]:
-    """y (1, E, W); if wanted, what `vjp` takes: the products of the gated layers, in an order that `in_rows` undoes,
-    and the largest entries of each edge.
+    """Apply the stack to features.
 
     Args:
-        x: (1, E, W), contiguous.
-        weights: Made by `pack`.
-        keep: See above.
+        x: Features, (1, E, W), contiguous.
+        weights: Result of `pack`.
+        keep: Whether tensors are saved for `vjp`.
+
+    Returns:
+        y, (1, E, W); with ``keep`` also the products of the gated layers, in an order that `in_rows` undoes, and the
+        largest entry of each product and edge.
     """
     y, *kept = _new_value(x, weights, keep)
     *us, maxima = kept or [y]
@@ -156,7 +169,13 @@ def value(x: Tensor, weights: Sequence[Tensor], keep: bool) -> list[Tensor]:
 
 
 def vjp(g: Tensor, kept: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """Gradient of x from that of y, g (1, E, W); weights: made by `pack`, ``backward``."""
+    """Compute the gradient of x, (1, E, W).
+
+    Args:
+        g: Gradient of y, (1, E, W).
+        kept: Tensors saved by `value`.
+        weights: Result of `pack` with ``backward``.
+    """
     g = g.contiguous()
     dx = torch.empty_like(g)
     *us, maxima = kept
@@ -165,11 +184,19 @@ def vjp(g: Tensor, kept: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
 
 
 def in_rows(u: Tensor, edges: int) -> Tensor:
-    """Products kept by `value` as edge features (1, E, W)."""
+    """Rearrange products saved by `value` to edge features (1, E, W)."""
     tiles, blocks = -(-edges // EDGES), LAYOUT.total
-    # Of every 64 edges: group; block, degree by degree; bit 3 of the edge; run; bits 4, 5; bits 0 to 2; quad; four.
+    # The kernel writes each thread's entries as float4, in the order of the threads. For every 64 edges the axes are:
+    #   1 group of warps = half of the channels (2)    2 row of the edge frame, degree by degree (10)
+    #   3 bit 3 of the edge (2)                        4 run of four channels (2)
+    #   5 bits 4 and 5 of the edge (4), the warp       6 bits 0 to 2 of the edge (8)
+    #   7 quad of the thread in its warp (4)           8 channel in the run (4)
+    # The edge is (bits 4 and 5, bit 3, bits 0 to 2) = axes 5, 3, 6, and the channel (group, run, quad, entry) = axes
+    # 1, 4, 7, 8.
     u = u.flatten()[: tiles * EDGES * _WIDTH].view(tiles, 2, blocks, 2, 2, 4, 8, 4, 4)
     u = u.permute(0, 5, 3, 6, 2, 1, 4, 7, 8).reshape(-1, blocks, CHANNELS)
+    # Degree by degree means: degree 0; then for each degree its orders 0, -1, +1. Row b of the layout, b > 0, has
+    # degree 1 + (b - 1) % lmax and is the (b - 1) // lmax-th order of it.
     order = [0, *(1 + 3 * ((b - 1) % LAYOUT.lmax) + (b - 1) // LAYOUT.lmax for b in range(1, blocks))]
     return u[:edges, order].reshape(1, edges, -1)
 
@@ -203,13 +230,13 @@ def _launch(
         _kernel(name, device)(blocks, [x, y, pointers, maxima, streams, scales, *sizes])
 
 
-# The operators. What tracing sees are results without values.
+# The operators. Tracing calls the functions `_new_...`, which return uninitialised results.
 
 
 def _new_pack(matrices: list[Tensor], gates: list[Tensor], backward: bool) -> list[Tensor]:
     c, layers = CHANNELS, len(matrices) // 2
     product = ((LAYOUT.lmax + 1) * c) ** 2 + 2 * (LAYOUT.lmax * c) ** 2
-    # Two pieces of everything, divided between two streams.
+    # Two float16 parts of every weight, divided between two streams.
     size = layers * product + len(gates) * LAYOUT.lmax * c * c * (1 + backward)
     return [
         matrices[0].new_empty((2, size), dtype=torch.float16),

@@ -1,4 +1,4 @@
-"""Trial of the CUDA kernels on a device before they are trusted."""
+"""Trial run of the CUDA kernels on a device before they are used."""
 
 import logging
 from functools import cache
@@ -13,20 +13,22 @@ _LOG = logging.getLogger(__name__)
 
 @cache
 def whole_stacks_work(device: torch.device) -> bool:
-    """Whether they compile and compute on a device; tried once, on a small stack."""
+    """Return whether the kernels compile and give right results on a device; tried once, on a small stack."""
     with torch.utils._python_dispatch._disable_current_modes():
         try:
-            if (error := _error(device)) < 1e-4:  # in float32 it is 1e-6
+            if (error := _error(device)) < 1e-4:  # the rounding of float32 is about 1e-6
                 return True
             reason = f"results were wrong by {error:.1g}"
-        except (OSError, RuntimeError) as caught:  # no compiler, or another one
+        except (OSError, RuntimeError) as caught:  # no compiler, or one of another version
             reason = f"{type(caught).__name__}: {caught}"
-    _LOG.warning("the kernels for whole stacks of SO(2) layers are not used, slower ones are: %s", reason)
+    _LOG.warning(
+        "the CUDA kernels for whole stacks of SO(2) layers are not used, slower kernels run: %s", reason
+    )
     return False
 
 
 def _error(device: torch.device) -> float:
-    """Of two layers and their derivative on a device, relative to the largest entries in float64 on a CPU."""
+    """Error of two layers and their derivative relative to float64 on a CPU, in units of the largest entry."""
     rng = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

@@ -1,9 +1,10 @@
-"""Triton kernels of the products of edge matrices.
+"""Triton kernels of `dpa4.ops.edge_products`.
 
-The matrices are far smaller than what a tensor core multiplies best, so all kernels are bound by memory: every
-program holds one small padded product, and the node tensor is read through the cache. Heads, rows and channels are
-constants of the compiled code; the numbers of edges and nodes are not. float32 is multiplied as three TF32 products,
-which keeps its accuracy.
+The matrices are far smaller than the tiles of tensor cores, so all kernels are bound by memory bandwidth. Each
+program computes one small padded product, and the node tensor is read through the cache. Heads, rows and channels are
+compile-time constants; the numbers of edges and nodes are not. float32 operands are multiplied as three TF32
+products, which keeps float32 accuracy. Letters follow `dpa4.ops.edge_products`: H heads, M rows and K columns of a
+matrix, C channels per head.
 """
 
 import torch
@@ -12,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 SMALLEST = 16
-"""Least edge of a tile on every tensor core."""
+"""Smallest side of a tile of tensor cores."""
 
 
 @triton.jit
@@ -30,7 +31,7 @@ def _edge_matmul(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    pair = tl.program_id(0).to(tl.int64)  # of edge and head
+    pair = tl.program_id(0).to(tl.int64)  # (edge, head), flattened
     edge, head = pair // H, pair % H
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -63,7 +64,7 @@ def _edge_outer(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    pair = tl.program_id(0).to(tl.int64)  # of edge and head
+    pair = tl.program_id(0).to(tl.int64)  # (edge, head), flattened
     edge, head = pair // H, pair % H
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -128,7 +129,7 @@ def _scatter_matmul(
 
 
 def edge_matmul(a: Tensor, x: Tensor, index: Tensor) -> Tensor:
-    """`dpa4.ops.edge_products.edge_matmul` without the derivative; a program is a warp for one edge and head."""
+    """Compute `dpa4.ops.edge_products.edge_matmul`; a program is one warp for one edge and head."""
     a, x = a.contiguous(), x.contiguous()
     E, H, M, K = a.shape
     C = x.shape[2] // H
@@ -143,7 +144,7 @@ def edge_matmul(a: Tensor, x: Tensor, index: Tensor) -> Tensor:
 
 
 def edge_outer(g: Tensor, x: Tensor, index: Tensor, heads: int) -> Tensor:
-    """`dpa4.ops.edge_products.edge_outer` without the derivative; a program is a warp for one edge and head."""
+    """Compute `dpa4.ops.edge_products.edge_outer`; a program is one warp for one edge and head."""
     g, x = g.contiguous(), x.contiguous()
     E, M = g.shape[:2]
     K, H, C = x.shape[1], heads, x.shape[2] // heads
@@ -158,9 +159,9 @@ def edge_outer(g: Tensor, x: Tensor, index: Tensor, heads: int) -> Tensor:
 
 
 def scatter_matmul(a: Tensor, g: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
-    """`dpa4.ops.edge_products.scatter_matmul` without the derivative.
+    """Compute `dpa4.ops.edge_products.scatter_matmul`.
 
-    A program walks the edges of one node, for one head and a block of channels: no atomics.
+    A program adds the edges of one node, for one head and a block of channels, so no atomics are needed.
     """
     a, g = a.contiguous(), g.contiguous()
     H, M, K = a.shape[1:]
@@ -179,9 +180,9 @@ def scatter_matmul(a: Tensor, g: Tensor, order: Tensor | None, offsets: Tensor) 
 
 
 def _tile(size: int, largest: int) -> int:
-    """Edge of a tile for an axis of this size."""
+    """Side of a tile for an axis of this size."""
     return max(SMALLEST, min(largest, triton.next_power_of_2(size)))
 
 
 def _precision(x: Tensor) -> str:
-    return "tf32x3" if x.dtype == torch.float32 else "tf32"  # the latter without meaning for 16-bit numbers
+    return "tf32x3" if x.dtype == torch.float32 else "tf32"  # "tf32" has no effect on 16-bit operands

@@ -1,11 +1,25 @@
 """Triton kernels of `dpa4.ops.gate`: each reads and writes every edge tensor once.
 
-A program holds the features of a few edges. It computes the gates of one degree after another from the scalars,
-which are a small product on tensor cores, and works on the rows of that degree. float32 is multiplied as three TF32
-products, which keeps its accuracy; all other arithmetic is in float32.
+A program holds a few edges. Degree by degree it computes the gates from the scalars, a small product on tensor cores,
+and then processes the rows of that degree. float32 operands are multiplied as three TF32 products, which keeps
+float32 accuracy; all other arithmetic is in float32.
 
-The rows of the edge frame (`EdgeLayout`) run over degrees 0..LMAX of order 0, then over degrees k..LMAX of order -k
-and of order +k for k = 1..MMAX; each is C channels wide.
+The rows of the edge frame (`EdgeLayout`) are degrees 0..LMAX of order 0, then degrees k..LMAX of order -k and of
+order +k for k = 1..MMAX; each is C channels wide.
+
+Variables of the kernels and the formula of `dpa4.ops.gate`, for the degree l of the loop:
+
+    s, v_s, a_s, b_s   first row of u, v, a and b (scalars); u_r, a_r, b_r, ... are the other rows, one at a time
+    gate               sigma_l, the sigmoid of z_l = s G_l
+    first              sigma'_l = gate (1 - gate); the second derivative of the sigmoid is first (1 - 2 gate)
+    zeta               change of z_l if u changes by v: v_s for degree 0, v_s G_l above
+    slope              sigma'_l zeta, the change of sigma_l, in `_gate_tangent` and `_gate_undo`
+    h                  sum over the rows of degree l of a_r u_r
+    both               sum over the rows of degree l of b_r u_r + a_r v_r
+    slope              p_l = sigma'_l h, in `_gate_vjp` and `_gate_joint`
+    second             q_l = sigma'_l (both + zeta h (1 - 2 gate))
+    total, total_a     first row of a D; rows of degree l add p_l G_l^T
+    total_u            first row of the derivative with respect to u; rows of degree l add q_l G_l^T
 """
 
 from typing import Any
@@ -20,7 +34,7 @@ from dpa4.ops.layout import EdgeLayout
 
 @triton.jit
 def _row(l: tl.constexpr, k: tl.constexpr, sign: tl.constexpr, L: tl.constexpr):
-    """Place of degree l and order -k (sign 0) or +k (sign 1) among the rows of the edge frame; L = LMAX + 1."""
+    """Index of the row of degree l and order -k (sign 0) or +k (sign 1) in the edge frame; L = LMAX + 1."""
     before: tl.constexpr = 0 if k == 0 else L + (k - 1) * (2 * L - k)
     return before + sign * (L - k) + l - k
 
@@ -30,10 +44,12 @@ def _begin(
     weight, num_edges,
     LMAX: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """What belongs to this program.
+    """Indices and masks of this program.
 
-    Its edges among those of all foci, (E, 1); where their first rows are in an edge tensor, and which entries exist;
-    where the first square of the weights of its focus is, and which entries of a square exist.
+    Returns:
+        Indices of its edges among those of all focus streams, (BLOCK_E, 1); offsets of their first rows in an edge
+        tensor, and the mask of existing entries, (BLOCK_E, BLOCK_C); pointers to the weights of degree 1 of its
+        focus, a C x C square, and the mask of existing entries of a square, (BLOCK_C, BLOCK_C).
     """
     f = tl.program_id(1)
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -80,7 +96,7 @@ def _gate_vjp(
     s = tl.load(u + at, mask=mask, other=0.0)
     a_s = tl.load(a + at, mask=mask, other=0.0).to(tl.float32)
     gate = tl.sigmoid(s.to(tl.float32))
-    total = a_s * gate * (1 + s.to(tl.float32) * (1 - gate))  # a g + (a u) g'
+    total = a_s * gate * (1 + s.to(tl.float32) * (1 - gate))  # a sigma + p_0, p_0 = a s sigma'
     for l in tl.static_range(1, LMAX + 1):
         w = tl.load(weight + (l - 1) * C, mask=square, other=0.0)
         gate = tl.sigmoid(tl.dot(s, w, input_precision=PRECISION))
@@ -177,7 +193,8 @@ def _gate_joint(
     gate = tl.sigmoid(s_)
     first = gate * (1 - gate)
     h = a_s * s_
-    total_a = a_s * gate + h * first
+    total_a = a_s * gate + h * first  # a sigma + p_0
+    # b sigma + a sigma' zeta + q_0; here zeta is v_s, so that q_0 has both = zeta a + b s.
     total_u = b_s * gate + a_s * zeta * first + (zeta * a_s + b_s * s_ + zeta * h * (1 - 2 * gate)) * first
     for l in tl.static_range(1, LMAX + 1):
         w = tl.load(weight + (l - 1) * C, mask=square, other=0.0)
@@ -207,15 +224,17 @@ def _gate_joint(
     tl.store(da + at, total_a, mask=mask)
 
 
+# Launches; arguments and results are those of the functions of the same name in `dpa4.ops.gate`. A tile such as
+# (16, 2) stands for 16 edges and 2 warps per program. Tiles were tuned on an H200; the measurement was not kept.
+
+
 def value(x: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout) -> Tensor:
-    """`dpa4.ops.gate.value`."""
     y = torch.empty_like(u)
     _launch(_gate_value, (16, 2), [y], [x, u], gates, layout)
     return y
 
 
 def vjp(a: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout, sums: bool) -> tuple[Tensor, Tensor | None]:
-    """`dpa4.ops.gate.vjp`."""
     du, p = torch.empty_like(u), _per_degree(u, gates) if sums else None
     results = [du, du if p is None else p]
     _launch(_gate_vjp, (64, 4) if u.itemsize == 2 else (16, 4), results, [a, u], gates, layout, SUMS=sums)
@@ -223,7 +242,6 @@ def vjp(a: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout, sums: bool) -> 
 
 
 def tangent(d: Tensor, v: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout) -> Tensor:
-    """`dpa4.ops.gate.tangent`."""
     y = torch.empty_like(u)
     _launch(_gate_tangent, (64, 8) if u.itemsize == 2 else (16, 2), [y], [d, v, u], gates, layout)
     return y
@@ -232,7 +250,6 @@ def tangent(d: Tensor, v: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout) 
 def joint(
     b: Tensor, v: Tensor, a: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`dpa4.ops.gate.joint`."""
     du, da, q, p = torch.empty_like(u), torch.empty_like(u), _per_degree(u, gates), _per_degree(u, gates)
     _launch(_gate_joint, (16, 2) if u.itemsize == 2 else (16, 4), [du, da, q, p], [b, v, a, u], gates, layout)
     return du, da, q, p
@@ -247,7 +264,6 @@ def undo(
     layout: EdgeLayout,
     overwrite: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`dpa4.ops.gate.undo`."""
     x_new = x if overwrite else torch.empty_like(x)
     d_new = d if overwrite or d is None else torch.empty_like(d)
     tensors = [x if t is None else t for t in (x, d, x_new, d_new, v, u)]
@@ -269,7 +285,17 @@ def _launch(
     layout: EdgeLayout,
     **flags: bool,
 ) -> None:
-    """Run a kernel with so many edges and warps per program; results and edge tensors are contiguous."""
+    """Launch a kernel.
+
+    Args:
+        kernel: Kernel whose arguments are results, edge tensors, weight, sizes and blocks, in this order.
+        tile: Edges and warps per program.
+        results: Tensors that are written, contiguous.
+        edges: Edge tensors, contiguous.
+        gates: Weights of the gates, (F, C, lmax C).
+        layout: Rows of the edge frame.
+        **flags: Compile-time switches of the kernel.
+    """
     (n_focus, num_edges, width), weight = edges[0].shape, gates
     c = weight.shape[1]
     if num_edges == 0:

@@ -1,4 +1,4 @@
-"""Triton kernels of the segment sum and of the largest entries of segments."""
+"""Triton kernels of `dpa4.ops.segments`: the sum and the maximum over the edges of each node."""
 
 import torch
 import triton
@@ -45,17 +45,17 @@ def _reduce(
 
 
 def segment_sum(x: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
-    """`dpa4.ops.segments.segment_sum` without the derivative."""
+    """Compute `dpa4.ops.segments.segment_sum`; ``order`` and ``offsets`` as in `dpa4.ops.incidence.Incidence`."""
     return _reduced(x, None, order, offsets)
 
 
 def segment_max(x: Tensor, start: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
-    """`dpa4.ops.segments.segment_max`."""
+    """Compute `dpa4.ops.segments.segment_max`."""
     return _reduced(x, start, order, offsets)
 
 
 def _reduced(x: Tensor, start: Tensor | None, order: Tensor | None, offsets: Tensor) -> Tensor:
-    """Sum or, from a start on, largest entry; one program per node and block of columns."""
+    """Sum, or maximum if there is a start; one program per node and block of columns."""
     x = x.contiguous()
     num_nodes = offsets.shape[0] - 1
     out = x.new_empty(num_nodes, *x.shape[1:])

@@ -1,12 +1,11 @@
 """Triton kernels of `dpa4.ops.split_matmul`: products of float32 matrices on tensor cores, as accurate as float32.
 
-Tensor cores multiply short significands and add in float32. Every operand is therefore split into a sum of short
-pieces, and the products of pieces that matter are added (Ootomo and Yokota, arXiv:2203.03341). Two pieces of float16
-hold 22 bits; powers of two keep them inside the narrow range of float16, one per column of w, and one per row of each
-block of the inner axis of x, which saves a first pass over the row. Tensor cores truncate where float32 units round,
-so the products of the blocks are added outside of them.
-
-Importing this module imports triton.
+Tensor cores multiply numbers with short significands and add in float32. Every operand is therefore split into a sum
+of float16 parts, high and low, and the products of parts that matter are added: low * low is left out (Ootomo and
+Yokota, arXiv:2203.03341). Two float16 parts hold 22 bits. Scaling by powers of two keeps them in the narrow range of
+float16: one power per column of w, and one per row and block of the inner axis of x, which saves a first pass over
+the row. Tensor cores truncate where float32 units round, so the products of the blocks are added in ordinary float32
+arithmetic.
 """
 
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from dpa4.ops.weights import SplitWeight
 
 
 class Tile(NamedTuple):
-    """Work of one program: rows and columns of its part of y, length of a block of the inner axis."""
+    """Work of one program: rows and columns of its tile of y, length of a block of the inner axis, warps, stages."""
 
     rows: int
     columns: int
@@ -31,32 +30,32 @@ class Tile(NamedTuple):
 
 
 def default_tile(columns: int) -> Tile:
-    """Tile for so many columns of y: small enough for several programs at once on one multiprocessor."""
+    """Tile for y with this number of columns, small enough for several programs on one multiprocessor."""
     return Tile(64, 128, 32, 4, 3) if columns > 64 else Tile(128, 64, 32, 4, 3)
 
 
 def matmul(x: Tensor, w: Tensor, tile: Tile | None = None) -> Tensor:
-    """x (E, K) or (F, E, K) times w (K, N) or (F, K, N), float32, with any strides.
+    """Multiply float32 matrices with any strides.
 
     Args:
-        x: Left operand.
-        w: Right operand, with as many axes.
+        x: Left operand, (E, K) or (F, E, K).
+        w: Right operand, (K, N) or (F, K, N), with the same number of axes.
         tile: Work of one program; the default depends on N.
 
     Returns:
-        (E, N) or (F, E, N), contiguous. An infinity in x or w gives NaN.
+        Product, (E, N) or (F, E, N), contiguous. An infinity in x or w gives NaN.
     """
     y = x.new_empty((*x.shape[:-1], w.shape[-1]))
     x_FEK, w_FKN, y_FEN = (x, w, y) if x.dim() == 3 else (x[None], w[None], y[None])
-    pieces = SplitWeight(*torch.ops.dpa4.split_weights([w_FKN], [False]))
-    matmul_into(y_FEN, x_FEK, pieces, None, tile)
+    weight = SplitWeight(*torch.ops.dpa4.split_weights([w_FKN], [False]))
+    matmul_into(y_FEN, x_FEK, weight, None, tile)
     return y
 
 
 def matmul_into(
-    y: Tensor, x: Tensor, pieces: SplitWeight, add: Tensor | None, tile: Tile | None = None
+    y: Tensor, x: Tensor, weight: SplitWeight, add: Tensor | None, tile: Tile | None = None
 ) -> None:
-    """Write x w + add to y (F, E, N), which has the strides of ``add`` and contiguous rows; see `matmul`."""
+    """Write x w + add to y (F, E, N), which has contiguous rows and the strides of ``add``; see `matmul`."""
     if y.numel() == 0:
         return
     if x.stride(-1) != 1:
@@ -66,7 +65,7 @@ def matmul_into(
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns), n_batch)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _matmul[grid](
-            x, pieces.halves, pieces.scale, y, y if add is None else add,
+            x, weight.halves, weight.scale, y, y if add is None else add,
             rows, x.stride(0), x.stride(1), y.stride(0), y.stride(1), n_batch,
             INNER=inner, COLUMNS=columns, ADD=add is not None,
             BLOCK_E=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner,
@@ -74,23 +73,23 @@ def matmul_into(
         )  # fmt: skip
 
 
-def split_into(pieces: Sequence[SplitWeight], weights: Sequence[Tensor], plus_one: Sequence[bool]) -> None:
-    """Split matrices, by one launch: each takes a few microseconds, most of it waiting.
+def split_into(results: Sequence[SplitWeight], weights: Sequence[Tensor], plus_one: Sequence[bool]) -> None:
+    """Split matrices in one launch; a launch takes a few microseconds, mostly latency.
 
     Args:
-        pieces: Where to.
-        weights: (F, K, N) float32, with any strides.
-        plus_one: Whether the identity is added to a matrix.
+        results: Uninitialised results, one per matrix.
+        weights: Matrices (F, K, N), float32, with any strides.
+        plus_one: For each matrix, whether the identity is added to it before.
     """
     starts, blocks, n_batch = [0], [], len(weights[0])
     for _, inner, columns in (w.shape for w in weights):
         block_k = triton.next_power_of_2(max(inner, 1))
-        blocks.append((block_k, max(8192 // block_k, 1)))  # whole columns at once, in few enough registers
+        blocks.append((block_k, max(8192 // block_k, 1)))  # whole columns, at most 8,192 entries in registers
         starts.append(starts[-1] + triton.cdiv(columns, blocks[-1][1]))
     with torch.cuda.device_of(weights[0]):
         _split_weights[(starts[-1], n_batch)](
             tuple(weights), tuple(w.stride() for w in weights),
-            tuple(p.halves for p in pieces), tuple(p.scale for p in pieces), n_batch,
+            tuple(r.halves for r in results), tuple(r.scale for r in results), n_batch,
             STARTS=tuple(starts), BLOCKS=tuple(blocks), SIZES=tuple(tuple(w.shape[1:]) for w in weights),
             PLUS_ONE=tuple(plus_one), num_warps=4,
         )  # fmt: skip
@@ -98,10 +97,11 @@ def split_into(pieces: Sequence[SplitWeight], weights: Sequence[Tensor], plus_on
 
 @triton.jit
 def _power_of_two(largest):
-    """Powers of two (up, down), inverse of each other: largest * up is in [2^14, 2^15), or below if it is tiny.
+    """Powers of two (up, down), inverse to each other, such that largest * up is in [2^14, 2^15), or below if tiny.
 
-    float16 ends at 2^16, so this leaves the most room below.
+    float16 ends at 2^16, so small entries keep as many bits as possible.
     """
+    # Exponent field of float32, biased by 127; 268 = 127 + 127 + 14.
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 15)
     up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
     return up, ((exponent - 14) << 23).to(tl.float32, bitcast=True)
@@ -109,33 +109,33 @@ def _power_of_two(largest):
 
 @triton.jit
 def _two_halves(x):
-    """float16 pieces with x = high + low."""
+    """Float16 parts such that x = high + low."""
     high = x.to(tl.float16)
     return high, (x - high.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
 def _split_weights(
-    weights, strides, pieces, scales, n_batch,
+    weights, strides, halves, scales, n_batch,
     STARTS: tl.constexpr, BLOCKS: tl.constexpr, SIZES: tl.constexpr, PLUS_ONE: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of columns of all matrices, batch)."""
+    """Split all matrices; programs are numbered by (block of columns of any matrix, batch)."""
     program = tl.program_id(0)
     for i in tl.static_range(len(SIZES)):
         if (program >= STARTS[i]) & (program < STARTS[i + 1]):
             _split_weight(
-                weights[i], strides[i], pieces[i], scales[i], (program - STARTS[i]) * BLOCKS[i][1], n_batch,
+                weights[i], strides[i], halves[i], scales[i], (program - STARTS[i]) * BLOCKS[i][1], n_batch,
                 SIZES[i][0], SIZES[i][1], PLUS_ONE[i], BLOCKS[i][0], BLOCKS[i][1],
             )  # fmt: skip
 
 
 @triton.jit
 def _split_weight(
-    w, strides, pieces, scale, first, n_batch,
+    w, strides, halves, scale, first, n_batch,
     INNER: tl.constexpr, COLUMNS: tl.constexpr, PLUS_ONE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Columns of a matrix from ``first`` on."""
+    """Split BLOCK_N columns of a matrix from ``first`` on."""
     batch = tl.program_id(1).to(tl.int64)
     k = tl.arange(0, BLOCK_K)[:, None]
     n = first + tl.arange(0, BLOCK_N)
@@ -144,8 +144,8 @@ def _split_weight(
     tile = tl.load(at, mask=mask, other=0.0)
     if PLUS_ONE:
         tile += (k == n[None, :]).to(tl.float32)
-    out = pieces + batch * INNER * COLUMNS
-    step = n_batch * INNER * COLUMNS
+    out = halves + batch * INNER * COLUMNS
+    step = n_batch * INNER * COLUMNS  # from the high part to the low part
     up, down = _power_of_two(tl.max(tl.abs(tile), axis=0))
     high, low = _two_halves(tile * up[None, :])
     place = n[None, :] * INNER + k
@@ -156,11 +156,14 @@ def _split_weight(
 
 @triton.jit
 def _matmul(
-    x, pieces, scale, y, add, rows, stride_f, stride_e, stride_yf, stride_ye, n_batch,
+    x, halves, scale, y, add, rows, stride_f, stride_e, stride_yf, stride_ye, n_batch,
     INNER: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Program (row block and column block, batch); column blocks run first, so x comes from the cache after that."""
+    """Multiply; programs are numbered by (block of rows, block of columns) and batch.
+
+    Programs of one block of rows follow one another, so all but the first read x from the cache.
+    """
     column_blocks: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     batch = tl.program_id(1).to(tl.int64)
     first = (tl.program_id(0) // column_blocks) * BLOCK_E
@@ -170,16 +173,16 @@ def _matmul(
     inside = (first + e < rows)[:, None]
     # The origin of the tile in 64 bits, offsets inside it in 32.
     x += batch * stride_f + first.to(tl.int64) * stride_e + e[:, None] * stride_e
-    pieces += batch * INNER * COLUMNS
-    step = n_batch * INNER * COLUMNS
+    halves += batch * INNER * COLUMNS
+    step = n_batch * INNER * COLUMNS  # from the high part to the low part
 
-    # y^T = w^T x^T: of the operands of Hopper's tensor cores the second always lies in shared memory, so that the
-    # products of one block need not wait for each other when it is the one computed here.
+    # y^T = w^T x^T is computed. The second operand of Hopper's tensor cores always lies in shared memory, so the
+    # products of one block need not wait for each other if the operand computed here, x, is the second one.
     acc = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for start in range(0, INNER, BLOCK_K):
         mask_x = inside & (start + k < INNER)[None, :]
         tile = tl.load(x + (start + k)[None, :], mask=mask_x, other=0.0)
-        at = pieces + n[:, None] * INNER + (start + k)[None, :]
+        at = halves + n[:, None] * INNER + (start + k)[None, :]
         mask_w = (n < COLUMNS)[:, None] & (start + k < INNER)[None, :]
         w_high = tl.load(at, mask=mask_w, other=0.0)
         w_low = tl.load(at + step, mask=mask_w, other=0.0)
