@@ -6,14 +6,14 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from dpa4.potential.kernel_report import cpu_kernels, has_whole_stacks, triton_version, unsupported
 from rich.console import Console
 
 from dpa4.model.presets import PRESETS, preset
 from dpa4.model.so2 import FusedSO2Stack
+from dpa4.ops.available import triton_version
 from dpa4.ops.hopper import so2_stack as so2_fused
 from dpa4.potential import Potential
-from dpa4.potential.card import model_card
+from dpa4.potential.card import cpu_kernels, has_whole_stacks, model_card, unsupported
 from dpa4.potential.checkpoint import save_potential
 from dpa4.potential.deepmd.writer import export_deepmd
 from helpers import random_potential

@@ -16,11 +16,11 @@ from ase.io import read, write
 from typer.testing import CliRunner
 
 from dpa4.cli import app
+from dpa4.output import read_csv
 from dpa4.potential.checkpoint import save_potential
 from dpa4.simulation import DPA4Calculator, run_md
 from dpa4.simulation.integrators import make_integrator
 from dpa4.simulation.momenta import degrees_of_freedom, draw_momenta, temperature
-from dpa4.system import read_csv
 from helpers import crystal, molecule, random_potential
 
 
@@ -90,8 +90,8 @@ def test_files_and_statistics(tmp_path):
 
 def test_drift_of_a_table_is_its_slope(tmp_path):
     """The fit over a run whose energy is replaced by a known line."""
+    from dpa4.output import CsvLog
     from dpa4.simulation.dynamics import COLUMNS, _finish
-    from dpa4.system import CsvLog
 
     log = CsvLog(tmp_path / "thermo.csv", COLUMNS)
     for step in range(5):

@@ -21,8 +21,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from dpa4.data import read_frames
+from dpa4.output import CsvLog, read_csv
 from dpa4.potential.checkpoint import load_potential
-from dpa4.system import CsvLog, read_csv
 from dpa4.tracing.region import Region
 from dpa4.training import compilation
 from dpa4.training import trainer as trainer_module
@@ -162,7 +162,7 @@ def test_what_is_printed(data, tmp_path):
     "training",
     [
         {"optimizer": "adamw", "loss": "mse", "schedule": "cosine"},
-        {"precision": "bf16", "loss": "huber", "ema_decay": None},
+        {"precision": "fast", "loss": "huber", "ema_decay": None},
         {"batch_size": None, "max_atoms": 12, "gradient_clip": None, "virial_weight": 0},
     ],
 )
@@ -316,7 +316,7 @@ def test_resuming_a_finished_run_changes_nothing(data, tmp_path, uninterrupted):
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
-from dpa4.training.options import load_run_config
+from dpa4.training.run_file import load_run_config
 from dpa4.training.trainer import train
 train(load_run_config(sys.argv[1]), resume=sys.argv[2] == "resume")
 """
@@ -414,14 +414,14 @@ def no_compiler(model):
     raise RuntimeError("Compiler: g++ is not found.\n\nSearched in [bold]\nx\ny\nand elsewhere")
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("precision", ["high", "fast"])
 def test_compiled_training_is_checked_and_changes_nothing_else(
     data, tmp_path, monkeypatch, uninterrupted, precision
 ):
     """Weights, random numbers, order of the data and averages are those of a run without the check."""
     compile_as(monkeypatch, faithful)
     _, text = run(data, tmp_path / "run", compile=True, precision=precision)
-    allowed = {"float32": "2e-04", "bf16": "1e-01"}[precision]
+    allowed = {"high": "2e-04", "fast": "1e-01"}[precision]
     assert (
         "compiled 1 pieces in 1000 s; deviation from eager mode on the first batch: energy 0e+00, forces 0e+00, "
         f"parameter gradients 0e+00 (allowed {allowed})"
@@ -429,9 +429,9 @@ def test_compiled_training_is_checked_and_changes_nothing_else(
     found = "deviation from eager mode in evaluation on the first batch: energy 0e+00, forces 0e+00 (allowed 2e-04)"
     assert text.count(found) == 1
     assert "Compilation failed" not in text
-    if precision == "bf16":
+    if precision == "fast":
         run(data, tmp_path / "eager", precision=precision)
-    assert_same_run(uninterrupted if precision == "float32" else tmp_path / "eager", tmp_path / "run")
+    assert_same_run(uninterrupted if precision == "high" else tmp_path / "eager", tmp_path / "run")
     rows = read_csv(tmp_path / "run" / "train.csv")
     assert all(0 < float(row["seconds"]) < 500 for row in rows)
 

@@ -28,8 +28,9 @@ class Evaluator:
     for larger ones only results of the last block, and for large ones none. The first call of each variant compares
     it with eager mode, on large systems for the first atoms. If compiled code deviates from eager mode, the variant
     that stores no intermediates is tried: it consists of different kernels, so the same compiler bug is unlikely to
-    affect both. If that fails as well, a warning says why, and calculations stay in eager mode. Graphs of several structures
-    are compiled but not replayed as CUDA graphs: their sizes keep changing, and together they keep the device busy.
+    affect both. If that fails as well, a warning says why, and calculations stay in eager mode. Graphs of several
+    structures are compiled but not replayed as CUDA graphs: their sizes keep changing, and together they keep the
+    device busy.
 
     Args:
         potential: The potential, on its device and in its precision.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpa4.execution.limits import KEEP_NOTHING, KEEP_POLICIES, MAX_COMPARED_ATOMS, can_be_compiled
 from dpa4.graph import Graph, build_graph, first_atoms
-from dpa4.interfaces.ase import Model, charge_spin_of, load_model
+from dpa4.interfaces.loading import Model, charge_spin_of, load_model
 from dpa4.model.ghosts import Domain
 from dpa4.ops.incidence import Incidence
 from dpa4.system import keep_freed_memory
