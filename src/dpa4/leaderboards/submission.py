@@ -102,7 +102,7 @@ def write_submission(
         kappa: Folder of the conductivities.
         diatomics: Folder of the diatomic molecules.
         branch: Branch of a multitask checkpoint of deepmd-kit.
-        fingerprint: Required ``model`` of all runs, see ``dpa4.potential.fingerprint_of``; None only requires that all
+        fingerprint: Required ``model`` of all runs, see `dpa4.potential.fingerprint_of`; None only requires that all
             runs have the same one.
         date: Date in the names of the artifacts; None for today.
 
