@@ -31,7 +31,7 @@ def python_page(tmp_path_factory):
         [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", DOCS, folder],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=os.environ | {"PYTHONPATH": str(Path(str(dpa4.__file__)).parents[1])},  # the dpa4 of this process
     )
     assert run.returncode == 0, run.stderr
     return (folder / "python.html").read_text(encoding="utf-8")
