@@ -2,7 +2,6 @@
 
 import logging
 import time
-import warnings
 from collections.abc import Callable
 
 from dpa4.execution.limits import (
@@ -105,13 +104,8 @@ class Evaluator:
         return compared(self.potential, first_atoms(graph, MAX_COMPARED_ATOMS))
 
     def _give_up(self, error: Exception) -> None:
-        from dpa4.execution.trial import reason
+        from dpa4.execution.trial import warn_of_eager_mode
 
         self._compile = False
         self._call = self.potential.__call__
-        warnings.warn(
-            f"compilation failed, so calculations go on in eager mode, right but slower ({reason(error)}); "
-            "compile=False leaves it out",
-            RuntimeWarning,
-            stacklevel=5,
-        )
+        warn_of_eager_mode(error)
