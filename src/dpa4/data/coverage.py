@@ -1,11 +1,9 @@
-"""What training data covered: their elements, and how close atoms of each pair of elements came."""
+"""Coverage of training data: the elements, and the shortest distance between atoms of each pair of elements."""
 
 import json
 import warnings
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import combinations_with_replacement
 
 import numpy as np
@@ -20,25 +18,25 @@ from dpa4.data.frame import Frame
 from dpa4.data.summary import elements_in
 from dpa4.graph import Graph
 
-MARGIN = (
-    0.05  # Angstrom that atoms may be closer than they ever were in the data before it is worth a warning
-)
+MARGIN = 0.05  # Angstrom by which atoms may be closer than any in the data before a warning is issued
 _SIZE = len(chemical_symbols)
 
-Pair = tuple[str, str]  # chemical symbols, that of the smaller atomic number first
+Pair = tuple[str, str]  # chemical symbols, the one with the smaller atomic number first
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Elements of the training data, and the shortest distance between atoms of each pair of them."""
+    """Elements of training data, and the shortest distance between atoms of each pair of elements."""
 
-    cutoff: float  # Angstrom; distances beyond it were not looked at
+    cutoff: float  # Angstrom; longer distances are not recorded
     elements: tuple[str, ...]  # by atomic number
-    shortest: Mapping[Pair, float] | None = None  # Angstrom; no entry: beyond the cutoff; None: not known
+    shortest: Mapping[Pair, float] | None = (
+        None  # Angstrom; a missing pair is beyond the cutoff; None: unknown
+    )
 
     @property
     def text(self) -> str:
-        """Shortest distances first, such as "O-H 0.952, H-H 1.514 Å"; long lists are cut."""
+        """Shortest distances in ascending order, such as "O-H 0.952, H-H 1.514 Å"; at most twelve pairs."""
         if self.shortest is None:
             return "not known, not every structure was used"
         ascending = sorted(self.shortest.items(), key=lambda entry: entry[1])
@@ -47,7 +45,7 @@ class Coverage:
         return ", ".join(entries[:12]) + " Å" + more if entries else f"no pair within {self.cutoff:g} Å"
 
     def to_json(self) -> str:
-        """As text for a checkpoint."""
+        """Convert to JSON text for a checkpoint."""
         shortest = None
         if self.shortest is not None:
             shortest = {f"{a}-{b}": length for (a, b), length in self.shortest.items()}
@@ -55,10 +53,10 @@ class Coverage:
 
     @classmethod
     def from_json(cls, text: str) -> "Coverage":
-        """From the text of ``to_json``.
+        """Read the text written by ``to_json``.
 
         Raises:
-            ValueError: If it is something else.
+            ValueError: If the text is anything else.
         """
         try:
             found = json.loads(text)
@@ -74,43 +72,47 @@ class Coverage:
 
 
 class CoverageCollector:
-    """Finds the coverage of structures from their graphs, in any order and whenever they are built.
+    """Collects the coverage of structures from their graphs, which may be added in any order.
 
-    One thread may add graphs while another looks at what was found.
+    One thread may add graphs while another thread reads the coverage.
 
     Args:
         frames: The structures.
-        cutoff: Of the graphs, in Angstrom.
+        cutoff: Cutoff of the graphs, in Angstrom.
     """
 
     def __init__(self, frames: Sequence[Frame], cutoff: float):
-        self.frames, self.cutoff = frames, cutoff
+        self.cutoff = cutoff
         self._elements = tuple(elements_in(frames))
         self._seen = np.zeros(len(frames), dtype=bool)
-        self._squared = np.full((_SIZE, _SIZE), np.inf)
+        self._squared = np.full((_SIZE, _SIZE), np.inf)  # shortest squared distance, by atomic numbers
 
     def add(self, index: int, graph: Graph) -> None:
-        """Look at the graph of a structure, unless that was done."""
+        """Add the graph of structure ``index``; a structure that was added before is skipped."""
         if self._seen[index]:
             return
         numbers, ends = graph.atomic_numbers, (graph.source, graph.destination)
         squared = graph.edge_vectors().square().sum(1).numpy()
         np.minimum.at(self._squared, (numbers[ends[0]].numpy(), numbers[ends[1]].numpy()), squared)
-        self._seen[index] = True  # only now: another thread may look
+        self._seen[index] = True  # last, because another thread may read
 
     @property
     def complete(self) -> bool:
-        """Whether every structure was looked at."""
+        """True if every structure was added."""
         return bool(self._seen.all())
 
     @property
     def missing(self) -> NDArray[np.int64]:
-        """Indices of the structures that are still to be looked at."""
+        """Indices of the structures that were not added yet."""
         return np.flatnonzero(~self._seen)
 
     @property
     def coverage(self) -> Coverage:
-        """Of all structures; distances are not known before it is complete, since those of some would be too long."""
+        """Coverage of all structures.
+
+        The distances are unknown until every structure was added: the shortest distances of a part of the data
+        would be too long.
+        """
         if not self.complete:
             return Coverage(self.cutoff, self._elements)
         shortest = {}
@@ -120,29 +122,9 @@ class CoverageCollector:
                 shortest[pair] = float(np.sqrt(found))
         return Coverage(self.cutoff, self._elements, shortest)
 
-    def state_dict(self) -> dict[str, int | Tensor]:
-        """What was found so far, to continue from."""
-        seen = torch.from_numpy(self._seen.copy())  # first: another thread may add
-        return {"data": self._checksum, "seen": seen, "squared": torch.from_numpy(self._squared.copy())}
-
-    def load_state_dict(self, state: Mapping[str, int | Tensor]) -> None:
-        """Add what was found before, unless the structures are no longer the same."""
-        if state["data"] == self._checksum:
-            self._seen |= torch.as_tensor(state["seen"]).numpy()
-            np.minimum(self._squared, torch.as_tensor(state["squared"]).numpy(), out=self._squared)
-
-    @cached_property
-    def _checksum(self) -> int:
-        """Of everything that distances depend on."""
-        value = zlib.crc32(np.float64(self.cutoff).tobytes())
-        for frame in self.frames:
-            for array in (frame.atomic_numbers, frame.positions, frame.cell, frame.pbc):
-                value = zlib.crc32(array.tobytes(), value)
-        return value
-
 
 def coverage_of(dataset: FrameDataset, collector: CoverageCollector | None = None) -> Coverage:
-    """What a data set covers; builds the graphs that a collector, if any, has not seen.
+    """Coverage of a data set; only the graphs that are missing from the collector, if one is given, are built.
 
     Raises:
         ValueError: If a structure has no neighbour list.
@@ -155,14 +137,15 @@ def coverage_of(dataset: FrameDataset, collector: CoverageCollector | None = Non
 
 
 class CoverageMonitor:
-    """Warns, once each, of elements that training data lacked and of atoms closer than there.
+    """Warns of elements missing from the training data and of atoms closer than any in the data, once each.
 
-    Distances are compared in two steps, so that a GPU can go on with the evaluation: ``look`` starts it,
-    ``report`` waits for the result.
+    Distances are compared in two steps, so that a GPU need not wait: ``look`` starts the comparison, ``report``
+    waits for its result.
 
     Args:
-        coverages: Of the models that compute together; the narrowest decides. None warns of nothing.
-        device: Of the graphs.
+        coverages: Coverage of every model of a committee; the narrowest one decides. A model without coverage
+            (None) causes no warning.
+        device: Device of the graphs.
     """
 
     def __init__(self, coverages: Sequence[Coverage | None], device: torch.device | str = "cpu"):
@@ -179,10 +162,10 @@ class CoverageMonitor:
         self._squared = torch.from_numpy(limits**2).ravel().to(device)
         self._watch_elements = bool(self.coverages)
         self._watch_distances = bool(limits.any())
-        self._looked: tuple[Graph, Tensor] | None = None  # and whether atoms are too close
+        self._looked: tuple[Graph, Tensor] | None = None  # with a flag on the device: atoms are too close
 
     def elements(self, atomic_numbers: Tensor) -> None:
-        """Warn of elements outside the training data, at their first occurrence."""
+        """Warn at the first occurrence of an element that is not in the training data."""
         if not self._watch_elements:
             return
         present = {chemical_symbols[int(z)] for z in atomic_numbers.unique()}
@@ -197,12 +180,12 @@ class CoverageMonitor:
             )
 
     def look(self, graph: Graph) -> None:
-        """Compare distances with those of the training data."""
+        """Start comparing the distances in a graph with the training data."""
         if self._watch_distances:
             self._looked = graph, (self._excess(graph) > 0).any()
 
     def report(self) -> None:
-        """Warn of atoms closer than in the training data, at their first occurrence, if the last look found any."""
+        """Wait for the last ``look``; warn at the first occurrence of atoms closer than in the training data."""
         looked, self._looked = self._looked, None
         if looked is None or not bool(looked[1]):
             return
@@ -223,7 +206,7 @@ class CoverageMonitor:
         )
 
     def _excess(self, graph: Graph) -> Tensor:
-        """Squared limits minus squared distances of edges, (E,) in square Angstrom."""
+        """Squared limit minus squared distance of every edge, (E,), in square Angstrom; positive: too close."""
         numbers = graph.atomic_numbers
         pair = numbers[graph.source] * _SIZE + numbers[graph.destination]
         return self._squared[pair] - graph.edge_vectors().square().sum(1)
