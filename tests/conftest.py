@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,3 +68,30 @@ def compile_as(monkeypatch) -> Callable:
 def compilations(compile_as) -> list[torch.fx.GraphModule]:
     """Graphs that were to be compiled; they are run as they are."""
     return compile_as()
+
+
+@pytest.fixture(scope="session")
+def argon_file(tmp_path_factory) -> Path:
+    """Thirteen labelled structures."""
+    import ase.io
+
+    from training_runs import argon
+
+    path = tmp_path_factory.mktemp("data") / "argon.xyz"
+    ase.io.write(path, argon(13))
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(argon_file, tmp_path_factory):
+    """A training run that nothing interrupted, to look at and to compare with; copy it to change its files."""
+    from training_runs import FinishedRun, run
+
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    return FinishedRun(folder, *run(argon_file, folder))
+
+
+@pytest.fixture
+def no_learning_curve(monkeypatch):
+    """Training draws nothing, which is half of the time of a small run."""
+    monkeypatch.setattr("dpa4.training.trainer.plot_learning_curve", lambda folder: None)
