@@ -32,7 +32,7 @@ from dpa4.graph import build_graph
 from dpa4.potential import convert, load_potential, model_card, save_potential
 from dpa4.simulation import DPA4Calculator
 from dpa4.training import coverage as training_coverage
-from dpa4.training import load_run_config, train, trainer
+from dpa4.training import load_run_config, train
 from dpa4.training.coverage import RunCoverage
 from dpa4.training.prepare import prepare
 from dpa4.training.state import load_state, save_state
@@ -231,9 +231,8 @@ def labelled(seed: int) -> Atoms:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, no_figures):
     """Data of six batches in an epoch, and a validation file with an element more."""
-    monkeypatch.setattr(trainer, "plot_learning_curve", lambda folder: None)  # half of the time of a run
     write(tmp_path / "train.xyz", [labelled(seed) for seed in range(FRAMES)])
     other = labelled(90)
     other.symbols[0] = "N"

@@ -27,7 +27,7 @@ from dpa4.training.state import load_state, save_state
 from dpa4.training.trainer import Trainer, train
 from training_runs import MODEL, SILENT, Killed, argon, assert_same_run, kill_at, options, run
 
-pytestmark = pytest.mark.usefixtures("no_learning_curve")
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture

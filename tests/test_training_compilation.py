@@ -24,7 +24,7 @@ from dpa4.training.replay import ReplayedStep
 from dpa4.training.trainer import Trainer, train
 from training_runs import SILENT, Killed, assert_same_run, kill_at, options, run
 
-pytestmark = pytest.mark.usefixtures("no_learning_curve")
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 class Stand(Region):
