@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 DEMO := demo-run
 
-.PHONY: demo test slow lint env clean
+.PHONY: demo test slow lint docs env clean
 
 env: $(STAMP)
 
@@ -41,6 +41,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# HTML pages, in build/html
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/html
 
 clean:
 	rm -rf .venv $(DEMO)

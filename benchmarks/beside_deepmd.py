@@ -217,10 +217,10 @@ class Step:
         self.parameters = parameters = list(potential.parameters())
         self.optimizer = torch.optim.AdamW(parameters, 1e-4, fused=CUDA)
         self.step: Callable[[Batch], object] = self.differentiate
-        potential.model.block_autocast = torch.bfloat16 if bf16 else None
+        potential.precision = "fast" if bf16 else "high"
         if compile:
             compile_potential(potential)
-            mode = Mode(training=True, autocast=potential.model.block_autocast)
+            mode = Mode(training=True, precision=potential.precision)
             precompile(potential, [mode], self.batch.graph)
         if compile and CUDA:
             self.step = ReplayedStep(potential, self.differentiate, Recorder(self.differentiate, parameters))

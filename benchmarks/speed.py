@@ -20,9 +20,12 @@ import torch
 from ase.data import chemical_symbols
 
 from dpa4.data import Batch
-from dpa4.execution.cuda_graph import Replay, replayed_size
+from dpa4.execution.check import compare_with_eager
+from dpa4.execution.cuda_graph import Replay
+from dpa4.execution.limits import KEEP_NOTHING, KEEP_POLICIES, keep_policy
+from dpa4.execution.padding import replayed_size
 from dpa4.execution.precompile import Mode, precompile
-from dpa4.execution.regions import KINDS, compare_with_eager, compile_potential, kind_of, restore_eager
+from dpa4.execution.regions import compile_potential, restore_eager
 from dpa4.graph import Graph, build_graph, collate
 from dpa4.model.presets import preset
 from dpa4.potential import Potential
@@ -158,7 +161,7 @@ def train(base: dict, device: str, options: argparse.Namespace) -> None:
     frames, atoms = map(int, options.train.split("x"))
     potential = potential_of(options.model, device).train()
     graph = collate([structure(atoms, i) for i in range(frames)]).to(device)
-    potential.model.block_autocast = torch.bfloat16 if options.precision == "bf16" else None
+    potential.precision = options.precision or "fast"
     parameters = list(potential.parameters())
     optimizer = torch.optim.AdamW(parameters, 1e-4, fused=device == "cuda")
     energy = torch.randn(frames, dtype=torch.float64, device=device)
@@ -172,7 +175,7 @@ def train(base: dict, device: str, options: argparse.Namespace) -> None:
         optimizer.step()
 
     record = base | {"work": "train", "frames": frames, "atoms": graph.num_atoms, "edges": graph.num_edges}
-    record |= {"precision": options.precision}
+    record |= {"precision": potential.precision}
     pieces: list[tuple[str, float]] = []
     for way in options.ways:
         restore_eager(potential)
@@ -180,7 +183,7 @@ def train(base: dict, device: str, options: argparse.Namespace) -> None:
             pieces.clear()
             start = time.perf_counter()
             compile_potential(potential, lambda part, s: pieces.append((part, round(s, 1))))
-            precompiled(potential, Mode(True, potential.model.block_autocast), graph, pieces)
+            precompiled(potential, Mode(True, potential.precision), graph, pieces)
             parity = compare_with_eager(potential, graph)
             ready = {"ready_s": round(time.perf_counter() - start, 1)}  # compilation and comparison
             print(json.dumps(record | {"parity": parity} | ready), flush=True)
@@ -195,19 +198,19 @@ def train(base: dict, device: str, options: argparse.Namespace) -> None:
 def evaluate(base: dict, device: str, atoms: int, options: argparse.Namespace) -> None:
     """Time energy and forces of one structure."""
     potential = potential_of(options.model, device).eval()
-    potential.model.block_autocast = torch.bfloat16 if options.fast else None
+    potential.precision = options.precision or "high"
     graph = structure(atoms, 0, options.density).to(device)
     record = base | {"work": "energy+forces", "atoms": graph.num_atoms, "edges": graph.num_edges}
-    record |= {"precision": "fast" if options.fast else "high"}
+    record |= {"precision": potential.precision}
     pieces: list[tuple[str, float]] = []
     for way in options.ways:
         restore_eager(potential)
         if way != "eager":
             pieces.clear()
             start = time.perf_counter()
-            kind = -1 if way == "recompute" else kind_of(replayed_size(atoms) or atoms)
-            compile_potential(potential, lambda part, s: pieces.append((part, s)), KINDS[kind])
-            precompiled(potential, Mode(False, potential.model.block_autocast), graph, pieces)
+            policy = KEEP_NOTHING if way == "recompute" else keep_policy(replayed_size(atoms) or atoms)
+            compile_potential(potential, lambda part, s: pieces.append((part, s)), KEEP_POLICIES[policy])
+            precompiled(potential, Mode(False, potential.precision), graph, pieces)
             parity = compare_with_eager(potential, graph) if atoms <= 10_000 else {}
             record["compile_s"] = round(sum(s for _, s in pieces), 1)
             record["ready_s"] = round(time.perf_counter() - start, 1)
@@ -231,8 +234,7 @@ def main() -> None:
         choices=WAYS,
         help="ways to execute the model",
     )
-    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"], help="precision of training")
-    parser.add_argument("--fast", action="store_true", help="use bfloat16 products for energy + forces, too")
+    parser.add_argument("--precision", choices=["high", "fast"], help="default: fast in training, else high")
     parser.add_argument(
         "--density", type=float, default=0.06, help="atoms per cubic Angstrom; copper has 0.0847"
     )

@@ -1,9 +1,16 @@
 """One thread per test process: the suite runs in two processes, and threads that wait for each other are slow."""
 
+import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+
+# Before NumPy and SciPy load their BLAS: with a second thread, ASE's filter for cells, which solves systems of three
+# equations, takes ten times as long on a busy machine.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import torch
 
 torch.set_num_threads(1)
@@ -14,10 +21,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Nothing that was compiled or traced before is found."""
+    """Nothing that was compiled or traced before this session is found; its processes share what they make."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiler"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiler")))
-        yield
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        yield folder
 
 
 @pytest.fixture
@@ -67,3 +76,36 @@ def compile_as(monkeypatch) -> Callable:
 def compilations(compile_as) -> list[torch.fx.GraphModule]:
     """Graphs that were to be compiled; they are run as they are."""
     return compile_as()
+
+
+@pytest.fixture(scope="session")
+def argon_file(tmp_path_factory) -> Path:
+    """Thirteen labelled structures."""
+    import ase.io
+
+    from training_runs import argon
+
+    path = tmp_path_factory.mktemp("data") / "argon.xyz"
+    ase.io.write(path, argon(13))
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(argon_file, tmp_path_factory):
+    """A training run that nothing interrupted, to look at and to compare with; copy it to change its files."""
+    from training_runs import FinishedRun, run
+
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    return FinishedRun(folder, *run(argon_file, folder))
+
+
+@pytest.fixture
+def figures():
+    """For a test that looks at figures in a file that uses `no_figures`."""
+
+
+@pytest.fixture
+def no_figures(monkeypatch, request):
+    """Figures are not drawn, which would be half of the time of a small run; their files are empty."""
+    if "figures" not in request.fixturenames:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).touch())

@@ -65,6 +65,11 @@ def random_potential(seed: int = 0, **options) -> Potential:
     return potential.eval()
 
 
+def small_potential(seed: int = 0, **options) -> Potential:
+    """The smallest one that has every compiled part; tests that compile it find each other's traces."""
+    return random_potential(seed, **({"n_blocks": 1, "lmax": 1, "ffn_on": "s2"} | options))
+
+
 def molecule(seed: int = 0, n: int = 9, elements: str = "HCO") -> Atoms:
     """A random cluster whose atoms are at least 0.9 Angstrom apart."""
     rng = np.random.default_rng(seed)

@@ -6,14 +6,15 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from dpa4.potential.kernel_report import cpu_kernels, has_whole_stacks, triton_version, unsupported
 from rich.console import Console
 
 from dpa4.model.presets import PRESETS, preset
 from dpa4.model.so2 import FusedSO2Stack
-from dpa4.ops.hopper import so2_stack as so2_fused
+from dpa4.ops import available
+from dpa4.ops.available import triton_version
+from dpa4.ops.hopper import trial
 from dpa4.potential import Potential
-from dpa4.potential.card import model_card
+from dpa4.potential.card import cpu_kernels, has_whole_stacks, model_card, unsupported
 from dpa4.potential.checkpoint import save_potential
 from dpa4.potential.deepmd.writer import export_deepmd
 from helpers import random_potential
@@ -64,18 +65,18 @@ def test_switches_that_differ_from_the_defaults_come_first(saved):
 
 
 def test_the_card_tells_which_kernels_a_gpu_has_for_the_model(saved, monkeypatch):
-    monkeypatch.setattr("dpa4.potential.card.triton_version", lambda: "3.6.0")
+    monkeypatch.setattr("dpa4.ops.available.triton_version", lambda: "3.6.0")
     text = model_card(saved).text
     assert line(text, "SO(2) layers") == "fused, Triton kernels"
     assert line(text, "Triton") == "3.6.0"
-    monkeypatch.setattr("dpa4.potential.card.triton_version", lambda: None)
+    monkeypatch.setattr("dpa4.ops.available.triton_version", lambda: None)
     assert line(model_card(saved).text, "Triton") == "not installed; without it no model runs on a GPU"
     save_potential(random_potential(mlp_bias=True), saved)
     assert "mlp_bias = True" in line(model_card(saved).text, "SO(2) layers")
 
 
 def test_the_card_tells_which_kernels_this_cpu_has_for_the_model(monkeypatch):
-    monkeypatch.setattr("dpa4.ops.cpp.build.unavailable", lambda: None)
+    monkeypatch.setattr("dpa4.ops.available.cpp_missing", lambda: None)
 
     def on_cpu(**switches) -> tuple[str, str]:
         lines = cpu_kernels(preset("mini", ("H",), **switches))
@@ -86,21 +87,21 @@ def test_the_card_tells_which_kernels_this_cpu_has_for_the_model(monkeypatch):
         "plain operations (channels 24, channels of a focus 24: not a multiple of 16)"
     )
     assert on_cpu(mlp_bias=True) == ("C++ kernels", "plain operations (not with mlp_bias = True)")
-    monkeypatch.setattr("dpa4.ops.cpp.build.unavailable", lambda: "no compiler")
+    monkeypatch.setattr("dpa4.ops.available.cpp_missing", lambda: "no compiler")
     assert on_cpu() == ("plain operations (no compiler)",) * 2
     assert "On this CPU" in model_card("mini").text
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_models_with_whole_stacks_are_those_that_get_them(name, monkeypatch):
-    monkeypatch.setattr(so2_fused, "is_hopper", lambda device: True)
-    monkeypatch.setattr(so2_fused, "_usable", lambda device: True)
+    monkeypatch.setattr(available, "is_hopper", lambda device: True)
+    monkeypatch.setattr(trial, "whole_stacks_work", lambda device: True)
     config = preset(name, ("H",))
     found = set()
     for block in Potential(config).float().model.blocks:
         stack, conv = block.conv.stack, block.conv
-        x = torch.empty(conv.n_focus, 3, stack.rows.total * conv.width)
-        found.add(so2_fused.takes(x, len(stack.linears), stack.rows))
+        x = torch.empty(conv.n_focus, 3, stack.layout.total * conv.width)
+        found.add(available.whole_stack(x, len(stack.linears), stack.layout))
     assert found == {has_whole_stacks(config)}
 
 

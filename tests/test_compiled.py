@@ -9,14 +9,9 @@ import pytest
 import torch
 
 from dpa4.execution import precompile
-from dpa4.execution.regions import (
-    KINDS,
-    Kept,
-    compare_with_eager,
-    compile_potential,
-    keep_results,
-    restore_eager,
-)
+from dpa4.execution.check import compare_with_eager
+from dpa4.execution.limits import KEEP_POLICIES, KeepPolicy
+from dpa4.execution.regions import compile_potential, keep_results, restore_eager
 from dpa4.execution.regions import regions as regions_of
 from dpa4.graph import collate
 from dpa4.model.config import Bridging
@@ -60,7 +55,7 @@ def test_weights_are_split_once(compilations, empty_cache, monkeypatch):
     monkeypatch.setattr(matmul, "_is_split", lambda x: True)
     potential = small_potential().float().eval()
     compile_potential(potential)
-    precompile._outline(potential, precompile.Mode(training=False), precompile._Workshop(0))
+    precompile._outline(potential, precompile.Mode(training=False), precompile.WorkerPool(0))
 
     def splits(stage) -> int:
         return sum(n.target is torch.ops.dpa4.split_weights.default for n in recorded(stage.recipe).nodes)
@@ -75,7 +70,7 @@ def test_weights_are_split_once(compilations, empty_cache, monkeypatch):
 def test_kernels_with_several_results(compilations, max_kept, calls):
     """All that is needed of the results of one call is kept, or computed again."""
     potential = small_potential().eval()
-    compile_potential(potential, kept=Kept(max_kept, max_kept))
+    compile_potential(potential, kept=KeepPolicy(max_kept, max_kept))
     assert compare_with_eager(potential, batches(1)[0])["forces"] < 1e-11
     nodes = [n for graph in compilations for n in graph.graph.nodes if "so2_value" in str(n.target)]
     assert len(nodes) == calls
@@ -85,8 +80,8 @@ def test_whole_stacks_keep_only_what_their_derivative_takes(monkeypatch, empty_c
     """With the kernels for Hopper GPUs, traced without one: in the last block; earlier ones compute it again."""
     monkeypatch.setattr(so2_fused, "takes", lambda x, layers, rows: True)
     potential = Potential(preset("paper-air", ("H", "C"), n_blocks=2)).float().eval()
-    compile_potential(potential, kept=KINDS[1])
-    precompile._outline(potential, precompile.Mode(training=False), precompile._Workshop(0))
+    compile_potential(potential, kept=KEEP_POLICIES[1])
+    precompile._outline(potential, precompile.Mode(training=False), precompile.WorkerPool(0))
     code = potential.model.blocks[0].messages.code
     calls, edge_features = {}, {}
     for kind, program in code.programs.items():
@@ -178,7 +173,7 @@ def test_keeping_results_can_be_changed(compilations):
     expected, counts = potential(graph).forces, []
     compile_potential(potential)
     for max_kept in (graph.num_atoms, graph.num_atoms - 1, graph.num_atoms):
-        keep_results(potential, Kept(max_kept, max_kept))
+        keep_results(potential, KeepPolicy(max_kept, max_kept))
         assert_close(potential(graph).forces, expected)
         counts.append(len(compilations))
     # Six regions of two stages, and one of constants, which the geometry has not; of two kinds.

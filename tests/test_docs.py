@@ -17,7 +17,8 @@ from dpa4.model.presets import PRESETS, preset
 from dpa4.training import RunConfig, load_run_config
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
+FOLDERS = ("docs", "examples", "benchmarks")
+DOCS = sorted([*ROOT.glob("*.md"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.md"))])
 IDS = [str(path.relative_to(ROOT)) for path in DOCS]
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -195,3 +196,9 @@ def test_messages_are_those_of_the_code():
         message = message.removesuffix("` (warning)")
         for part in filter(None, (p.strip() for p in message.split("…"))):
             assert any(part in t for t in texts), f"{message!r}: no message with {part!r}"
+
+
+def test_page_of_benchmarks_is_short_and_the_log_is_newest_first():
+    assert len(text("benchmarks/README.md").splitlines()) <= 100
+    dates = re.findall(r"^## (\d{4}-\d\d-\d\d):", text("benchmarks/LOG.md"), re.MULTILINE)
+    assert dates == sorted(dates, reverse=True) and len(dates) > 5

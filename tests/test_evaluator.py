@@ -10,8 +10,10 @@ import torch
 from ase.build import bulk
 
 from dpa4.execution import regions as compiled
-from dpa4.execution.cuda_graph import MAX_ATOMS, Replay, Room, pad, replayed_size, rounded_up
+from dpa4.execution.cuda_graph import Replay
 from dpa4.execution.evaluator import Evaluator
+from dpa4.execution.limits import MAX_REPLAYED_ATOMS
+from dpa4.execution.padding import Buffers, pad, replayed_size, rounded_up
 from dpa4.graph import build_graph, collate, first_atoms
 from dpa4.model.presets import preset
 from dpa4.potential import Potential
@@ -30,9 +32,9 @@ def test_rounded_up_wastes_little_and_has_few_values():
 
 def test_what_is_replayed_keeps_its_results():
     """Code is chosen by the number of atoms that it sees, padding included: 4096 are 4352."""
-    assert all(kept.last in (MAX_ATOMS, 0) for kept in compiled.KINDS)
-    assert replayed_size(4096) == rounded_up(4097) <= MAX_ATOMS
-    assert replayed_size(MAX_ATOMS) is None
+    assert all(kept.last in (MAX_REPLAYED_ATOMS, 0) for kept in compiled.KINDS)
+    assert replayed_size(4096) == rounded_up(4097) <= MAX_REPLAYED_ATOMS
+    assert replayed_size(MAX_REPLAYED_ATOMS) is None
     assert [compiled.kind_of(n) for n in (1, 2048, 2049, 4224, 4225)] == [0, 0, 1, 1, 2]
 
 
@@ -87,7 +89,7 @@ def test_room_holds_one_structure_after_the_other():
     assert {(rounded_up(g.num_atoms + 1), rounded_up(g.num_edges)) for g in graphs} == {(66, 3136)}
     edges = [g.num_edges for g in graphs[:3]]
     assert edges[0] > edges[1] < edges[2]
-    room = Room(graphs[2], CUTOFF)
+    room = Buffers(graphs[2], CUTOFF)
     for graph in graphs:
         room.take(graphs[0]._replace(positions=torch.full_like(graphs[0].positions, torch.nan)))
         for _ in range(2):

@@ -13,8 +13,8 @@ from dpa4.ops import edge_products as rotate
 from dpa4.ops import pairs
 from dpa4.ops import so2_stack as so2
 from dpa4.ops.cpp import build as cpp
-from dpa4.ops.gate import Rows
 from dpa4.ops.incidence import Incidence
+from dpa4.ops.layout import EdgeLayout
 from dpa4.ops.sparse_product import Terms, bilinear
 from dpa4.potential import Potential
 from helpers import assert_close, graph_of, molecule, random_potential
@@ -76,7 +76,7 @@ def of_weights(gradients: list[Tensor], mmax: int, gated: int) -> list[Tensor]:
 def stack_of(size, dtype: torch.dtype) -> tuple[tuple, tuple[int, int, int, int]]:
     """Weights and rows as the operators take them, and the sizes of a feature tensor, with the layers."""
     lmax, mmax, c, focuses, layers, edges = size
-    rows = Rows(lmax, mmax)
+    rows = EdgeLayout(lmax, mmax)
     widths = [n * c for _, n in rows.orders()]
     matrices = [normal(focuses, n, n, seed=t) * n**-0.5 for t in range(layers) for n in widths]
     matrices = [of_form(w).to(dtype) if i % (mmax + 1) else w.to(dtype) for i, w in enumerate(matrices)]
@@ -174,7 +174,7 @@ def test_gradients_of_weights_are_summed_over_threads(threads, monkeypatch):
 @each_type
 def test_edges_and_nodes(size, dtype, is_sorted, monkeypatch):
     lmax, mmax, c, heads, _, edges = size
-    rows, nodes, coefficients = Rows(lmax, mmax).total, 11, (lmax + 1) ** 2
+    rows, nodes, coefficients = EdgeLayout(lmax, mmax).total, 11, (lmax + 1) ** 2
     index = torch.randint(nodes, (edges,), generator=torch.Generator().manual_seed(0))  # some without an edge
     incidence = Incidence.of_sorted(index.sort()[0], nodes) if is_sorted else Incidence.of(index, nodes)
     a = normal(edges, heads, rows, coefficients, dtype=dtype)
@@ -323,7 +323,7 @@ def test_what_was_compiled_is_kept(monkeypatch, anew, tmp_path):
 
 def test_other_types_and_widths_run_plainly():
     assert not cpp.takes(torch.zeros(1, dtype=torch.bfloat16))
-    assert so2.cpp_so2.takes(torch.zeros(1, 2, 7 * 24), Rows(2, 1)) is False
+    assert so2.cpp_so2.takes(torch.zeros(1, 2, 7 * 24), EdgeLayout(2, 1)) is False
 
 
 @needs_kernels

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from dpa4.model.so2 import FusedSO2Stack
-from dpa4.ops.gate import Rows
 from dpa4.ops.hopper import build as cuda
 from dpa4.ops.hopper import so2_stack as so2_fused
 from dpa4.ops.hopper.so2_stack import CHANNELS, EDGES, ROWS
+from dpa4.ops.layout import EdgeLayout
 
 needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
@@ -143,7 +143,7 @@ def test_what_is_kept_can_be_put_into_rows(edges):
 def test_they_are_not_used_where_they_cannot_be():
     x = torch.zeros(1, 5, WIDTH)
     assert not so2_fused.takes(x, 4, ROWS)  # on a CPU
-    assert not so2_fused.takes(x, 4, Rows(2, 1))
+    assert not so2_fused.takes(x, 4, EdgeLayout(2, 1))
 
 
 def test_kernels_that_compute_wrongly_are_not_used(monkeypatch, caplog):

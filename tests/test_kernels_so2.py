@@ -15,8 +15,9 @@ from torch import Tensor
 from dpa4.model.so2 import FusedSO2Stack, SO2Stack, so2_layers
 from dpa4.ops import gate
 from dpa4.ops import split_matmul as matmul
-from dpa4.ops.gate import Rows
-from dpa4.ops.split_matmul import Weight, ready, split
+from dpa4.ops.layout import EdgeLayout
+from dpa4.ops.split_matmul import ready, split
+from dpa4.ops.weights import Weight
 from helpers import assert_close, run_in_the_interpreter
 
 SIZES = {  # (lmax, mmax, c, F, layers, E)
@@ -52,7 +53,7 @@ def stacks(size: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[S
 def features(size: tuple[int, ...], seed: int = 0) -> Tensor:
     lmax, mmax, c, n_focus, _, num_edges = size
     generator = torch.Generator().manual_seed(seed)
-    shape = (n_focus, num_edges, Rows(lmax, mmax).total * c)
+    shape = (n_focus, num_edges, EdgeLayout(lmax, mmax).total * c)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
@@ -81,9 +82,9 @@ def compared(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def test_rows_run_over_orders_and_degrees():
-    assert Rows(3, 1).total == 10
-    assert Rows(3, 2).orders() == [(0, 4), (4, 6), (10, 4)]
-    runs = Rows(2, 1).runs(7 * 3)
+    assert EdgeLayout(3, 1).total == 10
+    assert EdgeLayout(3, 2).orders() == [(0, 4), (4, 6), (10, 4)]
+    runs = EdgeLayout(2, 1).runs(7 * 3)
     assert runs == [
         (slice(0, 9), slice(0, 9)),
         (slice(9, 15), slice(3, 9)),
@@ -175,11 +176,11 @@ def test_operators_are_registered_consistently():
     torch.library.opcheck(ops.so2_joint, (x, *lists, matrices, gates, [], 2, 1))
 
 
-def stages_of_gates(size: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], Rows]:
+def stages_of_gates(size: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], EdgeLayout]:
     """Random edge tensors b, v, a, u, and weights of gates."""
     lmax, mmax, c, n_focus, *_ = size
     weight = 0.3 * torch.randn(n_focus, c, lmax * c, generator=torch.Generator().manual_seed(9))
-    return [*(features(size, seed).to(dtype) for seed in range(4)), weight.to(dtype)], Rows(lmax, mmax)
+    return [*(features(size, seed).to(dtype) for seed in range(4)), weight.to(dtype)], EdgeLayout(lmax, mmax)
 
 
 def gates_of(module, b, v, a, u, weight, rows) -> list[Tensor]:

@@ -245,7 +245,7 @@ def test_atoms_that_cross_the_boundary(lmp):
         atoms = moving(crystal())
         atoms.wrap()
         atoms.set_velocities(atoms.get_velocities() + drift / PICOSECOND)
-        calculator = potential_calculator()
+        calculator = potential_calculator(n_blocks=1, lmax=1)
         create(lmp, atoms, ["H", "C", "O"])
         lmp.commands_list(["timestep 0.0004", "fix 1 all nve", "neigh_modify every 1 delay 0 check no"])
         with attach_lammps(lmp, calculator, ["H", "C", "O"]):
@@ -269,7 +269,7 @@ def test_energy_is_conserved(lmp):
         create(lmp, moving(crystal()), ["H", "C", "O"])
         lmp.commands_list([f"timestep {timestep}", "fix 1 all nve"])
         energies = []
-        with attach_lammps(lmp, potential_calculator(), ["H", "C", "O"]):
+        with attach_lammps(lmp, potential_calculator(n_blocks=1, lmax=1), ["H", "C", "O"]):
             for _ in range(10):
                 lmp.command(f"run {steps // 10} post no")
                 energies.append(lmp.get_thermo("etotal"))

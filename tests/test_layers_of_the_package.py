@@ -5,13 +5,17 @@ import json
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "dpa4"
-LAYERS = ["system", "graph", "data", "kernels", "model", "potential", "training", "simulation", "cli"]
+LAYERS = [
+    "_lazy", "system", "output", "graph", "data", "ops", "tracing", "model", "potential", "execution", "training",
+    "interfaces", "simulation", "leaderboards", "cli",
+]  # fmt: skip
 """Lowest first; a module imports from its own layer and from those before it."""
 OPTIONAL = [
     "triton",
@@ -89,14 +93,68 @@ def test_every_module_has_a_layer():
     assert found - {None} == set(LAYERS)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_one_way(path):
-    assert upward_imports(path.read_text(), path) == []
+def dependencies(path: Path) -> set[str]:
+    """Modules of this package that a module imports anywhere, but for type checkers only."""
+    name = module_name(path)
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    found = set()
+    for imported in imported_modules(tree, package):
+        while imported.startswith("dpa4.") and imported not in MODULES:  # a name of a module
+            imported = imported.rpartition(".")[0]
+        if imported.startswith("dpa4."):
+            found.add(imported)
+    return found - {name}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_module_reads_environment_variables(path):
-    assert environment_reads(path.read_text()) == []
+def module_name(path: Path) -> str:
+    """Full name of a module of the package."""
+    return ".".join(["dpa4", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules of one import cycle; [] if there is none."""
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+MODULES = {module_name(path) for path in SOURCES}
+
+
+def test_imports_point_one_way():
+    found = {module_name(path): upward_imports(path.read_text(), path) for path in SOURCES}
+    assert {name: imports for name, imports in found.items() if imports} == {}
+
+
+def test_no_import_cycle():
+    assert cycle({module_name(path): dependencies(path) for path in SOURCES}) == []
+
+
+def test_a_cycle_is_found():
+    assert set(cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
+    assert dependencies(PACKAGE / "execution" / "cuda_graph.py") >= {
+        "dpa4.execution.limits",
+        "dpa4.tracing.region",
+    }
+
+
+def test_no_module_reads_environment_variables():
+    found = {module_name(path): environment_reads(path.read_text()) for path in SOURCES}
+    assert {name: reads for name, reads in found.items() if reads} == {}
+
+
+def test_only_one_module_looks_at_capabilities():
+    """Devices, dtypes and architectures decide on kernels in one place."""
+    questions = ("get_device_capability", "get_cpu_capability", "shutil.which")
+    found = {module_name(p) for p in SOURCES if any(q in p.read_text() for q in questions)}
+    # the build of the C++ kernels answers for its compiler; code is kept on disk for one kind of processor
+    assert found == {"dpa4.ops.available", "dpa4.ops.cpp.build", "dpa4.tracing.region"}
 
 
 def test_no_file_names_a_folder_of_one_machine():
@@ -138,7 +196,11 @@ def test_environment_reads_and_machine_paths_are_found():
 
 
 def test_importing_the_package_leaves_optional_packages_alone():
-    code = "import json, sys, dpa4, dpa4.simulation, dpa4.training; print(json.dumps(sorted(sys.modules)))"
+    code = (
+        "import json, sys, dpa4.simulation, dpa4.training;"
+        "[getattr(dpa4.simulation, name) for name in dpa4.simulation.__all__];"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.split(".")[0] for name in json.loads(run.stdout)}
     assert {"torch", "dpa4"} <= loaded

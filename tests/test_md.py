@@ -16,12 +16,14 @@ from ase.io import read, write
 from typer.testing import CliRunner
 
 from dpa4.cli import app
+from dpa4.output import read_csv
 from dpa4.potential.checkpoint import save_potential
 from dpa4.simulation import DPA4Calculator, run_md
 from dpa4.simulation.integrators import make_integrator
 from dpa4.simulation.momenta import degrees_of_freedom, draw_momenta, temperature
-from dpa4.system import read_csv
 from helpers import crystal, molecule, random_potential
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def copper(repeat: int = 2) -> Atoms:
@@ -47,7 +49,7 @@ BATHS = [
 @pytest.mark.parametrize("ensemble", BATHS, ids=["nve", "nvt", "npt-volume", "npt-full"])
 def test_energy_error_of_a_potential_falls_with_the_square_of_the_timestep(tmp_path, ensemble):
     """Of the total energy, or of that of structure and baths together."""
-    calculator = DPA4Calculator(random_potential(), device="cpu", dtype="float64")
+    calculator = DPA4Calculator(random_potential(n_blocks=1, lmax=1), device="cpu", dtype="float64")
     deviations = []
     for steps in (15, 30, 60):
         options = {"timestep": 22.5 / steps, "interval": steps // 15, "steps": steps} | ensemble
@@ -61,7 +63,7 @@ def test_energy_error_of_a_potential_falls_with_the_square_of_the_timestep(tmp_p
     )  # the energy goes to and fro much more than it drifts
 
 
-def test_files_and_statistics(tmp_path):
+def test_files_and_statistics(tmp_path, figures):
     atoms = copper()
     start = atoms.copy()
     result = run(atoms, EMT(), tmp_path / "a" / "run", steps=40, timestep=5.0, interval=4)
@@ -90,8 +92,8 @@ def test_files_and_statistics(tmp_path):
 
 def test_drift_of_a_table_is_its_slope(tmp_path):
     """The fit over a run whose energy is replaced by a known line."""
+    from dpa4.output import CsvLog
     from dpa4.simulation.dynamics import COLUMNS, _finish
-    from dpa4.system import CsvLog
 
     log = CsvLog(tmp_path / "thermo.csv", COLUMNS)
     for step in range(5):

@@ -15,9 +15,9 @@ from ase.optimize import BFGS
 from typer.testing import CliRunner
 
 from dpa4.cli import app
+from dpa4.output import read_csv
 from dpa4.potential import save_potential
 from dpa4.simulation import DPA4Calculator, run_neb
-from dpa4.system import read_csv
 from helpers import molecule, random_potential
 
 HEIGHT, TILT = 0.7, 0.1

@@ -7,10 +7,10 @@ from functools import cache
 
 import pytest
 import torch
-from dpa4.model.segments import envelope_softmax
 from torch.autograd import gradcheck, gradgradcheck
 
 from dpa4.model import ModelConfig
+from dpa4.model.attention import envelope_softmax
 from dpa4.model.block import GatedActivation, feed_forward
 from dpa4.model.config import Bridging
 from dpa4.model.convolution import SO2Convolution

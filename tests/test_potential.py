@@ -202,7 +202,7 @@ def test_mixed_precision_in_the_blocks(potential):
     """bfloat16 has 8 bits: results within a few per cent, everything outside the blocks in full precision."""
     potential.float().train()
     exact = potential(graph_of(molecule()))
-    potential.model.block_autocast = torch.bfloat16
+    potential.precision = "fast"
     mixed = potential(graph_of(molecule()))
     assert mixed.energy.dtype == mixed.forces.dtype == torch.float64
     assert not torch.equal(mixed.forces, exact.forces)

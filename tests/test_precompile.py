@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from dpa4.execution import precompile as module
+from dpa4.execution.check import compare_with_eager
+from dpa4.execution.limits import KeepPolicy
 from dpa4.execution.precompile import Mode, precompile
-from dpa4.execution.regions import Kept, compare_with_eager, compile_potential, regions
+from dpa4.execution.regions import compile_potential, regions
 from helpers import graph_of, molecule, random_potential
 
 MODES = [Mode(training=True), Mode(training=False)]
@@ -19,7 +21,7 @@ def outlined(potential, mode: Mode) -> list:
     """Stages that tracing ahead adds and that have something to do."""
     found: list = []
 
-    class Workshop(module._Workshop):
+    class Workshop(module.WorkerPool):
         def start(self):
             pass
 
@@ -55,8 +57,8 @@ def test_tracing_ahead_is_what_calls_trace_later(compilations):
 @pytest.mark.slow
 def test_tracing_leaves_the_potential_as_it_was(compilations):
     potential, reports = random_potential(n_blocks=1, lmax=1).train(), []
-    potential.model.block_autocast = torch.bfloat16
-    compile_potential(potential, lambda name, seconds: reports.append(name), kept=Kept(7, 5))
+    potential.precision = "fast"
+    compile_potential(potential, lambda name, seconds: reports.append(name), kept=KeepPolicy(7, 5))
     outlined(potential, MODES[1])
     assert potential.training and potential.model.block_autocast is torch.bfloat16
     assert {r.max_kept for r in regions(potential) if r.keeps} == {7}  # one block, which is the last
@@ -160,7 +162,8 @@ def test_this_process_has_nothing_to_compile_and_the_next_one_nothing_to_trace(c
 import sys
 import torch
 from dpa4.tracing import trace
-from dpa4.execution.regions import compare_with_eager, compile_potential
+from dpa4.execution.check import compare_with_eager
+from dpa4.execution.regions import compile_potential
 from dpa4.execution.precompile import Mode, precompile
 from helpers import graph_of, molecule, random_potential
 

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from dpa4 import __version__
 from dpa4.cli import app
 from dpa4.data import Coverage, read_frames
+from dpa4.output import read_csv
 from dpa4.potential import load_potential, save_potential
 from dpa4.simulation import report, write_report
-from dpa4.system import read_csv
 from dpa4.training import evaluate, load_run_config, train
 from helpers import molecule, random_potential
 

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpa4.training.options import RunConfig, TrainingOptions, default_config_text, load_run_config
+from dpa4.training.options import RunConfig, TrainingOptions
+from dpa4.training.run_file import default_config_text, load_run_config
 
 
 @pytest.fixture

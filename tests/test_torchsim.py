@@ -192,7 +192,7 @@ def test_several_structures_are_not_replayed(monkeypatch):
 def test_memory_that_does_not_suffice_is_no_fault_of_the_compiler(monkeypatch):
     own = model(dtype="float32", compile=True)
     monkeypatch.setattr("dpa4.execution.regions.compile_potential", lambda *_: None)
-    monkeypatch.setattr("dpa4.execution.regions.compare_with_eager", lambda *_: {"energy": 0.0})
+    monkeypatch.setattr("dpa4.execution.trial.compare_with_eager", lambda *_: {"energy": 0.0})
     called = own.potential.of_edges
     failing = iter([torch.OutOfMemoryError("CUDA out of memory")])
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils import _pytree as pytree
 
 from dpa4.data import Batch
-from dpa4.execution.cuda_graph import rounded_up
+from dpa4.execution.padding import rounded_up
 from dpa4.graph import collate
 from dpa4.model.config import Bridging
 from dpa4.training import replayed_step as replay

@@ -51,12 +51,12 @@ def test_a_worker_knows_every_operator_of_the_stages(empty_cache):
 
 
 def test_the_key_of_the_cache_covers_sub_folders(tmp_path):
-    for name in ("kernels/a.py", "kernels/triton/deep/b.py", "model/c.py"):
+    for name in ("ops/a.py", "ops/triton/deep/b.py", "tracing/c.py", "model/d.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     found = region._traced_sources(tmp_path)
     assert [str(path.relative_to(tmp_path)) for path in found] == [
-        "kernels/a.py", "kernels/triton/deep/b.py", "model/c.py"
+        "model/d.py", "ops/a.py", "ops/triton/deep/b.py", "tracing/c.py"
     ]  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import time
-import warnings
 from collections.abc import Callable
 
 from dpa4.execution.limits import (
@@ -28,8 +27,9 @@ class Evaluator:
     for larger ones only results of the last block, and for large ones none. The first call of each variant compares
     it with eager mode, on large systems for the first atoms. If compiled code deviates from eager mode, the variant
     that stores no intermediates is tried: it consists of different kernels, so the same compiler bug is unlikely to
-    affect both. If that fails as well, a warning says why, and calculations stay in eager mode. Graphs of several structures
-    are compiled but not replayed as CUDA graphs: their sizes keep changing, and together they keep the device busy.
+    affect both. If that fails as well, a warning says why, and calculations stay in eager mode. Graphs of several
+    structures are compiled but not replayed as CUDA graphs: their sizes keep changing, and together they keep the
+    device busy.
 
     Args:
         potential: The potential, on its device and in its precision.
@@ -104,13 +104,8 @@ class Evaluator:
         return compared(self.potential, first_atoms(graph, MAX_COMPARED_ATOMS))
 
     def _give_up(self, error: Exception) -> None:
-        from dpa4.execution.trial import reason
+        from dpa4.execution.trial import warn_of_eager_mode
 
         self._compile = False
         self._call = self.potential.__call__
-        warnings.warn(
-            f"compilation failed, so calculations go on in eager mode, right but slower ({reason(error)}); "
-            "compile=False leaves it out",
-            RuntimeWarning,
-            stacklevel=5,
-        )
+        warn_of_eager_mode(error)

@@ -91,5 +91,5 @@ def exceeded(deviations: dict[str, float], allowed: float) -> dict[str, float]:
 
 
 def is_in_parts(num_edges: int, device: torch.device) -> bool:
-    """Return whether the network processes its edges in parts; CUDA graphs cannot, as cutting waits for the device."""
+    """Return whether edges are processed in parts; a CUDA graph cannot do that, as cutting waits for the device."""
     return num_edges > MAX_EDGES[device.type]

@@ -1,5 +1,6 @@
 """The ritual of compiled code, written once: compile, compare with eager mode, give up with a reason."""
 
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -66,6 +67,11 @@ def attempt(
         return None
 
 
-def reason(error: Exception) -> str:
-    """Type and beginning of the message of an error, for warnings."""
-    return f"{type(error).__name__}: {str(error)[:500]}"
+def warn_of_eager_mode(error: Exception) -> None:
+    """Warn that calculations continue in eager mode, and why."""
+    warnings.warn(
+        "compilation failed, so calculations continue in eager mode: results are correct but slower "
+        f"({type(error).__name__}: {str(error)[:500]}); compile=False skips compilation",
+        RuntimeWarning,
+        stacklevel=6,
+    )

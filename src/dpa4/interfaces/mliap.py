@@ -7,7 +7,6 @@ to the ghosts of the atom (``forward_exchange``). Derivatives are sent back to t
 """
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from dpa4.execution.limits import KEEP_NOTHING, KEEP_POLICIES, MAX_COMPARED_ATOMS, can_be_compiled
 from dpa4.graph import Graph, build_graph, first_atoms
-from dpa4.interfaces.ase import Model, charge_spin_of, load_model
+from dpa4.interfaces.loading import Model, charge_spin_of, load_model
 from dpa4.model.ghosts import Domain
 from dpa4.ops.incidence import Incidence
 from dpa4.system import keep_freed_memory
@@ -174,7 +173,7 @@ class DPA4MLIAP:
             regions.compile_potential(self.potential, kept=KEEP_POLICIES[KEEP_NOTHING])
             return trial.compared(self.potential, graph)
 
-        trial.attempt(self.potential, work, _warn)
+        trial.attempt(self.potential, work, trial.warn_of_eager_mode)
 
     def _edges(self, data: Any, elements: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Edges among the pairs of LAMMPS, sorted by their centres.
@@ -190,17 +189,6 @@ class DPA4MLIAP:
             keep = ~self.potential.excluded[elements[centers], elements[neighbors]]
             order, centers, neighbors = order[keep], centers[keep], neighbors[keep]
         return order, neighbors, centers
-
-
-def _warn(error: Exception) -> None:
-    from dpa4.execution.trial import reason
-
-    warnings.warn(
-        f"compilation failed, so calculations go on in eager mode, right but slower ({reason(error)}); "
-        "compile=False leaves it out",
-        RuntimeWarning,
-        stacklevel=5,
-    )
 
 
 class _Rank(Domain):

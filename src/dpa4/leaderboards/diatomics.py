@@ -21,6 +21,7 @@ from dpa4.leaderboards.curves import (
     reference_metrics,
     wall_error,
 )
+from dpa4.output import new_figure, save_figure
 from dpa4.simulation.runs.store import (
     Progressed,
     Record,
@@ -30,7 +31,6 @@ from dpa4.simulation.runs.store import (
     write_csv,
     write_json,
 )
-from dpa4.system import new_figure, save_figure
 
 DISTANCES = np.geomspace(0.1, 6.0, 119)  # Angstrom
 HEAVIEST = 92

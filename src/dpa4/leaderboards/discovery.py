@@ -17,9 +17,10 @@ from ase import Atoms
 
 from dpa4.leaderboards import files, protocol
 from dpa4.leaderboards.metrics import StabilityMetrics, discovery_metrics, mean_rmsd
+from dpa4.output import new_figure, save_figure
 from dpa4.simulation.runs.shards import FinishedRun
 from dpa4.simulation.runs.store import Progressed, Record, Records, run_items, write_csv, write_json
-from dpa4.system import new_figure, require, save_figure
+from dpa4.system import require
 
 PREDICTION = "e_form_per_atom"  # column of the predicted formation energy, eV/atom
 DECIMALS = 4  # of energies per atom in discovery.csv, as on the leaderboard

@@ -15,6 +15,7 @@ from dpa4.interfaces.ase import fingerprint_of_calculator
 from dpa4.leaderboards import files, protocol
 from dpa4.leaderboards.conductivity import conductivity, relax_symmetric, space_group
 from dpa4.leaderboards.metrics import FAILED_SRME, mean_with_failures, sre, srme
+from dpa4.output import new_figure, save_figure
 from dpa4.simulation.runs.store import (
     Progressed,
     Record,
@@ -24,7 +25,7 @@ from dpa4.simulation.runs.store import (
     write_csv,
     write_json,
 )
-from dpa4.system import new_figure, require, save_figure
+from dpa4.system import require
 
 Array = NDArray[np.float64]
 

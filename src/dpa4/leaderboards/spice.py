@@ -11,6 +11,7 @@ from rich.table import Table
 from dpa4.data import EpochBatches, Frame, FrameDataset, check_elements
 from dpa4.data.dataset import Budget, pack
 from dpa4.leaderboards.metrics import log_mean
+from dpa4.output import new_figure, save_figure
 from dpa4.potential import Potential, fingerprint_of
 from dpa4.simulation.runs.store import (
     Progressed,
@@ -21,7 +22,6 @@ from dpa4.simulation.runs.store import (
     write_csv,
     write_json,
 )
-from dpa4.system import new_figure, save_figure
 from dpa4.training.evaluation import pairs, predict
 
 BATCH = "batch"

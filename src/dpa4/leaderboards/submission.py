@@ -20,10 +20,10 @@ from dpa4.leaderboards import protocol
 from dpa4.leaderboards.diatomics import SCORED
 from dpa4.leaderboards.discovery import PREDICTION, pymatgen_structure
 from dpa4.leaderboards.metrics import combined_performance_score
+from dpa4.output import atomic_write, read_csv
 from dpa4.potential.checkpoint import read_checkpoint
 from dpa4.simulation.runs.shards import FinishedRun
 from dpa4.simulation.runs.store import Record, Records, read_settings
-from dpa4.system import atomic_write, read_csv
 
 MAX_NEIGHBORS = "missing"  # the number of neighbours is not limited
 REQUIRED = {
@@ -102,8 +102,8 @@ def write_submission(
         kappa: Folder of the conductivities.
         diatomics: Folder of the diatomic molecules.
         branch: Branch of a multitask checkpoint of deepmd-kit.
-        fingerprint: Required ``model`` of all runs, see ``dpa4.potential.fingerprint_of``; None only requires that all runs
-            have the same one.
+        fingerprint: Required ``model`` of all runs, see `dpa4.potential.fingerprint_of`; None only requires that all
+            runs have the same one.
         date: Date in the names of the artifacts; None for today.
 
     Returns:

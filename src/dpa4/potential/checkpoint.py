@@ -22,11 +22,11 @@ from torch import Tensor
 from dpa4 import __version__
 from dpa4.data.coverage import Coverage
 from dpa4.model import ModelConfig
+from dpa4.output import atomic_write
 from dpa4.potential.deepmd.options import first_problem
 from dpa4.potential.deepmd.reader import read_deepmd
 from dpa4.potential.deepmd.writer import export_deepmd
 from dpa4.potential.potential import Potential
-from dpa4.system import atomic_write
 
 FORMAT = "dpa4"
 FORMAT_VERSION = 1

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from dpa4.data import EpochBatches, FrameDataset, check_charge_spin, check_elements, frame_from_atoms
+from dpa4.output import atomic_write
 from dpa4.potential.potential import Potential
-from dpa4.system import atomic_write
 
 
 def embeddings(

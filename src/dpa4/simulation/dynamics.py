@@ -12,11 +12,12 @@ from ase.calculators.calculator import Calculator
 from ase.io import write
 
 from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
+from dpa4.output import CsvLog, atomic_write, new_figure, read_csv, save_figure
 from dpa4.simulation.integrators import bath_state, conserved_energy, make_integrator, set_bath_state
 from dpa4.simulation.momenta import degrees_of_freedom, draw_momenta, internal_momenta, temperature
 from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.store import check_settings
-from dpa4.system import CsvLog, atomic_write, new_figure, read_csv, save_figure, stop_requests
+from dpa4.system import stop_requests
 
 Ensemble = Literal["nve", "langevin", "nvt", "npt"]
 ENSEMBLES = ("nve", "langevin", "nvt", "npt")

@@ -10,9 +10,9 @@ from ase.calculators.calculator import Calculator
 from ase.stress import voigt_6_to_full_3x3_strain
 from numpy.typing import NDArray
 
+from dpa4.output import new_figure, save_figure
 from dpa4.simulation.runs.parts import Calculation, relaxation
 from dpa4.simulation.runs.store import Record, write_csv, write_json
-from dpa4.system import new_figure, save_figure
 
 VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")
 FRACTIONS = (-1.0, -0.5, 0.5, 1.0)  # in units of the largest strain

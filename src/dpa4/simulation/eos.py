@@ -12,9 +12,9 @@ from ase.eos import birchmurnaghan
 from ase.io import write
 from numpy.typing import NDArray
 
+from dpa4.output import atomic_write, new_figure, save_figure
 from dpa4.simulation.runs.parts import Calculation, relaxation, structure, structure_record
 from dpa4.simulation.runs.store import Record, write_csv, write_json
-from dpa4.system import atomic_write, new_figure, save_figure
 
 COLUMNS = ("volume_A3", "energy_eV", "pressure_GPa", "a_A", "b_A", "c_A")
 

@@ -16,9 +16,10 @@ from ase.optimize import FIRE
 from ase.utils.forcecurve import fit_raw
 from numpy.typing import NDArray
 
+from dpa4.output import CsvLog, atomic_write, new_figure, read_csv, save_figure
 from dpa4.simulation.relax import relax
 from dpa4.simulation.runs.progress import progress_bar
-from dpa4.system import CsvLog, atomic_write, new_figure, read_csv, save_figure, stop_requests
+from dpa4.system import stop_requests
 
 COLUMNS = ("step", "climbing", "max_force_eV_per_A", "barrier_eV", "highest_image")
 BEFORE_CLIMBING = 4.0  # in units of fmax: largest force at which the highest image starts to climb

@@ -10,9 +10,10 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 from numpy.typing import NDArray
 
+from dpa4.output import atomic_write, new_figure, save_figure
 from dpa4.simulation.runs.parts import Calculation
 from dpa4.simulation.runs.store import Record, write_csv, write_json
-from dpa4.system import atomic_write, new_figure, require, save_figure
+from dpa4.system import require
 
 IMAGINARY = -0.05  # THz; lower frequencies exceed the numerical noise of acoustic modes at Gamma
 BAND_POINTS = 101  # per line of the path

@@ -18,9 +18,10 @@ from ase.optimize import BFGS, FIRE, LBFGS
 from ase.spacegroup.symmetrize import symmetrize_rank2
 
 from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
+from dpa4.output import CsvLog, new_figure, save_figure
 from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.store import SETTINGS, Records
-from dpa4.system import CsvLog, new_figure, require, save_figure, stop_requests
+from dpa4.system import require, stop_requests
 
 CellChange = Literal["fixed", "full", "volume", "shape", "xy", "z"]
 

@@ -16,10 +16,11 @@ from rich.progress import track
 
 from dpa4 import __version__
 from dpa4.data.coverage import ElementPair
+from dpa4.output import atomic_write, read_csv
 from dpa4.potential import Potential, load_potential, model_card
 from dpa4.potential.card import ModelCard
 from dpa4.simulation.pair_curves import Diagnosis, diagnose, draw_pairs, element_pairs, pair_curves
-from dpa4.system import atomic_write, choose_device, read_csv
+from dpa4.system import choose_device
 
 MAX_PAIRS = 60  # in the report; `dpa4 dimer` has no limit
 PAIRS_OF_A_FIGURE = 3  # one row, as wide as the page

@@ -14,7 +14,7 @@ from ase.calculators.calculator import all_properties
 from dpa4.data import read_atoms
 from dpa4.data.labels import ENERGY, STRESS
 from dpa4.graph import build_graph
-from dpa4.interfaces.ase import charge_spin_of
+from dpa4.interfaces.loading import charge_spin_of
 from dpa4.potential import fingerprint_of
 from dpa4.simulation.flight import Flight, Job, Outcome, count_fragments, one_line
 from dpa4.simulation.relax import check_periodicity, check_relaxation

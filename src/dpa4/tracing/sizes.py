@@ -11,4 +11,4 @@ INDEX_LIMIT = 2**31
 
 HINTS = {"node": 20_001, "center": 20_005, "edge": 100_009}
 """Size hints for the compiler. Constant, so that code depends only on the model; odd, distinct and larger than any
-fixed axis, so that no symbolic size equals a fixed one: with a hint of 221, Inductor once specialised the node axis."""
+fixed axis, so that no symbolic size equals a fixed one; with a hint of 221, Inductor specialised the node axis."""

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from dpa4.system import atomic_write
+from dpa4.output import atomic_write
 
 Function = Callable[..., Sequence[Tensor]]
 

@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from dpa4.ops.second_order import Maybe
-from dpa4.system import atomic_write
+from dpa4.output import atomic_write
 from dpa4.tracing.sizes import COUNTED, HINTS, INDEX_LIMIT
 from dpa4.tracing.stage import Recipe, recipe_of, symbolic_sizes
 

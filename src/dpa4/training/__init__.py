@@ -1,7 +1,8 @@
 """Fitting a potential to data and measuring its errors."""
 
 from dpa4.training.evaluation import ErrorTable, evaluate
-from dpa4.training.options import RunConfig, default_config_text, load_run_config
+from dpa4.training.options import RunConfig
+from dpa4.training.run_file import default_config_text, load_run_config
 from dpa4.training.trainer import train
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What the training data cover, found while the first epoch builds its graphs."""
+"""Coverage of the training data of a run, collected while the first epoch builds its graphs."""
 
 from pathlib import Path
 
@@ -8,15 +8,20 @@ from dpa4.data import coverage_of
 from dpa4.potential.checkpoint import add_coverage
 from dpa4.training.prepare import Preparation
 
-FEW = 5000
-"""Structures whose graphs are built at the end of a run that was over before it used them."""
+MISSING = 100_000
+"""Largest number of structures whose graphs a run builds at its end only for the coverage: a minute or two."""
+
+MISSING_WHEN_STOPPED = 5_000
+"""The same for a run that was told to stop: a few seconds."""
 
 
 class RunCoverage:
-    """Gives the potential of a run, and its files, the coverage of the training data when that is known.
+    """Passes the coverage of the training data to the potential of a run and to its files.
 
-    Until then they have the elements, but no distances: the shortest of a part of the data would be too long, and
-    simulations would warn of atoms that are no closer than in the data.
+    Until every structure was used, they know the elements, but no distances: the shortest distances of a part of the
+    data would be too long, and simulations would warn of atoms that are no closer than in the data.
+
+    A resumed run starts again, because its graphs are built again as well.
     """
 
     def __init__(self, preparation: Preparation, folder: Path, console: Console):
@@ -26,7 +31,7 @@ class RunCoverage:
         self._told = False
 
     def update(self) -> None:
-        """Tell the distances if every structure was looked at; to be called in every step."""
+        """Pass the distances on as soon as every structure was used; to be called in every step."""
         if self._told or not self.collector.complete:
             return
         self._told = True
@@ -37,9 +42,13 @@ class RunCoverage:
         self._say(self.potential.coverage.text)
 
     def finish(self, stopped: bool) -> None:
-        """At the end of a run, look at the rest if that is little work, else say that distances are not known."""
-        rest = len(self.collector.missing)
-        if rest <= FEW:
+        """Use the missing structures at the end of a run, unless there are too many.
+
+        Args:
+            stopped: Whether the run was told to stop, and can be resumed.
+        """
+        missing = len(self.collector.missing)
+        if missing <= (MISSING_WHEN_STOPPED if stopped else MISSING):
             try:
                 coverage_of(self.dataset, self.collector)
             except ValueError as error:
@@ -47,8 +56,8 @@ class RunCoverage:
             self.update()
         elif not stopped:
             self._say(
-                f"not known, since training did not come to {rest} of {len(self.dataset)} structures; simulations "
-                "will not warn of closer ones"
+                f"not known, since training did not use {missing} of {len(self.dataset)} structures; simulations "
+                "will not warn of closer atoms"
             )
 
     def _say(self, text: str) -> None:

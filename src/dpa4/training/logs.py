@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dpa4.system import CsvLog
+from dpa4.output import CsvLog
 
 TERMS = ("energy", "forces", "virial", "loss", "gradient_norm")
 TRAIN_COLUMNS = ("step", "epoch", "learning_rate", *TERMS, "seconds")

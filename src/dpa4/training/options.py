@@ -1,13 +1,10 @@
-"""Options of a training run, read from one YAML file and validated into frozen objects."""
+"""Options of a training run: one model per section of the run file."""
 
 import difflib
-import re
-import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from ase.data import chemical_symbols
 from pydantic import (
     BaseModel,
@@ -15,14 +12,22 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
+    field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 
 from dpa4.model.config import ModelConfig
 from dpa4.model.presets import PRESETS, preset
 from dpa4.potential.precision import Precision
+
+
+def unknown_option(key: str, allowed: Iterable[str]) -> str:
+    """Message for an unknown option, with the closest known option or, if none is close, all of them."""
+    allowed = list(allowed)
+    close = difflib.get_close_matches(key.rpartition(".")[2], allowed, n=1)
+    return f"unknown option {key}; " + (
+        f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(allowed)}"
+    )
 
 
 class _Section(BaseModel):
@@ -189,6 +194,14 @@ class TrainingOptions(_Section):
         False, description="Also write TensorBoard files (needs the tensorboard package)."
     )
 
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _renamed(cls, value: Any) -> Any:
+        renamed = {"float32": "high", "bf16": "fast"}  # names of earlier versions
+        if isinstance(value, str) and value in renamed:
+            raise ValueError(f"training.precision = {value} is now called {renamed[value]}")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingOptions":
         if self.epochs and self.steps:
@@ -224,173 +237,3 @@ class RunConfig(_Section):
     training: TrainingOptions = Field(default_factory=TrainingOptions, description="Options of the fit.")
     output: Path = Field(Path("run"), description="Folder for the model, checkpoints, logs and plots.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one.")
-
-
-class _Loader(yaml.SafeLoader):
-    """Loader with the scalars of YAML 1.2: 1e-3 is a number, and the element No (nobelium) is not false."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in resolvers
-        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
-
-
-def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read and validate a run file.
-
-    Relative paths in the file are relative to the working directory.
-
-    Args:
-        path: YAML file.
-        overrides: Options that replace those of the file, such as ``"training.learning_rate=5e-4"``; the values
-            are YAML.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is not YAML, an override is malformed, or an option is unknown or not allowed. For
-            faulty options, the message has one line each with the option, its value and the allowed values.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"run file {path} does not exist; `dpa4 init` writes a starting file")
-    values = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"{path} must be a map of options (model:, data:, training:, ...), got {type(values).__name__}"
-        )
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ValueError(f"override {override!r} must look like training.learning_rate=5e-4")
-        _set(values, key.strip(), _parse_yaml(text, f"override {override!r}"))
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise ValueError(f"{path} is not valid:\n" + _faults(error)) from None
-
-
-def default_config_text(train: str = "train.xyz") -> str:
-    """Commented run file to start from. Its comments are the descriptions of the fields, so they cannot drift."""
-    head = ["# Training run of dpa4. Energies are in eV, lengths in Angstrom. null means: not set.", ""]
-    body = _commented(RunConfig.model_validate({"data": {"train": train}}))
-    at = next(i for i, line in enumerate(body) if line.startswith("data:")) - 2
-    extra = [
-        "  # The published models were trained with true; with false, energies are smoother at the cutoff.",
-        "  edge_norm: false",
-    ]
-    extra += ["  # Any other option of the model may be added, for example:"]
-    start = preset("mini", elements=("H",))
-    for name in ("cutoff", "channels", "lmax"):
-        extra.append(
-            f"  # {name}: {_scalar(getattr(start, name))}  # {ModelConfig.model_fields[name].description}"
-        )
-    return "\n".join(head + body[:at] + extra + body[at:]) + "\n"
-
-
-def _commented(section: BaseModel, depth: int = 0) -> list[str]:
-    lines: list[str] = []
-    pad = "  " * depth
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if depth == 0 and lines:
-            lines.append("")
-        comment = f"{pad}# "
-        lines += textwrap.wrap(
-            field.description or "", 100, initial_indent=comment, subsequent_indent=comment
-        )
-        if isinstance(value, BaseModel):
-            lines += [f"{pad}{name}:", *_commented(value, depth + 1)]
-        else:
-            lines.append(f"{pad}{name}: {_scalar(value)}")
-    return lines
-
-
-def _scalar(value: Any) -> str:
-    if isinstance(value, tuple):
-        return _scalar(value[0]) if len(value) == 1 else f"[{', '.join(map(_scalar, value))}]"
-    if isinstance(value, float):
-        return repr(value)
-    text = yaml.safe_dump(str(value) if isinstance(value, Path) else value)
-    return text.removesuffix("...\n").strip()
-
-
-def unknown_option(key: str, allowed: Iterable[str]) -> str:
-    """Message for an unknown option, with the closest known option or, if none is close, all of them."""
-    allowed = list(allowed)
-    close = difflib.get_close_matches(key.rpartition(".")[2], allowed, n=1)
-    return f"unknown option {key}; " + (
-        f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(allowed)}"
-    )
-
-
-def _parse_yaml(text: str, what: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ValueError(f"{what} is not valid YAML: {error}") from None
-
-
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key and create missing sections. Unknown names are left to the validation."""
-    *sections, name = key.split(".")
-    for section in sections:
-        if not isinstance(values.setdefault(section, {}), dict):
-            values[section] = {}
-        values = values[section]
-    values[name] = value
-
-
-def _faults(error: ValidationError) -> str:
-    """Describe each faulty option in one line; the members of a union ("a number" or "'auto'") share a line."""
-    lines: dict[str, str] = {}
-    for e in error.errors():
-        path, section = _option(e["loc"])
-        key = ".".join(map(str, path))
-        message = e["msg"].removeprefix("Value error, ")
-        message = re.sub(r"valid dictionary( or instance of \w+)?", "map of options", message)
-        message = re.sub(r"(valid )?tuple", "list", message, flags=re.IGNORECASE).partition(", unable to")[0]
-        if e["type"] == "extra_forbidden":
-            lines[key] = unknown_option(key, section)
-        elif e["type"] == "missing":
-            lines[key] = f"option {key} is required: {section[path[-1]].description}"
-        elif e["type"] == "value_error":
-            lines[key] = message
-        elif key in lines:
-            lines[key] += " or " + message.removeprefix("Input should be ")
-        else:
-            lines[key] = f"{key} = {e['input']!r}: {message[0].lower()}{message[1:]}"
-    return "\n".join(f"  {line}" for line in lines.values())
-
-
-def _option(location: tuple[int | str, ...]) -> tuple[list[Any], dict[str, FieldInfo]]:
-    """Path of an option in one of pydantic's error locations, and the fields of the section that contains it.
-
-    Entries of the location behind the option are union members ("literal['auto']") and indices.
-    """
-    path: list[Any] = []
-    fields = RunConfig.model_fields
-    for part in location:
-        path.append(part)
-        annotation = fields[str(part)].annotation if str(part) in fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        if len(path) < len(location):
-            fields = annotation.model_fields | (
-                ModelConfig.model_fields if annotation is ModelOptions else {}
-            )
-    return path, fields

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpa4.system import new_figure, read_csv, save_figure
+from dpa4.output import new_figure, read_csv, save_figure
 
 
 def plot_parity(data: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]], path: Path) -> None:

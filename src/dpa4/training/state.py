@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dpa4.system import atomic_write
+from dpa4.output import atomic_write
 
 STATE_FORMAT = 1
 

@@ -312,7 +312,6 @@ class Trainer:
             "average": self.average.shadows if self.average is not None else None,
             "sums": self.sums,
             "random": random,
-            "coverage": self.coverage.collector.state_dict(),
         }
         save_state(state, self.config.output / "last.pt")
 
@@ -338,8 +337,6 @@ class Trainer:
         for name in _COUNTERS:
             setattr(self, name, state[name])
         self.sums.copy_(state["sums"])
-        if "coverage" in state:  # absent in states of earlier versions; distances are then collected again
-            self.coverage.collector.load_state_dict(state["coverage"])
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpa4.system import atomic_write
+from dpa4.output import atomic_write
 
 _FOLDER = Path(__file__).parent
 _ARCHITECTURES = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dpa4.system import atomic_write
+from dpa4.output import atomic_write
 
 _SHARED_MEMORY_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from dpa4.model.config import ModelConfig
 from dpa4.model.edges import reduced_degrees
 from dpa4.model.layers import balance_of, degree_of
+from dpa4.output import atomic_write
 from dpa4.potential.deepmd.names import deepmd_name
 from dpa4.potential.deepmd.options import config_to_deepmd
 from dpa4.potential.potential import Potential
-from dpa4.system import atomic_write
 
 _MODEL = "model.Default."
 _ATOMIC = f"{_MODEL}atomic_model."

@@ -18,8 +18,8 @@ from typing import IO, Any
 from ase import Atoms
 from ase.io import iread, write
 
+from dpa4.output import CsvLog, atomic_write
 from dpa4.simulation.runs.store import check_settings, write_csv
-from dpa4.system import CsvLog, atomic_write
 
 FORMAT = 1
 TABLE, FRAMES = "screen.csv", "relaxed.xyz"

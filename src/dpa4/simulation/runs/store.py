@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
+from dpa4.output import atomic_write
 from dpa4.simulation.runs.progress import progress_bar
-from dpa4.system import atomic_write, stop_requests
+from dpa4.system import stop_requests
 
 Record = dict[str, Any]
 T = TypeVar("T")

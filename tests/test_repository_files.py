@@ -1,0 +1,79 @@
+"""Files beside the code: citation, security, workflow, documentation settings, data of the package."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import dpa4
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def parsed(path: str) -> dict:
+    return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
+
+
+def test_citation():
+    """The required keys of CFF 1.2.0, with the version of the package."""
+    citation = parsed("CITATION.cff")
+    assert {"authors", "cff-version", "message", "title"} <= set(citation)
+    assert (citation["cff-version"], citation["type"]) == ("1.2.0", "software")
+    assert (str(citation["version"]), citation["license"]) == (dpa4.__version__, "MIT")
+    assert citation["authors"] == [{"name": "The dpa4 developers"}]
+    assert {i["type"] for i in citation["identifiers"]} <= {"doi", "url", "swh", "other"}
+    assert "arXiv:2606.02419" in [i["value"] for i in citation["identifiers"]]
+    assert PROJECT["project"]["version"] == dpa4.__version__
+
+
+def test_workflow_checks_builds_and_runs_slow_tests_at_night():
+    workflow = parsed(".github/workflows/ci.yml")
+    triggers = workflow[True]  # YAML 1.1 reads the key `on` as true
+    assert {"push", "pull_request", "schedule"} <= set(triggers)
+    commands = {
+        name: "\n".join(s.get("run", "") for s in job["steps"]) for name, job in workflow["jobs"].items()
+    }
+    assert ".ci/run" in commands["check"] and "make slow" in commands["slow"]
+    assert "python -m build" in commands["wheel"] and "import dpa4" in commands["wheel"]
+    assert "schedule" in workflow["jobs"]["slow"]["if"]
+    assert (ROOT / ".ci" / "run").is_file()
+
+
+def test_documentation_is_built_from_an_extra_that_exists():
+    settings = parsed(".readthedocs.yaml")
+    assert (ROOT / settings["sphinx"]["configuration"]).is_file()
+    extras = PROJECT["project"]["optional-dependencies"]
+    (install,) = settings["python"]["install"]
+    assert set(install["extra_requirements"]) <= set(extras)
+    assert set(extras["docs"]) <= set(extras["dev"])
+
+
+@pytest.mark.parametrize("target", ["make test", "make slow", "make docs", "make env"])
+def test_commands_for_contributors_exist(target):
+    assert target in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^{target.split()[1]}:", makefile, re.MULTILINE)
+
+
+def test_security_names_the_safe_readers():
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    for words in ("weights_only=True", "allow_pickle=False", "safetensors", "Report a"):
+        assert words in text
+
+
+def test_every_data_file_is_in_the_wheel():
+    """Files without the suffix .py match a pattern of package-data, and every pattern matches a file."""
+    package = ROOT / "src" / "dpa4"
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["dpa4"]
+    packed = {pattern: set(package.glob(pattern)) for pattern in patterns}
+    files = {
+        path
+        for path in package.rglob("*")
+        if path.is_file() and path.suffix not in {".py", ".pyc"} and "__pycache__" not in path.parts
+    }
+    assert files == set().union(*packed.values())
+    assert all(packed.values()), f"patterns without files: {[p for p, found in packed.items() if not found]}"
+    assert package / "py.typed" in files
