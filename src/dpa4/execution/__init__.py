@@ -1,1 +1,1 @@
-"""Ways to run a potential: compiled regions, padding, CUDA graphs, precompilation, the evaluator, and every limit."""
+"""Execution of a potential: compiled regions, padding, CUDA graphs, precompilation, the evaluator, and all limits."""

@@ -11,13 +11,13 @@ from dpa4.potential.potential import Potential
 
 
 def compare_with_eager(potential: Potential, graph: Graph) -> dict[str, float]:
-    """Deviation of a compiled potential from its eager form on a graph, and on the same without its last atom.
+    """Compare a compiled potential with its eager form, on a graph and on the same graph without its last atom.
 
-    Code that was made for the sizes of one graph and serves no others is thereby found.
+    The second size reveals code that is only valid for the sizes it was compiled with.
 
     Returns:
-        Largest deviations relative to the largest eager entry: of the energy, the forces, and, in training mode, of
-        the parameter gradients of the mean square force, in which second derivatives would be wrong first.
+        Largest deviations relative to the largest eager entry: of the energy, the forces and, in training mode, of
+        the parameter gradients of the mean square force, where errors of second derivatives show first.
     """
     smaller = first_atoms(graph, graph.num_atoms - 1)
     graphs = [graph, smaller] if smaller.num_edges > 1 else [graph]
@@ -29,7 +29,11 @@ def compare_with_eager(potential: Potential, graph: Graph) -> dict[str, float]:
 
 
 def probe(potential: Potential, graph: Graph) -> dict[str, list[Tensor]]:
-    """What is compared: energy, forces, and in training mode the parameter gradients of the mean square force."""
+    """Compute the quantities that are compared.
+
+    Returns:
+        The energy, the forces, and in training mode the parameter gradients of the mean square force.
+    """
     prediction = potential(graph)
     found = {"energy": [prediction.energy.detach()], "forces": [prediction.forces.detach()]}
     if potential.training and graph.num_edges:
@@ -42,18 +46,16 @@ def probe(potential: Potential, graph: Graph) -> dict[str, list[Tensor]]:
 
 
 def _deviation(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest difference relative to the largest expected entry; not a number if an entry is not."""
+    """Largest difference relative to the largest expected entry; NaN if an entry is NaN."""
     scale = _largest(expected)
     worst = _largest([a - b for a, b in zip(actual, expected, strict=True)])
     return worst / scale if scale and math.isfinite(scale) else worst
 
 
 def _worst(deviations: list[float]) -> float:
-    return float(torch.tensor(deviations, dtype=torch.float64).max())  # keeps what is not a number
+    return float(torch.tensor(deviations, dtype=torch.float64).max())  # unlike Python's max, propagates NaN
 
 
 def _largest(tensors: list[Tensor]) -> float:
     sizes = [t.abs().max() for t in tensors if t.numel()]
-    return (
-        float(torch.stack(sizes).max()) if sizes else 0.0
-    )  # unlike Python's max, keeps what is not a number
+    return float(torch.stack(sizes).max()) if sizes else 0.0  # propagates NaN

@@ -1,4 +1,4 @@
-"""Energy and forces as a CUDA graph: in small systems it takes longer to launch the kernels than to run them."""
+"""Energy and forces by CUDA graphs: in small systems launching the kernels takes longer than running them."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -21,18 +21,18 @@ class _Recording(NamedTuple):
     graph: "torch.cuda.CUDAGraph"
     buffers: Buffers
     prediction: Prediction
-    constants: list[Any]  # of compiled regions: the kernels read them, so their memory must stay
+    constants: list[Any]  # constants of compiled regions, kept alive because the recorded kernels read them
 
 
 class Replay:
-    """Calls a potential on one structure at a time, by replaying recorded kernels.
+    """Evaluates a potential on one structure at a time by replaying recorded kernels.
 
-    Sizes are rounded up with atoms far from everything, by at most 1/32, so one recording serves many structures.
-    Recordings are given up when weights change, since they do not compute what depends on weights alone.
+    Sizes are padded by at most 1/32 with atoms that interact with nothing, so one recording serves many structures.
+    All recordings are discarded when weights change, since they do not compute what depends on weights alone.
 
     Args:
-        potential: In evaluation mode, on a GPU; its parameters and buffers must not be replaced by others.
-        max_recordings: Of different sizes, that are held at a time.
+        potential: Potential in evaluation mode, on a GPU; its parameters and buffers must not be replaced by others.
+        max_recordings: Largest number of recordings, of different sizes, that are held at a time.
     """
 
     def __init__(self, potential: Potential, max_recordings: int = 4):
@@ -42,7 +42,7 @@ class Replay:
         self.recorded = versions(self.weights)
 
     def __call__(self, graph: Graph) -> Prediction:
-        """Prediction for a graph of one structure, on the device."""
+        """Return the prediction for a graph of one structure on the device."""
         graph = self.potential.without_excluded(graph)
         n, e = graph.num_atoms, graph.num_edges
         atoms, edges = replayed_size(n), rounded_up(e)
@@ -58,10 +58,12 @@ class Replay:
             recording = self.recordings[size]
             recording.buffers.copy(graph)
             recording.graph.replay()
-            if (now := versions(self.weights)) == self.recorded:  # looked up while the device is busy
+            # Checked after the launch, while the device is busy. If the weights have changed, the result is
+            # discarded.
+            if (now := versions(self.weights)) == self.recorded:
                 break
             self.recordings.clear()
-            del recording  # its memory is for the next one
+            del recording  # frees its memory for the next one
             self.recorded = now
         energy, atomic, forces, virial = recording.prediction
         return Prediction(energy[:1].clone(), atomic[:n].clone(), forces[:n].clone(), virial[:1].clone())
@@ -74,25 +76,25 @@ class Replay:
 
 
 def record(work: Callable[[], T], stream: "torch.cuda.Stream", pool: Any = None) -> tuple[Any, T]:
-    """Record the kernels of some work, which is done twice before.
+    """Record the kernels of some work as a CUDA graph, after running the work twice.
 
     Args:
-        work: Nothing in it may wait for the device; its inputs stay where they are.
-        stream: What the work is done on while it is recorded.
-        pool: Handle of the memory that it takes. Recordings may share it if none is replayed before the results of
-            another have been used, since it may overwrite them.
+        work: Function to record. It must not wait for the device, and its inputs must stay at the same addresses.
+        stream: Stream on which the work is recorded.
+        pool: Handle of the memory pool of the recording. Recordings may share a pool if each result is used before
+            another recording is replayed, since the replay may overwrite it.
 
     Returns:
         The ``torch.cuda.CUDAGraph``, and the results, which each replay overwrites.
     """
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):  # compiles, and fills caches that must not be filled while recording
+        for _ in range(2):  # compiles code and fills caches, neither of which may happen while recording
             work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # The outer block brings the former stream back even if the recording cannot be ended. Other threads may go on
-    # to allocate memory (of batches to come): "thread_local".
+    # The outer block restores the former stream even if the recording cannot be ended. "thread_local" lets other
+    # threads allocate memory meanwhile, such as the one that prepares batches.
     try:
         with (
             torch.cuda.stream(stream),
@@ -100,7 +102,7 @@ def record(work: Callable[[], T], stream: "torch.cuda.Stream", pool: Any = None)
         ):
             results = work()
     except BaseException:
-        # Random numbers would go on to be recorded; a copy of their state does not know that they were.
+        # After a failed recording the random generator would remain in recording mode; a copy of its state is not.
         generator = torch.cuda.default_generators[stream.device_index]
         generator.graphsafe_set_state(generator.clone_state())
         raise

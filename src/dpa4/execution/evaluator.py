@@ -1,4 +1,4 @@
-"""Energies and forces as fast as the device allows."""
+"""Evaluation of energies and forces: compiled and replayed as a CUDA graph where that is faster."""
 
 import logging
 import time
@@ -21,15 +21,15 @@ _log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """A potential in evaluation mode, compiled when first needed and replayed as a CUDA graph where it is small.
+    """A potential in evaluation mode, compiled at first use, and replayed as a CUDA graph for small systems.
 
-    There are three variants of the code. For small systems it keeps results of the forward pass for the derivatives,
-    for larger ones only results of the last block, and for large ones none. The first call of each variant compares
-    it with eager mode, on large systems for the first atoms. If compiled code deviates from eager mode, the variant
-    that stores no intermediates is tried: it consists of different kernels, so the same compiler bug is unlikely to
-    affect both. If that fails as well, a warning says why, and calculations stay in eager mode. Graphs of several
-    structures are compiled but not replayed as CUDA graphs: their sizes keep changing, and together they keep the
-    device busy.
+    There are three variants of the code. For small systems, intermediate results of the forward pass are stored for
+    the derivatives; for larger systems only those of the last block; for large systems none. The first call of each
+    variant is compared with eager mode, for large systems on the first atoms only. If compiled code deviates from
+    eager mode, the variant that stores no intermediates is tried: it consists of different kernels, so the same
+    compiler bug is unlikely to affect both. If that fails as well, a warning gives the reason, and calculations stay
+    in eager mode. Graphs of several structures are compiled but not replayed as CUDA graphs: their sizes vary, and
+    together they keep the device busy.
 
     Args:
         potential: The potential, on its device and in its precision.
@@ -42,8 +42,8 @@ class Evaluator:
         if compile is None:
             compile = compiles_by_default(potential.device, potential.dtype)
         self._compile = compile
-        self._keeps_results = True  # until results of code that keeps them deviate
-        self._compared: set[int] = set()  # indices of the keep policies that were compared
+        self._keeps_results = True  # false once a variant that stores intermediates has deviated
+        self._compared: set[int] = set()  # indices of the policies that were compared with eager mode
         self._call: Callable[[Graph], Prediction] = potential.__call__
 
     def __call__(self, graph: Graph) -> Prediction:
@@ -53,8 +53,8 @@ class Evaluator:
         return self._call(graph) if graph.num_structures == 1 else self.potential(graph)
 
     def _prepare(self, graph: Graph) -> None:
-        """Compile the code for the size of a graph and compare it with eager mode, unless that is done."""
-        # Imports of the compiler take a second.
+        """Compile the variant for the size of a graph and compare it with eager mode, unless done before."""
+        # Imported here, since importing the compiler takes a second.
         from dpa4.execution import cuda_graph, regions
         from dpa4.execution.trial import DeviationError, attempt
 
@@ -71,13 +71,13 @@ class Evaluator:
             if not self._compared:
                 regions.compile_potential(self.potential)
             try:
-                return self._made(graph, policy)
+                return self._compile_and_compare(graph, policy)
             except DeviationError as error:
                 if policy == KEEP_NOTHING:
                     raise
-                _log.info("code that keeps results: %s", error)
+                _log.info("compiled code that stores intermediate results is not used: %s", error)
             policy, self._keeps_results = KEEP_NOTHING, False
-            return self._made(graph, policy)
+            return self._compile_and_compare(graph, policy)
 
         found = attempt(self.potential, work, self._give_up)
         if found is None:
@@ -92,15 +92,15 @@ class Evaluator:
         if graph.positions.is_cuda and not isinstance(self._call, cuda_graph.Replay):
             self._call = cuda_graph.Replay(self.potential)
 
-    def _made(self, graph: Graph, policy: int) -> dict[str, float]:
-        """Have the code of a policy compiled, and compare it with eager mode; return the deviations."""
+    def _compile_and_compare(self, graph: Graph, policy: int) -> dict[str, float]:
+        """Compile the variant of a policy and compare it with eager mode; return the deviations."""
         from dpa4.execution import regions
         from dpa4.execution.precompile import Mode, precompile
         from dpa4.execution.trial import compared
 
         regions.keep_results(self.potential, KEEP_POLICIES[policy])
         precompile(self.potential, [Mode(False, self.potential.precision)], graph)
-        self.potential(graph)  # so that code is made for these sizes
+        self.potential(graph)  # compiles whatever this graph needs
         return compared(self.potential, first_atoms(graph, MAX_COMPARED_ATOMS))
 
     def _give_up(self, error: Exception) -> None:

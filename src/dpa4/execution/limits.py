@@ -1,6 +1,6 @@
-"""Every threshold of execution, with its source. Sizes are numbers of atoms or edges unless said otherwise.
+"""Limits of execution, each with its source.
 
-Measurements are in benchmarks/LOG.md under the dates given here.
+Sizes are numbers of atoms or edges unless stated otherwise. Measurements are in benchmarks/LOG.md and in docs/adr.
 """
 
 import math
@@ -16,38 +16,44 @@ from dpa4.potential.potential import Potential
 from dpa4.tracing.sizes import MIN_SIZE
 
 MAX_REPLAYED_ATOMS = 4224
-"""Atoms of the largest CUDA graph, padding included: 4096 are padded to 4224. Larger systems keep the device busy
-without one, and a CUDA graph never returns its memory (one H200, docs/adr/0010 and 0011)."""
+"""Largest number of atoms of a CUDA graph, padding included: 4,096 atoms are padded to 4,224. Larger systems keep the
+device busy without a CUDA graph, and a CUDA graph never returns its memory (one H200, docs/adr/0010 and 0011)."""
 
 SIZE_DIGITS = 6
-"""Binary digits of the padded sizes in dynamics: padding adds at most 1/32 (one H200; before, 5 digits and 1/16)."""
+"""Significant binary digits of padded sizes in MD: at most 1/32 is added (one H200; earlier 5 digits, or 1/16)."""
 
 BATCH_SIZE_DIGITS = 5
-"""Binary digits of the padded sizes of training batches, which vary more than the sizes of MD steps: at most 1/16."""
+"""Significant binary digits of padded training batches, whose sizes vary more than in MD: at most 1/16 is added."""
 
 MAX_COMPARED_ATOMS = 512
-"""Atoms compared with eager mode, which may lack the memory for a whole large system."""
+"""Largest number of atoms in a comparison with eager mode, which may lack the memory for a large system."""
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-4}
 """Largest deviation of compiled results relative to the largest entry: rounding, amplified by sums that cancel."""
 
 FAST_TOLERANCE = 0.1
-"""The same at precision "fast", where the rounding of bfloat16 (0.4 %) depends on how operations are fused."""
+"""Largest relative deviation at precision "fast": the rounding of bfloat16 (0.4 %) depends on operator fusion."""
 
 MAX_WORKERS = 8
-"""Processes that compile. With more, the longest stage decides; on a GPU each process takes half a GiB of context."""
+"""Largest number of compile workers. With more, the longest stage sets the time; on a GPU the CUDA context of each
+takes half a GiB."""
 
 MIN_PROCESSORS = 4
-"""Processors below which all stages are compiled in one process."""
+"""Smallest number of processors for which workers are started."""
 
 WORKER_MEMORY = 2**30
-"""Bytes of the GPU that are reserved for the context of each worker."""
+"""Bytes of GPU memory that must be free for the CUDA context of each worker."""
 
 
 class KeepPolicy(NamedTuple):
-    """Largest numbers of atoms for which energies and forces keep results of the forward pass for the derivatives."""
+    """Largest numbers of atoms for which intermediate results of the forward pass are kept for the derivatives.
 
-    # Outside of the blocks, and in the last block: its derivative comes first, so its results are freed early.
+    Attributes:
+        last: Limit for the last block and the parts outside of the blocks. The derivative of the last block comes
+            first, so its intermediates are freed early.
+        everywhere: Limit for all other blocks.
+    """
+
     last: int
     everywhere: int
 
@@ -57,11 +63,12 @@ KEEP_POLICIES = (
     KeepPolicy(MAX_REPLAYED_ATOMS, 0),
     KeepPolicy(0, 0),
 )
-"""Policies for small, larger and large systems. Keeping results everywhere takes 3 MiB per atom of paper-air and
+"""Policies for small, larger and large systems. Keeping intermediates everywhere takes 3 MiB per atom of paper-air
+and
 saves a sixth of the time (43.6 and 37.0 ms for 4,096 atoms on one H200)."""
 
 KEEP_NOTHING = len(KEEP_POLICIES) - 1
-"""Index of the policy that keeps nothing."""
+"""Index of the policy that keeps no intermediates."""
 
 
 def keep_policy(atoms: int) -> int:
@@ -86,7 +93,7 @@ def tolerance(potential: Potential) -> float:
 
 
 def exceeded(deviations: dict[str, float], allowed: float) -> dict[str, float]:
-    """Deviations that are larger than allowed, or not a number."""
+    """Deviations that are larger than allowed or NaN."""
     return {name: d for name, d in deviations.items() if math.isnan(d) or d > allowed}
 
 

@@ -1,4 +1,4 @@
-"""Padding of graphs to few sizes, so that one CUDA graph serves many structures."""
+"""Padding of graphs to a few standard sizes, so that one CUDA graph serves many structures."""
 
 import torch
 
@@ -7,7 +7,7 @@ from dpa4.graph import Graph, collate
 
 
 def replayed_size(atoms: int) -> int | None:
-    """Atoms of the CUDA graph for a number of atoms, padding included; None if there is none."""
+    """Atoms of the CUDA graph for a number of atoms, padding included; None if it would be too large."""
     size = rounded_up(atoms + 1)
     return size if size <= MAX_REPLAYED_ATOMS else None
 
@@ -19,7 +19,7 @@ def rounded_up(n: int, digits: int = SIZE_DIGITS) -> int:
 
 
 class Buffers:
-    """Memory for one structure after another, with padded sizes; ``graph`` is `pad` of the last structure.
+    """Buffers of padded size that hold one structure after another; ``graph`` is the last structure, padded by `pad`.
 
     Args:
         graph: The first structure; the others must be padded to the same sizes.
@@ -49,7 +49,7 @@ class Buffers:
                 [getattr(own, field)[: len(t)] for field, t in zip(fields, new, strict=True)], new
             )
         own.atomic_numbers[n:], own.charge_spin[1:] = graph.atomic_numbers[0], graph.charge_spin[0]
-        if e < edges:  # edges of the structure before remain there
+        if e < edges:  # replace the edges left over from the last structure by padding
             ends = n + _padding_ends(
                 e, edges, own.num_edges, own.num_atoms - n, SIZE_DIGITS, own.source.device
             )
@@ -57,11 +57,11 @@ class Buffers:
 
 
 def pad(graph: Graph, cutoff: float, structures: int = 1, digits: int = SIZE_DIGITS) -> Graph:
-    """Add structures so that the numbers of atoms and edges are among few.
+    """Pad a graph to a standard number of atoms and edges by adding structures.
 
-    The first added structure has atoms of the first element of the graph. Each of its edges joins an atom to an image
-    of itself beyond the cutoff, so it has no energy. Further added structures are empty. None of them touches the
-    structures of the graph.
+    The first added structure has atoms of the element of the graph's first atom. Each of its edges joins an atom to
+    its own periodic image beyond the cutoff, so it contributes no energy. Further added structures are empty. The
+    structures of the graph are not affected.
 
     Args:
         graph: The graph.
@@ -89,10 +89,11 @@ def pad(graph: Graph, cutoff: float, structures: int = 1, digits: int = SIZE_DIG
 def _padding_ends(
     first: int, last: int, size: int, atoms: int, digits: int, device: torch.device
 ) -> torch.Tensor:
-    """Added atoms to which the padding edges first … last-1 belong; edges below ``first`` are real.
+    """Padding atoms to which the padding edges first … last-1 belong; edges below ``first`` are real.
 
-    The result ascends, and spreads the edges evenly over the atoms where most are added. It depends on the place of
-    an edge and not on their number, so that another structure can be copied into the same buffers.
+    The result is ascending and spreads the edges evenly over the padding atoms if most of them are needed. The atom
+    of an edge depends on the position of the edge and not on the number of real edges, so that another structure can
+    be copied into the same buffers.
     """
     unit = _unit(first, digits)
     return (torch.arange(first, last, device=device) - (size - unit)) * atoms // unit

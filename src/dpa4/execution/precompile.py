@@ -1,9 +1,9 @@
-"""Compilation in several processes.
+"""Compilation in several processes before the first call.
 
-The compiler works on one stage at a time, mostly in one thread. Training takes 23 of them, so while this process
-traces the network, others compile what it has traced, and leave it in files where it is found when it is needed. The
-network is traced without computing anything: results of stages are replaced by tensors of the right shape without
-values, and weights do not matter.
+The compiler processes one stage at a time, mostly in one thread, and training needs 23 stages. While this process
+traces the network, worker processes compile the traced stages and store them in files, which are loaded at first
+use. The network is traced without computing anything: results of stages are replaced by uninitialised tensors of the
+right shape, and the values of the weights do not matter.
 """
 
 import logging
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class Mode(NamedTuple):
-    """How a potential is going to be called."""
+    """Mode in which a potential is called: training or evaluation, and the precision."""
 
     training: bool
     precision: Precision = "high"
@@ -38,16 +38,17 @@ class Mode(NamedTuple):
 def precompile(
     potential: Potential, modes: Sequence[Mode], graph: Graph | None = None, processes: int | None = None
 ) -> None:
-    """Trace a compiled potential and have the stages compiled that no file has yet.
+    """Trace a compiled potential and let workers compile all stages that are not in the cache.
 
-    Where other processes are not worth it, or fail, code is made as ever: when it is needed.
+    If workers are not worthwhile, or fail, stages are compiled in this process at first use.
 
     Args:
-        potential: After `compile_potential`.
-        modes: How it is going to be called.
-        graph: Of which a part is computed in eager mode in the meantime, since on a GPU that makes the kernels of the
-            operators.
-        processes: As many as there are processors for, up to 8, by default; below 4 processors none.
+        potential: Potential after `compile_potential`.
+        modes: Modes in which it will be called.
+        graph: Graph of which a part is computed in eager mode meanwhile; on a GPU that compiles the Triton kernels
+            of the operators.
+        processes: Number of workers; by default one per processor, at most `MAX_WORKERS`, none below
+            `MIN_PROCESSORS`.
     """
     if processes is None:
         processes = _affordable(potential.device)
@@ -61,11 +62,11 @@ def precompile(
                 with _called_as(mode, potential), in_eager_mode(potential), suppress(torch.OutOfMemoryError):
                     probe(potential, first_atoms(graph, MAX_COMPARED_ATOMS))
         if error := pool.finish():
-            _log.warning("compilation in other processes failed, so it goes on in this one: %s", error)
+            _log.warning("compile workers failed, so stages are compiled in this process: %s", error)
 
 
 def _affordable(device: torch.device) -> int:
-    """Number of workers that the processors and the memory of the device allow."""
+    """Number of workers that the number of processors and the free memory of the device allow."""
     if processors() < MIN_PROCESSORS:
         return 0
     memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else sys.maxsize
@@ -76,23 +77,23 @@ def _outline(potential: Potential, mode: Mode, pool: WorkerPool) -> None:
     """Trace everything that calls in a mode need, without computing anything.
 
     Args:
-        potential: After `compile_potential`.
-        mode: The mode.
-        pool: Gets the stages of each region as soon as they are known.
+        potential: Potential after `compile_potential`.
+        mode: Mode of the calls.
+        pool: Workers, which receive the stages of each region as soon as it is traced.
     """
     codes = {region.code for region in regions(potential)}
-    before = {code: (code.make, code.report, code.tracing, code.added) for code in codes}
+    before = {c: (c.compile_stage, c.report, c.before_trace, c.after_trace) for c in codes}
     known = {id(stage): stage.function for code in codes for stage in code.stages()}
     for code in codes:
-        code.make, code.report = Stage.outline, lambda name, seconds: None
-        code.tracing, code.added = pool.start, pool.add
+        code.compile_stage, code.report = Stage.outline, lambda name, seconds: None
+        code.before_trace, code.after_trace = pool.start, pool.add
     try:
         with _called_as(mode, potential):
             potential(_triatomic(potential))
     finally:
         for code in codes:
-            code.make, code.report, code.tracing, code.added = before[code]
-            for stage in code.stages():  # none may go on without values
+            code.compile_stage, code.report, code.before_trace, code.after_trace = before[code]
+            for stage in code.stages():  # no outline, which returns no values, may remain
                 stage.function = known.get(id(stage))
 
 
@@ -109,7 +110,7 @@ def _called_as(mode: Mode, potential: Potential) -> Iterator[None]:
 
 
 def _triatomic(potential: Potential) -> Graph:
-    """The smallest graph that compiled code is used for."""
+    """Three atoms within the cutoff of each other: a small graph for which compiled code is used."""
     number, length = atomic_numbers[potential.elements[0]], 0.5 * potential.config.cutoff
     positions = length * np.eye(3)
     graph = build_graph([number] * 3, positions, np.zeros((3, 3)), np.zeros(3, dtype=bool), 2 * length)

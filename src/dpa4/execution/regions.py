@@ -1,4 +1,8 @@
-"""Compilation of a potential: methods of its network are replaced by compiled regions."""
+"""Compilation of a potential: methods of its network are replaced by compiled regions.
+
+A region is stored in the module's ``__dict__`` under the name of the method, where it takes precedence over the
+method of the class. Removing it restores the method.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,22 +25,22 @@ def compile_potential(
     report: Callable[[str, float], None] = lambda name, seconds: None,
     kept: KeepPolicy = KEEP_POLICIES[0],
 ) -> None:
-    """Replace the parts of the network by compiled ones, in place; code is made when first needed.
+    """Replace methods of the network by compiled regions, in place; code is compiled at first use.
 
-    Call it when the potential is on its device and in its precision. Blocks of equal degree share their code. The
-    last derivative, that of training, is with respect to the parameters alone: second derivatives with respect to
-    positions are not supported.
+    The potential must be on its device and in its precision. Blocks of equal degree share their code. The second
+    derivative, in training, is with respect to the parameters alone: second derivatives with respect to positions are
+    not supported.
 
     Args:
         potential: The potential.
-        report: Called with the name of a part and the seconds it took to compile.
-        kept: Which results are kept for the derivatives, outside of training.
+        report: Called with the name of a region and the seconds after each compilation.
+        kept: Sizes for which intermediate results are kept for the derivatives, outside of training.
     """
     restore_eager(potential)
     model = potential.model
     origin = repr([potential.config.model_dump_json(), triton_version()])
     code_of = partial(RegionCode, report=report, origin=origin)
-    # No parameter influences the geometry: that it is data spares the last stage a derivative by it.
+    # The geometry does not depend on parameters. Declared as data, it needs no derivative in stage 3.
     rows = ("edge data",) * (model.geometry.wigner.mmax + 1)
     edges: Any = Edges("edge data", "edge data", "edge data", "edge data", rows)  # type: ignore[arg-type]
     source: Any = Incidence("edge", "edge", "node+1")  # type: ignore[arg-type]
@@ -78,25 +82,25 @@ def compile_potential(
 
 
 def regions(potential: Potential) -> list[Region]:
-    """The compiled parts."""
+    """Compiled regions of a potential; empty in eager mode."""
     return [region for _, _, region in _places(potential)]
 
 
 def _methods(potential: Potential) -> list[tuple[nn.Module, str]]:
-    """Modules, and the methods of theirs that are compiled."""
+    """All methods that can be compiled, each with its module."""
     whole = [(potential.model, name) for name in ("locate", "embed", "read_out")]
     of_block = ("states", "messages", "update", "update_some")
     return [*whole, *((block, name) for block in potential.model.blocks for name in of_block)]
 
 
 def _places(potential: Potential) -> list[tuple[nn.Module, str, Region]]:
-    """The same where they are compiled, and what stands in their place."""
+    """All methods that are compiled, each with its module and the region that replaces it."""
     found = [(module, method, vars(module).get(method)) for module, method in _methods(potential)]
     return [(module, method, part) for module, method, part in found if isinstance(part, Region)]
 
 
 def keep_results(potential: Potential, kept: KeepPolicy) -> None:
-    """Change which results the compiled parts keep for the derivatives; code that exists stays."""
+    """Change the sizes for which regions keep intermediate results; compiled code is not discarded."""
     for module, method, region in _places(potential):
         early = method in ("messages", "update") and module is not potential.model.blocks[-1]
         region.max_kept = kept.everywhere if early else kept.last
@@ -110,7 +114,7 @@ def restore_eager(potential: Potential) -> None:
 
 @contextmanager
 def in_eager_mode(potential: Potential) -> Iterator[None]:
-    """Within the block nothing of the potential is compiled."""
+    """Run the block with the potential in eager mode; the regions are restored afterwards."""
     places = _places(potential)
     restore_eager(potential)
     try:

@@ -1,4 +1,4 @@
-"""The ritual of compiled code, written once: compile, compare with eager mode, give up with a reason."""
+"""Trial of compiled code: compile, compare with eager mode, and return to eager mode with a reason on failure."""
 
 import warnings
 from collections.abc import Callable
@@ -16,17 +16,17 @@ T = TypeVar("T")
 
 
 class DeviationError(ArithmeticError):
-    """Deviation between compiled and eager results that rounding cannot explain."""
+    """Raised if compiled and eager results deviate by more than rounding explains."""
 
 
 def compared(potential: Potential, graph: Graph) -> dict[str, float]:
-    """Compare a compiled potential with its eager form on a graph, in its present mode and precision.
+    """Compare a compiled potential with its eager form on a graph, in its current mode and precision.
 
     Returns:
         Largest relative deviations, see `dpa4.execution.check.compare_with_eager`.
 
     Raises:
-        DeviationError: If a deviation is larger than `dpa4.execution.limits.tolerance` or not a number.
+        DeviationError: If a deviation is larger than `dpa4.execution.limits.tolerance` or NaN.
     """
     allowed = tolerance(potential)
     found = compare_with_eager(potential, graph)
@@ -34,7 +34,7 @@ def compared(potential: Potential, graph: Graph) -> dict[str, float]:
         mode = "training" if potential.training else "evaluation"
         listed = ", ".join(f"{name} {deviation:.1g}" for name, deviation in worse.items())
         raise DeviationError(
-            f"relative deviations from eager mode in {mode}: {listed}; rounding explains {allowed:.0g}"
+            f"relative deviations from eager mode in {mode}: {listed}; rounding explains at most {allowed:.0g}"
         )
     return found
 
@@ -49,10 +49,10 @@ def attempt(
 
     Args:
         potential: The potential.
-        work: Function that compiles the potential and compares it (`compared`).
+        work: Function that compiles the potential and compares it with eager mode, see `compared`.
         give_up: Called with the error after the potential is back in eager mode.
-        propagate: Errors that are not the compiler's fault and are raised; by default lack of memory, since a smaller
-            graph may come.
+        propagate: Errors to raise instead, as the compiler is not at fault; by default lack of memory, since a later
+            graph may be smaller.
 
     Returns:
         Result of ``work``, or None after a failure.

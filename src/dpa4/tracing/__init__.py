@@ -1,1 +1,1 @@
-"""From a method of the network to compiled code: regions, their traces, stages as text, worker processes."""
+"""Compilation of methods of the network: regions, their traces, stages as text, worker processes."""

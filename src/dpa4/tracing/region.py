@@ -1,15 +1,16 @@
-"""Compiled regions: parts of the model as compiled functions with compiled first and second derivatives.
+"""Compiled regions: methods of the network as compiled functions with compiled first and second derivatives.
 
-Training on forces differentiates twice, which the compiler's own autograd does not do. A region y = f(p, x) of
-parameters p and arguments x is therefore traced once through all that such a step asks of it, the four stages of
-`dpa4.ops.second_order`. The trace is a flat graph of ATen operators and kernels in which nothing is left to
-differentiate. It is cut into the stages: products of matrices and kernels over edges are computed once and kept for
-later stages, everything else is computed again where it is needed, since reading it from memory would take as long.
-Outside of training, what depends on weights alone (parameters and buffers) is a stage of its own, computed once for
-many calls (docs/adr/0011).
+Training on forces differentiates twice, which the autograd of torch.compile does not support. A region y = f(p, x) of
+parameters p and arguments x is therefore traced once through everything a training step computes of it: the four
+stages of `dpa4.ops.second_order`. The trace is a flat graph of ATen operators and kernels with nothing left to
+differentiate. It is cut into the stages. Results of matrix products and of kernels over edges are computed once and
+saved for later stages. Everything else is recomputed where it is needed, since reading it from memory would take as
+long. Outside of training, the nodes that depend on weights alone (parameters and buffers) form a further stage, the
+stage of constants, which is computed once for many calls (docs/adr/0011).
 
-Traces and compiled stages are kept on disk, so that later runs need neither the tracer nor the compiler
-(docs/adr/0016).
+Traces and compiled stages are stored on disk, so that later runs need neither the tracer nor the compiler
+(docs/adr/0016). The sources of `ops`, `tracing` and `model` are part of the key of these files: any change to them
+invalidates the files.
 """
 
 import hashlib
@@ -30,35 +31,36 @@ from dpa4.ops import second_order
 from dpa4.ops.second_order import Maybe
 from dpa4.tracing.sizes import COUNTED, INDEX_LIMIT, MIN_SIZE
 from dpa4.tracing.stage import Function, Stage
-from dpa4.tracing.trace import Kind, Trace, built, trace
+from dpa4.tracing.trace import Kind, Trace, from_structure, trace
 
 Axis = Literal[
     "node", "node+1", "center", "center+1", "edge", "node data", "center data", "edge data", "static"
 ]
-"""What the leading axis of an argument counts.
+"""Meaning of the leading axis of an argument.
 
-"center" are the nodes that receive; "static" does not vary, and such arguments are taken for parameters. Data are
-what no parameter influences, such as the geometry: they have a derivative in stage 1, that of the forces, but none
-in stage 3.
+"center" are the nodes that receive messages. Arguments that are "static" have no variable axis and are treated like
+parameters. "data" marks arguments that no parameter influences, such as the geometry: they have a derivative in
+stage 1, for the forces, but none in stage 3. "+1" means one more entry than there are nodes or centres.
 """
 
 _DATA = " data"
 
 
 class RegionCode:
-    """Compiled code of regions that differ in their parameters only, made when first needed.
+    """Compiled code that regions share if they differ in their parameters only. It is compiled at first use.
 
     Args:
-        name: For messages.
-        arguments: Axis of every tensor among the arguments, in the structure of the arguments.
-        report: Called with the name and the seconds after something was compiled.
-        origin: Everything that the code depends on besides its arguments and the sources of this package, such as
-            the configuration of the model. With None it is not kept on disk.
+        name: Name for messages.
+        arguments: Axis of each tensor among the arguments, in the structure of the arguments.
+        report: Called with the name and the seconds after each compilation.
+        origin: Everything the code depends on besides its arguments and the sources of this package, such as the
+            configuration of the model. If None, nothing is stored on disk.
 
     Attributes:
-        make: Makes the function of a stage.
-        tracing: Called before a trace, which takes seconds.
-        added: Called with the stages of a new program.
+        programs: Program of each kind of call.
+        compile_stage: Function that returns the compiled function of a stage.
+        before_trace: Called before each trace, which takes seconds.
+        after_trace: Called with the stages of each new program.
     """
 
     def __init__(
@@ -73,16 +75,16 @@ class RegionCode:
         self.axes = [a.removesuffix(_DATA) for a in axes]
         self.data = [a.endswith(_DATA) for a in axes]
         self.programs: dict[Any, _Program] = {}
-        self.make: Callable[[Stage], Function] = Stage.compile
-        self.tracing: Callable[[], None] = lambda: None
-        self.added: Callable[[list[Stage]], None] = lambda stages: None
+        self.compile_stage: Callable[[Stage], Function] = Stage.compile
+        self.before_trace: Callable[[], None] = lambda: None
+        self.after_trace: Callable[[list[Stage]], None] = lambda stages: None
 
     def stages(self) -> list[Stage]:
-        """Of all programs."""
+        """Stages of all programs."""
         return [s for program in self.programs.values() for s in (program.constants, *program.stages)]
 
     def folder(self, device: torch.device, kind: Any) -> Path | None:
-        """Where a program is kept, for one kind of arguments; in the compiler's cache."""
+        """Folder of a program in the compiler's cache, None without ``origin``; ``kind`` identifies the program."""
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
         if self.origin is None:
@@ -92,7 +94,7 @@ class RegionCode:
 
 
 def _surroundings(device: torch.device) -> list[Any]:
-    """What code on a device depends on besides its origin."""
+    """Everything the code for a device depends on besides its origin: versions, device, threads, sources."""
     if device.type == "cuda":
         machine: list[Any] = [torch.cuda.get_device_name(device)]
     else:
@@ -102,7 +104,7 @@ def _surroundings(device: torch.device) -> list[Any]:
 
 @cache
 def _digest_of_sources() -> str:
-    """Of all that a trace passes through."""
+    """Digest of the sources that a trace passes through."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
     for source in _traced_sources(package):
@@ -111,26 +113,29 @@ def _digest_of_sources() -> str:
 
 
 def _traced_sources(package: Path) -> list[Path]:
-    """Files whose code a trace passes through, in sub-folders, too."""
+    """Source files that a trace passes through, including those in sub-folders."""
     return sorted(path for folder in ("ops", "tracing", "model") for path in (package / folder).rglob("*.py"))
 
 
 class Region:
-    """Stands for a method of a module, and is called like it.
+    """Compiled replacement of a method of a module, called like the method.
 
-    Arguments and results are tensors or (named) tuples of them. The method must be a function of its arguments and of
-    the parameters and buffers of the named submodules alone. Sizes along node and edge axes may differ from call to
-    call without compiling again; where a size is zero or one, the method itself runs. In training mode a region can
-    be differentiated twice and has gradients of parameters; else once, with respect to its arguments.
+    Arguments and results are tensors or (named) tuples of tensors. The method must be a function of its arguments and
+    of the parameters and buffers of the named submodules alone. Sizes along node and edge axes may vary from call to
+    call without recompilation; if a size is zero or one, the method itself runs. In training mode a region can be
+    differentiated twice and yields gradients of parameters. In evaluation mode it can be differentiated once, with
+    respect to its arguments.
 
     Args:
         module: The module.
         method: Name of the method.
         submodules: Names of the submodules and parameters that the method uses.
-        code: Shared by all regions of the same code.
-        max_kept: Nodes up to which stages keep results for each other outside of training. With more nodes, or, on a
-            GPU, where the centres are not all nodes, the derivatives compute everything again: memory stays small.
-        keeps: Whether stages keep results on a GPU at all; not for methods that are called for parts of the nodes.
+        code: Code, shared by all regions that differ in their parameters only.
+        max_kept: Outside of training, the largest number of nodes for which stages save results for each other. With
+            more nodes the derivatives recompute everything, to save memory; on a GPU also if not all nodes are
+            centres.
+        keeps: Whether stages may save results on a GPU at all; False for methods that are called for parts of the
+            nodes.
     """
 
     def __init__(
@@ -145,7 +150,8 @@ class Region:
         self.module, self.eager, self.code = module, getattr(module, method), code
         self.max_kept, self.keeps = max_kept, keeps
         prefixes = tuple(f"{name}." for name in submodules)
-        # Every name: modules may share a constant, and one left out would be taken for part of the code.
+        # Duplicates are included: modules may share a constant, and under a name that is missing here it would be
+        # traced as a constant of the code.
         named = [
             *module.named_parameters(remove_duplicate=False),
             *module.named_buffers(remove_duplicate=False),
@@ -155,7 +161,7 @@ class Region:
         self.constants: dict[_Program, _Constants] = {}
 
     def __call__(self, *args: Any) -> Any:
-        """The method's result for its arguments."""
+        """Return the result of the method for these arguments."""
         leaves, spec = pytree.tree_flatten(args)
         sizes = {}
         for axis, t in zip(self.code.axes, leaves, strict=True):
@@ -169,7 +175,12 @@ class Region:
         return pytree.tree_unflatten(results, program.out_spec)
 
     def called_with(self, spec: Any, inputs: Sequence[Maybe]) -> Any:
-        """The method's result for other tensors of the region, and leaves of arguments of a structure."""
+        """Return the result of the method with other parameters and buffers.
+
+        Args:
+            spec: Structure of the arguments.
+            inputs: Parameters and buffers in the order of ``names``, then the leaves of the arguments.
+        """
         state: dict[str, Any] = dict(zip(self.names, inputs, strict=False))
         args = pytree.tree_unflatten(list(inputs[len(state) :]), spec)
         with _reparametrize_module(self.module, state):
@@ -190,18 +201,19 @@ class Region:
                 start = time.monotonic()
                 program = self.code.programs[kind] = _Program(self, inputs, spec, kind)
                 self.code.report(self.code.name, time.monotonic() - start)
-                self.code.added([program.constants, *program.stages])
-            # The compiler takes for granted that indices have 32 bits if they do at the sizes it sees.
+                self.code.after_trace([program.constants, *program.stages])
+            # Compiled code has 32-bit indices if they suffice at the size hints. Larger tensors need the wide
+            # program.
             if all(sizes[a] * n < INDEX_LIMIT for a, n in self.code.programs[kind].elements.items()):
                 break
         return self.code.programs[kind]
 
     def _constants(self, program: "_Program", inputs: Sequence[Maybe]) -> list[Tensor]:
-        """What a program computes of the weights alone, anew where they have changed."""
+        """Results of the stage of constants of a program; recomputed if the weights have changed."""
         if program.constants.empty:
             return []
-        weights = [t for _, i in program.constants.takes if (t := inputs[i]) is not None]
-        # With the code: some is for tracing only and returns no values (`Stage.outline`).
+        weights = [t for _, i in program.constants.sources if (t := inputs[i]) is not None]
+        # The code is part of the key because code for tracing returns tensors without values (`Stage.outline`).
         origin = program.code_of(program.constants), versions(weights)
         if program not in self.constants or self.constants[program].origin != origin:
             held = [t.detach() for t in weights]
@@ -210,25 +222,25 @@ class Region:
 
 
 class _Constants(NamedTuple):
-    """What a region remembers between calls of a program."""
+    """Cached results of the stage of constants."""
 
     origin: Any  # code and `versions` of the weights
-    weights: list[Tensor]  # held, since the memory of others could have the same address
+    weights: list[Tensor]  # kept alive: if they were freed, other tensors could get the same address
     values: list[Tensor]
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:
-    """Differs from what it was if tensors have changed, in place or by an assignment to ``.data``.
+    """Numbers that differ from those of an earlier call if tensors were changed in place or assigned to ``.data``.
 
-    Like autograd, it does not see what is changed in place through ``.data``.
+    As in autograd, changes in place through ``.data`` are not detected.
     """
     return [*map(operator.attrgetter("_version"), tensors), *map(Tensor.data_ptr, tensors)]
 
 
 class _Program:
-    """The stages of a region for one kind of arguments.
+    """Stages of a region for one kind of call, as `dpa4.ops.second_order.FourStages`.
 
-    Inputs are the tensors of the region, the arguments, and the results of the stage of constants.
+    Inputs are the parameters and buffers of the region, the arguments, and the results of the stage of constants.
     """
 
     def __init__(self, region: "Region", inputs: list[Maybe], spec: Any, kind: Kind):
@@ -236,9 +248,9 @@ class _Program:
         axes = ["static"] * len(region.tensors) + region.code.axes
         data = [False] * len(region.tensors) + region.code.data
         differentiable = [t is not None and t.requires_grad for t in inputs]
-        # What stages 1 and 3 differentiate with respect to.
+        # Stage 1 differentiates with respect to arguments, stage 3 with respect to everything but data.
         self.mask = [d and a != "static" for d, a in zip(differentiable, axes, strict=True)]
-        self.last_mask = [d and not given for d, given in zip(differentiable, data, strict=True)]
+        self.last_mask = [d and not is_data for d, is_data in zip(differentiable, data, strict=True)]
         self.once = not kind.training
         shapes = [
             t if t is None else tuple(t.shape[a != "static" :]) for t, a in zip(inputs, axes, strict=True)
@@ -248,62 +260,63 @@ class _Program:
         if file is not None and file.exists():
             found = Trace.read(file)
         else:
-            region.code.tracing()
+            region.code.before_trace()
             function = partial(region.called_with, spec)
             found = trace(function, inputs, axes, kind, self.mask, self.last_mask)
             if file is not None:
                 found.write(file)
         self.exists, self.elements = found.exists, found.elements
-        self.out_spec = pytree.tree_structure(built(found.results))
+        self.out_spec = pytree.tree_structure(from_structure(found.results))
         self.constants, *self.stages = [
-            Stage(recipe, takes, folder and folder / f"piece-{i}")
-            for i, (recipe, takes) in enumerate(found.stages)
+            Stage(recipe, sources, folder and folder / f"piece-{i}")
+            for i, (recipe, sources) in enumerate(found.stages)
         ]
-        hoisted = [False] * len(self.constants.recipe.results)  # nothing is differentiated by them
+        hoisted = [False] * len(self.constants.recipe.results)  # no derivatives with respect to constants
         self.num_inputs = len(inputs) + len(hoisted)
         self.mask, self.last_mask = self.mask + hoisted, self.last_mask + hoisted
 
-    def run(self, stage: int, given: Sequence[Sequence[Maybe]]) -> tuple[list[Maybe], list[Tensor]]:
-        """See `dpa4.ops.second_order.FourStages`."""
-        piece, exists = self.stages[stage], self.exists[stage]
-        if piece.empty:
+    def run(self, stage: int, groups: Sequence[Sequence[Maybe]]) -> tuple[list[Maybe], list[Tensor]]:
+        """Run a stage, see `dpa4.ops.second_order.FourStages.run`."""
+        compiled, exists = self.stages[stage], self.exists[stage]
+        if compiled.empty:
             return [None for _ in exists], []
-        found = iter(self._call(piece, given))
+        found = iter(self._call(compiled, groups))
         return [next(found) if e else None for e in exists], list(found)
 
     def constants_of(self, inputs: Sequence[Maybe]) -> list[Tensor]:
-        """Results of the stage of constants; contiguous, else every call would copy them."""
+        """Results of the stage of constants; contiguous, since otherwise every call would copy them."""
         with _memory_of_constants(self.device):
             return [t.contiguous() for t in self._call(self.constants, [inputs])]
 
-    def code_of(self, piece: Stage) -> Function:
-        """Code of a stage, made when first needed."""
-        if piece.function is None:
+    def code_of(self, stage: Stage) -> Function:
+        """Compiled function of a stage; compiled or loaded at first use."""
+        if stage.function is None:
             start = time.monotonic()
-            piece.function = self.code.make(piece)
+            stage.function = self.code.compile_stage(stage)
             self.code.report(self.code.name, time.monotonic() - start)
-        return piece.function
+        return stage.function
 
-    def _call(self, piece: Stage, given: Sequence[Sequence[Maybe]]) -> Sequence[Tensor]:
-        flat = [t.contiguous() for t in (given[group][i] for group, i in piece.takes) if t is not None]
-        function = self.code_of(piece)
-        # The casts are part of the code.
+    def _call(self, stage: Stage, groups: Sequence[Sequence[Maybe]]) -> Sequence[Tensor]:
+        flat = [t.contiguous() for t in (groups[group][i] for group, i in stage.sources) if t is not None]
+        function = self.code_of(stage)
+        # The casts of autocast were traced and are part of the code.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return function(*flat)
 
-    def without_first(self, given: list[list[Maybe]], grads: Sequence[Tensor]) -> list[Maybe]:
-        """See `dpa4.ops.second_order.FourStages`; stages 1 and 2 of zeros."""
-        given = [*given, [torch.zeros_like(g) for g in grads]]
-        first, kept = self.run(1, given)
-        given += [list(kept), second_order.with_zeros(self, given[0], [None] * len(first))]
-        given.append(list(self.run(2, given)[1]))
-        return self.run(3, [*given, grads])[0]
+    def without_first(self, groups: list[list[Maybe]], grads: Sequence[Tensor]) -> list[Maybe]:
+        """Run stage 3 alone, see `dpa4.ops.second_order.FourStages.without_first`.
+
+        There is no code for this case: stages 1 and 2 run with zeros in place of g and c.
+        """
+        groups = [*groups, [torch.zeros_like(g) for g in grads]]
+        first, kept = self.run(1, groups)
+        groups += [list(kept), second_order.with_zeros(self, groups[0], [None] * len(first))]
+        groups.append(list(self.run(2, groups)[1]))
+        return self.run(3, [*groups, grads])[0]
 
 
 def _memory_of_constants(device: torch.device) -> AbstractContextManager[None]:
-    """Where tensors are that outlive a call: not in a corner of what was allocated for large ones, which would keep
-    all of that.
-    """
+    """Memory pool for tensors that outlive a call, so that they do not pin large blocks of the caching allocator."""
     return nullcontext() if device.type != "cuda" else torch.cuda.use_mem_pool(_pool(device), device)
 
 
@@ -313,5 +326,5 @@ def _pool(device: torch.device) -> torch.cuda.MemPool:
 
 
 def _parts_bound_memory(device: torch.device) -> bool:
-    """Whether edges are worked on in parts so that they fit; on a CPU they are so that they stay in its cache."""
+    """Whether edges are processed in parts to save memory, as on a GPU; on a CPU parts only serve the cache."""
     return device.type != "cpu"

@@ -1,7 +1,7 @@
-"""Stages of compiled regions: pieces of straight-line code on tensors, as text that any process can compile.
+"""Stages of compiled regions: straight-line code on tensors, stored as text that any process can compile.
 
-What is compiled is kept in a file beside the compiler's cache, so another process may make it, and the next run loads
-it without a trace.
+Compiled code is stored in a file in the compiler's cache folder. Another process may therefore compile a stage, and
+later runs load it without tracing (docs/adr/0016).
 """
 
 import inspect
@@ -23,14 +23,14 @@ from dpa4.output import atomic_write
 Function = Callable[..., Sequence[Tensor]]
 
 _OPTIONS = {
-    "comprehensive_padding": False,  # what stages keep for each other is contiguous
-    "pattern_matcher": False,  # finds nothing here, and takes long to do so
-    "size_asserts": False,  # cost more time on the host than some kernels on the device
+    "comprehensive_padding": False,  # tensors that stages pass to each other must be contiguous
+    "pattern_matcher": False,  # slow, and no pattern matches here
+    "size_asserts": False,  # take more time on the host than some kernels on the device
     "alignment_asserts": False,
 }
 
 _NAMES = {"torch": torch, "device": torch.device, "inf": math.inf, "nan": math.nan}
-"""What the text of a stage refers to."""
+"""Global names that the text of a stage may use."""
 
 _SIZE = re.compile(r"(\w+)(?: \+ (\d+))?")
 
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 class Spec(NamedTuple):
-    """A contiguous tensor without values; a length that may vary is an expression of the axes."""
+    """Shape, dtype and device of a contiguous tensor; a variable length is an expression of axis names."""
 
     shape: list[int | str]
     dtype: str
@@ -46,52 +46,55 @@ class Spec(NamedTuple):
 
     @classmethod
     def of(cls, t: Tensor, axes: Mapping[Any, str]) -> "Spec":
-        """Of a tensor with symbolic sizes; ``axes``: names of the symbols."""
+        """Describe a tensor with symbolic sizes; ``axes`` maps symbols to axis names."""
         names = {symbol: symbol.func(axis) for symbol, axis in axes.items()}
         sizes = [n if isinstance(n, int) else n.node.expr.xreplace(names) for n in t.shape]
         shape = [str(n) if getattr(n, "free_symbols", None) else int(n) for n in sizes]
         return cls(shape, str(t.dtype), str(t.device))
 
     def empty(self, sizes: Mapping[str, Any]) -> Tensor:
-        """Such a tensor, with unspecified values."""
+        """Create an uninitialised tensor for sizes of the axes."""
         shape = [n if isinstance(n, int) else eval(n, {}, dict(sizes)) for n in self.shape]
         dtype = getattr(torch, self.dtype.removeprefix("torch."))
         return torch.empty(shape, dtype=dtype, device=self.device)
 
 
 class Recipe(NamedTuple):
-    """What it takes to compile a stage; made of what JSON can hold."""
+    """Everything needed to compile a stage; can be stored as JSON."""
 
     source: str  # a Python function
     arguments: list[Spec]
     results: list[Spec]
-    sizes: dict[str, int]  # to expect, by axis
+    sizes: dict[str, int]  # size hints by axis
 
     @classmethod
     def read(cls, found: Any) -> "Recipe":
-        """From JSON."""
+        """Build from JSON data."""
         source, arguments, results, sizes = found
         return cls(source, [Spec(*a) for a in arguments], [Spec(*r) for r in results], sizes)
 
 
 def recipe_of(graph: fx.Graph, axes: Mapping[Any, str], sizes: Mapping[str, int]) -> Recipe:
-    """Of a graph that returns a list of tensors.
+    """Write a graph that returns a list of tensors as a recipe.
 
     Args:
-        graph: Its nodes have tensors without values (``meta["val"]``).
-        axes: Names of its symbolic sizes.
-        sizes: To expect.
+        graph: Graph whose nodes carry fake tensors (``meta["val"]``).
+        axes: Axis names of the symbolic sizes.
+        sizes: Size hints by axis.
+
+    Raises:
+        NotImplementedError: If the code uses global names other than those of `_NAMES`.
     """
     code = graph.python_code("self")
     if unknown := [n for n in code.globals if n not in _NAMES and re.search(rf"\b{n}\b", code.src)]:
-        raise NotImplementedError(f"names in compiled code that its text does not explain: {unknown}")
+        raise NotImplementedError(f"traced code uses global names that its text cannot refer to: {unknown}")
     arguments = [Spec.of(n.meta["val"], axes) for n in graph.nodes if n.op == "placeholder"]
     results = [Spec.of(n.meta["val"], axes) for n in graph.output_node().args[0]]  # type: ignore[union-attr]
     return Recipe(code.src, arguments, results, dict(sizes))
 
 
 def symbolic_sizes(mode: FakeTensorMode, sizes: Mapping[str, int]) -> dict[str, torch.SymInt]:
-    """A symbol for every axis, and the size that the compiler is told to expect."""
+    """Create a symbolic size for each axis, with its size hint."""
     symbols = {}
     for axis, size in sizes.items():
         context: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
@@ -101,7 +104,7 @@ def symbolic_sizes(mode: FakeTensorMode, sizes: Mapping[str, int]) -> dict[str, 
 
 
 def graph_of(recipe: Recipe) -> fx.Graph:
-    """The graph that a recipe was made of, by a call of the source that records."""
+    """Rebuild the graph of a recipe, by calling its source with recording arguments."""
     graph = fx.Graph()
     tracer = fx.proxy.GraphAppendingTracer(graph)
     names: dict[str, Any] = _NAMES | {"torch": _Recorder(torch, tracer)}
@@ -113,7 +116,7 @@ def graph_of(recipe: Recipe) -> fx.Graph:
 
 
 class _Recorder:
-    """Stands for a module or function; calls become nodes of a graph, also of functions without arguments."""
+    """Proxy of a module or function whose calls become nodes of a graph, even calls without arguments."""
 
     def __init__(self, target: Any, tracer: fx.proxy.TracerBase):
         self._target, self._tracer = target, tracer
@@ -127,8 +130,8 @@ class _Recorder:
         return self._tracer.create_proxy("call_function", self._target, args, kwargs)
 
 
-def make(recipe: Recipe) -> Any:
-    """Compile a stage; the compiler's ``CompiledArtifact``."""
+def compile_recipe(recipe: Recipe) -> Any:
+    """Compile a stage to a ``CompiledArtifact`` of the compiler."""
     graph = fx.GraphModule({}, graph_of(recipe))
     mode = FakeTensorMode(shape_env=ShapeEnv())
     sizes = symbolic_sizes(mode, recipe.sizes)
@@ -140,53 +143,58 @@ def make(recipe: Recipe) -> Any:
         )
 
 
-def make_file(recipe: Recipe, file: Path) -> Function:
-    """Compile a stage and keep it in a file, if its folder is there."""
-    function = make(recipe)
+def compile_to_file(recipe: Recipe, file: Path) -> Function:
+    """Compile a stage and store it in a file; if that is impossible, only return it."""
+    function = compile_recipe(recipe)
     try:
         with atomic_write(file) as own:
             function.save(path=str(own), format="binary")
-    except (OSError, RuntimeError, AssertionError) as error:  # it will be compiled again
-        _log.info("compiled code is not kept: %s", error)
+    except (OSError, RuntimeError, AssertionError) as error:  # the next run will compile it again
+        _log.info("compiled code cannot be stored in %s: %s", file, error)
     return function
 
 
 class Stage:
-    """A stage, and its code once it was needed.
+    """Stage that is compiled at first use.
 
     Args:
-        recipe: How it is compiled.
-        takes: Where its arguments are found.
-        file: Where its code is kept; None keeps it nowhere.
+        recipe: Text and types of the stage.
+        sources: Group and position of each argument, see `dpa4.ops.second_order.FourStages.run`.
+        file: File of the compiled code; None to store none.
+
+    Attributes:
+        function: Compiled code, or None before the first use.
+        empty: Whether the stage has no results, so that it need not run.
     """
 
-    def __init__(self, recipe: Recipe, takes: Sequence[tuple[int, int]], file: Path | None = None):
-        self.recipe, self.takes, self.file = recipe, takes, file
+    def __init__(self, recipe: Recipe, sources: Sequence[tuple[int, int]], file: Path | None = None):
+        self.recipe, self.sources, self.file = recipe, sources, file
         self.function: Function | None = None
-        self.empty = not recipe.results  # nothing is asked of it
+        self.empty = not recipe.results
 
-    def is_made(self) -> bool:
-        """Whether its code is in its file."""
+    def is_cached(self) -> bool:
+        """Return whether the compiled code exists as a file."""
         return self.file is not None and self.file.exists()
 
     def compile(self) -> Function:
-        """Its code, from the file if it is there."""
+        """Load the compiled code from its file, or compile it."""
         if self.file is None:
-            return make(self.recipe)
+            return compile_recipe(self.recipe)
         if self.file.exists():
             try:
                 loaded: Function = torch._inductor.CompiledArtifact.load(path=str(self.file), format="binary")
                 return loaded
-            except Exception as error:  # of another version, or damaged
-                _log.info("compiled code is made again, %s cannot be loaded: %r", self.file, error)
-        return make_file(self.recipe, self.file)
+            except Exception as error:  # written by another version, or damaged
+                _log.info("compiled code in %s cannot be loaded and is compiled again: %r", self.file, error)
+        return compile_to_file(self.recipe, self.file)
 
     def outline(self) -> Function:
-        """A function that returns results of the right shapes without values."""
+        """Function that returns uninitialised results of the right shapes, for tracing."""
 
-        def function(*given: Tensor) -> list[Tensor]:
+        def function(*arguments: Tensor) -> list[Tensor]:
+            # Sizes of the axes from the shapes of the arguments: an axis, or an axis + n.
             sizes = {}
-            for spec, t in zip(self.recipe.arguments, given, strict=True):
+            for spec, t in zip(self.recipe.arguments, arguments, strict=True):
                 for expected, n in zip(spec.shape, t.shape, strict=True):
                     if isinstance(expected, str) and (found := _SIZE.fullmatch(expected)):
                         sizes[found[1]] = n - int(found[2] or 0)

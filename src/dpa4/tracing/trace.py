@@ -1,8 +1,8 @@
-"""Traces of regions: a function, its first derivatives and theirs, as one graph that is cut into stages.
+"""Traces of regions: one graph of a function with its first and second derivatives, cut into stages.
 
-See `dpa4.tracing.region` for what they are for. Products of matrices, kernels over edges and reductions to an eighth
-of their size are computed by the first stage that needs them and kept for later ones; everything else is computed
-again where it is needed, since reading it from memory would take as long (docs/adr/0011).
+`dpa4.tracing.region` explains their purpose. Results of matrix products, of kernels over edges and of reductions to
+an eighth of the size or less are computed by the first stage that needs them and saved for later stages. Everything
+else is recomputed where it is needed, since reading it from memory would take as long (docs/adr/0011).
 """
 
 import json
@@ -32,39 +32,45 @@ _REDUCTIONS = {"sum", "mean", "amax"}
 
 
 class Kind(NamedTuple):
-    """What the programs of a region differ in."""
+    """Kind of call. A region has one program per kind, which serves all sizes along the counted axes."""
 
-    inputs: tuple[Any, ...]
+    inputs: tuple[Any, ...]  # of each input: dtype and whether it requires a gradient, or None
     device: torch.device
-    autocast: torch.dtype | None
+    autocast: torch.dtype | None  # dtype of autocast, None without autocast
     training: bool
-    keep: bool
-    wide: bool
+    keep: bool  # whether stages save results for later stages
+    wide: bool  # whether indices may need 64 bits
 
 
-class Piece(NamedTuple):
-    """What becomes a stage."""
+class TracedStage(NamedTuple):
+    """Stage that was traced but not compiled."""
 
     recipe: Recipe
-    takes: list[tuple[int, int]]  # group and position of every argument, see `_Program.run`
+    sources: list[tuple[int, int]]  # group and position of each argument, see `FourStages.run`
 
 
 class Trace(NamedTuple):
-    """What tracing a region finds; made of what JSON can hold."""
+    """Result of tracing a region; can be stored as JSON."""
 
-    stages: list[Piece]  # that of what depends on weights alone is the first
-    exists: list[list[bool]]  # which results each stage has
-    results: Any  # their structure in stage 0
-    elements: dict[str, int]  # most of them per entry of an axis
+    stages: list[
+        TracedStage
+    ]  # first the stage of constants, which depends on weights alone, then stages 0, 1, ...
+    exists: list[
+        list[bool]
+    ]  # of each stage but that of constants: for each possible result whether it exists
+    results: Any  # structure of the results of stage 0
+    elements: dict[str, int]  # by axis: the most elements per entry of the axis that any tensor has
 
     @classmethod
     def read(cls, file: Path) -> "Trace":
-        """From a file."""
+        """Read a trace from a file."""
         stages, *others = json.loads(file.read_text())
-        return cls([Piece(Recipe.read(r), [(g, i) for g, i in takes]) for r, takes in stages], *others)
+        return cls(
+            [TracedStage(Recipe.read(r), [(g, i) for g, i in sources]) for r, sources in stages], *others
+        )
 
     def write(self, file: Path) -> None:
-        """To a file, at once or not at all; its folder is made."""
+        """Write the trace to a file atomically; creates the folder."""
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as own:
             own.write_text(json.dumps(self))
@@ -81,12 +87,12 @@ def trace(
     """Trace a function through all stages of `dpa4.ops.second_order`.
 
     Args:
-        function: Takes tensors like the inputs, and returns a tensor or (named) tuples of them.
-        inputs: Examples; None is passed on.
-        axes: What the leading axis of each counts, see `dpa4.tracing.region`.
-        kind: Of the program.
-        mask: Inputs that stage 1 differentiates with respect to.
-        last_mask: The same of stage 3.
+        function: Function of tensors like the inputs that returns a tensor or (named) tuples of tensors.
+        inputs: Example inputs; an input may be None.
+        axes: Axis of each input, see `dpa4.tracing.region.Axis`.
+        kind: Kind of call.
+        mask: For each input, whether stage 1 differentiates with respect to it.
+        last_mask: For each input, whether stage 3 differentiates with respect to it.
     """
     device, training = kind.device.type, kind.training
     differentiable = [t is not None and t.requires_grad for t in inputs]
@@ -96,39 +102,42 @@ def trace(
         nonlocal structure
         with torch.autocast(device, kind.autocast, enabled=kind.autocast is not None, cache_enabled=False):
             results = function(inputs)
-        structure = _described(results)
-        # Else every region that takes one would copy it, once for each part of the edges.
+        structure = _structure_of(results)
+        # Otherwise every region that uses a result would copy it, once for each part of the edges.
         return [t.contiguous() for t in pytree.tree_leaves(results)]
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    mode.cache_enabled = False  # with symbolic sizes it takes twice the time it saves
+    mode.cache_enabled = False  # with symbolic sizes the cache costs twice the time it saves
     sizes = {a: INDEX_LIMIT + 1 + 4 * k if kind.wide else HINTS[a] for k, a in enumerate(COUNTED)}
     symbols = symbolic_sizes(mode, sizes)
-    fakes = _fakes(mode, inputs, axes, symbols)
+    fakes = _fake_inputs(mode, inputs, axes, symbols)
     with mode, enable_python_dispatcher(), torch.no_grad():
         grads = [_contiguous_like(r) for r in value(fakes)]
     with mode:
         cotangents = [_contiguous_like(f) for f, m in zip(fakes, mask, strict=True) if m and f is not None]
         last_grads = [_contiguous_like(g) for g in grads]
-    # What becomes available one after another; between them, what each stage keeps.
+    # Groups 0, 2, 4 and 6 of `FourStages.run`; the odd groups, what stages save, follow from the cut.
     groups: list[Any] = [fakes, grads, cotangents, last_grads] if training else [fakes, grads]
     layout: list[tuple[int, int]] = []
     exists: list[list[bool]] = []
 
     @torch.enable_grad()
     def traced(*flat: Tensor) -> list[list[Tensor]]:
+        """Results of all stages, from the flat list of the tensors of all groups."""
         rest = iter(flat)
         given = [[None if t is None else next(rest) for t in group] for group in groups]
-        wanted = differentiable if training else mask
+        requires = differentiable if training else mask
         x = [
-            None if t is None else t.detach().requires_grad_(w) for t, w in zip(given[0], wanted, strict=True)
+            None if t is None else t.detach().requires_grad_(r)
+            for t, r in zip(given[0], requires, strict=True)
         ]
         g = [t.detach().requires_grad_(training and t.is_floating_point()) for t in given[1] if t is not None]
         y = value(x)
         first = _gradient(y, [t for t, m in zip(x, mask, strict=True) if m and t is not None], g, training)
         stages: list[list[Maybe]] = [list(y), first]
         if training:
-            own = [t for t, w in zip(x, last_mask, strict=True) if w and t is not None]
+            own = [t for t, m in zip(x, last_mask, strict=True) if m and t is not None]
+            # Derivatives of <c, first> + <G, y> with respect to g, which is stage 2, and to the inputs, stage 3.
             gradient = _gradient([*first, *y], [*g, *own], [*given[2], *given[3]])
             stages += [gradient[: len(g)], gradient[len(g) :]]
         exists[:] = [[r is not None for r in stage] for stage in stages]
@@ -137,35 +146,35 @@ def trace(
     for k, group in enumerate(groups):
         layout += [(2 * k, i) for i, t in enumerate(group) if t is not None]
     flat: list[Any] = [t for group in groups for t in group if t is not None]
-    with enable_python_dispatcher():  # decompositions that keep symbolic sizes
+    with enable_python_dispatcher():  # uses decompositions that preserve symbolic sizes
         graph = make_fx(traced)(*flat).graph
-    # Every stage gets an argument of each axis, so that it knows all symbolic sizes.
+    # Every stage has an argument with each axis, so that all symbolic sizes are known in it.
     shaped = [(0, axes.index(a)) for a in COUNTED if a in axes]
     names = {size.node.expr: axis for axis, size in symbols.items()}
     fixed = {(0, i) for i, a in enumerate(axes) if a == "static" and not training}
-    pieces = _cut(graph, layout, shaped, kind.keep, fixed, len(inputs))
+    cut = _cut(graph, layout, shaped, kind.keep, fixed, len(inputs))
     return Trace(
-        [Piece(recipe_of(piece, names, sizes), takes) for piece, takes in pieces],
+        [TracedStage(recipe_of(stage, names, sizes), sources) for stage, sources in cut],
         exists,
         structure,
         _elements(graph, {s: a for s, a in names.items() if a in axes}),
     )
 
 
-def _described(value: Any) -> Any:
-    """Structure of (named) tuples, for JSON."""
+def _structure_of(value: Any) -> Any:
+    """Structure of nested (named) tuples, in a form for JSON; None stands for a leaf."""
     if not isinstance(value, tuple):
         return None
-    return [type(value).__module__, type(value).__qualname__, [_described(v) for v in value]]
+    return [type(value).__module__, type(value).__qualname__, [_structure_of(v) for v in value]]
 
 
-def built(structure: Any) -> Any:
-    """The tuples that a trace describes as the structure of its results, with numbers as leaves."""
+def from_structure(structure: Any) -> Any:
+    """Build the nested tuples that a trace describes as the structure of its results, with zeros as leaves."""
     if structure is None:
         return 0
     module, name, children = structure
     kind = getattr(import_module(module), name)
-    values = [built(child) for child in children]
+    values = [from_structure(child) for child in children]
     return tuple(values) if kind is tuple else kind(*values)
 
 
@@ -177,57 +186,70 @@ def _cut(
     fixed: set[tuple[int, int]],
     num_inputs: int,
 ) -> list[tuple[fx.Graph, list[tuple[int, int]]]]:
-    """Cut a graph that returns the results of all stages into the stages.
+    """Cut a graph that computes the results of all stages into one graph per stage, and one for constants.
+
+    Stages are cut in the order in which they run. From its results, each stage is followed backwards. The walk ends
+    at nodes that need not be computed in the stage: inputs, constants, and expensive nodes that an earlier stage has
+    computed and can save. All nodes passed on the way are computed in the stage, even if an earlier stage has
+    computed them as well.
 
     Args:
-        joint: Its placeholders are the original inputs, its output the lists of results.
-        layout: Group and position of every placeholder, see `_Program.run`.
-        shaped: Placeholders that every stage gets.
-        keep: Whether stages keep results for later ones.
-        fixed: Placeholders that change so rarely that what depends on them alone is cut off.
-        num_inputs: Original inputs.
+        joint: Graph whose placeholders are the tensors of all groups and whose output is one list of results per
+            stage.
+        layout: Group and position of each placeholder, see `dpa4.ops.second_order.FourStages.run`.
+        shaped: Group and position of placeholders that are arguments of every stage.
+        keep: Whether stages save results for later stages.
+        fixed: Group and position of placeholders that rarely change, the weights outside of training. Nodes that
+            depend on them alone become constants, computed once for many calls.
+        num_inputs: Number of inputs, group 0. The constants are added to that group.
 
     Returns:
-        Graphs of the stages and where their arguments are found: first of what was cut off, whose results are
-        further inputs of the others.
+        Graph, and group and position of each of its arguments: for the stage of constants, then for stages 0, 1, ...
+        The results of a stage are followed by what it saves.
     """
     joint = fx_graph_cse(joint)
     nodes = list(joint.nodes)
+    # Group and position of nodes that exist before a stage runs: first the placeholders.
     place = dict(zip([n for n in nodes if n.op == "placeholder"], layout, strict=True))
     outputs: list[list[fx.Node]] = nodes[-1].args[0]  # type: ignore[assignment]
     order = {n: i for i, n in enumerate(nodes)}
-    constants = _of_weights_alone(nodes, {n for n, p in place.items() if p in fixed})
-    hoisted: set[fx.Node] = set()
-    made: dict[fx.Node, int] = {}  # stage that computes a node first
-    kept: list[list[fx.Node]] = [[] for _ in outputs]
-    needed: list[tuple[set[fx.Node], set[fx.Node]]] = []
+    constants = _constant_nodes(nodes, {n for n, p in place.items() if p in fixed})
+    hoisted: set[fx.Node] = set()  # constants that a stage needs
+    computed_by: dict[fx.Node, int] = {}  # first stage that computes a node
+    kept: list[list[fx.Node]] = [[] for _ in outputs]  # nodes that each stage saves
+    needed: list[
+        tuple[set[fx.Node], set[fx.Node]]
+    ] = []  # arguments of each stage, and nodes that it computes
     for stage, results in enumerate(outputs):
-        taken, inside, todo = set(), set(), list(results)
+        arguments, inside, todo = set(), set(), list(results)
         while todo:
             n = todo.pop()
-            if n in taken or n in inside:
+            if n in arguments or n in inside:
                 continue
             if n in place:
-                taken.add(n)
+                arguments.add(n)
             elif n in constants:
-                taken.add(n)
+                arguments.add(n)
                 hoisted.add(n)
-            elif keep and (maker := made.get(_kernel(n), stage)) < stage and _worth_keeping(n):
-                taken.add(n)
-                if n not in kept[maker]:
-                    kept[maker].append(n)
-                    needed[maker][1].add(n)
+            elif keep and (earlier := computed_by.get(_kernel(n), stage)) < stage and _worth_keeping(n):
+                arguments.add(n)
+                if n not in kept[earlier]:
+                    kept[earlier].append(n)
+                    # If n is one of several results of a kernel, the earlier stage may not have used that result.
+                    needed[earlier][1].add(n)
             else:
                 inside.add(n)
                 todo += n.all_input_nodes
         for n in inside:
-            made.setdefault(n, stage)
-        needed.append((taken, inside))
+            computed_by.setdefault(n, stage)
+        needed.append((arguments, inside))
 
+    # The stage of constants. Its results become further inputs, in group 0.
     members = sorted(hoisted, key=order.__getitem__)
     before = _ancestors(members)
-    first = _stage(before & place.keys(), before - place.keys(), members, place, order)
+    first = _graph_of_stage(before & place.keys(), before - place.keys(), members, place, order)
     place |= {n: (0, num_inputs + i) for i, n in enumerate(members)}
+    # What stage s saves is group 2 s + 1. All places are known now, and the graphs can be written.
     for stage, members in enumerate(kept):
         place |= {n: (2 * stage + 1, i) for i, n in enumerate(members)}
     position = {p: n for n, p in place.items()}
@@ -235,43 +257,47 @@ def _cut(
     return [
         first,
         *(
-            _stage(taken | everywhere, inside, [*results, *members], place, order)
-            for (taken, inside), results, members in zip(needed, outputs, kept, strict=True)
+            _graph_of_stage(arguments | everywhere, inside, [*results, *members], place, order)
+            for (arguments, inside), results, members in zip(needed, outputs, kept, strict=True)
         ),
     ]
 
 
-def _stage(
-    taken: set[fx.Node],
+def _graph_of_stage(
+    arguments: set[fx.Node],
     inside: set[fx.Node],
     results: Sequence[fx.Node],
     place: dict[fx.Node, tuple[int, int]],
     order: dict[fx.Node, int],
 ) -> tuple[fx.Graph, list[tuple[int, int]]]:
-    """A stage that is given some nodes and computes others."""
+    """Write the graph of a stage from the nodes that are its arguments and the nodes inside; return it and its
+    sources.
+
+    Both sets are put into the order of the joint graph, so that the text of a stage is the same in every process.
+    """
     graph, copies = fx.Graph(), {}
-    arguments = sorted(taken, key=order.__getitem__)
-    for n in arguments:
+    placeholders = sorted(arguments, key=order.__getitem__)
+    for n in placeholders:
         copies[n] = graph.placeholder(n.name)
         copies[n].meta["val"] = n.meta["val"]
     for n in sorted(inside, key=order.__getitem__):
         copies[n] = graph.node_copy(n, copies.__getitem__)
-        if _keeps_in_vain(n, inside):
+        if _saves_unused(n, inside):
             copies[n].args = (*copies[n].args[:-1], False)
     graph.output([copies[n] for n in results])
-    return graph, [place[n] for n in arguments]
+    return graph, [place[n] for n in placeholders]
 
 
-def _keeps_in_vain(n: fx.Node, inside: set[fx.Node]) -> bool:
-    """Whether a kernel is told to keep results (its last argument) that nothing of a stage takes."""
+def _saves_unused(n: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether a kernel has ``keep=True`` (its last argument) although the stage uses its first result only."""
     arguments = n.target._schema.arguments if isinstance(n.target, torch._ops.OpOverload) else []
     if not arguments or arguments[-1].name != "keep" or n.args[-1] is not True:
         return False
     return all(user.args[1] == 0 for user in n.users if user in inside)
 
 
-def _of_weights_alone(nodes: Sequence[fx.Node], weights: set[fx.Node]) -> set[fx.Node]:
-    """What is computed of weights alone. Views of them are not: they cost nothing."""
+def _constant_nodes(nodes: Sequence[fx.Node], weights: set[fx.Node]) -> set[fx.Node]:
+    """Nodes that depend on weights alone, except views, which cost nothing."""
     if not weights:
         return set()
     fixed, found = set(weights), set()
@@ -285,7 +311,7 @@ def _of_weights_alone(nodes: Sequence[fx.Node], weights: set[fx.Node]) -> set[fx
 
 
 def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """Nodes and all that they are computed from."""
+    """Nodes and all nodes they are computed from."""
     found, todo = set(), list(nodes)
     while todo:
         if (n := todo.pop()) not in found:
@@ -295,7 +321,7 @@ def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
 
 
 def _worth_keeping(n: fx.Node) -> bool:
-    """Whether reading a result takes less time than computing it again in one pass over its arguments."""
+    """Whether a result is read from memory faster than it is recomputed in one pass over its arguments."""
     if not isinstance(n.meta["val"], Tensor):
         return False
     target = _kernel(n).target
@@ -308,7 +334,7 @@ def _worth_keeping(n: fx.Node) -> bool:
 
 
 def _kernel(n: fx.Node) -> fx.Node:
-    """What computes a node: another one, if the node is one of several results."""
+    """Node that computes n: n itself, or the call of which n is one of several results."""
     return n.all_input_nodes[0] if n.target is operator.getitem else n
 
 
@@ -317,7 +343,12 @@ def _size(n: fx.Node) -> int:
 
 
 def _elements(graph: fx.Graph, axes: dict[Any, str]) -> dict[str, int]:
-    """Most elements per entry of each axis that any tensor of the graph has; axes by their symbols."""
+    """By axis, the largest number of elements per entry of the axis among the tensors of a graph.
+
+    Args:
+        graph: The graph.
+        axes: Axis names by symbol.
+    """
     elements = dict.fromkeys(axes.values(), 1)
     for n in graph.nodes:
         size: Any = n.meta["val"].numel() if isinstance(n.meta.get("val"), Tensor) else 0
@@ -328,10 +359,10 @@ def _elements(graph: fx.Graph, axes: dict[Any, str]) -> dict[str, int]:
     return elements
 
 
-def _fakes(
+def _fake_inputs(
     mode: FakeTensorMode, inputs: Sequence[Maybe], axes: Sequence[str], sizes: dict[str, torch.SymInt]
 ) -> list[Maybe]:
-    """The inputs without their data, symbolic along node and edge axes."""
+    """Fake tensors like the inputs, with symbolic sizes along the counted axes."""
     lengths: dict[str, Any] = {
         name: n for axis, size in sizes.items() for name, n in ((axis, size), (f"{axis}+1", size + 1))
     }
@@ -353,7 +384,7 @@ def _contiguous_like(t: Tensor) -> Tensor:
 def _gradient(
     results: Sequence[Maybe], inputs: Sequence[Tensor], grads: Sequence[Maybe], create_graph: bool = False
 ) -> list[Maybe]:
-    """Gradients of the results that depend on the inputs; None for inputs without influence."""
+    """Gradients with respect to the inputs; None for inputs without influence on any result."""
     pairs = [
         (r, g)
         for r, g in zip(results, grads, strict=True)

@@ -1,7 +1,7 @@
-"""Worker processes that compile stages, both ends of the pipe: `WorkerPool` here, `serve` in each worker.
+"""Worker processes that compile stages: `WorkerPool` in this process, `serve` in each worker.
 
-A worker reads one recipe per line, compiles it into a file and answers with a line. Importing `dpa4.ops` registers
-the operators that recipes name.
+The two ends talk by lines of JSON. A worker reads one recipe per line, compiles it into a file and answers with a
+line. Importing `dpa4.ops` registers the operators that recipes call.
 """
 
 import itertools
@@ -19,17 +19,17 @@ from typing import IO, Any
 import torch
 
 import dpa4.ops  # noqa: F401
-from dpa4.tracing.stage import Recipe, Stage, make_file
+from dpa4.tracing.stage import Recipe, Stage, compile_to_file
 
 _Tasks = queue.PriorityQueue[tuple[int, int, Stage | None]]
-"""By priority; numbers keep those of a kind in order. None ends a process."""
+"""Stages by priority, then by a running number for a stable order. None instead of a stage ends a worker."""
 
 
 class WorkerPool:
-    """Processes that compile stages.
+    """Pool of worker processes that compile stages; they start with the first stage.
 
     Args:
-        processes: How many.
+        processes: Number of processes.
     """
 
     def __init__(self, processes: int):
@@ -40,7 +40,7 @@ class WorkerPool:
         self.threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Start the processes unless they run."""
+        """Start the processes unless they are running."""
         if not self.workers:
             self.workers += [_Worker(processors() // self.processes) for _ in range(self.processes)]
             self.threads += [
@@ -50,15 +50,15 @@ class WorkerPool:
                 thread.start()
 
     def add(self, stages: Sequence[Stage]) -> None:
-        """Have stages compiled, but those whose code is there."""
+        """Queue stages for compilation, except those that are cached."""
         for stage in stages:
-            if stage.file is not None and not stage.empty and not stage.is_made():
+            if stage.file is not None and not stage.empty and not stage.is_cached():
                 self.start()
                 length = stage.recipe.source.count("\n")
-                self.tasks.put((-length, next(self.numbers), stage))  # the longest first
+                self.tasks.put((-length, next(self.numbers), stage))  # longest stage first
 
     def finish(self) -> str:
-        """Wait for the processes; the last words of one that failed."""
+        """Wait until all stages are compiled; return the end of the log of a failed worker, or an empty string."""
         for _ in self.workers:
             self.tasks.put((1, next(self.numbers), None))
         for thread in self.threads:
@@ -66,7 +66,7 @@ class WorkerPool:
         return next((w.error for w in self.workers if w.error), "")
 
     def close(self) -> None:
-        """End the processes, whatever they do."""
+        """Kill the processes, even while they compile."""
         for worker in self.workers:
             worker.process.kill()
         self.finish()
@@ -75,7 +75,7 @@ class WorkerPool:
 
 
 class _Worker:
-    """A process that compiles one stage after the other."""
+    """Process that compiles one stage after another, and the thread that feeds it."""
 
     def __init__(self, compile_threads: int):
         self.error = ""
@@ -86,33 +86,33 @@ class _Worker:
         self.settings = {
             "path": [p or os.getcwd() for p in sys.path],
             "compile_threads": max(1, compile_threads),
-            "threads": torch.get_num_threads(),  # part of the code that is made for a processor
+            "threads": torch.get_num_threads(),  # compiled into code for CPUs
         }
 
     def work(self, tasks: _Tasks) -> None:
-        """Compile tasks until one is None or the process fails."""
+        """Compile stages from the queue until None comes or the process fails; runs in a thread of its own."""
         assert self.process.stdin and self.process.stdout
         try:
-            self._tell(self.settings)
+            self._send(self.settings)
             while (stage := tasks.get()[-1]) is not None:
-                self._tell([stage.recipe, str(stage.file)])
+                self._send([stage.recipe, str(stage.file)])
                 if not self.process.stdout.readline():
                     break
             self.process.stdin.close()
-        except OSError:  # it says in its log why it did not read
+        except OSError:  # the process has ended; its log says why
             pass
         if self.process.wait() != 0:
             self.log.seek(0)
             self.error = self.log.read()[-2000:].strip() or f"exit status {self.process.returncode}"
 
-    def _tell(self, what: Any) -> None:
+    def _send(self, message: Any) -> None:
         assert self.process.stdin
-        self.process.stdin.write(json.dumps(what) + "\n")
+        self.process.stdin.write(json.dumps(message) + "\n")
         self.process.stdin.flush()
 
 
 def _command() -> list[str]:
-    """Command of a worker: it imports modules from where this process has them, and serves its standard input."""
+    """Command of a worker: with the import path of this process, which it reads first, it serves standard input."""
     program = (
         "import json, sys; start = json.loads(sys.stdin.readline()); sys.path[:] = start['path']; "
         "from dpa4.tracing.workers import serve; serve(start)"
@@ -121,22 +121,23 @@ def _command() -> list[str]:
 
 
 def processors() -> int:
-    """Number of processors that this process may use."""
+    """Number of processors available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def serve(start: dict[str, Any]) -> None:
-    """Compile the stages that are read from standard input, one per line, and answer each with a line.
+    """Compile stages read from standard input, one per line, and answer each with a line on standard output.
 
     Args:
-        start: Numbers of threads: ``threads`` of the code, and ``compile_threads`` of the compiler.
+        start: Settings: ``threads``, the number of threads of compiled code, and ``compile_threads``, the number of
+            threads of the compiler.
     """
     import torch._inductor.config as inductor
 
-    answers, sys.stdout = sys.stdout, sys.stderr
+    answers, sys.stdout = sys.stdout, sys.stderr  # other output must not look like an answer
     torch.set_num_threads(start["threads"])
     inductor.compile_threads = start["compile_threads"]
     for line in sys.stdin:
         recipe, file = json.loads(line)
-        make_file(Recipe.read(recipe), Path(file))
-        print("made", file=answers, flush=True)
+        compile_to_file(Recipe.read(recipe), Path(file))
+        print("compiled", file=answers, flush=True)

@@ -1,5 +1,5 @@
-// The functions of dpa4.ops.edge_products and dpa4.ops.sparse_product on a CPU, edge by edge: the nodes stay in its cache,
-// and nothing is copied.
+// Kernels of dpa4.ops.edge_products and dpa4.ops.sparse_product for CPUs. They work edge by edge: the nodes stay in the
+// cache, and nothing is copied.
 
 #include <vector>
 
@@ -7,10 +7,10 @@
 
 namespace {
 
-// Edges that a thread takes at a time: on machines with other work no two threads are equally fast.
+// Edges per chunk of dynamic scheduling: on a machine with other load, threads are not equally fast.
 constexpr int kEdges = 256;
 
-// Matrices on edges (E, H, M, K), edge features (E, M, H c), node features (N, K, H c).
+// Shapes: matrices on edges (E, H, M, K), edge features (E, M, H c), node features (N, K, H c).
 struct Sizes {
   int64_t edges, nodes, heads, rows, coefficients, channels, threads;
 };
@@ -26,8 +26,8 @@ void edge_matmul(const Sizes& s, const T* a, const T* x, const int64_t* index, T
     }
 }
 
-// Each node's edges by one thread: order[offsets[n]] to order[offsets[n + 1]], or without an order a run of edges, which
-// are then the rows of a single product.
+// One thread adds all edges of a node: order[offsets[n]] to order[offsets[n + 1]]. Without an order the edges of a node
+// are adjacent, and with one head they are the rows of a single product.
 template <class T>
 void scatter_matmul(const Sizes& s, const T* a, const T* g, const int64_t* order, const int64_t* offsets, T* out) {
   int m = s.rows, k = s.coefficients, c = s.channels, width = s.heads * c;
@@ -83,7 +83,8 @@ template <class T> struct Term {
   T scale;
 };
 
-// The map for N vectors of entries, of items whose rows are so far apart. Terms are sorted by k: sums stay in registers.
+// Evaluates the map for N vectors of entries; row is the distance of the rows of an item in memory. Terms are sorted by
+// k, so that sums stay in registers.
 template <class T, int N>
 inline void add_terms(const std::vector<Term<T>>& terms, const T* a, const T* b, T* result, ptrdiff_t row) {
   for (auto t = terms.begin(); t != terms.end();) {
@@ -99,7 +100,7 @@ inline void add_terms(const std::vector<Term<T>>& terms, const T* a, const T* b,
   }
 }
 
-// (count, n) to (n, lanes), and back.
+// Transposes (count, n) to (n, lanes), and back.
 template <class T> inline void transpose(int64_t count, int64_t n, const T* from, T* to) {
   for (int64_t i = 0; i < n; i++)
     for (int64_t e = 0; e < count; e++) to[i * kLanes<T> + e] = from[e * n + i];
@@ -127,7 +128,8 @@ void bilinear(const SparseSizes& s, const int32_t* i, const int32_t* j, const in
     }
     return;
   }
-  constexpr int lanes = kLanes<T>;  // items side by side
+  // Width one: as many items as a vector has lanes are processed side by side.
+  constexpr int lanes = kLanes<T>;
 #pragma omp parallel num_threads(s.threads)
   {
     Buffer<T> x(s.a * lanes), y(s.b * lanes), z(s.result * lanes);

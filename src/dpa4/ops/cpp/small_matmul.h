@@ -1,4 +1,4 @@
-// Products of small matrices and functions of their entries, in vectors of the widest registers.
+// Products of small matrices, and elementwise functions, in vectors of the widest registers.
 
 #pragma once
 
@@ -12,12 +12,14 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kSums = 24;  // of 32 registers
+constexpr int kVectorBytes = 64, kSums = 24;  // 24 of 32 registers hold sums
 #else
-constexpr int kVectorBytes = 32, kSums = 12;  // of 16
+constexpr int kVectorBytes = 32, kSums = 12;  // 12 of 16 registers
 #endif
 
-// Integer of the same size; bits of the fraction; the number at which rounding is to integers; where exp ends.
+// Properties of a floating-point type. Integers: integer vector of the same size; kFraction: bits of the fraction;
+// kBias: bias of the exponent; kTerms: terms of the series of exp; kRounding: adding it rounds to an integer; kLargest:
+// bound of the argument of exp.
 template <class T> struct Format;
 template <> struct Format<float> {
   typedef float Vector __attribute__((vector_size(kVectorBytes)));
@@ -42,12 +44,12 @@ template <class T> inline Vector<T> load(const T* p) {
 
 template <class T> inline void store(T* p, Vector<T> v) { std::memcpy(p, &v, sizeof v); }
 
-// f(i) for i = 0, lanes, 2 lanes, ... below n, a multiple of the lanes.
+// Calls f(i) for i = 0, lanes, 2 lanes, ... below n, which is a multiple of the lanes.
 template <class T, class F> inline void in_vectors(int n, F f) {
   for (int i = 0; i < n; i += kLanes<T>) f(i);
 }
 
-// Aligned memory, not initialised.
+// Aligned, uninitialised memory.
 template <class T> class Buffer {
  public:
   explicit Buffer(size_t n) : data_(new (std::align_val_t(64)) T[n]) {}
@@ -60,20 +62,20 @@ template <class T> class Buffer {
   T* data_;
 };
 
-// A matrix whose element (i, k) stands at data[i * row + k * step].
+// A matrix whose element (i, k) is data[i * row + k * step].
 template <class T> struct Strided {
   const T* data;
   ptrdiff_t row, step;
 };
 
-// M rows and N vectors of columns of C = A B, or C += A B.
+// Computes M rows and N vectors of columns of C = A B, or C += A B.
 template <class T, int M, int N>
 inline void block(int k, Strided<T> a, const T* b, ptrdiff_t ldb, T* c, ptrdiff_t ldc, bool add) {
   Vector<T> sum[M][N];
-  const T* pairs[(M + 1) / 2];  // a register for every second row
+  const T* pairs[(M + 1) / 2];  // addresses of every second row only, to save registers
 #pragma GCC unroll 16
   for (int i = 0; i < M; i += 2) pairs[i / 2] = a.data + i * a.row;
-  if (!add)  // where the result goes may be far away
+  if (!add)  // the memory of the result may not be in the cache yet
 #pragma GCC unroll 16
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 16
@@ -99,7 +101,7 @@ inline void block(int k, Strided<T> a, const T* b, ptrdiff_t ldb, T* c, ptrdiff_
     for (int j = 0; j < N; j++) store(c + i * ldc + j * kLanes<T>, sum[i][j]);
 }
 
-// The block of m <= M rows.
+// Computes a block of m <= M rows, with m known at run time only.
 template <class T, int N, int M>
 inline void rest(int m, int k, Strided<T> a, const T* b, ptrdiff_t ldb, T* c, ptrdiff_t ldc, bool add) {
   if constexpr (M > 0) {
@@ -108,7 +110,7 @@ inline void rest(int m, int k, Strided<T> a, const T* b, ptrdiff_t ldb, T* c, pt
   }
 }
 
-// N vectors of columns, M rows at a time.
+// Computes N vectors of columns, M rows at a time.
 template <class T, int N, int M = kSums / std::max(N, 2)>
 inline void columns(int m, int k, Strided<T> a, const T* b, ptrdiff_t ldb, T* c, ptrdiff_t ldc, bool add) {
   int i = 0;
@@ -117,7 +119,7 @@ inline void columns(int m, int k, Strided<T> a, const T* b, ptrdiff_t ldb, T* c,
   if (i < m) rest<T, N, M - 1>(m - i, k, {a.data + i * a.row, a.row, a.step}, b, ldb, c + i * ldc, ldc, add);
 }
 
-// f(first, N) for columns in panels of N <= 4 vectors; n is a multiple of the lanes.
+// Calls f(first, N) for panels of N <= 4 vectors of columns; n is a multiple of the lanes.
 template <class T, class F> inline void in_panels(int n, F f) {
   constexpr int lanes = kLanes<T>;
   using std::integral_constant;
@@ -136,7 +138,8 @@ inline void product(int m, int n, int k, Strided<T> a, const T* b, ptrdiff_t ldb
   in_panels<T>(n, [&](int j, auto width) { columns<T, width>(m, k, a, b + j, ldb, c + j, ldc, add); });
 }
 
-// The same with B panel by panel, made by `pack`: its rows would share few sets of the cache.
+// The same for B stored panel by panel, see `pack`. In ordinary storage its rows would compete for a few sets of the
+// cache.
 template <class T>
 inline void packed_product(int m, int n, int k, Strided<T> a, const T* b, T* c, ptrdiff_t ldc, bool add) {
   in_panels<T>(n, [&](int j, auto width) {
@@ -144,7 +147,7 @@ inline void packed_product(int m, int n, int k, Strided<T> a, const T* b, T* c, 
   });
 }
 
-// B (k, n) panel by panel.
+// Stores B (k, n) panel by panel.
 template <class T> void pack(int k, int n, Strided<T> b, T* out) {
   in_panels<T>(n, [&](int j, auto width) {
     for (int l = 0; l < k; l++)
@@ -152,7 +155,7 @@ template <class T> void pack(int k, int n, Strided<T> b, T* out) {
   });
 }
 
-// exp(x) to rounding; x is cut off where the result would leave the range.
+// exp(x) up to rounding; x is clipped to the range in which the result is finite.
 template <class T> inline Vector<T> exponential(Vector<T> x) {
   using F = Format<T>;
   constexpr T log2e = T(1.4426950408889634074), high = T(0.693359375), low = T(-2.12194440054690583e-4);

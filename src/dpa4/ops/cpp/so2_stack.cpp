@@ -1,5 +1,5 @@
-// The stages of a stack of SO(2) layers (dpa4.ops.so2_stack) on a CPU: all layers of a few edges at a time, so that what
-// is between layers stays in the cache. The formulas of the gates are those of dpa4.ops.gate.
+// Stages of a stack of SO(2) layers (dpa4.ops.so2_stack) for CPUs. A tile of a few edges passes through all layers, so
+// that features between layers stay in the cache. Formulas and names of the gates are those of dpa4.ops.gate.
 
 #include <omp.h>
 
@@ -10,19 +10,19 @@
 
 namespace {
 
-constexpr int kTile = 48;  // edges; a multiple of the rows of a block
+constexpr int kTile = 48;  // edges of a tile; a multiple of the rows of a block in small_matmul.h
 
-// Features (F, E, W), W = rows * channels. Weights of layer t: a matrix (F, K, K) for every order, the first of them
-// matrices[t * (mmax + 1)]; gates[t] (F, c, lmax c) for every layer but the last.
+// Sizes and weights. Features have the shape (F, E, W), W = rows * channels. Layer t has a matrix (F, K, K) for each
+// order, from matrices[t * (mmax + 1)] on, and gates[t] (F, c, lmax c) unless it is the last.
 //
-// Matrices of orders above zero are [[U, V], [-V, U]]: products of complex numbers x + iy with U + iV, so that three
-// products of half the size do, instead of four (Gauss).
+// Matrices of orders above zero have the form [[U, V], [-V, U]]: they multiply complex numbers x + iy by U + iV, for
+// which three products of half the size suffice instead of four (Gauss).
 template <class T> struct Stack {
   int64_t focuses, edges, layers, lmax, mmax, channels, threads;
   const T* const* matrices;
   const T* const* gates;
 
-  int num_gates() const { return (lmax + 1) * channels; }  // of an edge, the scalars' included
+  int num_gates() const { return (lmax + 1) * channels; }  // per edge, including those of the scalars
   int order_size(int m) const { return (m ? 2 : 1) * (lmax - m + 1) * channels; }
   int width() const { return end_of(mmax); }
   int end_of(int m) const {
@@ -31,7 +31,7 @@ template <class T> struct Stack {
     return total;
   }
 
-  // f(column, columns, gate) for the rows of every signed order.
+  // Calls f(column, columns, gate) for the rows of each signed order: first column, number of columns, first gate.
   template <class F> void runs(F f) const {
     f(0, num_gates(), 0);
     for (int m = 1; m <= mmax; m++) {
@@ -42,10 +42,10 @@ template <class T> struct Stack {
   }
 };
 
-// Weights of one focus in panels.
+// Weights of one focus stream, stored in panels.
 template <class T> class Weights {
  public:
-  // transposed: for the derivatives.
+  // transposed: stores transposed matrices, for derivatives.
   Weights(const Stack<T>& s, int focus, bool transposed) : s_(s), orders_(s.mmax + 1) {
     for (int i = 0; i < s.layers * orders_; i++) {
       int n = s.order_size(i % orders_);
@@ -61,8 +61,8 @@ template <class T> class Weights {
     }
   }
 
-  // Features times the matrices of layer t, or their transposes: whichever the weights were packed for. spare: room for
-  // features.
+  // Multiplies features by the matrices of layer t, which are transposed if the weights were stored so. spare: memory
+  // for features.
   void layer(int n, int t, const T* x, T* y, bool add, T* spare) const {
     int width = s_.width(), size = s_.order_size(0);
     packed_product<T>(n, size, size, {x, width, 1}, *matrices_[t * orders_], y, width, add);
@@ -87,14 +87,14 @@ template <class T> class Weights {
     }
   }
 
-  // Arguments of the gates: the scalars, and what a layer's weight makes of them.
+  // Arguments z of the gates: the scalars s, then s G.
   void logits(int n, int t, const T* u, T* z) const {
     int c = s_.channels, width = s_.width(), gates = s_.num_gates();
     for (int i = 0; i < n; i++) std::copy(u + i * width, u + i * width + c, z + i * gates);
     packed_product<T>(n, gates - c, c, {u, width, 1}, *gates_[t], z + c, gates, false);
   }
 
-  // y += (p_0 + p_1.. G^T) on the scalars.
+  // Adds p_0 + (p_1, p_2, ...) G^T to the scalars of y.
   void through_scalars(int n, int t, const T* p, T* y) const {
     int c = s_.channels, width = s_.width(), gates = s_.num_gates();
     packed_product<T>(n, c, gates - c, {p + c, gates, 1}, *transposed_gates_[t], y, width, true);
@@ -111,7 +111,8 @@ template <class T> class Weights {
     else pack<T>(rows, columns, {w, columns, 1}, *panels.back());
   }
 
-  // U, V - U and -U - V.
+  // Stores U, V - U and -U - V. With sum = x + y: common = sum U, then x U - y V = common - y (U + V) and
+  // x V + y U = common + x (V - U).
   void add_complex(const T* w, int n, bool transposed) {
     int half = n / 2, size = half * half;
     std::vector<T> parts(3 * size);
@@ -131,15 +132,15 @@ template <class T> class Weights {
   Panels matrices_, gates_, transposed_gates_;
 };
 
-// Entry by entry on a tile of n edges: features (n, W) and gates (n, (lmax + 1) c).
+// Elementwise functions of a tile of n edges, with features (n, W) and gates (n, (lmax + 1) c).
 template <class T> struct Tile {
   const Stack<T>& s;
   int n, width, gates;
-  T* spare;  // room for features of two tiles
+  T* spare;  // memory for the features of two tiles
 
   Tile(const Stack<T>& s, int n, T* spare) : s(s), n(n), width(s.width()), gates(s.num_gates()), spare(spare) {}
 
-  // f(i, g) for the offset of every vector of features, and of its gates.
+  // Calls f(i, g) with the offset of each vector of features and the offset of its gates.
   template <class F> void features(F f) const {
     s.runs([&](int column, int columns, int gate) {
       for (int e = 0; e < n; e++)
@@ -153,7 +154,7 @@ template <class T> struct Tile {
     all_gates([&](int i) { store(z + i, sigmoid<T>(load(z + i))); });
   }
 
-  // Products of the rows of each degree, summed, or added to what is there.
+  // Sums a u over the rows of each degree; add: adds the sums to p.
   void contract(const T* a, const T* u, T* p, bool add) const {
     s.runs([&](int column, int columns, int gate) {
       for (int e = 0; e < n; e++)
@@ -165,7 +166,7 @@ template <class T> struct Tile {
     });
   }
 
-  // du = a D, from the sums p of dpa4.ops.gate.
+  // Computes du = a D from the sums p, see dpa4.ops.gate.
   void weighted(const Weights<T>& w, int t, const T* a, const T* sigma, const T* p, T* du) const {
     features([&](int i, int g) { store(du + i, load(a + i) * load(sigma + g)); });
     w.through_scalars(n, t, p, du);
@@ -176,8 +177,9 @@ template <class T> struct Tile {
 
 template <class T> inline Vector<T> slope(Vector<T> sigma) { return sigma - sigma * sigma; }
 
-// f(w, tile, offset, focus) for all tiles of all edges; the offset is that of the tile's first feature.
-// always_same: every thread gets the same tiles in every call.
+// Calls f(w, tile, offset, focus, work) for all tiles of all edges. offset: first feature of the tile; work: memory for
+// four times the features and four times the gates of a tile; always_same: whether every thread gets the same tiles in
+// every call, for results that are the same to the last bit.
 template <class T, class F> void in_tiles(const Stack<T>& s, bool transposed, bool always_same, F f) {
   int64_t tiles = (s.edges + kTile - 1) / kTile;
   omp_set_schedule(always_same ? omp_sched_static : omp_sched_dynamic, always_same ? 0 : 4);
@@ -198,7 +200,7 @@ template <class T, class F> void in_tiles(const Stack<T>& s, bool transposed, bo
   }
 }
 
-// us: products of the gated layers; kept: input of the last layer, or null.
+// Stage 0. us: products of the gated layers; kept: input of the last layer, or null.
 template <class T> void value(const Stack<T>& s, const T* x_all, T* y_all, T* const* us, T* kept) {
   in_tiles(s, false, false, [&](const Weights<T>& w, const Tile<T>& tile, ptrdiff_t at, int, T* const* work) {
     T *x = work[0], *sigma = work[4];
@@ -216,7 +218,7 @@ template <class T> void value(const Stack<T>& s, const T* x_all, T* y_all, T* co
   });
 }
 
-// kept: gradients of the results of the gated layers, or null.
+// Stage 1. kept: gradients of the results of the gated layers, or null.
 template <class T>
 void vjp(const Stack<T>& s, const T* a_all, const T* const* us, T* dx, T* const* kept) {
   in_tiles(s, true, false, [&](const Weights<T>& w, const Tile<T>& tile, ptrdiff_t at, int, T* const* work) {
@@ -236,6 +238,7 @@ void vjp(const Stack<T>& s, const T* a_all, const T* const* us, T* dx, T* const*
   });
 }
 
+// Stage 2. vs: changes of the products; kept: change of the input of the last layer, or null.
 template <class T>
 void tangent(const Stack<T>& s, const T* d_all, const T* const* us, T* y_all, T* const* vs, T* kept) {
   in_tiles(s, false, false, [&](const Weights<T>& w, const Tile<T>& tile, ptrdiff_t at, int, T* const* work) {
@@ -259,7 +262,8 @@ void tangent(const Stack<T>& s, const T* d_all, const T* const* us, T* y_all, T*
   });
 }
 
-// Gradients of the weights of one thread, laid out as they are, one after another.
+// Gradients of the weights, summed per thread. Each thread has one buffer with the gradients of all weights, one after
+// another.
 template <class T> class Gradients {
  public:
   Gradients(const Stack<T>& s, T* const* matrices, T* const* gates) : s_(s) {
@@ -278,8 +282,8 @@ template <class T> class Gradients {
     for (int i = 0; i < s.threads; i++) std::fill(*sums_[i] + 0, *sums_[i] + total, T(0));
   }
 
-  // x^T y of n rows for every order of layer t; above order zero the three products that make up both parts of it.
-  // spare: room for twice as many features.
+  // Adds x^T y of n rows for each order of layer t; for orders above zero, the three products from which write_complex
+  // computes the gradients of U and V. spare: memory for two sets of n features.
   void add_to_layer(int t, int focus, int n, const T* x, const T* y, T* spare) {
     int width = s_.width(), size = s_.order_size(0), orders = s_.mmax + 1;
     product<T>(size, size, n, {x, 1, width}, y, width, of_thread(t * orders, focus), size, true);
@@ -301,7 +305,7 @@ template <class T> class Gradients {
     }
   }
 
-  // s^T p for the scalars of u and the gates of the degrees above zero.
+  // Adds s^T p, with the scalars s of u and p of the degrees above zero.
   void add_to_gates(int t, int focus, int n, const T* u, const T* p) {
     int c = s_.channels, gates = s_.num_gates();
     T* sum = of_thread(s_.layers * (s_.mmax + 1) + t, focus);
@@ -322,7 +326,7 @@ template <class T> class Gradients {
   }
 
  private:
-  // Into the first thread's.
+  // Adds the sums of all threads to those of the first thread.
   void add_threads(int i) const {
     int64_t size = sizes_[i] * s_.focuses;
     T* total = *sums_[0] + starts_[i];
@@ -331,7 +335,7 @@ template <class T> class Gradients {
       for (size_t k = 1; k < sums_.size(); k++) total[j] += (*sums_[k])[starts_[i] + j];
   }
 
-  // The gradients of U and V are those of both places in the matrix where they are: half of each to either.
+  // U and V occur twice in the matrix, so their gradient is a sum over both places. Half of it goes to either place.
   static void write_complex(const T* sum, int half, T* out) {
     int size = half * half, n = 2 * half;
     for (int k = 0; k < half; k++)
@@ -352,19 +356,19 @@ template <class T> class Gradients {
   std::vector<std::unique_ptr<Buffer<T>>> sums_;
 };
 
-// Without ds (and vs, grads) the gradient of <b, y> alone; without xs that of x alone. xs and ds hold inputs of the first
-// and the last layer; those between are rebuilt on the way.
+// Stage 3. Without ds, vs and grads: the gradient of <b, y> alone. Without xs: the gradient of x alone. xs and ds are
+// inputs of the first and the last layer and their changes; those in between are recomputed from the last ones.
 template <class T>
 void joint(Stack<T> s, const T* b_all, const T* const* xs, const T* const* us, const T* const* grads,
            const T* const* ds, const T* const* vs, T* dx, T* const* matrices, T* const* gates) {
-  // Every thread has gradients of all weights to set to zero and to add: not for a few tiles.
+  // Every further thread has to clear and add the gradients of all weights, which a few tiles do not justify.
   s.threads = std::max<int64_t>(1, std::min(s.threads, s.focuses * s.edges / (8 * kTile)));
   std::unique_ptr<Gradients<T>> sums(xs ? new Gradients<T>(s, matrices, gates) : nullptr);
   int last = s.layers - 1;
-  // Sums of a thread are rounded in the order of its tiles.
+  // The rounding of a thread's sums depends on its tiles, so the tiles must be the same in every call.
   in_tiles(s, true, sums != nullptr, [&](const Weights<T>& w, const Tile<T>& tile, ptrdiff_t at, int focus, T* const* work) {
     int n = tile.n;
-    // Pairs whose products are the gradients of the weights stand under one another: one product for both.
+    // x and d, du and da are adjacent in memory, so that one product yields the gradient x^T du + d^T da.
     T *b = dx + at, *du = work[0], *da = du + n * tile.width, *x = work[2], *d = x + n * tile.width;
     int rows = ds ? 2 * n : n;
     T *sigma = work[4], *p = work[5], *q = work[6], *change = work[7];

@@ -1,43 +1,46 @@
-// The stack of SO(2) layers and its derivative by the features, each in one kernel for Hopper GPUs; see `so2_fused`.
+// The stack of SO(2) layers and its derivative with respect to features, in one kernel each for Hopper GPUs; launched
+// by dpa4.ops.hopper.so2_stack. docs/adr/0017 explains the design and what was tried.
 //
-// A program takes 64 edges through all layers. Their features never leave the chip between layers: pieces of float16
-// (see `triton_matmul`) lie in shared memory, where tensor cores read them, sums in registers. Two groups of four
-// warps compute, each half of the channels of every row of the edge frame, so that what a gate needs is in one group.
-// A further group brings weights, in the order in which they are used, from a stream that lies in memory as shared
-// memory wants it.
+// A thread block takes 64 edges through all layers. Their features never leave the chip between layers: their float16
+// parts (see dpa4.ops.triton.split_matmul) are in shared memory, where tensor cores read them, and sums are in
+// registers. Two groups of four warps, the consumers, compute. Each has half of the channels of every row of the edge
+// frame, so that everything a gate needs is in one group. A third group, the producers, copies weights to shared memory
+// in the order of their use, from a stream that has the layout of shared memory already.
 //
-// Rows of the edge frame ("blocks" of 64 channels): order 0 of degrees 0..3, then -1 and +1 of degrees 1..3. A thread
-// holds 8 channels, in two runs of four, of two edges of each.
+// "Block" below means a row of the edge frame with its 64 channels: order 0 of degrees 0..3, then order -1 and order +1
+// of degrees 1..3. Of every block a thread holds 8 channels, in two runs of four, of two edges.
 
 constexpr int DEGREES = 4;                   // 0..3
-constexpr int GATED = DEGREES - 1;           // degrees above zero: those of order 1, and those with gates
+constexpr int GATED = DEGREES - 1;           // degrees above zero: degrees of order 1, and degrees with weights of gates
 constexpr int BLOCKS = DEGREES + 2 * GATED;  // rows of the edge frame
 constexpr int CHANNELS = 64;
-constexpr int HALF = CHANNELS / 2;           // of a group
+constexpr int HALF = CHANNELS / 2;           // channels of a group
 constexpr int WIDTH = BLOCKS * CHANNELS;
-constexpr int EDGES = 64;                    // of a program
+constexpr int EDGES = 64;                    // edges of a thread block
 constexpr int MAX_GATES = 8;                 // gated layers
 
-// Shared memory: features of edges, slots for weights of both groups, barriers, largest entries of edges.
-constexpr int PIECE = EDGES * CHANNELS * 2;  // bytes of one piece of a block
-constexpr int BLOCK = 2 * PIECE;
+// Shared memory: features of edges, slots for weights of both groups, barriers, largest entries of edges. Sizes in
+// bytes.
+constexpr int PIECE = EDGES * CHANNELS * 2;  // one float16 part of a block
+constexpr int BLOCK = 2 * PIECE;             // the high part, then the low part
 constexpr int SLOT = 8192;
-constexpr int SLOTS = 4;                     // of a group
+constexpr int SLOTS = 4;                     // slots of a group
 constexpr int AT_SLOTS = BLOCKS * BLOCK;
 constexpr int AT_BARRIERS = AT_SLOTS + 2 * SLOTS * SLOT;
 constexpr int AT_MAXIMA = AT_BARRIERS + 2 * SLOTS * 16;
 
-// Parts of a stream, each for one slot: both pieces of 32 rows of weights and so many columns; of gates, and of their
-// transpose, of 64 rows and 32 columns; half of a block of features that were kept.
-constexpr int COLUMNS_0 = 2 * HALF, COLUMNS_1 = GATED * HALF / 2;  // of orders 0 and 1
+// Sections of a stream, each for one slot. They hold both float16 parts of 32 rows and COLUMNS_0 or COLUMNS_1 columns
+// of weights; of 64 rows and 32 columns of the weights of gates or their transpose; or half of a block of saved
+// features.
+constexpr int COLUMNS_0 = 2 * HALF, COLUMNS_1 = GATED * HALF / 2;  // for orders 0 and 1
 constexpr int PART_0 = 128 * COLUMNS_0, PART_1 = 128 * COLUMNS_1, PART_GATE = 256 * HALF, PART_KEPT = BLOCK / 2;
 
 struct Tensors { float* of[MAX_GATES]; };
 
 // --- Tensor cores -------------------------------------------------------------------------------------------------
 
-// Descriptors of operands in shared memory: rows of 128 and of 64 bytes, swizzled. Their lower half is an address in
-// units of 16 bytes; adding to it moves the operand.
+// Descriptors of operands in shared memory, with swizzled rows of 128 bytes (edges) and of 64 bytes (weights). The
+// lower half of a descriptor is an address in units of 16 bytes; adding to it moves the operand.
 __device__ inline unsigned descriptor(unsigned at) { return at / 16 | 1 << 16; }
 __device__ inline unsigned long long edges_at(unsigned d) { return (1ull << 62) | (64ull << 32) | d; }
 __device__ inline unsigned long long weights_at(unsigned d) { return (2ull << 62) | (32ull << 32) | d; }
@@ -69,9 +72,9 @@ __device__ inline void end_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// Add a product with 64 columns of edge features, but not that of the low pieces. Of weights there are two pieces of
-// N columns, for the first and the last 32 of these: high, low, high, low. Small terms come first, since tensor cores
-// truncate.
+// Adds the product of 64 columns of edge features with weights, without the product of both low parts. weights:
+// addresses of the high and low part for the first 32 feature columns, then of the high and low part for the last 32; N
+// columns each. Small terms are added first, since tensor cores truncate.
 template <int N, int sign>
 __device__ inline void add_products(float (&d)[N / 2], unsigned edges, const unsigned (&weights)[4], int add) {
 #pragma unroll
@@ -85,7 +88,7 @@ __device__ inline void add_products(float (&d)[N / 2], unsigned edges, const uns
     mma<sign>(d, edges_at(edges + 32 * i / 16), weights_at(weights[i / 2 * 2] + i % 2 * 2), 1);
 }
 
-// --- What comes from memory meanwhile ------------------------------------------------------------------------------
+// --- Asynchronous copies from memory --------------------------------------------------------------------------------
 
 __device__ inline void init_barrier(unsigned at, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
@@ -96,10 +99,10 @@ __device__ inline void wait(unsigned at, unsigned parity) {
       ::"r"(at), "r"(parity) : "memory");
 }
 
-// The stream of one group, whose slots are filled and emptied one after another.
+// The stream of one group. Its slots form a ring: the producer fills and the consumers empty one after another.
 struct Stream {
-  unsigned slots, barriers;  // full and empty of the first slot, of the second, ...
-  int count, parity;         // parts that were filled; of the next four to be taken
+  unsigned slots, barriers;  // addresses; each slot has two barriers, full and empty
+  int count, parity;         // producer: sections filled so far; consumer: parity of the next four sections
 
   __device__ Stream(unsigned shared, int group) : count(0), parity(0) {
     slots = shared + AT_SLOTS + group * SLOTS * SLOT;
@@ -113,7 +116,7 @@ struct Stream {
       count++;
     }
   }
-  // Barrier of the next slot, once that is empty, which will be given so many bytes.
+  // Waits until the next slot is empty, announces the number of bytes to come, and returns the barrier "full".
   __device__ unsigned expect(int bytes) const {
     unsigned full = barriers + 16 * (count % SLOTS);
     wait(full + 8, count / SLOTS % 2 ^ 1);
@@ -125,7 +128,7 @@ struct Stream {
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
         ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
   }
-  // Leave a slot out, so that what follows begins with the first one.
+  // Skips a slot without data, so that the following sections begin with the first slot.
   __device__ void skip() {
     unsigned full = barriers + 16 * (count % SLOTS);
     wait(full + 8, count / SLOTS % 2 ^ 1);
@@ -136,7 +139,7 @@ struct Stream {
     fill(from, PART_1, 8 * GATED);
     fill(from, PART_0, 4 * DEGREES);
   }
-  // Part i, counted from the last `advance` on.
+  // Waits for section i, counted from the last `advance`, and returns its address.
   __device__ unsigned take(int i) const {
     wait(barriers + 16 * (i % SLOTS), parity ^ i / SLOTS % 2);
     return slots + SLOT * (i % SLOTS);
@@ -146,12 +149,13 @@ struct Stream {
     if (threadIdx.x % 32 == 0)
       asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barriers + 16 * (i % SLOTS) + 8) : "memory");
   }
-  // After ordinary loads: the copy engine does not wait for them without a fence.
+  // Releases a section that was read by ordinary loads. Without the fence the copy engine would not wait for them, and
+  // would rarely overwrite the slot too early.
   __device__ void release_read(int i) const {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     release(i);
   }
-  __device__ void advance(int parts) { parity ^= parts / SLOTS % 2; }  // multiples of the number of slots
+  __device__ void advance(int parts) { parity ^= parts / SLOTS % 2; }  // parts: a multiple of the number of slots
 };
 
 __device__ inline void prefetch(const float* from, int edges) {
@@ -160,7 +164,7 @@ __device__ inline void prefetch(const float* from, int edges) {
 
 // --- Features of edges --------------------------------------------------------------------------------------------
 
-// 8 channels of two edges of a block: [2 runs][2 pairs of channels][2 edges][2].
+// 8 channels of two edges of a block: [2 runs][2 pairs of channels][2 edges][2 channels].
 typedef float Part[16];
 __device__ inline float4 run_of(const float* v, int half, int run) {
   const float* at = v + 8 * run + 2 * half;
@@ -179,7 +183,7 @@ __device__ inline void published() {
 
 struct Scale { float up, down; };
 
-// Powers of two, see `triton_matmul`.
+// Powers of two, see _power_of_two in dpa4.ops.triton.split_matmul.
 __device__ inline Scale scale_of(float largest) {
   int exponent = max(__float_as_int(largest) >> 23, 15);
   return {__int_as_float((268 - exponent) << 23), __int_as_float((exponent - 14) << 23)};
@@ -197,26 +201,26 @@ __device__ inline unsigned two_halves(float a, float b) {
 }
 
 struct Thread {
-  char* base;          // of shared memory
-  unsigned shared;     // the same as an address
-  int group, row, quad;
-  char* runs[2];       // of four channels in a piece, in the order of the tensor cores
+  char* base;            // start of shared memory
+  unsigned shared;       // the same as an address in shared memory
+  int group, row, quad;  // group of warps; first edge (the second is row + 8); position among four threads of one edge
+  char* runs[2];         // places of the two runs of four channels in a float16 part, in the layout of the tensor cores
 
   __device__ Thread(char* base, unsigned shared) : base(base), shared(shared) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    group = __shfl_sync(~0u, warp / 4, 0);  // tells the compiler that it is the same for a warp
+    group = __shfl_sync(~0u, warp / 4, 0);  // the shuffle tells the compiler that it is uniform in a warp
     row = warp % 4 * 16 + lane / 4, quad = lane % 4;
 #pragma unroll
     for (int run = 0; run < 2; run++)
       runs[run] = base + row * 128 + (((group * 4 + run * 2 + quad / 2) ^ (row & 7)) << 4) + quad % 2 * 8;
   }
   __device__ char* piece(int block, int half, int run) const { return runs[run] + block * BLOCK + half * 1024; }
-  __device__ int place(int block, int half, int run) const {  // in memory, from the first edge
+  __device__ int place(int block, int half, int run) const {  // offset in memory from the first edge
     return (row + 8 * half) * WIDTH + block * CHANNELS + group * 32 + run * 16 + quad * 4;
   }
   __device__ float* maxima(int which) const { return (float*)(base + AT_MAXIMA) + which * 2 * EDGES; }
 
-  // Largest entries of the two edges, of this group's channels, to where the other group finds them.
+  // Stores the largest entries of the two edges among this group's channels where the other group reads them.
   __device__ void tell(int which, float a, float b) const {
     float m[2] = {a, b};
 #pragma unroll
@@ -226,6 +230,7 @@ struct Thread {
       if (quad == 0) maxima(which)[group * EDGES + row + 8 * h] = m[h];
     }
   }
+  // Powers of two of the two edges, from the largest entries of both groups.
   __device__ void told(int which, Scale (&s)[2]) const {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -234,6 +239,7 @@ struct Thread {
     }
   }
 
+  // Writes a block as float16 parts to shared memory, as operand of products.
   __device__ void publish(int block, const Part& v, const Scale (&s)[2]) const {
 #pragma unroll
     for (int h = 0; h < 2; h++)
@@ -248,7 +254,7 @@ struct Thread {
         *(uint2*)(at + PIECE) = make_uint2(two_halves(of.x - a.x, of.y - a.y), two_halves(of.z - b.x, of.w - b.y));
       }
   }
-  // Add what was published, times factors of the two edges.
+  // Adds a published block, times a factor per edge.
   __device__ void add_published(int block, Part& v, const float (&down)[2]) const {
 #pragma unroll
     for (int h = 0; h < 2; h++)
@@ -262,7 +268,7 @@ struct Thread {
                                        of.z + (b.x + d.x) * down[h], of.w + (b.y + d.y) * down[h]));
       }
   }
-  // Numbers of this thread alone, where it would publish a block.
+  // Stores numbers of this thread in float32, in the place of a block that is not published at the time.
   __device__ void park(int block, const float* v) const {
 #pragma unroll
     for (int h = 0; h < 2; h++)
@@ -299,7 +305,7 @@ struct Thread {
       for (int run = 0; run < 2; run++)
         if (row + 8 * h < edges) *(float4*)(to + place(block, h, run)) = run_of(v, h, run);
   }
-  // Products are kept for the derivative in the order of the threads, degree by degree.
+  // Saves products for the derivative, in the order of the threads and degree by degree; see in_rows in so2_stack.py.
   __device__ void keep(float* to, int block, const Part& v) const {
     float4* at = (float4*)to + (group * BLOCKS + order(block)) * (BLOCK / 32) + threadIdx.x % 128;
 #pragma unroll
@@ -319,7 +325,7 @@ __device__ inline void largest_of(const float* v, float (&m)[2]) {
 }
 __device__ inline float sigmoid(float z) { return __fdividef(1.0f, 1.0f + __expf(-z)); }
 
-// Features of all blocks, as sums of products: order 0, and orders -1 and +1.
+// Features of all blocks in registers: order 0, and orders -1 and +1.
 struct Features {
   float zero[16 * DEGREES], one[2][16 * GATED];
 
@@ -346,7 +352,7 @@ struct Features {
     for (int b = 0; b < BLOCKS; b++)
       if (b >= first) largest_of(block(b), m);
   }
-  // Publish all; waits for both groups before and after.
+  // Publishes all blocks; waits for both groups before and after.
   __device__ void publish(const Thread& t, float (&down)[2]) {
     float m[2];
     largest(0, m);
@@ -359,19 +365,19 @@ struct Features {
     down[0] = s[0].down, down[1] = s[1].down;
     published();
   }
-  // Add the product of what is published with the next matrices of the stream, times factors of the two edges. Where
-  // registers are scarce the loop over degrees is not unrolled.
+  // Adds the product of the published features with the next matrices of the stream, times a factor per edge. The loop
+  // over degrees is unrolled only where registers suffice.
   template <int unrolled>
   __device__ void add_product(const Thread& t, Stream& w, const float (&down)[2], float scale_0, float scale_1) {
     float f[2] = {down[0] * scale_1, down[1] * scale_1};
     unsigned from = descriptor(t.shared), weights = descriptor(w.slots);
-    // There are always products under way while others are added, but at the end of a loop.
+    // Except at the end of a loop, products are always running while the results of others are added.
 #pragma unroll unrolled
     for (int k = 0; k < GATED; k++) {
       unsigned minus = from + (DEGREES + k) * BLOCK / 16, plus = minus + GATED * BLOCK / 16;
       float p[2][COLUMNS_1 / 2];
 #pragma unroll
-      for (int i = 0; i < 4; i++) {  // minus U - plus V and minus V + plus U, by runs of channels
+      for (int i = 0; i < 4; i++) {  // minus U - plus V, then minus V + plus U, each in two runs of channels
         int v = i / 2, run = i % 2;
         unsigned slot = weights + i % 2 * 2 * SLOT / 16;
         w.take(2 * i);
@@ -416,10 +422,11 @@ struct Features {
       w.advance(4);
     }
   }
-  // Product of 64 columns with the weights of two slots.
+  // Multiplies 64 columns by the weights in two slots.
   template <int N, int sign>
   __device__ static void add_part(float (&p)[N / 2], unsigned edges, unsigned slot) {
-    // Descriptors are made here, not kept in registers that are needed for sums.
+    // The empty asm hides the addresses from the compiler. Otherwise it keeps precomputed descriptors in registers, and
+    // spills sums (0.45 ms of the derivative, docs/adr/0017).
     asm volatile("" : "+r"(edges), "+r"(slot));
     unsigned weights[4] = {slot, slot + N * 4, slot + SLOT / 16, slot + SLOT / 16 + N * 4};
     add_products<N, sign>(p, edges, weights, 0);
@@ -434,7 +441,8 @@ struct Features {
   }
 };
 
-// Publish the scalars s of both groups, for `gate`; waits for both before and after.
+// Publishes the scalars s of both groups for the gates, and returns the factors of the products; waits for both groups
+// before and after.
 __device__ inline void publish_scalars(const Thread& t, const Part& s, float scale, float (&f)[2]) {
   float m[2] = {0, 0};
   largest_of(s, m);
@@ -446,7 +454,7 @@ __device__ inline void publish_scalars(const Thread& t, const Part& s, float sca
   published();
   f[0] = of_s[0].down * scale, f[1] = of_s[1].down * scale;
 }
-// Gates of a degree above zero; their weights are that part of the stream.
+// Starts and ends the computation of the gates of a degree above zero; part: section of the stream with their weights.
 __device__ inline void begin_gate(const Thread& t, const Stream& w, int part, Part& z) {
   unsigned weights[4], first = descriptor(w.take(part));
 #pragma unroll
@@ -479,8 +487,9 @@ __device__ inline unsigned prepare(char* base) {
 #define BEGIN_CONSUMERS asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
 #define BEGIN_PRODUCERS asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
 
-// y (E, W) and, if wanted, the products u of the gated layers and their largest entries (layers - 1, E), both of whole
-// programs. weights: two streams of so many bytes; scales: of every layer those of orders 0 and 1 and of its gates.
+// Computes y (E, W). keep: also stores the products u of the gated layers and their largest entries (layers - 1, E),
+// with E rounded up to a multiple of EDGES. weights: two streams of stream_bytes each; scales: for each layer the
+// powers of two of orders 0 and 1 and of its gates.
 extern "C" __global__ void __launch_bounds__(384, 1)
 so2_value(const float* x, float* y, const __grid_constant__ Tensors us, float* maxima, const char* weights,
           const float* scales, int num_edges, int layers, int stream_bytes, int keep) {
@@ -564,8 +573,8 @@ so2_value(const float* x, float* y, const __grid_constant__ Tensors us, float* m
   }
 }
 
-// Gradient of x from that of y, given the products u of the gated layers. The stream is that of transposed matrices,
-// from the last layer to the first.
+// Computes the gradient of x from g, the gradient of y, and the products u of the gated layers. The streams hold
+// transposed matrices, from the last layer to the first.
 extern "C" __global__ void __launch_bounds__(384, 1)
 so2_vjp(const float* g, float* dx, const __grid_constant__ Tensors us, const float* maxima, const char* weights,
         const float* scales, int num_edges, int layers, int stream_bytes) {
@@ -617,7 +626,7 @@ so2_vjp(const float* g, float* dx, const __grid_constant__ Tensors us, const flo
         scale -= 4;
         Scale of_a[2], of_p[2], of_0[2];
         float m[2], f[2], bound[2];
-        a.largest(1, m);  // gates are below 1, so this bounds what they weigh
+        a.largest(1, m);  // gates are below 1, so this bounds the gated gradients
         t.tell(0, m[0], m[1]);
         {
           Part s;
@@ -630,8 +639,9 @@ so2_vjp(const float* g, float* dx, const __grid_constant__ Tensors us, const flo
         t.told(0, of_a);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          // What comes back through a gate is at most 3 / 4 of the product of the largest entries of a and u; that of a
-          // is below 2^15 times its scale.
+          // The scale of p is needed before p is known. p is a sum over three rows times sigma' <= 1 / 4, so it is at
+          // most 3 / 4 of the product of the largest entries of a and u; the largest entry of a is below 2^15 times its
+          // scale.
           bound[h] *= of_a[h].down * 32768;
           of_p[h] = scale_of(bound[h]);
         }
