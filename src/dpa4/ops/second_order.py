@@ -167,7 +167,7 @@ def with_zeros(stages: FourStages, inputs: Sequence[Maybe], cotangents: Sequence
 
 
 def needs_gradient(ctx: Any, count: int) -> list[bool]:
-    """Which of a Function's first ``count`` inputs need a gradient in the running backward pass.
+    """Find out which of a Function's first ``count`` inputs need a gradient in the running backward pass.
 
     ``ctx.needs_input_grad`` only says which inputs can have a gradient at all. The last backward pass of training
     computes the gradients of the parameters alone, so gradients that lead only to the edge vectors can be skipped.

@@ -289,7 +289,7 @@ def _graph_of_stage(
 
 
 def _saves_unused(n: fx.Node, inside: set[fx.Node]) -> bool:
-    """Whether a kernel has ``keep=True`` (its last argument) although the stage uses its first result only."""
+    """Return whether a kernel has ``keep=True`` (its last argument) although the stage uses its first result only."""
     arguments = n.target._schema.arguments if isinstance(n.target, torch._ops.OpOverload) else []
     if not arguments or arguments[-1].name != "keep" or n.args[-1] is not True:
         return False
@@ -321,7 +321,7 @@ def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
 
 
 def _worth_keeping(n: fx.Node) -> bool:
-    """Whether a result is read from memory faster than it is recomputed in one pass over its arguments."""
+    """Return whether a result is read from memory faster than recomputed in one pass over its arguments."""
     if not isinstance(n.meta["val"], Tensor):
         return False
     target = _kernel(n).target
