@@ -13,15 +13,12 @@ from dpa4.kernels import gate, matmul
 from dpa4.kernels.gate import Rows
 from dpa4.kernels.hopper import on_hopper
 from dpa4.kernels.matmul import Weight, order_matmul, ready, split
-from helpers import run_in_the_interpreter
+from operator_table import BACKENDS, OPERATORS, needs_hopper, results
 
 needs_gluon = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None
     or importlib.util.find_spec("triton.experimental.gluon") is None,
     reason="needs a Triton with Gluon",
-)
-needs_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
 
 TOLERANCE = 1e-6
@@ -36,12 +33,13 @@ def name_of(column: np.ndarray) -> np.ndarray:
 
 def check_weights_by_name() -> None:
     """Matrices split by one launch: pieces by name are those in the usual order, permuted; one gets the identity."""
-    matmul.is_hopper = lambda device: True
     rng = torch.Generator().manual_seed(0)
     w, square = torch.randn(2, 64, 96, generator=rng), torch.randn(2, 33, 33, generator=rng)
     w[:, :, 3] = 0
     w[:, :, 4] *= 1e-25
-    flat = torch.ops.dpa4.split_weights([w, square.mT], [False, True])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matmul, "is_hopper", lambda device: True)
+        flat = torch.ops.dpa4.split_weights([w, square.mT], [False, True])
     (plain, named), scale, (more,), more_scale = flat  # nothing is by name in a matrix of 33 rows
     expected = torch.empty_like(plain)
     n, k = name_of(np.arange(96)), name_of(np.arange(64))
@@ -51,12 +49,32 @@ def check_weights_by_name() -> None:
         restored = (halves[0].double() + halves[1].double()) * factor[..., None].double()
         # Pieces hold 22 bits; the identity is added in float32.
         assert torch.allclose(restored.mT, whole.double(), rtol=3e-7, atol=1e-7 * (whole is not w) + 1e-32)
-    print("equal")
 
 
 @needs_gluon
-def test_weights_by_name():
-    assert run_in_the_interpreter(__file__, "names").split() == ["equal"]
+def test_weights_by_name(interpreter):
+    interpreter(check_weights_by_name)
+
+
+def check_pieces_of_gates(size: str) -> None:
+    """The kernels cannot be interpreted, but pieces of gates, which only they use, are made."""
+    operator = OPERATORS["so2_stack"]
+    ((inputs, others),) = operator.cases(operator.sizes[size])
+    inputs = [t.float() for t in inputs]
+    with BACKENDS["triton"](), pytest.MonkeyPatch.context() as patch:
+        found = [results(operator, operator.function, inputs, others, 2)]
+        patch.setattr(matmul, "is_hopper", lambda device: True)
+        found.append(results(operator, operator.function, inputs, others, 2))
+    for one, other in zip(*([*values, *derivatives] for values, derivatives in found), strict=True):
+        assert torch.equal(one, other)
+
+
+@needs_gluon
+@pytest.mark.parametrize(
+    "size", ["small", *(pytest.param(n, marks=pytest.mark.slow) for n in ("degree 2", "order 2, four foci"))]
+)
+def test_pieces_of_gates_change_nothing_elsewhere(interpreter, size):
+    interpreter(check_pieces_of_gates, size)
 
 
 def compile_kernels() -> None:
@@ -104,8 +122,15 @@ def compile_kernels() -> None:
 
 @needs_gluon
 def test_kernels_compile_without_a_gpu():
-    command = [sys.executable, __file__, "compile"]
-    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=300)
+    """In a process that interprets none."""
+    path = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, __file__],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(done.stdout.split()) == 9
 
@@ -181,5 +206,4 @@ def test_gates(lmax, c, n_focus, edges):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    {"names": check_weights_by_name, "compile": compile_kernels}[sys.argv[1]]()
+    compile_kernels()

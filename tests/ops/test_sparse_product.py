@@ -1,0 +1,34 @@
+"""Products of few terms: how the terms are found, and the parts of the model that use them."""
+
+import pytest
+import torch
+
+from dpa4.kernels.bilinear import Terms
+from dpa4.model.edges import LocalFrame
+from dpa4.model.so2 import DegreeProduct
+from operator_table import BACKENDS, deviation, needs_cpp, normal
+
+
+def test_terms_of_a_formula_are_found():
+    def formula(a, b):
+        return torch.stack([2 * a[:, 1] * b[0][:, 2], 0 * a[:, 0], -a[:, 0] * b[1][:, 0, 1]], dim=-1)
+
+    terms = Terms.of_products(formula, 2, [torch.Size((3,)), torch.Size((1, 2))])
+    assert terms.indices.tolist() == [[1, 0], [2, 4], [0, 2]]
+    assert terms.scale.tolist() == [2, -1]
+
+
+@needs_cpp
+@pytest.mark.parametrize(("lmax", "mmax", "rank"), [(0, 0, None), (1, 1, 1), (2, 1, 1), (3, 2, 2), (5, 1, 2)])
+def test_matrices_of_the_edges_by_kernels_and_by_plain_operations(lmax, mmax, rank):
+    product = DegreeProduct(lmax, mmax, 4, rank).double()
+    frame = LocalFrame(lmax, mmax, heads=2).double()
+    rows = [normal(9, min(m + 1, 2), (lmax + 1) ** 2 - m * m, seed=m) for m in range(mmax + 1)]
+    entries, weight = len(product.columns.unique()), normal(9, 2, seed=6)
+    kernel = normal(9, entries, seed=5)
+    with BACKENDS["cpp"]() as launched:
+        matrices, back = product.entries(kernel, rows), frame.weighted_back(rows, weight)
+    assert launched == {"bilinear"}
+    assert deviation(matrices, product.matrices(kernel[:, product.columns], rows)) < 1e-13
+    with BACKENDS["plain"]():
+        assert deviation(back, frame.weighted_back(rows, weight)) < 1e-13
