@@ -1,14 +1,14 @@
 """The table of operators: formula, arguments, sizes and backends of each.
 
-A new operator is an entry of `OPERATORS`, and of `REGISTERED` if PyTorch knows it. A new kernel is an entry of an
-operator's ``backends``. `check` compares one operator on one backend with its formula; it also runs in the process
-in which Triton interprets its kernels (`conftest.interpreter`).
+A new operator is an entry of `OPERATORS`; a new kernel is an entry of the ``backends`` of its operator. `check`
+compares an operator on a backend with its formula. For kernels in Triton it runs in the process in which Triton
+interprets them (fixture ``interpreter``).
 """
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 def deviation(found: Tensor, expected: Tensor) -> float:
-    """Largest deviation relative to the largest expected entry; infinite if only one of both is finite."""
+    """Largest deviation, relative to the largest expected entry; infinite if the deviation is not a number."""
     assert found.shape == expected.shape, f"shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
     if expected.numel() == 0:
         return 0.0
@@ -71,7 +71,166 @@ def to(target: Any, device: str) -> Any:
     return [to(t, device) for t in target] if isinstance(target, list) else target
 
 
-# Between nodes and edges
+# Backends: contexts in which operators run on one kind of kernels; each yields the set of the kernels that ran
+
+
+@contextmanager
+def on_plain() -> Iterator[set[str]]:
+    """Plain operations of PyTorch on a CPU, in several chunks of edges of which the last is partial."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpp, "takes", lambda *tensors: False)
+        patch.setattr(rotate, "CHUNK", 4)
+        yield set[str]()
+
+
+@contextmanager
+def on_cpp() -> Iterator[set[str]]:
+    """Kernels in C++ for a CPU."""
+    launched, function = set[str](), cpp.function
+
+    def noted(source: str, name: str, dtype: torch.dtype) -> Callable[..., None]:
+        launched.add(name)
+        return function(source, name, dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpp, "function", noted)
+        yield launched
+
+
+def triton_modules() -> list[Any]:
+    from dpa4.kernels import triton_gate, triton_matmul, triton_rotate, triton_segments
+
+    return [triton_gate, triton_matmul, triton_rotate, triton_segments]
+
+
+@contextmanager
+def noting_triton() -> Iterator[set[str]]:
+    """Record which kernels in Triton are launched."""
+    launched = set[str]()
+
+    def noted(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (launched.add(name), run(*args, **kwargs))[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in triton_modules():
+            for name, kernel in vars(module).items():
+                if name.startswith("_") and hasattr(kernel, "run"):
+                    patch.setattr(kernel, "run", noted(name, kernel.run))
+        yield launched
+
+
+@contextmanager
+def on_triton() -> Iterator[set[str]]:
+    """Kernels in Triton, interpreted, with tiles so small that small matrices have several along every axis."""
+    from dpa4.kernels import triton_matmul
+
+    operators = {
+        "edge_matmul": rotate._edge_matmul_cuda,
+        "scatter_matmul": rotate._scatter_matmul_cuda,
+        "edge_outer": rotate._edge_outer_cuda,
+        "segment_sum": segments._cuda,
+        "segment_max": segments._cuda_max,
+    }
+    with noting_triton() as launched, pytest.MonkeyPatch.context() as patch:
+        for name, kernel in operators.items():
+            patch.setattr(torch.ops.dpa4, name, kernel)
+        patch.setattr(cpp, "takes", lambda *tensors: False)
+        patch.setattr(gate, "_on_gpu", lambda u: u.dtype != torch.float64)
+        patch.setattr(matmul, "_is_split", lambda x: x.dtype == torch.float32)
+        patch.setattr(triton_matmul, "default_tile", lambda columns: triton_matmul.Tile(32, 32, 16, 4, 1))
+        yield launched
+
+
+@contextmanager
+def on_gpu() -> Iterator[set[str]]:
+    """All kernels for a GPU: Triton, library products and, on Hopper, CUDA C++."""
+    launch = so2_fused._launch
+    with noting_triton() as launched, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(so2_fused, "_launch", lambda name, *args: (launched.add(name), launch(name, *args))[1])
+        yield launched
+
+
+BACKENDS = {"plain": on_plain, "cpp": on_cpp, "triton": on_triton, "gpu": on_gpu, "hopper": on_gpu}
+DEVICES = {"gpu": "cuda", "hopper": "cuda"}
+
+
+# The table: every section below adds its operators
+
+
+DOUBLE, SINGLE, BRAIN, HALF = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Kernels of one kind for an operator.
+
+    Attributes:
+        tolerance: Largest error of the value, and of derivatives, for every type; relative to the largest entry.
+            Types without a tolerance of derivatives are not differentiated.
+        runs: Names of the kernels that must run unless inputs or results are empty.
+        quick: Names of the sizes for the default run, the others being slow; None if all are quick.
+        supports: Condition on the numbers of a size; None if there are kernels for all sizes.
+    """
+
+    tolerance: dict[torch.dtype, tuple[float, ...]]
+    runs: Sequence[str] = ()
+    quick: Sequence[str] | None = None
+    supports: Callable[..., bool] | None = None
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator with its formula, arguments and backends.
+
+    Attributes:
+        function: The operator as a function of the inputs and the other arguments of a case. Returns one tensor, or
+            several if ``order`` is 0.
+        formula: The same function in plain operations, which autograd differentiates.
+        cases: Function from a size to its cases.
+        sizes: Sizes by name.
+        backends: Backends by name.
+        on_gpu: Further sizes for a GPU.
+        order: Number of derivatives: 0, 2, or 3 for any number.
+        first: Number of leading inputs with a first derivative; None for all.
+        last: Number of leading inputs with a second derivative; None for all.
+        strided: True if inputs may have any strides.
+        small: Name of the size for finite differences.
+    """
+
+    function: Callable[..., Any]
+    formula: Callable[..., Any]
+    cases: Callable[[Any], list[Case]]
+    sizes: dict[str, Any]
+    backends: dict[str, Backend]
+    on_gpu: dict[str, Any] = field(default_factory=dict)
+    order: int = 3
+    first: int | None = None
+    last: int | None = None
+    strided: bool = True
+    small: str = "small"
+
+    def names(self, backend: str) -> list[str]:
+        """Names of the sizes for a backend."""
+        sizes = self.sizes | (self.on_gpu if backend == "gpu" else {})
+        supports = self.backends[backend].supports
+        return [name for name, size in sizes.items() if supports is None or supports(*size)]
+
+    def small_case(self) -> Case:
+        """The first case of the small size."""
+        return self.cases(self.sizes[self.small])[0]
+
+
+OPERATORS: dict[str, Operator] = {}
+
+# Low precision is accumulated in float32 and rounded once: half a unit in the last place, and float32's own rounding.
+ROUNDED = {t: (0.51 * torch.finfo(t).eps,) for t in (BRAIN, HALF)}
+# Sums of some hundred products in another order.
+SUMS = {DOUBLE: (1e-14, 1e-13), SINGLE: (1e-6, 3e-6)}
+# Sums of up to 700 products as three of TF32, and their derivatives.
+GPU_SUMS = {DOUBLE: (1e-14, 1e-12), SINGLE: (3e-6, 3e-5)}
+
+
+# Between nodes and edges# Between nodes and edges
 
 
 EDGES = {  # (N nodes, E edges, H heads, M rows, K coefficients, c channels per head)
@@ -97,7 +256,7 @@ EDGES = {  # (N nodes, E edges, H heads, M rows, K coefficients, c channels per 
     "one edge": (11, 1, 1, 7, 9, 16),
     "small": (4, 6, 2, 3, 4, 16),
 }
-LARGE_EDGES = {"one tile per node": (40, 2000, 1, 10, 16, 64), "tiles and heads": (40, 900, 2, 16, 72, 64)}
+LARGE_EDGES = {"2000 edges": (40, 2000, 1, 10, 16, 64), "900 edges, two heads": (40, 900, 2, 16, 72, 64)}
 
 
 def ends(num_edges: int, num_nodes: int, seed: int = 0) -> tuple[Incidence, Incidence]:
@@ -108,7 +267,7 @@ def ends(num_edges: int, num_nodes: int, seed: int = 0) -> tuple[Incidence, Inci
 
 
 def edge_cases(*names: str) -> Callable[[tuple[int, ...]], list[Case]]:
-    """Cases of a function of some of a (E, H, M, K), x (N, K, H c) and g (E, M, H c), for both kinds of ends."""
+    """Cases with some of the inputs a (E, H, M, K), x (N, K, H c), g (E, M, H c); unsorted and sorted ends."""
 
     def cases(size: tuple[int, ...]) -> list[Case]:
         N, E, H, M, K, c = size
@@ -143,7 +302,7 @@ def edge_outer_formula(g: Tensor, x: Tensor, end: Incidence, heads: int) -> Tens
 
 
 def segment_max_cases(size: tuple[int, ...]) -> list[Case]:
-    """The start is larger than all entries in some columns."""
+    """Cases in which the start is larger than all entries of some columns."""
     (g, start), others = edge_cases("g", "g")(size)[0].inputs, [c.others for c in edge_cases("g")(size)]
     start = torch.linspace(-1, 3, g.shape[1:].numel(), dtype=torch.float64).view(g.shape[1:])
     return [Case([g, start], o) for o in others]
@@ -154,10 +313,93 @@ def segment_max_formula(g: Tensor, start: Tensor, end: Incidence, heads: int) ->
     return torch.stack(parts) if parts else g.new_empty(0, *start.shape)
 
 
+INTERPRETED_EDGES = ("degree 2, two heads", "several tiles", "one node", "no edges", "no nodes")
+# The interpreter takes bfloat16 for integers in products, and stores it without rounding.
+INTERPRETED = SUMS | {HALF: ROUNDED[HALF]}
+INTERPRETED_SUM = INTERPRETED | {BRAIN: (1.01 * torch.finfo(BRAIN).eps,)}
+EXACT = {t: (0,) for t in (DOUBLE, SINGLE, HALF)}
+
+
+def edge_operator(
+    function: Callable[..., Any], formula: Callable[..., Any], inputs: str, kernel: str
+) -> Operator:
+    """An operator between nodes and edges with a kernel in Triton; edge products have one in C++, too."""
+    backends = {
+        "plain": Backend(SUMS | ROUNDED),
+        "triton": Backend(
+            INTERPRETED_SUM if kernel == "_reduce" else INTERPRETED, [kernel], INTERPRETED_EDGES
+        ),
+        "gpu": Backend(GPU_SUMS | {BRAIN: ROUNDED[BRAIN]}, [kernel]),
+    }
+    if kernel != "_reduce":
+        backends["cpp"] = Backend(SUMS, [kernel.removeprefix("_")], supports=lambda *size: size[-1] % 16 == 0)
+    return Operator(function, formula, edge_cases(*inputs), EDGES, backends, LARGE_EDGES)
+
+
+OPERATORS |= {
+    "edge_matmul": edge_operator(
+        lambda a, x, end, heads: edge_matmul(a, x, end), edge_matmul_formula, "ax", "_edge_matmul"
+    ),
+    "scatter_matmul": edge_operator(
+        lambda a, g, end, heads: scatter_matmul(a, g, end), scatter_matmul_formula, "ag", "_scatter_matmul"
+    ),
+    "edge_outer": edge_operator(edge_outer, edge_outer_formula, "gx", "_edge_outer"),
+    "gather": edge_operator(
+        lambda x, end, heads: gather(x, end), lambda x, end, heads: x[end.index], "x", "_reduce"
+    ),
+    "segment_sum": edge_operator(
+        lambda g, end, heads: segment_sum(g, end),
+        lambda g, end, heads: torch.tensordot(one_hot(end), g, 1),
+        "g",
+        "_reduce",
+    ),
+    "segment_sum of scalars": edge_operator(
+        lambda g, end, heads: segment_sum(g[:, 0, 0], end),
+        lambda g, end, heads: one_hot(end) @ g[:, 0, 0],
+        "g",
+        "_reduce",
+    ),
+    "segment_max": Operator(
+        lambda g, start, end, heads: segment_max(g, start, end),
+        segment_max_formula,
+        segment_max_cases,
+        EDGES,
+        {
+            "plain": Backend(EXACT | {BRAIN: (0,)}),
+            "triton": Backend(EXACT, ["_reduce"], INTERPRETED_EDGES),
+            "gpu": Backend(EXACT | {BRAIN: (0,)}, ["_reduce"]),
+        },
+        LARGE_EDGES,
+        order=0,
+    ),
+}
+
+
+# Entries that are copied, rows of which two are added at most
+
+
 INDEX = torch.tensor([0, 2, 2, 0, 2])  # some entries several times, one never
+COPIES = {DOUBLE: (1e-14, 1e-14), SINGLE: (3e-7, 1e-6)}
+
+OPERATORS |= {
+    "pick": Operator(
+        lambda x, dim: pick(x, dim, INDEX),
+        lambda x, dim: x.index_select(dim, INDEX),
+        lambda size: [Case([normal(*size)], (len(size) - 2,))],
+        {"small": (3, 5), "an axis in the middle": (2, 3, 4)},
+        {"plain": Backend(COPIES)},
+    ),
+    "materialized": Operator(
+        materialized,
+        torch.clone,
+        lambda size: [Case([normal(*size)])],
+        {"small": (3, 5)},
+        {"plain": Backend(COPIES)},
+    ),
+}
 
 
-# Products of two nodes
+# Products of two nodes on every edge
 
 
 PAIRS = {  # (E edges, H heads, c channels per head)
@@ -192,6 +434,41 @@ def pair_sum_formula(g: Tensor, y: Tensor, x_end: Incidence, y_end: Incidence, h
     return one_hot(x_end) @ (by_head(y[y_end.index], heads) * g[..., None]).flatten(1)
 
 
+PAIR_BACKENDS = {
+    "plain": Backend(SUMS),
+    "cpp": Backend(SUMS, ["pair_dot", "pair_sum"], supports=lambda *size: size[-1] % 16 == 0),
+}
+OPERATORS |= {
+    "pair_dot": Operator(
+        pairs.pair_dot,
+        pair_dot_formula,
+        pair_cases(with_numbers=False),
+        PAIRS,
+        PAIR_BACKENDS,
+        small="1 edges, 1 heads of 32",
+    ),
+    "pair_sum": Operator(
+        lambda g, y, x_end, y_end, heads: pairs.pair_sum(g, y, x_end, y_end),
+        pair_sum_formula,
+        pair_cases(with_numbers=True),
+        PAIRS,
+        PAIR_BACKENDS,
+        small="1 edges, 1 heads of 32",
+    ),
+    # The function above calls the operator only where there are kernels; a trace of it may run where there are none.
+    "pair_dot, traced": Operator(
+        lambda x, y, x_end, y_end, heads: torch.ops.dpa4.pair_dot(x, y, x_end.index, y_end.index, heads),
+        pair_dot_formula,
+        pair_cases(with_numbers=False),
+        PAIRS,
+        {"plain": Backend(SUMS)},
+        order=0,
+        strided=False,
+        small="1 edges, 1 heads of 32",
+    ),
+}
+
+
 # Products of few terms
 
 
@@ -212,6 +489,18 @@ def bilinear_cases(size: tuple[int, ...]) -> list[Case]:
 
 def bilinear_formula(a: Tensor, b: Tensor, terms: Terms, coefficients: Tensor) -> Tensor:
     return torch.einsum("gij,nic,njc->ngc", coefficients, a, b)
+
+
+OPERATORS |= {
+    "bilinear": Operator(
+        lambda a, b, terms, coefficients: bilinear(a, b, terms, len(coefficients)),
+        bilinear_formula,
+        bilinear_cases,
+        SPARSE,
+        {"plain": Backend(SUMS), "cpp": Backend(SUMS, ["bilinear"])},
+        small="1 items of 16",
+    ),
+}
 
 
 # Products with weights
@@ -274,6 +563,38 @@ def order_matmul_formula(x: Tensor, add: Tensor, *matrices: Tensor) -> list[Tens
     parts = x.split([m.shape[-1] for m in matrices], -1)
     product = torch.cat([part @ m for part, m in zip(parts, matrices, strict=True)], -1)
     return [product, product + add, product + add, product + x]
+
+
+BLOCK_SUMS = {DOUBLE: (1e-14,), SINGLE: (1e-6,)}
+OPERATORS |= {
+    "precise_matmul": Operator(
+        precise_matmul,
+        torch.matmul,
+        product_cases,
+        PRODUCTS,
+        {
+            "plain": Backend(SUMS),
+            "triton": Backend(SUMS, ["_matmul", "_split_weights"]),
+            "gpu": Backend(GPU_SUMS, ["_split_weights"]),
+        },
+        LARGE_PRODUCTS,
+    ),
+    "order_matmul": Operator(
+        order_matmul_ways,
+        order_matmul_formula,
+        order_matmul_cases,
+        BLOCKS,
+        {
+            "plain": Backend(BLOCK_SUMS),
+            "triton": Backend(BLOCK_SUMS, ["_matmul"], ("one block", "three blocks", "no edges")),
+            "gpu": Backend(BLOCK_SUMS | {SINGLE: (3e-6,)}, ["_split_weights"]),
+        },
+        LARGE_BLOCKS,
+        order=0,
+        strided=False,
+        small="three blocks",
+    ),
+}
 
 
 # Stacks of SO(2) layers
@@ -408,7 +729,7 @@ def gates(x: Tensor, b: Tensor, v: Tensor, a: Tensor, u: Tensor, weight: Tensor,
 def gates_formula(
     x: Tensor, b: Tensor, v: Tensor, a: Tensor, u: Tensor, weight: Tensor, rows: Rows
 ) -> list[Tensor]:
-    """By differentiating y = x + u sigma(z), where z and its change zeta count as variables of their own."""
+    """The same by autograd from y = x + u sigma(z); p and q are derivatives by z and by its change zeta."""
     c, u = weight.shape[1], u.detach().requires_grad_()
     z, zeta = (logits(t, weight).detach().requires_grad_() for t in (u, v))
 
@@ -431,370 +752,57 @@ def gates_formula(
     return [x + y, da, p, da, b + d, du, da, q, p, *back, back[0], *back]
 
 
-# Backends
-
-
-class Launches(set[str]):
-    """Names of the kernels that ran."""
-
-
-@contextmanager
-def on_plain() -> Iterator[Launches]:
-    """Plain operations of PyTorch on a CPU, in several chunks of edges of which the last is partial."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpp, "takes", lambda *tensors: False)
-        patch.setattr(rotate, "CHUNK", 4)
-        yield Launches()
-
-
-@contextmanager
-def on_cpp() -> Iterator[Launches]:
-    """Kernels in C++ for a CPU."""
-    launched, function = Launches(), cpp.function
-
-    def noted(source: str, name: str, dtype: torch.dtype) -> Callable[..., None]:
-        launched.add(name)
-        return function(source, name, dtype)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpp, "function", noted)
-        yield launched
-
-
-def triton_modules() -> list[Any]:
-    from dpa4.kernels import triton_gate, triton_matmul, triton_rotate, triton_segments
-
-    return [triton_gate, triton_matmul, triton_rotate, triton_segments]
-
-
-@contextmanager
-def noting_triton() -> Iterator[Launches]:
-    launched = Launches()
-
-    def noted(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: (launched.add(name), run(*args, **kwargs))[1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in triton_modules():
-            for name, kernel in vars(module).items():
-                if name.startswith("_") and hasattr(kernel, "run"):
-                    patch.setattr(kernel, "run", noted(name, kernel.run))
-        yield launched
-
-
-@contextmanager
-def on_triton() -> Iterator[Launches]:
-    """Kernels in Triton, interpreted; small matrices are several of their tiles along every axis."""
-    from dpa4.kernels import triton_matmul
-
-    operators = {
-        "edge_matmul": rotate._edge_matmul_cuda,
-        "scatter_matmul": rotate._scatter_matmul_cuda,
-        "edge_outer": rotate._edge_outer_cuda,
-        "segment_sum": segments._cuda,
-        "segment_max": segments._cuda_max,
-    }
-    with noting_triton() as launched, pytest.MonkeyPatch.context() as patch:
-        for name, kernel in operators.items():
-            patch.setattr(torch.ops.dpa4, name, kernel)
-        patch.setattr(cpp, "takes", lambda *tensors: False)
-        patch.setattr(gate, "_on_gpu", lambda u: u.dtype != torch.float64)
-        patch.setattr(matmul, "_is_split", lambda x: x.dtype == torch.float32)
-        patch.setattr(triton_matmul, "default_tile", lambda columns: triton_matmul.Tile(32, 32, 16, 4, 1))
-        yield launched
-
-
-@contextmanager
-def on_gpu() -> Iterator[Launches]:
-    """Whatever runs on a GPU: kernels in Triton, products of the library, on Hopper kernels in CUDA C++."""
-    launch = so2_fused._launch
-    with noting_triton() as launched, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(so2_fused, "_launch", lambda name, *args: (launched.add(name), launch(name, *args))[1])
-        yield launched
-
-
-BACKENDS = {"plain": on_plain, "cpp": on_cpp, "triton": on_triton, "gpu": on_gpu, "hopper": on_gpu}
-DEVICES = {"gpu": "cuda", "hopper": "cuda"}
-
-
-# The table
-
-
-DOUBLE, SINGLE, BRAIN, HALF = torch.float64, torch.float32, torch.bfloat16, torch.float16
-
-
-@dataclass(frozen=True)
-class Backend:
-    """Kernels of one kind for an operator.
-
-    Attributes:
-        tolerance: Largest error of the value and of derivatives relative to the largest entry, for every type.
-            Types without a tolerance of derivatives are not differentiated.
-        sizes: Names of the sizes.
-        runs: Kernels that must have run, if there is anything to compute.
-        slow: Names of sizes for the slow tests.
-    """
-
-    tolerance: dict[torch.dtype, tuple[float, ...]]
-    sizes: Sequence[str]
-    runs: frozenset[str] = frozenset()
-    slow: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Operator:
-    """An operator: what it computes, for which arguments, and where.
-
-    Attributes:
-        function: Called with the inputs and the other arguments of a case; one tensor, or several if ``order`` is 0.
-        formula: The same, in plain operations that autograd differentiates.
-        cases: Cases of a size.
-        sizes: All sizes, by name.
-        backends: Where it is computed.
-        order: Number of derivatives: 0, 2, or 3 for any.
-        first: Number of inputs that the first derivative is taken by; None for all.
-        last: Number of inputs that the second derivative is taken by; None for all.
-        strided: Inputs may have any strides.
-        small: Name of a size for finite differences.
-    """
-
-    function: Callable[..., Any]
-    formula: Callable[..., Any]
-    cases: Callable[[Any], list[Case]]
-    sizes: dict[str, Any]
-    backends: dict[str, Backend]
-    order: int = 3
-    first: int | None = None
-    last: int | None = None
-    strided: bool = True
-    small: str = "small"
-
-
-def every(sizes: dict[str, Any], condition: Callable[..., bool] = lambda *size: True) -> list[str]:
-    return [name for name, size in sizes.items() if condition(*size)]
-
-
-def exact(sizes: dict[str, Any]) -> dict[str, Backend]:
-    """Plain operations, the only backend, that copy entries or add two of them."""
-    return {"plain": Backend({DOUBLE: (1e-14, 1e-14), SINGLE: (3e-7, 1e-6)}, every(sizes))}
-
-
-# Low precision is accumulated in float32 and rounded once: half a unit in the last place, and float32's own rounding.
-ROUNDED = {t: (0.51 * torch.finfo(t).eps,) for t in (BRAIN, HALF)}
-# Sums of some hundred products in another order.
-SUMS = {DOUBLE: (1e-14, 1e-13), SINGLE: (1e-6, 3e-6)}
-# Sums of up to 700 products as three of TF32, and their derivatives.
-GPU_SUMS = {DOUBLE: (1e-14, 1e-12), SINGLE: (3e-6, 3e-5)}
-INTERPRETED_EDGES = ("degree 2, two heads", "several tiles", "one node", "no edges", "no nodes")
-# The interpreter takes bfloat16 for integers in products, and stores it without rounding.
-INTERPRETED = {**SUMS, HALF: ROUNDED[HALF]}
-INTERPRETED_SUM = {**INTERPRETED, BRAIN: (1.01 * torch.finfo(BRAIN).eps,)}
-
-
-def edge_operator(
-    function: Callable[..., Any], formula: Callable[..., Any], names: str, kernel: str | None, **options: Any
-) -> Operator:
-    """A function between nodes and edges with a C++ and a Triton kernel of one name, or with a Triton kernel only."""
-    sizes, runs = EDGES | LARGE_EDGES, frozenset({kernel} if kernel else ())
-    triton = frozenset(f"_{k}" for k in runs) or frozenset({"_reduce"})
-    interpreted = INTERPRETED if kernel else INTERPRETED_SUM
-    backends = {
-        "plain": Backend(SUMS | ROUNDED, every(EDGES)),
-        "triton": Backend(
-            interpreted, INTERPRETED_EDGES, triton, [n for n in EDGES if n not in INTERPRETED_EDGES]
-        ),
-        "gpu": Backend(GPU_SUMS | {BRAIN: ROUNDED[BRAIN]}, every(sizes), triton),
-    }
-    if kernel:
-        in_16 = every(EDGES, lambda N, E, H, M, K, c: c % 16 == 0)
-        backends["cpp"] = Backend(SUMS, in_16, runs)
-    return Operator(function, formula, edge_cases(*names), sizes, backends, **options)
-
-
 # Rounding of products of up to 400 terms, amplified by up to four layers and two derivatives.
 STACK_SUMS = {DOUBLE: (1e-13, 1e-13), SINGLE: (5e-6, 1e-5)}
 GPU_STACK_SUMS = {DOUBLE: (1e-13, 1e-11), SINGLE: (5e-6, 1e-4)}
-STACK_KERNELS = frozenset({"so2_value", "so2_vjp", "so2_tangent", "so2_joint"})
-GATE_KERNELS = frozenset({"_gate_value", "_gate_vjp", "_gate_tangent", "_gate_joint", "_gate_undo"})
-IN_16 = every(STACKS, lambda lmax, mmax, c, *_: c % 16 == 0)
+STAGES = ["so2_value", "so2_vjp", "so2_tangent", "so2_joint"]
+GATE_KERNELS = ["_gate_value", "_gate_vjp", "_gate_tangent", "_gate_joint", "_gate_undo"]
 INTERPRETED_GATES = ("degree 0", "degree 2", "order 2, four foci", "order 0", "one layer", "no edges")
 
 
 def stack_operator(training: bool) -> Operator:
-    """Inputs of the first derivative are the features; those of the last one weights, too, if they are trained."""
-    runs = STACK_KERNELS - (frozenset() if training else {"so2_joint"})
+    """Stacks, differentiated by the features; in training, the second derivative is also by the weights."""
     backends = {
-        "plain": Backend(STACK_SUMS, every(STACKS)),
-        "cpp": Backend(STACK_SUMS, IN_16, runs),
-        "triton": Backend(
-            {SINGLE: (2e-6, 1e-5)},
-            ["one layer", "small"],
-            frozenset({"_matmul"}),
-            ["degree 2", "order 2, four foci"],
-        ),
-        "gpu": Backend(GPU_STACK_SUMS, [*STACKS, "many edges"]),
+        "plain": Backend(STACK_SUMS),
+        "cpp": Backend(STACK_SUMS, STAGES, supports=lambda lmax, mmax, c, *_: c % 16 == 0),
+        "triton": Backend({SINGLE: (2e-6, 1e-5)}, ["_matmul"], ("one layer", "small")),
+        "gpu": Backend(GPU_STACK_SUMS),
     }
-    if not training:
-        # Pieces hold 22 bits, and up to five layers add their rounding; the second derivative is that of Triton.
-        backends["hopper"] = Backend(
-            {SINGLE: (2e-6, 1e-5)}, every(FUSED), frozenset({"so2_value", "so2_vjp"})
-        )
-    sizes = STACKS | FUSED | {"many edges": (3, 1, 64, 1, 4, 5000)}
+    large = {"many edges": (3, 1, 64, 1, 4, 5000)}
     last = None if training else 1
-    return Operator(stack, stack_formula, stack_cases(training), sizes, backends, order=2, first=1, last=last)
+    return Operator(
+        stack, stack_formula, stack_cases(training), STACKS, backends, large, order=2, first=1, last=last
+    )
 
 
-OPERATORS = {
-    "edge_matmul": edge_operator(
-        lambda a, x, end, heads: edge_matmul(a, x, end), edge_matmul_formula, "ax", "edge_matmul"
-    ),
-    "scatter_matmul": edge_operator(
-        lambda a, g, end, heads: scatter_matmul(a, g, end), scatter_matmul_formula, "ag", "scatter_matmul"
-    ),
-    "edge_outer": edge_operator(edge_outer, edge_outer_formula, "gx", "edge_outer"),
-    "gather": edge_operator(
-        lambda x, end, heads: gather(x, end), lambda x, end, heads: x[end.index], "x", None
-    ),
-    "segment_sum": edge_operator(
-        lambda g, end, heads: segment_sum(g, end),
-        lambda g, end, heads: torch.tensordot(one_hot(end), g, 1),
-        "g",
-        None,
-    ),
-    "segment_sum of scalars": edge_operator(
-        lambda g, end, heads: segment_sum(g[:, 0, 0], end),
-        lambda g, end, heads: one_hot(end) @ g[:, 0, 0],
-        "g",
-        None,
-    ),
-    "segment_max": Operator(
-        lambda g, start, end, heads: segment_max(g, start, end),
-        segment_max_formula,
-        segment_max_cases,
-        EDGES | LARGE_EDGES,
-        {
-            "plain": Backend({DOUBLE: (0,), SINGLE: (0,), HALF: (0,), BRAIN: (0,)}, every(EDGES)),
-            "triton": Backend(
-                {DOUBLE: (0,), SINGLE: (0,), HALF: (0,)}, INTERPRETED_EDGES, frozenset({"_reduce"})
-            ),
-            "gpu": Backend(
-                {DOUBLE: (0,), SINGLE: (0,), BRAIN: (0,)}, every(EDGES | LARGE_EDGES), frozenset({"_reduce"})
-            ),
-        },
-        order=0,
-    ),
-    "pick": Operator(
-        lambda x, dim: pick(x, dim, INDEX),
-        lambda x, dim: x.index_select(dim, INDEX),
-        lambda size: [Case([normal(*size)], (len(size) - 2,))],
-        {"small": (3, 5), "an axis in the middle": (2, 3, 4)},
-        exact({"small": (), "an axis in the middle": ()}),
-    ),
-    "materialized": Operator(
-        materialized,
-        torch.clone,
-        lambda size: [Case([normal(*size)])],
-        {"small": (3, 5)},
-        exact({"small": ()}),
-    ),
-    "pair_dot": Operator(
-        pairs.pair_dot,
-        pair_dot_formula,
-        pair_cases(with_numbers=False),
-        PAIRS,
-        {
-            "plain": Backend(SUMS, every(PAIRS)),
-            "cpp": Backend(
-                SUMS, every(PAIRS, lambda E, H, c: c % 16 == 0), frozenset({"pair_dot", "pair_sum"})
-            ),
-        },
-        small="1 edges, 1 heads of 32",
-    ),
-    "pair_dot, traced": Operator(  # where there are kernels, and run where there may be none
-        lambda x, y, x_end, y_end, heads: torch.ops.dpa4.pair_dot(x, y, x_end.index, y_end.index, heads),
-        pair_dot_formula,
-        pair_cases(with_numbers=False),
-        PAIRS,
-        {"plain": Backend(SUMS, every(PAIRS)), "cpp": Backend(SUMS, every(PAIRS), frozenset())},
-        order=0,
-        strided=False,
-        small="1 edges, 1 heads of 32",
-    ),
-    "pair_sum": Operator(
-        lambda g, y, x_end, y_end, heads: pairs.pair_sum(g, y, x_end, y_end),
-        pair_sum_formula,
-        pair_cases(with_numbers=True),
-        PAIRS,
-        {
-            "plain": Backend(SUMS, every(PAIRS)),
-            "cpp": Backend(
-                SUMS, every(PAIRS, lambda E, H, c: c % 16 == 0), frozenset({"pair_dot", "pair_sum"})
-            ),
-        },
-        small="1 edges, 1 heads of 32",
-    ),
-    "bilinear": Operator(
-        lambda a, b, terms, coefficients: bilinear(a, b, terms, len(coefficients)),
-        bilinear_formula,
-        bilinear_cases,
-        SPARSE,
-        {"plain": Backend(SUMS, every(SPARSE)), "cpp": Backend(SUMS, every(SPARSE), frozenset({"bilinear"}))},
-        small="1 items of 16",
-    ),
-    "precise_matmul": Operator(
-        precise_matmul,
-        torch.matmul,
-        product_cases,
-        PRODUCTS | LARGE_PRODUCTS,
-        {
-            "plain": Backend(SUMS, every(PRODUCTS)),
-            "triton": Backend(SUMS, every(PRODUCTS), frozenset({"_matmul", "_split_weights"})),
-            "gpu": Backend(GPU_SUMS, every(PRODUCTS | LARGE_PRODUCTS), frozenset({"_split_weights"})),
-        },
-    ),
-    "order_matmul": Operator(
-        order_matmul_ways,
-        order_matmul_formula,
-        order_matmul_cases,
-        BLOCKS | LARGE_BLOCKS,
-        {
-            "plain": Backend({DOUBLE: (1e-14,), SINGLE: (1e-6,)}, every(BLOCKS)),
-            "triton": Backend(
-                {DOUBLE: (1e-14,), SINGLE: (1e-6,)},
-                ["one block", "three blocks", "no edges"],
-                frozenset({"_matmul"}),
-                ["two blocks"],
-            ),
-            "gpu": Backend(
-                {DOUBLE: (1e-14,), SINGLE: (3e-6,)},
-                every(BLOCKS | LARGE_BLOCKS),
-                frozenset({"_split_weights"}),
-            ),
-        },
-        order=0,
-        strided=False,
-        small="three blocks",
-    ),
+OPERATORS |= {
     "gates": Operator(
         gates,
         gates_formula,
         gate_cases,
         STACKS,
         {
-            "plain": Backend({DOUBLE: (1e-13,), SINGLE: (3e-6,)}, every(STACKS)),
-            "triton": Backend(
-                {SINGLE: (3e-6,), HALF: (4e-3,)},
-                INTERPRETED_GATES,
-                GATE_KERNELS,
-                [n for n in STACKS if n not in INTERPRETED_GATES],
-            ),
-            "gpu": Backend({DOUBLE: (1e-13,), SINGLE: (3e-6,), BRAIN: (3e-2,)}, every(STACKS), GATE_KERNELS),
+            "plain": Backend({DOUBLE: (1e-13,), SINGLE: (3e-6,)}),
+            "triton": Backend({SINGLE: (3e-6,), HALF: (4e-3,)}, GATE_KERNELS, INTERPRETED_GATES),
+            "gpu": Backend({DOUBLE: (1e-13,), SINGLE: (3e-6,), BRAIN: (3e-2,)}, GATE_KERNELS),
         },
         order=0,
         strided=False,
     ),
     "so2_stack": stack_operator(training=True),
     "so2_stack in evaluation": stack_operator(training=False),
+    "so2_stack in one kernel": Operator(
+        stack,
+        stack_formula,
+        stack_cases(training=False),
+        FUSED,
+        # Pieces hold 22 bits, and up to five layers add their rounding; the second derivative is that of Triton.
+        {"hopper": Backend({SINGLE: (2e-6, 1e-5)}, ["so2_value", "so2_vjp"])},
+        order=2,
+        first=1,
+        last=1,
+        small="2 layers, 63 edges",
+    ),
 }
 
 
@@ -854,7 +862,7 @@ def check(name: str, backend: str, size: str, strided: bool = False, bits: bool 
     with BACKENDS[backend]() as launched:
         for dtype, tolerance in kernels.tolerance.items():
             order = operator.order if len(tolerance) > 1 else 0
-            for inputs, others in operator.cases(operator.sizes[size]):
+            for inputs, others in operator.cases((operator.sizes | operator.on_gpu)[size]):
                 inputs = [t.to(dtype) for t in inputs]
                 others = [to(o, device) for o in others]
                 exactly = [to(t, device).double() for t in inputs]
@@ -880,5 +888,6 @@ def check(name: str, backend: str, size: str, strided: bool = False, bits: bool 
                             f"{name}, {size}, {dtype}: other bits at the second call"
                         )
     if any(t.numel() for t in expected[0]) and all(t.numel() for t in inputs):
-        assert kernels.runs <= launched, f"{name}, {size}: {kernels.runs - launched} did not run on {backend}"
+        missing = set(kernels.runs) - launched
+        assert not missing, f"{name} on {backend}, {size}: {missing} did not run"
     return errors

@@ -1,9 +1,9 @@
 """Every operator on every backend against its formula: values, derivatives, strides, registration, tracing.
 
-The rows are in `operator_table`; what is special about one backend is tested in the files beside this one.
+The rows are in `operator_table`. Tests of a single backend are in the other files of this folder.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -26,6 +26,7 @@ from operator_table import (
     DEVICES,
     EDGES,
     OPERATORS,
+    Operator,
     check,
     deviation,
     differentiate,
@@ -48,20 +49,27 @@ MARKS = {
 ON_CPU = ("plain", "cpp")
 
 
-def rows(backends: tuple[str, ...] = tuple(BACKENDS)) -> list[Any]:
+def rows() -> list[Any]:
     """All rows of the table: operator, backend, size."""
     return [
-        pytest.param(name, backend, size, id=f"{name}-{backend}-{size}", marks=[*MARKS[backend], *marks])
+        pytest.param(
+            name,
+            backend,
+            size,
+            id=f"{name}-{backend}-{size}",
+            marks=[
+                *MARKS[backend],
+                *([] if kernels.quick is None or size in kernels.quick else [pytest.mark.slow]),
+            ],
+        )
         for name, operator in OPERATORS.items()
         for backend, kernels in operator.backends.items()
-        if backend in backends
-        for sizes, marks in ((kernels.sizes, []), (kernels.slow, [pytest.mark.slow]))
-        for size in sizes
+        for size in operator.names(backend)
     ]
 
 
-def small_rows(condition: Callable[..., bool], backends: tuple[str, ...] = ON_CPU) -> list[Any]:
-    """One small size of the operators that fulfil a condition: operator, backend."""
+def operators(condition: Callable[[Operator], bool], backends: Sequence[str] = ON_CPU) -> list[Any]:
+    """The operators that fulfil a condition, with each of their backends."""
     return [
         pytest.param(name, backend, id=f"{name}-{backend}", marks=MARKS[backend])
         for name, operator in OPERATORS.items()
@@ -84,27 +92,27 @@ def run(request) -> Callable[..., Any]:
 
 @pytest.mark.parametrize(("name", "backend", "size"), rows())
 def test_operators_are_their_formulas(name, backend, size, run):
-    """On a GPU, whose threads end in any order, two calls also agree to the last bit."""
+    """On a GPU, where threads end in any order, two calls also agree to the last bit."""
     run(name, backend, size, strided=False, bits=backend in DEVICES)
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"), small_rows(lambda o: o.strided, ("plain", "cpp", "triton", "gpu"))
+    ("name", "backend"), operators(lambda o: o.strided, ("plain", "cpp", "triton", "gpu"))
 )
 def test_strides_do_not_matter(name, backend, run):
     run(name, backend, OPERATORS[name].small, strided=True)
 
 
-@pytest.mark.parametrize(("name", "backend"), small_rows(lambda o: True))
+@pytest.mark.parametrize(("name", "backend"), operators(lambda o: True))
 def test_two_calls_agree_to_the_last_bit(name, backend, run):
-    """Of the small size, and of one with more edges than a chunk has."""
-    for size in {OPERATORS[name].small, "as mini"} & set(OPERATORS[name].backends[backend].sizes):
+    """The size "as mini" has several chunks of edges."""
+    for size in {OPERATORS[name].small, "as mini"} & set(OPERATORS[name].names(backend)):
         run(name, backend, size, bits=True)
 
 
-@pytest.mark.parametrize(("name", "backend"), small_rows(lambda o: o.order))
+@pytest.mark.parametrize(("name", "backend"), operators(lambda o: o.order))
 def test_derivatives_are_those_of_finite_differences(name, backend):
-    """Of the first, second and, where there are any, third derivatives."""
+    """First and second derivatives; third ones of operators that have any number."""
     operator = OPERATORS[name]
     for inputs, others in operator.cases(operator.sizes[operator.small]):
         count = operator.last or len(inputs)  # in evaluation, weights have no gradients
@@ -127,7 +135,7 @@ def test_derivatives_are_those_of_finite_differences(name, backend):
 @pytest.mark.parametrize(("energy", "forces"), [(1.0, 0.0), (0.0, 1.0), (None, None)])
 @pytest.mark.parametrize("backend", [pytest.param(b, marks=MARKS[b]) for b in ON_CPU])
 def test_losses_of_one_kind(backend, energy, forces):
-    """A loss of energies or of forces alone, or one that takes no first derivative."""
+    """Losses of energies alone, of forces alone, and without a first derivative."""
     operator = OPERATORS["so2_stack"]
     ((inputs, others),) = operator.cases(operator.sizes["order 2"])
 
@@ -143,7 +151,7 @@ def test_losses_of_one_kind(backend, energy, forces):
         assert deviation(one, other) < 1e-13
 
 
-# Only what is asked for is computed
+# Gradients that nobody needs are not computed
 
 
 class Calls(TorchDispatchMode):
@@ -163,16 +171,16 @@ def products_of_two() -> list[str]:
     return [
         name
         for name, operator in OPERATORS.items()
-        if operator.order > 2 and len(operator.cases(operator.sizes[operator.small])[0].inputs) == 2
+        if operator.order > 2 and len(operator.small_case().inputs) == 2
     ]
 
 
 @pytest.mark.parametrize("name", products_of_two())
 @pytest.mark.parametrize("leaves", [False, True])
 @pytest.mark.parametrize("way", ["grad", "backward"])
-def test_one_gradient_takes_one_product(name, leaves, way):
+def test_one_gradient_costs_one_product(name, leaves, way):
     operator = OPERATORS[name]
-    made, others = operator.cases(operator.sizes[operator.small])[0]
+    made, others = operator.small_case()
     made = [t.requires_grad_() for t in made]
     inputs = made if leaves else [2 * t for t in made]
     y = operator.function(*inputs, *others).sin().sum()
@@ -187,8 +195,8 @@ def test_one_gradient_takes_one_product(name, leaves, way):
                 found, asked.grad = asked.grad, None
         assert_close(found, expected[which] * (1 if asked is inputs[which] else 2))
         products = [n for n in calls.names if n.startswith("dpa4::") or n.endswith(("::mm", "::bmm"))]
-        untold = leaves and way == "grad"  # PyTorch does not say, so both may be computed
-        assert len(products) == 1 or untold
+        unknown = leaves and way == "grad"  # PyTorch does not tell, so both may be computed
+        assert len(products) == 1 or unknown
 
 
 def test_training_computes_no_gradient_of_the_geometry():
@@ -257,7 +265,7 @@ ONLY_ON_A_GPU = {"split_weights", "so2_fused_value", "so2_fused_vjp"}
 @pytest.mark.parametrize("backend", [pytest.param(b, marks=MARKS[b]) for b in ON_CPU])
 @pytest.mark.parametrize("name", registered())
 def test_operators_are_registered_consistently(name, backend):
-    """Schema and results without values, which tracing sees."""
+    """Schemas, and the fake tensors of tracing."""
     with BACKENDS[backend]():
         for arguments in registered()[name]:
             operator = getattr(torch.ops.dpa4, name).default
@@ -265,12 +273,12 @@ def test_operators_are_registered_consistently(name, backend):
 
 
 def test_the_table_has_every_operator():
-    """A new operator has to be registered above, and computed by a row of the table."""
+    """A new operator needs arguments in `registered` and a row of the table that runs it."""
     names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("dpa4::")}
     assert names == set(registered()) | ONLY_ON_A_GPU
     with BACKENDS["plain"](), Calls() as calls:
         for operator in OPERATORS.values():
-            inputs, others = operator.cases(operator.sizes[operator.small])[0]
+            inputs, others = operator.small_case()
             if operator.order:
                 differentiate(operator, operator.function, inputs, others)
             else:
@@ -305,7 +313,7 @@ def gradients_of_energy(a, x, g, *ends: Incidence):
 
 
 def training_step(a, x, g, source, destination):
-    """Incidences from plain indices inside of what is traced."""
+    """Derivatives of the energy; incidences are part of the trace."""
     num_nodes = x.shape[0]  # symbolic, where len() would be a number
     return gradients_of_energy(
         a, x, g, Incidence.of(source, num_nodes), Incidence.of_sorted(destination, num_nodes)
@@ -327,7 +335,7 @@ def test_one_trace_serves_all_sizes():
     for nodes, edges in ((5, 14), (8, 31), (4, 11)):
         arguments = arguments_of_step(nodes, edges)
         for one, other in zip(graph(*arguments), training_step(*arguments), strict=True):
-            assert deviation(one, other) < 1e-12  # the same operators; the compiler of none has touched them
+            assert deviation(one, other) < 1e-12  # the same operators, not compiled
     names = {str(node.target) for node in graph.graph.nodes}
     operators = {f"dpa4.{n}.default" for n in ("edge_matmul", "scatter_matmul", "edge_outer", "segment_sum")}
     assert operators <= names
@@ -342,11 +350,11 @@ def test_one_compilation_serves_all_sizes():
     for nodes, edges in ((8, 31), (4, 11)):
         arguments = arguments_of_step(nodes, edges)
         for one, other in zip(artifact(*arguments), training_step(*arguments), strict=True):
-            assert deviation(one, other) < 1e-12  # the same sums, in an order of the compiler's
+            assert deviation(one, other) < 1e-12  # the same sums in another order
 
 
 def test_a_map_traced_with_kernels_runs_without(monkeypatch):
-    """As do the products of pairs, whose operators have rows of their own."""
+    """Traces may be moved to a machine without a compiler."""
     ((inputs, (terms, coefficients)),) = OPERATORS["bilinear"].cases((13, 16))
     arguments = *inputs, *terms, 0, 1, 2, len(coefficients)
     with BACKENDS["plain"]():
