@@ -320,6 +320,11 @@ INTERPRETED_SUM = INTERPRETED | {BRAIN: (1.01 * torch.finfo(BRAIN).eps,)}
 EXACT = {t: (0,) for t in (DOUBLE, SINGLE, HALF)}
 
 
+def few_edges(nodes: int, edges: int, *others: int) -> bool:
+    """True for sizes that the interpreter can compute in seconds."""
+    return edges < 20
+
+
 def edge_operator(
     function: Callable[..., Any], formula: Callable[..., Any], inputs: str, kernel: str
 ) -> Operator:
@@ -327,7 +332,7 @@ def edge_operator(
     backends = {
         "plain": Backend(SUMS | ROUNDED),
         "triton": Backend(
-            INTERPRETED_SUM if kernel == "_reduce" else INTERPRETED, [kernel], INTERPRETED_EDGES
+            INTERPRETED_SUM if kernel == "_reduce" else INTERPRETED, [kernel], INTERPRETED_EDGES, few_edges
         ),
         "gpu": Backend(GPU_SUMS | {BRAIN: ROUNDED[BRAIN]}, [kernel]),
     }
@@ -366,7 +371,7 @@ OPERATORS |= {
         EDGES,
         {
             "plain": Backend(EXACT | {BRAIN: (0,)}),
-            "triton": Backend(EXACT, ["_reduce"], INTERPRETED_EDGES),
+            "triton": Backend(EXACT, ["_reduce"], INTERPRETED_EDGES, few_edges),
             "gpu": Backend(EXACT | {BRAIN: (0,)}, ["_reduce"]),
         },
         LARGE_EDGES,
@@ -765,7 +770,13 @@ def stack_operator(training: bool) -> Operator:
     backends = {
         "plain": Backend(STACK_SUMS),
         "cpp": Backend(STACK_SUMS, STAGES, supports=lambda lmax, mmax, c, *_: c % 16 == 0),
-        "triton": Backend({SINGLE: (2e-6, 1e-5)}, ["_matmul"], ("one layer", "small")),
+        # Others are too large for the interpreter.
+        "triton": Backend(
+            {SINGLE: (2e-6, 1e-5)},
+            ["_matmul"],
+            ("one layer", "small"),
+            lambda lmax, mmax, c, F, layers, E: lmax * c <= 64 and E < 20,
+        ),
         "gpu": Backend(GPU_STACK_SUMS),
     }
     large = {"many edges": (3, 1, 64, 1, 4, 5000)}

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpa4.kernels import gate, matmul
 from dpa4.kernels.gate import Rows
@@ -26,13 +27,13 @@ TOLERANCE = 1e-6
 
 
 def name_of(column: np.ndarray) -> np.ndarray:
-    """By the definition: 16 b + 4 t + 2 j + i in memory is 16 b + 8 j + 2 t + i by name."""
+    """Name of a column in memory, by definition: 16 b + 8 j + 2 t + i for column 16 b + 4 t + 2 j + i."""
     b, t, j, i = column // 16, column % 16 // 4, column % 4 // 2, column % 2
     return 16 * b + 8 * j + 2 * t + i
 
 
 def check_weights_by_name() -> None:
-    """Matrices split by one launch: pieces by name are those in the usual order, permuted; one gets the identity."""
+    """Two matrices split in one launch, one of them plus the identity; pieces by name are a permutation."""
     rng = torch.Generator().manual_seed(0)
     w, square = torch.randn(2, 64, 96, generator=rng), torch.randn(2, 33, 33, generator=rng)
     w[:, :, 3] = 0
@@ -56,8 +57,18 @@ def test_weights_by_name(interpreter):
     interpreter(check_weights_by_name)
 
 
+def test_tracing_sees_the_shapes_of_pieces_by_name(monkeypatch):
+    monkeypatch.setattr(matmul, "is_hopper", lambda device: True)
+    with FakeTensorMode():
+        weights = [torch.empty(3, 32, 48), torch.empty(1, 33, 33)]
+        named, scale, usual, _ = torch.ops.dpa4.split_weights(weights, [False, True])
+    assert named.shape == (2, 2, 3, 48, 32) and named.dtype == torch.float16
+    assert scale.shape == (3, 48) and scale.dtype == torch.float32
+    assert usual.shape == (1, 2, 1, 33, 33)
+
+
 def check_pieces_of_gates(size: str) -> None:
-    """The kernels cannot be interpreted, but pieces of gates, which only they use, are made."""
+    """Only these kernels, which cannot be interpreted, use pieces of gates; other kernels ignore them."""
     operator = OPERATORS["so2_stack"]
     ((inputs, others),) = operator.cases(operator.sizes[size])
     inputs = [t.float() for t in inputs]
@@ -73,7 +84,7 @@ def check_pieces_of_gates(size: str) -> None:
 @pytest.mark.parametrize(
     "size", ["small", *(pytest.param(n, marks=pytest.mark.slow) for n in ("degree 2", "order 2, four foci"))]
 )
-def test_pieces_of_gates_change_nothing_elsewhere(interpreter, size):
+def test_other_kernels_ignore_pieces_of_gates(interpreter, size):
     interpreter(check_pieces_of_gates, size)
 
 
@@ -122,7 +133,7 @@ def compile_kernels() -> None:
 
 @needs_gluon
 def test_kernels_compile_without_a_gpu():
-    """In a process that interprets none."""
+    """In a process of its own, since this one may have been told to interpret kernels."""
     path = os.pathsep.join(p for p in sys.path if p)
     done = subprocess.run(
         [sys.executable, __file__],
@@ -151,7 +162,7 @@ def test_they_are_used():
 @pytest.mark.parametrize("n_batch", [1, 2])
 @pytest.mark.parametrize("edges", [8192, 20_001])
 def test_products(sizes, n_batch, edges):
-    """With and without an added tensor, in place, with transposed weights, rows of very different size; residual."""
+    """Products alone, with an added tensor, in place and residual; transposed weights, rows of different scale."""
     from dpa4.kernels import gluon_matmul
 
     rng = torch.Generator("cuda").manual_seed(0)

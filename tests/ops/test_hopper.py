@@ -48,8 +48,9 @@ class Reader:
 
 
 def channel(group: int, n: int) -> int:
-    """Column n of a product with 32 channels of a group: thread n % 8 // 2 of a quad has channels 4 q + 0..3 of both
-    runs of 16.
+    """Channel of column n of a product with the 32 channels of a group.
+
+    Thread q = n % 8 // 2 of a quad has channels 4 q + 0..3 of both runs of 16.
     """
     run, pair, quad, i = n // 16, n // 8 % 2, n % 8 // 2, n % 2
     return 32 * group + 16 * run + 4 * quad + 2 * pair + i
@@ -171,6 +172,16 @@ def test_kernels_that_compute_wrongly_are_not_used(monkeypatch, caplog):
     monkeypatch.setattr(so2_fused, "value", missing)
     assert not so2_fused._usable.__wrapped__(device)
     assert "OSError: no nvrtc" in caplog.text
+
+
+def test_machine_code_is_cached(monkeypatch, empty_cache, tmp_path):
+    source, compiled = tmp_path / "kernel.cu", []
+    monkeypatch.setattr(cuda, "compile_cuda", lambda text, name: compiled.append(text) or b"machine code")
+    for text in (b"one", b"one", b"another"):
+        source.write_bytes(text)
+        assert cuda._code(source) == b"machine code"
+    assert compiled == [b"one", b"another"]
+    assert len(list(empty_cache.rglob("kernel-*.cubin"))) == 2
 
 
 def test_the_program_compiles():

@@ -30,14 +30,13 @@ def test_second_derivatives_through_two_products(batch):
 
 @pytest.mark.parametrize("shapes", [((5, 3), (3, 4)), ((2, 5, 3), (2, 3, 4)), ((2, 0, 3), (2, 3, 4))])
 def test_derivatives_of_the_function_that_float32_uses(shapes):
-    """Finite differences of doubles, which get the ordinary product otherwise."""
+    """In float64, for which `precise_matmul` itself is the ordinary product."""
     x, w = (normal(*s, seed=i).requires_grad_() for i, s in enumerate(shapes))
     assert torch.autograd.gradcheck(matmul._PreciseMatmul.apply, (x, w))
     assert torch.autograd.gradgradcheck(matmul._PreciseMatmul.apply, (x, w))
 
 
 def test_one_trace_serves_all_numbers_of_rows():
-    """With the operator in it."""
     x, w = normal(7, 6, dtype=SINGLE), normal(6, 5, seed=1, dtype=SINGLE)
     graph = make_fx(force_loss, tracing_mode="symbolic")(x, w)
     targets = [node.target for node in graph.graph.nodes]
@@ -47,11 +46,9 @@ def test_one_trace_serves_all_numbers_of_rows():
         torch.testing.assert_close(traced, eager)
 
 
-@pytest.mark.parametrize("hopper", [False, True])
-def test_splitting_is_an_operator_of_its_own(monkeypatch, hopper):
-    """A tracer sees which shapes pieces have, and that those of w.mT, which derivatives take, depend on w alone."""
+def test_splitting_is_an_operator_of_its_own(monkeypatch):
+    """A tracer sees the shapes of pieces; those of w.mT, which derivatives need, depend on w alone."""
     monkeypatch.setattr(matmul, "_is_split", lambda x: True)
-    monkeypatch.setattr(matmul, "is_hopper", lambda device: hopper)
     with FakeTensorMode():
         x, w = torch.empty(7, 32), torch.empty(32, 48)
         graph = make_fx(force_loss)(x, w).graph
@@ -60,7 +57,7 @@ def test_splitting_is_an_operator_of_its_own(monkeypatch, hopper):
     for n in products:
         inner, columns = n.args[1].meta["val"].shape
         halves, scale = (p.meta["val"] for p in n.args[2])
-        assert halves.shape == (1 + hopper, 2, 1, columns, inner) and halves.dtype == torch.float16
+        assert halves.shape == (1, 2, 1, columns, inner) and halves.dtype == torch.float16
         assert scale.shape == (1, columns) and scale.dtype == torch.float32
     splits = [n for n in graph.nodes if n.target is torch.ops.dpa4.split_weights.default]
     of_w = {n for n in graph.nodes if n.op == "placeholder"} - {next(iter(graph.nodes))}
