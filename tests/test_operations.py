@@ -29,7 +29,7 @@ from dpa4.model.so2 import (
     split_streams,
 )
 from dpa4.ops.incidence import Incidence
-from dpa4.ops.segments import gather, pick, segment_max, segment_sum
+from dpa4.ops.segments import gather, segment_sum
 from helpers import assert_close, randomize
 from test_harmonics import full_wigner
 
@@ -106,35 +106,6 @@ def softmax_inputs(num_edges: int = 5, focus: int = 2, heads: int = 2) -> list[t
 
 def softmax(*inputs: torch.Tensor) -> torch.Tensor:
     return envelope_softmax(*inputs, DESTINATION)
-
-
-@pytest.mark.parametrize(("shape", "dim"), [((3, 5), 0), ((2, 3, 4), 1)])
-def test_pick(shape, dim):
-    """Entries that come several times and one that never does; a transposed operand; two derivatives."""
-    x, index = random(*shape), torch.tensor([0, 2, 2, 0, 2])
-    assert torch.equal(pick(x, dim, index), x.index_select(dim, index))
-    check_derivatives(lambda x: pick(x.transpose(0, 1).sin().transpose(0, 1), dim, index).square(), x)
-
-
-def test_gather_and_segment_sum():
-    x = random(3, 2, 2)
-    assert torch.equal(gather(x, SOURCE), x[SOURCE.index])
-    edges = random(5, 2)
-    expected = torch.stack([edges[DESTINATION.index == n].sum(0) for n in range(3)])
-    assert_close(segment_sum(edges, DESTINATION), expected)
-    assert torch.equal(segment_sum(edges, DESTINATION)[2], torch.zeros(2, dtype=torch.float64))
-    check_derivatives(lambda x: gather(x, SOURCE).square(), x)
-    check_derivatives(lambda x: segment_sum(x, DESTINATION).square(), edges)
-
-
-def test_segment_max():
-    edges, start = random(5, 2), torch.tensor([-9.0, 0.1], dtype=torch.float64)
-    expected = torch.stack(
-        [torch.cat([start[None], edges[DESTINATION.index == n]]).amax(0) for n in range(3)]
-    )
-    assert torch.equal(segment_max(edges, start, DESTINATION), expected)
-    assert torch.equal(expected[2], start)  # a node without edges
-    torch.library.opcheck(torch.ops.dpa4.segment_max, (edges, start, *DESTINATION))
 
 
 def test_softmax_is_its_plain_definition():
@@ -400,8 +371,15 @@ def test_layers_are_equivariant(name, lmax):
     assert_equivariant(node_layer(name, lmax), 2 * random(3, (lmax + 1) ** 2, 4), lmax=lmax)
 
 
-@pytest.mark.parametrize(("operation", "kmax"), GRIDS)
-@pytest.mark.parametrize("lmax", range(1, 7))
+SIZES_OF_GRIDS = [
+    pytest.param(lmax, operation, kmax, marks=[pytest.mark.slow] if lmax > 4 and kmax in (1, 2) else [])
+    for lmax in range(1, 7)
+    for operation, kmax in GRIDS
+]
+"""Grids on SO(3) of large degrees take seconds to build."""
+
+
+@pytest.mark.parametrize(("lmax", "operation", "kmax"), SIZES_OF_GRIDS)
 def test_grid_activations_are_equivariant_to_rounding(lmax, operation, kmax):
     assert_equivariant(grid_activation(lmax, operation, kmax), random(3, (lmax + 1) ** 2, 4), lmax=lmax)
 
