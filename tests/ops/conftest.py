@@ -11,9 +11,9 @@ import torch
 
 @pytest.fixture(scope="session")
 def interpreter() -> Iterator[Callable[..., Any]]:
-    """Call a function of a module with arguments in that process; its result is returned, its exceptions are raised.
+    """Function that calls a module-level function in that process; results are returned, exceptions raised.
 
-    Triton decides when it is imported whether it interprets kernels, so that this takes a process of its own.
+    Triton decides whether it interprets kernels when it is imported, so the kernels need a process of their own.
     """
     with ProcessPoolExecutor(
         1, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)

@@ -3,8 +3,10 @@
 The rows are in `operator_table`. Tests of a single backend are in the other files of this folder.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dpa4
 from dpa4.graph import collate
 from dpa4.ops.edge_products import edge_matmul, edge_outer, scatter_matmul
 from dpa4.ops.hopper.so2_stack import CHANNELS, LAYOUT
@@ -270,21 +273,36 @@ def test_operators_are_registered_consistently(name, backend):
             torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+def called_by(operator: Operator) -> set[str]:
+    """Names of our operators that a row of the table calls."""
+    inputs, others = operator.small_case()
+    if operator.function is precise_matmul:
+        inputs = [t.float() for t in inputs]  # other types get the ordinary product
+    with BACKENDS["plain"](), Calls() as calls:
+        if operator.order:
+            differentiate(operator, operator.function, inputs, others)
+        else:
+            operator.function(*inputs, *others)
+    return {n.split("::")[1].split(".")[0] for n in calls.names if n.startswith("dpa4::")}
+
+
 def test_the_table_has_every_operator():
-    """A new operator needs arguments in `registered` and a row of the table that runs it."""
+    """A new operator needs arguments in `registered`, and a row with a GPU if it has kernels for CUDA."""
     names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("dpa4::")}
     assert names == set(registered()) | ONLY_ON_A_GPU
-    with BACKENDS["plain"](), Calls() as calls:
-        for operator in OPERATORS.values():
-            inputs, others = operator.small_case()
-            if operator.order:
-                differentiate(operator, operator.function, inputs, others)
-            else:
-                operator.function(*inputs, *others)
-        left, right = (normal(2, 2, dtype=torch.float32) for _ in range(2))
-        precise_matmul(left, right)
-    computed = {n.split("::")[1].split(".")[0] for n in calls.names if n.startswith("dpa4::")}
-    assert computed == names - ONLY_ON_A_GPU - {"so2_pack"}
+    assert set().union(*map(called_by, OPERATORS.values())) == names - ONLY_ON_A_GPU - {"so2_pack"}
+    on_cuda = {n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(f"dpa4::{n}", "CUDA")}
+    assert {"edge_matmul", "segment_sum", "so2_value"} <= on_cuda
+    for backend in ("triton", "gpu"):
+        computed = (called_by(operator) for operator in OPERATORS.values() if backend in operator.backends)
+        assert on_cuda <= set().union(*computed)
+
+
+def test_the_table_has_every_kernel_in_cpp():
+    sources = Path(dpa4.__file__).parent.rglob("*.cpp")
+    functions = {name for file in sources for name in re.findall(r"void (\w+)_##T\(", file.read_text())}
+    rows = [operator.backends["cpp"] for operator in OPERATORS.values() if "cpp" in operator.backends]
+    assert functions and functions == {name for kernels in rows for name in kernels.runs}
 
 
 # Tracing and mixed precision
