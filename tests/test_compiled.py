@@ -9,22 +9,20 @@ import gc
 import pytest
 import torch
 
+from dpa4.execution import precompile
+from dpa4.execution.check import compare_with_eager
+from dpa4.execution.limits import KEEP_POLICIES, KeepPolicy
+from dpa4.execution.regions import compile_potential, keep_results, restore_eager
+from dpa4.execution.regions import regions as regions_of
 from dpa4.graph import collate
-from dpa4.ops.cpp import build as cpp
-from dpa4.ops import split_matmul as matmul
-from dpa4.ops.hopper import so2_stack as so2_fused
+from dpa4.model.config import Bridging
+from dpa4.model.presets import preset
+from dpa4.ops import available
+from dpa4.potential import Potential
 from dpa4.tracing import region as regions
 from dpa4.tracing import trace as tracing
 from dpa4.tracing.region import Region
 from dpa4.tracing.stage import graph_of as recorded
-from dpa4.model.config import Bridging
-from dpa4.model.presets import preset
-from dpa4.execution import precompile
-from dpa4.potential import Potential
-from dpa4.execution.limits import KEEP_POLICIES, KeepPolicy
-from dpa4.execution.check import compare_with_eager
-from dpa4.execution.regions import compile_potential, keep_results, restore_eager
-from dpa4.execution.regions import regions as regions_of
 from helpers import (
     assert_close,
     assert_only_views_of_weights,
@@ -69,7 +67,7 @@ def test_evaluation_of_a_potential_computes_nothing_of_weights_alone(compilation
 
 def test_weights_are_split_once(compilations, empty_cache, monkeypatch):
     """As on a GPU, where products in float32 are those of pieces of weights."""
-    monkeypatch.setattr(matmul, "_is_split", lambda x: True)
+    monkeypatch.setattr(available, "split_product", lambda x: True)
     potential = small_potential().float().eval()
     compile_potential(potential)
     precompile._outline(potential, precompile.Mode(training=False), precompile.WorkerPool(0))
@@ -95,7 +93,7 @@ def test_kernels_with_several_results(compilations, max_kept, calls):
 
 def test_whole_stacks_keep_only_what_their_derivative_takes(monkeypatch, empty_cache):
     """With the kernels for Hopper GPUs, traced without one: in the last block; earlier ones compute it again."""
-    monkeypatch.setattr(so2_fused, "takes", lambda x, layers, rows: True)
+    monkeypatch.setattr(available, "whole_stack", lambda x, layers, layout: True)
     potential = Potential(preset("paper-air", ("H", "C"), n_blocks=2)).float().eval()
     compile_potential(potential, kept=KEEP_POLICIES[1])
     precompile._outline(potential, precompile.Mode(training=False), precompile.WorkerPool(0))
@@ -287,7 +285,7 @@ def test_nothing_of_a_step_stays_alive(compilations):
         assert not [o for o in gc.get_objects() if type(o) is _Call]
 
 
-@pytest.mark.skipif(cpp.unavailable() is not None, reason=f"{cpp.unavailable()}")
+@pytest.mark.skipif(available.cpp_missing() is not None, reason=f"{available.cpp_missing()}")
 @pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_kernels_for_a_cpu_are_part_of_compiled_code(compilations, training):
     """With so many channels that they run; float64."""
@@ -308,7 +306,5 @@ def test_kernels_for_a_cpu_are_part_of_compiled_code(compilations, training):
         "scatter_matmul",
         "edge_outer",
         "bilinear",
-        "pair_dot",
-        "pair_sum",
     }
     assert not training or called >= {"so2_tangent", "so2_joint"}

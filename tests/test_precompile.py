@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from dpa4.execution import precompile as module
-from dpa4.execution.limits import KeepPolicy
 from dpa4.execution.check import compare_with_eager
-from dpa4.execution.regions import compile_potential, regions
+from dpa4.execution.limits import KeepPolicy
 from dpa4.execution.precompile import Mode, precompile
+from dpa4.execution.regions import compile_potential, regions
+from dpa4.tracing import workers as pool_module
 from helpers import graph_of, molecule, random_potential, small_potential
 
 MODES = [Mode(training=True), Mode(training=False)]
@@ -124,7 +125,7 @@ def workers(monkeypatch) -> list:
         return process
 
     monkeypatch.setattr(subprocess, "Popen", remember)
-    monkeypatch.setattr(module, "_command", lambda: [sys.executable, "-c", WORKER])
+    monkeypatch.setattr(pool_module, "_command", lambda: [sys.executable, "-c", WORKER])
     return started
 
 
@@ -161,7 +162,7 @@ def test_one_process_is_no_help(cache, workers, processes):
 @pytest.mark.parametrize("reads", [0, 1, 2])
 def test_failing_processes_are_reported(workers, compilations, monkeypatch, caplog, stages, reads):
     failing = f"import sys; [sys.stdin.readline() for _ in range({reads})]; sys.exit('no compiler here')"
-    monkeypatch.setattr(module, "_command", lambda: [sys.executable, "-c", failing])
+    monkeypatch.setattr(pool_module, "_command", lambda: [sys.executable, "-c", failing])
     potential = small_potential()
     compile_potential(potential)
     precompile(potential, MODES[1:], processes=2)
@@ -175,7 +176,9 @@ def test_no_process_survives_an_interruption(workers, monkeypatch):
         workshop.start()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_command", lambda: [sys.executable, "-c", "import time; time.sleep(600)"])
+    monkeypatch.setattr(
+        pool_module, "_command", lambda: [sys.executable, "-c", "import time; time.sleep(600)"]
+    )
     monkeypatch.setattr(module, "_outline", interrupted)
     with pytest.raises(KeyboardInterrupt):
         precompile(small_potential(), MODES[1:], processes=2)
