@@ -1,8 +1,5 @@
 """Shared by the tests: reference data beside the checkout, and potentials whose every weight matters."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +13,6 @@ from dpa4.potential import Potential
 from dpa4.tracing.stage import graph_of as graph_of_recipe
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-
-def run_in_the_interpreter(file: str, *arguments: str) -> str:
-    """What a program prints in a process of its own in which Triton interprets its kernels."""
-    run = subprocess.run(
-        [sys.executable, file, *arguments],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
 
 
 def shared(path: str) -> Path:

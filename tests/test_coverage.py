@@ -27,8 +27,8 @@ from dpa4.data import (
     frame_from_atoms,
     read_frames,
 )
-from dpa4.data.coverage import MARGIN, CoverageMonitor
 from dpa4.graph import build_graph
+from dpa4.interfaces.coverage_monitor import MARGIN, CoverageMonitor
 from dpa4.potential import convert, load_potential, model_card, save_potential
 from dpa4.simulation import DPA4Calculator
 from dpa4.training import coverage as training_coverage
@@ -87,7 +87,7 @@ def test_long_lists_are_cut():
     shortest = {(a, b): 1.0 + i + j for i, a in enumerate(elements) for j, b in enumerate(elements) if i <= j}
     assert Coverage(9.0, elements, shortest).text.endswith("Å and 3 more pairs")
     assert Coverage(9.0, elements, {}).text == "no pair within 9 Å"
-    assert Coverage(9.0, elements).text == "not known, not every structure was used"
+    assert Coverage(9.0, elements).text == "unknown, because not every structure was used"
 
 
 def test_graphs_may_come_in_any_order_and_twice():
@@ -207,10 +207,10 @@ def test_large_data_that_were_not_used_once(tmp_path, monkeypatch):
     assert "not known, since training did not use 10 of 12 structures" in run.text
     assert files(tmp_path) == [ELEMENTS_ONLY] * 2
     best = tmp_path / "best.safetensors"
-    assert "not known, not every structure was used" in model_card(best).text
+    assert "unknown, because not every structure was used" in model_card(best).text
     calc = DPA4Calculator(best, device="cpu")
     assert energy(pair("HC", 0.3), calc) == []
-    assert energy(pair("HN", 1.0), calc)[0].startswith("N: the model knows the element")
+    assert energy(pair("HN", 1.0), calc)[0].startswith("N: supported by the model")
 
 
 def test_a_structure_that_is_no_good_and_was_not_used(tmp_path):
@@ -411,9 +411,7 @@ def test_the_worst_pair_is_named_and_images_count():
 def test_elements_outside_the_data_are_reported_once():
     calc = calculator(covered())
     (message,) = energy(pair("HO", 0.3), calc)  # no distance is known for O
-    assert message.startswith(
-        "O: the model knows the element, but its training data had none of it (they had H C)"
-    )
+    assert message.startswith("O: supported by the model, but not in its training data (only H C)")
     assert energy(pair("CO", 1.2), calc) == []
     assert "0.500 Angstrom apart" in energy(pair("HC", 0.5), calc)[0]  # the other warning is still to come
 
@@ -423,7 +421,7 @@ def test_the_narrowest_model_of_a_committee_decides():
     assert energy(pair("HC", 0.9), calculator(covered(wide), other)) == []
     (message,) = energy(pair("HC", 0.95), calculator(covered(wide), covered(SEEN), other))
     assert "(1.050 Angstrom)" in message
-    assert "had H C)" in energy(pair("HO", 1.0), calculator(covered(SEEN), covered(wide)))[0]
+    assert "only H C)" in energy(pair("HO", 1.0), calculator(covered(SEEN), covered(wide)))[0]
 
 
 def test_models_that_do_not_know_their_data_are_silent():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ase.build import bulk
 
-from dpa4.execution import regions as compiled
+from dpa4.execution import limits, regions, trial
 from dpa4.execution.cuda_graph import Replay
 from dpa4.execution.evaluator import Evaluator
 from dpa4.execution.limits import MAX_REPLAYED_ATOMS
@@ -32,10 +32,10 @@ def test_rounded_up_wastes_little_and_has_few_values():
 
 def test_what_is_replayed_keeps_its_results():
     """Code is chosen by the number of atoms that it sees, padding included: 4096 are 4352."""
-    assert all(kept.last in (MAX_REPLAYED_ATOMS, 0) for kept in compiled.KINDS)
+    assert all(kept.last in (MAX_REPLAYED_ATOMS, 0) for kept in limits.KEEP_POLICIES)
     assert replayed_size(4096) == rounded_up(4097) <= MAX_REPLAYED_ATOMS
     assert replayed_size(MAX_REPLAYED_ATOMS) is None
-    assert [compiled.kind_of(n) for n in (1, 2048, 2049, 4224, 4225)] == [0, 0, 1, 1, 2]
+    assert [limits.keep_policy(n) for n in (1, 2048, 2049, 4224, 4225)] == [0, 0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("structure", [molecule, crystal])
@@ -89,13 +89,13 @@ def test_room_holds_one_structure_after_the_other():
     assert {(rounded_up(g.num_atoms + 1), rounded_up(g.num_edges)) for g in graphs} == {(66, 3136)}
     edges = [g.num_edges for g in graphs[:3]]
     assert edges[0] > edges[1] < edges[2]
-    room = Buffers(graphs[2], CUTOFF)
+    buffers = Buffers(graphs[2], CUTOFF)
     for graph in graphs:
-        room.take(graphs[0]._replace(positions=torch.full_like(graphs[0].positions, torch.nan)))
+        buffers.copy(graphs[0]._replace(positions=torch.full_like(graphs[0].positions, torch.nan)))
         for _ in range(2):
-            room.take(graph)
+            buffers.copy(graph)
             for name, expected in pad(graph, CUTOFF)._asdict().items():
-                assert torch.equal(getattr(room.graph, name), expected), name
+                assert torch.equal(getattr(buffers.graph, name), expected), name
 
 
 @pytest.mark.parametrize("edges", [3073, 3074, 3100, 3135, 3136])
@@ -118,7 +118,7 @@ def test_failed_compilation_is_a_warning(monkeypatch):
     def fail(potential):
         raise OSError("no compiler found")
 
-    monkeypatch.setattr(compiled, "compile_potential", fail)
+    monkeypatch.setattr(regions, "compile_potential", fail)
     potential, graph = random_potential(), graph_of(molecule())
     expected, evaluate = potential(graph), Evaluator(potential, compile=True)
     with pytest.warns(RuntimeWarning, match="OSError: no compiler found"):
@@ -140,8 +140,8 @@ def test_deviating_code_is_not_used(monkeypatch, factor):
         network = potential.model
         network.read_out = lambda x: factor * type(network).read_out(network, x)
 
-    monkeypatch.setattr(compiled, "compile_potential", wrong)
-    monkeypatch.setattr(compiled, "compare_with_eager", lambda *_: {"energy": abs(factor - 1)})
+    monkeypatch.setattr(regions, "compile_potential", wrong)
+    monkeypatch.setattr(trial, "compare_with_eager", lambda *_: {"energy": abs(factor - 1)})
     potential, graph = random_potential(), graph_of(molecule())
     expected = potential(graph)
     with pytest.warns(RuntimeWarning, match="relative deviations from eager mode"):
@@ -149,18 +149,18 @@ def test_deviating_code_is_not_used(monkeypatch, factor):
     assert torch.equal(found.energy, expected.energy)
 
 
-SMALL, MEDIUM, LARGE = compiled.Kept(12, 8), compiled.Kept(12, 0), compiled.Kept(0, 0)
+SMALL, MEDIUM, LARGE = limits.KeepPolicy(12, 8), limits.KeepPolicy(12, 0), limits.KeepPolicy(0, 0)
 
 
 class Comparisons:
     """Stands for the compiler; records which kind of code is compared, and lets one kind deviate."""
 
-    def __init__(self, monkeypatch, deviating: compiled.Kept | None = None):
+    def __init__(self, monkeypatch, deviating: limits.KeepPolicy | None = None):
         self.made, self.kept, self.limit, self.deviating = 0, [], None, deviating
-        monkeypatch.setattr(compiled, "KINDS", (SMALL, MEDIUM, LARGE))
-        monkeypatch.setattr(compiled, "compile_potential", self._compile)
-        monkeypatch.setattr(compiled, "keep_results", lambda potential, limit: setattr(self, "limit", limit))
-        monkeypatch.setattr(compiled, "compare_with_eager", self._compare)
+        monkeypatch.setattr(limits, "KEEP_POLICIES", (SMALL, MEDIUM, LARGE))
+        monkeypatch.setattr(regions, "compile_potential", self._compile)
+        monkeypatch.setattr(regions, "keep_results", lambda potential, limit: setattr(self, "limit", limit))
+        monkeypatch.setattr(trial, "compare_with_eager", self._compare)
 
     def _compile(self, potential):
         self.made += 1
@@ -231,7 +231,7 @@ def test_forces_of_degree_four_and_many_edges():
 
 def test_compilation_waits_for_a_structure_with_edges(monkeypatch):
     calls = []
-    monkeypatch.setattr(compiled, "compile_potential", lambda *_: calls.append(1))
+    monkeypatch.setattr(regions, "compile_potential", lambda *_: calls.append(1))
     evaluate = Evaluator(random_potential(), compile=True)
     evaluate(graph_of(molecule(n=1)))
     assert not calls
@@ -280,10 +280,10 @@ def test_recordings_are_given_up_when_weights_change(monkeypatch):
     potential, recorded = random_potential(), []
     replay = Replay(potential)
 
-    def record(room):
-        recorded.append(room)
+    def record(buffers):
+        recorded.append(buffers)
         return SimpleNamespace(
-            graph=SimpleNamespace(replay=lambda: None), room=room, prediction=potential(room.graph)
+            graph=SimpleNamespace(replay=lambda: None), buffers=buffers, prediction=potential(buffers.graph)
         )
 
     monkeypatch.setattr(replay, "_record", record)
@@ -306,7 +306,7 @@ def test_replay_sees_changed_weights(compilations):
     """Constants of compiled code are computed before a recording, and not in the memory that it overwrites."""
     potential = random_potential().float().cuda()
     eager = copy.deepcopy(potential)
-    compiled.compile_potential(potential)
+    regions.compile_potential(potential)
     replay, graph = Replay(potential), graph_of(molecule()).to("cuda")
     for factor in (1.0, 1.1, 0.9):
         for p in (*potential.parameters(), *eager.parameters()):

@@ -94,9 +94,9 @@ def test_the_trajectory_is_that_of_ase(lmp, structure):
     start = atoms.copy()
     elements, ids = ["O", "H", "C"], (np.random.default_rng(1).permutation(len(atoms)) + 1).tolist()
     create(lmp, atoms, elements, ids)
-    atoms.calc = potential_calculator()
+    atoms.calc = potential_calculator(n_blocks=1, lmax=1)
     VelocityVerlet(atoms, timestep * units.fs).run(steps)
-    with attach_lammps(lmp, potential_calculator(), elements):
+    with attach_lammps(lmp, potential_calculator(n_blocks=1, lmax=1), elements):
         lmp.commands_list([f"timestep {timestep / 1000}", "fix 1 all nve", f"run {steps}"])
     order = np.argsort(ids)
     # displacements by forces are about f t^2 / 2 m: 0.1 Angstrom in this time

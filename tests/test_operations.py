@@ -1,4 +1,4 @@
-"""Core operations by themselves: first and second derivatives, equivariance in float64, empty input.
+"""Layers of the model, one by one in float64: first and second derivatives, equivariance, empty input.
 
 Rotations are full Wigner matrices of two turns in a row, so that no axis is special.
 """
@@ -29,7 +29,7 @@ from dpa4.model.so2 import (
     split_streams,
 )
 from dpa4.ops.incidence import Incidence
-from dpa4.ops.segments import gather, pick, segment_max, segment_sum
+from dpa4.ops.segments import gather, segment_sum
 from helpers import assert_close, randomize
 from test_harmonics import full_wigner
 
@@ -42,7 +42,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def prepared(module: torch.nn.Module) -> torch.nn.Module:
-    """In float64, with no parameter at zero or one."""
+    """Convert a module to float64 and randomise its parameters, so that none is zero or one."""
     module = module.double()
     randomize(module, seed=1, scale=0.3)
     return module
@@ -58,7 +58,7 @@ def leaves(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def check_derivatives(function, *inputs: torch.Tensor, module: torch.nn.Module | None = None) -> None:
-    """First and second derivatives by inputs and parameters against finite differences."""
+    """Compare first and second derivatives by inputs and parameters with finite differences."""
     parameters = tuple(module.parameters()) if module else ()
     inputs = leaves(*inputs)
 
@@ -70,7 +70,7 @@ def check_derivatives(function, *inputs: torch.Tensor, module: torch.nn.Module |
 
 
 def rotation(lmax: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A rotation of packed coefficients (D, D), and the same of positions (3, 3)."""
+    """Return one rotation as matrices of packed coefficients (D, D) and of positions (3, 3)."""
     directions = torch.nn.functional.normalize(random(2, 3, seed=5), dim=1)
     frames = edge_frame(directions)
     wigner = [first @ second for first, second in full_wigner(frames, max(lmax, 1))]
@@ -80,7 +80,7 @@ def rotation(lmax: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def assert_equivariant(layer, *inputs: torch.Tensor, lmax: int) -> None:
-    """Rotating the coefficients before or after the layer is the same, and the layer does something."""
+    """Check that the layer commutes with a rotation of the coefficients, and that it changes them."""
     turn, _ = rotation(lmax)
     with torch.no_grad():
         out = layer(*inputs)
@@ -106,35 +106,6 @@ def softmax_inputs(num_edges: int = 5, focus: int = 2, heads: int = 2) -> list[t
 
 def softmax(*inputs: torch.Tensor) -> torch.Tensor:
     return envelope_softmax(*inputs, DESTINATION)
-
-
-@pytest.mark.parametrize(("shape", "dim"), [((3, 5), 0), ((2, 3, 4), 1)])
-def test_pick(shape, dim):
-    """Entries that come several times and one that never does; a transposed operand; two derivatives."""
-    x, index = random(*shape), torch.tensor([0, 2, 2, 0, 2])
-    assert torch.equal(pick(x, dim, index), x.index_select(dim, index))
-    check_derivatives(lambda x: pick(x.transpose(0, 1).sin().transpose(0, 1), dim, index).square(), x)
-
-
-def test_gather_and_segment_sum():
-    x = random(3, 2, 2)
-    assert torch.equal(gather(x, SOURCE), x[SOURCE.index])
-    edges = random(5, 2)
-    expected = torch.stack([edges[DESTINATION.index == n].sum(0) for n in range(3)])
-    assert_close(segment_sum(edges, DESTINATION), expected)
-    assert torch.equal(segment_sum(edges, DESTINATION)[2], torch.zeros(2, dtype=torch.float64))
-    check_derivatives(lambda x: gather(x, SOURCE).square(), x)
-    check_derivatives(lambda x: segment_sum(x, DESTINATION).square(), edges)
-
-
-def test_segment_max():
-    edges, start = random(5, 2), torch.tensor([-9.0, 0.1], dtype=torch.float64)
-    expected = torch.stack(
-        [torch.cat([start[None], edges[DESTINATION.index == n]]).amax(0) for n in range(3)]
-    )
-    assert torch.equal(segment_max(edges, start, DESTINATION), expected)
-    assert torch.equal(expected[2], start)  # a node without edges
-    torch.library.opcheck(torch.ops.dpa4.segment_max, (edges, start, *DESTINATION))
 
 
 def test_softmax_is_its_plain_definition():
@@ -251,7 +222,7 @@ def apply_so2(layer: torch.nn.Module, groups: list[torch.Tensor]) -> list[torch.
 
 
 def roll(groups: list[torch.Tensor], angle: torch.Tensor) -> list[torch.Tensor]:
-    """Turn the edge frame of every edge about the edge: orders -m and +m mix by the angle m a."""
+    """Turn every edge frame about its edge by an angle a: orders -m and +m mix by the angle m a."""
     rolled = [groups[0]]
     for m, x in enumerate(groups[1:], start=1):
         cos, sin = (m * angle).cos()[:, None], (m * angle).sin()[:, None]
@@ -340,7 +311,7 @@ def test_degree_product_differentiates_twice(rank):
 @pytest.mark.parametrize("mode", ["none", "degree", "degree_channel"])
 @pytest.mark.parametrize("mmax", [0, 1, 3])
 def test_convolution_is_equivariant(mode, mmax):
-    """Nodes and edges turn together; the frames, whose roll about the edge is arbitrary, drop out."""
+    """Nodes and edges are rotated together; the arbitrary roll of the frames about the edges cancels."""
     options = {"radial_so2_mode": mode, "n_focus": 2, "mlp_bias": True, "mixing_layers": 2}
     config = config_of(lmax=3, mmax=mmax, **options)
     convolution, radial = prepared(SO2Convolution(config, 3)), radial_of(5, config)
@@ -383,7 +354,7 @@ GRIDS = [("glu", None), ("mlp", None), (3, None), ("glu", 1), ("mlp", 1), (3, 1)
 
 
 def grid_activation(lmax: int, operation, kmax: int | None) -> Activated:
-    """kmax None is the sphere."""
+    """Build an activation on a grid of SO(3), or on the sphere if ``kmax`` is None."""
     kmax = None if kmax is None else min(kmax, lmax)
     frames = 1 if kmax is None else 2 * kmax + 1
     return prepared(Activated(lmax, 4 * frames, GridActivation(lmax, kmax, 2, operation, bias=True)))
@@ -400,8 +371,15 @@ def test_layers_are_equivariant(name, lmax):
     assert_equivariant(node_layer(name, lmax), 2 * random(3, (lmax + 1) ** 2, 4), lmax=lmax)
 
 
-@pytest.mark.parametrize(("operation", "kmax"), GRIDS)
-@pytest.mark.parametrize("lmax", range(1, 7))
+SIZES_OF_GRIDS = [
+    pytest.param(lmax, operation, kmax, marks=[pytest.mark.slow] if lmax > 4 and kmax in (1, 2) else [])
+    for lmax in range(1, 7)
+    for operation, kmax in GRIDS
+]
+"""Grids on SO(3) of large degrees take seconds to build."""
+
+
+@pytest.mark.parametrize(("lmax", "operation", "kmax"), SIZES_OF_GRIDS)
 def test_grid_activations_are_equivariant_to_rounding(lmax, operation, kmax):
     assert_equivariant(grid_activation(lmax, operation, kmax), random(3, (lmax + 1) ** 2, 4), lmax=lmax)
 
@@ -466,7 +444,7 @@ def test_message_node_product_differentiates_twice():
 
 @cache
 def empty_cases() -> dict[str, tuple]:
-    """A function, its empty inputs, and the shape of the result."""
+    """Functions with an empty input each and the shape of the result."""
     config, none = config_of(lmax=2, mmax=1), Incidence.of_sorted(torch.zeros(0, dtype=torch.long), 3)
     nodes, edges = random(3, 9, 4), edges_of(random(0, 3), config, none, none)
     radial, identity = radial_of(0, config), torch.eye(4, dtype=torch.float64)

@@ -503,7 +503,8 @@ def test_shards_that_do_not_add_up_and_a_shard_in_use(tmp_path):
 def test_kill_and_resume_on_the_command_line(tmp_path, wait):
     """A process killed after some structures: the next goes on, and each structure is listed once."""
     save_potential(POTENTIAL, tmp_path / "model.safetensors")
-    source = clusters(tmp_path, 24)
+    count = wait + 8
+    source = clusters(tmp_path, count)
     arguments = ["screen", tmp_path / "model.safetensors", source, "-o", tmp_path / "out", "--fmax", "0.01"]
     arguments += ["--device", "cpu", "--dtype", "float64", "--max-edges", "60"]
     command = [sys.executable, "-m", "dpa4.cli", *map(str, arguments)]
@@ -522,7 +523,7 @@ def test_kill_and_resume_on_the_command_line(tmp_path, wait):
     assert result.exit_code == 1 and "resume it or choose another folder" in result.output
     result = CliRunner().invoke(app, [str(a) for a in [*arguments, "--resume"]])
     assert result.exit_code == 0, result.output
-    assert "24 converged" in result.output
-    assert "screen.csv and relaxed.xyz of 24 structures are in" in result.output.replace("\n", " ")
-    check(tmp_path / "out", 24)
+    assert f"{count} converged" in result.output
+    assert f"screen.csv and relaxed.xyz of {count} structures are in" in result.output.replace("\n", " ")
+    check(tmp_path / "out", count)
     assert table.read_bytes().startswith(done[: done.rfind(b"\n") + 1])  # nothing was computed twice

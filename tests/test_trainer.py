@@ -77,7 +77,7 @@ def test_what_is_printed(finished_run):
     "training",
     [
         {"optimizer": "adamw", "loss": "mse", "schedule": "cosine"},
-        {"precision": "bf16", "loss": "huber", "ema_decay": None},
+        {"precision": "fast", "loss": "huber", "ema_decay": None},
         {"batch_size": None, "max_atoms": 12, "gradient_clip": None, "virial_weight": 0},
     ],
 )

@@ -140,7 +140,9 @@ def test_batches_have_few_sizes():
 
 def test_nothing_in_a_step_waits_for_the_device():
     """Tensors without data refuse whatever needs their values on the host or makes shapes of them."""
-    potential = random_potential(excluded_pairs=(("H", "C"),), bridging=Bridging()).train()
+    potential = random_potential(
+        n_blocks=1, lmax=1, excluded_pairs=(("H", "C"),), bridging=Bridging()
+    ).train()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = pytree.tree_map(mode.from_tensor, pad_batch(batch_of(MIXED), CUTOFF))
     with mode:
@@ -312,7 +314,7 @@ def some_batches():
 
 
 def test_replayed_steps_are_ordinary_steps(tapes):
-    potential = random_potential().train()
+    potential = random_potential(n_blocks=1, lmax=1).train()
     other = copy.deepcopy(potential)
     plain = step_of(potential)
     step = ReplayedStep(potential, plain, tapes(plain, potential.parameters()))

@@ -1,6 +1,6 @@
 """Structures with labels: reading, checking, summarising and batching."""
 
-from dpa4.data.coverage import Coverage, CoverageCollector, CoverageMonitor, coverage_of
+from dpa4.data.coverage import Coverage, CoverageCollector, coverage_of
 from dpa4.data.dataset import Batch, EpochBatches, FrameDataset
 from dpa4.data.frame import Frame
 from dpa4.data.labels import LabelKeys, frame_from_atoms
@@ -12,7 +12,6 @@ __all__ = [
     "Batch",
     "Coverage",
     "CoverageCollector",
-    "CoverageMonitor",
     "EpochBatches",
     "Frame",
     "FrameDataset",

@@ -46,7 +46,7 @@ class Replay:
         graph = self.potential.without_excluded(graph)
         n, e = graph.num_atoms, graph.num_edges
         atoms, edges = replayed_size(n), rounded_up(e)
-        if atoms is None or e < MIN_SIZE or is_in_parts(edges, graph.positions.device):
+        if atoms is None or e < MIN_SIZE or is_in_parts(self.potential, edges):
             return self.potential.of_edges(graph)
         size = atoms, edges
         while True:

@@ -4,14 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from dpa4.execution.limits import (
-    KEEP_NOTHING,
-    KEEP_POLICIES,
-    MAX_COMPARED_ATOMS,
-    can_be_compiled,
-    compiles_by_default,
-    keep_policy,
-)
+from dpa4.execution import limits
 from dpa4.execution.padding import replayed_size
 from dpa4.graph import Graph, first_atoms
 from dpa4.potential.potential import Potential, Prediction
@@ -40,7 +33,7 @@ class Evaluator:
         self.potential = potential.eval()
         keep_freed_memory(potential.device)
         if compile is None:
-            compile = compiles_by_default(potential.device, potential.dtype)
+            compile = limits.compiles_by_default(potential.device, potential.dtype)
         self._compile = compile
         self._keeps_results = True  # false once a variant that stores intermediates has deviated
         self._compared: set[int] = set()  # indices of the policies that were compared with eager mode
@@ -48,7 +41,7 @@ class Evaluator:
 
     def __call__(self, graph: Graph) -> Prediction:
         """Compute the prediction for a graph on the device."""
-        if self._compile and can_be_compiled(graph):
+        if self._compile and limits.can_be_compiled(graph):
             self._prepare(graph)
         return self._call(graph) if graph.num_structures == 1 else self.potential(graph)
 
@@ -61,7 +54,7 @@ class Evaluator:
         atoms = graph.num_atoms
         if graph.positions.is_cuda and graph.num_structures == 1:
             atoms = replayed_size(atoms) or atoms
-        policy = keep_policy(atoms) if self._keeps_results else KEEP_NOTHING
+        policy = limits.keep_policy(atoms) if self._keeps_results else limits.KEEP_NOTHING
         if policy in self._compared:
             return
         start = time.monotonic()
@@ -73,16 +66,18 @@ class Evaluator:
             try:
                 return self._compile_and_compare(graph, policy)
             except DeviationError as error:
-                if policy == KEEP_NOTHING:
+                if policy == limits.KEEP_NOTHING:
                     raise
                 _log.info("compiled code that stores intermediate results is not used: %s", error)
-            policy, self._keeps_results = KEEP_NOTHING, False
+            policy, self._keeps_results = limits.KEEP_NOTHING, False
             return self._compile_and_compare(graph, policy)
 
         found = attempt(self.potential, work, self._give_up)
         if found is None:
             return
-        regions.keep_results(self.potential, KEEP_POLICIES[0 if self._keeps_results else KEEP_NOTHING])
+        regions.keep_results(
+            self.potential, limits.KEEP_POLICIES[0 if self._keeps_results else limits.KEEP_NOTHING]
+        )
         self._compared.add(policy)
         _log.info(
             "compiled and compared in %.0f s; relative deviations from eager mode: %s",
@@ -98,10 +93,10 @@ class Evaluator:
         from dpa4.execution.precompile import Mode, precompile
         from dpa4.execution.trial import compared
 
-        regions.keep_results(self.potential, KEEP_POLICIES[policy])
+        regions.keep_results(self.potential, limits.KEEP_POLICIES[policy])
         precompile(self.potential, [Mode(False, self.potential.precision)], graph)
         self.potential(graph)  # compiles whatever this graph needs
-        return compared(self.potential, first_atoms(graph, MAX_COMPARED_ATOMS))
+        return compared(self.potential, first_atoms(graph, limits.MAX_COMPARED_ATOMS))
 
     def _give_up(self, error: Exception) -> None:
         from dpa4.execution.trial import warn_of_eager_mode

@@ -97,6 +97,6 @@ def exceeded(deviations: dict[str, float], allowed: float) -> dict[str, float]:
     return {name: d for name, d in deviations.items() if math.isnan(d) or d > allowed}
 
 
-def is_in_parts(num_edges: int, device: torch.device) -> bool:
+def is_in_parts(potential: Potential, num_edges: int) -> bool:
     """Return whether edges are processed in parts; a CUDA graph cannot do that, as cutting waits for the device."""
-    return num_edges > MAX_EDGES[device.type]
+    return num_edges > potential.model.max_edges[potential.device.type]

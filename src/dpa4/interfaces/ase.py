@@ -12,9 +12,9 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
-from dpa4.data import CoverageMonitor
 from dpa4.execution.evaluator import Evaluator
 from dpa4.graph import SKIN, Graph, SkinnedNeighbors, within_cutoff
+from dpa4.interfaces.coverage_monitor import CoverageMonitor
 from dpa4.interfaces.loading import INFO_KEYS, Model, charge_spin_of, load_model
 from dpa4.potential import Potential, fingerprint_of
 from dpa4.potential.precision import Precision

@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from dpa4.data import CoverageMonitor
 from dpa4.execution.evaluator import Evaluator
 from dpa4.graph import Graph, build_graph, collate, neighbor_list_torch
+from dpa4.interfaces.coverage_monitor import CoverageMonitor
 from dpa4.interfaces.loading import Model, load_model
 from dpa4.potential.precision import Precision
 from dpa4.system import choose_device, require

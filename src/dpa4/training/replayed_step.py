@@ -69,7 +69,7 @@ class ReplayedStep:
             return self.step(batch)
         padded = pad_batch(batch, self.potential.config.cutoff)
         graph = padded.graph
-        if is_in_parts(graph.num_edges, graph.positions.device):
+        if is_in_parts(self.potential, graph.num_edges):
             return self.step(batch)
         size = graph.num_structures, graph.num_atoms, graph.num_edges
         self.seen[size] += 1

@@ -1,0 +1,39 @@
+"""Products of few terms: how the terms are found, and the parts of the model that use them."""
+
+import pytest
+import torch
+
+from dpa4.model.edges import LocalFrame
+from dpa4.model.so2 import DegreeProduct
+from dpa4.ops.sparse_product import Terms
+from operator_table import BACKENDS, deviation, needs_cpp, normal
+
+
+def test_terms_of_a_formula_are_found():
+    def formula(a, b):
+        return torch.stack([2 * a[:, 1] * b[0][:, 2], 0 * a[:, 0], -a[:, 0] * b[1][:, 0, 1]], dim=-1)
+
+    terms = Terms.of_products(formula, 2, [torch.Size((3,)), torch.Size((1, 2))])
+    assert terms.indices.tolist() == [[1, 0], [2, 4], [0, 2]]
+    assert terms.scale.tolist() == [2, -1]
+
+
+@needs_cpp
+@pytest.mark.parametrize(("lmax", "mmax", "rank"), [(0, 0, None), (1, 1, 1), (2, 1, 1), (3, 2, 2), (5, 1, 2)])
+def test_matrices_of_the_edges_by_kernels_and_by_plain_operations(lmax, mmax, rank):
+    product = DegreeProduct(lmax, mmax, 4, rank).double()
+    frame = LocalFrame(lmax, mmax, heads=2).double()
+    rows = [normal(9, min(m + 1, 2), (lmax + 1) ** 2 - m * m, seed=m) for m in range(mmax + 1)]
+    entries, weight = len(product.columns.unique()), normal(9, 2, seed=6)
+    kernel = normal(9, entries, seed=5)
+
+    def made() -> tuple[torch.Tensor, torch.Tensor]:
+        dense = product.matrices(kernel[:, product.columns], rows)
+        return product.entries(rows, lambda: kernel, lambda: dense), frame.weighted_back(rows, weight)
+
+    with BACKENDS["cpp"]() as launched:
+        found = made()
+    assert launched == {"bilinear"}
+    with BACKENDS["plain"]():
+        for one, other in zip(found, made(), strict=True):
+            assert deviation(one, other) < 1e-13
