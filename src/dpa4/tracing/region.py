@@ -326,5 +326,5 @@ def _pool(device: torch.device) -> torch.cuda.MemPool:
 
 
 def _parts_bound_memory(device: torch.device) -> bool:
-    """Return whether parts of the edges are processed separately to save memory; on a CPU they only serve the cache."""
+    """Return whether edges are cut into parts to bound memory, as on a GPU; on a CPU parts only serve the cache."""
     return device.type != "cpu"
