@@ -148,9 +148,8 @@ class _Stack:
     def _kept(self, groups: Sequence[Sequence[Maybe]]) -> tuple[Any, ...]:
         """Products u of the gated layers; and in training the inputs of the first and the last layer."""
         x, kept = groups[0][0], groups[1] if len(groups) > 1 else []
-        if (
-            self.fused and x is not None
-        ):  # a second derivative outside of training: the other kernels continue
+        # For a second derivative outside of training the other kernels continue, with features in rows.
+        if self.fused and x is not None:
             kept = [hopper.in_rows(u, x.shape[1]) for u in kept[:-1] if u is not None]
         # The first layers - 1 tensors are products. In training the input of the last layer follows, if it is not x.
         return kept[: self.layers - 1], [x, *kept[self.layers - 1 :]] if self.training else []

@@ -217,9 +217,8 @@ def _cut(
     hoisted: set[fx.Node] = set()  # constants that a stage needs
     computed_by: dict[fx.Node, int] = {}  # first stage that computes a node
     kept: list[list[fx.Node]] = [[] for _ in outputs]  # nodes that each stage saves
-    needed: list[
-        tuple[set[fx.Node], set[fx.Node]]
-    ] = []  # arguments of each stage, and nodes that it computes
+    # Arguments of each stage, and nodes that are computed inside.
+    needed: list[tuple[set[fx.Node], set[fx.Node]]] = []
     for stage, results in enumerate(outputs):
         arguments, inside, todo = set(), set(), list(results)
         while todo:
@@ -270,8 +269,7 @@ def _graph_of_stage(
     place: dict[fx.Node, tuple[int, int]],
     order: dict[fx.Node, int],
 ) -> tuple[fx.Graph, list[tuple[int, int]]]:
-    """Write the graph of a stage from the nodes that are its arguments and the nodes inside; return it and its
-    sources.
+    """Write the graph of a stage that computes the nodes inside from its arguments; return it and its sources.
 
     Both sets are put into the order of the joint graph, so that the text of a stage is the same in every process.
     """
