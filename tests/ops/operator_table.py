@@ -135,8 +135,8 @@ def on_triton() -> Iterator[set[str]]:
         "edge_matmul": rotate._edge_matmul_cuda,
         "scatter_matmul": rotate._scatter_matmul_cuda,
         "edge_outer": rotate._edge_outer_cuda,
-        "segment_sum": segments._cuda,
-        "segment_max": segments._cuda_max,
+        "segment_sum": segments._segment_sum_cuda,
+        "segment_max": segments._segment_max_cuda,
     }
     with noting_triton() as launched, pytest.MonkeyPatch.context() as patch:
         for name, kernel in operators.items():

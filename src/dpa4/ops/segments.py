@@ -106,35 +106,41 @@ class _SegmentSum(torch.autograd.Function):
         return _Gather.apply(grad, *ctx.saved_tensors), None, None, None
 
 
-def _sum_cpu(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+def _segment_sum_cpu(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
     wide = x.float() if x.itemsize < 4 else x
     return wide.new_zeros(offsets.shape[0] - 1, *x.shape[1:]).index_add(0, index, wide).to(x.dtype)
 
 
-def _max_cpu(x: Tensor, start: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+def _segment_max_cpu(
+    x: Tensor, start: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor
+) -> Tensor:
     whole = start.expand(offsets.shape[0] - 1, *start.shape)
     index = index.view(-1, *[1] * start.dim()).expand_as(x)
     return whole.scatter_reduce(0, index, x, "amax", include_self=True)
 
 
-def _max_cuda(x: Tensor, start: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+def _segment_max_cuda(
+    x: Tensor, start: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor
+) -> Tensor:
     from dpa4.ops.triton import segments as triton_segments
 
     return triton_segments.segment_max(x, start, order, offsets)
 
 
-def _new_max(x: Tensor, start: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
-    return _new_sum(x, index, order, offsets)
+def _new_segment_max(
+    x: Tensor, start: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor
+) -> Tensor:
+    return _new_segment_sum(x, index, order, offsets)
 
 
-def _sum_cuda(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+def _segment_sum_cuda(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
     # Imported here, since a machine without a GPU may have no Triton.
     from dpa4.ops.triton import segments as triton_segments
 
     return triton_segments.segment_sum(x, order, offsets)
 
 
-def _new_sum(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+def _new_segment_sum(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
     return x.new_empty(offsets.shape[0] - 1, *x.shape[1:])
 
 
@@ -147,11 +153,15 @@ def _put_back(x: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
 
 
 _INCIDENCE = "Tensor index, Tensor? order, Tensor offsets"
-register(f"segment_sum(Tensor x, {_INCIDENCE}) -> Tensor", _new_sum, {"CPU": _sum_cpu, "CUDA": _sum_cuda})
+register(
+    f"segment_sum(Tensor x, {_INCIDENCE}) -> Tensor",
+    _new_segment_sum,
+    {"CPU": _segment_sum_cpu, "CUDA": _segment_sum_cuda},
+)
 register(
     f"segment_max(Tensor x, Tensor start, {_INCIDENCE}) -> Tensor",
-    _new_max,
-    {"CPU": _max_cpu, "CUDA": _max_cuda},
+    _new_segment_max,
+    {"CPU": _segment_max_cpu, "CUDA": _segment_max_cuda},
 )
 register(
     "materialized(Tensor x) -> Tensor",
