@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-# Before NumPy and SciPy load their BLAS: with a second thread, ASE's filter for cells, which solves systems of three
-# equations, takes ten times as long on a busy machine.
+# Before NumPy, SciPy and PyTorch read them, and for the processes that tests start. With a second thread of BLAS on a
+# busy machine, ASE's filter for cells, which solves systems of three equations, takes ten times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
