@@ -20,7 +20,6 @@ from ase.db import connect
 from ase.io import read, write
 from typer.testing import CliRunner
 
-import dpa4.simulation
 from dpa4.cli import app
 from dpa4.graph import build_graph
 from dpa4.potential import save_potential
@@ -303,9 +302,9 @@ def test_fragments_are_counted_in_the_graph_of_the_last_step(tmp_path, monkeypat
 def test_without_torchsim_the_module_can_be_imported_and_the_error_says_what_to_install(
     tmp_path, monkeypatch
 ):
-    for name in ("screen", "flight", "torchsim"):
-        monkeypatch.setattr(dpa4.simulation, name, getattr(dpa4.simulation, name))  # put back afterwards
-        monkeypatch.delitem(sys.modules, f"dpa4.simulation.{name}")
+    for package, name in ((dpa4.simulation, "screen"), (dpa4.simulation, "flight"), (dpa4.interfaces, "torchsim")):
+        monkeypatch.setattr(package, name, getattr(package, name))  # put back afterwards
+        monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}")
     monkeypatch.setitem(sys.modules, "torch_sim", None)
     module = importlib.import_module("dpa4.simulation.screen")
     with pytest.raises(ImportError, match=r"torch_sim is not installed; pip install 'dpa4\[torchsim\]'"):
