@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from test_harmonics import full_wigner
 from torch.autograd import gradcheck, gradgradcheck
 
 from dpa4.model import ModelConfig
@@ -31,7 +32,6 @@ from dpa4.model.so2 import (
 from dpa4.ops.incidence import Incidence
 from dpa4.ops.segments import gather, segment_sum
 from helpers import assert_close, randomize
-from test_harmonics import full_wigner
 
 BRIDGING = Bridging(r_inner=0.5, r_outer=0.8)
 

@@ -12,7 +12,7 @@ from dpa4.leaderboards import files
 from dpa4.leaderboards.metrics import combined_performance_score
 from dpa4.leaderboards.submission import read_metadata
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "bench.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "bench.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

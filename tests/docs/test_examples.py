@@ -10,7 +10,7 @@ from ase.io import write
 from dpa4.potential import save_potential
 from helpers import crystal, molecule, random_potential
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
     "README.md",
     "docs/running.md",

@@ -17,7 +17,7 @@ from dpa4.data import Batch, EpochBatches, Frame, FrameDataset, frame_from_atoms
 from dpa4.data.dataset import Budget, pack
 from dpa4.graph import build_graph
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 CUTOFF = 4.0
 
 

@@ -88,7 +88,7 @@ def deepmd_python():
         pytest.skip(
             "needs deepmd-kit: install deepmd-kit==3.2.0 in an environment of its own and append its bin "
             "folder to the search path: "
-            "PATH=$PATH:/path/to/environment/bin pytest -m slow tests/test_deepmd_export.py"
+            "PATH=$PATH:/path/to/environment/bin pytest -m slow tests/potential/deepmd/test_writer.py"
         )
     return Path(command).parent / "python"
 

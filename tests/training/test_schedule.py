@@ -5,7 +5,7 @@ import pytest
 
 from dpa4.training.schedule import Schedule
 
-VECTORS = Path(__file__).resolve().parents[2] / "shared" / "reference" / "vectors" / "C_testvec.json"
+VECTORS = Path(__file__).resolve().parents[3] / "shared" / "reference" / "vectors" / "C_testvec.json"
 
 
 def test_wsd_agrees_with_the_reference():

@@ -210,7 +210,7 @@ precompile(potential, [Mode(training=True)], processes=2)
 found = compare_with_eager(potential, graph_of(molecule()))
 assert max(found.values()) < 1e-4, found
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     counts = []
     for run in ("1", "2"):
         subprocess.run([sys.executable, "-c", program, run], env=environment, check=True)

@@ -16,7 +16,7 @@ from dpa4.model import DPA4, ModelConfig
 from dpa4.model.presets import PRESETS, preset
 from dpa4.training import RunConfig, load_run_config
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("docs", "examples", "benchmarks")
 DOCS = sorted([*ROOT.glob("*.md"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.md"))])
 IDS = [str(path.relative_to(ROOT)) for path in DOCS]

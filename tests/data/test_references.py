@@ -24,7 +24,7 @@ from dpa4.data import (
     without_isolated_atoms,
 )
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 ENERGIES = {"H": -13.5, "C": -1027.0, "O": -2038.25}
 
 

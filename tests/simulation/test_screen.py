@@ -302,9 +302,10 @@ def test_fragments_are_counted_in_the_graph_of_the_last_step(tmp_path, monkeypat
 def test_without_torchsim_the_module_can_be_imported_and_the_error_says_what_to_install(
     tmp_path, monkeypatch
 ):
-    for package, name in ((dpa4.simulation, "screen"), (dpa4.simulation, "flight"), (dpa4.interfaces, "torchsim")):
-        monkeypatch.setattr(package, name, getattr(package, name))  # put back afterwards
-        monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}")
+    for name in ("dpa4.simulation.screen", "dpa4.simulation.flight", "dpa4.interfaces.torchsim"):
+        package, _, last = name.rpartition(".")
+        monkeypatch.setattr(sys.modules[package], last, importlib.import_module(name))  # put back afterwards
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch_sim", None)
     module = importlib.import_module("dpa4.simulation.screen")
     with pytest.raises(ImportError, match=r"torch_sim is not installed; pip install 'dpa4\[torchsim\]'"):
