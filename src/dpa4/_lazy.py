@@ -1,4 +1,4 @@
-"""Public names of a package that are imported at their first use."""
+"""Lazy imports: public names of a package that are imported at their first use."""
 
 import sys
 from collections.abc import Mapping

@@ -18,15 +18,17 @@ def choose_device(name: str | torch.device) -> torch.device:
     """Return the device of this name; "auto" selects a GPU if there is one.
 
     Raises:
-        ValueError: If the name is neither "auto" nor a device name of PyTorch.
+        ValueError: If the name is neither "auto" nor the name of a CPU or CUDA device.
         RuntimeError: If a CUDA device is requested but none is available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}") from error
+    except RuntimeError:
+        device = None  # not a device of PyTorch
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {str(name)!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device = {name}, but no CUDA device is available; use device: cpu or auto")
     return device

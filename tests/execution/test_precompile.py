@@ -130,7 +130,7 @@ def workers(monkeypatch) -> list:
 
 
 def made(cache) -> int:
-    return len(list(cache.glob("dpa4/*/piece-*")))
+    return len(list(cache.glob("dpa4/*/stage-*")))
 
 
 def test_processes_make_every_piece_once(cache, workers, caplog, stages):

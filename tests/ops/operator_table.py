@@ -25,7 +25,7 @@ from dpa4.ops.incidence import Incidence
 from dpa4.ops.layout import EdgeLayout
 from dpa4.ops.segments import gather, materialized, pick, segment_max, segment_sum
 from dpa4.ops.so2_stack import so2_stack
-from dpa4.ops.sparse_product import Terms, apply_terms
+from dpa4.ops.sparse_product import Terms, sparse_product
 from dpa4.ops.split_matmul import order_matmul, precise_matmul, prepare, split
 from dpa4.ops.weights import Weight
 
@@ -435,7 +435,7 @@ def bilinear_formula(a: Tensor, b: Tensor, terms: Terms, coefficients: Tensor) -
 
 OPERATORS |= {
     "bilinear": Operator(
-        lambda a, b, terms, coefficients: apply_terms(a, b, terms, len(coefficients)),
+        lambda a, b, terms, coefficients: sparse_product(a, b, terms, len(coefficients)),
         bilinear_formula,
         bilinear_cases,
         SPARSE,

@@ -5,7 +5,7 @@ import torch
 
 from dpa4.model.edges import LocalFrame
 from dpa4.model.so2 import DegreeProduct
-from dpa4.ops.sparse_product import Terms
+from dpa4.ops.sparse_product import Terms, sparse_or_dense
 from operator_table import BACKENDS, deviation, needs_cpp, normal
 
 
@@ -29,7 +29,10 @@ def test_matrices_of_the_edges_by_kernels_and_by_plain_operations(lmax, mmax, ra
 
     def made() -> tuple[torch.Tensor, torch.Tensor]:
         dense = product.matrices(kernel[:, product.columns], rows)
-        return product.entries(rows, lambda: kernel, lambda: dense), frame.weighted_back(rows, weight)
+        matrices = sparse_or_dense(
+            lambda: product.entries(product.entries.joined(rows), kernel), lambda: dense, 1, *rows
+        )
+        return matrices, frame.weighted_back(rows, weight)
 
     with BACKENDS["cpp"]() as launched:
         found = made()

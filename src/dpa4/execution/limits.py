@@ -1,17 +1,15 @@
 """Limits of execution, each with its source.
 
 Sizes are numbers of atoms or edges unless stated otherwise. Measurements are in benchmarks/LOG.md and in docs/adr.
+Some limits belong to lower layers: the edges processed at once, which are limited in eager mode as well
+(`dpa4.model.network.MAX_EDGES`), and the sizes of traced code (`dpa4.tracing.sizes`).
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 
 from dpa4.graph import Graph
-from dpa4.model.network import (
-    MAX_EDGES as MAX_EDGES,  # edges processed at once; the network needs it in eager mode, too
-)
 from dpa4.potential.potential import Potential
 from dpa4.tracing.sizes import MIN_SIZE
 
@@ -64,8 +62,7 @@ KEEP_POLICIES = (
     KeepPolicy(0, 0),
 )
 """Policies for small, larger and large systems. Keeping intermediates everywhere takes 3 MiB per atom of paper-air
-and
-saves a sixth of the time (43.6 and 37.0 ms for 4,096 atoms on one H200)."""
+and saves a sixth of the time (43.6 and 37.0 ms for 4,096 atoms on one H200)."""
 
 KEEP_NOTHING = len(KEEP_POLICIES) - 1
 """Index of the policy that keeps no intermediates."""
@@ -90,11 +87,6 @@ def compiles_by_default(device: torch.device, dtype: torch.dtype = torch.float32
 def tolerance(potential: Potential) -> float:
     """Largest relative deviation of a compiled potential from its eager form that rounding explains."""
     return FAST_TOLERANCE if potential.precision == "fast" else TOLERANCES[potential.dtype]
-
-
-def exceeded(deviations: dict[str, float], allowed: float) -> dict[str, float]:
-    """Deviations that are larger than allowed or NaN."""
-    return {name: d for name, d in deviations.items() if math.isnan(d) or d > allowed}
 
 
 def is_in_parts(potential: Potential, num_edges: int) -> bool:

@@ -7,7 +7,7 @@ from dpa4.graph import Graph, collate
 
 
 def replayed_size(atoms: int) -> int | None:
-    """Atoms of the CUDA graph for a number of atoms, padding included; None if it would be too large."""
+    """Padded number of atoms in the CUDA graph for a number of atoms; None if it would be too large."""
     size = rounded_up(atoms + 1)
     return size if size <= MAX_REPLAYED_ATOMS else None
 

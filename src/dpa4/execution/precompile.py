@@ -1,9 +1,9 @@
 """Compilation in several processes before the first call.
 
-The compiler processes one stage at a time, mostly in one thread, and training needs 23 stages. While this process
-traces the network, worker processes compile the traced stages and store them in files, which are loaded at first
-use. The network is traced without computing anything: results of stages are replaced by uninitialised tensors of the
-right shape, and the values of the weights do not matter.
+The compiler processes one stage at a time, mostly in one thread, and training needs tens of stages. While this
+process traces the network, worker processes compile the traced stages and store them in files, which are loaded at
+first use. The network is traced without computing anything: results of stages are replaced by uninitialised tensors
+of the right shape, and the values of the weights do not matter.
 """
 
 import logging
@@ -21,7 +21,7 @@ from dpa4.execution.limits import MAX_COMPARED_ATOMS, MAX_WORKERS, MIN_PROCESSOR
 from dpa4.execution.regions import in_eager_mode, regions
 from dpa4.graph import Graph, build_graph, first_atoms
 from dpa4.potential.potential import Potential
-from dpa4.potential.precision import Precision, at_precision
+from dpa4.potential.precision import Precision
 from dpa4.tracing.stage import Stage
 from dpa4.tracing.workers import WorkerPool, processors
 
@@ -102,7 +102,7 @@ def _called_as(mode: Mode, potential: Potential) -> Iterator[None]:
     """Put a potential into a mode within the block."""
     before = potential.training
     try:
-        with at_precision(potential, mode.precision):
+        with potential.at_precision(mode.precision):
             potential.train(mode.training)
             yield
     finally:

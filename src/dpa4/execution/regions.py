@@ -59,9 +59,7 @@ def compile_potential(
     for method, (name, parts, arguments) in whole.items():
         model.__dict__[method] = Region(model, method, parts, code_of(name, arguments))
     codes: dict[int, list[RegionCode]] = {}
-    update = [
-        f"{name}" for name in ("conv_norm_out", "ffns", "ffn_norms_in", "ffn_norms_out", "ffn_scales", "conv")
-    ]
+    update = ["conv_norm_out", "ffns", "ffn_norms_in", "ffn_norms_out", "ffn_scales", "conv"]
     for block, degree in zip(model.blocks, model.config.degrees, strict=True):
         if degree not in codes:
             update_of = ("node", "node", "node", "node data")

@@ -1,6 +1,5 @@
-"""Constant tensors that stay exact when a model changes its precision."""
+"""Constants of the network, which stay exact when a model changes its precision: tensors and sparse bilinear maps."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +33,11 @@ class ConstantModule(nn.Module):
 
 
 class SparseProduct(ConstantModule):
-    """Bilinear map with few non-zero coefficients, see `dpa4.ops.sparse_product`."""
+    """Bilinear map with few non-zero coefficients, see `dpa4.ops.sparse_product`.
+
+    The map has a kernel on a CPU only, so users also describe its plain form, see
+    `dpa4.ops.sparse_product.sparse_or_dense`.
+    """
 
     indices: Tensor
     scale: Tensor
@@ -44,11 +47,6 @@ class SparseProduct(ConstantModule):
         self.register_buffer("indices", terms.indices, persistent=False)
         self.register_constant("scale", terms.scale)
 
-    def forward(self, a: Tensor, b: Tensor, size: int, dense: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Product of factors (n, A, c) and (n, B, c), of shape (n, size, c); ``dense`` is its plain form."""
-        return sparse_product(a, b, self.terms, size, dense)
-
-    @property
-    def terms(self) -> Terms:
-        """Non-zero coefficients, on the device of the module."""
-        return Terms(self.indices, self.scale)
+    def forward(self, a: Tensor, b: Tensor, size: int) -> Tensor:
+        """Product of factors (n, A, c) and (n, B, c), of shape (n, size, c)."""
+        return sparse_product(a, b, Terms(self.indices, self.scale), size)

@@ -20,7 +20,7 @@ from dpa4.ops.segments import materialized
 
 
 class SameChannels(nn.Module):
-    """Identity in place of the radial projection, for convolutions as wide as the nodes."""
+    """Constant identity in place of the radial projection, for convolutions as wide as the nodes."""
 
     weight: Tensor
 
@@ -51,7 +51,7 @@ class SO2Convolution(nn.Module):
         self.pre_mix = DegreeLinear(lmax, c, hidden, bias=config.mlp_bias)
         self.radial_hidden = ChannelLinear(c, hidden) if hidden != c else SameChannels(c)
         if config.radial_so2_mode == "none":
-            self.product: ElementwiseProduct | DegreeProduct = ElementwiseProduct(lmax, self.mmax, hidden)
+            self.product: ElementwiseProduct | DegreeProduct = ElementwiseProduct(lmax, self.mmax)
         else:
             rank = config.radial_so2_rank if config.radial_so2_mode == "degree_channel" else None
             self.product = DegreeProduct(lmax, self.mmax, hidden, rank)

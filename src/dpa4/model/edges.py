@@ -14,11 +14,11 @@ from dpa4.model.config import Bridging, ModelConfig
 from dpa4.model.constants import ConstantModule, SparseProduct
 from dpa4.model.ghosts import WHOLE, Domain
 from dpa4.model.harmonics import HarmonicRows, WignerRows, edge_frame
-from dpa4.model.layers import after_zeros, degree_of
+from dpa4.model.layers import degree_of, prepend_zeros
 from dpa4.model.radial import envelope
 from dpa4.ops.incidence import Incidence
 from dpa4.ops.segments import gather, segment_sum
-from dpa4.ops.sparse_product import Terms, apply_terms, either
+from dpa4.ops.sparse_product import Terms, sparse_or_dense
 
 SOFTENING = 1e-7
 """Length added in quadrature to every edge length, in Angstrom (``eps`` of deepmd-kit)."""
@@ -96,21 +96,14 @@ def openness(length: Tensor, destination: Incidence, bridging: Bridging) -> Tens
     return torch.where(closed, 0.0, log_product.exp())
 
 
-def reduced_degrees(lmax: int, mmax: int) -> list[int]:
-    """Degree of each row of the edge frame. Rows are sorted by order: 0, -1, +1, -2, +2, ..."""
-    order = [*range(lmax + 1)]
-    for m in range(1, mmax + 1):
-        order += 2 * list(range(m, lmax + 1))
-    return order
-
-
 Formula = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
 
 class MatrixEntries(nn.Module):
     """Matrices on edges in which every entry is a number of the edge times an entry of its Wigner rows.
 
-    The products are found once by applying a formula to numbered entries; a sparse product then forms the matrices.
+    The products are found once by applying a formula to numbered entries. `forward` then forms the matrices by a
+    sparse product; users choose between it and the formula by `dpa4.ops.sparse_product.sparse_or_dense`.
     """
 
     def __init__(self, formula: Formula, size: int, lmax: int, mmax: int):
@@ -133,26 +126,15 @@ class MatrixEntries(nn.Module):
         """Drop the orders and degrees that the block lacks from the rows."""
         return [r[..., :n] for r, n in zip(rows, self.columns, strict=False)]
 
-    def forward(
-        self, rows: Sequence[Tensor], numbers: Callable[[], Tensor], dense: Callable[[], Tensor]
-    ) -> Tensor:
-        """Evaluate the formula for the `own` rows of the block.
+    def joined(self, rows: Sequence[Tensor]) -> Tensor:
+        """Put the `own` rows of the block side by side, (E, n), as `forward` reads them."""
+        return torch.cat([r.flatten(1) for r in rows], dim=1)
 
-        Args:
-            rows: Wigner rows of the block.
-            numbers: Function that returns the numbers, (E, size), for the sparse product.
-            dense: Function that returns the same matrices in plain operations.
-        """
-
-        def sparse() -> Tensor:
-            joined = torch.cat([r.flatten(1) for r in rows], dim=1)
-            factor = numbers().to(joined.dtype)  # mixed precision yields numbers of another dtype
-            entries = apply_terms(
-                factor[..., None], joined[..., None], self.product.terms, self.shape.numel()
-            )
-            return entries.view(-1, *self.shape)
-
-        return either(sparse, dense, 1, *rows)
+    def forward(self, joined: Tensor, numbers: Tensor) -> Tensor:
+        """Evaluate the formula for `joined` rows (E, n) and numbers (E, size)."""
+        numbers = numbers.to(joined.dtype)  # mixed precision yields numbers of another dtype
+        entries = self.product(numbers[..., None], joined[..., None], self.shape.numel())
+        return entries.view(-1, *self.shape)
 
 
 class LocalFrame(ConstantModule):
@@ -181,8 +163,11 @@ class LocalFrame(ConstantModule):
     def weighted_back(self, rows: Sequence[Tensor], weight: Tensor) -> Tensor:
         """Matrices (E, H, M, D) whose transpose rotates back, rescales and multiplies by a weight (E, H)."""
         rows = self.entries.own(rows)
-        return self.entries(
-            rows, lambda: weight, lambda: _weighted_frame(weight, rows, self._masks("rescaled"))
+        return sparse_or_dense(
+            lambda: self.entries(self.entries.joined(rows), weight),
+            lambda: _weighted_frame(weight, rows, self._masks("rescaled")),
+            1,
+            *rows,
         )
 
     def _masks(self, kind: str) -> list[Tensor]:
@@ -193,7 +178,7 @@ def _frame(rows: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
     """Stack the rows (..., k, D') of every order, one matrix row per degree, with columns for all coefficients."""
     parts = []
     for m, (of_order, mask) in enumerate(zip(rows, masks, strict=True)):
-        parts.append(after_zeros((of_order[..., None, :] * mask).flatten(-3, -2), m * m))
+        parts.append(prepend_zeros((of_order[..., None, :] * mask).flatten(-3, -2), m * m))
     return torch.cat(parts, dim=-2)
 
 

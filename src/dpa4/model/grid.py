@@ -16,8 +16,8 @@ from torch.nn import functional
 from dpa4.model.config import GridOperation, ModelConfig
 from dpa4.model.constants import ConstantModule, SparseProduct
 from dpa4.model.harmonics import WignerRows, edge_frame, spherical_harmonics
-from dpa4.model.layers import ChannelLinear, DegreeLinear, FocusLinear, before_zeros, degree_of
-from dpa4.ops.sparse_product import Terms
+from dpa4.model.layers import ChannelLinear, DegreeLinear, FocusLinear, append_zeros, degree_of
+from dpa4.ops.sparse_product import Terms, sparse_or_dense
 
 LEBEDEV_DEGREES = (*range(3, 32, 2), *range(35, 132, 6))
 
@@ -98,11 +98,14 @@ class Grid(ConstantModule):
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         """Multiply two fields, (n, D K, c) each."""
 
-        def dense(left: Tensor, right: Tensor) -> Tensor:
+        def sparse() -> Tensor:
+            return self.coupling(left, right, left.shape[1])
+
+        def dense() -> Tensor:
             values = (self.evaluate.to(left.dtype) @ left) * (self.evaluate.to(left.dtype) @ right)
             return self.analyse.to(values.dtype) @ values
 
-        return self.coupling(left, right, left.shape[1], dense)
+        return sparse_or_dense(sparse, dense, left.shape[-1], left, right)
 
     def scalar_product(self, left: Tensor, right: Tensor) -> Tensor:
         """Compute only the scalars of frame 0 of `product`, (n, c)."""
@@ -151,7 +154,7 @@ class GridProduct(nn.Module):
         product = self.combine(self.grid.product(self._fields(left), self._fields(right)), scalars)
         y = (self.mix(product) * gate[:, None]).unflatten(1, (-1, self.grid.frames)).flatten(2)
         direct = functional.silu(first) * second
-        return y + before_zeros(direct[:, None], y.shape[1] - 1, y.shape[2] - direct.shape[1])
+        return y + append_zeros(direct[:, None], y.shape[1] - 1, y.shape[2] - direct.shape[1])
 
     def scalar(
         self, left: Tensor, right: Tensor, scalars: Tensor, gate: Tensor, first: Tensor, second: Tensor

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dpa4.model.constants import ConstantModule, SparseProduct
-from dpa4.ops.sparse_product import Terms, apply_terms, either
+from dpa4.ops.sparse_product import Terms, sparse_or_dense
 
 HarmonicRows = tuple[Tensor, ...]
 """Wigner rows by order. rows[m] holds rows -m and +m of D^m, D^{m+1}, ..., D^lmax side by side, of shape
@@ -103,14 +103,14 @@ class WignerRows(ConstantModule):
         one, other = lower.flatten(1)[..., None], vectors.flatten(1)[..., None]
 
         def sparse() -> Tensor:
-            entries = apply_terms(one, other, product.terms, count * (2 * l + 1))
+            entries = product(one, other, count * (2 * l + 1))
             return entries.unflatten(1, (count, -1))[..., 0]
 
         def dense() -> Tensor:
             products = (lower.unsqueeze(-1) * vectors.unsqueeze(-2)).flatten(-2)
             return products @ getattr(self, f"coupling_{l}")
 
-        return either(sparse, dense, 1, one, other)
+        return sparse_or_dense(sparse, dense, 1, one, other)
 
     def forward(self, frame: Tensor) -> HarmonicRows:
         """Compute the Wigner rows of edge frames (E, 3, 3) as returned by `edge_frame`."""
@@ -126,9 +126,8 @@ class WignerRows(ConstantModule):
                     current.append(pair)
                     continue
                 lower = rows[m - 1][l - m]
-                norm = (
-                    2 * l * l / ((l + m - 1) * (l + m))
-                ) ** 0.5  # ratio of two Clebsch-Gordan coefficients
+                # Ratio of two Clebsch-Gordan coefficients.
+                norm = (2 * l * l / ((l + m - 1) * (l + m))) ** 0.5
                 if m == 1:
                     current.append(norm * self._couple(lower, pair, l))
                 else:  # product (P - iM)(P1 - iM1) of rows +m, -m: real part is +m, minus the imaginary part is -m

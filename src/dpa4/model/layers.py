@@ -24,12 +24,12 @@ def balance_of(lmax: int, channels: int) -> Tensor:
     return 1 / ((2 * degree_of(lmax).double() + 1) * (lmax + 1) * channels)
 
 
-def after_zeros(x: Tensor, count: int) -> Tensor:
-    """Put ``count`` zeros before the last axis. ``functional.pad`` would freeze symbolic sizes."""
+def prepend_zeros(x: Tensor, count: int) -> Tensor:
+    """Prepend ``count`` zeros along the last axis. ``functional.pad`` would freeze symbolic sizes."""
     return torch.cat([x.new_zeros((*x.shape[:-1], count)), x], dim=-1) if count else x
 
 
-def before_zeros(x: Tensor, rows: int, columns: int) -> Tensor:
+def append_zeros(x: Tensor, rows: int, columns: int) -> Tensor:
     """Append zeros to the last two axes: ``rows`` to the second last and ``columns`` to the last."""
     x = torch.cat([x, x.new_zeros((*x.shape[:-1], columns))], dim=-1) if columns else x
     return torch.cat([x, x.new_zeros((*x.shape[:-2], rows, x.shape[-1]))], dim=-2) if rows else x

@@ -24,7 +24,9 @@ _GENERATION_2: dict[str, Any] = {
 }
 
 
-def _sizes(channels: int, n_focus: int, n_blocks: int, mixing_layers: int, lmax: int, rank: int = 1) -> dict:
+def _sizes(
+    channels: int, n_focus: int, n_blocks: int, mixing_layers: int, lmax: int, rank: int = 1
+) -> dict[str, int]:
     return {
         "channels": channels,
         "n_focus": n_focus,
@@ -35,6 +37,7 @@ def _sizes(channels: int, n_focus: int, n_blocks: int, mixing_layers: int, lmax:
     }
 
 
+# The numbers are channels, n_focus, n_blocks, mixing_layers and lmax.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper-neo": _GENERATION_1 | _sizes(64, 1, 2, 3, 3),
     "paper-air": _GENERATION_1 | _sizes(64, 1, 3, 4, 3),

@@ -54,6 +54,7 @@ class GaussianBasis(nn.Module):
 
     def __init__(self, n_radial: int, cutoff: float, exponent: int):
         super().__init__()
+        # Centres; both bases have the same parameter name.
         self.frequencies = nn.Parameter(torch.linspace(0, cutoff, n_radial))
         self.width = cutoff / max(n_radial - 1, 1)
         self.cutoff, self.exponent = cutoff, exponent

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from dpa4.model.config import ModelConfig
 from dpa4.model.edges import SOFTENING, Neighborhood
-from dpa4.model.layers import Linear, RMSNorm, before_zeros
+from dpa4.model.layers import Linear, RMSNorm, append_zeros
 from dpa4.model.radial import RadialFeatures
 from dpa4.ops.edge_products import scatter_matmul
 from dpa4.ops.segments import gather
@@ -76,7 +76,7 @@ class ElementSeed(nn.Module):
         neighborhood: Neighborhood,
     ) -> Tensor:
         """Features (n, D, C) from element embeddings (n, C); arguments as in `EnvironmentSeed.forward`."""
-        return before_zeros(types[:, None], self.padding, 0)
+        return append_zeros(types[:, None], self.padding, 0)
 
 
 class EnvironmentSeed(nn.Module):

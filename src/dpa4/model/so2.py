@@ -12,13 +12,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dpa4.model.edges import LocalFrame, MatrixEntries, Neighborhood, reduced_degrees
-from dpa4.model.layers import FocusLinear, after_zeros, degree_of, truncated_normal
+from dpa4.model.edges import LocalFrame, MatrixEntries, Neighborhood
+from dpa4.model.layers import FocusLinear, degree_of, prepend_zeros, truncated_normal
 from dpa4.model.radial import RadialFeatures
 from dpa4.ops.edge_products import edge_matmul
 from dpa4.ops.layout import EdgeLayout
 from dpa4.ops.segments import pick
 from dpa4.ops.so2_stack import so2_stack
+from dpa4.ops.sparse_product import sparse_or_dense
 from dpa4.ops.split_matmul import precise_matmul
 
 
@@ -37,10 +38,10 @@ class ElementwiseProduct(nn.Module):
 
     degree: Tensor
 
-    def __init__(self, lmax: int, mmax: int, width: int):
+    def __init__(self, lmax: int, mmax: int):
         super().__init__()
         self.frame = LocalFrame(lmax, mmax)
-        self.register_buffer("degree", torch.tensor(reduced_degrees(lmax, mmax)), persistent=False)
+        self.register_buffer("degree", torch.tensor(EdgeLayout(lmax, mmax).degrees()), persistent=False)
 
     def spread(self, x: Tensor) -> Tensor:
         """Return the nodes as `forward` gathers them, (N, D, C)."""
@@ -100,10 +101,11 @@ class DegreeProduct(nn.Module):
             weight = weight.unflatten(0, (self.lmax + 1, -1))
             return radial.project(torch.einsum("bc,lck->lbk", hidden, weight))
 
-        matrices = self.entries(
-            rows,
-            lambda: kernel(self.weight),
+        matrices = sparse_or_dense(
+            lambda: self.entries(self.entries.joined(rows), kernel(self.weight)),
             lambda: self.matrices(kernel(pick(self.weight, 1, self.columns)), rows),
+            1,
+            *rows,
         )
         return edge_matmul(matrices.to(x.dtype)[:, None], x, neighborhood.source)
 
@@ -116,7 +118,7 @@ class DegreeProduct(nn.Module):
         combined = []
         for m, block in enumerate(kernel.split(self.sizes, dim=1)):
             block = block.unflatten(1, (1, self.lmax - m + 1, self.rank, -1)) * rows[m][:, :, None, None]
-            combined.append(after_zeros(block, m * m).flatten(3).flatten(1, 2))
+            combined.append(prepend_zeros(block, m * m).flatten(3).flatten(1, 2))
         return torch.cat(combined, dim=1)
 
 

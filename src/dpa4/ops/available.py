@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from dpa4.ops.cpp import build
-from dpa4.ops.hopper import so2_stack as hopper_so2_stack
+from dpa4.ops.hopper import so2_stack, trial
 from dpa4.ops.layout import EdgeLayout
 
 LANES = 16
-"""Number of channels must be a multiple of this for the C++ kernels: float32 numbers in a 512-bit register."""
+"""The number of channels must be a multiple of this for the C++ kernels: float32 numbers in a 512-bit register."""
 
 _CPP_DTYPES = (torch.float32, torch.float64)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,12 +26,17 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def cpp(width: int, *tensors: Tensor) -> bool:
     """Return whether the C++ kernels support tensors with ``width`` channels (per head or focus)."""
-    return width % LANES == 0 and _on_cpu(*tensors)
+    return cpp_width(width) and _on_cpu(*tensors)
+
+
+def cpp_width(width: int) -> bool:
+    """Return whether the C++ kernels support a number of channels (per head or focus)."""
+    return width % LANES == 0
 
 
 def cpp_sparse_product(width: int, *tensors: Tensor) -> bool:
     """Return whether the C++ kernel of sparse products supports tensors whose last axis has ``width`` entries."""
-    return (width == 1 or width % LANES == 0) and _on_cpu(*tensors)
+    return (width == 1 or cpp_width(width)) and _on_cpu(*tensors)
 
 
 def cpp_missing() -> str | None:
@@ -54,8 +59,13 @@ def cpp_compiled() -> bool:
 
 
 def triton(x: Tensor) -> bool:
-    """Return whether the Triton kernels on edge features support a tensor; tensor cores would not help in float64."""
-    return x.is_cuda and x.dtype in _TRITON_DTYPES
+    """Return whether the Triton kernels on edge features support a tensor. Sums over edges support all dtypes."""
+    return x.is_cuda and triton_dtype(x.dtype)
+
+
+def triton_dtype(dtype: torch.dtype) -> bool:
+    """Return whether the Triton kernels on edge features support a dtype; tensor cores would not help in float64."""
+    return dtype in _TRITON_DTYPES
 
 
 def split_product(x: Tensor) -> bool:
@@ -89,17 +99,14 @@ def whole_stack_shape(layout: EdgeLayout, n_focus: int, channels: int, layers: i
         channels: Channels per focus stream.
         layers: Layers of the stack, the last one included, which has no gate.
     """
-    kernel = hopper_so2_stack
     return (
-        layout == kernel.LAYOUT
-        and (n_focus, channels) == (1, kernel.CHANNELS)
-        and 1 <= layers <= kernel.MAX_GATES + 1
+        layout == so2_stack.LAYOUT
+        and (n_focus, channels) == (1, so2_stack.CHANNELS)
+        and 1 <= layers <= so2_stack.MAX_GATES + 1
     )
 
 
 def whole_stack(x: Tensor, layers: int, layout: EdgeLayout) -> bool:
     """Return whether the CUDA kernels for whole stacks support features x (F, E, W); tried once per device."""
-    from dpa4.ops.hopper.trial import whole_stacks_work
-
     fits = whole_stack_shape(layout, x.shape[0], x.shape[2] // layout.total, layers)
-    return fits and x.dtype == torch.float32 and is_hopper(x.device) and whole_stacks_work(x.device)
+    return fits and x.dtype == torch.float32 and is_hopper(x.device) and trial.whole_stacks_work(x.device)

@@ -22,7 +22,7 @@ from dpa4.ops.cpp import edge_products as cpp
 from dpa4.ops.incidence import Incidence
 from dpa4.ops.registration import register
 from dpa4.ops.second_order import needs_gradient
-from dpa4.ops.segments import segment_sum
+from dpa4.ops.segments import segment_sum, wide
 
 CHUNK = 512
 """Edges processed together by the plain version: few enough that the copies of their nodes stay in the CPU cache."""
@@ -124,14 +124,9 @@ def _chunks(num_edges: int) -> Iterator[slice]:
     return (slice(start, start + CHUNK) for start in range(0, num_edges, CHUNK))
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Convert to the dtype of accumulation, at least float32."""
-    return x.float() if x.itemsize < 4 else x
-
-
 def _split(x: Tensor, heads: int) -> Tensor:
     """Split channels into heads: (E, K, H c) -> (E, H, K, c)."""
-    return _wide(x).unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2)
+    return wide(x).unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2)
 
 
 def _join(x: Tensor) -> Tensor:
@@ -145,7 +140,7 @@ def _edge_matmul(a: Tensor, x: Tensor, index: Tensor) -> Tensor:
         return cpp.edge_matmul(a, x, index, out)
     with torch.autocast("cpu", enabled=False):  # the dtype was chosen by the caller
         for s in _chunks(len(a)):
-            out[s] = _join(_wide(a[s]) @ _split(x.index_select(0, index[s]), a.shape[1]))
+            out[s] = _join(wide(a[s]) @ _split(x.index_select(0, index[s]), a.shape[1]))
     return out
 
 
@@ -153,10 +148,10 @@ def _scatter_matmul(a: Tensor, g: Tensor, index: Tensor, order: Tensor | None, o
     out = _new_scatter_matmul(a, g, index, order, offsets)
     if available.cpp(g.shape[2] // a.shape[1], a):
         return cpp.scatter_matmul(a, g, order, offsets, out)
-    out = torch.zeros_like(_wide(out))
+    out = torch.zeros_like(wide(out))
     with torch.autocast("cpu", enabled=False):
         for s in _chunks(len(a)):
-            columns, rows = _wide(a[s]).mT, _split(g[s], a.shape[1])
+            columns, rows = wide(a[s]).mT, _split(g[s], a.shape[1])
             # With one term per sum, broadcasting is much faster than a matrix product.
             products = columns * rows if a.shape[2] == 1 else columns @ rows
             out.index_add_(0, index[s], _join(products))

@@ -23,6 +23,13 @@ class EdgeLayout(NamedTuple):
         sizes = [self.lmax + 1] + [2 * (self.lmax - m + 1) for m in range(1, self.mmax + 1)]
         return [(sum(sizes[:m]), size) for m, size in enumerate(sizes)]
 
+    def degrees(self) -> list[int]:
+        """Degree of each row."""
+        degrees = [*range(self.lmax + 1)]
+        for m in range(1, self.mmax + 1):
+            degrees += 2 * [*range(m, self.lmax + 1)]
+        return degrees
+
     def runs(self, width: int) -> list[tuple[slice, slice]]:
         """Columns of each signed order in an edge tensor with ``width`` columns, and the columns of its gates.
 

@@ -7,7 +7,7 @@ Training on forces evaluates a function y = f(p, x) of parameters p and argument
 2. J c for a cotangent c of stage 1: the loss propagates from the forces back through stage 1;
 3. the derivatives of <c, g J> + <G, y> with respect to p and x, for a gradient G of y: the last backward pass.
 
-Each stage may save results for later stages. Two ``torch.autograd.Function`` tie the stages together, so that
+Each stage may save results for later stages. Two ``torch.autograd.Function`` classes tie the stages together, so that
 ``torch.autograd.grad(..., create_graph=True)`` and ``loss.backward()`` work as with any function. The last backward
 pass reaches stage 1 before stage 0. The derivative of stage 1, which is stage 2, computes J c and passes its saved
 results on; the derivative of stage 0, which is stage 3, then differentiates both terms at once. That takes fewer

@@ -106,9 +106,29 @@ class _SegmentSum(torch.autograd.Function):
         return _Gather.apply(grad, *ctx.saved_tensors), None, None, None
 
 
+# Implementations and uninitialised results.
+
+
+def wide(x: Tensor) -> Tensor:
+    """Convert to the dtype of accumulation, at least float32."""
+    return x.float() if x.itemsize < 4 else x
+
+
 def _segment_sum_cpu(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
-    wide = x.float() if x.itemsize < 4 else x
-    return wide.new_zeros(offsets.shape[0] - 1, *x.shape[1:]).index_add(0, index, wide).to(x.dtype)
+    entries = wide(x)
+    total = entries.new_zeros(offsets.shape[0] - 1, *x.shape[1:])
+    return total.index_add(0, index, entries).to(x.dtype)
+
+
+def _segment_sum_cuda(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+    # Imported here, since a machine without a GPU may have no Triton.
+    from dpa4.ops.triton import segments as kernels
+
+    return kernels.segment_sum(x, order, offsets)
+
+
+def _new_segment_sum(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+    return x.new_empty(offsets.shape[0] - 1, *x.shape[1:])
 
 
 def _segment_max_cpu(
@@ -122,9 +142,9 @@ def _segment_max_cpu(
 def _segment_max_cuda(
     x: Tensor, start: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor
 ) -> Tensor:
-    from dpa4.ops.triton import segments as triton_segments
+    from dpa4.ops.triton import segments as kernels
 
-    return triton_segments.segment_max(x, start, order, offsets)
+    return kernels.segment_max(x, start, order, offsets)
 
 
 def _new_segment_max(
@@ -133,23 +153,12 @@ def _new_segment_max(
     return _new_segment_sum(x, index, order, offsets)
 
 
-def _segment_sum_cuda(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
-    # Imported here, since a machine without a GPU may have no Triton.
-    from dpa4.ops.triton import segments as triton_segments
-
-    return triton_segments.segment_sum(x, order, offsets)
-
-
-def _new_segment_sum(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
-    return x.new_empty(offsets.shape[0] - 1, *x.shape[1:])
+def _put_back(x: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+    return _new_put_back(x, dim, index, size).zero_().index_add_(dim, index, x)
 
 
 def _new_put_back(x: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
     return x.new_empty(*x.shape[:dim], size, *x.shape[dim + 1 :])
-
-
-def _put_back(x: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
-    return _new_put_back(x, dim, index, size).zero_().index_add_(dim, index, x)
 
 
 _INCIDENCE = "Tensor index, Tensor? order, Tensor offsets"

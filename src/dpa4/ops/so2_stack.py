@@ -315,8 +315,8 @@ def _inputs_backwards(
 ) -> Iterator[tuple[Tensor, Maybe]]:
     """Inputs of the layers and their changes, from the last layer to the first.
 
-    Those of the first and the last layer were saved. Those in between are recovered by inverting the gated updates;
-    all but the first such step may overwrite the tensors of the step before.
+    The inputs of the first and the last layer were saved. Inputs of the layers in between are recovered by inverting
+    the gated updates; all but the first such step may overwrite the tensors of the step before.
     """
     last = len(gates)
     x, d = xs[-1], ds[-1] if ds else None
@@ -397,7 +397,7 @@ for _schema, _stage, _new in (
     ("so2_joint(Tensor b, Tensor[] xs, Tensor[] us, Tensor[] grads, Tensor[] ds, Tensor[] vs, {weights})",
      _joint, _new_joint),
 ):  # fmt: skip
-    _weights_of_stack = "Tensor[] matrices, Tensor[] gates, Tensor[] pieces, int lmax, int mmax"
+    _weights_of_stack = "Tensor[] matrices, Tensor[] gates, Tensor[] parts, int lmax, int mmax"
     register(
         f"{_schema.format(weights=_weights_of_stack)} -> Tensor[]",
         _new,

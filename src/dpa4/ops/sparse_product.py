@@ -68,39 +68,25 @@ class Terms(NamedTuple):
         return cls(torch.stack([*index, place.double()]).int(), scale)
 
 
-def sparse_product(
-    a: Tensor, b: Tensor, terms: Terms, size: int, dense: Callable[[Tensor, Tensor], Tensor]
+def sparse_product(a: Tensor, b: Tensor, terms: Terms, size: int) -> Tensor:
+    """Evaluate the map by its terms, on a CPU with or without the kernel: (n, A, c), (n, B, c) -> (n, size, c)."""
+    return _Bilinear.apply(a, b, *terms, (0, 1, 2), size)
+
+
+def sparse_or_dense(
+    sparse: Callable[[], Tensor], dense: Callable[[], Tensor], width: int, *factors: Tensor
 ) -> Tensor:
-    """Evaluate the map: (n, A, c), (n, B, c) -> (n, size, c).
-
-    Args:
-        a: First factor.
-        b: Second factor.
-        terms: Non-zero coefficients of the map.
-        size: Rows of the result.
-        dense: The same map in plain operations, for tensors that the kernel does not support.
-    """
-    return either(lambda: apply_terms(a, b, terms, size), lambda: dense(a, b), a.shape[-1], a, b)
-
-
-def either(sparse: Callable[[], Tensor], dense: Callable[[], Tensor], width: int, *factors: Tensor) -> Tensor:
     """Return ``sparse()`` if there is a kernel for sparse products of the factors, and ``dense()`` otherwise.
 
-    Both compute the same result. Use this function where the two forms differ in more than the product, and
-    `sparse_product` otherwise.
+    Networks describe both forms of a product and leave the choice to this function. Both compute the same result.
 
     Args:
-        sparse: Function that calls `sparse_product` or `apply_terms`.
+        sparse: Function that calls `sparse_product`.
         dense: Function in plain operations.
         width: Length of the last axis of the factors in the sparse form.
         *factors: Tensors whose device and dtype must be supported.
     """
     return sparse() if available.cpp_sparse_product(width, *factors) else dense()
-
-
-def apply_terms(a: Tensor, b: Tensor, terms: Terms, size: int) -> Tensor:
-    """Evaluate the map by its terms, on a CPU with or without the kernel: (n, A, c), (n, B, c) -> (n, size, c)."""
-    return _Bilinear.apply(a, b, *terms, (0, 1, 2), size)
 
 
 class _Bilinear(torch.autograd.Function):

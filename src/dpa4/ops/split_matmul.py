@@ -198,7 +198,7 @@ def _new_parts(weights: list[Tensor], plus_one: list[bool]) -> list[Tensor]:
 
 
 register(
-    "precise_matmul(Tensor x, Tensor w, Tensor[] pieces) -> Tensor",
+    "precise_matmul(Tensor x, Tensor w, Tensor[] parts) -> Tensor",
     _new_product,
     {"CompositeExplicitAutograd": _product},
 )

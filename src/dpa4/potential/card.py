@@ -133,20 +133,12 @@ def _plain_switches(config: ModelConfig) -> dict[str, str]:
     return {switch: what for switch, what in _PLAIN_SO2.items() if getattr(config, switch)}
 
 
-def unsupported(config: ModelConfig, dtype: torch.dtype = torch.float32) -> list[str]:
-    """Reasons why a model runs plain operations on a GPU where other models have kernels; empty if there are none.
-
-    Args:
-        config: The model.
-        dtype: Floating-point type of the network. Precision "fast" has the kernels of float32.
-    """
-    reasons = [
+def unsupported(config: ModelConfig) -> list[str]:
+    """Reasons why a model runs plain operations on a GPU where other models have kernels; empty if there are none."""
+    return [
         f"{switch} = True: SO(2) layers with {what} are not fused; they run operation by operation"
         for switch, what in _plain_switches(config).items()
     ]
-    if dtype == torch.float64:
-        reasons.append("float64: only sums over edges have a Triton kernel")
-    return reasons
 
 
 def has_whole_stacks(config: ModelConfig) -> bool:
@@ -169,6 +161,9 @@ def gpu_kernels(config: ModelConfig, triton: str | None) -> dict[str, str]:
         config: The model.
         triton: Version of Triton, or None if it is not installed.
     """
+    in_float64 = (
+        "Triton kernels" if available.triton_dtype(torch.float64) else "plain operations, not compiled"
+    )
     return {
         "Triton": triton or "not installed; without it no model runs on a GPU",
         "edges and nodes": "Triton kernels",
@@ -176,20 +171,27 @@ def gpu_kernels(config: ModelConfig, triton: str | None) -> dict[str, str]:
         "energies and forces on H100, H200": "one CUDA kernel for all SO(2) layers of a block"
         if has_whole_stacks(config)
         else "SO(2) layers product by product",
-        "with --dtype float64": "plain operations, not compiled",
+        "with --dtype float64": f"sums over edges by a Triton kernel, else {in_float64}",
     }
 
 
 def cpu_kernels(config: ModelConfig) -> dict[str, str]:
     """Lines of the model card about the CPU of this machine."""
-    widths = {"channels": config.channels, "channels of a focus": config.focus_width}
-    odd = [f"{name} {width}" for name, width in widths.items() if width % available.LANES]
-    plain = available.cpp_missing() or (
-        f"{', '.join(odd)}: not a multiple of {available.LANES}" if odd else None
-    )
+    focus = {"channels of a focus": config.focus_width}
+    widths = {"channels": config.channels} | focus
+    if config.n_atten_head > 1:
+        widths["channels of an attention head"] = config.focus_width // config.n_atten_head
     switches = [f"{name} = True" for name in _plain_switches(config)]
-    layers = plain or (f"not with {', '.join(switches)}" if switches else None)
+    missing = available.cpp_missing()
+    plain = missing or _odd(widths)
+    layers = missing or _odd(focus) or (f"not with {', '.join(switches)}" if switches else None)
     return {
         "edges, nodes and grids": f"plain operations ({plain})" if plain else "C++ kernels",
         "layers of SO(2)": f"plain operations ({layers})" if layers else "C++ kernels, all layers at once",
     }
+
+
+def _odd(widths: dict[str, int]) -> str | None:
+    """Reason why the C++ kernels do not support these numbers of channels; None if they do."""
+    odd = [f"{name} {width}" for name, width in widths.items() if not available.cpp_width(width)]
+    return f"{', '.join(odd)}: not a multiple of {available.LANES}" if odd else None

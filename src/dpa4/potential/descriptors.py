@@ -1,4 +1,4 @@
-"""Embeddings: invariant features of every atom, the input of the energy network."""
+"""Descriptors of atoms, also called embeddings: the invariant features that the energy network reads."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,8 @@
 """Potential: network, reference energies and nuclear repulsion, differentiated to forces and virial."""
 
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from ase.data import atomic_numbers, chemical_symbols
@@ -14,6 +15,7 @@ from dpa4.model.ghosts import WHOLE, Domain
 from dpa4.model.seed import ChargeSpinEmbedding
 from dpa4.ops.incidence import Incidence
 from dpa4.ops.segments import segment_sum
+from dpa4.potential.precision import Precision
 from dpa4.potential.zbl import NoRepulsion, NuclearRepulsion
 
 
@@ -97,15 +99,25 @@ class Potential(nn.Module):
         )
 
     @property
-    def precision(self) -> Literal["high", "fast"]:
-        """Precision of the matrix products of the interaction blocks, see `dpa4.potential.precision`."""
+    def precision(self) -> Precision:
+        """Precision of the matrix products of the interaction blocks, see `dpa4.potential.precision.Precision`."""
         return "high" if self.model.block_autocast is None else "fast"
 
     @precision.setter
-    def precision(self, precision: Literal["high", "fast"]) -> None:
+    def precision(self, precision: Precision) -> None:
         self.model.block_autocast = torch.bfloat16 if precision == "fast" else None
 
-    def _apply(self, fn, recurse: bool = True) -> "Potential":  # type: ignore[no-untyped-def]
+    @contextmanager
+    def at_precision(self, precision: Precision) -> Iterator[None]:
+        """Use a precision within the block; the former precision returns afterwards."""
+        before = self.precision
+        self.precision = precision
+        try:
+            yield
+        finally:
+            self.precision = before
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Potential":
         """Move or cast the network; reference energies stay float64."""
         energies = self.reference_energies
         super()._apply(fn, recurse)

@@ -1,7 +1,7 @@
 """Compiled regions: methods of the network as compiled functions with compiled first and second derivatives.
 
 Training on forces differentiates twice, which the autograd of torch.compile does not support. A region y = f(p, x) of
-parameters p and arguments x is therefore traced once through everything a training step computes of it: the four
+parameters p and arguments x is therefore traced once through everything a training step computes from it: the four
 stages of `dpa4.ops.second_order`. The trace is a flat graph of ATen operators and kernels with nothing left to
 differentiate. It is cut into the stages. Results of matrix products and of kernels over edges are computed once and
 saved for later stages. Everything else is recomputed where it is needed, since reading it from memory would take as
@@ -268,7 +268,7 @@ class _Program:
         self.exists, self.elements = found.exists, found.elements
         self.out_spec = pytree.tree_structure(from_structure(found.results))
         self.constants, *self.stages = [
-            Stage(recipe, sources, folder and folder / f"piece-{i}")
+            Stage(recipe, sources, folder and folder / f"stage-{i}")
             for i, (recipe, sources) in enumerate(found.stages)
         ]
         hoisted = [False] * len(self.constants.recipe.results)  # no derivatives with respect to constants

@@ -52,12 +52,8 @@ class TracedStage(NamedTuple):
 class Trace(NamedTuple):
     """Result of tracing a region; can be stored as JSON."""
 
-    stages: list[
-        TracedStage
-    ]  # first the stage of constants, which depends on weights alone, then stages 0, 1, ...
-    exists: list[
-        list[bool]
-    ]  # of each stage but that of constants: for each possible result whether it exists
+    stages: list[TracedStage]  # the stage of constants, which depends on weights alone; then stages 0, 1, ...
+    exists: list[list[bool]]  # for stages 0, 1, ...: whether each possible result exists
     results: Any  # structure of the results of stage 0
     elements: dict[str, int]  # by axis: the most elements per entry of the axis that any tensor has
 
@@ -118,7 +114,7 @@ def trace(
         last_grads = [_contiguous_like(g) for g in grads]
     # Groups 0, 2, 4 and 6 of `FourStages.run`; the odd groups, what stages save, follow from the cut.
     groups: list[Any] = [fakes, grads, cotangents, last_grads] if training else [fakes, grads]
-    layout: list[tuple[int, int]] = []
+    layout = [(2 * k, i) for k, group in enumerate(groups) for i, t in enumerate(group) if t is not None]
     exists: list[list[bool]] = []
 
     @torch.enable_grad()
@@ -143,8 +139,6 @@ def trace(
         exists[:] = [[r is not None for r in stage] for stage in stages]
         return [[r.detach() for r in stage if r is not None] for stage in stages]
 
-    for k, group in enumerate(groups):
-        layout += [(2 * k, i) for i, t in enumerate(group) if t is not None]
     flat: list[Any] = [t for group in groups for t in group if t is not None]
     with enable_python_dispatcher():  # uses decompositions that preserve symbolic sizes
         graph = make_fx(traced)(*flat).graph

@@ -112,7 +112,7 @@ class _Worker:
 
 
 def _command() -> list[str]:
-    """Command of a worker: with the import path of this process, which it reads first, it serves standard input."""
+    """Command of a worker. It first reads the import path of this process, then serves standard input."""
     program = (
         "import json, sys; start = json.loads(sys.stdin.readline()); sys.path[:] = start['path']; "
         "from dpa4.tracing.workers import serve; serve(start)"

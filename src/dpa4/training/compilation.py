@@ -19,7 +19,6 @@ from dpa4.execution.regions import compile_potential, restore_eager
 from dpa4.execution.trial import attempt, compared
 from dpa4.graph import Graph
 from dpa4.potential import Potential
-from dpa4.potential.precision import at_precision
 from dpa4.training.replayed_step import Recorder, RecordingError, ReplayedStep, Step
 
 T = TypeVar("T")
@@ -164,7 +163,7 @@ class CompiledTraining:
             DeviationError: If a deviation is larger than allowed or not finite.
         """
         self.potential.train(training)
-        with at_precision(self.potential, self.potential.precision if training else "high"):
+        with self.potential.at_precision(self.potential.precision if training else "high"):
             allowed = tolerance(self.potential)
             found = compared(self.potential, graph)
         return ", ".join(f"{name} {d:.0e}" for name, d in found.items()) + f" (allowed {allowed:.0e})"

@@ -14,7 +14,6 @@ from torch import Tensor
 from dpa4.data import Batch
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import save_potential
-from dpa4.potential.precision import at_precision
 from dpa4.system import keep_freed_memory, stop_requests
 from dpa4.training.coverage import RunCoverage
 from dpa4.training.ema import MovingAverage
@@ -292,7 +291,7 @@ class Trainer:
     def _evaluated_weights(self) -> Iterator[None]:
         """Use the averaged weights, if any, at precision "high" while the context is active."""
         averaged = self.average.applied() if self.average is not None else nullcontext()
-        with at_precision(self.potential, "high"), averaged:
+        with self.potential.at_precision("high"), averaged:
             yield
 
     # --- files

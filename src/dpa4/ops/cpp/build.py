@@ -24,6 +24,8 @@ from dpa4.output import atomic_write
 _FOLDER = Path(__file__).parent
 _ARCHITECTURES = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
 """Argument of -march by the capability of the CPU that PyTorch reports."""
+_SOURCES = ("edges.cpp", "so2_stack.cpp")
+_NAMES = {torch.float32: "float", torch.float64: "double"}  # suffix of a function by dtype
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,9 +51,6 @@ def is_supported_machine() -> bool:
 def compiler() -> str | None:
     """Path of the first C++ compiler found, or None."""
     return next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
-
-
-_NAMES = {torch.float32: "float", torch.float64: "double"}
 
 
 def function(source: str, name: str, dtype: torch.dtype) -> Callable[..., None]:
@@ -87,9 +86,6 @@ def pointers(tensors: Sequence[Tensor]) -> ctypes.c_void_p:
     """
     array = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
     return ctypes.cast(array, ctypes.c_void_p) if tensors else ctypes.c_void_p()
-
-
-_SOURCES = ("edges.cpp", "so2_stack.cpp")
 
 
 def _architecture() -> str | None:

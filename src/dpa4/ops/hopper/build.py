@@ -16,7 +16,7 @@ _SHARED_MEMORY_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 class Kernel:
-    """Kernel, loaded on the current device.
+    """CUDA kernel, loaded on the current device.
 
     Args:
         source: Source file.
@@ -46,6 +46,7 @@ class Kernel:
 
 @cache
 def _module(source: Path, device: int) -> ctypes.c_void_p:
+    """Module with the kernels of a source file, loaded on the current device; ``device`` keys the cache."""
     torch.cuda.current_stream()  # creates the context of the device
     module = ctypes.c_void_p()
     _check(_driver().cuModuleLoadData(ctypes.byref(module), _code(source)))
@@ -54,7 +55,7 @@ def _module(source: Path, device: int) -> ctypes.c_void_p:
 
 def _code(source: Path) -> bytes:
     """Machine code for Hopper GPUs, cached in a file in Inductor's cache folder."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir  # imports Triton
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # imported here, since it imports Triton
 
     text = source.read_bytes()
     digest = hashlib.sha256(text + str(torch.version.cuda).encode()).hexdigest()[:32]
@@ -68,7 +69,7 @@ def _code(source: Path) -> bytes:
 
 
 def compile_cuda(text: bytes, name: str) -> bytes:
-    """Compile a source text for sm_90a: compute capability 9.0 with its own instructions. Needs no GPU.
+    """Compile a source text for sm_90a (compute capability 9.0, with instructions of this GPU only). Needs no GPU.
 
     Raises:
         RuntimeError: If compilation fails; the message is the compiler's log.

@@ -207,6 +207,7 @@ class _Pointers(ctypes.Structure):
 
 @cache
 def _kernel(name: str, device: int) -> Kernel:
+    """Kernel on the current device; ``device`` keys the cache."""
     return Kernel(_SOURCE, name, _THREADS, _SHARED_MEMORY)
 
 

@@ -10,8 +10,8 @@ from ase.data import atomic_numbers
 from torch import Tensor
 
 from dpa4.model.config import ModelConfig
-from dpa4.model.edges import reduced_degrees
 from dpa4.model.layers import balance_of, degree_of
+from dpa4.ops.layout import EdgeLayout
 from dpa4.output import atomic_write
 from dpa4.potential.deepmd.names import deepmd_name
 from dpa4.potential.deepmd.options import config_to_deepmd
@@ -123,14 +123,15 @@ def _block_buffers(config: ModelConfig, lmax: int, dtype: torch.dtype) -> dict[s
             f"{norm}.balance_weight": balance_of(lmax, config.channels).to(dtype),
         }
 
-    orders = order_positions(lmax, min(config.mmax, lmax))
+    layout = EdgeLayout(lmax, min(config.mmax, lmax))
+    orders = order_positions(layout)
     negative = torch.cat([torch.tensor([], dtype=torch.int64), *(minus for minus, _ in orders[1:])])
     positive = torch.cat([torch.tensor([], dtype=torch.int64), *(plus for _, plus in orders[1:])])
     for t in range(config.mixing_layers):
         linear = f"so2_conv.so2_linears.{t}."
         buffers |= {f"{linear}m0_idx": orders[0][0], f"{linear}neg_indices": negative}
         buffers[f"{linear}pos_indices"] = positive
-    edge_degree = torch.tensor(reduced_degrees(lmax, min(config.mmax, lmax)))
+    edge_degree = torch.tensor(layout.degrees())
     for t in range(config.mixing_layers - 1):
         buffers[f"so2_conv.non_linearities.{t}.expand_index"] = edge_degree[edge_degree > 0] - 1
     if config.radial_so2_mode != "none":
@@ -146,17 +147,12 @@ def _ffn_buffers(lmax: int, gated: bool) -> dict[str, Tensor]:
     return buffers | ({"act.expand_index": degree[degree > 0] - 1} if gated else {})
 
 
-def order_positions(lmax: int, mmax: int) -> list[tuple[Tensor, Tensor]]:
-    """Positions of the coefficients of order -m and +m in the layout of the edge frame, for m = 0..mmax.
-
-    The layout consists of the orders 0, -1, +1, -2, +2, ..., each with its degrees m..lmax.
-    """
-    positions, start = [], 0
-    for m in range(mmax + 1):
-        run = torch.arange(lmax + 1 - m)
-        step = 0 if m == 0 else len(run)
-        positions.append((start + run, start + step + run))
-        start += step + len(run)
+def order_positions(layout: EdgeLayout) -> list[tuple[Tensor, Tensor]]:
+    """Positions of the coefficients of order -m and +m in the edge frame, for m = 0..mmax."""
+    positions = []
+    for m, (first, count) in enumerate(layout.orders()):
+        rows = torch.arange(first, first + count)
+        positions.append((rows, rows) if m == 0 else (rows[: count // 2], rows[count // 2 :]))
     return positions
 
 
