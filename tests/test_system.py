@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from dpa4.system import choose_device
+
 STEPS = """
 import json, resource, sys, torch
 from dpa4.system import keep_freed_memory
@@ -31,3 +33,9 @@ def test_pages_of_freed_tensors_are_used_again():
     if faults["gives back"] < 0.2 * pages:
         pytest.skip("this system hands out memory in large pages, or the allocator keeps it anyway")
     assert faults["keeps"] < 0.1 * pages  # now and then some of the heap grows
+
+
+@pytest.mark.parametrize("name", ["gpu", "mps", "meta"])
+def test_devices_other_than_cpu_and_cuda_are_refused(name):
+    with pytest.raises(ValueError, match=f"device must be auto, cpu or cuda, got '{name}'"):
+        choose_device(name)

@@ -466,7 +466,7 @@ def empty_cases() -> dict[str, tuple]:
         "MessageNodeProduct": (lambda x: message(x, x), random(0, 9, 8), (0, 9, 8)),
         "SO2Convolution": (lambda x: convolution(x, radial, edges), nodes, (3, 9, 4)),
     }
-    for product in (DegreeProduct(2, 1, 4, 2), ElementwiseProduct(2, 1, 4)):
+    for product in (DegreeProduct(2, 1, 4, 2), ElementwiseProduct(2, 1)):
         module = prepared(product)
         function = lambda x, module=module: module(module.spread(x), radial, identity, edges)  # noqa: E731
         cases[type(product).__name__] = (function, nodes, (0, 7, 4))

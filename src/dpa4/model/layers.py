@@ -116,15 +116,16 @@ class DegreeLinear(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square norm of scalars over channels, with a learned scale."""
 
-    def __init__(self, *shape: int, eps: float = 1e-7):
+    EPSILON = 1e-7
+
+    def __init__(self, *shape: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(*shape))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (n, *shape) in the precision of the scale."""
         x = x.to(self.scale.dtype)
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.scale
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.EPSILON) * self.scale
 
 
 class EquivariantRMSNorm(ConstantModule):

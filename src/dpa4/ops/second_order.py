@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 Maybe = Tensor | None
+"""A tensor, or None in place of an input, result or gradient that is missing."""
 
 
 class FourStages(Protocol):

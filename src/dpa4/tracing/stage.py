@@ -22,6 +22,10 @@ from dpa4.output import atomic_write
 
 Function = Callable[..., Sequence[Tensor]]
 
+Place = tuple[int, int]
+"""Place of a tensor that exists before a stage: its group, as numbered in `dpa4.ops.second_order.FourStages.run`, and
+its position in the group."""
+
 _OPTIONS = {
     "comprehensive_padding": False,  # tensors that stages pass to each other must be contiguous
     "pattern_matcher": False,  # slow, and no pattern matches here
@@ -159,7 +163,7 @@ class Stage:
 
     Args:
         recipe: Text and types of the stage.
-        sources: Group and position of each argument, see `dpa4.ops.second_order.FourStages.run`.
+        sources: Place of each argument.
         file: File of the compiled code; None to store none.
 
     Attributes:
@@ -167,7 +171,7 @@ class Stage:
         empty: Whether the stage has no results, so that it need not run.
     """
 
-    def __init__(self, recipe: Recipe, sources: Sequence[tuple[int, int]], file: Path | None = None):
+    def __init__(self, recipe: Recipe, sources: Sequence[Place], file: Path | None = None):
         self.recipe, self.sources, self.file = recipe, sources, file
         self.function: Function | None = None
         self.empty = not recipe.results

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from dpa4.ops.second_order import Maybe
 from dpa4.output import atomic_write
 from dpa4.tracing.sizes import COUNTED, HINTS, INDEX_LIMIT
-from dpa4.tracing.stage import Recipe, recipe_of, symbolic_sizes
+from dpa4.tracing.stage import Place, Recipe, recipe_of, symbolic_sizes
 
 _EXPENSIVE = {"mm", "bmm", "addmm", "baddbmm", "index_add", "index_put"}
 _REDUCTIONS = {"sum", "mean", "amax"}
@@ -46,7 +46,7 @@ class TracedStage(NamedTuple):
     """Stage that was traced but not compiled."""
 
     recipe: Recipe
-    sources: list[tuple[int, int]]  # group and position of each argument, see `FourStages.run`
+    sources: list[Place]  # place of each argument
 
 
 class Trace(NamedTuple):
@@ -91,7 +91,7 @@ def trace(
         last_mask: For each input, whether stage 3 differentiates with respect to it.
     """
     device, training = kind.device.type, kind.training
-    differentiable = [t is not None and t.requires_grad for t in inputs]
+    requires = [t is not None and t.requires_grad for t in inputs] if training else mask
     structure: Any = None
 
     def value(inputs: Sequence[Maybe]) -> list[Tensor]:
@@ -112,7 +112,7 @@ def trace(
     with mode:
         cotangents = [_contiguous_like(f) for f, m in zip(fakes, mask, strict=True) if m and f is not None]
         last_grads = [_contiguous_like(g) for g in grads]
-    # Groups 0, 2, 4 and 6 of `FourStages.run`; the odd groups, what stages save, follow from the cut.
+    # Groups 0, 2, 4 and 6 of `FourStages.run`; the odd groups, which stages save, follow from the cut.
     groups: list[Any] = [fakes, grads, cotangents, last_grads] if training else [fakes, grads]
     layout = [(2 * k, i) for k, group in enumerate(groups) for i, t in enumerate(group) if t is not None]
     exists: list[list[bool]] = []
@@ -122,7 +122,6 @@ def trace(
         """Results of all stages, from the flat list of the tensors of all groups."""
         rest = iter(flat)
         given = [[None if t is None else next(rest) for t in group] for group in groups]
-        requires = differentiable if training else mask
         x = [
             None if t is None else t.detach().requires_grad_(r)
             for t, r in zip(given[0], requires, strict=True)
@@ -173,13 +172,8 @@ def from_structure(structure: Any) -> Any:
 
 
 def _cut(
-    joint: fx.Graph,
-    layout: list[tuple[int, int]],
-    shaped: list[tuple[int, int]],
-    keep: bool,
-    fixed: set[tuple[int, int]],
-    num_inputs: int,
-) -> list[tuple[fx.Graph, list[tuple[int, int]]]]:
+    joint: fx.Graph, layout: list[Place], shaped: list[Place], keep: bool, fixed: set[Place], num_inputs: int
+) -> list[tuple[fx.Graph, list[Place]]]:
     """Cut a graph that computes the results of all stages into one graph per stage, and one for constants.
 
     Stages are cut in the order in which they run. From its results, each stage is followed backwards. The walk ends
@@ -190,20 +184,20 @@ def _cut(
     Args:
         joint: Graph whose placeholders are the tensors of all groups and whose output is one list of results per
             stage.
-        layout: Group and position of each placeholder, see `dpa4.ops.second_order.FourStages.run`.
-        shaped: Group and position of placeholders that are arguments of every stage.
+        layout: Place of each placeholder.
+        shaped: Places of placeholders that are arguments of every stage.
         keep: Whether stages save results for later stages.
-        fixed: Group and position of placeholders that rarely change, the weights outside of training. Nodes that
-            depend on them alone become constants, computed once for many calls.
+        fixed: Places of placeholders that rarely change, the weights outside of training. Nodes that depend on them
+            alone become constants, computed once for many calls.
         num_inputs: Number of inputs, group 0. The constants are added to that group.
 
     Returns:
-        Graph, and group and position of each of its arguments: for the stage of constants, then for stages 0, 1, ...
-        The results of a stage are followed by what it saves.
+        Graph, and place of each of its arguments: for the stage of constants, then for stages 0, 1, ... The tensors
+        that a stage saves follow its results.
     """
     joint = fx_graph_cse(joint)
     nodes = list(joint.nodes)
-    # Group and position of nodes that exist before a stage runs: first the placeholders.
+    # Places of nodes that exist before a stage runs: first the placeholders.
     place = dict(zip([n for n in nodes if n.op == "placeholder"], layout, strict=True))
     outputs: list[list[fx.Node]] = nodes[-1].args[0]  # type: ignore[assignment]
     order = {n: i for i, n in enumerate(nodes)}
@@ -242,7 +236,7 @@ def _cut(
     before = _ancestors(members)
     first = _graph_of_stage(before & place.keys(), before - place.keys(), members, place, order)
     place |= {n: (0, num_inputs + i) for i, n in enumerate(members)}
-    # What stage s saves is group 2 s + 1. All places are known now, and the graphs can be written.
+    # The tensors that stage s saves are group 2 s + 1. All places are known now, and the graphs can be written.
     for stage, members in enumerate(kept):
         place |= {n: (2 * stage + 1, i) for i, n in enumerate(members)}
     position = {p: n for n, p in place.items()}
@@ -260,9 +254,9 @@ def _graph_of_stage(
     arguments: set[fx.Node],
     inside: set[fx.Node],
     results: Sequence[fx.Node],
-    place: dict[fx.Node, tuple[int, int]],
+    place: dict[fx.Node, Place],
     order: dict[fx.Node, int],
-) -> tuple[fx.Graph, list[tuple[int, int]]]:
+) -> tuple[fx.Graph, list[Place]]:
     """Write the graph of a stage that computes the nodes inside from its arguments; return it and its sources.
 
     Both sets are put into the order of the joint graph, so that the text of a stage is the same in every process.

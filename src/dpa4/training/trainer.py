@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dpa4.data import Batch
+from dpa4.execution.limits import compiles_by_default
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import save_potential
 from dpa4.system import keep_freed_memory, stop_requests
@@ -230,7 +231,7 @@ class Trainer:
     def _compile(self) -> None:
         """Compile the network if the options say so and steps are left to do."""
         option = self.config.training.compile
-        if not (self.device.type == "cuda" if option is None else option) or self._over():
+        if not (compiles_by_default(self.device) if option is None else option) or self._over():
             return
         from dpa4.training.compilation import CompiledTraining  # the import takes a second, with Triton
 

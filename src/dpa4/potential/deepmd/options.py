@@ -44,7 +44,7 @@ _DESCRIPTOR_TRANSLATED = frozenset(
     "default_chg_spin exclude_types".split()
 )
 # Options without a counterpart here, with the accepted values. Export writes the first one.
-_DESCRIPTOR_FIXED: dict[str, tuple] = {
+_DESCRIPTOR_FIXED: dict[str, tuple[Any, ...]] = {
     "edge_cartesian": (False,),
     "node_cartesian": ("none", "", 0),
     "extra_node_l": (0,),
@@ -71,7 +71,7 @@ _DESCRIPTOR_ADDED = frozenset(("ntypes", "type_map", "inner_clamp_r_inner", "inn
 _FITTING_TRANSLATED = frozenset(
     ("type", "neuron", "precision", "atom_ener", "dim_case_embd", "case_film_embd")
 )
-_FITTING_FIXED: dict[str, tuple] = {
+_FITTING_FIXED: dict[str, tuple[Any, ...]] = {
     "numb_fparam": (0,),
     "numb_aparam": (0,),
     "activation_function": ("silu",),
@@ -90,7 +90,7 @@ _MODEL_TRANSLATED = frozenset(
     "type type_map descriptor fitting_net pair_exclude_types bridging_method bridging_r_inner "
     "bridging_r_outer".split()
 )
-_MODEL_FIXED: dict[str, tuple] = {
+_MODEL_FIXED: dict[str, tuple[Any, ...]] = {
     "atom_exclude_types": ([],),
     "use_srtab": (None, False),
     "spin": (None,),
@@ -273,7 +273,7 @@ def _check_options(
     options: Mapping[str, Any],
     section: str,
     translated: frozenset[str] | set[str],
-    fixed: Mapping[str, tuple],
+    fixed: Mapping[str, tuple[Any, ...]],
     irrelevant: Mapping[str, Any],
     added: frozenset[str] = frozenset(),
 ) -> None:
