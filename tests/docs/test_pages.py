@@ -146,7 +146,7 @@ def test_options_of_commands_in_tables():
         "elastic": ("docs/crystals.md", "## Elastic tensor"),
         "phonon": ("docs/crystals.md", "## Phonons"),
         "embed": ("docs/properties.md", "## Embeddings"),
-        "dimer": ("docs/properties.md", "## Pair curves"),
+        "pairs": ("docs/properties.md", "## Pair curves"),
         "neb": ("docs/properties.md", "## Barriers"),
         "screen": ("docs/torchsim.md", "## Screening"),
         "lammps": ("docs/lammps.md", "## Without compiling"),
