@@ -240,6 +240,7 @@ def scan_pairs(
     """
     distances = _distances(potential, pairs, start, step)
     requested = {"-".join(pair): pair for pair in (element_pairs(potential) if pairs is None else pairs)}
+    # "dimer" was the name of the command; folders of earlier versions have it.
     settings = {"task": "dimer", **fingerprint_of(potential), "start": float(start), "step": float(step)}
     folder = Path(output)
     with Records(folder, settings, "pairs") as records, stop_requests() as stopped:

@@ -22,7 +22,7 @@ from dpa4.potential.card import ModelCard
 from dpa4.simulation.pair_curves import Diagnosis, diagnose, draw_pairs, element_pairs, pair_curves
 from dpa4.system import choose_device
 
-MAX_PAIRS = 60  # in the report; `dpa4 dimer` has no limit
+MAX_PAIRS = 60  # in the report; `dpa4 pairs` has no limit
 PAIRS_OF_A_FIGURE = 3  # one row, as wide as the page
 SUMMARY = (
     "preset",
@@ -230,7 +230,7 @@ def _pair_curves(model: Path | None, compute: bool, device: str | torch.device, 
     if model is None:
         return _missing("There is no model yet", "dpa4 train run.yaml --resume")
     if not compute:
-        return _missing("Pair curves were switched off", f"dpa4 dimer {model} --output dimer")
+        return _missing("Pair curves were switched off", f"dpa4 pairs {model}")
     potential = load_potential(model, device=choose_device(device))
     pairs = _pairs_of_the_data(potential)
     chosen = pairs[:MAX_PAIRS]
@@ -247,7 +247,7 @@ def _pair_curves(model: Path | None, compute: bool, device: str | torch.device, 
             f"Only {MAX_PAIRS} of {len(pairs)} pairs are shown, with the shortest distances in the training data; "
             "for all pairs"
         )
-        parts.append(_missing(text, f"dpa4 dimer {model} --output dimer"))
+        parts.append(_missing(text, f"dpa4 pairs {model}"))
     for first in range(0, len(curves), PAIRS_OF_A_FIGURE):
         page = slice(first, first + PAIRS_OF_A_FIGURE)
         drawn = io.BytesIO()
