@@ -64,8 +64,7 @@ KEEP_POLICIES = (
     KeepPolicy(0, 0),
 )
 """Policies for small, larger and large systems. Keeping intermediates everywhere takes 3 MiB per atom of paper-air
-and
-saves a sixth of the time (43.6 and 37.0 ms for 4,096 atoms on one H200)."""
+and saves a sixth of the time (43.6 and 37.0 ms for 4,096 atoms on one H200)."""
 
 KEEP_NOTHING = len(KEEP_POLICIES) - 1
 """Index of the policy that keeps no intermediates."""

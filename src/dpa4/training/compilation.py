@@ -20,7 +20,7 @@ from dpa4.execution.trial import attempt, compared
 from dpa4.graph import Graph
 from dpa4.potential import Potential
 from dpa4.potential.precision import at_precision
-from dpa4.training.replayed_step import Recorder, RecordingError, ReplayedStep, Step
+from dpa4.training.replayed_step import RecordingError, ReplayedStep, Step, StepRecorder
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ class CompiledTraining:
         self.active = True
         self._check(batches, training=True)
         if self.active and self.potential.device.type == "cuda":
-            recorder = Recorder(self.differentiate, self.potential.parameters())
+            recorder = StepRecorder(self.differentiate, self.potential.parameters())
             self._step = ReplayedStep(self.potential, self.differentiate, recorder)
 
     def check_evaluation(self, batches: EpochBatches) -> None:
