@@ -21,7 +21,7 @@ from dpa4.cli.screen import MaxEdges, Rank, WorldSize, report
 from dpa4.cli.training import label_keys
 
 if TYPE_CHECKING:
-    from dpa4.simulation.runs.store import Progressed
+    from dpa4.simulation.runs.store import RunState
 
 bench = typer.Typer(
     help="Published benchmarks: Matbench Discovery and SPICE-MACE-OFF. After Ctrl-C, the same command continues.",
@@ -224,6 +224,6 @@ def _differences(found: tuple[str, ...]) -> None:
         console.print(f"differs from the leaderboard: {difference}", highlight=False)
 
 
-def _report(state: "Progressed", items: str) -> None:
+def _report(state: "RunState", items: str) -> None:
     failed = f"{state.failed} failed ({state.reason})" if state.failed else "none failed"
     console.print(f"{state.done} {items}, {failed}{', interrupted' if state.interrupted else ''}")

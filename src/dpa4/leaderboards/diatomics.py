@@ -21,16 +21,8 @@ from dpa4.leaderboards.curves import (
     reference_metrics,
     wall_error,
 )
-from dpa4.output import new_figure, save_figure
-from dpa4.simulation.runs.store import (
-    Progressed,
-    Record,
-    Records,
-    read_settings,
-    run_items,
-    write_csv,
-    write_json,
-)
+from dpa4.output import new_figure, save_figure, write_csv, write_json
+from dpa4.simulation.runs.store import Record, Records, RunState, read_settings, run_items
 
 DISTANCES = np.geomspace(0.1, 6.0, 119)  # Angstrom
 HEAVIEST = 92
@@ -111,7 +103,7 @@ def run_diatomics(
     *,
     model: str = "",
     progress: bool = True,
-) -> Progressed:
+) -> RunState:
     """Compute the curves of elements at 119 distances from 0.1 to 6 Angstrom.
 
     Every curve is saved in ``output``/results.jsonl at once. After an interruption, the same call continues.

@@ -17,9 +17,9 @@ from ase import Atoms
 
 from dpa4.leaderboards import files, protocol
 from dpa4.leaderboards.metrics import StabilityMetrics, discovery_metrics, mean_rmsd
-from dpa4.output import new_figure, save_figure
-from dpa4.simulation.runs.shards import FinishedRun
-from dpa4.simulation.runs.store import Progressed, Record, Records, run_items, write_csv, write_json
+from dpa4.output import new_figure, save_figure, write_csv, write_json
+from dpa4.simulation.runs.shards import FinishedScreening
+from dpa4.simulation.runs.store import Record, Records, RunState, run_items
 from dpa4.system import require
 
 PREDICTION = "e_form_per_atom"  # column of the predicted formation energy, eV/atom
@@ -54,7 +54,7 @@ class DiscoveryScore:
 
 def score_structures(
     output: str | Path, data: str | Path, *, progress: bool = True
-) -> tuple[Progressed, DiscoveryScore | None]:
+) -> tuple[RunState, DiscoveryScore | None]:
     """Compute formation energies, energies above the hull and RMSD of relaxed structures, and their metrics.
 
     The predicted energy and structure replace those of the DFT entry, ``MaterialsProject2020Compatibility`` corrects
@@ -85,7 +85,7 @@ def score_structures(
     summary = read_summary(files.locate(data, files.WBM_SUMMARY))
     corrector = _Corrector(read_references(files.locate(data, files.MP_REFERENCES)))
     entries = files.locate(data, files.WBM_ENTRIES)
-    run = FinishedRun(folder)
+    run = FinishedScreening(folder)
     crystals = _by_name(run, summary)
     relaxed = {name: row for name, row in crystals.items() if row["frame"] == "True"}
     cell, pressure = run.settings["cell"], run.settings["pressure"]
@@ -116,7 +116,7 @@ def score_structures(
     return state, score
 
 
-def _by_name(run: FinishedRun, summary: Mapping[str, WBMRow]) -> dict[str, dict[str, str]]:
+def _by_name(run: FinishedScreening, summary: Mapping[str, WBMRow]) -> dict[str, dict[str, str]]:
     """Rows of a run by ``material_id``."""
     rows: dict[str, dict[str, str]] = {}
     for row in run.rows:

@@ -15,16 +15,8 @@ from dpa4.interfaces.ase import fingerprint_of_calculator
 from dpa4.leaderboards import files, protocol
 from dpa4.leaderboards.conductivity import conductivity, relax_symmetric, space_group
 from dpa4.leaderboards.metrics import FAILED_SRME, mean_with_failures, sre, srme
-from dpa4.output import new_figure, save_figure
-from dpa4.simulation.runs.store import (
-    Progressed,
-    Record,
-    Records,
-    read_settings,
-    run_items,
-    write_csv,
-    write_json,
-)
+from dpa4.output import new_figure, save_figure, write_csv, write_json
+from dpa4.simulation.runs.store import Record, Records, RunState, read_settings, run_items
 from dpa4.system import require
 
 Array = NDArray[np.float64]
@@ -88,7 +80,7 @@ def run_kappa(
     displacement: float = 0.03,
     model: str = "",
     progress: bool = True,
-) -> Progressed:
+) -> RunState:
     """Compute the conductivities of the crystals of a file.
 
     Every result is saved in ``output``/results.jsonl at once. After an interruption, the same call continues and

@@ -11,17 +11,9 @@ from rich.table import Table
 from dpa4.data import EpochBatches, Frame, FrameDataset, check_elements
 from dpa4.data.dataset import Budget, pack
 from dpa4.leaderboards.metrics import log_mean
-from dpa4.output import new_figure, save_figure
+from dpa4.output import new_figure, save_figure, write_csv, write_json
 from dpa4.potential import Potential, fingerprint_of
-from dpa4.simulation.runs.store import (
-    Progressed,
-    Record,
-    Records,
-    read_settings,
-    run_items,
-    write_csv,
-    write_json,
-)
+from dpa4.simulation.runs.store import Record, Records, RunState, read_settings, run_items
 from dpa4.training.evaluation import pairs, predict
 
 BATCH = "batch"
@@ -65,7 +57,7 @@ def run_spice(
     *,
     max_atoms: int = 2000,
     progress: bool = True,
-) -> Progressed:
+) -> RunState:
     """Compute the errors of every structure of a test set.
 
     The errors of every batch are saved in ``output``/results.jsonl at once. After an interruption, the same call

@@ -22,7 +22,7 @@ from dpa4.leaderboards.discovery import PREDICTION, pymatgen_structure
 from dpa4.leaderboards.metrics import combined_performance_score
 from dpa4.output import atomic_write, read_csv
 from dpa4.potential.checkpoint import read_checkpoint
-from dpa4.simulation.runs.shards import FinishedRun
+from dpa4.simulation.runs.shards import FinishedScreening
 from dpa4.simulation.runs.store import Record, Records, read_settings
 
 MAX_NEIGHBORS = "missing"  # the number of neighbours is not limited
@@ -201,7 +201,7 @@ def _discovery(run: Path, summary: Record, stem: Path, folder: Path) -> Record:
         for row in read_csv(run / "discovery.csv"):
             writer.writerow((row["material_id"], row[PREDICTION]))
     relaxed = Path(f"{stem}geo-opt.jsonl.gz")
-    screening = FinishedRun(run)
+    screening = FinishedScreening(run)
     with _compressed(relaxed) as file:
         for row in screening.rows:
             if row["frame"] == "True":

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from dpa4.data.coverage import ElementPair
 from dpa4.graph import Graph
-from dpa4.output import save_figure
+from dpa4.output import save_figure, write_csv, write_json
 from dpa4.potential import Potential, expand_energy, fingerprint_of
 from dpa4.simulation.runs.progress import progress_bar
-from dpa4.simulation.runs.store import Records, write_csv, write_json
+from dpa4.simulation.runs.store import Records
 from dpa4.system import stop_requests
 
 COMPUTED = ("energy", "force", "curvature")

@@ -1,6 +1,5 @@
 """Evaluation of a potential: predictions, error tables, and files for a closer look."""
 
-import csv
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from dpa4.data import Batch, EpochBatches, Frame, FrameDataset, check_elements
+from dpa4.output import write_csv
 from dpa4.potential import Potential
 from dpa4.training.plots import plot_parity
 
@@ -83,10 +83,7 @@ class ErrorTable(NamedTuple):
 
     def write_csv(self, path: Path) -> None:
         """Write one row per group and quantity."""
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(ErrorRow._fields)
-            writer.writerows(self.rows)
+        write_csv(path, ErrorRow._fields, (row._asdict() for row in self.rows))
 
     def write_json(self, path: Path) -> None:
         """Write a list with one object per group and quantity."""
