@@ -1,4 +1,4 @@
-"""Mode-resolved lattice thermal conductivity of one crystal, by phono3py with Wigner transport."""
+"""Mode-resolved lattice thermal conductivity of one crystal, with phono3py and Wigner transport."""
 
 import warnings
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ def conductivity(
     displacement: float = 0.03,
     stopped: Sequence[int] = (),
 ) -> Record:
-    """Conductivity at 300 K by phono3py: Wigner transport in the relaxation time approximation.
+    """Compute the conductivity at 300 K with phono3py: Wigner transport in the relaxation time approximation.
 
     Force constants of second and third order come from finite displacements. Isotope scattering is included. The
     transport is "SMM19" of phono3py 4. The contribution of a pair of bands is divided between the two bands according

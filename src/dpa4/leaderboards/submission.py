@@ -97,7 +97,7 @@ def write_submission(
     Args:
         model: Checkpoint.
         metadata: Result of ``read_metadata``; its ``hyperparams`` are merged with the known ones.
-        output: Folder; created if it does not exist.
+        output: Output folder, created if absent.
         discovery: Folder of the discovery task.
         kappa: Folder of the conductivities.
         diatomics: Folder of the diatomic molecules.
@@ -160,7 +160,7 @@ def write_submission(
 
 
 def _check(task: str, folder: Path) -> Record:
-    """Settings of a run, which must be one of this task."""
+    """Return the settings of a run after checking that it is one of this task."""
     settings = read_settings(folder)
     if settings.get("task") != task:
         raise ValueError(f"{folder} holds a run of the task {settings.get('task')!r}, not of {task!r}")
@@ -273,7 +273,7 @@ def _diatomics(run: Path, summary: Record, stem: Path, folder: Path) -> Record:
 
 @contextmanager
 def _compressed(path: Path) -> Iterator[TextIO]:
-    """Open a gzip file for writing; equal content gives equal bytes."""
+    """Open a gzip file for writing. It has no time stamp, so equal content results in equal bytes."""
     with atomic_write(path) as temporary, temporary.open("wb") as raw:
         with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed:
             with io.TextIOWrapper(packed, encoding="utf-8") as text:

@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from ase import Atoms, units
@@ -20,8 +20,7 @@ from dpa4.simulation.runs.store import check_settings
 from dpa4.system import stop_requests
 
 Ensemble = Literal["nve", "langevin", "nvt", "npt"]
-ENSEMBLES = ("nve", "langevin", "nvt", "npt")
-CELLS = ("volume", "full")
+CellMotion = Literal["volume", "full"]
 
 COLUMNS = ("step", "time_ps", "potential_eV", "kinetic_eV", "total_eV", "temperature_K")
 CONSERVED = "conserved_eV"  # energy of the structure and its baths; nvt and npt only
@@ -70,7 +69,7 @@ def run_md(
     tdamp: float = 100.0,
     pressure: float = 0.0,
     pdamp: float = 1000.0,
-    cell: Literal["volume", "full"] = "volume",
+    cell: CellMotion = "volume",
     interval: int = 10,
     seed: int = 0,
     resume: bool = False,
@@ -299,7 +298,7 @@ class _Run:
 
 
 def _check_arguments(settings: dict[str, Any]) -> None:
-    for name, allowed in (("ensemble", ENSEMBLES), ("cell", CELLS)):
+    for name, allowed in (("ensemble", get_args(Ensemble)), ("cell", get_args(CellMotion))):
         if settings[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {settings[name]!r}")
     for name, unit in (("timestep", "fs"), ("friction", "1/fs"), ("tdamp", "fs"), ("pdamp", "fs")):

@@ -148,7 +148,7 @@ def run_items(
             not empty after Ctrl-C; ``compute`` may then raise ``ItemInterrupted`` instead of finishing the item.
         records: Receives the results.
         title: Text beside the progress bar.
-        progress: Show a progress bar if the output is a terminal.
+        progress: Show a progress bar on a terminal.
 
     Returns:
         Numbers of finished and failed items, including those of earlier calls.
