@@ -171,7 +171,7 @@ class Interrupting(EMT):
 
 def test_interrupted_and_resumed(tmp_path):
     expected = run(bulk("Cu"), EMT(), tmp_path / "whole")
-    with pytest.raises(Stopped, match=r"strains: \d+ of 25 done; resume to go on"):
+    with pytest.raises(Stopped, match=r"strains: \d+ of 25 done; resume to continue"):
         run(bulk("Cu"), Interrupting(), tmp_path / "parts")
     result = run(bulk("Cu"), EMT(), tmp_path / "parts", resume=True)
     np.testing.assert_allclose(result.stiffness, expected.stiffness, rtol=1e-6, atol=1e-6)

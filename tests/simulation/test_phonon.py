@@ -188,7 +188,7 @@ def test_interrupted_and_resumed(tmp_path):
     whole = Counting()
     expected = run(atoms, whole, tmp_path / "whole")
     assert whole.evaluations == expected.displacements + 1
-    with pytest.raises(Stopped, match=r"stopped; forces: 2 of 3 done; resume to go on"):
+    with pytest.raises(Stopped, match=r"stopped; forces: 2 of 3 done; resume to continue"):
         run(atoms, Counting(2), tmp_path / "parts")
     rest = Counting()
     result = run(atoms, rest, tmp_path / "parts", resume=True)

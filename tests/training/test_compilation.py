@@ -148,7 +148,7 @@ CAUSES = {
 
 
 def assert_failure_is_told(text: str, make_read_out) -> None:
-    assert "Compilation failed" in text and "Training goes on in eager mode" in text
+    assert "Compilation failed" in text and "Training continues in eager mode" in text
     assert re.search(CAUSES[make_read_out], text), text
     assert ("deviation from eager mode on the first batch" in text) is (make_read_out is wrong_in_evaluation)
     assert "deviation from eager mode in evaluation" not in text
@@ -359,7 +359,7 @@ def test_recording_that_fails_is_said_once_and_training_goes_on(
     _, text = run(argon_file, tmp_path / "run", compile=True)
     assert len(tries) == 1 and text.count("Replay of training steps failed") == 1
     assert "RecordingError: RuntimeError: operation not permitted when stream is capturing" in text
-    assert "Training goes on with compiled steps that are not replayed" in text
+    assert "Training continues with compiled steps that are not replayed" in text
     assert "Compilation failed" not in text
     assert_similar_run(finished_run.folder, tmp_path / "run")
 

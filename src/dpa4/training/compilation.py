@@ -184,7 +184,7 @@ class CompiledTraining:
         self._say(
             "Compilation failed",
             error,
-            "Training goes on in eager mode: results are correct, but steps are slower and need more memory. "
+            "Training continues in eager mode: results are correct, but steps are slower and need more memory. "
             "Set training.compile = false to skip compilation.",
         )
 
@@ -193,7 +193,7 @@ class CompiledTraining:
         self._say(
             "Replay of training steps failed",
             error,
-            "Training goes on with compiled steps that are not replayed: results are correct, but small batches "
+            "Training continues with compiled steps that are not replayed: results are correct, but small batches "
             "are slower.",
         )
 
