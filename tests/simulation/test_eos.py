@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from dpa4.cli import app
 from dpa4.potential.checkpoint import save_potential
 from dpa4.simulation import DPA4Calculator, equation_of_state
+from dpa4.simulation.crystal_calculation import Stopped
 from dpa4.simulation.eos import birch_murnaghan_pressure, fit_equation_of_state
-from dpa4.simulation.runs.parts import Stopped
 from helpers import random_potential
 
 

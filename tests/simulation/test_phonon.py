@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from dpa4.cli import app
 from dpa4.potential.checkpoint import save_potential
 from dpa4.simulation import DPA4Calculator, phonons, relax
+from dpa4.simulation.crystal_calculation import Stopped
 from dpa4.simulation.phonon import supercell_of_length
-from dpa4.simulation.runs.parts import Stopped
 from helpers import crystal, graph_of, random_potential
 
 phonopy = pytest.importorskip("phonopy")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dpa4.interfaces.ase import fingerprint_of_calculator
 from dpa4.leaderboards import files
-from dpa4.leaderboards.curves import (
+from dpa4.leaderboards.diatomics_metrics import (
     Curve,
     combined_diatomics_score,
     curve_metrics,

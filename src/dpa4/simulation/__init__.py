@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dpa4.interfaces.dispersion import with_dispersion
     from dpa4.interfaces.lammps import attach_lammps, open_lammps, run_lammps
     from dpa4.interfaces.mliap import DPA4MLIAP
+    from dpa4.simulation.crystal_calculation import Stopped
     from dpa4.simulation.dynamics import DynamicsResult, run_md
     from dpa4.simulation.elastic import Elasticity, Moduli, elastic_tensor
     from dpa4.simulation.eos import EquationOfState, equation_of_state
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from dpa4.simulation.phonon import Phonons, phonons
     from dpa4.simulation.relax import Relaxation, relax, relax_all
     from dpa4.simulation.report import write_report
-    from dpa4.simulation.runs.parts import Stopped
 
 __all__ = [
     "Barrier",
@@ -63,7 +63,7 @@ _lazy.attach(
         "PairScan": "dpa4.simulation.pair_curves",
         "Phonons": "dpa4.simulation.phonon",
         "Relaxation": "dpa4.simulation.relax",
-        "Stopped": "dpa4.simulation.runs.parts",
+        "Stopped": "dpa4.simulation.crystal_calculation",
         "attach_lammps": "dpa4.interfaces.lammps",
         "elastic_tensor": "dpa4.simulation.elastic",
         "equation_of_state": "dpa4.simulation.eos",

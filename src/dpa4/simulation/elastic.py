@@ -11,7 +11,7 @@ from ase.stress import voigt_6_to_full_3x3_strain
 from numpy.typing import NDArray
 
 from dpa4.output import new_figure, save_figure, write_csv, write_json
-from dpa4.simulation.runs.parts import Calculation, relax_part
+from dpa4.simulation.crystal_calculation import Calculation, relax_part
 from dpa4.simulation.runs.store import Record
 
 VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")

@@ -13,7 +13,7 @@ from ase.io import write
 from numpy.typing import NDArray
 
 from dpa4.output import atomic_write, new_figure, save_figure, write_csv, write_json
-from dpa4.simulation.runs.parts import Calculation, relax_part, structure, structure_record
+from dpa4.simulation.crystal_calculation import Calculation, relax_part, structure, structure_record
 from dpa4.simulation.runs.store import Record
 
 COLUMNS = ("volume_A3", "energy_eV", "pressure_GPa", "a_A", "b_A", "c_A")

@@ -11,7 +11,7 @@ from ase.calculators.calculator import Calculator
 from numpy.typing import NDArray
 
 from dpa4.output import atomic_write, new_figure, save_figure, write_csv, write_json
-from dpa4.simulation.runs.parts import Calculation
+from dpa4.simulation.crystal_calculation import Calculation
 from dpa4.simulation.runs.store import Record
 from dpa4.system import require
 
