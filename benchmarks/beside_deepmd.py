@@ -52,7 +52,7 @@ from dpa4.potential.deepmd.options import config_to_deepmd
 from dpa4.simulation import DPA4Calculator
 from dpa4.system import keep_freed_memory
 from dpa4.training.loss import Loss
-from dpa4.training.replayed_step import Recorder, ReplayedStep
+from dpa4.training.replayed_step import ReplayedStep, StepRecorder
 from dpa4.training.trainer import training_step
 
 CUDA = torch.cuda.is_available()
@@ -223,7 +223,9 @@ class Step:
             mode = Mode(training=True, precision=potential.precision)
             precompile(potential, [mode], self.batch.graph)
         if compile and CUDA:
-            self.step = ReplayedStep(potential, self.differentiate, Recorder(self.differentiate, parameters))
+            self.step = ReplayedStep(
+                potential, self.differentiate, StepRecorder(self.differentiate, parameters)
+            )
 
     def next(self) -> Batch:
         if not self.searches:

@@ -30,7 +30,7 @@ from dpa4.graph import Graph, build_graph, collate
 from dpa4.model.presets import preset
 from dpa4.potential import Potential
 from dpa4.training.loss import Loss
-from dpa4.training.replayed_step import Recorder, ReplayedStep
+from dpa4.training.replayed_step import ReplayedStep, StepRecorder
 from dpa4.training.trainer import training_step
 
 # recompute: compiled, without saved intermediate results; replay: compiled and recorded as a CUDA graph
@@ -105,7 +105,7 @@ def replayed(potential: Potential, batch: Batch, optimizer: torch.optim.Optimize
         loss.backward(inputs=parameters)
         return loss.detach(), terms
 
-    step = ReplayedStep(potential, differentiate, Recorder(differentiate, parameters))
+    step = ReplayedStep(potential, differentiate, StepRecorder(differentiate, parameters))
 
     def function() -> None:
         step(batch)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from dpa4.cli import app
 from dpa4.leaderboards import files
 from dpa4.potential import save_potential
-from dpa4.simulation.runs.shards import Shard, join
+from dpa4.simulation.runs.shards import Shard, join_shards
 from helpers import random_potential
 
 POTENTIAL = random_potential(n_blocks=1, lmax=1)
@@ -137,7 +137,7 @@ def screened_alloys(folder: Path, failed: tuple[str, ...] = (), **settings) -> P
         shard.record(row | {"status": "converged", "energy": energy}, atoms)
     shard.finish(3)
     shard.close()
-    assert join(folder, 1)
+    assert join_shards(folder, 1)
     return folder
 
 

@@ -21,8 +21,9 @@ from ase.md.verlet import VelocityVerlet
 from matplotlib.figure import Figure
 from torch_sim.integrators import nve, nvt_langevin
 
+from dpa4 import DPA4Calculator
+from dpa4.interfaces import attach_lammps, open_lammps
 from dpa4.interfaces.torchsim import DPA4Model
-from dpa4.simulation import DPA4Calculator, attach_lammps, open_lammps
 from dpa4.simulation.momenta import draw_momenta
 
 TEMPERATURE = 300.0  # K

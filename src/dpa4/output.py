@@ -1,11 +1,14 @@
-"""Output files: crash-safe writing, CSV logs, figures."""
+"""Output files: crash-safe writing, CSV, JSON, figures."""
 
 import csv
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 @contextmanager
@@ -53,11 +56,7 @@ class CsvLog:
 
     def __init__(self, path: Path, columns: Sequence[str], resume_step: int | None = None):
         rows = [] if resume_step is None else [r for r in read_csv(path) if int(r[columns[0]]) <= resume_step]
-        with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-            file.flush()
+        write_csv(path, columns, rows)
         self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, columns)
 
@@ -78,3 +77,30 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         # A row that was cut off when the process was killed has missing fields.
         return [row for row in csv.DictReader(file) if None not in row.values()]
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a CSV file; missing values stay empty."""
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write an indented JSON file; NaN and infinity become null."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(
+            json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+
+
+def _finite(content: Any) -> Any:
+    """Copy with None in place of NaN and infinity, which JSON does not have."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    if isinstance(content, np.ndarray | np.generic):
+        return _finite(content.tolist())
+    return None if isinstance(content, float) and not np.isfinite(content) else content

@@ -172,7 +172,7 @@ def test_budget_errors(budget, message):
 
 
 def test_no_structures():
-    with pytest.raises(ValueError, match="there is no structure to make batches of"):
+    with pytest.raises(ValueError, match="the data set has no structures"):
         EpochBatches(FrameDataset([], CUTOFF), batch_size=1)
 
 

@@ -27,9 +27,10 @@ SHORTER = {'"cuda"': '"cpu"', "relax_ends=True": "steps=2", "run 1000": "run 5"}
 def folder(tmp_path, monkeypatch):
     """The files that the pages name."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run").mkdir()
     potential = random_potential(elements=("H", "C", "O", "Si"), n_blocks=1, lmax=1)
-    for file in ("model.safetensors", "run/best.safetensors", "run/last.safetensors"):
+    for file in ("model.safetensors", "run/best.safetensors", "run/last.safetensors",
+                 "demo-run/training/best.safetensors"):  # fmt: skip
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         save_potential(potential, tmp_path / file)
     start, end = molecule(0, 5), molecule(0, 5)
     end.positions[0] += (0.2, 0.1, 0.3)

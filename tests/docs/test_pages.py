@@ -61,6 +61,17 @@ def options(section: BaseModel, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def descriptions(section: type[BaseModel], prefix: str = "") -> dict[str, str]:
+    """Description of every option by its dotted name."""
+    found: dict[str, str] = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= descriptions(field.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field.description or ""
+    return found
+
+
 @pytest.mark.parametrize("path", DOCS, ids=IDS)
 def test_links_resolve(path):
     for link in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", path.read_text(encoding="utf-8"))):
@@ -94,6 +105,14 @@ def test_options_of_a_run_and_their_defaults():
     }
     documented = {name: float(v) if v == "1e-06" else v for name, v in documented.items()}
     assert documented == expected
+
+
+def test_meanings_of_options_are_their_descriptions():
+    """The tables use the wording that `dpa4 init` writes into a run file."""
+    for path, section in (("docs/training.md", RunConfig), ("docs/models.md", ModelConfig)):
+        expected = descriptions(section)
+        for name, _, meaning in table(path, "option | default"):
+            assert meaning == expected[name].removesuffix("."), name
 
 
 def test_switches_of_the_model_and_their_defaults():
@@ -146,7 +165,7 @@ def test_options_of_commands_in_tables():
         "elastic": ("docs/crystals.md", "## Elastic tensor"),
         "phonon": ("docs/crystals.md", "## Phonons"),
         "embed": ("docs/properties.md", "## Embeddings"),
-        "dimer": ("docs/properties.md", "## Pair curves"),
+        "pairs": ("docs/properties.md", "## Pair curves"),
         "neb": ("docs/properties.md", "## Barriers"),
         "screen": ("docs/torchsim.md", "## Screening"),
         "lammps": ("docs/lammps.md", "## Without compiling"),

@@ -8,7 +8,6 @@ from ase.calculators.lj import LennardJones
 
 from bench_cases import POTENTIAL, command, rows, saved_model
 from dpa4.leaderboards import run_diatomics, score_diatomics
-from dpa4.leaderboards.curves import Curve
 from dpa4.leaderboards.diatomics import (
     SCORED,
     element_metrics,
@@ -16,6 +15,7 @@ from dpa4.leaderboards.diatomics import (
     homonuclear_curve,
     read_reference,
 )
+from dpa4.leaderboards.diatomics_metrics import Curve
 from dpa4.simulation import DPA4Calculator
 
 

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from dpa4.cli import app
 from dpa4.potential.checkpoint import save_potential
 from dpa4.simulation import DPA4Calculator, elastic_tensor, relax
+from dpa4.simulation.crystal_calculation import Stopped
 from dpa4.simulation.elastic import elasticity, moduli
-from dpa4.simulation.runs.parts import Stopped
 from helpers import random_potential
 
 
@@ -171,7 +171,7 @@ class Interrupting(EMT):
 
 def test_interrupted_and_resumed(tmp_path):
     expected = run(bulk("Cu"), EMT(), tmp_path / "whole")
-    with pytest.raises(Stopped, match=r"strains: \d+ of 25 done; resume to go on"):
+    with pytest.raises(Stopped, match=r"strains: \d+ of 25 done; resume to continue"):
         run(bulk("Cu"), Interrupting(), tmp_path / "parts")
     result = run(bulk("Cu"), EMT(), tmp_path / "parts", resume=True)
     np.testing.assert_allclose(result.stiffness, expected.stiffness, rtol=1e-6, atol=1e-6)

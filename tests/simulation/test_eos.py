@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from dpa4.cli import app
 from dpa4.potential.checkpoint import save_potential
 from dpa4.simulation import DPA4Calculator, equation_of_state
+from dpa4.simulation.crystal_calculation import Stopped
 from dpa4.simulation.eos import birch_murnaghan_pressure, fit_equation_of_state
-from dpa4.simulation.runs.parts import Stopped
 from helpers import random_potential
 
 
@@ -125,7 +125,7 @@ def test_shape_is_relaxed_on_request(tmp_path, shape):
 def test_interrupted_and_resumed(tmp_path):
     whole, parted, rest = Counting(), Counting(12, ctrl_c), Counting()
     expected = run(bulk("Cu"), whole, tmp_path / "whole")
-    with pytest.raises(Stopped, match=r"stopped; volumes: \d+ of 11 done; resume to go on"):
+    with pytest.raises(Stopped, match=r"stopped; volumes: \d+ of 11 done; resume to continue"):
         run(bulk("Cu"), parted, tmp_path / "parts")
     finished = len((tmp_path / "parts" / "volumes.jsonl").read_text().splitlines())
     assert 2 < finished < 11 and not (tmp_path / "parts" / "eos.csv").exists()
@@ -203,11 +203,11 @@ def test_failures_and_arguments(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             run(bulk("Cu"), EMT(), tmp_path, **options)
-    with pytest.raises(ValueError, match="needs a crystal, periodic along all three axes"):
+    with pytest.raises(ValueError, match="must be periodic along all three axes"):
         run(Atoms("Cu"), EMT(), tmp_path / "atom")
     held = bulk("Cu")
     held.set_constraint(FixAtoms([0]))
-    with pytest.raises(ValueError, match="needs a crystal without constraints, got FixAtoms"):
+    with pytest.raises(ValueError, match="must have no constraints, but has FixAtoms"):
         run(held, EMT(), tmp_path / "held")
 
 

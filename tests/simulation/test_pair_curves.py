@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+import typer.main
 from typer.testing import CliRunner
 
 from dpa4.cli import app
@@ -15,7 +16,7 @@ from dpa4.model.config import Bridging
 from dpa4.potential import save_potential
 from dpa4.potential.zbl import zbl_pair_energy
 from dpa4.simulation import DPA4Calculator
-from dpa4.simulation import pair_curves as dimer
+from dpa4.simulation import pair_curves as module
 from dpa4.simulation.pair_curves import (
     PairCurve,
     diagnose,
@@ -180,7 +181,7 @@ def test_files(tmp_path):
 
 
 def test_many_pairs_take_several_figures_and_replace_earlier_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(dimer, "PER_PAGE", 2)
+    monkeypatch.setattr(module, "PER_PAGE", 2)
     scan_pairs(random_potential(), tmp_path, step=1.0, progress=False)
     assert len(list(tmp_path.glob("pairs-*.png"))) == 3
     scan_pairs(random_potential(), tmp_path, [("H", "H")], step=1.0, progress=False)
@@ -196,7 +197,7 @@ def interrupted(potential, folder, at, monkeypatch):
         if len(calls) == at:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(dimer, "CPU_EDGES", 18)
+    monkeypatch.setattr(module, "CPU_EDGES", 18)
     hook = potential.model.register_forward_hook(interrupt)
     scan = scan_pairs(potential, folder, step=0.5, progress=False)
     hook.remove()
@@ -247,7 +248,7 @@ def test_curves_of_another_model_or_other_distances_are_refused(tmp_path):
 def test_curves_do_not_depend_on_the_batches(monkeypatch, edges):
     potential = random_potential(charge_spin=True)
     expected = list(pair_curves(potential, step=0.1))
-    monkeypatch.setattr(dimer, "CPU_EDGES", edges)
+    monkeypatch.setattr(module, "CPU_EDGES", edges)
     for one, other in zip(pair_curves(potential, step=0.1), expected, strict=True):
         assert one.name == other.name
         for name in ("energy", "force", "curvature"):
@@ -257,7 +258,7 @@ def test_curves_do_not_depend_on_the_batches(monkeypatch, edges):
 
 
 def test_batches_that_do_not_fit_are_halved(monkeypatch):
-    evaluate, sizes = dimer._evaluate, []
+    evaluate, sizes = module._evaluate, []
 
     def small(potential, graph):
         if graph.num_structures > 10:
@@ -266,7 +267,7 @@ def test_batches_that_do_not_fit_are_halved(monkeypatch):
         return evaluate(potential, graph)
 
     expected = list(pair_curves(random_potential(), step=0.5))
-    monkeypatch.setattr(dimer, "_evaluate", small)
+    monkeypatch.setattr(module, "_evaluate", small)
     found = list(pair_curves(random_potential(), step=0.5))
     assert [c.name for c in found] == [c.name for c in expected]
     np.testing.assert_allclose(found[5].energy, expected[5].energy, atol=1e-12)
@@ -275,7 +276,7 @@ def test_batches_that_do_not_fit_are_halved(monkeypatch):
     def never(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(dimer, "_evaluate", never)
+    monkeypatch.setattr(module, "_evaluate", never)
     with pytest.raises(torch.OutOfMemoryError):
         list(pair_curves(random_potential(), step=0.5))
 
@@ -283,7 +284,7 @@ def test_batches_that_do_not_fit_are_halved(monkeypatch):
 def test_command(tmp_path):
     save_potential(random_potential(), tmp_path / "m.safetensors")
     arguments = [
-        "dimer",
+        "pairs",
         tmp_path / "m.safetensors",
         "-o",
         tmp_path / "out",
@@ -295,7 +296,11 @@ def test_command(tmp_path):
     result = CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"])
     assert result.exit_code == 0, result.output
     assert "C-O: no wall" in result.output and "2 of 2 pairs flagged; pairs.csv" in result.output
-    assert "saddle-point" in CliRunner().invoke(app, ["dimer", "--help"]).output
+
+
+def test_earlier_name_of_the_command_is_hidden():
+    commands = typer.main.get_command(app).commands
+    assert commands["dimer"].hidden and commands["dimer"].help == commands["pairs"].help
 
 
 @pytest.mark.parametrize(

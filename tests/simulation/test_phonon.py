@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from dpa4.cli import app
 from dpa4.potential.checkpoint import save_potential
 from dpa4.simulation import DPA4Calculator, phonons, relax
+from dpa4.simulation.crystal_calculation import Stopped
 from dpa4.simulation.phonon import supercell_of_length
-from dpa4.simulation.runs.parts import Stopped
 from helpers import crystal, graph_of, random_potential
 
 phonopy = pytest.importorskip("phonopy")
@@ -188,7 +188,7 @@ def test_interrupted_and_resumed(tmp_path):
     whole = Counting()
     expected = run(atoms, whole, tmp_path / "whole")
     assert whole.evaluations == expected.displacements + 1
-    with pytest.raises(Stopped, match=r"stopped; forces: 2 of 3 done; resume to go on"):
+    with pytest.raises(Stopped, match=r"stopped; forces: 2 of 3 done; resume to continue"):
         run(atoms, Counting(2), tmp_path / "parts")
     rest = Counting()
     result = run(atoms, rest, tmp_path / "parts", resume=True)

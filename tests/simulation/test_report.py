@@ -156,7 +156,7 @@ def test_missing_parts_name_the_command_that_makes_them(trained, tmp_path):
     assert (
         "no errors.json: dpa4 eval " in found.words["errors"] and "best.safetensors" in found.words["errors"]
     )
-    assert "switched off: dpa4 dimer " in found.words["pair-curves"]
+    assert "switched off: dpa4 pairs " in found.words["pair-curves"]
     assert "no run.yaml: dpa4 train run.yaml" in found.words["configuration"]
     assert "run & <more>" in found.words["model"]
 
@@ -183,7 +183,7 @@ def test_pairs_of_the_training_data_only(tmp_path, monkeypatch):
     assert pairs()[0] == ["H-O", "H-H"]  # closest first
     monkeypatch.setattr(report, "MAX_PAIRS", 1)
     found, words = pairs()
-    assert found == ["H-O"] and "1 of 2 pairs" in words and "dpa4 dimer" in words
+    assert found == ["H-O"] and "1 of 2 pairs" in words and "dpa4 pairs" in words
     monkeypatch.setattr(report, "MAX_PAIRS", 60)
     potential.coverage = None
     save_potential(potential, tmp_path / "last.safetensors")

@@ -28,7 +28,7 @@ from helpers import crystal, molecule, random_potential
 
 ts = pytest.importorskip("torch_sim")
 from dpa4.interfaces.torchsim import DPA4Model  # noqa: E402
-from dpa4.simulation.runs.shards import Shard, join  # noqa: E402
+from dpa4.simulation.runs.shards import Shard, join_shards  # noqa: E402
 from dpa4.simulation.screen import COLUMNS, screen  # noqa: E402
 
 POTENTIAL = random_potential(n_blocks=1, lmax=1)
@@ -475,7 +475,7 @@ def test_files_cut_anywhere_lose_only_what_was_being_written(tmp_path):
         shard.finish(5)
         shard.close()
         assert shard.table.read_bytes() == table and shard.frames.read_bytes() == frames
-        assert join(folder, 1)
+        assert join_shards(folder, 1)
     check(folder, 5, ("converged", "refused"))
     for size in range(0, len(frames), 50):  # a crash of the machine may also leave the table ahead
         shard.frames.write_bytes(frames[:size])
@@ -494,7 +494,7 @@ def test_shards_that_do_not_add_up_and_a_shard_in_use(tmp_path):
         shard.finish(2)
         shard.close()
     with pytest.raises(ValueError, match="do not add up: 1 rows for 1 of 2 structures"):
-        join(tmp_path, 2)
+        join_shards(tmp_path, 2)
 
 
 @pytest.mark.parametrize(

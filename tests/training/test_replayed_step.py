@@ -14,7 +14,7 @@ from dpa4.graph import collate
 from dpa4.model.config import Bridging
 from dpa4.training import replayed_step as replay
 from dpa4.training.loss import Loss
-from dpa4.training.replayed_step import Recorder, RecordingError, ReplayedStep, pad_batch
+from dpa4.training.replayed_step import RecordingError, ReplayedStep, StepRecorder, pad_batch
 from dpa4.training.trainer import training_step
 from helpers import assert_close, crystal, graph_of, molecule, random_potential
 
@@ -289,7 +289,7 @@ def tapes(monkeypatch):
         monkeypatch.setattr(replay, "record", record)
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: "stream")
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-        return Recorder(step, parameters)
+        return StepRecorder(step, parameters)
 
     return make
 
@@ -359,7 +359,7 @@ def test_replayed_steps_on_the_gpu_are_ordinary_steps(precision):
     potential = random_potential().to(precision).train().cuda()
     other = copy.deepcopy(potential)
     plain = step_of(potential)
-    step = ReplayedStep(potential, plain, Recorder(plain, potential.parameters()))
+    step = ReplayedStep(potential, plain, StepRecorder(plain, potential.parameters()))
     batches = [batch.to("cuda") for batch in 3 * some_batches()]
     states = torch.get_rng_state(), torch.cuda.get_rng_state()
     found, expected = follow(step, potential, batches), follow(step_of(other), other, batches)
@@ -376,7 +376,7 @@ def test_replayed_steps_on_the_gpu_are_ordinary_steps(precision):
 def test_recordings_share_their_memory():
     potential = random_potential(channels=32).float().train().cuda()
     plain = step_of(potential)
-    recorder = Recorder(plain, potential.parameters())
+    recorder = StepRecorder(plain, potential.parameters())
     batches = [pad_batch(batch_of(n * MIXED).to("cuda"), CUTOFF) for n in (20, 19, 18, 17, 16)]
     reserved, recordings = [], []
     for batch in batches:
@@ -402,7 +402,7 @@ def test_a_step_that_waits_for_the_device_is_not_recorded_and_harms_nothing():
         loss, terms = plain(batch)
         return loss * float(loss), terms
 
-    step = ReplayedStep(potential, waits, Recorder(waits, potential.parameters()))
+    step = ReplayedStep(potential, waits, StepRecorder(waits, potential.parameters()))
     expected = outcome(waits, potential, batch)
     stream = torch.cuda.current_stream()
     step(batch)
@@ -413,7 +413,7 @@ def test_a_step_that_waits_for_the_device_is_not_recorded_and_harms_nothing():
     torch.randn(3, device="cuda")
     assert_same_step(outcome(waits, potential, batch), expected, 1e-3)
     # and another one can be recorded
-    step = ReplayedStep(potential, plain, Recorder(plain, potential.parameters()))
+    step = ReplayedStep(potential, plain, StepRecorder(plain, potential.parameters()))
     for _ in range(3):
         step(batch)
     assert len(step.recordings) == 1

@@ -9,7 +9,7 @@ from dpa4.cli.embed import embed
 from dpa4.cli.lammps import lammps
 from dpa4.cli.models import convert, info
 from dpa4.cli.neb import neb
-from dpa4.cli.pair_curves import dimer
+from dpa4.cli.pair_curves import pairs
 from dpa4.cli.relax import relax
 from dpa4.cli.report import report
 from dpa4.cli.screen import screen
@@ -32,7 +32,8 @@ app.command()(eos)
 app.command()(elastic)
 app.command()(phonon)
 app.command()(embed)
-app.command()(dimer)
+app.command()(pairs)
+app.command("dimer", hidden=True)(pairs)  # earlier name
 app.command()(neb)
 app.command()(lammps)
 app.command()(report)

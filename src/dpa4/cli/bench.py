@@ -9,19 +9,24 @@ from dpa4.cli.options import (
     Branch,
     Device,
     Dtype,
+    Fmax,
+    Keys,
+    MaxAtoms,
     Model,
     ModelOptions,
     Output,
+    Steps,
     console,
     eager_potential,
+    label_keys,
     user_errors,
     with_model_options,
 )
-from dpa4.cli.screen import MaxEdges, Rank, WorldSize, report
-from dpa4.cli.training import label_keys
+from dpa4.cli.screen import MaxEdges, Rank, WorldSize, print_screening
 
 if TYPE_CHECKING:
-    from dpa4.simulation.runs.store import Progressed
+    from dpa4.leaderboards import DiscoveryScore
+    from dpa4.simulation.runs.store import RunState
 
 bench = typer.Typer(
     help="Published benchmarks: Matbench Discovery and SPICE-MACE-OFF. After Ctrl-C, the same command continues.",
@@ -41,8 +46,8 @@ def discovery(
     data: Data = Path("bench-data"),
     structures: Structures = None,
     output: Output = Path("bench-discovery"),
-    fmax: Annotated[float, typer.Option(help="Largest force of a relaxed structure, in eV/Angstrom.")] = 0.02,
-    steps: Annotated[int, typer.Option(help="Maximum number of steps per structure.")] = 500,
+    fmax: Fmax = 0.02,
+    steps: Steps = 500,
     max_edges: MaxEdges = 200_000,
     rank: Rank = 0,
     world_size: WorldSize = 1,
@@ -64,22 +69,13 @@ def discovery(
             [source], potential, output, fmax=fmax, steps=steps, cell="full", max_edges=max_edges,
             rank=rank, world_size=world_size, resume=True,
         )  # fmt: skip
-        report(result, output, rank, world_size, "run the same command to continue")
+        print_screening(result, output, rank, world_size, "run the same command to continue")
         if not result.joined:
             return
         state, score = score_structures(output, data)
-    _report(state, "formation energies")
-    if score is None:
-        return
-    for subset, found in score.stability.items():
-        console.print(
-            f"{subset}: F1 {found.F1:.3f}  DAF {found.DAF:.3f}  precision {found.Precision:.3f}  "
-            f"recall {found.Recall:.3f}  MAE {1e3 * found.MAE:.1f} meV/atom  missing {found.missing_preds}",
-            highlight=False,
-        )
-    console.print(f"RMSD {score.rmsd:.4f}", highlight=False)
-    _differences(score.differences)
-    console.print(f"discovery.csv, summary.json and hull.png are in {output}/")
+    _print_state(state, "formation energies")
+    if score is not None:
+        _print_discovery(score, output)
 
 
 @bench.command()
@@ -96,9 +92,9 @@ def kappa(
     options: ModelOptions,
 ) -> None:
     """Compute lattice thermal conductivities of 103 crystals and the metric κ_SRME of Matbench Discovery."""
+    from dpa4.interfaces import DPA4Calculator
     from dpa4.leaderboards import files, run_kappa, score_kappa
     from dpa4.leaderboards.kappa import read_reference
-    from dpa4.simulation import DPA4Calculator
 
     with user_errors():
         source = structures or files.locate(data, files.KAPPA_STRUCTURES)
@@ -108,13 +104,13 @@ def kappa(
             displacement=displacement,
         )  # fmt: skip
         score = score_kappa(output, reference)
-    _report(state, "crystals computed")
+    _print_state(state, "crystals computed")
     console.print(
         f"κ_SRME {score.kappa_SRME:.4f}  κ_SRE {score.kappa_SRE:.4f}  "
         f"{score.failed} of {score.materials} count as 2, {score.missing} of them not computed",
         highlight=False,
     )
-    _differences(score.differences)
+    _print_differences(score.differences)
     console.print(f"kappa.csv, summary.json and kappa.png are in {output}/")
 
 
@@ -130,12 +126,12 @@ def diatomics(
     *,
     options: ModelOptions,
 ) -> None:
-    """Compute energy curves of homonuclear diatomic molecules and their Matbench Discovery metrics."""
+    """Compute energy curves of homonuclear diatomic molecules and their metrics of Matbench Discovery."""
     from ase.data import atomic_numbers
 
+    from dpa4.interfaces import DPA4Calculator
     from dpa4.leaderboards import files, run_diatomics, score_diatomics
     from dpa4.leaderboards.diatomics import HEAVIEST, read_reference
-    from dpa4.simulation import DPA4Calculator
 
     with user_errors():
         calculator = DPA4Calculator(model, **options)
@@ -147,7 +143,7 @@ def diatomics(
             console.print(f"no comparison with DFT: {error}")
             reference = None
         state = run_diatomics(symbols, calculator, output)
-        _report(state, "curves")
+        _print_state(state, "curves")
         score = score_diatomics(output, reference)
     for name, value in score.metrics.items():
         console.print(f"{name} {value:.4g}", highlight=False)
@@ -163,26 +159,21 @@ def spice(
     ] = None,
     data: Data = Path("bench-data"),
     output: Output = Path("bench-spice"),
-    key: Annotated[
-        list[str] | None,
-        typer.Option(help="Name of a label in the data, as energy=dft_energy; may be repeated."),
-    ] = None,
-    max_atoms: Annotated[int, typer.Option(help="Maximum number of atoms per batch.")] = 2000,
+    keys: Keys = None,
+    max_atoms: MaxAtoms = 2000,
     device: Device = "auto",
     dtype: Dtype = "float32",
     branch: Branch = None,
 ) -> None:
     """Compute errors of energies and forces by subset (config_type), and their logarithmic mean."""
-    from dpa4.data import LabelKeys, read_frames
+    from dpa4.data import read_frames
     from dpa4.leaderboards import files, run_spice, score_spice
 
     with user_errors():
-        frames = read_frames(
-            structures or files.locate(data, files.SPICE_TEST), LabelKeys(**label_keys(key or []))
-        )
+        frames = read_frames(structures or files.locate(data, files.SPICE_TEST), label_keys(keys))
         potential = eager_potential(model, device, dtype, branch)
         state = run_spice(potential, frames, output, max_atoms=max_atoms)
-        _report(state, "batches")
+        _print_state(state, "batches")
         if state.interrupted:
             return
         score = score_spice(output)
@@ -219,11 +210,23 @@ def submission(
         console.print(f"CPS {score:.4f}", highlight=False)
 
 
-def _differences(found: tuple[str, ...]) -> None:
+def _print_discovery(score: "DiscoveryScore", output: Path) -> None:
+    for subset, found in score.stability.items():
+        console.print(
+            f"{subset}: F1 {found.F1:.3f}  DAF {found.DAF:.3f}  precision {found.Precision:.3f}  "
+            f"recall {found.Recall:.3f}  MAE {1e3 * found.MAE:.1f} meV/atom  missing {found.missing_preds}",
+            highlight=False,
+        )
+    console.print(f"RMSD {score.rmsd:.4f}", highlight=False)
+    _print_differences(score.differences)
+    console.print(f"discovery.csv, summary.json and hull.png are in {output}/")
+
+
+def _print_differences(found: tuple[str, ...]) -> None:
     for difference in found:
         console.print(f"differs from the leaderboard: {difference}", highlight=False)
 
 
-def _report(state: "Progressed", items: str) -> None:
+def _print_state(state: "RunState", items: str) -> None:
     failed = f"{state.failed} failed ({state.reason})" if state.failed else "none failed"
     console.print(f"{state.done} {items}, {failed}{', interrupted' if state.interrupted else ''}")

@@ -6,7 +6,16 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from dpa4.cli.options import Model, ModelOptions, Output, console, last_image, user_errors, with_model_options
+from dpa4.cli.options import (
+    Model,
+    ModelOptions,
+    Output,
+    Symprec,
+    console,
+    last_image,
+    user_errors,
+    with_model_options,
+)
 
 Crystal = Annotated[Path, typer.Argument(help="Crystal, in any format ASE reads; the last image is used.")]
 RelaxFirst = Annotated[bool, typer.Option("--relax/--no-relax", help="Relax positions and cell first.")]
@@ -35,7 +44,8 @@ def eos(
     options: ModelOptions,
 ) -> None:
     """Fit the Birch-Murnaghan equation of state to energies at several volumes."""
-    from dpa4.simulation import DPA4Calculator, equation_of_state
+    from dpa4.interfaces import DPA4Calculator
+    from dpa4.simulation import equation_of_state
 
     with user_errors():
         atoms = last_image(crystal)
@@ -71,7 +81,8 @@ def elastic(
     options: ModelOptions,
 ) -> None:
     """Compute the elastic tensor and the elastic moduli of a polycrystal."""
-    from dpa4.simulation import DPA4Calculator, elastic_tensor
+    from dpa4.interfaces import DPA4Calculator
+    from dpa4.simulation import elastic_tensor
 
     with user_errors():
         atoms = last_image(crystal)
@@ -113,7 +124,7 @@ def phonon(
     max_temperature: Annotated[
         float, typer.Option(help="Highest temperature of the thermal properties, in K.")
     ] = 1000.0,
-    symprec: Annotated[float, typer.Option(help="Tolerance of the symmetry search, in Angstrom.")] = 1e-3,
+    symprec: Symprec = 1e-3,
     relax: RelaxFirst = True,
     fmax: Fmax = 1e-4,
     steps: Steps = 500,
@@ -122,7 +133,8 @@ def phonon(
     options: ModelOptions,
 ) -> None:
     """Compute phonon bands, density of states and thermal properties."""
-    from dpa4.simulation import DPA4Calculator, phonons
+    from dpa4.interfaces import DPA4Calculator
+    from dpa4.simulation import phonons
 
     with user_errors():
         atoms = last_image(crystal)

@@ -9,6 +9,8 @@ from dpa4.cli.options import (
     Model,
     ModelOptions,
     Output,
+    Resume,
+    Skin,
     console,
     last_image,
     user_errors,
@@ -43,14 +45,15 @@ def md(
         typer.Option(help="Cell degrees of freedom of npt: volume only, or full (all lengths and angles)."),
     ] = "volume",
     interval: Annotated[int, typer.Option(help="Steps between frames and between rows of thermo.csv.")] = 10,
-    skin: Annotated[float, typer.Option(help="Verlet skin of the neighbour list, in Angstrom.")] = 1.0,
+    skin: Skin = 1.0,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
+    resume: Resume = False,
     *,
     options: ModelOptions,
 ) -> None:
     """Run molecular dynamics at constant energy, temperature or pressure."""
-    from dpa4.simulation import DPA4Calculator, run_md
+    from dpa4.interfaces import DPA4Calculator
+    from dpa4.simulation import run_md
 
     with user_errors():
         atoms = last_image(structure)

@@ -9,6 +9,7 @@ from dpa4.cli.options import (
     Branch,
     Device,
     Dtype,
+    MaxAtoms,
     Model,
     Structures,
     console,
@@ -30,7 +31,7 @@ def embed(
     mean: Annotated[
         bool, typer.Option("--mean", help="Write one vector per structure, the mean over its atoms.")
     ] = False,
-    max_atoms: Annotated[int, typer.Option(help="Maximum number of atoms per batch.")] = 2000,
+    max_atoms: MaxAtoms = 2000,
     device: Device = "auto",
     dtype: Dtype = "float32",
     branch: Branch = None,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dpa4.cli.options import Model, ModelOptions, console, user_errors, with_model_options
+from dpa4.cli.options import Model, ModelOptions, Skin, console, user_errors, with_model_options
 
 
 @with_model_options()
@@ -24,12 +24,12 @@ def lammps(
     spin: Annotated[
         int | None, typer.Option(help="Spin multiplicity 2S + 1, for models conditioned on it.")
     ] = None,
-    skin: Annotated[float, typer.Option(help="Verlet skin of the neighbour list, in Angstrom.")] = 1.0,
+    skin: Skin = 1.0,
     *,
     options: ModelOptions,
 ) -> None:
     """Run a LAMMPS input script; Ctrl-C ends the run after the current step."""
-    from dpa4.simulation import DPA4Calculator, run_lammps
+    from dpa4.interfaces import DPA4Calculator, run_lammps
 
     with user_errors():
         pairs = [pair.partition("=") for pair in var or []]

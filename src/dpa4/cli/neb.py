@@ -9,6 +9,7 @@ from dpa4.cli.options import (
     Model,
     ModelOptions,
     Output,
+    Resume,
     console,
     last_image,
     user_errors,
@@ -29,12 +30,13 @@ def neb(
     ] = 500,
     spring: Annotated[float, typer.Option(help="Spring constant between images, in eV/Angstrom^2.")] = 0.1,
     relax_ends: Annotated[bool, typer.Option("--relax-ends", help="Relax start and end first.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
+    resume: Resume = False,
     *,
     options: ModelOptions,
 ) -> None:
     """Find a minimum energy path and its barrier with the climbing-image nudged elastic band method."""
-    from dpa4.simulation import DPA4Calculator, run_neb
+    from dpa4.interfaces import DPA4Calculator
+    from dpa4.simulation import run_neb
 
     with user_errors():
         first, last = (last_image(file) for file in (start, end))

@@ -15,6 +15,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from ase import Atoms
 
+    from dpa4.data import LabelKeys
     from dpa4.potential import Potential
 
 console = Console(markup=False)  # file names and options may contain square brackets
@@ -35,7 +36,17 @@ Compile = Annotated[
     typer.Option("--compile/--no-compile", help="Compile the model first; by default on a GPU in float32."),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
-Structures = Annotated[Path, typer.Argument(help="Structures in any format ASE reads.")]
+Structures = Annotated[Path, typer.Argument(help="Structures, in any format ASE reads.")]
+Fmax = Annotated[float, typer.Option(help="Largest force of a relaxed structure, in eV/Angstrom.")]
+Steps = Annotated[int, typer.Option(help="Maximum number of steps per structure.")]
+Symprec = Annotated[float, typer.Option(help="Tolerance of the symmetry search, in Angstrom.")]
+Skin = Annotated[float, typer.Option(help="Verlet skin of the neighbour list, in Angstrom.")]
+MaxAtoms = Annotated[int, typer.Option(help="Maximum number of atoms per batch.")]
+Keys = Annotated[
+    list[str] | None,
+    typer.Option("--key", help="Name of a label in the data, as energy=dft_energy; may be repeated."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")]
 
 
 class ModelOptions(TypedDict, total=False):
@@ -51,7 +62,7 @@ class ModelOptions(TypedDict, total=False):
 def with_model_options(
     dtype: str = "float32", precision: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator that adds the options of ``ModelOptions`` to a command, after the command's own options.
+    """Return a decorator that adds the options of ``ModelOptions`` to a command, after the command's own options.
 
     The command receives the values as one keyword argument, ``options``. Typer reads the parameters of a
     command from its signature, so the decorated function's signature lists the single options in place of
@@ -136,8 +147,26 @@ def last_image(file: Path) -> "Atoms":
     return read_structures(file, "-1")[0]
 
 
+def label_keys(keys: list[str] | None) -> "LabelKeys":
+    """Parse the values of --key, such as energy=dft_energy.
+
+    Raises:
+        ValueError: If a value has another form, or names an unknown label.
+    """
+    from dpa4.data import LabelKeys
+
+    known = ("energy", "forces", "stress", "virial")
+    names = dict(key.partition("=")[::2] for key in keys or [])
+    for label, name in names.items():
+        if label not in known or not name:
+            raise ValueError(
+                f"--key must be LABEL=NAME with a label of {', '.join(known)}, got {label}={name}"
+            )
+    return LabelKeys(**names)
+
+
 def eager_potential(model: Path, device: str, dtype: str, branch: str | None) -> "Potential":
-    """Load the potential of a command that never compiles, from the options of the command."""
+    """Load the potential for a command that never compiles, from the options of the command."""
     import torch
 
     from dpa4.potential import load_potential

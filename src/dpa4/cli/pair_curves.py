@@ -8,9 +8,9 @@ import typer
 from dpa4.cli.options import Branch, Device, Dtype, Model, Output, console, eager_potential, user_errors
 
 
-def dimer(
+def pairs(
     model: Model,
-    output: Output = Path("dimer"),
+    output: Output = Path("pairs"),
     pairs: Annotated[
         str | None,
         typer.Option(help="Pairs, such as Si-O,O-O; by default every pair of elements of the model."),
@@ -23,7 +23,7 @@ def dimer(
     dtype: Dtype = "float32",
     branch: Branch = None,
 ) -> None:
-    """Scan energy, force and curvature of two atoms over their distance (not the dimer saddle-point method)."""
+    """Compute energy, force and curvature of two isolated atoms over their distance, and flag problems."""
     from dpa4.simulation.pair_curves import parse_pairs, scan_pairs
 
     with user_errors():

@@ -6,10 +6,14 @@ from typing import Annotated, Literal
 import typer
 
 from dpa4.cli.options import (
+    Fmax,
     Model,
     ModelOptions,
     Output,
+    Resume,
+    Steps,
     Structures,
+    Symprec,
     console,
     read_structures,
     user_errors,
@@ -22,8 +26,8 @@ def relax(
     model: Model,
     structures: Structures,
     output: Output = Path("relax"),
-    fmax: Annotated[float, typer.Option(help="Largest force of a relaxed structure, in eV/Angstrom.")] = 0.02,
-    steps: Annotated[int, typer.Option(help="Maximum number of steps per structure.")] = 500,
+    fmax: Fmax = 0.02,
+    steps: Steps = 500,
     optimizer: Annotated[
         Literal["fire", "bfgs", "lbfgs"], typer.Option(help="Optimisation algorithm.")
     ] = "fire",
@@ -33,13 +37,14 @@ def relax(
     ] = "fixed",
     pressure: Annotated[float, typer.Option(help="External pressure, in GPa.")] = 0.0,
     symmetry: Annotated[bool, typer.Option("--symmetry", help="Preserve the space group.")] = False,
-    symprec: Annotated[float, typer.Option(help="Tolerance of the symmetry search, in Angstrom.")] = 0.01,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
+    symprec: Symprec = 0.01,
+    resume: Resume = False,
     *,
     options: ModelOptions,
 ) -> None:
     """Relax every structure of a file."""
-    from dpa4.simulation import DPA4Calculator, relax_all
+    from dpa4.interfaces import DPA4Calculator
+    from dpa4.simulation import relax_all
 
     with user_errors():
         images = read_structures(structures)

@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dpa4.cli.options import Model, ModelOptions, Output, console, user_errors, with_model_options
+from dpa4.cli.options import (
+    Fmax,
+    Model,
+    ModelOptions,
+    Output,
+    Resume,
+    Steps,
+    console,
+    user_errors,
+    with_model_options,
+)
 
 if TYPE_CHECKING:
     from dpa4.simulation.screen import Screening
@@ -22,8 +32,8 @@ def screen(
     model: Model,
     structures: Annotated[list[Path], typer.Argument(help="Files of structures, in any format ASE reads.")],
     output: Output = Path("screen"),
-    fmax: Annotated[float, typer.Option(help="Largest force of a relaxed structure, in eV/Angstrom.")] = 0.02,
-    steps: Annotated[int, typer.Option(help="Maximum number of steps per structure.")] = 500,
+    fmax: Fmax = 0.02,
+    steps: Steps = 500,
     cell: Annotated[
         Literal["fixed", "full", "volume", "shape"], typer.Option(help="Cell degrees of freedom to relax.")
     ] = "fixed",
@@ -31,7 +41,7 @@ def screen(
     max_edges: MaxEdges = 200_000,
     rank: Rank = 0,
     world_size: WorldSize = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
+    resume: Resume = False,
     *,
     options: ModelOptions,
 ) -> None:
@@ -45,10 +55,12 @@ def screen(
             structures, potential, output, fmax=fmax, steps=steps, cell=cell, pressure=pressure, max_edges=max_edges,
             rank=rank, world_size=world_size, resume=resume,
         )  # fmt: skip
-    report(result, output, rank, world_size, "run the command with --resume to continue")
+    print_screening(result, output, rank, world_size, "run the command with --resume to continue")
 
 
-def report(result: "Screening", output: Path, rank: int, world_size: int, how_to_continue: str) -> None:
+def print_screening(
+    result: "Screening", output: Path, rank: int, world_size: int, how_to_continue: str
+) -> None:
     """Print the outcome of a screening.
 
     Args:

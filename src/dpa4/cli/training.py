@@ -5,7 +5,18 @@ from typing import Annotated
 
 import typer
 
-from dpa4.cli.options import Branch, Device, Dtype, Model, console, eager_potential, user_errors
+from dpa4.cli.options import (
+    Branch,
+    Device,
+    Dtype,
+    Keys,
+    MaxAtoms,
+    Model,
+    console,
+    eager_potential,
+    label_keys,
+    user_errors,
+)
 
 
 def init(
@@ -45,38 +56,19 @@ def evaluate_command(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for table, plots and predictions.")
     ] = Path("eval"),
-    key: Annotated[
-        list[str] | None,
-        typer.Option(help="Name of a label in the data, as energy=dft_energy; may be repeated."),
-    ] = None,
-    max_atoms: Annotated[int, typer.Option(help="Maximum number of atoms per batch.")] = 2000,
+    keys: Keys = None,
+    max_atoms: MaxAtoms = 2000,
     device: Device = "auto",
     dtype: Dtype = "float32",
     branch: Branch = None,
 ) -> None:
     """Compare predictions with labels; write an error table, parity plots and predictions as extxyz."""
-    from dpa4.data import LabelKeys, read_frames
+    from dpa4.data import read_frames
     from dpa4.training import evaluate
 
     with user_errors():
         potential = eager_potential(model, device, dtype, branch)
-        frames = read_frames(data, LabelKeys(**label_keys(key or [])))
+        frames = read_frames(data, label_keys(keys))
         table = evaluate(potential, frames, max_atoms=max_atoms, output=output, device=potential.device)
     console.print(table.to_rich())
     console.print(f"table, plots and predictions are in {output}/")
-
-
-def label_keys(pairs: list[str]) -> dict[str, str]:
-    """Parse pairs such as energy=dft_energy into a map from label to name.
-
-    Raises:
-        ValueError: If a pair has no such form, or names an unknown label.
-    """
-    known = ("energy", "forces", "stress", "virial")
-    keys = dict(pair.partition("=")[::2] for pair in pairs)
-    for name, value in keys.items():
-        if name not in known or not value:
-            raise ValueError(
-                f"--key must be LABEL=NAME with a label of {', '.join(known)}, got {name}={value}"
-            )
-    return keys

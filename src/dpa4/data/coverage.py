@@ -26,9 +26,8 @@ class Coverage:
 
     cutoff: float  # Angstrom; longer distances are not recorded
     elements: tuple[str, ...]  # by atomic number
-    shortest: Mapping[ElementPair, float] | None = (
-        None  # Angstrom; a missing pair is beyond the cutoff; None: unknown
-    )
+    # Angstrom. A pair that is absent is never within the cutoff. None: the distances are unknown.
+    shortest: Mapping[ElementPair, float] | None = None
 
     @property
     def text(self) -> str:
@@ -106,7 +105,7 @@ class CoverageCollector:
     def coverage(self) -> Coverage:
         """Coverage of all structures.
 
-        The distances are unknown until every structure was added: the shortest distances of a part of the data
+        Until every structure was added, the distances are unknown: the shortest distances in a part of the data
         would be too long.
         """
         if not self.complete:
@@ -120,7 +119,7 @@ class CoverageCollector:
 
 
 def coverage_of(dataset: FrameDataset, collector: CoverageCollector | None = None) -> Coverage:
-    """Coverage of a data set; only the graphs that are missing from the collector, if one is given, are built.
+    """Coverage of a data set. With a collector, only the graphs that it lacks are built.
 
     Raises:
         ValueError: If a structure has no neighbour list.

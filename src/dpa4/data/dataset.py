@@ -21,7 +21,7 @@ PREFETCH = 3  # batches prepared ahead
 
 
 class Batch(NamedTuple):
-    """B structures with N atoms and their labels; a missing label is zero and its mask is false."""
+    """B structures with N atoms in all, and their labels; a missing label is zero and its mask is false."""
 
     graph: Graph
     energy: Tensor  # (B,) float64, eV
@@ -43,7 +43,7 @@ class Batch(NamedTuple):
 
 
 class FrameDataset:
-    """Structures and their graphs, which are built at first use."""
+    """Data set of structures, whose graphs are built at first use."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class Budget(NamedTuple):
 
     what: str  # "structures", "atoms" or "edges"
     sizes: NDArray[np.int64]  # of each structure (n,)
-    most: int
+    limit: int  # of a batch
 
 
 def pack(order: Sequence[int], budgets: Sequence[Budget]) -> list[list[int]]:
@@ -149,10 +149,10 @@ def pack(order: Sequence[int], budgets: Sequence[Budget]) -> list[list[int]]:
     """
     batches: list[list[int]] = []
     filled = np.zeros(len(budgets), dtype=np.int64)
-    most = np.array([budget.most for budget in budgets])
+    limits = np.array([budget.limit for budget in budgets])
     for index, size in zip(order, np.stack([b.sizes for b in budgets], axis=1)[order], strict=True):
         filled += size
-        if not batches or (filled > most).any():
+        if not batches or (filled > limits).any():
             batches.append([])
             filled = size.copy()
         batches[-1].append(int(index))
@@ -199,7 +199,7 @@ class EpochBatches:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not len(dataset):
-            raise ValueError("there is no structure to make batches of")
+            raise ValueError("the data set has no structures, so there are no batches")
         self.dataset, self.seed, self.shuffle = dataset, seed, shuffle
         self._budgets: list[Budget] = []
         if batch_size is not None:
@@ -213,10 +213,10 @@ class EpochBatches:
 
     def _warn_of_oversized(self, budget: Budget) -> None:
         largest = int(budget.sizes.argmax())
-        if budget.sizes[largest] > budget.most:
-            count = int((budget.sizes > budget.most).sum())
+        if budget.sizes[largest] > budget.limit:
+            count = int((budget.sizes > budget.limit).sum())
             warnings.warn(
-                f"{count} structures exceed max_{budget.what} = {budget.most} and are batches of their own; "
+                f"{count} structures exceed max_{budget.what} = {budget.limit} and are batches of their own; "
                 f"the largest is {_name(self.dataset.frames[largest], largest)} with "
                 f"{budget.sizes[largest]} {budget.what}",
                 stacklevel=3,
@@ -236,8 +236,8 @@ class EpochBatches:
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Iterate over the batches of an epoch from number ``start`` on.
 
-        The batches are in page-locked memory if there is a GPU. A thread prepares them ahead; it ends when
-        the iterator is exhausted, closed or deleted.
+        The batches are in page-locked memory if there is a GPU. A thread prepares them ahead and ends when the
+        iterator is exhausted, closed or deleted.
         """
         pin = torch.cuda.is_available()
 
@@ -249,7 +249,7 @@ class EpochBatches:
 
 
 def _prefetched(make: Callable[[list[int]], Batch], items: Sequence[list[int]]) -> Iterator[Batch]:
-    """Yield ``make(item)`` of every item, computed ahead in one thread; re-raise exceptions of ``make``."""
+    """Yield ``make(item)`` for every item, computed ahead in one thread; exceptions of ``make`` are raised here."""
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dpa4-batches")
     todo = iter(items)
     pending: deque[Future[Batch]] = deque()

@@ -1,4 +1,4 @@
-"""One labelled structure."""
+"""Frame: one structure and its reference labels."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class Frame:
     forces: NDArray[np.float64] | None = None  # (N, 3)
     virial: NDArray[np.float64] | None = None  # (3, 3)
     weight: float = 1.0
-    group: str = ""  # name in error tables: config_type in the file, or the name of the file
+    group: str = ""  # group in error tables: config_type in the file, or the name of the file
     origin: str = ""  # source for messages, such as "train.xyz, frame 12"
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Conversion of ASE structures to ``Frame``: names, units and signs of labels."""
+"""Conversion of ASE structures to ``Frame``: names, units and signs of the labels."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -33,9 +33,8 @@ class LabelKeys:
 
     energy: str | None = None  # eV
     forces: str | None = None  # eV/Angstrom
-    stress: str | None = (
-        None  # eV/Angstrom^3, tensile positive; six in Voigt order xx, yy, zz, yz, xz, xy, or nine
-    )
+    # eV/Angstrom^3, tensile positive; nine numbers, or six in Voigt order xx, yy, zz, yz, xz, xy
+    stress: str | None = None
     virial: str | None = None  # eV, -dE/dstrain = -volume * stress
 
 

@@ -1,4 +1,4 @@
-"""Reading of structures and labels from files; all data enters here."""
+"""Readers of structures and labels; all data files are read here."""
 
 import io
 import zipfile
@@ -58,7 +58,7 @@ def read_frames(paths: str | Path | Sequence[str | Path], keys: LabelKeys = USUA
 
 
 def read_atoms(path: Path) -> Iterator[tuple[str, Atoms]]:
-    """Iterate over origin and structure, for a path in any format of ``read_frames`` except deepmd-kit's.
+    """Yield origin and structure of each structure of a path, in any format of ``read_frames`` except deepmd-kit's.
 
     Raises:
         ImportError: If the reader of ``.aselmdb`` files is not installed.

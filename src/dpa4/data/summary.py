@@ -1,4 +1,4 @@
-"""Summary table of the data, and checks before a run starts."""
+"""Summary table of the structures, and checks of labels and elements before a run starts."""
 
 from collections.abc import Mapping, Sequence
 
@@ -46,7 +46,7 @@ def check_labels(frames: Sequence[Frame], weights: Mapping[str, float]) -> None:
         weights: Weight of "energy", "forces" and "virial" in the loss.
 
     Raises:
-        ValueError: If a target has none; the message lists the labels found.
+        ValueError: If a target has no label in any frame; the message lists the labels found.
     """
     counts = label_counts(frames)
     for name, weight in weights.items():

@@ -49,8 +49,8 @@ def compile_potential(
     neighborhood: Any = Neighborhood(edges, source, center, "center data")  # type: ignore[arg-type]
     whole = {
         "locate": ("geometry", ["geometry"], ("edge data", source, center, "node data")),
-        "embed": (
-            "embedding",
+        "input_features": (
+            "input features",
             ["basis", "radial", "types", "charge_spin", "seed"],
             ("node", "node", "center", "center", neighborhood),
         ),
@@ -86,7 +86,7 @@ def regions(potential: Potential) -> list[Region]:
 
 def _methods(potential: Potential) -> list[tuple[nn.Module, str]]:
     """All methods that can be compiled, each with its module."""
-    whole = [(potential.model, name) for name in ("locate", "embed", "read_out")]
+    whole = [(potential.model, name) for name in ("locate", "input_features", "read_out")]
     of_block = ("states", "messages", "update", "update_some")
     return [*whole, *((block, name) for block in potential.model.blocks for name in of_block)]
 

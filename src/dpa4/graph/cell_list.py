@@ -1,9 +1,9 @@
 """Cell list in torch operations: candidate pairs on any device, with memory linear in the number of atoms.
 
-Periodic images that can have a neighbour in the cell are added as atoms of their own, which leaves a search
-without periodicity. Atoms are binned along the Cartesian axes and sorted by bin number. The bins of one
-column along z around an atom are therefore one range of the sorted list, found by bisection, and no array has
-one entry per bin.
+Periodic images that can have a neighbour in the cell are added as points of their own, so that the search itself
+needs no periodicity. Atoms and images, here called places, are binned along the Cartesian axes and sorted by bin
+number. The bins of one column along z around an atom are therefore one range of the sorted list, found by
+bisection, and no array has one entry per bin.
 """
 
 import numpy as np
@@ -14,9 +14,9 @@ from torch import Tensor
 from dpa4.graph.lattice import completed
 
 REACH = (2, 2, 4)  # bins per search radius along x, y and z; finer bins along z cost nothing
-FARTHEST_BIN = 2**40  # atoms beyond this bin share it
-MOST_BINS = 2**62  # bin numbers are int64
-ATOMS_AT_ONCE = 2**14  # limits the memory of the candidates
+FARTHEST_BIN = 2**40  # all places beyond this bin are put into it
+MOST_BINS = 2**62  # so that a bin number fits into int64
+ATOMS_AT_ONCE = 2**14  # limits the memory of the candidate pairs
 
 
 def candidate_pairs(
@@ -63,8 +63,8 @@ def _images(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Wrap atoms into their cells and add all images that lie within the radius of the cell.
 
-    The G places are sorted by atom and image, so the index of a place orders the edges of an atom by source
-    and shift.
+    The G places (atoms and images) are sorted by atom and image. Edges sorted by the index of the place are
+    therefore sorted by source and shift.
 
     Returns:
         Atom (G,), image in whole cell vectors (G, 3) and position (G, 3) of each place, and the number of
@@ -156,7 +156,7 @@ def _near_pairs(
         distance = sorted_places[image] - places[home[atoms]][centre]
         near = (distance.square().sum(1) <= radius * radius).nonzero().squeeze(1)
         centre, image = atoms[centre[near]], order[image[near]]
-        other = image != home[centre]
+        other = image != home[centre]  # an atom is no neighbour of itself, but its images are
         pairs.append((centre * total + image)[other].sort().values)
     return torch.cat(pairs)
 

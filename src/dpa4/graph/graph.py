@@ -10,9 +10,9 @@ from torch import Tensor
 class Graph(NamedTuple):
     """B structures with N atoms and E directed edges in flat lists.
 
-    A message flows source -> destination. Each pair within the cutoff gives two edges. Every periodic image
-    is an edge of its own, including images of the centre itself. Edges are sorted by destination; neighbour
-    searches also sort the edges of one atom by source and shift.
+    A message flows source -> destination. Each pair within the cutoff has two edges, one in each direction.
+    Every periodic image is an edge of its own, including images of the centre itself. Edges are sorted by
+    destination; neighbour searches also sort the edges of one atom by source and shift.
     """
 
     atomic_numbers: Tensor  # (N,) int64

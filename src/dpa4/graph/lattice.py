@@ -1,4 +1,4 @@
-"""Checks of positions, cells and cutoffs for neighbour searches, and the geometry of the periodic axes."""
+"""Checks of positions, cells and cutoffs for neighbour searches, and completion of partly periodic cells."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Neighbour lists: every pair of atoms within the cutoff, over all periodic images.
+"""Neighbour lists and graphs: every pair of atoms within the cutoff, over all periodic images.
 
 Candidate pairs come from vesin on a CPU and from a cell list in torch operations on accelerators. One formula
 in float64 then selects the edges, so that both searches return the same ones, sorted by destination, source
@@ -136,13 +136,13 @@ def build_graph(
     """Build the graph of one structure.
 
     Args:
-        atomic_numbers: Nuclear charges (N,).
+        atomic_numbers: Atomic numbers (N,).
         positions: Atom positions (N, 3), in Angstrom.
         cell: Cell vectors as rows (3, 3), in Angstrom.
         pbc: Periodicity of the three axes (3,).
         cutoff: Cutoff radius, in Angstrom.
         charge_spin: Total charge in e and spin multiplicity 2S + 1.
-        device: Device of the graph and of the neighbour search; the arguments may be tensors on any device.
+        device: Device of the neighbour search and of the graph; the arguments may be tensors on any device.
 
     Raises:
         ValueError: As for ``neighbor_list``, or if the numbers of atomic numbers and positions differ.

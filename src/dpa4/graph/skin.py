@@ -1,4 +1,4 @@
-"""Verlet skin: the neighbour search extends beyond the cutoff and is repeated only after atoms have moved."""
+"""Verlet skin: a neighbour search beyond the cutoff, which is repeated only after atoms have moved."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ ROUNDING = 1e-9  # Angstrom, far above rounding errors of the bound; with a smal
 
 
 class SkinnedNeighbors:
-    """Graphs of a moving structure, with exactly the edges of ``build_graph`` in the same order.
+    """Neighbour search for a moving structure; the edges and their order are those of ``build_graph``.
 
     A search stores the edges up to cutoff + skin, and each step selects those within the cutoff. Let F be the
     deformation of the cell since the search, s its smallest singular value, and u the largest distance of an
@@ -54,7 +54,7 @@ class SkinnedNeighbors:
         pbc: Any,
         charge_spin: tuple[int, int] = (0, 1),
     ) -> Graph:
-        """Graph of the current structure; arguments and errors are those of ``build_graph``.
+        """Build the graph of the current structure; arguments and errors are those of ``build_graph``.
 
         Displacements are computed on the device of the positions.
         """

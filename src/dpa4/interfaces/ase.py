@@ -83,7 +83,7 @@ class DPA4Calculator(Calculator):
             branch: Branch of a multitask deepmd-kit checkpoint.
             neighbor_skin: Verlet skin, in Angstrom. The neighbour list extends to cutoff plus skin and is rebuilt
                 only after an atom has moved by about half the skin, or the cell has changed by a similar amount.
-                With 0 it is rebuilt in every step. The results do not depend on the skin.
+                With 0 the list is rebuilt in every step. The results do not depend on the skin.
             compute_stress: Provide the stress of structures periodic along all three axes.
             precision: "high" has the accuracy of ``dtype``. "fast" uses bfloat16 matrix products in the interaction
                 blocks. It suits screening but not dynamics: see the force errors in docs/running.md.
@@ -118,7 +118,14 @@ class DPA4Calculator(Calculator):
         self._charge_spin: list[torch.Tensor] = []  # per model, (1, 2), for the checked structure
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """Return what has changed since the last calculation, including charge and spin."""
+        """Names of the properties in which a structure differs from that of the last calculation; [] if none.
+
+        ``"info"`` stands for charge or spin.
+
+        Args:
+            atoms: Structure.
+            tol: Absolute tolerance of the comparison.
+        """
         changes = super().check_state(atoms, tol=tol)
         if self.atoms is not None and any(self.atoms.info.get(k) != atoms.info.get(k) for k in INFO_KEYS):
             changes.append("info")
@@ -130,14 +137,14 @@ class DPA4Calculator(Calculator):
         properties: Sequence[str] = ("energy",),
         system_changes: Sequence[str] = all_changes,
     ) -> None:
-        """Compute all results except ``stresses``, whatever ``properties`` lists; ASE calls this method.
+        """Compute all results, and ``stresses`` if requested; ASE calls this method.
 
-        Computing everything costs little more than computing the energy alone. ``stresses`` are added if listed.
+        All results but ``stresses`` come from one evaluation, which costs little more than the energy alone.
 
         Args:
             atoms: Structure; None uses the structure of the last call.
             properties: Names of the requested results.
-            system_changes: What has changed since the last call, for ASE.
+            system_changes: Properties that have changed since the last call; used by ASE only.
 
         Raises:
             ValueError: If the structure is empty; if an element, the charge or the spin is not supported by a model;
@@ -171,7 +178,7 @@ class DPA4Calculator(Calculator):
         return full_3x3_to_voigt_6_stress(-_numpy(torch.stack(virials).mean(dim=0)) / volume)
 
     def _graphs(self, atoms: Atoms) -> list[Graph]:
-        """Build one graph per model, on the device, and check the structure.
+        """Build one graph per model on the device, and check the structure.
 
         Elements, charge and spin are checked only when they have changed since the last call.
         """
@@ -191,7 +198,7 @@ class DPA4Calculator(Calculator):
 
 
 def labelled(atoms: Atoms) -> Atoms:
-    """Copy a structure together with its current energy, forces and, if available, stress, for writing to a file."""
+    """Copy a structure with its current energy, forces and, if available, stress, to be written to a file."""
     frame = atoms.copy()
     results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(apply_constraint=False)}
     if atoms.pbc.all() and "stress" in atoms.calc.implemented_properties:

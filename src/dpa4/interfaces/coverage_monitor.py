@@ -13,11 +13,11 @@ from dpa4.data.coverage import Coverage
 from dpa4.graph import Graph
 
 MARGIN = 0.05
-"""Distance in Angstrom by which atoms may be closer than any in the data before a warning is issued."""
+"""Tolerance of the distances, in Angstrom: atoms closer than in the data by more than this cause a warning."""
 
 
 class CoverageMonitor:
-    """Warns of elements missing from the training data and of atoms closer than any in the data, once each.
+    """Issues one warning about elements missing from the training data, and one about atoms closer than in the data.
 
     Distances are compared in two steps, so that a GPU need not wait: ``look`` starts the comparison, ``report``
     waits for its result.

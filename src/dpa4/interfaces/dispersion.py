@@ -1,7 +1,7 @@
 """Dispersion correction for a calculator: DFT-D3 of Grimme et al., computed by torch-dftd."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from ase import Atoms
@@ -11,31 +11,30 @@ from ase.units import Bohr
 
 from dpa4.system import choose_device, require
 
-DAMPINGS = ("bj", "zero", "bjm", "zerom")
+Damping = Literal["bj", "zero", "bjm", "zerom"]
 
 
 def with_dispersion(
     calculator: Calculator,
     functional: str = "pbe",
-    damping: Literal["bj", "zero", "bjm", "zerom"] = "bj",
+    damping: Damping = "bj",
     *,
     cutoff: float = 95 * Bohr,
     device: str | torch.device = "cpu",
 ) -> SumCalculator:
     """Add the DFT-D3 dispersion correction to a calculator.
 
-    Use it only for potentials trained on labels without dispersion. If the functional of the labels includes
-    dispersion (PBE-D3, a van der Waals functional, wB97M-V), so does the potential, and the correction would count
-    dispersion twice.
+    Use it only for potentials trained on labels without dispersion. If the labels include dispersion (PBE-D3, a
+    van der Waals functional, wB97M-V), so does the potential, and the correction would count dispersion twice.
 
     Args:
         calculator: ASE calculator with energy and forces, such as ``DPA4Calculator``.
         functional: Functional of the labels, which selects the damping parameters: "pbe", "pbesol", "revpbe",
             "b3-lyp", "r2scan", ...
         damping: "bj" (Becke-Johnson), "zero", or the modified forms "bjm" and "zerom".
-        cutoff: Largest distance between atoms of a pair, in Angstrom. The default is that of the original program,
-            95 Bohr. In periodic systems a smaller cutoff is much faster, but the energy then has a small step
-            wherever a pair crosses the cutoff.
+        cutoff: Largest distance between the atoms of a pair, in Angstrom. The default is that of the original
+            program, 95 Bohr. In periodic systems a smaller cutoff is much faster, but the energy then jumps slightly
+            whenever a pair crosses the cutoff.
         device: Device for D3, which is computed in float64. "auto" selects a GPU if one is available.
 
     Returns:
@@ -51,8 +50,8 @@ def with_dispersion(
             atoms.calc = with_dispersion(DPA4Calculator("run/best.safetensors"), functional="pbe", damping="bj")
             energy = atoms.get_potential_energy()  # eV
     """
-    if damping not in DAMPINGS:
-        raise ValueError(f"damping must be one of {', '.join(DAMPINGS)}, got {damping!r}")
+    if damping not in get_args(Damping):
+        raise ValueError(f"damping must be one of {', '.join(get_args(Damping))}, got {damping!r}")
     if not 0 < cutoff < float("inf"):
         raise ValueError(f"cutoff must be a positive distance in Angstrom, got {cutoff}")
     d3 = require("torch_dftd.torch_dftd3_calculator", "d3")
@@ -75,10 +74,10 @@ def with_dispersion(
 
 
 class _Corrected(SumCalculator):
-    """Sum of calculators that also recomputes when the first one sees a change, such as of charge or spin."""
+    """Sum of calculators that also notices changes that only the first calculator sees, such as of the charge."""
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """Return what has changed since the last calculation."""
+        """Names of the properties in which a structure differs from that of the last calculation; [] if none."""
         return super().check_state(atoms, tol) or self.mixer.calcs[0].check_state(atoms, tol)
 
     def calculate(

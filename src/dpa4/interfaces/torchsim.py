@@ -22,8 +22,8 @@ from torch_sim.state import SimState  # noqa: E402
 from torch_sim.typing import MemoryScaling  # noqa: E402
 
 COUNTS_EDGES = "n_edges" in get_args(MemoryScaling)  # false for TorchSim 0.3
-# Attributes of a state with charge and spin; the first one found counts.
-NAMES = {"charge": ("total_charge", "charge"), "spin": ("total_spin", "spin")}
+# Attributes of a state that hold charge and spin; the first one found counts.
+EXTRAS = {"charge": ("total_charge", "charge"), "spin": ("total_spin", "spin")}
 
 
 class DPA4Model(ModelInterface):
@@ -107,14 +107,14 @@ class DPA4Model(ModelInterface):
         self._compute_stress = value
 
     def autobatching(self, max_edges: float) -> dict[str, Any]:
-        """Build arguments that limit TorchSim's autobatchers to a number of edges per batch.
+        """Return arguments that limit TorchSim's autobatchers to a number of edges per batch.
 
-        With a fixed limit an autobatcher need not find out what fits by running out of memory. TorchSim 0.3 does not
-        count edges. Its limit is atoms times density, set to the value of a homogeneous structure with ``max_edges``
-        edges.
+        With a fixed limit, an autobatcher need not find the largest batch by running out of memory. TorchSim 0.3 does
+        not count edges. Its limit is atoms times density, set to the value of a homogeneous structure with
+        ``max_edges`` edges.
 
         Args:
-            max_edges: Largest number of edges in a batch.
+            max_edges: Maximum number of edges in a batch.
 
         Returns:
             Keyword arguments for ``InFlightAutoBatcher`` and ``BinningAutoBatcher``.
@@ -159,7 +159,7 @@ class DPA4Model(ModelInterface):
         return {name: values.detach().to(state.positions.dtype) for name, values in results.items()}
 
     def _graph(self, state: Any, periodic: Tensor) -> Graph:
-        """Build the graph of all systems, on the device, and check the structures.
+        """Build the graph of all systems on the device, and check the structures.
 
         Elements, charges and spins are checked only when they have changed since the last call.
         """
@@ -190,7 +190,7 @@ class DPA4Model(ModelInterface):
         if not self.potential.config.charge_spin:
             return torch.tensor([[0, 1]], device=self._device).expand(systems, 2)
         columns = []
-        for index, (what, names) in enumerate(NAMES.items()):
+        for index, (what, names) in enumerate(EXTRAS.items()):
             found = [v for name in names if (v := getattr(state, name, None)) is not None]
             if found:
                 values = found[0].reshape(-1).double()

@@ -1,4 +1,4 @@
-"""Mode-resolved lattice thermal conductivity of one crystal, by phono3py with Wigner transport."""
+"""Mode-resolved lattice thermal conductivity of one crystal, with phono3py and Wigner transport."""
 
 import warnings
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE
 from numpy.typing import NDArray
 
-from dpa4.simulation.runs.store import Interrupted, Record
+from dpa4.simulation.runs.store import ItemInterrupted, Record
 from dpa4.system import require
 
 Array = NDArray[np.float64]
@@ -55,14 +55,14 @@ def relax_symmetric(
         Number of steps taken.
 
     Raises:
-        Interrupted: After Ctrl-C.
+        ItemInterrupted: After Ctrl-C.
     """
     atoms.calc = calculator
     atoms.set_constraint(FixSymmetry(atoms, symprec=RELAX_SYMPREC))
     engine = FIRE(FrechetCellFilter(atoms, mask=[True, True, True, False, False, False]), logfile=None)
     for _ in engine.irun(fmax=fmax, steps=steps):
         if stopped:
-            raise Interrupted
+            raise ItemInterrupted
     atoms.set_constraint()
     atoms.calc = None
     return engine.get_number_of_steps()
@@ -78,7 +78,7 @@ def conductivity(
     displacement: float = 0.03,
     stopped: Sequence[int] = (),
 ) -> Record:
-    """Conductivity at 300 K by phono3py: Wigner transport in the relaxation time approximation.
+    """Compute the conductivity at 300 K with phono3py: Wigner transport in the relaxation time approximation.
 
     Force constants of second and third order come from finite displacements. Isotope scattering is included. The
     transport is "SMM19" of phono3py 4. The contribution of a pair of bands is divided between the two bands according
@@ -103,7 +103,7 @@ def conductivity(
 
     Raises:
         ImportError: If phono3py is not installed.
-        Interrupted: After Ctrl-C.
+        ItemInterrupted: After Ctrl-C.
     """
     phonons = _phono3py(atoms, fc2_supercell, fc3_supercell, mesh, displacement)
     phonons.phonon_forces = _forces(phonons.phonon_supercells_with_displacements, calculator, stopped)
@@ -194,7 +194,7 @@ def _forces(supercells: Sequence[Any], calculator: Calculator, stopped: Sequence
     forces = []
     for cell in supercells:
         if stopped:
-            raise Interrupted
+            raise ItemInterrupted
         atoms = Atoms(cell.symbols, cell.positions, cell=cell.cell, pbc=True)
         atoms.calc = calculator
         forces.append(atoms.get_forces())

@@ -1,4 +1,4 @@
-"""Curves of homonuclear diatomic molecules and their metrics: the diatomics task of Matbench Discovery."""
+"""Diatomics task of Matbench Discovery: curves of homonuclear diatomic molecules and their metrics."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dpa4.interfaces.ase import fingerprint_of_calculator
 from dpa4.leaderboards import files
-from dpa4.leaderboards.curves import (
+from dpa4.leaderboards.diatomics_metrics import (
     Curve,
     combined_diatomics_score,
     curve_metrics,
@@ -21,22 +21,14 @@ from dpa4.leaderboards.curves import (
     reference_metrics,
     wall_error,
 )
-from dpa4.output import new_figure, save_figure
-from dpa4.simulation.runs.store import (
-    Progressed,
-    Record,
-    Records,
-    read_settings,
-    run_items,
-    write_csv,
-    write_json,
-)
+from dpa4.output import new_figure, save_figure, write_csv, write_json
+from dpa4.simulation.runs.store import Record, Records, RunState, read_settings, run_items
 
 DISTANCES = np.geomspace(0.1, 6.0, 119)  # Angstrom
 HEAVIEST = 92
 UNSCORED = frozenset({"Po", "At", "Rn", "Fr", "Ra"})  # not in the Materials Project
 SCORED = tuple(s for s in chemical_symbols[1 : HEAVIEST + 1] if s not in UNSCORED)  # 87
-# Start of the windows in covalent radii: of most metrics, and of the wall, which extends as far as the DFT curves.
+# Start of a window, in covalent radii: of most metrics, and of the wall, which starts where the DFT curves do.
 INNER, INNER_WALL = 0.9, 0.8
 LEAST_POINTS = 5
 ROUGH_JUMP, ROUGH_FLIPS = 1.5, 3  # eV, turns; a reference that reaches both is not used
@@ -111,17 +103,17 @@ def run_diatomics(
     *,
     model: str = "",
     progress: bool = True,
-) -> Progressed:
+) -> RunState:
     """Compute the curves of elements at 119 distances from 0.1 to 6 Angstrom.
 
-    Every curve is saved in ``output``/results.jsonl at once. After an interruption, the same call continues.
+    Every curve is saved in ``output``/results.jsonl at once. After an interruption, the same call continues the run.
 
     Args:
         elements: Chemical symbols.
         calculator: ASE calculator.
-        output: Folder; created if it does not exist.
+        output: Output folder, created if absent.
         model: Name of a model that is not from dpa4; results of another model in the folder are refused.
-        progress: Show a progress bar if the output is a terminal.
+        progress: Show a progress bar on a terminal.
 
     Returns:
         Numbers of finished and failed elements.
@@ -208,7 +200,7 @@ def _rough(element: str, reference: Curve) -> bool:
 
 
 def read_reference(path: Path, functional: str = "PBE") -> dict[str, Curve]:
-    """DFT curves by element.
+    """Read the DFT curves, by element.
 
     Raises:
         ValueError: If the file is not JSON or lacks the functional.
@@ -220,7 +212,7 @@ def read_reference(path: Path, functional: str = "PBE") -> dict[str, Curve]:
 
 
 def _curve(record: Mapping[str, list]) -> Curve:
-    """Curve from a record of a file; forces are NaN if the record has none."""
+    """Convert a record of a file to a curve; forces are NaN if the record has none."""
     distances = np.array(record["distances"], dtype=float)
     order = np.argsort(distances)
     forces = np.full((len(order), 2, 3), np.nan)

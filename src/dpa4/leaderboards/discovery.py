@@ -17,17 +17,17 @@ from ase import Atoms
 
 from dpa4.leaderboards import files, protocol
 from dpa4.leaderboards.metrics import StabilityMetrics, discovery_metrics, mean_rmsd
-from dpa4.output import new_figure, save_figure
-from dpa4.simulation.runs.shards import FinishedRun
-from dpa4.simulation.runs.store import Progressed, Record, Records, run_items, write_csv, write_json
+from dpa4.output import new_figure, save_figure, write_csv, write_json
+from dpa4.simulation.runs.shards import FinishedScreening
+from dpa4.simulation.runs.store import Record, Records, RunState, run_items
 from dpa4.system import require
 
 PREDICTION = "e_form_per_atom"  # column of the predicted formation energy, eV/atom
 DECIMALS = 4  # of energies per atom in discovery.csv, as on the leaderboard
 COLUMNS = (
-    *("material_id", "formula", "energy", "corrected_energy", PREDICTION, "e_above_hull_pred", "rmsd"),
-    *("converged", "steps", "error"),
-)
+    "material_id", "formula", "energy", "corrected_energy", PREDICTION, "e_above_hull_pred", "rmsd", "converged",
+    "steps", "error",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class DiscoveryScore:
 
 def score_structures(
     output: str | Path, data: str | Path, *, progress: bool = True
-) -> tuple[Progressed, DiscoveryScore | None]:
+) -> tuple[RunState, DiscoveryScore | None]:
     """Compute formation energies, energies above the hull and RMSD of relaxed structures, and their metrics.
 
     The predicted energy and structure replace those of the DFT entry, ``MaterialsProject2020Compatibility`` corrects
@@ -63,13 +63,13 @@ def score_structures(
     with the leaderboard only for the whole test set.
 
     Writes discovery.csv, summary.json and hull.png into ``output``. Scores are saved one by one in scores.jsonl.
-    After an interruption, the same call continues.
+    After an interruption, the same call continues the run.
 
     Args:
         output: Output folder of ``dpa4.simulation.screen.screen``. Each structure must have the ``material_id`` of a
             crystal of the test set.
         data: Folder of the published files.
-        progress: Show a progress bar if the output is a terminal.
+        progress: Show a progress bar on a terminal.
 
     Returns:
         Numbers of scored and failed structures, and the metrics, which are None after an interruption.
@@ -85,7 +85,7 @@ def score_structures(
     summary = read_summary(files.locate(data, files.WBM_SUMMARY))
     corrector = _Corrector(read_references(files.locate(data, files.MP_REFERENCES)))
     entries = files.locate(data, files.WBM_ENTRIES)
-    run = FinishedRun(folder)
+    run = FinishedScreening(folder)
     crystals = _by_name(run, summary)
     relaxed = {name: row for name, row in crystals.items() if row["frame"] == "True"}
     cell, pressure = run.settings["cell"], run.settings["pressure"]
@@ -116,7 +116,7 @@ def score_structures(
     return state, score
 
 
-def _by_name(run: FinishedRun, summary: Mapping[str, WBMRow]) -> dict[str, dict[str, str]]:
+def _by_name(run: FinishedScreening, summary: Mapping[str, WBMRow]) -> dict[str, dict[str, str]]:
     """Rows of a run by ``material_id``."""
     rows: dict[str, dict[str, str]] = {}
     for row in run.rows:
@@ -133,26 +133,32 @@ def _by_name(run: FinishedRun, summary: Mapping[str, WBMRow]) -> dict[str, dict[
 
 
 def read_summary(path: Path) -> dict[str, WBMRow]:
-    """DFT results of the WBM test set by ``material_id``.
+    """Read the DFT results of the WBM test set, by ``material_id``.
 
     Raises:
         ValueError: If a column is missing.
     """
-    columns = ("material_id", "formula", "e_form_per_atom_mp2020_corrected",
-               "e_above_hull_mp2020_corrected_ppd_mp", "unique_prototype")  # fmt: skip
+    columns = (
+        "material_id",
+        "formula",
+        "e_form_per_atom_mp2020_corrected",
+        "e_above_hull_mp2020_corrected_ppd_mp",
+        "unique_prototype",
+    )
     with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
             raise ValueError(f"{path} lacks the columns {', '.join(missing)}; it has {reader.fieldnames}")
         return {
-            row[columns[0]]: WBMRow(row[columns[1]], float(row[columns[2]]), float(row[columns[3]]),
-                                    row[columns[4]].lower() in ("true", "1"))
-            for row in reader
-        }  # fmt: skip
+            name: WBMRow(formula, float(e_form), float(e_above_hull), unique.lower() in ("true", "1"))
+            for name, formula, e_form, e_above_hull, unique in (
+                [row[column] for column in columns] for row in reader
+            )
+        }
 
 
 def read_references(path: Path) -> dict[str, float]:
-    """Energies of the elements in the Materials Project (eV/atom), rounded to four decimals as on the leaderboard."""
+    """Read the energies of the elements in the Materials Project (eV/atom), rounded as on the leaderboard."""
     entry = require("pymatgen.entries.computed_entries", "bench").ComputedEntry
     return {
         element: round(entry.from_dict(found).energy_per_atom, 4)
@@ -161,7 +167,7 @@ def read_references(path: Path) -> dict[str, float]:
 
 
 def read_entries(path: Path) -> Iterator[Record]:
-    """DFT entries of a file one by one: ``material_id`` and ``computed_structure_entry``."""
+    """Yield the DFT entries of a file: ``material_id`` and ``computed_structure_entry``."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         yield from map(json.loads, file)
 
@@ -175,7 +181,7 @@ def pymatgen_structure(atoms: Atoms) -> Any:
 
 
 class _Corrector:
-    """Formation energies of relaxed crystals and their distances to the DFT structures."""
+    """Computes formation energies of relaxed crystals and their distances to the DFT structures."""
 
     def __init__(self, references: Mapping[str, float]):
         self.references = references

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class PublishedFile(NamedTuple):
-    """A file to download."""
+    """Published file to download."""
 
     path: str  # within the data folder, named as by Matbench Discovery
     content: str
@@ -57,7 +57,7 @@ SPICE_TEST = PublishedFile(
 
 
 def locate(folder: str | Path, file: PublishedFile) -> Path:
-    """Path of a published file in a data folder, either in the subfolder of ``file.path`` or directly.
+    """Find a published file in a data folder, either in the subfolder named by ``file.path`` or directly.
 
     Raises:
         FileNotFoundError: If the file is missing; the message says where to get it and where to save it.
@@ -72,7 +72,7 @@ def locate(folder: str | Path, file: PublishedFile) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """Content of a JSON file; compressed by gzip if the name ends in .gz.
+    """Read a JSON file, compressed with gzip if its name ends in .gz.
 
     Raises:
         ValueError: If the content is not JSON.

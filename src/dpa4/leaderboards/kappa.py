@@ -15,16 +15,8 @@ from dpa4.interfaces.ase import fingerprint_of_calculator
 from dpa4.leaderboards import files, protocol
 from dpa4.leaderboards.conductivity import conductivity, relax_symmetric, space_group
 from dpa4.leaderboards.metrics import FAILED_SRME, mean_with_failures, sre, srme
-from dpa4.output import new_figure, save_figure
-from dpa4.simulation.runs.store import (
-    Progressed,
-    Record,
-    Records,
-    read_settings,
-    run_items,
-    write_csv,
-    write_json,
-)
+from dpa4.output import new_figure, save_figure, write_csv, write_json
+from dpa4.simulation.runs.store import Record, Records, RunState, read_settings, run_items
 from dpa4.system import require
 
 Array = NDArray[np.float64]
@@ -54,7 +46,7 @@ class KappaScore:
 
 
 def read_reference(path: Path) -> dict[str, ReferenceKappa]:
-    """DFT conductivities at 300 K by the name of the material.
+    """Read the DFT conductivities at 300 K, by the name of the material.
 
     Both the file of Matbench Discovery and that of arXiv:2408.00755 are supported: a JSON table, by columns or rows.
 
@@ -69,9 +61,9 @@ def read_reference(path: Path) -> dict[str, ReferenceKappa]:
     return {
         str(_column(row, path, "material_id", "mp_id")): ReferenceKappa(
             kappa=float(np.ravel(_column(row, path, "kappa_tot_avg", "kappa_TOT_ave"))[0]),
-            mode_kappa=np.array(_column(row, path, "mode_kappa_tot_avg", "mode_kappa_TOT_ave"), dtype=float)[
-                0
-            ],
+            mode_kappa=np.asarray(
+                _column(row, path, "mode_kappa_tot_avg", "mode_kappa_TOT_ave")[0], dtype=float
+            ),
             q_points=None if row.get("q_points") is None else np.array(row["q_points"], dtype=float),
         )
         for row in table
@@ -88,22 +80,22 @@ def run_kappa(
     displacement: float = 0.03,
     model: str = "",
     progress: bool = True,
-) -> Progressed:
+) -> RunState:
     """Compute the conductivities of the crystals of a file.
 
-    Every result is saved in ``output``/results.jsonl at once. After an interruption, the same call continues and
-    tries failed crystals again.
+    Every result is saved in ``output``/results.jsonl at once. After an interruption, the same call continues the run
+    and tries failed crystals again.
 
     Args:
         structures: Extended XYZ file. Every crystal has ``material_id`` or ``mp_id``, ``fc2_supercell``,
             ``fc3_supercell``, and ``q_point_mesh`` or ``q_mesh``.
         calculator: ASE calculator.
-        output: Folder; created if it does not exist.
+        output: Output folder, created if absent.
         fmax: Largest force of a relaxed crystal, in eV/Angstrom.
         steps: Maximum number of steps of a relaxation.
         displacement: Displacement of atoms for the force constants, in Angstrom.
         model: Name of a model that is not from dpa4; results of another model in the folder are refused.
-        progress: Show a progress bar if the output is a terminal.
+        progress: Show a progress bar on a terminal.
 
     Returns:
         Numbers of finished and failed crystals.
@@ -206,7 +198,7 @@ def _compare(name: str, dft: ReferenceKappa, record: Record | None) -> Record:
 
 
 def _order(q_points: Array, reference: Array, name: str) -> NDArray[np.int64]:
-    """Index in ``q_points`` of each q-point of the reference; equal up to reciprocal lattice vectors."""
+    """Index in ``q_points`` of each q-point of the reference; q-points are equal up to reciprocal lattice vectors."""
     difference = q_points[:, None] - reference[None]
     same = (np.abs(difference - difference.round()) < 1e-4).all(axis=-1)
     if not ((same.sum(axis=0) == 1).all() and (same.sum(axis=1) == 1).all()):
@@ -233,7 +225,7 @@ def _crystal(origin: str, atoms: Atoms) -> tuple[str, tuple[Atoms, dict[str, Any
 
 
 def _column(row: Mapping[str, Any], origin: Path | str, *names: str) -> Any:
-    """Value of the first of these names that a row has."""
+    """Value of the first of these names that is in a row."""
     for name in names:
         if row.get(name) is not None:
             return row[name]

@@ -1,4 +1,4 @@
-"""Definitions of the benchmarks' metrics, as pure functions of arrays.
+"""Metrics of the published benchmarks, as pure functions of arrays.
 
 Sources: Matbench Discovery (repository of July 2026; arXiv:2308.14920), arXiv:2408.00755 for the conductivity, and
 the tables of SPICE-MACE-OFF for the logarithmic mean. NaN stands for a missing prediction. The metrics of diatomic

@@ -11,18 +11,10 @@ from rich.table import Table
 from dpa4.data import EpochBatches, Frame, FrameDataset, check_elements
 from dpa4.data.dataset import Budget, pack
 from dpa4.leaderboards.metrics import log_mean
-from dpa4.output import new_figure, save_figure
+from dpa4.output import new_figure, save_figure, write_csv, write_json
 from dpa4.potential import Potential, fingerprint_of
-from dpa4.simulation.runs.store import (
-    Progressed,
-    Record,
-    Records,
-    read_settings,
-    run_items,
-    write_csv,
-    write_json,
-)
-from dpa4.training.evaluation import pairs, predict
+from dpa4.simulation.runs.store import Record, Records, RunState, read_settings, run_items
+from dpa4.training.evaluation import label_pairs, predict
 
 BATCH = "batch"
 
@@ -65,7 +57,7 @@ def run_spice(
     *,
     max_atoms: int = 2000,
     progress: bool = True,
-) -> Progressed:
+) -> RunState:
     """Compute the errors of every structure of a test set.
 
     The errors of every batch are saved in ``output``/results.jsonl at once. After an interruption, the same call
@@ -74,9 +66,9 @@ def run_spice(
     Args:
         potential: Potential, on the device to use.
         frames: Structures with energies and forces; ``group`` is the subset.
-        output: Folder; created if it does not exist.
+        output: Output folder, created if absent.
         max_atoms: Maximum number of atoms per batch.
-        progress: Show a progress bar if the output is a terminal.
+        progress: Show a progress bar on a terminal.
 
     Returns:
         Numbers of finished and failed batches.
@@ -101,7 +93,7 @@ def run_spice(
         dataset = FrameDataset(part, potential.config.cutoff, potential.config.default_charge_spin)
         predictions = predict(potential, EpochBatches(dataset, max_atoms=max_atoms, shuffle=False).batches(0))
         errors = [
-            {name: np.abs(value - label) for name, (label, value) in pairs(frame, prediction).items()}
+            {name: np.abs(value - label) for name, (label, value) in label_pairs(frame, prediction).items()}
             for frame, prediction in zip(part, predictions, strict=True)
         ]
         return {

@@ -22,7 +22,7 @@ from dpa4.leaderboards.discovery import PREDICTION, pymatgen_structure
 from dpa4.leaderboards.metrics import combined_performance_score
 from dpa4.output import atomic_write, read_csv
 from dpa4.potential.checkpoint import read_checkpoint
-from dpa4.simulation.runs.shards import FinishedRun
+from dpa4.simulation.runs.shards import FinishedScreening
 from dpa4.simulation.runs.store import Record, Records, read_settings
 
 MAX_NEIGHBORS = "missing"  # the number of neighbours is not limited
@@ -97,7 +97,7 @@ def write_submission(
     Args:
         model: Checkpoint.
         metadata: Result of ``read_metadata``; its ``hyperparams`` are merged with the known ones.
-        output: Folder; created if it does not exist.
+        output: Output folder, created if absent.
         discovery: Folder of the discovery task.
         kappa: Folder of the conductivities.
         diatomics: Folder of the diatomic molecules.
@@ -160,7 +160,7 @@ def write_submission(
 
 
 def _check(task: str, folder: Path) -> Record:
-    """Settings of a run, which must be one of this task."""
+    """Return the settings of a run after checking that it is one of this task."""
     settings = read_settings(folder)
     if settings.get("task") != task:
         raise ValueError(f"{folder} holds a run of the task {settings.get('task')!r}, not of {task!r}")
@@ -201,7 +201,7 @@ def _discovery(run: Path, summary: Record, stem: Path, folder: Path) -> Record:
         for row in read_csv(run / "discovery.csv"):
             writer.writerow((row["material_id"], row[PREDICTION]))
     relaxed = Path(f"{stem}geo-opt.jsonl.gz")
-    screening = FinishedRun(run)
+    screening = FinishedScreening(run)
     with _compressed(relaxed) as file:
         for row in screening.rows:
             if row["frame"] == "True":
@@ -273,7 +273,7 @@ def _diatomics(run: Path, summary: Record, stem: Path, folder: Path) -> Record:
 
 @contextmanager
 def _compressed(path: Path) -> Iterator[TextIO]:
-    """Open a gzip file for writing; equal content gives equal bytes."""
+    """Open a gzip file for writing. It has no time stamp, so equal content results in equal bytes."""
     with atomic_write(path) as temporary, temporary.open("wb") as raw:
         with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed:
             with io.TextIOWrapper(packed, encoding="utf-8") as text:

@@ -122,7 +122,9 @@ class DPA4(nn.Module):
         ):
             geometry, degree_norm = self.locate(own_vectors, neighbours, centers, gates_open)
             neighborhood = Neighborhood(geometry, neighbours, centers, degree_norm)
-            x, hidden, pair = self.embed(species, charge_spin, own_species, own_charge_spin, neighborhood)
+            x, hidden, pair = self.input_features(
+                species, charge_spin, own_species, own_charge_spin, neighborhood
+            )
             nodes.append(x)
             radial.append(RadialFeatures(hidden, pair, last))
             neighborhoods.append(neighborhood)
@@ -146,7 +148,7 @@ class DPA4(nn.Module):
         neighborhood = self.geometry(vectors, gates_open, source, destination)
         return neighborhood.edges, neighborhood.degree_norm
 
-    def embed(
+    def input_features(
         self,
         species: Tensor,
         charge_spin: Tensor,

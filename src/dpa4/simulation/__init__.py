@@ -1,6 +1,7 @@
 """Simulations with a potential: dynamics, relaxation, barriers, crystals, pair curves, screening, reports.
 
-Each name is imported at its first use.
+Each name is imported at its first use. The names of ``dpa4.interfaces`` are also here, for compatibility with earlier
+versions.
 """
 
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from dpa4.interfaces.dispersion import with_dispersion
     from dpa4.interfaces.lammps import attach_lammps, open_lammps, run_lammps
     from dpa4.interfaces.mliap import DPA4MLIAP
+    from dpa4.simulation.crystal_calculation import Stopped
     from dpa4.simulation.dynamics import DynamicsResult, run_md
     from dpa4.simulation.elastic import Elasticity, Moduli, elastic_tensor
     from dpa4.simulation.eos import EquationOfState, equation_of_state
@@ -32,6 +34,7 @@ __all__ = [
     "PairScan",
     "Phonons",
     "Relaxation",
+    "Stopped",
     "attach_lammps",
     "elastic_tensor",
     "equation_of_state",
@@ -60,6 +63,7 @@ _lazy.attach(
         "PairScan": "dpa4.simulation.pair_curves",
         "Phonons": "dpa4.simulation.phonon",
         "Relaxation": "dpa4.simulation.relax",
+        "Stopped": "dpa4.simulation.crystal_calculation",
         "attach_lammps": "dpa4.interfaces.lammps",
         "elastic_tensor": "dpa4.simulation.elastic",
         "equation_of_state": "dpa4.simulation.eos",

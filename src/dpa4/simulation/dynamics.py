@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from ase import Atoms, units
@@ -20,11 +20,10 @@ from dpa4.simulation.runs.store import check_settings
 from dpa4.system import stop_requests
 
 Ensemble = Literal["nve", "langevin", "nvt", "npt"]
-ENSEMBLES = ("nve", "langevin", "nvt", "npt")
-CELLS = ("volume", "full")
+CellMotion = Literal["volume", "full"]
 
 COLUMNS = ("step", "time_ps", "potential_eV", "kinetic_eV", "total_eV", "temperature_K")
-CONSERVED = "conserved_eV"  # energy of structure and baths; nvt and npt only
+CONSERVED = "conserved_eV"  # energy of the structure and its baths; nvt and npt only
 PRESSURE = "pressure_GPa"  # only if periodic along all three axes
 VOLUME, DENSITY = "volume_A3", "density_g_cm3"  # npt only
 RESTART_INTERVAL = 1000  # steps between restart files; written also at the end and on interruption
@@ -40,7 +39,7 @@ class DynamicsResult:
     langevin no energy is conserved.
 
     Attributes:
-        steps: Number of steps done, including steps before a restart.
+        steps: Number of completed steps, including steps before ``resume``.
         finished: False after an interruption.
         temperature: Mean temperature, in K.
         drift: Slope of the conserved energy by least squares, in meV/atom/ps. None in langevin, and if the table has
@@ -70,7 +69,7 @@ def run_md(
     tdamp: float = 100.0,
     pressure: float = 0.0,
     pdamp: float = 1000.0,
-    cell: Literal["volume", "full"] = "volume",
+    cell: CellMotion = "volume",
     interval: int = 10,
     seed: int = 0,
     resume: bool = False,
@@ -78,50 +77,50 @@ def run_md(
 ) -> DynamicsResult:
     """Run molecular dynamics at constant energy, temperature or pressure.
 
-    ``atoms`` is modified in place and ends as the last structure. The folder ``output`` receives:
+    ``atoms`` is modified in place and becomes the last structure. Files written to ``output``:
 
     * trajectory.xyz: structures with energy, forces, momenta and, if periodic along all three axes, stress.
     * thermo.csv and thermo.png: energies, temperature, pressure and volume against time.
-    * restart.json: the state to continue from, written every 1000 steps and at the end.
+    * restart.json: state from which ``resume`` continues, written every 1000 steps and at the end.
 
-    Ctrl-C finishes the step and saves. A run continued with ``resume`` yields the same numbers as an uninterrupted
-    one, up to rounding if the calculator reuses a neighbour list from step to step. A finished run can be extended
-    with ``resume`` and a larger ``steps``.
+    Ctrl-C ends the run after the current step and saves its state. A run continued with ``resume`` yields the same
+    numbers as an uninterrupted one, up to rounding if the calculator reuses a neighbour list from step to step. A
+    finished run can be extended with ``resume`` and a larger ``steps``.
 
     Args:
-        atoms: Initial structure. Constraints hold. Momenta are used as they are; if all are zero, they are drawn from
-            the Maxwell-Boltzmann distribution. In nvt and npt the motion of the centre of mass is removed, and for
-            isolated structures the rotation.
+        atoms: Initial structure. Its constraints are respected. Its momenta are used; if all are zero, momenta are
+            drawn from the Maxwell-Boltzmann distribution. In nvt and npt, the motion of the centre of mass is removed
+            and, for isolated structures, the rotation.
         calculator: ASE calculator.
         output: Output folder, created if absent.
-        steps: Number of steps of the whole run, including steps before a restart.
+        steps: Number of steps of the whole run, including steps before ``resume``.
         ensemble: "nve" (velocity Verlet); "langevin" (constant temperature, the centre of mass diffuses); "nvt"
             (Nose-Hoover chains); or "npt" (Martyna-Tobias-Klein equations), which needs periodicity along all three
             axes and a calculator with stress.
-        temperature: Temperature of drawn momenta and of the bath, in K. Motion of the centre of mass and rotation of
-            isolated structures do not count. In nve, a run from a relaxed structure ends at about half of this
-            temperature, because half of the kinetic energy turns into potential energy.
+        temperature: Temperature of drawn momenta and of the thermostat, in K. Motion of the centre of mass and
+            rotation of isolated structures do not count. In nve, a run from a relaxed structure equilibrates at about
+            half of this temperature, because half of the kinetic energy turns into potential energy.
         timestep: Time step, in fs.
         friction: Friction of the Langevin bath, in 1/fs.
         tdamp: Time constant of the thermostat in nvt and npt, in fs.
         pressure: External pressure in npt, in GPa.
         pdamp: Time constant of the barostat in npt, in fs.
-        cell: Degrees of freedom of the barostat in npt: "volume" keeps the shape of the cell, for liquids and cubic
-            crystals; "full" changes all lengths and angles.
+        cell: Degrees of freedom of the barostat in npt: "volume" preserves the shape of the cell, for liquids and
+            cubic crystals; "full" changes all lengths and angles.
         interval: Number of steps between rows of the table and frames of the trajectory.
         seed: Seed of the random numbers.
         resume: Continue the run in ``output``.
         progress: Show a progress bar on a terminal.
 
     Returns:
-        Summary of the whole run, including steps before a restart.
+        Summary of the whole run, including steps before ``resume``.
 
     Raises:
         FileExistsError: If ``output`` already holds a run and ``resume`` is not set.
         FileNotFoundError: If there is no run to resume.
         RuntimeError: If a step fails, usually because the time step is too long.
         ValueError: If an argument is not allowed, no atom can move, the ensemble cannot respect a constraint, or the
-            run to resume had another model, other settings or other atoms.
+            run to resume has another model, other settings or other atoms.
 
     Example:
         50 ps at 300 K:
@@ -299,7 +298,7 @@ class _Run:
 
 
 def _check_arguments(settings: dict[str, Any]) -> None:
-    for name, allowed in (("ensemble", ENSEMBLES), ("cell", CELLS)):
+    for name, allowed in (("ensemble", get_args(Ensemble)), ("cell", get_args(CellMotion))):
         if settings[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {settings[name]!r}")
     for name, unit in (("timestep", "fs"), ("friction", "1/fs"), ("tdamp", "fs"), ("pdamp", "fs")):

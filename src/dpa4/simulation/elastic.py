@@ -10,9 +10,9 @@ from ase.calculators.calculator import Calculator
 from ase.stress import voigt_6_to_full_3x3_strain
 from numpy.typing import NDArray
 
-from dpa4.output import new_figure, save_figure
-from dpa4.simulation.runs.parts import Calculation, relaxation
-from dpa4.simulation.runs.store import Record, write_csv, write_json
+from dpa4.output import new_figure, save_figure, write_csv, write_json
+from dpa4.simulation.crystal_calculation import Calculation, relax_part
+from dpa4.simulation.runs.store import Record
 
 VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")
 FRACTIONS = (-1.0, -0.5, 0.5, 1.0)  # in units of the largest strain
@@ -80,14 +80,14 @@ def elastic_tensor(
     """Compute the elastic tensor of a crystal from the stresses of strained cells.
 
     Each of the six strain components is applied with -1, -1/2, 1/2 and 1 times ``strain``, so that second-order terms
-    cancel in the slopes. Positions are relaxed at every strain. Hooke's law is fitted to the stresses. The folder
-    ``output`` receives:
+    cancel in the slopes. Positions are relaxed at every strain. Hooke's law is fitted to the stresses. Files
+    written to ``output``:
 
     * elastic.csv: the elastic tensor, in GPa.
     * stresses.csv: strains and stresses.
     * elastic.json: the fields of ``Elasticity``.
-    * elastic.png: stresses against strains with the fit. Points off the lines indicate too large a strain or
-      insufficient relaxation.
+    * elastic.png: stresses against strains with the fit. Points off the lines indicate that the strain is too large
+      or the relaxation incomplete.
 
     Ctrl-C stops the calculation. A later call with ``resume`` continues after the last finished strain.
 
@@ -96,11 +96,11 @@ def elastic_tensor(
             are the Cartesian axes of the coordinates.
         calculator: ASE calculator with stress.
         output: Output folder, created if absent.
-        strain: Largest strain, at most 0.1. For shear components, the angle (2 eps_xy).
+        strain: Largest strain, at most 0.1. For shear components, this is the shear angle (2 eps_xy).
         relax_first: Relax positions and cell first. Elastic constants are well defined only for a crystal free of
             stress.
         fmax: Convergence threshold of all relaxations, in eV/Angstrom; see ``relax``.
-        steps: Largest number of steps of each relaxation.
+        steps: Maximum number of steps of each relaxation.
         resume: Continue the calculation in ``output``.
         progress: Show progress bars on a terminal.
 
@@ -111,8 +111,8 @@ def elastic_tensor(
         FileExistsError: If ``output`` holds a calculation and ``resume`` is not set.
         FileNotFoundError: If there is no calculation to resume.
         RuntimeError: If a relaxation does not converge.
-        Stopped: After Ctrl-C.
-        ValueError: If an argument is not allowed, or the calculation to resume had other arguments, another structure
+        Stopped: After Ctrl-C (``dpa4.simulation.Stopped``).
+        ValueError: If an argument is not allowed, or the calculation to resume has other arguments, another structure
             or another model.
 
     Example:
@@ -132,7 +132,7 @@ def elastic_tensor(
         strained = start.copy()
         deformation = voigt_6_to_full_3x3_strain(voigt)  # includes the identity
         strained.set_cell(start.cell.array @ deformation, scale_atoms=True)
-        relaxation(strained, calculator, fmax=fmax, steps=steps)
+        relax_part(strained, calculator, fmax=fmax, steps=steps)
         return {"strain": voigt, "stress_GPa": (strained.get_stress() / units.GPa).tolist()}
 
     parts = [("none", [0.0] * 6)]

@@ -12,9 +12,9 @@ from ase.eos import birchmurnaghan
 from ase.io import write
 from numpy.typing import NDArray
 
-from dpa4.output import atomic_write, new_figure, save_figure
-from dpa4.simulation.runs.parts import Calculation, relaxation, structure, structure_record
-from dpa4.simulation.runs.store import Record, write_csv, write_json
+from dpa4.output import atomic_write, new_figure, save_figure, write_csv, write_json
+from dpa4.simulation.crystal_calculation import Calculation, relax_part, structure, structure_record
+from dpa4.simulation.runs.store import Record
 
 COLUMNS = ("volume_A3", "energy_eV", "pressure_GPa", "a_A", "b_A", "c_A")
 
@@ -56,12 +56,11 @@ def equation_of_state(
 ) -> EquationOfState:
     """Fit the equation of state of a crystal to its energies at several volumes.
 
-    Positions are relaxed at every volume. The folder ``output`` receives:
+    Positions are relaxed at every volume. Files written to ``output``:
 
     * eos.csv: volume, energy, pressure from the stress, and lengths of the cell vectors.
     * eos.json: the fields of ``EquationOfState``.
-    * eos.png: energies and pressures with the fitted curve. Pressures are not fitted, so their agreement with the
-      curve is a check.
+    * eos.png: energies and pressures with the fitted curve. The pressures do not enter the fit, so they check it.
     * eos.xyz: relaxed structures with their energies.
 
     Ctrl-C stops the calculation. A later call with ``resume`` continues after the last finished volume.
@@ -71,11 +70,11 @@ def equation_of_state(
         calculator: ASE calculator with stress.
         output: Output folder, created if absent.
         points: Number of volumes, at least 5.
-        span: Range of the volumes, as a fraction: from 1 - span to 1 + span times the initial volume, in equal steps.
-        shape: Relax the shape of the cell at every volume as well. Needed if symmetry does not determine the shape.
-        relax_first: Relax positions and cell first; volumes are then relative to the relaxed one.
+        span: Range of the volumes: from 1 - span to 1 + span times the initial volume, in equal steps.
+        shape: Also relax the shape of the cell at every volume; needed unless symmetry determines the shape.
+        relax_first: Relax positions and cell first; the relaxed volume is then the initial volume.
         fmax: Convergence threshold of all relaxations, in eV/Angstrom; see ``relax``.
-        steps: Largest number of steps of each relaxation.
+        steps: Maximum number of steps of each relaxation.
         resume: Continue the calculation in ``output``.
         progress: Show progress bars on a terminal.
 
@@ -86,8 +85,8 @@ def equation_of_state(
         FileExistsError: If ``output`` holds a calculation and ``resume`` is not set.
         FileNotFoundError: If there is no calculation to resume.
         RuntimeError: If a relaxation does not converge, or the energies have no minimum among the volumes.
-        Stopped: After Ctrl-C.
-        ValueError: If an argument is not allowed, or the calculation to resume had other arguments, another structure
+        Stopped: After Ctrl-C (``dpa4.simulation.Stopped``).
+        ValueError: If an argument is not allowed, or the calculation to resume has other arguments, another structure
             or another model.
 
     Example:
@@ -108,7 +107,7 @@ def equation_of_state(
     def compute(factor: float) -> Record:
         strained = start.copy()
         strained.set_cell(start.cell.array * factor ** (1 / 3), scale_atoms=True)
-        result = relaxation(strained, calculator, fmax=fmax, steps=steps, cell="shape" if shape else "fixed")
+        result = relax_part(strained, calculator, fmax=fmax, steps=steps, cell="shape" if shape else "fixed")
         return structure_record(strained) | asdict(result)
 
     factors = np.linspace(1 - span, 1 + span, points)

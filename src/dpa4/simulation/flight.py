@@ -1,4 +1,4 @@
-"""Relaxation of many structures in one TorchSim batch, whose finished members are replaced at once.
+"""Relaxation of many structures in one TorchSim batch, in which finished structures are replaced at once.
 
 A structure passes through four states:
 
@@ -38,7 +38,7 @@ EXPLODED = 4.0  # a volume that changes by more than this factor
 
 @dataclass
 class Job:
-    """A structure to relax, and its progress."""
+    """Structure to relax, and its progress."""
 
     number: int  # in the order of the input
     source: str  # file and frame

@@ -1,4 +1,4 @@
-"""ASE integrators for the ensembles, and the state of their baths for restarts.
+"""ASE integrators for the ensembles, and the state of their thermostats and barostats (baths) for restarts.
 
 ASE has no public access to the state of a bath. This module, and no other, therefore reads and sets private
 attributes of ASE's integrators.
@@ -26,7 +26,7 @@ from dpa4.simulation.momenta import degrees_of_freedom
 
 
 class NVT(NoseHooverChainNVT):
-    """Nose-Hoover chain integrator that keeps fixed atoms at rest.
+    """Nose-Hoover chain integrator in which fixed atoms stay at rest.
 
     ASE's integrator uses forces without constraints. Its internal momenta of fixed atoms therefore grow, although the
     atoms do not move, and enter the temperature of the thermostat.
@@ -123,10 +123,12 @@ def _check_constraints(atoms: Atoms, ensemble: str) -> None:
     Raises:
         ValueError: If there is such a constraint.
     """
-    kept = (FixAtoms, FixCartesian, FixedLine, FixedPlane) if ensemble == "nvt" else ()
+    supported = (FixAtoms, FixCartesian, FixedLine, FixedPlane) if ensemble == "nvt" else ()
     for constraint in atoms.constraints:
-        if not isinstance(constraint, kept):
-            allowed = "only FixAtoms, FixCartesian, FixedLine and FixedPlane" if kept else "no constraints"
+        if not isinstance(constraint, supported):
+            allowed = (
+                "only FixAtoms, FixCartesian, FixedLine and FixedPlane" if supported else "no constraints"
+            )
             raise ValueError(
                 f"ensemble {ensemble} supports {allowed}, got {type(constraint).__name__}; use langevin or remove it"
             )

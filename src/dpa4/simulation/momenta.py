@@ -1,7 +1,7 @@
 """Momenta and temperature of the internal motion of a structure.
 
 Motion of the centre of mass and rotation of an isolated structure do not count for the temperature: integrators
-conserve both, so a bath could not heat them. In a structure with constraints all remaining motion counts.
+conserve both, so a thermostat could not heat them. In a structure with constraints, all remaining motion counts.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Minimum energy paths and barriers by the climbing-image nudged elastic band (NEB) method of ASE."""
+"""Minimum energy paths and barriers with ASE's climbing-image nudged elastic band (NEB) method."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,19 +28,18 @@ SAME = 0.01  # Angstrom; ends are the same structure if no atom moves farther
 
 @dataclass(frozen=True)
 class Barrier:
-    """Result of a nudged elastic band.
+    """Result of a nudged elastic band calculation.
 
-    Energies are those of the images, not of a curve through them.
+    Energies are those of the images; nothing is interpolated between images.
 
     Attributes:
-        converged: True if the band with climbing image is below fmax.
+        converged: True if the largest NEB force is below fmax while the highest image climbs.
         interrupted: True after Ctrl-C.
-        steps: Number of steps, including steps before a restart.
+        steps: Number of steps, including steps before ``resume``.
         barrier: Energy of the highest image relative to the start, in eV.
         reverse_barrier: Energy of the highest image relative to the end, in eV.
         reaction_energy: Energy of the end relative to the start, in eV.
-        highest_image: Index of the highest image; 0 is the start. If it is one of the ends, there is no barrier
-            between them.
+        highest_image: Index of the highest image; 0 is the start. If it is an end, there is no barrier.
         max_force: Largest NEB force on an atom, in eV/Angstrom.
     """
 
@@ -68,42 +67,42 @@ def run_neb(
     resume: bool = False,
     progress: bool = True,
 ) -> Barrier:
-    """Find a minimum energy path between two structures, and its barrier.
+    """Find the minimum energy path between two structures and its energy barrier.
 
-    The initial path interpolates pair distances (IDPP); each atom takes the shortest way through periodic
-    boundaries. FIRE relaxes the path with improved tangents, first without climbing, then with the highest image
-    climbing to the saddle point. Isolated structures without constraints do not rotate along the path.
+    The initial path interpolates pair distances (IDPP), and each atom moves to the nearest periodic image of its
+    final position. FIRE relaxes the path with improved tangents, first without climbing, then with the highest image
+    climbing to the saddle point. Isolated structures without constraints neither move nor rotate as a whole.
 
-    The folder ``output`` receives:
+    Files written to ``output``:
 
-    * path.xyz: images with energy, forces and ``path``, the distance along the path in Angstrom. Written after every
+    * path.xyz: images with energy, forces and ``path``, the distance along the path in Angstrom; written after every
       step.
-    * neb.csv: one row per step with largest force, barrier and highest image.
-    * path.csv and path.png: energy along the path. Written at the end.
+    * neb.csv: largest force, barrier and highest image; one row per step.
+    * path.csv and path.png: energy along the path; written at the end.
 
-    Ctrl-C finishes the step and saves. With ``resume`` the path in path.xyz is relaxed further.
+    Ctrl-C ends the calculation after the current step. A later call with ``resume`` continues from path.xyz.
 
     Args:
-        start: Minimum at the start of the path. Its constraints hold for all images. Not modified.
-        end: Minimum at the end of the path, with the same atoms in the same order and the same cell. Not modified.
+        start: Initial minimum. Its constraints apply to all images. Not modified.
+        end: Final minimum, with the same atoms in the same order and the same cell. Not modified.
         calculator: ASE calculator, shared by all images.
         output: Output folder, created if absent.
-        images: Number of images between the ends.
+        images: Number of images between start and end.
         fmax: Convergence threshold for the largest NEB force on an atom, in eV/Angstrom.
-        steps: Largest number of steps, including steps before a restart.
-        spring: Force constant of the springs between images, in eV/Angstrom^2. It determines their spacing and hardly
-            changes the path.
+        steps: Maximum number of steps, including steps before ``resume``.
+        spring: Force constant of the springs between images, in eV/Angstrom^2. It controls their spacing and hardly
+            affects the path.
         relax_ends: Relax start and end first, to half of fmax.
         resume: Continue the run in ``output``.
         progress: Show a progress bar on a terminal.
 
     Returns:
-        Barrier in both directions, reaction energy, and whether the band converged.
+        Forward and reverse barrier, reaction energy and convergence.
 
     Raises:
         FileExistsError: If ``output`` already holds a path and ``resume`` is not set.
         FileNotFoundError: If there is no path to resume.
-        KeyboardInterrupt: After Ctrl-C while the ends are relaxed, before there is a path.
+        KeyboardInterrupt: After Ctrl-C during the relaxation of the ends, when there is no path to save yet.
         RuntimeError: If the relaxation of an end does not converge.
         ValueError: If an argument is not allowed; if start and end have different atoms, cells or periodicity, or are
             the same structure; or if the path to resume has other atoms or another number of images.
@@ -160,13 +159,13 @@ def run_neb(
 
 
 class _Constant(Calculator):
-    """Calculator with the fixed energy and forces of an end, which rotations and translations do not change."""
+    """Calculator with the energy and forces of an end, which stay the same when ASE rotates or translates the end."""
 
     implemented_properties = ["energy", "free_energy", "forces"]
 
     def __init__(self, energy: float, forces: NDArray[np.float64]):
         super().__init__()
-        self.kept = {"energy": energy, "free_energy": energy, "forces": forces}
+        self.fixed = {"energy": energy, "free_energy": energy, "forces": forces}
 
     def calculate(
         self,
@@ -175,11 +174,11 @@ class _Constant(Calculator):
         system_changes: Sequence[str] = all_changes,
     ) -> None:
         super().calculate(atoms, properties, system_changes)
-        self.results = dict(self.kept)
+        self.results = dict(self.fixed)
 
 
 class _Band(NEB):
-    """Elastic band that computes each image once per step, with one calculator for all images."""
+    """Elastic band that evaluates each image once per step, with one calculator for all images."""
 
     def __init__(self, images: Sequence[Atoms], calculator: Calculator, spring: float):
         for atoms in (images[0], images[-1]):
@@ -213,7 +212,10 @@ class _Band(NEB):
         """Copies of the images with their energies, forces and distances along the band."""
         self.get_forces()
         frames = []
-        ends = {0: self.images[0].calc.kept["forces"], self.nimages - 1: self.images[-1].calc.kept["forces"]}
+        ends = {
+            0: self.images[0].calc.fixed["forces"],
+            self.nimages - 1: self.images[-1].calc.fixed["forces"],
+        }
         for number, (atoms, at) in enumerate(zip(self.images, self.path(), strict=True)):
             frame = atoms.copy()
             frame.info |= {"image": number, "path": float(at)}
@@ -223,7 +225,7 @@ class _Band(NEB):
         return frames
 
     def path(self) -> NDArray[np.float64]:
-        """Distance of each image from the start along straight lines between images, (images + 2,) in Angstrom."""
+        """Distance of each image from the start, along straight lines between images, (images + 2,) in Angstrom."""
         steps = [b.positions - a.positions for a, b in zip(self.images, self.images[1:], strict=False)]
         return np.concatenate([[0.0], np.cumsum([np.linalg.norm(step) for step in steps])])
 
@@ -328,7 +330,7 @@ def _read_path(file: Path, start: Atoms, images: int) -> list[Atoms]:
 
 
 def _finish(band: _Band, folder: Path, converged: bool, interrupted: bool, steps: int) -> Barrier:
-    """Write table and figure of the band in its current state, and summarise it."""
+    """Write path.csv and path.png for the current band, and summarise the result."""
     frames, row = band.frames(), band.row(steps)
     energies = np.array([frame.get_potential_energy() for frame in frames])
     forces = [frame.get_forces() for frame in frames]

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from dpa4.data.coverage import ElementPair
 from dpa4.graph import Graph
-from dpa4.output import save_figure
+from dpa4.output import save_figure, write_csv, write_json
 from dpa4.potential import Potential, expand_energy, fingerprint_of
 from dpa4.simulation.runs.progress import progress_bar
-from dpa4.simulation.runs.store import Records, write_csv, write_json
+from dpa4.simulation.runs.store import Records
 from dpa4.system import stop_requests
 
 COMPUTED = ("energy", "force", "curvature")
@@ -150,8 +150,8 @@ def pair_curves(
         potential: Potential, not compiled, on the device for the computation.
         pairs: Pairs of elements; None selects all pairs of the potential.
         start: Shortest distance, in Angstrom. The longest distance is the cutoff.
-        step: Largest distance between points, in Angstrom. The actual step is reduced slightly so that the last point
-            is at the cutoff.
+        step: Largest spacing of the distances, in Angstrom. The actual spacing is slightly smaller, so that the last
+            point is at the cutoff.
 
     Returns:
         Iterator over the curves, one per pair, in order.
@@ -204,24 +204,23 @@ def scan_pairs(
 ) -> PairScan:
     """Compute pair curves, diagnose them and write tables and figures.
 
-    Force and curvature are exact derivatives of the energy. The folder ``output`` receives the files below, which
-    replace earlier ones:
+    Force and curvature are exact derivatives of the energy. Files written to ``output``, which replace earlier ones:
 
     * pairs.csv: one row per pair and distance.
     * pairs.json: the fields of ``Diagnosis`` for each pair.
     * pairs-01.png, ...: figures of 12 pairs each. The titles of flagged pairs are red.
     * pairs.jsonl and settings.json: finished curves, model and distances.
 
-    Ctrl-C finishes the current pair and writes the files. Another call with the same model and distances continues
-    and may ask for other pairs: curves in the folder are not computed again.
+    Ctrl-C ends the scan after the current pair, and the files are written. A later call with the same model and
+    distances reuses the curves in the folder; its pairs may differ.
 
     Args:
         potential: Potential, not compiled, on the device for the computation.
         output: Output folder, created if absent.
         pairs: Pairs of elements; None selects all pairs of the potential.
         start: Shortest distance, in Angstrom. The longest distance is the cutoff.
-        step: Largest distance between points, in Angstrom. The actual step is reduced slightly so that the last point
-            is at the cutoff.
+        step: Largest spacing of the distances, in Angstrom. The actual spacing is slightly smaller, so that the last
+            point is at the cutoff.
         progress: Show progress bars on a terminal.
 
     Returns:
@@ -240,6 +239,7 @@ def scan_pairs(
     """
     distances = _distances(potential, pairs, start, step)
     requested = {"-".join(pair): pair for pair in (element_pairs(potential) if pairs is None else pairs)}
+    # "dimer" was the name of the command; folders of earlier versions have it.
     settings = {"task": "dimer", **fingerprint_of(potential), "start": float(start), "step": float(step)}
     folder = Path(output)
     with Records(folder, settings, "pairs") as records, stop_requests() as stopped:
@@ -343,8 +343,8 @@ def _distances(potential: Potential, pairs: Iterable[ElementPair] | None, start:
 def _curves(potential: Potential, pairs: Sequence[ElementPair], distances: Array) -> Iterator[PairCurve]:
     """Yield the curves one after another.
 
-    A batch may contain a part of a curve or the points of several. Points of curves that are not complete yet wait in
-    ``values``.
+    A batch may contain a part of a curve or the points of several curves. ``values`` holds the points of curves that
+    are not complete yet.
     """
     size = (GPU_EDGES if potential.device.type == "cuda" else CPU_EDGES) // 2
     numbers = np.array([[atomic_numbers[element] for element in pair] for pair in pairs])

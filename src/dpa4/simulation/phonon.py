@@ -10,9 +10,9 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 from numpy.typing import NDArray
 
-from dpa4.output import atomic_write, new_figure, save_figure
-from dpa4.simulation.runs.parts import Calculation
-from dpa4.simulation.runs.store import Record, write_csv, write_json
+from dpa4.output import atomic_write, new_figure, save_figure, write_csv, write_json
+from dpa4.simulation.crystal_calculation import Calculation
+from dpa4.simulation.runs.store import Record
 from dpa4.system import require
 
 IMAGINARY = -0.05  # THz; lower frequencies exceed the numerical noise of acoustic modes at Gamma
@@ -68,13 +68,13 @@ def phonons(
     resume: bool = False,
     progress: bool = True,
 ) -> Phonons:
-    """Compute the phonons of a crystal in the harmonic approximation, by finite displacements in a supercell.
+    """Compute harmonic phonons of a crystal from finite displacements of atoms in a supercell.
 
-    Symmetry reduces the number of displacements. The forces of the undisplaced supercell are subtracted. The force
-    constants are symmetrized and obey the acoustic sum rule. There is no non-analytical correction for long-range
-    electrostatics, so the optical branches of polar crystals do not split at Gamma.
+    Symmetry reduces the number of displacements. The forces of the undisplaced supercell are subtracted from those of
+    the displaced ones. The force constants are symmetrized and obey the acoustic sum rule. The non-analytical
+    correction for long-range electrostatics is not applied, so polar crystals show no LO-TO splitting at Gamma.
 
-    The folder ``output`` receives:
+    Files written to ``output``:
 
     * phonopy_params.yaml: displacements, forces and force constants, for phonopy.
     * band.yaml and phonon.png: bands and density of states.
@@ -82,8 +82,8 @@ def phonons(
     * thermal.csv and thermal.png: free energy, entropy and heat capacity.
     * phonon.json: the fields of ``Phonons``.
 
-    Ctrl-C stops the calculation. A later call with ``resume`` reuses the forces computed so far, also for another
-    mesh or other temperatures.
+    Ctrl-C stops the calculation. A later call with ``resume`` reuses the forces computed so far, even with another
+    ``mesh`` or ``max_temperature``.
 
     Args:
         atoms: Crystal, periodic along all three axes and without constraints. Not modified.
@@ -93,13 +93,14 @@ def phonons(
             ``min_length``.
         min_length: Smallest distance between opposite faces of the supercell, in Angstrom.
         displacement: Length of the displacements, in Angstrom.
-        mesh: Density of the wave vectors for density of states and thermal properties, as a length in Angstrom. The
-            number along a reciprocal vector is this length times that of the vector (in 1/Angstrom, without 2 pi).
-        max_temperature: Highest temperature of the thermal properties, in K. The lowest is 0, the step is 10 K.
-        symprec: Symmetry tolerance: distance of an atom from its symmetric position, in Angstrom.
-        relax_first: Relax positions and cell first, at constant symmetry.
+        mesh: Density of the q-point mesh for density of states and thermal properties, as a length in Angstrom. The
+            number of points along a reciprocal vector is this length times the length of the vector (in 1/Angstrom,
+            without 2 pi).
+        max_temperature: Highest temperature of the thermal properties, in K; they start at 0 K in steps of 10 K.
+        symprec: Symmetry tolerance: largest distance of an atom from its symmetric position, in Angstrom.
+        relax_first: Relax positions and cell first, preserving the symmetry.
         fmax: Convergence threshold of this relaxation, in eV/Angstrom; see ``relax``.
-        steps: Largest number of steps of this relaxation.
+        steps: Maximum number of steps of this relaxation.
         resume: Continue the calculation in ``output``.
         progress: Show progress bars on a terminal.
 
@@ -111,8 +112,8 @@ def phonons(
         FileNotFoundError: If there is no calculation to resume.
         ImportError: If phonopy or seekpath is not installed.
         RuntimeError: If the relaxation does not converge.
-        Stopped: After Ctrl-C.
-        ValueError: If an argument is not allowed, the crystal has charge or spin, or the calculation to resume had
+        Stopped: After Ctrl-C (``dpa4.simulation.Stopped``).
+        ValueError: If an argument is not allowed, the crystal has charge or spin, or the calculation to resume has
             other arguments, another structure or another model.
 
     Example:
@@ -262,9 +263,9 @@ def _plot_bands(path: Path, band: Any, labels: list[str], connections: list[bool
 def _ticks(
     distances: list[NDArray[np.float64]], labels: list[str], connections: list[bool]
 ) -> tuple[list[float], list[str]]:
-    """Positions and labels of the points at the ends of lines.
+    """Positions and labels of the ticks of the band plot, at the ends of the lines of the path.
 
-    Where the path jumps to another point, the label joins the names of both.
+    Where the path jumps to another point, the label joins the names of both points.
 
     Args:
         distances: Distances along the path, for each line.

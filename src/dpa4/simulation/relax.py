@@ -36,7 +36,6 @@ CELLS: dict[str, dict[str, Any]] = {
     "z": {"mask": [False, False, True, False, False, False]},
 }
 
-
 FMAX = 0.02  # eV/Angstrom
 
 
@@ -48,7 +47,7 @@ class Relaxation:
         converged: True if the forces (and the virial, if the cell changes) are below fmax.
         interrupted: True after Ctrl-C.
         steps: Number of steps of the optimizer.
-        initial_energy: Energy of the start, in eV.
+        initial_energy: Energy of the initial structure, in eV.
         energy: Energy of the final structure, in eV.
         max_force: Largest force on an atom, in eV/Angstrom.
         volume: Volume of the cell, in Angstrom^3. None unless the structure is periodic along all three axes.
@@ -84,22 +83,23 @@ def relax(
 ) -> Relaxation:
     """Relax a structure in place.
 
-    Constraints hold. Momenta are unchanged. Ctrl-C finishes the step; the structure is then as far as it has come.
+    Constraints are respected, and momenta do not change. Ctrl-C ends the relaxation after the current step and leaves
+    the structure as it is then.
 
     Args:
-        atoms: Start. Ends as the relaxed structure with the calculator attached.
+        atoms: Initial structure; becomes the relaxed structure, with the calculator attached.
         calculator: ASE calculator.
         fmax: Convergence threshold for the largest force on an atom, in eV/Angstrom. If the cell changes, forces are
             measured in the frame of the initial cell. The rows of the virial per atom (in eV), minus the contribution
             of the pressure, must then be below fmax as well.
-        steps: Largest number of optimizer steps.
+        steps: Maximum number of optimizer steps.
         optimizer: "fire" (robust), "bfgs" (few steps, for small structures) or "lbfgs".
-        cell: Part of the cell that is relaxed, by ASE's Frechet cell filter: nothing ("fixed"); all lengths and
+        cell: Cell degrees of freedom to relax, with ASE's Frechet cell filter: none ("fixed"); all lengths and
             angles ("full"); the volume at constant shape ("volume"); the shape at constant volume ("shape"); lengths
-            and angle in the xy plane, for layers ("xy"); or the extension along z, for films on a substrate ("z").
+            and angle in the xy plane, for layers ("xy"); or the length along z, for films on a substrate ("z").
         pressure: External pressure, in GPa. Needs a choice of ``cell`` that changes the volume.
-        symmetry: Keep the space group that spglib finds. The start is symmetrized first.
-        symprec: Tolerance of ``symmetry``: distance of an atom from its symmetric position, in Angstrom.
+        symmetry: Preserve the space group found by spglib. The initial structure is symmetrized first.
+        symprec: Symmetry tolerance: largest distance of an atom from its symmetric position, in Angstrom.
         trajectory: Extended XYZ file to which the structure of every step is written.
         watch: Function called with a line of text after every step.
 
@@ -173,7 +173,7 @@ def relax_all(
 ) -> list[Relaxation]:
     """Relax structures in place, one after another.
 
-    The folder ``output`` receives the files below. They replace earlier files unless ``resume`` is set.
+    Files written to ``output``, which replace earlier ones unless ``resume`` is set:
 
     * relaxed.xyz: final structures with energies, forces and, if periodic along all three axes, stress.
     * relax.csv: one row per structure with the fields of ``Relaxation``.
@@ -183,7 +183,7 @@ def relax_all(
     Ctrl-C finishes the current step and stops.
 
     Args:
-        structures: Starts. They end as the relaxed structures.
+        structures: Initial structures; become the relaxed structures.
         calculator: ASE calculator.
         output: Output folder, created if absent.
         resume: Continue an earlier call with the same model, options and structures. Finished structures are not
@@ -192,24 +192,25 @@ def relax_all(
         **options: Options of ``relax``, applied to every structure.
 
     Returns:
-        Results of all structures that were started, in order. After Ctrl-C the last one is marked as interrupted.
+        Results of all structures whose relaxation began, in order. After Ctrl-C the last result is marked as
+        interrupted.
 
     Raises:
         FileNotFoundError: If there is nothing to resume.
         ImportError: If ``symmetry`` is set and spglib is not installed.
-        ValueError: For the reasons of ``relax``, with the number of the structure; or if model, options or structures
-            differ from those of the call to resume.
+        ValueError: As for ``relax``, with the number of the structure in the message; or if model, options or
+            structures differ from those of the call to resume.
     """
     folder = Path(output)
-    relaxed, kept = folder / "relaxed.xyz", folder / "relax.jsonl"
-    if resume and not kept.is_file():
-        raise FileNotFoundError(f"there is no relaxation to resume in {folder}: {kept} does not exist")
-    if kept.is_file() and not resume:
+    relaxed, finished = folder / "relaxed.xyz", folder / "relax.jsonl"
+    if resume and not finished.is_file():
+        raise FileNotFoundError(f"there is no relaxation to resume in {folder}: {finished} does not exist")
+    if finished.is_file() and not resume:
         (folder / SETTINGS).unlink(missing_ok=True)
-        kept.unlink()
+        finished.unlink()
     settings = {"task": "relax", **fingerprint_of_calculator(calculator), **options}
     with Records(folder, settings, "relax") as records:
-        results = _taken_over(structures, records, relaxed)
+        results = _restored(structures, records, relaxed)
         done, total = len(results), len(structures)
         table = CsvLog(folder / "relax.csv", COLUMNS, done - 1 if resume else None)
         with closing(table), progress_bar("structure", total, done, progress) as bar:
@@ -239,10 +240,10 @@ def relax_all(
     return results
 
 
-def _taken_over(structures: Sequence[Atoms], records: Records, relaxed: Path) -> list[Relaxation]:
+def _restored(structures: Sequence[Atoms], records: Records, relaxed: Path) -> list[Relaxation]:
     """Restore structures and results of an earlier call.
 
-    Every structure that was started, also the interrupted one, is set to its last cell and positions.
+    Each structure whose relaxation began, including an interrupted one, gets its last cell and positions.
 
     Returns:
         Results of the finished structures.
@@ -295,8 +296,8 @@ def check_relaxation(fmax: float, steps: int, cell: str, pressure: float, cells:
 
     Args:
         fmax: Threshold of forces, in eV/Angstrom.
-        steps: Largest number of steps.
-        cell: Part of the cell that is relaxed.
+        steps: Maximum number of steps.
+        cell: Cell degrees of freedom to relax.
         pressure: External pressure, in GPa.
         cells: Allowed choices of ``cell``.
 
@@ -335,7 +336,7 @@ def _keep_symmetry(atoms: Atoms, cell: str, symprec: float) -> None:
     Raises:
         ImportError: If spglib is not installed.
         ValueError: If the structure is not periodic or has other constraints, if ``symprec`` is not allowed, or if
-            the chosen change of the cell breaks the symmetry.
+            the choice of ``cell`` breaks the symmetry.
     """
     require("spglib", "symmetry")
     if not atoms.pbc.all():

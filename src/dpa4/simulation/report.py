@@ -21,8 +21,9 @@ from dpa4.potential import Potential, load_potential, model_card
 from dpa4.potential.card import ModelCard
 from dpa4.simulation.pair_curves import Diagnosis, diagnose, draw_pairs, element_pairs, pair_curves
 from dpa4.system import choose_device
+from dpa4.training.logs import ERROR_UNITS
 
-MAX_PAIRS = 60  # in the report; `dpa4 dimer` has no limit
+MAX_PAIRS = 60  # in the report; `dpa4 pairs` has no limit
 PAIRS_OF_A_FIGURE = 3  # one row, as wide as the page
 SUMMARY = (
     "preset",
@@ -34,7 +35,6 @@ SUMMARY = (
     "step",
     "date",
 )
-UNITS = {"energy": "meV/atom", "forces": "meV/Å", "virial": "meV/atom"}  # of the errors in valid.csv
 
 STYLE = """
 :root { color-scheme: light dark; --line: #ddd; --soft: #f4f4f4; --bad: #a40000; }
@@ -146,7 +146,7 @@ def _summary(
     for label, row in validations.items():
         errors = [
             f"{what} {_short(row[f'{what}_mae'])} {unit}"
-            for what, unit in UNITS.items()
+            for what, unit in ERROR_UNITS.items()
             if row.get(f"{what}_mae")
         ]
         lines[f"validation MAE, {label}"] = ", ".join(errors)
@@ -154,7 +154,7 @@ def _summary(
         lines["test MAE"] = ", ".join(
             f"{r['quantity']} {_short(r['mae'])} {r['unit']}" for r in table if r["group"] == "all"
         )
-    return _pairs_table(lines) if lines else "<p>There is neither a model nor a validation result yet.</p>"
+    return _name_table(lines) if lines else "<p>There is neither a model nor a validation result yet.</p>"
 
 
 def _validations(folder: Path) -> dict[str, dict[str, str]]:
@@ -179,8 +179,8 @@ def _learning_curve(folder: Path, validations: dict[str, dict[str, str]]) -> str
     for name in next(iter(validations.values())):
         what, _, kind = name.partition("_")
         values = [row[name] for row in validations.values()]
-        if what in UNITS and any(values):
-            rows.append([f"{what} {kind.upper()} ({UNITS[what]})", *map(_short, values)])
+        if what in ERROR_UNITS and any(values):
+            rows.append([f"{what} {kind.upper()} ({ERROR_UNITS[what]})", *map(_short, values)])
     return "\n".join([*parts, "<h3>Validation</h3>", _table(["", *validations], rows)])
 
 
@@ -230,7 +230,7 @@ def _pair_curves(model: Path | None, compute: bool, device: str | torch.device, 
     if model is None:
         return _missing("There is no model yet", "dpa4 train run.yaml --resume")
     if not compute:
-        return _missing("Pair curves were switched off", f"dpa4 dimer {model} --output dimer")
+        return _missing("Pair curves were switched off", f"dpa4 pairs {model}")
     potential = load_potential(model, device=choose_device(device))
     pairs = _pairs_of_the_data(potential)
     chosen = pairs[:MAX_PAIRS]
@@ -247,7 +247,7 @@ def _pair_curves(model: Path | None, compute: bool, device: str | torch.device, 
             f"Only {MAX_PAIRS} of {len(pairs)} pairs are shown, with the shortest distances in the training data; "
             "for all pairs"
         )
-        parts.append(_missing(text, f"dpa4 dimer {model} --output dimer"))
+        parts.append(_missing(text, f"dpa4 pairs {model}"))
     for first in range(0, len(curves), PAIRS_OF_A_FIGURE):
         page = slice(first, first + PAIRS_OF_A_FIGURE)
         drawn = io.BytesIO()
@@ -281,7 +281,7 @@ def _model(card: ModelCard | None) -> str:
     tables = []
     for title, lines in card.sections.items():
         own = {name: value for name, value in lines.items() if name != "options"}  # see Configuration
-        tables.append(f"<h3>{escape(title)}</h3>\n{_pairs_table(own)}")
+        tables.append(f"<h3>{escape(title)}</h3>\n{_name_table(own)}")
     return "\n".join([f"<p>{escape(card.title)}</p>", *tables])
 
 
@@ -293,7 +293,7 @@ def _configuration(folder: Path) -> str:
 
 
 def _versions() -> str:
-    return _pairs_table(
+    return _name_table(
         {
             "report made": datetime.now(UTC).isoformat(timespec="seconds"),
             "dpa4": __version__,
@@ -319,7 +319,7 @@ def _image(png: bytes, text: str) -> str:
     return f'<div class="wide"><img alt="{escape(text)}" src="data:image/png;base64,{encoded}"></div>'
 
 
-def _pairs_table(lines: dict[str, str]) -> str:
+def _name_table(lines: dict[str, str]) -> str:
     rows = "".join(f"<tr><th>{escape(a)}</th><td>{escape(b)}</td></tr>\n" for a, b in lines.items())
     return f"<table>\n{rows}</table>"
 

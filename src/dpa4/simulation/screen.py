@@ -1,4 +1,4 @@
-"""Screening: relax many structures in batches and list how each ended."""
+"""Screening: relaxation of many structures in batches, with a table of the outcomes."""
 
 import re
 from collections import defaultdict
@@ -19,21 +19,21 @@ from dpa4.potential import fingerprint_of
 from dpa4.simulation.flight import Flight, Job, Outcome, count_fragments, one_line
 from dpa4.simulation.relax import check_periodicity, check_relaxation
 from dpa4.simulation.runs.progress import progress_bar
-from dpa4.simulation.runs.shards import Shard, join
+from dpa4.simulation.runs.shards import Shard, join_shards
 from dpa4.system import stop_requests
 
 if TYPE_CHECKING:
     from dpa4.interfaces.torchsim import DPA4Model
 
 ScreenedCell = Literal["fixed", "full", "volume", "shape"]
-"""Choices for the cell: those of ``relax`` without masks, which TorchSim's filter does not have."""
+"""Choices of ``cell``: those of ``relax`` except the ones with a mask, which TorchSim's filter does not support."""
 
 COLUMNS = (
     "structure", "source", "material_id", "formula", "atoms", "status", "reason", "steps", "initial_energy", "energy",
     "max_force", "volume",
 )  # fmt: skip
-# Keys of info that do not describe the relaxed structure (labels of the start), or that have a meaning of their own
-# in an extended XYZ file.
+# Keys of ``info`` that are not copied to the relaxed structure: labels of the initial structure, and keys with a
+# meaning of their own in an extended XYZ file.
 DROPPED = {
     "Lattice",
     "Properties",
@@ -48,17 +48,27 @@ Groups = dict[tuple[tuple[bool, ...], tuple[int, int]], list[Job]]
 
 @dataclass(frozen=True)
 class Screening:
-    """Outcome of a screening, including earlier calls that this one resumed."""
+    """Outcome of a screening, including earlier calls that this one resumed.
 
-    counts: dict[str, int]  # structures of this shard by status
-    total: int  # structures of all shards; 0 after an interruption
-    finished: bool  # True if this shard has finished
-    joined: bool  # True if all shards have finished, so that screen.csv and relaxed.xyz exist
+    Attributes:
+        counts: Number of structures of this process by status: "converged"; "unconverged" (not below fmax after
+            ``steps``); "exploded" (numbers not finite, a volume changed by more than a factor of 4, or fragments that
+            no longer interact); "failed" (an evaluation raised an error); or "refused" (not supported by the model or
+            the method).
+        total: Number of structures of all processes; 0 after an interruption.
+        finished: True if this process has finished its structures.
+        joined: True if all processes have finished, so that screen.csv and relaxed.xyz exist.
+    """
+
+    counts: dict[str, int]
+    total: int
+    finished: bool
+    joined: bool
 
 
 @dataclass(frozen=True)
 class _Options:
-    """Arguments of ``screen`` about the relaxations."""
+    """Arguments of ``screen`` that concern the relaxations."""
 
     fmax: float
     steps: int
@@ -87,37 +97,51 @@ def screen(
     resume: bool = False,
     progress: bool = True,
 ) -> Screening:
-    """Relax every structure of many files by FIRE, many at a time, and list how each ended.
+    """Relax the structures of many files with FIRE, in batches, and record the outcome of each structure.
 
-    The folder ``output`` receives: shards/, the results of each process so far; and, once all shards have finished,
-    screen.csv with one row per structure and relaxed.xyz with the relaxed structures, their energies and forces.
-    Both follow the order of the input. A structure that cannot be evaluated does not affect the others. Ctrl-C stops
-    after a few steps; the next call starts the unfinished structures again.
+    Files written to ``output``:
+
+    * shards/: results of each process so far.
+    * screen.csv: one row per structure, in the order of the input; written once all processes have finished.
+    * relaxed.xyz: relaxed structures with energies and forces, in the same order; written at the same time.
+
+    A structure that cannot be evaluated does not affect the others. Ctrl-C stops the screening after a few steps. A
+    later call with ``resume`` starts the unfinished structures again.
 
     Args:
         sources: Files with structures, in any format that ASE reads.
-        model: The model.
-        output: Folder; created if it does not exist.
-        fmax: A structure has converged when no force exceeds this value, in eV/Angstrom. If the cell changes, the
-            rows of the virial per atom (eV), minus the contribution of the pressure, must not exceed it either.
+        model: TorchSim model; its forces and stresses are switched on.
+        output: Output folder, created if absent.
+        fmax: Convergence threshold for the largest force on an atom, in eV/Angstrom. If the cell changes, the rows of
+            the virial per atom (in eV), minus the contribution of the pressure, must be below fmax as well.
         steps: Maximum number of steps per structure.
-        cell: Degrees of freedom of the cell: none ("fixed"), all lengths and angles ("full"), the "volume" at
-            constant shape, or the "shape" at constant volume.
-        pressure: External pressure in GPa; requires a cell whose volume changes.
-        max_edges: Maximum number of edges in a batch, counted at the start of each structure. A structure with more
-            edges is relaxed alone.
-        rank: Index of this process, from 0. Each process takes every ``world_size``-th structure.
-        world_size: Number of processes.
+        cell: Cell degrees of freedom to relax: none ("fixed"), all lengths and angles ("full"), the volume at
+            constant shape ("volume"), or the shape at constant volume ("shape").
+        pressure: External pressure, in GPa. Needs a choice of ``cell`` that changes the volume.
+        max_edges: Maximum number of edges in a batch, counted in the initial structures. A structure with more edges
+            is relaxed alone.
+        rank: Index of this process, from 0. Each process relaxes every ``world_size``-th structure.
+        world_size: Number of processes that share ``output``.
         resume: Continue an earlier call with the same files and settings, if there is one.
-        progress: Show a progress bar if the output is a terminal.
+        progress: Show a progress bar on a terminal.
+
+    Returns:
+        Number of structures by status, and whether the screening is finished.
 
     Raises:
         FileNotFoundError: If a file does not exist.
-        FileExistsError: If the folder holds such a run and ``resume`` is not set.
+        FileExistsError: If ``output`` already holds a screening and ``resume`` is not set.
         ImportError: If TorchSim is not installed.
         RuntimeError: If another process is working on the same shard.
         ValueError: If an argument is not allowed, there is no structure, or the files or settings differ from those
             of the call to resume.
+
+    Example:
+        Relaxation of positions and cells of many crystals:
+
+            model = DPA4Model("run/best.safetensors")
+            result = screen(["crystals.xyz"], model, "screen", fmax=0.02, cell="full")
+            print(result.counts)  # for example {"converged": 981, "unconverged": 19}
     """
     options = _Options(fmax, steps, cell, pressure, max_edges)
     paths = [Path(source) for source in sources]
@@ -165,12 +189,12 @@ def screen(
             shard.finish(total)
     finally:
         shard.close()
-    joined = not stopped and join(folder, world_size)
+    joined = not stopped and join_shards(folder, world_size)
     return Screening(dict(shard.counts), 0 if stopped else total, not stopped, joined)
 
 
 def _structures(paths: Sequence[Path]) -> Iterator[tuple[str, Atoms | str]]:
-    """Structures with their source; for a file that cannot be read, the reason in place of a structure."""
+    """Yield each structure with its source; for a file that cannot be read, the reason replaces the structure."""
     for path in paths:
         try:
             yield from read_atoms(path)
@@ -243,7 +267,8 @@ def _row(job: Job, status: str, reason: str) -> dict[str, Any]:
 
 
 def _described(info: Mapping[Any, Any]) -> dict[str, Any]:
-    """Names, identifiers and numbers of a structure, each on one line; without labels, which belong to the start."""
+    """Names, identifiers and numbers of a structure, each on one line; labels are those of the initial structure and
+    are left out."""
     kept: dict[str, Any] = {}
     for key, value in info.items():
         if isinstance(value, str):

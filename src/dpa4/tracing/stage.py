@@ -111,7 +111,7 @@ def graph_of(recipe: Recipe) -> fx.Graph:
     """Rebuild the graph of a recipe, by calling its source with recording arguments."""
     graph = fx.Graph()
     tracer = fx.proxy.GraphAppendingTracer(graph)
-    names: dict[str, Any] = _NAMES | {"torch": _Recorder(torch, tracer)}
+    names: dict[str, Any] = _NAMES | {"torch": _OpRecorder(torch, tracer)}
     exec(recipe.source, names)
     _, *arguments = inspect.signature(function := names["forward"]).parameters
     results = function(None, *(fx.Proxy(graph.placeholder(name), tracer) for name in arguments))
@@ -119,7 +119,7 @@ def graph_of(recipe: Recipe) -> fx.Graph:
     return graph
 
 
-class _Recorder:
+class _OpRecorder:
     """Proxy of a module or function whose calls become nodes of a graph, even calls without arguments."""
 
     def __init__(self, target: Any, tracer: fx.proxy.TracerBase):
@@ -128,7 +128,7 @@ class _Recorder:
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._target, name)
         is_value = isinstance(found, torch.dtype | torch.layout | torch.memory_format)
-        return found if is_value else _Recorder(found, self._tracer)
+        return found if is_value else _OpRecorder(found, self._tracer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         return self._tracer.create_proxy("call_function", self._target, args, kwargs)

@@ -1,4 +1,4 @@
-"""Fitting a potential to data and measuring its errors."""
+"""Training of potentials, and their errors on labelled structures."""
 
 from dpa4.training.evaluation import ErrorTable, evaluate
 from dpa4.training.options import RunConfig

@@ -19,7 +19,7 @@ from dpa4.execution.regions import compile_potential, restore_eager
 from dpa4.execution.trial import attempt, compared
 from dpa4.graph import Graph
 from dpa4.potential import Potential
-from dpa4.training.replayed_step import Recorder, RecordingError, ReplayedStep, Step
+from dpa4.training.replayed_step import RecordingError, ReplayedStep, Step, StepRecorder
 
 T = TypeVar("T")
 
@@ -44,13 +44,13 @@ class CompiledTraining:
 
     Attributes:
         active: True while compiled code is in use.
-        pieces: Number of pieces of code compiled so far.
+        stages: Number of stages compiled so far.
         seconds: Time spent on compilation so far, in seconds.
     """
 
     def __init__(self, potential: Potential, differentiate: Step, console: Console):
         self.potential, self.differentiate, self.console = potential, differentiate, console
-        self.active, self.pieces, self.seconds = False, 0, 0.0
+        self.active, self.stages, self.seconds = False, 0, 0.0
         self._evaluates = False  # compiled evaluation was compared with eager mode
         self._step = differentiate
         self._status: Status | None = None
@@ -66,7 +66,7 @@ class CompiledTraining:
         self.active = True
         self._check(batches, training=True)
         if self.active and self.potential.device.type == "cuda":
-            recorder = Recorder(self.differentiate, self.potential.parameters())
+            recorder = StepRecorder(self.differentiate, self.potential.parameters())
             self._step = ReplayedStep(self.potential, self.differentiate, recorder)
 
     def check_evaluation(self, batches: EpochBatches) -> None:
@@ -154,7 +154,7 @@ class CompiledTraining:
         if training and not can_be_compiled(graph):
             where += ", which has no edges, so that derivatives were not compared"
         where = f"on {where}" if training else f"in evaluation on {where}"
-        return f"compiled {self.pieces} pieces in {self.seconds:.0f} s; deviation from eager mode {where}: {found}"
+        return f"compiled {self.stages} stages in {self.seconds:.0f} s; deviation from eager mode {where}: {found}"
 
     def _compare(self, graph: Graph, training: bool) -> str:
         """Compare on a graph, in the mode and precision of training or validation; return the deviations as text.
@@ -169,10 +169,10 @@ class CompiledTraining:
         return ", ".join(f"{name} {d:.0e}" for name, d in found.items()) + f" (allowed {allowed:.0e})"
 
     def _report(self, name: str, seconds: float) -> None:
-        self.pieces, self.seconds = self.pieces + 1, self.seconds + seconds
+        self.stages, self.seconds = self.stages + 1, self.seconds + seconds
         if self._status is not None:
             self._status.update(
-                f"compiling the network: {self.pieces} pieces in {self.seconds:.0f} s ({name})"
+                f"compiling the network: {self.stages} stages in {self.seconds:.0f} s ({name})"
             )
         else:
             self.console.print(f"compiled {name} in {seconds:.0f} s", highlight=False)
@@ -183,7 +183,7 @@ class CompiledTraining:
         self._say(
             "Compilation failed",
             error,
-            "Training goes on in eager mode: results are correct, but steps are slower and need more memory. "
+            "Training continues in eager mode: results are correct, but steps are slower and need more memory. "
             "Set training.compile = false to skip compilation.",
         )
 
@@ -192,7 +192,7 @@ class CompiledTraining:
         self._say(
             "Replay of training steps failed",
             error,
-            "Training goes on with compiled steps that are not replayed: results are correct, but small batches "
+            "Training continues with compiled steps that are not replayed: results are correct, but small batches "
             "are slower.",
         )
 

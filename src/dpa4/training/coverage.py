@@ -9,32 +9,32 @@ from dpa4.potential.checkpoint import add_coverage
 from dpa4.training.prepare import Preparation
 
 MISSING = 100_000
-"""Largest number of structures whose graphs a run builds at its end only for the coverage: a minute or two."""
+"""Maximum number of graphs that a finished run builds for the coverage alone, which takes a minute or two."""
 
 MISSING_WHEN_STOPPED = 5_000
-"""The same for a run that was told to stop: a few seconds."""
+"""Maximum number of graphs that a stopped run builds for the coverage, which takes a few seconds."""
 
 
 class RunCoverage:
-    """Passes the coverage of the training data to the potential of a run and to its files.
+    """Stores the coverage of the training data in the potential of a run and in its files.
 
-    Until every structure was used, they know the elements, but no distances: the shortest distances of a part of the
-    data would be too long, and simulations would warn of atoms that are no closer than in the data.
+    Until every structure was used, only the elements are stored. The shortest distances of a part of the data would
+    be too long, and simulations would warn of atoms that are no closer than in the data.
 
-    A resumed run starts again, because its graphs are built again as well.
+    A resumed run collects the coverage anew, because it builds its graphs anew.
     """
 
     def __init__(self, preparation: Preparation, folder: Path, console: Console):
         self.collector, self.dataset = preparation.coverage, preparation.train.dataset
         self.potential, self.folder, self.console = preparation.potential, folder, console
         self.potential.coverage = self.collector.coverage
-        self._told = False
+        self._stored = False
 
     def update(self) -> None:
-        """Pass the distances on as soon as every structure was used; to be called in every step."""
-        if self._told or not self.collector.complete:
+        """Store the distances as soon as every structure was used; to be called in every step."""
+        if self._stored or not self.collector.complete:
             return
-        self._told = True
+        self._stored = True
         self.potential.coverage = self.collector.coverage
         for name in ("best.safetensors", "last.safetensors"):
             if (path := self.folder / name).is_file():
@@ -42,10 +42,10 @@ class RunCoverage:
         self._say(self.potential.coverage.text)
 
     def finish(self, stopped: bool) -> None:
-        """Use the missing structures at the end of a run, unless there are too many.
+        """Add the missing structures at the end of a run, unless there are too many.
 
         Args:
-            stopped: Whether the run was told to stop, and can be resumed.
+            stopped: True if the run was stopped early and can be resumed.
         """
         missing = len(self.collector.missing)
         if missing <= (MISSING_WHEN_STOPPED if stopped else MISSING):

@@ -1,6 +1,5 @@
-"""Evaluation of a potential: predictions, error tables, and files for a closer look."""
+"""Evaluation of a potential: predictions, error tables, and files with predictions and parity plots."""
 
-import csv
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from dpa4.data import Batch, EpochBatches, Frame, FrameDataset, check_elements
+from dpa4.output import write_csv
 from dpa4.potential import Potential
 from dpa4.training.plots import plot_parity
 
@@ -83,10 +83,7 @@ class ErrorTable(NamedTuple):
 
     def write_csv(self, path: Path) -> None:
         """Write one row per group and quantity."""
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(ErrorRow._fields)
-            writer.writerows(self.rows)
+        write_csv(path, ErrorRow._fields, (row._asdict() for row in self.rows))
 
     def write_json(self, path: Path) -> None:
         """Write a list with one object per group and quantity."""
@@ -122,8 +119,8 @@ def predict(potential: Potential, batches: Iterable[Batch]) -> list[FramePredict
     return results
 
 
-def pairs(frame: Frame, prediction: FramePrediction) -> dict[str, LabelPair]:
-    """Flat label and prediction of every labelled quantity of a structure, by its name, in eV and Angstrom."""
+def label_pairs(frame: Frame, prediction: FramePrediction) -> dict[str, LabelPair]:
+    """Label and prediction of each labelled quantity of a structure, by name; flat arrays in eV and Angstrom."""
     n = len(frame)
     out: dict[str, LabelPair] = {}
     if frame.energy is not None:
@@ -140,11 +137,11 @@ def pairs(frame: Frame, prediction: FramePrediction) -> dict[str, LabelPair]:
 
 
 def error_table(frames: Sequence[Frame], predictions: Sequence[FramePrediction]) -> ErrorTable:
-    """Errors of the predictions: one section per group if there are several, and one for all structures."""
+    """Compute the errors of predictions, for each group if there are several, and for all structures."""
     errors: dict[str, dict[str, list[NDArray[np.float64]]]] = {}
     groups = list(dict.fromkeys(frame.group for frame in frames))
     for frame, prediction in zip(frames, predictions, strict=True):
-        for name, (label, value) in pairs(frame, prediction).items():
+        for name, (label, value) in label_pairs(frame, prediction).items():
             for group in {frame.group, TOTAL} if len(groups) > 1 else {TOTAL}:
                 errors.setdefault(group, {}).setdefault(name, []).append(value - label)
     rows = []
@@ -165,10 +162,10 @@ def evaluate(
     output: Path | None = None,
     device: str | torch.device = "cpu",
 ) -> ErrorTable:
-    """Compare a potential with labelled structures. Structures without labels are only predicted.
+    """Compare the predictions of a potential with labels; structures without labels are only predicted.
 
     Args:
-        potential: The potential; it is moved to the device.
+        potential: The potential, which is moved to the device.
         frames: The structures.
         max_atoms: Maximum number of atoms evaluated at once.
         output: Folder for errors.csv, errors.json, predictions.xyz and parity.png; None writes nothing.
@@ -225,7 +222,7 @@ def _parity_data(frames: Sequence[Frame], predictions: Sequence[FramePrediction]
     """Labels and predictions of all structures, by the title of their panel."""
     collected: dict[str, list[LabelPair]] = {}
     for frame, prediction in zip(frames, predictions, strict=True):
-        for name, pair in pairs(frame, prediction).items():
+        for name, pair in label_pairs(frame, prediction).items():
             collected.setdefault(name, []).append(pair)
     panels = {}
     for name, unit, _ in QUANTITIES:
@@ -236,5 +233,5 @@ def _parity_data(frames: Sequence[Frame], predictions: Sequence[FramePrediction]
 
 
 def _volume(frame: Frame) -> float:
-    """Volume of a cell that is periodic in all directions, in Angstrom^3; 0 for others."""
+    """Volume of the cell in Angstrom^3; 0 unless the structure is periodic along all three axes."""
     return abs(float(np.linalg.det(frame.cell))) if frame.pbc.all() else 0.0

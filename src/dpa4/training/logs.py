@@ -1,4 +1,4 @@
-"""Reports of a training run: progress on the terminal, CSV files, TensorBoard."""
+"""Logs of a training run: progress on the terminal, CSV files, TensorBoard."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from dpa4.output import CsvLog
 
 TERMS = ("energy", "forces", "virial", "loss", "gradient_norm")
 TRAIN_COLUMNS = ("step", "epoch", "learning_rate", *TERMS, "seconds")
-ERROR_COLUMNS = tuple(f"{name}_{kind}" for name in ("energy", "forces", "virial") for kind in ("mae", "rmse"))
+ERROR_UNITS = {"energy": "meV/atom", "forces": "meV/Å", "virial": "meV/atom"}  # in valid.csv
+ERROR_COLUMNS = tuple(f"{name}_{kind}" for name in ERROR_UNITS for kind in ("mae", "rmse"))
 VALID_COLUMNS = ("step", "epoch", "score", "best", *ERROR_COLUMNS)
 
 
@@ -73,10 +74,9 @@ class RunLog:
         """Log and print the errors of a validation, named as in ``VALID_COLUMNS``."""
         self._valid.write(row)
         self._scalars("validation", row)
-        units = {"energy": "meV/atom", "forces": "meV/Å", "virial": "meV/atom"}
         errors = "  ".join(
             f"{name} {row[f'{name}_mae']:.4g}/{row[f'{name}_rmse']:.4g} {unit}"
-            for name, unit in units.items()
+            for name, unit in ERROR_UNITS.items()
             if row.get(f"{name}_mae") is not None
         )
         best = "  [green]best[/green]" if row["best"] else ""

@@ -22,7 +22,7 @@ from dpa4.potential.precision import Precision
 
 
 def unknown_option(key: str, allowed: Iterable[str]) -> str:
-    """Message for an unknown option, with the closest known option or, if none is close, all of them."""
+    """Message about an unknown option, which suggests the closest known option or, if none is close, lists all."""
     allowed = list(allowed)
     close = difflib.get_close_matches(key.rpartition(".")[2], allowed, n=1)
     return f"unknown option {key}; " + (

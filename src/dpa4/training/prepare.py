@@ -1,4 +1,4 @@
-"""Preparation of a run: structures and a fresh potential from its options."""
+"""Preparation of a run: reads the data and builds the potential, the batches and the loss from the options."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,14 +33,14 @@ DEFAULT_VIRIAL_WEIGHT = 5.0
 
 
 class Preparation(NamedTuple):
-    """Starting point of a run."""
+    """Potential, data and loss at the start of a run."""
 
     potential: Potential
     train: EpochBatches
     coverage: CoverageCollector  # of the training data
     validation: EpochBatches | None
     loss: Loss
-    provenance: dict[str, str]
+    provenance: dict[str, str]  # for the checkpoints
     run_text: str  # the options as YAML; "auto" stays "auto"
 
 

@@ -43,7 +43,7 @@ class ReplayedStep:
         potential: Potential in training mode; its parameters must stay at their place in memory.
         step: Training step up to the gradients, without the optimiser.
         record: Function that records the step for batches as large as the given one; only the size of the given
-            batch matters. See `Recorder`.
+            batch matters. See `StepRecorder`.
         max_recordings: Maximum number of recordings, each for a different size.
 
     Attributes:
@@ -90,7 +90,7 @@ class ReplayedStep:
             raise RecordingError(f"{type(error).__name__}: {error}") from error
 
 
-class Recorder:
+class StepRecorder:
     """Recorder of a step for any number of batch sizes; all recordings share one memory pool.
 
     Args:
@@ -103,15 +103,15 @@ class Recorder:
         self.stream = torch.cuda.Stream(self.parameters[0].device)
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, batch: Batch) -> "Recording":
+    def __call__(self, batch: Batch) -> "StepRecording":
         """Record the step for batches of the size of this one."""
         inputs = pytree.tree_map(torch.clone, batch)
         gc.collect()  # remains of an earlier autograd graph would tie the gradients to the stream of that step
         graph, results = record(lambda: self.step(inputs), self.stream, self.pool)
-        return Recording(graph, inputs, results, self.parameters)
+        return StepRecording(graph, inputs, results, self.parameters)
 
 
-class Recording:
+class StepRecording:
     """Recorded step, whose loss, terms and gradients are valid until the next recorded step of any size.
 
     Args:

@@ -1,4 +1,4 @@
-"""The run file: YAML to checked options, errors that name the option, the commented default file."""
+"""Run file: YAML to checked options, errors that name the option, the commented default file."""
 
 import re
 import textwrap
@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from dpa4.model.config import ModelConfig
@@ -84,8 +81,8 @@ def default_config_text(train: str = "train.xyz") -> str:
     extra = [
         "  # The published models were trained with true; with false, energies are smoother at the cutoff.",
         "  edge_norm: false",
+        "  # Any other option of the model may be added, for example:",
     ]
-    extra += ["  # Any other option of the model may be added, for example:"]
     start = preset("mini", elements=("H",))
     for name in ("cutoff", "channels", "lmax"):
         extra.append(
@@ -163,7 +160,7 @@ def _faults(error: ValidationError) -> str:
 def _option(location: tuple[int | str, ...]) -> tuple[list[Any], dict[str, FieldInfo]]:
     """Path of an option in one of pydantic's error locations, and the fields of the section that contains it.
 
-    Entries of the location behind the option are union members ("literal['auto']") and indices.
+    Entries of the location after the option are union members ("literal['auto']") and indices.
     """
     path: list[Any] = []
     fields = RunConfig.model_fields

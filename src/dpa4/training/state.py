@@ -1,4 +1,4 @@
-"""Training state: the file from which a run resumes."""
+"""File with the state of a training run, from which the run resumes."""
 
 from pathlib import Path
 from typing import Any

@@ -40,12 +40,18 @@ _COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds
 
 
 def train(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Path:
-    """Train a potential and write it, the state of the run and logs to the output folder.
+    """Train a potential.
 
-    Files: best.safetensors (lowest validation score, averaged weights), last.safetensors (newest), last.pt
-    (everything needed to resume), train.csv, valid.csv, learning_curve.png, run.yaml. On a CPU, a run that is
-    killed at any moment and resumed yields the same numbers as an uninterrupted one. At SIGINT or SIGTERM, the
-    current step is finished, the state is saved, and the function returns.
+    Files written to the output folder of the run:
+
+    * best.safetensors: model with the lowest validation score, with averaged weights.
+    * last.safetensors: newest model.
+    * last.pt: everything needed to resume.
+    * train.csv, valid.csv and learning_curve.png: losses and errors.
+    * run.yaml: options of the run.
+
+    At SIGINT or SIGTERM, the current step is finished, the state is saved, and the function returns. On a CPU, a run
+    that is killed at any moment and resumed yields the same numbers as an uninterrupted one.
 
     Args:
         config: Options of the run.
@@ -56,7 +62,7 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
         Path of the best model so far.
 
     Raises:
-        FileExistsError: If the output folder has files and ``resume`` is false.
+        FileExistsError: If the output folder is not empty and ``resume`` is not set.
         FileNotFoundError: If there is no state to resume from.
         ValueError: If data and options do not fit together, or the state belongs to another model; also if the
             neighbour list of a structure cannot be built, after saving the state before it.
@@ -88,7 +94,7 @@ def training_step(potential: Potential, batch: Batch, loss: Loss) -> tuple[Tenso
 
 
 class Trainer:
-    """State of a run and the loop over its steps."""
+    """Training run: its state, and the loop over its steps."""
 
     def __init__(self, config: RunConfig, preparation: Preparation, console: Console):
         options = config.training
@@ -187,7 +193,7 @@ class Trainer:
         loss, terms = (self._differentiate if self.compiled is None else self.compiled.step)(batch)
         norm = self._clip()
         record = torch.stack([terms["energy"], terms["forces"], terms["virial"], loss, norm])
-        # The only wait for the device in a step: a number that is not finite must not reach the weights.
+        # The only point of a step that waits for the device: numbers that are not finite must not reach the weights.
         if not bool(torch.isfinite(record).all()):
             self._abort(record)
         self.optimizer.step()

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from dpa4.simulation.runs.store import Interrupted, Records, run_items
+from dpa4.simulation.runs.store import ItemInterrupted, Records, run_items
 
 
 def test_records_survive_a_torn_line_and_failures_are_tried_again(tmp_path):
@@ -48,7 +48,7 @@ def test_ctrl_c_between_items_and_within_one(tmp_path):
         if item == 1:
             os.kill(os.getpid(), signal.SIGINT)
         if item == 1 and stopped and (tmp_path / "strict").exists():
-            raise Interrupted
+            raise ItemInterrupted
         return {}
 
     items = [(str(i), i) for i in range(3)]

@@ -1,1 +1,1 @@
-"""Bookkeeping of long runs: parts, records, shards, progress."""
+"""Bookkeeping of long runs: results saved one by one, resuming, shards of several processes, progress bars."""

@@ -1,12 +1,12 @@
-"""Progress bar of the simulations."""
+"""Progress bar of simulations and benchmarks."""
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 def progress_bar(what: str, total: int, done: int = 0, show: bool = True) -> Progress:
-    """Progress bar with one task that counts ``what``, and a status text; hidden unless the output is a terminal.
+    """Create a progress bar with one task, which counts ``what``, and a status text; hidden unless on a terminal.
 
-    Update it by ``bar.update(bar.task_ids[0], completed=..., status=...)``.
+    Update the bar with ``bar.update(bar.task_ids[0], completed=..., status=...)``.
     """
     status = TextColumn("{task.fields[status]}")
     bar = Progress(TextColumn(what), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), status)

@@ -1,4 +1,4 @@
-"""Results of many structures, computed by several processes that share a folder.
+"""Results of a screening by several processes that share a folder.
 
 Each process writes a shard: files of its own, to which it appends one structure at a time, first the relaxed
 structure and then the row of the table. If the process is killed, incomplete entries at the ends of the files are
@@ -18,8 +18,8 @@ from typing import IO, Any
 from ase import Atoms
 from ase.io import iread, write
 
-from dpa4.output import CsvLog, atomic_write
-from dpa4.simulation.runs.store import check_settings, write_csv
+from dpa4.output import CsvLog, atomic_write, write_csv
+from dpa4.simulation.runs.store import check_settings
 
 FORMAT = 1
 TABLE, FRAMES = "screen.csv", "relaxed.xyz"
@@ -29,7 +29,7 @@ Span = tuple[Path, int, int]  # part of a file: path, first byte, number of byte
 
 
 class Shard:
-    """Files of one of ``world_size`` processes, in the subfolder ``shards`` of the output.
+    """Results of one of ``world_size`` processes, in files of its own in the subfolder ``shards`` of the output.
 
     Attributes:
         done: Numbers of the recorded structures.
@@ -48,9 +48,9 @@ class Shard:
         """Create the shard, or open it to continue after the recorded structures.
 
         Args:
-            output: Folder of all shards; created if it does not exist.
-            columns: Columns of the table. The first is "structure", the number; one is "status". A column "frame" is
-                added, which is True if there is a relaxed structure.
+            output: Output folder shared by all processes, created if absent.
+            columns: Columns of the table. The first is "structure", the number of the structure; another is "status".
+                A column "frame" is added: True if there is a relaxed structure.
             settings: Settings that all shards and earlier calls must share; written as JSON.
             rank: Index of this process, from 0.
             world_size: Number of processes.
@@ -132,7 +132,7 @@ class Shard:
             temporary.write_text(json.dumps(marker, indent=1), encoding="utf-8")
 
     def _recovered(self, columns: Sequence[str]) -> list[dict[str, str]]:
-        """Rows of the completely written structures; everything else is removed from the files."""
+        """Rows of the completely written structures; all other content is removed from the files."""
         spans = _spans(self.frames)
         rows = [r for r in _rows(self.table) if r["frame"] != "True" or int(r["structure"]) in spans]
         known = {int(row["structure"]) for row in rows}
@@ -143,8 +143,8 @@ class Shard:
         return rows
 
 
-def join(output: Path, world_size: int) -> bool:
-    """Join the tables and the relaxed structures in the order of the input, if all shards have finished.
+def join_shards(output: Path, world_size: int) -> bool:
+    """Join the tables and the relaxed structures of all shards in the order of the input, if all have finished.
 
     Returns:
         True if all shards have finished, so that the joined files were written.
@@ -176,7 +176,7 @@ def join(output: Path, world_size: int) -> bool:
     return True
 
 
-class FinishedRun:
+class FinishedScreening:
     """Results of a screening whose shards have been joined.
 
     Attributes:

@@ -1,50 +1,48 @@
-"""Resumable runs over many items: every result is saved at once, and a later call continues the run."""
+"""Resumable runs over many items: the result of each item is saved at once, and a later call continues the run."""
 
-import csv
 import json
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from dpa4.output import atomic_write
+from dpa4.output import write_json
 from dpa4.simulation.runs.progress import progress_bar
 from dpa4.system import stop_requests
 
 Record = dict[str, Any]
 T = TypeVar("T")
 
-SETTINGS = "settings.json"
+SETTINGS = "settings.json"  # file in the folder of a run: everything its results depend on
 
 
-class Interrupted(Exception):
-    """Ctrl-C was pressed during the computation of an item, whose result is discarded."""
+class ItemInterrupted(Exception):
+    """Signal to ``run_items`` that Ctrl-C ended the computation of an item before its result; caught there."""
 
 
-class Progressed(NamedTuple):
-    """State of a run after a call."""
+class RunState(NamedTuple):
+    """State of a run at the end of a call."""
 
     done: int  # items with a result, including earlier calls
     failed: int  # items whose last attempt failed
     interrupted: bool
-    reason: str = ""  # of the first failure
+    reason: str = ""  # name and error of the first failed item
 
 
 class Records:
-    """Results by name in a file of JSON lines.
+    """Results of the items of a run, in a file with one JSON object per line.
 
-    Every line reaches the file at once. An incomplete last line, left by a kill, is dropped. All files
-    ``{name}*.jsonl`` of the folder are read, but only ``{name}{part}.jsonl`` is written. Several processes may thus
-    share a folder, each with a part of its own. Failures are records with an ``error``; they do not count as done.
+    Each record is written to the file at once. An incomplete last line, left behind by a killed process, is removed.
+    A failed item has a record with the key ``error`` and does not count as done.
 
     Args:
-        folder: Folder; created if it does not exist.
+        folder: Folder of the run, created if absent.
         settings: Everything the results depend on.
-        name: Name of the results, the beginning of the file names.
-        part: Ending of the name of the file to write, different for each process.
+        name: Name of the file, without its ending ``.jsonl``.
 
     Attributes:
         done: Names of the items with a result.
@@ -53,18 +51,18 @@ class Records:
         ValueError: If the folder holds results of other settings.
     """
 
-    def __init__(self, folder: Path, settings: Record, name: str = "results", part: str = ""):
+    def __init__(self, folder: Path, settings: Record, name: str = "results"):
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / SETTINGS).exists():
             check_settings(settings, read_settings(folder), folder)
         else:
             write_json(folder / SETTINGS, settings)
-        self._places: dict[str, tuple[Path, int]] = {}  # last line of each item
+        self._offsets: dict[str, int] = {}  # first byte of the last record of each item
         self.done: set[str] = set()
-        own = folder / f"{name}{part}.jsonl"
-        for path in sorted(folder.glob(f"{name}*.jsonl")):
-            self._read(path, repair=path == own)
-        self._own, self._file = own, own.open("ab")
+        self._path = folder / f"{name}.jsonl"
+        if self._path.exists():
+            self._read()
+        self._file = self._path.open("ab")
 
     def __enter__(self) -> Self:
         return self
@@ -76,15 +74,15 @@ class Records:
 
     def __len__(self) -> int:
         """Number of items with a record, failures included."""
-        return len(self._places)
+        return len(self._offsets)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the items with a record, failures included, in the order of their first records."""
-        return tuple(self._places)
+        return tuple(self._offsets)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._offsets
 
     def __iter__(self) -> Iterator[Record]:
         """Last record of every item, in the order of ``names``."""
@@ -96,9 +94,8 @@ class Records:
         Raises:
             KeyError: If the item has no record.
         """
-        path, offset = self._places[name]
-        with path.open("rb") as file:
-            file.seek(offset)
+        with self._path.open("rb") as file:
+            file.seek(self._offsets[name])
             return json.loads(file.readline())
 
     def append(self, record: Record) -> None:
@@ -106,29 +103,28 @@ class Records:
         offset = self._file.tell()
         self._file.write(json.dumps(record, default=_plain).encode() + b"\n")
         self._file.flush()
-        self._note(record, self._own, offset)
+        self._note(record, offset)
 
-    def _read(self, path: Path, repair: bool) -> None:
-        """Note the records of a file; ``repair`` removes an incomplete last line from it."""
+    def _read(self) -> None:
+        """Note the records in the file, and remove an incomplete last line from it."""
         offset = 0
-        with path.open("rb") as file:
+        with self._path.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
-                self._note(json.loads(line), path, offset)
+                self._note(json.loads(line), offset)
                 offset += len(line)
-        if repair and offset < path.stat().st_size:
-            with path.open("r+b") as file:
-                file.truncate(offset)
+        if offset < self._path.stat().st_size:
+            os.truncate(self._path, offset)
 
-    def _note(self, record: Record, path: Path, offset: int) -> None:
+    def _note(self, record: Record, offset: int) -> None:
         """Remember the position of a record; a failure does not replace a result."""
         name = record["id"]
         if "error" not in record:
             self.done.add(name)
-        elif name in self.done:  # from another process
+        elif name in self.done:
             return
-        self._places[name] = path, offset
+        self._offsets[name] = offset
 
 
 def run_items(
@@ -139,7 +135,7 @@ def run_items(
     *,
     title: str,
     progress: bool,
-) -> Progressed:
+) -> RunState:
     """Compute and save every item that has no result yet; Ctrl-C stops after the current item.
 
     An item that raises ``ValueError``, ``RuntimeError`` or ``ArithmeticError`` is recorded as a failure. The next
@@ -149,13 +145,13 @@ def run_items(
         items: Name and input of each item.
         total: Number of items, for the progress bar.
         compute: Returns the record of an item, without ``id`` and ``seconds``. Its second argument is a list that is
-            not empty after Ctrl-C; ``compute`` may then raise ``Interrupted`` to stop before the item is finished.
+            not empty after Ctrl-C; ``compute`` may then raise ``ItemInterrupted`` instead of finishing the item.
         records: Receives the results.
         title: Text beside the progress bar.
-        progress: Show a progress bar if the output is a terminal.
+        progress: Show a progress bar on a terminal.
 
     Returns:
-        Numbers of finished and failed items, earlier calls included.
+        Numbers of finished and failed items, including those of earlier calls.
 
     Raises:
         ValueError: If two items have the same name.
@@ -175,7 +171,7 @@ def run_items(
                 start = time.monotonic()
                 try:
                     record = compute(item, stopped)
-                except Interrupted:
+                except ItemInterrupted:
                     interrupted = True
                     break
                 except (ValueError, RuntimeError, ArithmeticError) as error:
@@ -184,23 +180,7 @@ def run_items(
             bar.advance(bar.task_ids[0])
     failed = sorted(name for name in names - records.done if name in records)
     reason = f"{failed[0]}: {records[failed[0]]['error']}" if failed else ""
-    return Progressed(len(names & records.done), len(failed), interrupted, reason)
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a CSV file; missing values stay empty."""
-    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write an indented JSON file; NaN and infinity become null."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(
-            json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+    return RunState(len(names & records.done), len(failed), interrupted, reason)
 
 
 def read_settings(folder: Path) -> Record:
@@ -216,7 +196,7 @@ def read_settings(folder: Path) -> Record:
 
 
 def check_settings(settings: Record, found: Record, folder: Path) -> None:
-    """Refuse to continue a run with other settings.
+    """Check that a run is continued with the settings it was started with.
 
     Args:
         settings: Settings of this call.
@@ -236,18 +216,7 @@ def check_settings(settings: Record, found: Record, folder: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Convert NumPy values to Python's, for JSON."""
+    """Convert a NumPy value to Python's types, for JSON."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
-
-
-def _finite(content: Any) -> Any:
-    """Copy with None in place of NaN and infinity, which JSON does not have."""
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    if isinstance(content, np.ndarray | np.generic):
-        return _finite(content.tolist())
-    return None if isinstance(content, float) and not np.isfinite(content) else content

@@ -1,4 +1,4 @@
-"""Metrics of the curves of diatomic molecules, as pure functions of arrays.
+"""Metrics of energy and force curves of diatomic molecules, as pure functions of arrays.
 
 Sources: Matbench Discovery (repository of July 2026) and, for ``conservation_deviation``, MLIP Arena.
 """
@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 
 def tortuosity(e: ArrayLike) -> float:
-    """Total variation of the energy, relative to the shortest way down to the minimum and up again.
+    """Total variation of the energy, relative to that of the direct way down to the minimum and up again.
 
     1 for a curve without bumps, NaN for a constant energy.
     """
@@ -29,7 +29,7 @@ def tortuosity(e: ArrayLike) -> float:
 
 
 def _turns(values: ArrayLike, threshold: float) -> tuple[Array, NDArray[np.bool_]]:
-    """Steps between neighbouring values that reach the threshold, and whether the sign changes after each step.
+    """Find the steps between neighbouring values that reach the threshold, and the sign changes between steps.
 
     Returns:
         Steps (K,), and sign changes (K - 1,).
@@ -152,8 +152,10 @@ def reference_metrics(curve: Curve, reference: Curve, mass: float) -> dict[str, 
     low = max(curve.distances[0], reference.distances[0])
     high = min(curve.distances[-1], reference.distances[-1])
     if not low < high:
-        raise ValueError(f"the curves do not overlap: {curve.distances[0]:.3f} to {curve.distances[-1]:.3f} and "
-                         f"{reference.distances[0]:.3f} to {reference.distances[-1]:.3f} Angstrom")  # fmt: skip
+        raise ValueError(
+            f"the curves do not overlap: {curve.distances[0]:.3f} to {curve.distances[-1]:.3f} and "
+            f"{reference.distances[0]:.3f} to {reference.distances[-1]:.3f} Angstrom"
+        )
     grid = np.linspace(low, high, GRID)
     energies = [np.interp(grid, c.distances, c.energies) for c in (curve, reference)]
     forces = [np.interp(grid, c.distances, c.forces) for c in (curve, reference)]
@@ -193,9 +195,8 @@ def _wall(curve: Curve, height: float) -> float:
     rise = np.maximum.accumulate(curve.energies[lowest::-1] - curve.energies[lowest])
     if lowest == 0 or rise[-1] < height:
         return np.nan
-    heights, first = np.unique(
-        rise, return_index=True
-    )  # where the wall falls back, the first distance counts
+    # Where the wall falls back, the first distance counts.
+    heights, first = np.unique(rise, return_index=True)
     return float(np.interp(height, heights, curve.distances[lowest::-1][first]))
 
 

@@ -1,4 +1,4 @@
-"""Resumable calculations of many parts: every finished part is saved at once and reused by a later call."""
+"""Resumable calculations for one crystal: each finished part is saved at once and reused by a later call."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -11,27 +11,27 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 
 from dpa4.interfaces.ase import fingerprint_of_calculator
-from dpa4.simulation.relax import CellChange, Relaxation, relax
-from dpa4.simulation.runs.store import SETTINGS, Interrupted, Record, Records, run_items
+from dpa4.simulation.relax import Relaxation, relax
+from dpa4.simulation.runs.store import SETTINGS, ItemInterrupted, Record, Records, run_items
 
 T = TypeVar("T")
 
 
 class Stopped(RuntimeError):
-    """Ctrl-C stopped a calculation; the finished parts are on disk."""
+    """Calculation stopped by Ctrl-C; its finished parts are in the output folder, and ``resume`` continues."""
 
 
 class Calculation:
-    """A folder with the finished parts of a calculation for one crystal.
+    """Calculation for one crystal, whose finished parts are saved in a folder.
 
     Args:
-        folder: Folder; created if it does not exist.
+        folder: Output folder, created if absent.
         atoms: Initial crystal.
-        calculator: ASE calculator. It is recognised by the fingerprint of its model or, if it has none, by the energy
-            it gives the crystal.
+        calculator: ASE calculator. On ``resume`` it is recognised by the fingerprint of its model or, without a
+            fingerprint, by the energy of the initial crystal.
         settings: Everything the parts depend on.
         resume: Reuse the parts in the folder.
-        progress: Show progress bars if the output is a terminal.
+        progress: Show progress bars on a terminal.
 
     Raises:
         FileExistsError: If the folder holds a calculation and ``resume`` is not set.
@@ -51,11 +51,11 @@ class Calculation:
     ):
         if not atoms.pbc.all():
             raise ValueError(
-                f"needs a crystal, periodic along all three axes, but pbc is {atoms.pbc.tolist()}"
+                f"the structure must be periodic along all three axes, but its pbc is {atoms.pbc.tolist()}"
             )
         if atoms.constraints:
             name = type(atoms.constraints[0]).__name__
-            raise ValueError(f"needs a crystal without constraints, got {name}; remove it")
+            raise ValueError(f"the crystal must have no constraints, but has {name}; remove it")
         known = (folder / SETTINGS).exists()
         if known and not resume:
             raise FileExistsError(f"{folder} already holds a calculation; resume it or choose another folder")
@@ -64,22 +64,22 @@ class Calculation:
         fingerprint: Record = dict(fingerprint_of_calculator(calculator))
         if not fingerprint:  # rounded, because a calculation may be resumed on another machine
             fingerprint = {"energy_eV": round(float(calculator.get_potential_energy(atoms.copy())), 4)}
-        self.settings = settings | {"structure": _name(atoms)} | fingerprint
+        self.settings = settings | {"structure": _identity(atoms)} | fingerprint
         self.folder, self.calculator, self.progress = folder, calculator, progress
 
     def run(
         self, kind: str, parts: Sequence[tuple[str, T]], compute: Callable[[T], Record], title: str
     ) -> list[Record]:
-        """Results of the parts, in their order; parts on disk are not computed again.
+        """Compute the parts that are not in the folder, and return the results of all parts in their order.
 
         Args:
-            kind: Name of the file, without ending.
+            kind: Name of the file with the results, without its ending.
             parts: Name and input of each part.
-            compute: Returns the result of a part, for JSON.
+            compute: Returns the result of a part, which is saved as JSON.
             title: Text beside the progress bar.
 
         Raises:
-            RuntimeError: If a part failed; raised after all other parts are done.
+            RuntimeError: If a part failed; raised once all other parts are done.
             Stopped: After Ctrl-C.
             ValueError: If the folder holds results of other settings.
         """
@@ -93,23 +93,21 @@ class Calculation:
                 progress=self.progress,
             )
             if state.interrupted:
-                raise Stopped(f"stopped; {kind}: {state.done} of {len(parts)} done; resume to go on")
+                raise Stopped(f"stopped; {kind}: {state.done} of {len(parts)} done; resume to continue")
             found = [records[name] for name, _ in parts]
         for record in found:
             if "error" in record:
                 raise RuntimeError(f"{record['id']}: {record['error']}")
         return found
 
-    def relaxed(
-        self,
-        atoms: Atoms,
-        *,
-        fmax: float,
-        steps: int,
-        cell: CellChange = "full",
-        symprec: float | None = None,
-    ) -> Atoms:
-        """Relaxed copy of a crystal; ``symprec`` is the tolerance of its symmetry, which is then preserved.
+    def relaxed(self, atoms: Atoms, *, fmax: float, steps: int, symprec: float | None = None) -> Atoms:
+        """Relax positions and cell of a copy of a crystal, as the first part of the calculation.
+
+        Args:
+            atoms: Crystal. Not modified.
+            fmax: Convergence threshold, in eV/Angstrom; see ``relax``.
+            steps: Maximum number of steps.
+            symprec: Symmetry tolerance, in Angstrom; the symmetry is then preserved. None relaxes without symmetry.
 
         Raises:
             RuntimeError: If the relaxation does not converge.
@@ -119,25 +117,25 @@ class Calculation:
 
         def compute(start: Atoms) -> Record:
             copy = start.copy()
-            result = relaxation(copy, self.calculator, fmax=fmax, steps=steps, cell=cell, **options)
+            result = relax_part(copy, self.calculator, fmax=fmax, steps=steps, cell="full", **options)
             return structure_record(copy) | asdict(result)
 
         (record,) = self.run("start", [("start", atoms)], compute, "relaxing")
         return structure(record, atoms)
 
 
-def relaxation(
+def relax_part(
     atoms: Atoms, calculator: Calculator, *, fmax: float, steps: int, **options: Any
 ) -> Relaxation:
-    """Relax a structure in place by BFGS, as part of a calculation.
+    """Relax a structure in place with BFGS, as part of a calculation.
 
     Raises:
-        Interrupted: After Ctrl-C.
+        ItemInterrupted: After Ctrl-C.
         RuntimeError: If the relaxation does not converge.
     """
     result = relax(atoms, calculator, fmax=fmax, steps=steps, optimizer="bfgs", **options)
     if result.interrupted:
-        raise Interrupted
+        raise ItemInterrupted
     if not result.converged:
         raise RuntimeError(
             f"not relaxed to fmax = {fmax} eV/Angstrom in {steps} steps, the largest force is "
@@ -147,19 +145,19 @@ def relaxation(
 
 
 def structure_record(atoms: Atoms) -> Record:
-    """Cell and positions of a structure, for JSON."""
+    """Record of the cell and positions of a structure, for JSON."""
     return {"cell": atoms.cell.array.tolist(), "positions": atoms.positions.tolist()}
 
 
 def structure(record: Record, like: Atoms) -> Atoms:
-    """Copy of a structure with the cell and positions of a record."""
+    """Copy of the structure ``like`` with the cell and positions of a record."""
     atoms = like.copy()
     atoms.set_cell(record["cell"])
     atoms.set_positions(record["positions"])
     return atoms
 
 
-def _name(atoms: Atoms) -> str:
+def _identity(atoms: Atoms) -> str:
     """Formula, and digest of elements, cell, positions, charge and spin."""
     numbers = np.concatenate([atoms.cell.array, atoms.positions]).round(6) + 0.0  # no -0
     state = f"{atoms.numbers.tolist()} {atoms.info.get('charge')} {atoms.info.get('spin')}"

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from ase.calculators.lj import LennardJones
 
-from dpa4.leaderboards.curves import (
+from dpa4.leaderboards.diatomics import homonuclear_curve
+from dpa4.leaderboards.diatomics_metrics import (
     Curve,
     combined_diatomics_score,
     conservation_deviation,
@@ -18,7 +19,6 @@ from dpa4.leaderboards.curves import (
     tortuosity,
     wall_error,
 )
-from dpa4.leaderboards.diatomics import homonuclear_curve
 
 
 def test_turns_of_a_curve_by_hand():
