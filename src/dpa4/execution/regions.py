@@ -19,6 +19,23 @@ from dpa4.ops.incidence import Incidence
 from dpa4.potential.potential import Potential
 from dpa4.tracing.region import Region, RegionCode
 
+_METHODS_OF_MODEL = {
+    "locate": ["geometry"],
+    "input_features": ["basis", "radial", "types", "charge_spin", "seed"],
+    "read_out": ["readout"],
+}
+"""Methods of the network that are compiled, and the submodules whose parameters and buffers each uses."""
+
+_UPDATE = ["conv_norm_out", "ffns", "ffn_norms_in", "ffn_norms_out", "ffn_scales", "conv"]
+_ON_EDGES = ["product", "stack", "focus", "attention", "radial_hidden", "frame", "scalar_degree"]
+_METHODS_OF_BLOCK = {
+    "states": ["conv.product", "conv.pre_mix", "conv.attention", "conv_norm_in"],
+    "messages": [f"conv.{name}" for name in _ON_EDGES],
+    "update": _UPDATE,
+    "update_part": _UPDATE,
+}
+"""Methods of a block that are compiled, and the submodules whose parameters and buffers each uses."""
+
 
 def compile_potential(
     potential: Potential,
@@ -47,35 +64,28 @@ def compile_potential(
     center: Any = Incidence("edge", None, "center+1")  # type: ignore[arg-type]
     radial: Any = RadialFeatures("edge", "edge", "static")  # type: ignore[arg-type]
     neighborhood: Any = Neighborhood(edges, source, center, "center data")  # type: ignore[arg-type]
-    whole = {
-        "locate": ("geometry", ["geometry"], ("edge data", source, center, "node data")),
-        "input_features": (
-            "input features",
-            ["basis", "radial", "types", "charge_spin", "seed"],
-            ("node", "node", "center", "center", neighborhood),
-        ),
-        "read_out": ("read-out", ["readout"], ("node",)),
+    codes_of_model = {
+        "locate": code_of("geometry", ("edge data", source, center, "node data")),
+        "input_features": code_of("input features", ("node", "node", "center", "center", neighborhood)),
+        "read_out": code_of("read-out", ("node",)),
     }
-    for method, (name, parts, arguments) in whole.items():
-        model.__dict__[method] = Region(model, method, parts, code_of(name, arguments))
-    codes: dict[int, list[RegionCode]] = {}
-    update = ["conv_norm_out", "ffns", "ffn_norms_in", "ffn_norms_out", "ffn_scales", "conv"]
+    for method, code in codes_of_model.items():
+        model.__dict__[method] = Region(model, method, _METHODS_OF_MODEL[method], code)
+    codes: dict[int, dict[str, RegionCode]] = {}  # by degree
     for block, degree in zip(model.blocks, model.config.degrees, strict=True):
         if degree not in codes:
-            update_of = ("node", "node", "node", "node data")
-            codes[degree] = [
-                code_of(f"node states of degree {degree}", ("node",)),
-                code_of(f"messages of degree {degree}", ("node", "center", "node", radial, neighborhood)),
-                code_of(f"node update of degree {degree}", update_of),
-                code_of(f"update in parts of degree {degree}", update_of),
-            ]
-        states, messages, updates, updates_in_parts = codes[degree]
-        own = ["conv.product", "conv.pre_mix", "conv.attention", "conv_norm_in"]
-        on_edges = ["product", "stack", "focus", "attention", "radial_hidden", "frame", "scalar_degree"]
-        block.states = Region(block, "states", own, states)  # type: ignore
-        block.messages = Region(block, "messages", [f"conv.{n}" for n in on_edges], messages)  # type: ignore
-        block.update = Region(block, "update", update, updates)  # type: ignore
-        block.update_some = Region(block, "update_some", update, updates_in_parts, keeps=False)  # type: ignore
+            update = ("node", "node", "node", "node data")
+            codes[degree] = {
+                "states": code_of(f"node states of degree {degree}", ("node",)),
+                "messages": code_of(
+                    f"messages of degree {degree}", ("node", "center", "node", radial, neighborhood)
+                ),
+                "update": code_of(f"node update of degree {degree}", update),
+                "update_part": code_of(f"update in parts of degree {degree}", update),
+            }
+        for method, code in codes[degree].items():
+            keeps = method != "update_part"
+            block.__dict__[method] = Region(block, method, _METHODS_OF_BLOCK[method], code, keeps=keeps)
     keep_results(potential, kept)
 
 
@@ -86,9 +96,8 @@ def regions(potential: Potential) -> list[Region]:
 
 def _methods(potential: Potential) -> list[tuple[nn.Module, str]]:
     """All methods that can be compiled, each with its module."""
-    whole = [(potential.model, name) for name in ("locate", "input_features", "read_out")]
-    of_block = ("states", "messages", "update", "update_some")
-    return [*whole, *((block, name) for block in potential.model.blocks for name in of_block)]
+    of_model = [(potential.model, name) for name in _METHODS_OF_MODEL]
+    return [*of_model, *((block, name) for block in potential.model.blocks for name in _METHODS_OF_BLOCK)]
 
 
 def _places(potential: Potential) -> list[tuple[nn.Module, str, Region]]:

@@ -141,7 +141,7 @@ class Block(nn.Module):
         states = self.states(domain.with_ghosts(x))
         sizes = [neighborhood.destination.num_nodes for neighborhood in neighborhoods]
         queries = domain.own(states.query).split(sizes)
-        update = self.update if len(neighborhoods) == 1 else self.update_some
+        update = self.update if len(neighborhoods) == 1 else self.update_part
         parts = []
         for own_x, own, query, features, neighborhood in zip(
             x.split(sizes), domain.own(states.own).split(sizes), queries, radial, neighborhoods, strict=True
@@ -168,6 +168,6 @@ class Block(nn.Module):
             x = x + (update * self.ffn_scales[i] if self.ffn_scales else update)
         return x
 
-    def update_some(self, x: Tensor, own: Tensor, total: Tensor, degree_norm: Tensor) -> Tensor:
+    def update_part(self, x: Tensor, own: Tensor, total: Tensor, degree_norm: Tensor) -> Tensor:
         """`update` for a part of the nodes; compiled for a GPU, it stores no intermediates for the backward pass."""
         return Block.update(self, x, own, total, degree_norm)
