@@ -91,12 +91,12 @@ class Evaluator:
         """Compile the variant of a policy and compare it with eager mode; return the deviations."""
         from dpa4.execution import regions
         from dpa4.execution.precompile import Mode, precompile
-        from dpa4.execution.trial import compared
+        from dpa4.execution.trial import require_agreement
 
         regions.keep_results(self.potential, limits.KEEP_POLICIES[policy])
         precompile(self.potential, [Mode(False, self.potential.precision)], graph)
         self.potential(graph)  # compiles whatever this graph needs
-        return compared(self.potential, first_atoms(graph, limits.MAX_COMPARED_ATOMS))
+        return require_agreement(self.potential, first_atoms(graph, limits.MAX_COMPARED_ATOMS))
 
     def _give_up(self, error: Exception) -> None:
         from dpa4.execution.trial import warn_of_eager_mode

@@ -19,7 +19,7 @@ class DeviationError(ArithmeticError):
     """Raised if compiled and eager results deviate by more than rounding explains."""
 
 
-def compared(potential: Potential, graph: Graph) -> dict[str, float]:
+def require_agreement(potential: Potential, graph: Graph) -> dict[str, float]:
     """Compare a compiled potential with its eager form on a graph, in its current mode and precision.
 
     Returns:
@@ -50,7 +50,7 @@ def attempt(
 
     Args:
         potential: The potential.
-        work: Function that compiles the potential and compares it with eager mode, see `compared`.
+        work: Function that compiles the potential and compares it with eager mode, see `require_agreement`.
         give_up: Called with the error after the potential is back in eager mode.
         propagate: Errors to raise instead, as the compiler is not at fault; by default lack of memory, since a later
             graph may be smaller.

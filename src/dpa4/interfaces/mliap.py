@@ -171,7 +171,7 @@ class DPA4MLIAP:
             # The last policy saves nothing for the backward pass. It is the code for graphs whose centres are only
             # part of the nodes, as on a rank with ghosts.
             regions.compile_potential(self.potential, kept=KEEP_POLICIES[KEEP_NOTHING])
-            return trial.compared(self.potential, graph)
+            return trial.require_agreement(self.potential, graph)
 
         trial.attempt(self.potential, work, trial.warn_of_eager_mode)
 

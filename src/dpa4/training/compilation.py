@@ -16,7 +16,7 @@ from dpa4.data import Batch, EpochBatches
 from dpa4.execution.limits import can_be_compiled, tolerance
 from dpa4.execution.precompile import Mode, precompile
 from dpa4.execution.regions import compile_potential, restore_eager
-from dpa4.execution.trial import attempt, compared
+from dpa4.execution.trial import attempt, require_agreement
 from dpa4.graph import Graph
 from dpa4.potential import Potential
 from dpa4.training.replayed_step import RecordingError, ReplayedStep, Step, StepRecorder
@@ -165,7 +165,7 @@ class CompiledTraining:
         self.potential.train(training)
         with self.potential.at_precision(self.potential.precision if training else "high"):
             allowed = tolerance(self.potential)
-            found = compared(self.potential, graph)
+            found = require_agreement(self.potential, graph)
         return ", ".join(f"{name} {d:.0e}" for name, d in found.items()) + f" (allowed {allowed:.0e})"
 
     def _report(self, name: str, seconds: float) -> None:
