@@ -76,7 +76,7 @@ def deviations(case: ParityCase, dtype: torch.dtype) -> list[Deviation]:
 
 
 def assert_float64(case: ParityCase) -> None:
-    """Allow 1e-9 of the largest value, or of 1 (eV, eV/Angstrom) where all are smaller; seen: below 1e-12."""
+    """Allow 1e-9 of the largest value, or of 1 (eV, eV/Angstrom) where all are smaller; observed: below 1e-12."""
     for deviation in deviations(case, torch.float64):
         deviation.assert_at_most(1e-9 * max(deviation.largest, 1.0))
 
@@ -85,9 +85,9 @@ def assert_float32(case: ParityCase) -> None:
     """Allow the rounding of a float32 network, which the random weights of the D series amplify.
 
     deepmd-kit 3.2.0 in float32 differs from its own float64 by up to 5e-7 eV in single atoms of the published
-    sizes and by up to 1.6e-6 eV/atom in the D series (measured: D_fit_24_40); the order of operations is another
-    one here, and the edges of a cell of one atom round alike (1.1e-6 eV). Forces of two atoms at 0.4 Angstrom differ
-    by 3.2e-5 eV/Angstrom on an Intel processor with AVX-512, on an AMD one by less than 3e-5.
+    sizes and by up to 1.6e-6 eV/atom in the D series (measured: D_fit_24_40). The order of operations differs
+    here, and in a cell of one atom all edges are rounded alike (1.1e-6 eV). Forces of two atoms at 0.4 Angstrom
+    differ by 3.2e-5 eV/Angstrom on an Intel processor with AVX-512, by less than 3e-5 on an AMD processor.
     """
     per_atom = 5e-6 if case.name.startswith("D_") else 5e-7
     for deviation in deviations(case, torch.float32):

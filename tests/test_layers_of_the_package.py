@@ -1,4 +1,4 @@
-"""The package's layers: imports point one way, nothing hidden decides what it does, no path of one machine."""
+"""Layers of the package: imports point one way, no hidden settings, no path of one machine."""
 
 import ast
 import json
@@ -63,7 +63,7 @@ def upward_imports(source: str, path: Path) -> list[str]:
 
 
 def environment_reads(source: str) -> list[str]:
-    """Places that look at environment variables, also through an option that falls back on one."""
+    """Places that read environment variables, also through an option that falls back on one."""
     found = []
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
@@ -94,7 +94,7 @@ def test_every_module_has_a_layer():
 
 
 def dependencies(path: Path) -> set[str]:
-    """Modules of this package that a module imports anywhere, but for type checkers only."""
+    """Modules of this package that a module imports, except for type checkers only."""
     name = module_name(path)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     tree = ast.parse(path.read_text())

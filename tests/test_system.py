@@ -1,4 +1,4 @@
-"""What a run does to the process it is in."""
+"""Effects of a run on its process."""
 
 import json
 import subprocess

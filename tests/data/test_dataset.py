@@ -32,7 +32,7 @@ def chains(sizes: list[int]) -> list[Frame]:
 
 
 def members(batches: EpochBatches, epoch: int, start: int = 0) -> list[list[int]]:
-    """Which structures the batches really hold, told by their energies."""
+    """Structures in the batches, identified by their energies."""
     return [(-batch.energy).int().tolist() for batch in batches.batches(epoch, start)]
 
 
@@ -113,7 +113,7 @@ def test_a_structure_without_neighbour_list_is_named():
     st.integers(1, 200),
 )
 def test_pack(sizes, most_atoms, most_edges):
-    """Nothing lost, order kept, no budget exceeded but by a structure alone, no batch needlessly short."""
+    """Nothing is lost, order is kept, only lone structures exceed a budget, no batch is needlessly short."""
     atoms, edges = np.array(sizes).T
     budgets = [Budget("atoms", atoms, most_atoms), Budget("edges", edges, most_edges)]
     order = np.random.default_rng(0).permutation(len(sizes)).tolist()
@@ -203,7 +203,7 @@ def test_resumed_epoch_is_the_rest_of_the_epoch(start):
 
 
 class Spoiled(FrameDataset):
-    """Fails at one structure."""
+    """Data set that fails at one structure."""
 
     def batch(self, indices) -> Batch:
         if 3 in indices:

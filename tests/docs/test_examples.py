@@ -1,4 +1,4 @@
-"""The Python of the documentation runs as it is written, on a potential with random weights."""
+"""Python blocks of the documentation run as written, on a potential with random weights."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ SHORTER = {'"cuda"': '"cpu"', "relax_ends=True": "steps=2", "run 1000": "run 5"}
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The files that the pages name."""
+    """Folder with the files that the pages name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     potential = random_potential(elements=("H", "C", "O", "Si"), n_blocks=1, lmax=1)

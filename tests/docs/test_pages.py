@@ -29,7 +29,7 @@ def text(path: Path | str) -> str:
 
 
 def table(path: str, heading: str) -> list[list[str]]:
-    """Rows below the first table header that starts with these cells, without backquotes."""
+    """Rows below the first table header that starts with the given cells, without backquotes."""
     lines = text(path).splitlines()
     rows = []
     for start in [i for i, line in enumerate(lines) if line.startswith(f"| {heading} |")]:

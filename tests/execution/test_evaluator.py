@@ -1,4 +1,4 @@
-"""Evaluation as fast as the device allows: padding and replay, compilation that may fail, precision."""
+"""Evaluator: padding and replay, failing or deviating compilation, precision."""
 
 import copy
 import warnings
@@ -31,7 +31,7 @@ def test_rounded_up_wastes_little_and_has_few_values():
 
 
 def test_what_is_replayed_keeps_its_results():
-    """Code is chosen by the number of atoms that it sees, padding included: 4096 are 4352."""
+    """The keep policy depends on the number of atoms with padding: 4096 atoms become 4352."""
     assert all(kept.last in (MAX_REPLAYED_ATOMS, 0) for kept in limits.KEEP_POLICIES)
     assert replayed_size(4096) == rounded_up(4097) <= MAX_REPLAYED_ATOMS
     assert replayed_size(MAX_REPLAYED_ATOMS) is None
@@ -81,7 +81,7 @@ def test_systems_in_parts_are_not_recorded(monkeypatch):
 
 
 def test_room_holds_one_structure_after_the_other():
-    """The same graph as by padding, whatever lay there before, even if it was not a number."""
+    """Buffers hold the same graph as `pad` returns, whatever they held before, NaN included."""
     seeds = [(3, 64), (10, 64), (11, 64), (0, 65), (5, 65), (4, 64), (3, 64)]
     graphs = [graph_of(molecule(seed, n)) for seed, n in seeds]
     graphs[1] = graphs[1]._replace(charge_spin=torch.tensor([[1, 2]]))
@@ -153,7 +153,7 @@ SMALL, MEDIUM, LARGE = limits.KeepPolicy(12, 8), limits.KeepPolicy(12, 0), limit
 
 
 class Comparisons:
-    """Stands for the compiler; records which kind of code is compared, and lets one kind deviate."""
+    """Stub for the compiler that records which keep policies are compared; one of them may deviate."""
 
     def __init__(self, monkeypatch, deviating: limits.KeepPolicy | None = None):
         self.made, self.kept, self.limit, self.deviating = 0, [], None, deviating
@@ -276,7 +276,7 @@ def test_replay_follows_the_structure():
 
 
 def test_recordings_are_given_up_when_weights_change(monkeypatch):
-    """They do not compute what depends on weights alone. Here "recordings" are results."""
+    """A recording does not recompute constants, which depend on weights alone. Here results stand for recordings."""
     potential, recorded = random_potential(), []
     replay = Replay(potential)
 
@@ -303,7 +303,7 @@ def test_recordings_are_given_up_when_weights_change(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_replay_sees_changed_weights(compilations):
-    """Constants of compiled code are computed before a recording, and not in the memory that it overwrites."""
+    """Constants of compiled code are computed before a recording, outside the memory that it overwrites."""
     potential = random_potential().float().cuda()
     eager = copy.deepcopy(potential)
     regions.compile_potential(potential)

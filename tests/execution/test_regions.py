@@ -1,6 +1,6 @@
-"""Compiled potentials: the same numbers and derivatives as in eager mode, from code that is found again on disk.
+"""Compiled potentials: numbers and derivatives of eager mode, from code that is found again on disk.
 
-Compilers take minutes on a CPU, so the stages run here as the graphs that a compiler would receive. Tracing takes
+Compilation takes minutes on a CPU, so stages run as the graphs that the compiler would receive. Tracing takes
 seconds for each kind of network, so most tests share the traces of `small_potential`.
 """
 
@@ -66,7 +66,7 @@ def test_evaluation_of_a_potential_computes_nothing_of_weights_alone(compilation
 
 
 def test_weights_are_split_once(compilations, empty_cache, monkeypatch):
-    """As on a GPU, where products in float32 are those of pieces of weights."""
+    """Simulates a GPU, where float32 products use split weights."""
     monkeypatch.setattr(available, "split_product", lambda x: True)
     potential = small_potential().float().eval()
     compile_potential(potential)
@@ -83,7 +83,7 @@ def test_weights_are_split_once(compilations, empty_cache, monkeypatch):
 
 @pytest.mark.parametrize(("max_kept", "calls"), [(100, 1), (0, 2)])
 def test_kernels_with_several_results(compilations, max_kept, calls):
-    """All that is needed of the results of one call is kept, or computed again."""
+    """Results of one call that are needed later are either all stored, or computed again."""
     potential = small_potential().eval()
     compile_potential(potential, kept=KeepPolicy(max_kept, max_kept))
     assert compare_with_eager(potential, batches(1)[0])["forces"] < 1e-11
@@ -92,7 +92,7 @@ def test_kernels_with_several_results(compilations, max_kept, calls):
 
 
 def test_whole_stacks_keep_only_what_their_derivative_takes(monkeypatch, empty_cache):
-    """With the kernels for Hopper GPUs, traced without one: in the last block; earlier ones compute it again."""
+    """Trace with the kernels for Hopper GPUs, without one. The last block stores products; earlier ones recompute."""
     monkeypatch.setattr(available, "whole_stack", lambda x, layers, layout: True)
     potential = Potential(preset("paper-air", ("H", "C"), n_blocks=2)).float().eval()
     compile_potential(potential, kept=KEEP_POLICIES[1])
@@ -181,7 +181,7 @@ def test_keeping_results_can_be_changed(compilations):
 
 @pytest.mark.parametrize("on_a_gpu", [True, False])
 def test_parts_keep_nothing_on_a_gpu(compilations, monkeypatch, on_a_gpu):
-    """Where the edges are worked on in parts, memory decides there, whatever the number of nodes of a part."""
+    """On a GPU, memory decides when edges are processed in parts, whatever the number of nodes of a part."""
     monkeypatch.setattr(regions, "_parts_bound_memory", lambda device: on_a_gpu)
     potential, graph = small_potential().eval(), batches(1)[0]
     compile_potential(potential)
@@ -254,7 +254,7 @@ def test_damaged_files_of_code_are_replaced(compilations, damage):
 
 
 class Wrong(Region):
-    """A region with the right value and wrong derivatives."""
+    """Stub for a region with the right value and wrong derivatives."""
 
     def __init__(self, function):
         self.function = function
@@ -275,7 +275,7 @@ def test_compiling_twice_and_back(compilations):
 
 
 def test_nothing_of_a_step_stays_alive(compilations):
-    """What stages hand to each other must not keep a step's graph, and with it its memory, alive."""
+    """Objects passed between stages must not keep a step's graph, and with it its memory, alive."""
     from dpa4.ops.second_order import _Call
 
     potential = small_potential().train()
@@ -288,7 +288,7 @@ def test_nothing_of_a_step_stays_alive(compilations):
 @pytest.mark.skipif(available.cpp_missing() is not None, reason=f"{available.cpp_missing()}")
 @pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_kernels_for_a_cpu_are_part_of_compiled_code(compilations, training):
-    """With so many channels that they run; float64."""
+    """Float64, with enough channels for the kernels to run."""
     potential = random_potential(n_blocks=1, channels=16, **GENERATIONS["SO(3) grid"]).train(training)
     compile_potential(potential)
     for name, deviation in compare_with_eager(potential, batches(1)[0]).items():

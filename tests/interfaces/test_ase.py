@@ -13,7 +13,7 @@ CHARGED = {"charge_spin": True, "default_charge_spin": (0, 1)}
 
 
 def attach(atoms: Atoms, model=None, **options) -> Atoms:
-    """A copy with a float64 calculator on the CPU."""
+    """Copy of a structure with a float64 calculator on the CPU."""
     atoms = atoms.copy()
     options = {"device": "cpu", "dtype": "float64"} | options
     atoms.calc = DPA4Calculator(random_potential() if model is None else model, **options)
@@ -21,7 +21,7 @@ def attach(atoms: Atoms, model=None, **options) -> Atoms:
 
 
 def count_calls(calculator: DPA4Calculator) -> list:
-    """A list that grows with every evaluation of the first model."""
+    """List that grows with every evaluation of the first model."""
     calls: list = []
     calculator.potentials[0].register_forward_hook(lambda *_: calls.append(1))
     return calls
@@ -174,7 +174,7 @@ def test_charge_is_ignored_by_a_model_without_it():
 
 @pytest.mark.parametrize("skin", [None, 0.3, 1.0])
 def test_skin_gives_the_same_results_with_fewer_searches(skin):
-    """Not a bit differs: the edges and their order are those of a new search."""
+    """Results are equal bit for bit: edges and their order are those of a new search."""
     models = [random_potential(0), random_potential(1, cutoff=3.4)]
     traces, searches = [], []
     for options in ({"neighbor_skin": 0.0}, {} if skin is None else {"neighbor_skin": skin}):

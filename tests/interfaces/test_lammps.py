@@ -1,4 +1,4 @@
-"""LAMMPS on the forces of a calculator: trajectories, pressures and energies are those of ASE, or of LAMMPS alone."""
+"""LAMMPS driven by a calculator: trajectories, pressures and energies equal those of ASE, or of LAMMPS alone."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ FORCE_UNIT = 1e-7
 
 
 def setup_of(atoms: Atoms, elements: list[str]) -> list[str]:
-    """Commands that make the box and the types, whose masses are those of the elements."""
+    """Commands that create the box and the types with the masses of the elements."""
     (lx, _, _), (xy, ly, _), (xz, yz, lz) = atoms.cell.array
     low = [0 if periodic else -20 for periodic in atoms.pbc]
     high = [length if p else 20 for length, p in zip((lx, ly, lz), atoms.pbc, strict=True)]
@@ -46,7 +46,7 @@ def setup_of(atoms: Atoms, elements: list[str]) -> list[str]:
 
 
 def create(lmp, atoms: Atoms, elements: list[str], ids: list[int] | None = None) -> None:
-    """Put atoms into a box, in their order unless ``ids`` are given."""
+    """Create atoms in a box, in their order unless ``ids`` are given."""
     lmp.commands_list(setup_of(atoms, elements))
     types = [elements.index(symbol) + 1 for symbol in atoms.symbols]
     velocities = atoms.get_velocities() * PICOSECOND
@@ -88,7 +88,7 @@ def other():
 
 @pytest.mark.parametrize("structure", [crystal, molecule])
 def test_the_trajectory_is_that_of_ase(lmp, structure):
-    """Mixed types whose order is not the model's, IDs not in the order of the atoms."""
+    """Mixed types in another order than the model's; IDs in another order than the atoms."""
     steps, timestep = 40, 0.5
     atoms = moving(structure())
     start = atoms.copy()
@@ -172,7 +172,7 @@ EPSILON, SIGMA, RADIUS = 0.0104, 3.4, 6.0
 
 
 def argon() -> Atoms:
-    """A skewed cell of eight atoms, compressed."""
+    """Compressed, skewed cell of eight atoms."""
     atoms = bulk("Ar", a=5.1, cubic=True) * (2, 1, 1)
     atoms.set_cell(atoms.cell.array + [[0, 0, 0], [0.8, 0, 0], [-0.6, 0.5, 0]], scale_atoms=True)
     atoms.rattle(0.1, seed=3)
@@ -191,7 +191,7 @@ ENSEMBLES = {
 
 @pytest.mark.parametrize("ensemble", ENSEMBLES)
 def test_lennard_jones_as_a_pair_style_and_from_python_run_alike(lmp, other, ensemble):
-    """Baths, barostats with tilts, cells that flip, and minimizations see the same energies, forces and virials."""
+    """Thermostats, barostats with tilts, flipping cells and minimizations: same energies, forces and virials."""
     atoms = argon()
     atoms.calc = calculator = LennardJones(epsilon=EPSILON, sigma=SIGMA, rc=RADIUS)
     commands = ["timestep 0.002", *ENSEMBLES[ensemble]]
@@ -238,7 +238,7 @@ def test_energies_of_atoms(lmp, other):
 
 
 def test_atoms_that_cross_the_boundary(lmp):
-    """The same internal motion as at rest, and no more searches: wrapped atoms are handed over unwrapped."""
+    """A moving structure behaves as at rest, without further searches: wrapped atoms are passed on unwrapped."""
     energies, searches = [], []
     for drift in (np.zeros(3), np.array([200.0, -120.0, 160.0])):
         lmp.command("clear")
@@ -262,7 +262,7 @@ def test_atoms_that_cross_the_boundary(lmp):
 
 
 def test_energy_is_conserved(lmp):
-    """With half the timestep the deviation is a quarter: velocity Verlet, and forces that are derivatives."""
+    """Halving the timestep divides the deviation by four: velocity Verlet, and forces that are derivatives."""
     deviations = []
     for timestep, steps in ((0.0004, 50), (0.0002, 100)):
         lmp.command("clear")
@@ -313,7 +313,7 @@ def test_charge_and_spin_reach_the_model(lmp):
 
 
 class Failing(EMT):
-    """Does something at the fifth evaluation."""
+    """Calculator that calls a function at the fifth evaluation."""
 
     def __init__(self, action):
         super().__init__()

@@ -1,4 +1,4 @@
-"""TorchSim: the model is the calculator for many structures at once, and TorchSim's own methods run on it."""
+"""TorchSim: the model gives the calculator's results for batches, and TorchSim's own methods run on it."""
 
 import inspect
 import sys
@@ -180,7 +180,7 @@ def test_fast_precision_differs_and_float32_hardly():
 
 
 def test_several_structures_are_not_replayed(monkeypatch):
-    """A recording is made for sizes that come again; those of batches do not."""
+    """Recordings pay off for sizes that recur; sizes of batches do not."""
     own, replayed = model(), []
     monkeypatch.setattr(own._evaluator, "_call", replayed.append)
     assert own(state([molecule(), molecule(1)], own))["energy"].shape == (2,) and not replayed
@@ -227,7 +227,7 @@ def test_batches_on_the_gpu_are_those_of_the_cpu():
 
 @pytest.mark.slow
 def test_compiled_batches():
-    """A batch, with an isolated atom in it, and one structure, by the same compiled code."""
+    """The same compiled code evaluates a batch with an isolated atom, and one structure."""
     structures, potential = [molecule(1), molecule(2), Atoms("C"), molecule(3, 5)], random_potential()
     compiled, eager = (
         model(potential, dtype="float32", compile=True),

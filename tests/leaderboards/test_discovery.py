@@ -1,4 +1,4 @@
-"""Matbench Discovery: formation energies and distances by hand, what counts as missing, the whole command."""
+"""Matbench Discovery: formation energies and hull distances by hand, missing predictions, the whole command."""
 
 import gzip
 import json
@@ -40,7 +40,7 @@ def entry_of(atoms: Atoms) -> dict:
 
 
 def test_formation_energy_by_hand():
-    """Four MgO: oxide correction -0.687 eV per O; elements -1.5 (Mg) and -4.9 eV (O)."""
+    """Energy of Mg4O4: oxide correction -0.687 eV per O; elements -1.5 (Mg) and -4.9 eV (O)."""
     atoms = bulk("MgO", "rocksalt", a=4.2, cubic=True)
     corrector, dft = _Corrector({"Mg": -1.5, "O": -4.9}), entry_of(atoms)
     found = corrector.score(atoms, -48.0, dft)
@@ -169,7 +169,7 @@ def test_summary_without_a_column(tmp_path):
 
 
 def crystals_of_the_model() -> dict[str, Atoms]:
-    """Two crystals that relax in some thirty steps."""
+    """Two crystals that relax in about thirty steps."""
     found = {f"wbm-1-{seed}": crystal(seed) for seed in range(2)}
     for name, atoms in found.items():
         atoms.info["material_id"] = name
@@ -177,7 +177,7 @@ def crystals_of_the_model() -> dict[str, Atoms]:
 
 
 def test_command_from_published_files_to_metrics(tmp_path):
-    """Relaxed in two processes, to the energies of ASE; copper is not in the model."""
+    """Two processes relax crystals to the energies of ASE; copper is not in the model."""
     pytest.importorskip("torch_sim")
     crystals = crystals_of_the_model() | {"wbm-1-3": alloys()["wbm-1-3"]}
     data = published(tmp_path / "data", crystals, dict.fromkeys(crystals, 0.0), set(crystals))

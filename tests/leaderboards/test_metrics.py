@@ -1,4 +1,4 @@
-"""Metrics of the benchmarks: small cases worked by hand, and numbers that were published together."""
+"""Metrics of the leaderboards: small cases worked by hand, and published numbers that belong together."""
 
 import numpy as np
 import pytest

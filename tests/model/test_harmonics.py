@@ -20,7 +20,7 @@ def directions(n: int = 20, seed: int = 0) -> torch.Tensor:
 
 
 def full_wigner(frame: torch.Tensor, lmax: int) -> list[torch.Tensor]:
-    """All rows of D^l, orders ascending."""
+    """All rows of D^l in ascending order of m."""
     rows = WignerRows(lmax, lmax).double()(frame)
     out = []
     for l in range(lmax + 1):

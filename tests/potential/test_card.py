@@ -1,4 +1,4 @@
-"""The model card tells what a checkpoint or preset is."""
+"""The model card describes a checkpoint or preset."""
 
 import io
 from importlib.metadata import version

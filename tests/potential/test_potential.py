@@ -137,7 +137,7 @@ def test_one_atom_cell_smaller_than_the_cutoff(potential):
 
 @pytest.mark.parametrize("axis", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0), (0, -1, 0), (0, 0, -1)])
 def test_bonds_along_axes(potential, axis):
-    """Where the edge frame is singular or switches, energy and forces equal those of a turned copy."""
+    """Energy and forces equal those of a rotated copy where the edge frame is singular or switches."""
     atoms = Atoms("COH", positions=[[0, 0, 0], 1.2 * np.array(axis), -1.0 * np.array(axis)])
     turned = atoms.copy()
     turned.positions = atoms.positions @ rotation().T
@@ -266,7 +266,7 @@ def test_zbl_against_published_screening():
 
 
 def test_parts_of_the_edges_change_nothing(potential):
-    """All that is done for a few centres at a time, and its derivatives, are the same as for all at once."""
+    """Processing a few centres at a time gives the same results and derivatives as all at once."""
     graph = collate([graph_of(molecule()), graph_of(crystal()), graph_of(molecule(1, 1))])
 
     def results(max_edges):

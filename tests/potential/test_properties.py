@@ -1,4 +1,4 @@
-"""Properties beside energy and forces: stresses of atoms, Hessians, embeddings, dispersion."""
+"""Properties beside energy and forces: atomic stresses, Hessians, embeddings, dispersion."""
 
 import sys
 
@@ -48,7 +48,7 @@ def test_stresses_add_up_to_the_stress():
 
 
 def test_stresses_of_a_pair_are_shared_half_and_half():
-    """Of two atoms that only see each other, either has half, and that is known from the force."""
+    """Each of two atoms that only interact with each other has half of the stress, which follows from the force."""
     atoms = attach(Atoms("CO", [(1, 1, 1), (2.2, 1.7, 1)], cell=[20] * 3, pbc=True))
     arm, force = atoms.positions[1] - atoms.positions[0], atoms.get_forces()[1]
     whole = -np.outer(force, arm) / atoms.get_volume()  # dE/dstrain = -F (x) r
@@ -246,7 +246,7 @@ def test_embed_command(tmp_path):
 
 
 class Nothing(Calculator):
-    """No interaction, so that a sum shows the other part alone."""
+    """Stub for a potential without interaction, so that a sum shows the other term alone."""
 
     implemented_properties = ["energy", "free_energy", "forces", "stress"]
 

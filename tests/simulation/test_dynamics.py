@@ -1,4 +1,4 @@
-"""Molecular dynamics: conservation, the right temperature, exact restarts, and what is written."""
+"""Molecular dynamics: conservation, correct temperature, exact restarts, files."""
 
 import json
 import signal
@@ -48,7 +48,7 @@ BATHS = [
 
 @pytest.mark.parametrize("ensemble", BATHS, ids=["nve", "nvt", "npt-volume", "npt-full"])
 def test_energy_error_of_a_potential_falls_with_the_square_of_the_timestep(tmp_path, ensemble):
-    """Of the total energy, or of that of structure and baths together."""
+    """The conserved energy includes that of the baths, if any."""
     calculator = DPA4Calculator(random_potential(n_blocks=1, lmax=1), device="cpu", dtype="float64")
     deviations = []
     for steps in (15, 30, 60):
@@ -91,7 +91,7 @@ def test_files_and_statistics(tmp_path, figures):
 
 
 def test_drift_of_a_table_is_its_slope(tmp_path):
-    """The fit over a run whose energy is replaced by a known line."""
+    """Fit to a run whose energy is replaced by a known line."""
     from dpa4.output import CsvLog
     from dpa4.simulation.dynamics import COLUMNS, _finish
 
@@ -126,7 +126,7 @@ def test_langevin_reaches_its_temperature(tmp_path):
 
 
 def test_nose_hoover_chains_reach_the_temperature(tmp_path):
-    """Of four atoms whose centre of mass rests; a bath for 12 instead of 9 momenta would give 400 K."""
+    """Four atoms with a resting centre of mass: a bath for 12 instead of 9 momenta would give 400 K."""
     atoms = copper(1)
     options = {"ensemble": "nvt", "tdamp": 20.0, "timestep": 4.0, "interval": 5}
     result = run(atoms, EMT(), tmp_path, steps=2500, **options)
@@ -140,7 +140,7 @@ def test_nose_hoover_chains_reach_the_temperature(tmp_path):
 
 
 class Gas(Calculator):
-    """Atoms without interaction."""
+    """Calculator for atoms without interaction."""
 
     implemented_properties = ["energy", "free_energy", "forces", "stress"]
 
@@ -152,7 +152,7 @@ class Gas(Calculator):
 
 @pytest.mark.parametrize("cell", ["volume", "full"])
 def test_ideal_gas_at_constant_pressure(cell):
-    """Eight atoms whose centre of mass rests have a volume distributed as V^7 exp(-pV/kT)."""
+    """The volume of eight atoms with a resting centre of mass is distributed as V^7 exp(-pV/kT)."""
     pressure = 0.02
     volume = 8 * units.kB * 300 / (pressure * units.GPa)  # mean of the distribution
     atoms = Atoms(["He"] * 8, cell=[volume ** (1 / 3)] * 3, pbc=True)
@@ -280,7 +280,7 @@ def test_momenta_and_constraints_are_kept(tmp_path):
 
 
 class Small(DPA4Calculator):
-    """A tiny potential that calls a function at one evaluation; without a skin it has no memory."""
+    """Calculator with a tiny potential that calls a function at one evaluation; without a skin it has no memory."""
 
     def __init__(self, at: int = 0, action=None):
         super().__init__(random_potential(n_blocks=1, lmax=1), device="cpu", dtype="float64")
@@ -386,7 +386,7 @@ def test_seed_decides_the_run(tmp_path):
 
 
 def test_second_signal_acts_at_once():
-    """Signals to the process, as Ctrl-C sends them; another thread may take them, so they may act a little later."""
+    """Signals are sent to the process, like by Ctrl-C; another thread may receive them, which delays them."""
     code = (
         "import os, signal, time\nfrom dpa4.system import stop_requests\n"
         "with stop_requests() as stopped:\n"

@@ -1,4 +1,4 @@
-"""Nudged elastic band: known barriers, ASE used by hand, periodicity, interruption and resuming."""
+"""Nudged elastic band: known barriers, comparison with ASE, periodicity, interruption and resuming."""
 
 import signal
 
@@ -24,7 +24,7 @@ HEIGHT, TILT = 0.7, 0.1
 
 
 class DoubleWell(Calculator):
-    """One atom in E = 0.7 (x^2 - 1)^2 + 2 (y - (1 - x^2) / 2)^2 + z^2, whose valley is a parabola.
+    """Potential of one atom, E = 0.7 (x^2 - 1)^2 + 2 (y - (1 - x^2) / 2)^2 + z^2, whose valley is a parabola.
 
     Along the valley E = 0.7 (x^2 - 1)^2: minima at x = -1 and 1, and a saddle point of 0.7 eV at (0, 0.5, 0).
     """
@@ -48,7 +48,7 @@ class DoubleWell(Calculator):
 
 
 def wells() -> tuple[Atoms, Atoms]:
-    """The minima, in a box so large that its images do not matter."""
+    """Both minima, in a box so large that periodic images do not matter."""
     return tuple(Atoms("H", [(x, 0, 0)], cell=[50] * 3, pbc=True) for x in (-1, 1))
 
 
@@ -70,7 +70,7 @@ def run(start, end, calculator, folder, **options):
 
 @pytest.mark.parametrize("images", [3, 4, 7])
 def test_barrier_of_a_double_well(tmp_path, images):
-    """The climbing image reaches the saddle point also where no image is near it by symmetry."""
+    """The climbing image reaches the saddle point, even if symmetry puts no image near it."""
     start, end = wells()
     calculator = DoubleWell()
     found = run(start, end, calculator, tmp_path, images=images, fmax=0.002)
@@ -129,7 +129,7 @@ def test_files(tmp_path):
 
 
 def test_atoms_move_the_short_way_through_the_boundary(tmp_path):
-    """A vacancy next to the boundary: the end is given wrapped to the other side of the cell."""
+    """Vacancy next to the boundary: the end is given wrapped to the other side of the cell."""
     start = bulk("Cu", cubic=True).repeat(2)
     del start[0]
     hopping = int(np.argmin(np.linalg.norm(start.positions - [0, 1.805, 1.805], axis=1)))
@@ -148,7 +148,7 @@ def test_atoms_move_the_short_way_through_the_boundary(tmp_path):
 
 
 def test_isolated_molecules_do_not_rotate(tmp_path):
-    """The inversion of ammonia: the end, turned about, gives the same barrier as in place."""
+    """Inversion of ammonia: a rotated end gives the same barrier."""
     calculator = DPA4Calculator(random_potential(elements=("H", "C", "N")), device="cpu", dtype="float64")
     start = Atoms("NHHH", [(0, 0, 0.3), (0.94, 0, 0), (-0.47, 0.81, 0), (-0.47, -0.81, 0)])
     end = start.copy()

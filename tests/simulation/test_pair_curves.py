@@ -1,4 +1,4 @@
-"""Pair curves: derivatives, the definitions of the flags, files, interruption, the command."""
+"""Pair curves: derivatives, definitions of the flags, files, interruption, the command."""
 
 import csv
 import json
@@ -34,7 +34,7 @@ def curve(energy, force, curvature, r=R) -> PairCurve:
 
 
 def lennard_jones(depth: float = 1.0, extra=None) -> PairCurve:
-    """With the minimum at 1.2 Angstrom; ``extra`` gives a bump: its height, place and width."""
+    """Lennard-Jones curve with the minimum at 1.2 Angstrom; ``extra`` is a bump of given height, place and width."""
     x = 1.2 / R
     values = [
         depth * (x**12 - 2 * x**6),
@@ -101,7 +101,7 @@ def test_pairs_and_distances():
 
 
 def test_charge_and_multiplicity():
-    """The default of the model, else those of the neutral pair: H2 a singlet, CH a doublet."""
+    """Charge and multiplicity are the model's default, else those of the neutral pair: singlet H2, doublet CH."""
     given, found = [], {}
     for default in (None, (1, 4)):
         potential = random_potential(charge_spin=True, default_charge_spin=default)
@@ -188,7 +188,7 @@ def test_many_pairs_take_several_figures_and_replace_earlier_ones(tmp_path, monk
 
 
 def interrupted(potential, folder, at, monkeypatch):
-    """A scan of six pairs whose batches hold one pair each; Ctrl-C comes in one of them."""
+    """Scan six pairs whose batches hold one pair each; Ctrl-C arrives in one of them."""
     calls = []
 
     def interrupt(*_):

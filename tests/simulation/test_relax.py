@@ -1,4 +1,4 @@
-"""Relaxation: minima are reached, cells too, constraints hold, and what is written."""
+"""Relaxation: minima, cells, constraints, symmetry, files."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ from helpers import crystal, molecule, random_potential
 
 
 def squeezed() -> Atoms:
-    """A rattled, strained cell of copper."""
+    """Rattled, strained cell of copper."""
     atoms = bulk("Cu", a=3.5, cubic=True)
     atoms.rattle(0.08, seed=1)
     atoms.set_cell(atoms.cell.array @ np.diag([1.0, 1.03, 0.98]), scale_atoms=True)
@@ -64,7 +64,7 @@ def test_lowers_the_energy_and_forces_of_a_potential(structure, cell):
 
 
 def test_pressure_is_reached():
-    """The enthalpy's minimum: the stress of the structure balances the pressure."""
+    """The stress of the structure balances the pressure at the minimum of the enthalpy."""
     atoms = squeezed()
     result = relax(atoms, EMT(), fmax=1e-4, optimizer="bfgs", cell="full", pressure=10.0)
     assert result.converged
@@ -101,7 +101,7 @@ def test_part_of_the_cell_is_relaxed(cell, zero):
 
 
 def test_symmetry_is_kept():
-    """Forces that break the symmetry do not move a tetragonal cell of copper off it."""
+    """Forces that break the symmetry do not distort a tetragonal cell of copper."""
     dataset = pytest.importorskip("spglib").get_symmetry_dataset
     atoms = bulk("Cu", a=3.6, cubic=True)
     atoms.set_cell([3.55, 3.55, 3.7], scale_atoms=True)
@@ -109,7 +109,7 @@ def test_symmetry_is_kept():
     noisy = np.random.default_rng(0).normal(scale=1e-3, size=(4, 3))
 
     class Noisy(EMT):
-        """Errors that do not know about symmetry."""
+        """Calculator with errors that break symmetry."""
 
         def calculate(self, *arguments):
             super().calculate(*arguments)
@@ -173,7 +173,7 @@ def test_trajectory(tmp_path):
 
 
 class Interrupting(EMT):
-    """Sends Ctrl-C at the fifth evaluation."""
+    """Calculator that sends Ctrl-C at the fifth evaluation."""
 
     evaluations = 0
 
@@ -198,7 +198,7 @@ def files(folder):
 
 
 def test_resumed_relaxations(tmp_path):
-    """Finished structures are taken over, the one that was interrupted goes on where it was."""
+    """Finished structures are reused, the interrupted one continues from its last step."""
     options = {"fmax": 0.01, "progress": False}
     starts = [bulk("Cu", a=3.6), squeezed(), squeezed(), bulk("Cu", a=3.5)]
     expected = relax_all([a.copy() for a in starts], EMT(), tmp_path / "whole", **options)

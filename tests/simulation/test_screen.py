@@ -1,4 +1,4 @@
-"""Screening: the minima of ASE, every structure listed once whatever happens, kills and interruptions included."""
+"""Screening: minima of ASE, every structure listed once despite failures, kills and interruptions."""
 
 import csv
 import importlib
@@ -35,7 +35,7 @@ POTENTIAL = random_potential(n_blocks=1, lmax=1)
 
 
 class Watched(DPA4Model):
-    """Counts calls and the systems of each; a test may disturb them."""
+    """Model that counts calls and the systems of each; a test may disturb its results."""
 
     def __init__(self, disturb=lambda state, results: results, **options):
         super().__init__(POTENTIAL, device="cpu", dtype="float64", **options)
@@ -66,7 +66,7 @@ def clusters(folder, count, name="start.xyz"):
 
 
 def check(folder, count, statuses=("converged",)):
-    """Every structure is listed once, and those with a frame have the one of the table."""
+    """Check that every structure is listed once, and that frames agree with the table."""
     table = rows(folder)
     assert [int(row["structure"]) for row in table] == list(range(count))
     assert {row["status"] for row in table} <= set(statuses)
@@ -80,7 +80,7 @@ def check(folder, count, statuses=("converged",)):
 
 
 class Copper(DPA4Model):
-    """EMT from ASE, whose minima are steep and known."""
+    """Model with energies of ASE's EMT, whose minima are steep and known."""
 
     def __init__(self):
         super().__init__(
@@ -197,7 +197,7 @@ def test_cells_of_molecules_are_refused_one_by_one(tmp_path):
 
 
 def test_a_structure_that_makes_the_model_raise_fails_alone(tmp_path):
-    """One raises at once, one after some steps; what the others become does not depend on it."""
+    """One structure fails at once, one after some steps; the results of the others do not depend on it."""
     source, calls = clusters(tmp_path, 9), []
     frames = read(source, ":")
     frames[4].numbers[:], frames[5].numbers[:] = 8, 6
@@ -248,7 +248,7 @@ def test_a_broken_gpu_ends_the_run_instead_of_failing_every_structure(tmp_path):
 
 def test_explosions(tmp_path):
     def pushing(state, results):
-        """Diatomics are pushed apart, triatomics have no energy, cells expand."""
+        """Push diatomics apart, remove the energy of triatomics, expand cells."""
         sizes = state.n_atoms_per_system.tolist()
         for index, (r, forces) in enumerate(
             zip(state.positions.split(sizes), results["forces"].split(sizes), strict=True)
@@ -451,7 +451,7 @@ def record(shard: Shard, number: int) -> None:
 
 
 def test_files_cut_anywhere_lose_only_what_was_being_written(tmp_path):
-    """What a kill leaves: files that end anywhere, the structures at least as far as the table."""
+    """A kill leaves files that end anywhere, the structures at least as far as the table."""
     shard = Shard(tmp_path / "whole", COLUMNS, {})
     ends = [(0, 0)]
     for number in range(5):
@@ -501,7 +501,7 @@ def test_shards_that_do_not_add_up_and_a_shard_in_use(tmp_path):
     "wait", [2, pytest.param(9, marks=pytest.mark.slow), pytest.param(15, marks=pytest.mark.slow)]
 )
 def test_kill_and_resume_on_the_command_line(tmp_path, wait):
-    """A process killed after some structures: the next goes on, and each structure is listed once."""
+    """The process is killed after some structures; the next one continues, and lists each structure once."""
     save_potential(POTENTIAL, tmp_path / "model.safetensors")
     count = wait + 8
     source = clusters(tmp_path, count)

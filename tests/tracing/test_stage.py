@@ -1,4 +1,4 @@
-"""Stages as text: the graph that is read is the one that was written, at every size."""
+"""Stages as text: the graph read back equals the one written, at every size."""
 
 import json
 import operator
@@ -17,7 +17,7 @@ SIZES = {"node": 1001, "edge": 5003}
 
 
 def function(x, v):
-    """Constants without tensors as arguments, several results of one operator, a size times a number, infinity."""
+    """Constants without tensor arguments, several results of one operator, a size times a number, infinity."""
     first, second = x.split(2, -1)
     sign = torch.where(v > 0, 1.0, -1.0)
     ones = v.new_ones(v.shape[0], 3)

@@ -1,4 +1,4 @@
-"""Worker processes know every operator that compiled code may contain; no compiler is needed to see that."""
+"""Worker processes know every operator that compiled code may contain; the test needs no compiler."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from helpers import random_potential
 
 
 class Listed:
-    """Stands for the worker pool: lists the stages that workers would compile."""
+    """Stub for the worker pool that lists the stages that workers would compile."""
 
     def __init__(self):
         self.stages: list = []

@@ -1,3 +1,5 @@
+"""HybridMuon: update rule against a plain implementation, state, routing of parameters, moving average."""
+
 import copy
 import math
 
@@ -272,7 +274,7 @@ def test_saved_state_holds_the_momentum_once(tmp_path):
 
 
 class Operations(TorchDispatchMode):
-    """Names of all operations that reach a device."""
+    """Mode that records the names of all operations that reach a device."""
 
     def __init__(self):
         super().__init__()
@@ -349,7 +351,7 @@ def test_gpu_agrees_with_cpu():
 
 
 def rule_by_name(name, shape):
-    """The reference's routing by parameter path."""
+    """Route of a parameter in the reference, which decides by the parameter's path."""
     leaf = [part for part in name.split(".") if not part.isdigit()][-1].lower()
     if leaf == "b" or "bias" in leaf or leaf.startswith("adam_"):
         return "adam"

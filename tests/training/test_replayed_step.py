@@ -1,4 +1,4 @@
-"""Replayed training steps: padding changes nothing, frequent sizes are recorded, a replay is a step."""
+"""Replayed training steps: padding changes nothing, frequent sizes are recorded, a replay equals a step."""
 
 import copy
 
@@ -23,7 +23,7 @@ MIXED = [molecule(0, 9), crystal(1), molecule(2, 5), molecule(3, 12)]
 
 
 def batch_of(structures, missing: str = "", seed: int = 0) -> Batch:
-    """Structures with random labels and weights; those of ``missing`` (e, f, v) are absent in every other one."""
+    """Structures with random labels and weights; every other one lacks the labels ``missing`` (e, f, v)."""
     generator = torch.Generator().manual_seed(seed)
     graph = collate([graph_of(atoms) for atoms in structures])
     b, n = graph.num_structures, graph.num_atoms
@@ -39,7 +39,7 @@ def batch_of(structures, missing: str = "", seed: int = 0) -> Batch:
 
 
 def step_of(potential, loss=None):
-    """A step up to the gradients, as the trainer has it."""
+    """Training step up to the gradients, as in the trainer."""
     loss = loss or Loss(2.0, 3.0, 5.0)
 
     def step(batch):
@@ -56,7 +56,7 @@ def gradients(potential):
 
 
 def assert_same_step(found, expected, tolerance=1e-10):
-    """Loss, terms and gradients agree; parameters without a gradient are the same."""
+    """Compare loss, terms and gradients; parameters without a gradient must be the same ones."""
     (loss, terms, own), (other_loss, other_terms, others) = found, expected
     assert_close(loss, other_loss, tolerance)
     assert terms.keys() == other_terms.keys()
@@ -139,7 +139,7 @@ def test_batches_have_few_sizes():
 
 
 def test_nothing_in_a_step_waits_for_the_device():
-    """Tensors without data refuse whatever needs their values on the host or makes shapes of them."""
+    """Fake tensors refuse operations that need values on the host or derive shapes from values."""
     potential = random_potential(
         n_blocks=1, lmax=1, excluded_pairs=(("H", "C"),), bridging=Bridging()
     ).train()
@@ -156,7 +156,7 @@ def test_nothing_in_a_step_waits_for_the_device():
 
 
 class Books:
-    """Stands for the recorder: keeps books of what is recorded and replayed."""
+    """Stub for the recorder that lists recorded and replayed sizes."""
 
     def __init__(self, error=None):
         self.recorded, self.replayed, self.plain, self.error = [], [], [], error
@@ -180,7 +180,7 @@ class Books:
 
 
 def sized(n):
-    """A batch of n atoms, 32 or fewer of which are one size each."""
+    """Batch of n atoms; for n up to 32, each n is a size of its own."""
     return batch_of([molecule(0, n)])
 
 
@@ -251,7 +251,7 @@ def test_recording_that_fails(kind):
 
 
 class Tape:
-    """Stands for a CUDA graph: does the work again and writes the results to where they were."""
+    """Stub for a CUDA graph that repeats the work and writes the results to the same tensors."""
 
     def __init__(self, work, parameters):
         self.work, self.parameters = work, parameters
@@ -275,7 +275,7 @@ class Tape:
 
 @pytest.fixture
 def tapes(monkeypatch):
-    """A recorder that needs no GPU; takes a step and its parameters."""
+    """Function that makes a recorder without a GPU from a step and its parameters."""
 
     def make(step, parameters):
         parameters = list(parameters)
@@ -295,7 +295,7 @@ def tapes(monkeypatch):
 
 
 def follow(step, potential, batches):
-    """Outcomes of steps with clipping in place and a plain descent between them."""
+    """Outcomes of steps, with clipping in place and plain gradient descent between them."""
     found = []
     for batch in batches:
         found.append(outcome(step, potential, batch))

@@ -1,3 +1,5 @@
+"""Learning-rate schedules: reference values, shape, decay that is longer than the run."""
+
 import json
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Checkpoints of deepmd-kit: same energies, what is folded into the weights, and files that are refused."""
+"""Import of checkpoints of deepmd-kit: same energies, parts folded into the weights, refused files."""
 
 import copy
 import json
@@ -24,13 +24,13 @@ NETWORK = f"{FITTING}filter_layers.networks.0."
 
 @pytest.fixture(scope="module")
 def potential():
-    """A float64 potential; the options of its checkpoint do not matter for these tests."""
+    """Float64 potential; the options of its checkpoint do not matter for these tests."""
     return random_potential(fitting=(24, 40))
 
 
 @pytest.fixture
 def state(potential):
-    """A deepmd-kit checkpoint of ``potential``, to be changed."""
+    """deepmd-kit checkpoint of ``potential``, to be changed."""
     return copy.deepcopy(deepmd_state(potential))
 
 

@@ -1,4 +1,4 @@
-"""Results kept one by one: torn lines, failures, Ctrl-C, names and settings that do not fit."""
+"""Result store: torn lines, failures, Ctrl-C, names and settings that do not fit."""
 
 import os
 import signal
