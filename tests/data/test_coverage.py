@@ -101,7 +101,7 @@ def test_graphs_may_come_in_any_order_and_twice():
     assert found.complete and found.coverage == coverage_of(dataset)
 
 
-# --- of a run, as its steps and its end find it
+# --- coverage of a run, by its steps and its end
 
 
 FRAMES = 12
@@ -221,7 +221,7 @@ def test_a_structure_that_is_no_good_and_was_not_used(tmp_path):
     assert [found.shortest for found in files(tmp_path)] == [None, None]
 
 
-# --- of a run, from its data to its files
+# --- coverage of a run, from its data to its files
 
 
 def labelled(seed: int) -> Atoms:
@@ -271,7 +271,7 @@ def test_nothing_is_built_before_the_first_batch(folder, built):
     potential = Trainer(run_config(folder), preparation, Console(quiet=True)).potential
     assert built == [] and not preparation.coverage.complete
     assert potential.coverage == ELEMENTS_ONLY
-    preparation = prepared(folder, batch_size=None, max_edges=60)  # this needs every graph
+    preparation = prepared(folder, batch_size=None, max_edges=60)  # this budget needs every graph
     assert preparation.coverage.coverage == of_the_data(folder)
 
 
@@ -316,7 +316,7 @@ def test_an_interrupted_first_epoch_is_completed(folder, monkeypatch):
     def interrupted(self, batch):
         original(self, batch)
         if self.step == 1:
-            os.kill(os.getpid(), signal.SIGINT)  # as by Ctrl-C
+            os.kill(os.getpid(), signal.SIGINT)  # like Ctrl-C
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_on", interrupted)
@@ -326,7 +326,7 @@ def test_an_interrupted_first_epoch_is_completed(folder, monkeypatch):
     state = load_state(folder / "run" / "last.pt")
     assert "coverage" not in state
     del state["format"]
-    save_state(state | {"coverage": {"data": 1}}, folder / "run" / "last.pt")  # as in earlier versions
+    save_state(state | {"coverage": {"data": 1}}, folder / "run" / "last.pt")  # like in earlier versions
     text = run(folder, resume=True, steps=12)
     assert text.count("closest atoms of the training data: " + of_the_data(folder).text) == 1
     assert text.index("step       2") < text.index("closest atoms")  # not at the start
@@ -349,7 +349,7 @@ def test_a_structure_that_is_no_good_costs_no_progress(folder):
     assert files(folder / "run")[1] == of_the_data(folder)
 
 
-# --- in files
+# --- coverage in files
 
 
 def test_checkpoints_keep_it(tmp_path):
@@ -359,7 +359,7 @@ def test_checkpoints_keep_it(tmp_path):
     convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     for name in ("a.safetensors", "b.safetensors"):
         assert load_potential(tmp_path / name).coverage == SEEN
-    convert(tmp_path / "a.safetensors", tmp_path / "c.pt")  # a format without a place for it
+    convert(tmp_path / "a.safetensors", tmp_path / "c.pt")  # a format that cannot store it
     assert load_potential(tmp_path / "c.pt").coverage is None
     save_potential(covered(None), tmp_path / "old.safetensors")
     assert load_potential(tmp_path / "old.safetensors").coverage is None
@@ -446,7 +446,7 @@ def test_a_step_is_hardly_slower():
             times.append(time.perf_counter() - start)
         return min(times)
 
-    # This network is far smaller than any that is used; 5 % leaves room for a busy machine.
+    # This network is far smaller than any in use; 5 % allows for a busy machine.
     assert fastest(watch) < 0.05 * fastest(lambda: potential(graph))
 
 

@@ -187,7 +187,7 @@ def test_epochs_are_shuffled_and_reproducible():
         assert sorted(i for batch in epoch for i in batch) == list(range(20))
     assert epochs[0] != epochs[1] != epochs[2]
     again = EpochBatches(dataset, max_atoms=10, seed=3)
-    assert members(again, 2) == epochs[2]  # without the epochs before
+    assert members(again, 2) == epochs[2]  # independent of earlier epochs
     assert members(EpochBatches(dataset, max_atoms=10, seed=4), 0) != epochs[0]
 
 
@@ -199,7 +199,7 @@ def test_resumed_epoch_is_the_rest_of_the_epoch(start):
     assert members(batches, 4, start) == members(batches, 4)[start:]
 
 
-# The thread
+# The background thread
 
 
 class Spoiled(FrameDataset):
@@ -249,7 +249,7 @@ def test_batches_are_prepared_ahead_but_not_without_bound():
     dataset = Counted(chains([2] * 20), CUTOFF)
     iterator = EpochBatches(dataset, batch_size=1).batches(0)
     next(iterator)
-    for _ in range(4):  # the one taken, and three ahead
+    for _ in range(4):  # the current batch, and three ahead
         assert made.acquire(timeout=10)
     time.sleep(0.05)
     assert dataset.count == 4

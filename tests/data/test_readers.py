@@ -370,7 +370,7 @@ def test_named_keys_are_the_only_source():
     frame = frame_from_atoms(atoms, LabelKeys("dft_energy", "dft_forces", virial="w"))
     assert (frame.energy, frame.forces[0, 0]) == (-7.0, 7.0)
     np.testing.assert_array_equal(frame.virial, STRESS)
-    frame = frame_from_atoms(atoms, LabelKeys(stress="dft_virial"))  # the user says what it is
+    frame = frame_from_atoms(atoms, LabelKeys(stress="dft_virial"))  # the user declares its kind
     np.testing.assert_allclose(frame.virial, -atoms.get_volume() * STRESS)
     bare = frame_from_atoms(copper(), LabelKeys("dft_energy", "dft_forces", "dft_stress"))
     assert bare.energy is bare.forces is bare.virial is None

@@ -51,9 +51,9 @@ def test_blocks_run_one_after_another(folder, page, capsys):
     blocks = re.findall(
         r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
-    known = {"structures": [molecule(1, 4), Atoms("C")]}  # from before the block
+    known = {"structures": [molecule(1, 4), Atoms("C")]}  # defined before the block
     for number, block in enumerate(blocks):
-        if "mliap" in block:  # takes a LAMMPS built with Kokkos
+        if "mliap" in block:  # needs a LAMMPS built with Kokkos
             continue
         if "# TorchSim 0.6" in block and not hasattr(known["ts"], "fire_init"):
             continue

@@ -160,7 +160,7 @@ def test_options_of_commands_in_tables():
             parameter = parameters[option]
             expected = parameter.default
             if expected is None and not parameter.required:
-                continue  # what is done then is for words
+                continue  # prose describes the behaviour
             if isinstance(expected, bool):
                 expected = "on" if expected else "off"
             shown = "required" if parameter.required else str(expected)

@@ -76,7 +76,7 @@ def test_tracing_ahead_is_what_calls_trace_later(compilations, make, options):
     potential = make(n_blocks=1, **options)
     compile_potential(potential)
     ahead = [stage for mode in MODES for stage in outlined(potential, mode)]
-    # Nothing is left without values by a second time, either.
+    # A second call has nothing left to trace, and no stage is left without values.
     assert outlined(potential, MODES[1]) == []
     assert compilations == []
     graph = graph_of(molecule())
@@ -95,7 +95,7 @@ def test_tracing_leaves_the_potential_as_it_was(compilations):
     assert potential.training and potential.model.block_autocast is torch.bfloat16
     assert {r.max_kept for r in regions(potential) if r.keeps} == {7}  # one block, which is the last
     assert all(p.grad is None for p in potential.parameters())
-    assert reports == []  # what is traced ahead is not counted, what is made is
+    assert reports == []  # only compilation is reported, not tracing ahead
     potential(graph_of(molecule()))
     assert reports
 
@@ -109,7 +109,7 @@ for line in sys.stdin:
         made.write(recipe[0])
     print("made", flush=True)
 """
-"""Does everything but compile."""
+"""Program of a worker process that does everything except compile."""
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_failing_processes_are_reported(workers, compilations, monkeypatch, capl
     precompile(potential, MODES[1:], processes=2)
     assert "no compiler here" in caplog.text
     assert compare_with_eager(potential.eval(), graph_of(molecule()))["forces"] < 1e-11
-    assert len(compilations) == stages[1]  # in this process
+    assert len(compilations) == stages[1]  # all compiled in this process
 
 
 def test_no_process_survives_an_interruption(workers, monkeypatch):

@@ -104,9 +104,9 @@ def test_whole_stacks_keep_only_what_their_derivative_takes(monkeypatch, empty_c
         calls[kind.keep] = [n.args[-1] for n in nodes if "so2_fused_value" in str(n.target)]
         taken = program.stages[1].recipe.arguments
         edge_features[kind.keep] = [a.shape for a in taken if a.shape[-1] == 640]
-    # Whether products are kept, in every call of stage 0 and 1.
+    # True for every call, in stages 0 and 1, that stores products.
     assert calls == {True: [True], False: [False, True]}
-    # The products of three gated layers, a little longer, and the result, from which attention has its gradient.
+    # Products of three gated layers with some rows of padding, and the result, which the gradient of attention needs.
     assert edge_features == {True: [[1, "edge", 640], *3 * [["edge + 63", 640]]], False: []}
 
 
@@ -142,7 +142,7 @@ def test_potential_and_its_parameter_gradients(compilations, name, split):
         compile_potential(potential.train(training))
         for graph in graphs:
             for quantity, deviation in compare_with_eager(potential, graph).items():
-                assert deviation < 1e-11, quantity  # float64, another order of sums
+                assert deviation < 1e-11, quantity  # float64, sums in another order
 
 
 def test_potential_compiles_once_for_ten_batches(compilations):
@@ -152,7 +152,7 @@ def test_potential_compiles_once_for_ten_batches(compilations):
         potential(graph).forces.square().mean().backward()
         if k == 0:
             count = len(compilations)
-    # Six parts of four stages at most.
+    # At most six parts of four stages.
     assert len(compilations) == count and 0 < count <= 24
 
 
@@ -175,7 +175,7 @@ def test_keeping_results_can_be_changed(compilations):
         keep_results(potential, KeepPolicy(max_kept, max_kept))
         assert_close(potential(graph).forces, expected)
         counts.append(len(compilations))
-    # Six parts of two stages and one of constants at most, of each of two kinds.
+    # At most six parts of two stages and a stage of constants, for each of two policies.
     assert 0 < counts[0] < counts[1] == counts[2] <= 36
 
 
@@ -212,7 +212,7 @@ def test_code_for_one_size_only_is_detected(compilations):
 def test_traces_are_kept_on_disk(compilations, monkeypatch):
     """A second potential of the same kind is not traced; one of another kind is."""
     graph = batches(1)[0]
-    for seed in range(2):  # of the weights
+    for seed in range(2):  # seed of the weights
         potential = small_potential(seed)
         compile_potential(potential)
         for training in (True, False):
@@ -220,7 +220,7 @@ def test_traces_are_kept_on_disk(compilations, monkeypatch):
                 assert deviation < 1e-11, name
         monkeypatch.setattr(tracing, "make_fx", not_to_be_called)
     others = [
-        lambda: small_potential(n_radial=5),  # as no other test has it
+        lambda: small_potential(n_radial=5),  # unlike in any other test
         lambda: small_potential().to(torch.bfloat16),
     ]
     for other in others:
@@ -248,7 +248,7 @@ def test_damaged_files_of_code_are_replaced(compilations, damage):
             stage.file.write_bytes(damage)
         assert compare_with_eager(potential, graph)["forces"] < 1e-11
         counts.append(len(compilations))
-    assert counts[1] == 2 * counts[0] > 0  # all of them were made again
+    assert counts[1] == 2 * counts[0] > 0  # all of them were compiled again
     for stage in stages:
         stage.file.unlink()
 

@@ -129,7 +129,7 @@ def test_pressure_is_stress_and_motion(lmp, structure):
     atoms.calc = potential_calculator()
     static = -atoms.get_stress() / units.bar
     expected = -atoms.get_stress(include_ideal_gas=True) / units.bar
-    assert np.abs(static).min() > 10  # every component is seen
+    assert np.abs(static).min() > 10  # every component counts
     assert np.abs(expected - static).max() > 100
     # constants differ by up to 2e-7
     np.testing.assert_allclose(found[:6], expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
@@ -205,17 +205,17 @@ def test_lennard_jones_as_a_pair_style_and_from_python_run_alike(lmp, other, ens
     with attach_lammps(lmp, calculator, ["Ar"]):
         lmp.commands_list(commands)
     names = ("pe", "ke", "pxx", "pyy", "pzz", "pxy", "pxz", "pyz", "lx", "ly", "lz", "xy", "xz", "yz", "step")
-    # Both use LAMMPS's constants; sums are rounded in other orders
+    # Both use LAMMPS's constants; sums are in another order
     for name in names:
         assert lmp.get_thermo(name) == pytest.approx(other.get_thermo(name), rel=1e-7, abs=1e-6), name
     np.testing.assert_allclose(by_id(lmp, "x"), by_id(other, "x"), atol=1e-9)
     np.testing.assert_allclose(by_id(lmp, "v"), by_id(other, "v"), atol=1e-8)
-    if ensemble == "shear":  # in 0.2 ps; a flip takes off the length along x
+    if ensemble == "shear":  # in 0.2 ps; a flip subtracts the length along x
         sheared = atoms.cell[2, 0] + 8 * 0.2 * lmp.get_thermo("lz")
         assert lmp.get_thermo("xz") == pytest.approx(sheared - lmp.get_thermo("lx"), abs=1e-9)
     if ensemble in ("npt", "minimize"):
         assert abs(lmp.get_thermo("xz") - atoms.cell[2, 0]) > 1e-3
-        assert lmp.get_thermo("vol") > 1.01 * atoms.get_volume()  # it was compressed
+        assert lmp.get_thermo("vol") > 1.01 * atoms.get_volume()  # it started compressed
 
 
 def test_energies_of_atoms(lmp, other):
@@ -289,7 +289,7 @@ def test_a_restart_continues(lmp, other, tmp_path):
     with attach_lammps(other, potential_calculator(), ["H", "C", "O"]):
         other.command("run 20")
     assert other.get_thermo("step") == 40
-    # numbers are those of the first run but for the rounding of wrapped positions
+    # numbers equal those of the first run, except for the rounding of wrapped positions
     np.testing.assert_allclose(by_id(other, "x"), by_id(lmp, "x"), atol=1e-10)
     np.testing.assert_allclose(by_id(other, "v"), by_id(lmp, "v"), atol=1e-8)
     assert other.get_thermo("press") == pytest.approx(lmp.get_thermo("press"), rel=1e-9)
@@ -309,7 +309,7 @@ def test_charge_and_spin_reach_the_model(lmp):
     assert abs(atoms.get_potential_energy() - energy) > 1e-3
 
 
-# What goes wrong
+# Failures
 
 
 class Failing(EMT):
@@ -346,7 +346,7 @@ def test_a_failing_potential_stops_the_run(lmp, tmp_path):
             lmp.command("run 20")
     assert isinstance(caught.value.__cause__, ValueError)
     assert calculator.evaluations == 5 and lmp.extract_global("ntimestep") == 4
-    # LAMMPS can go on after the cause is gone
+    # LAMMPS can continue after the cause is removed
     with attach_lammps(lmp, EMT(), ["Cu"]):
         lmp.command("run 3")
     assert lmp.extract_global("ntimestep") == 7
@@ -585,7 +585,7 @@ def test_the_command_hands_on_charge_and_spin(script):
     atoms = bulk("Cu", a=3.6, cubic=True) * (2, 1, 1)
     atoms.info = {"charge": 1, "spin": 2}
     atoms.calc = DPA4Calculator(potential, device="cpu", dtype="float64")
-    # twelve digits behind the point
+    # twelve decimals
     assert float((script.parent / "parts.txt").read_text().split()[0]) == pytest.approx(
         atoms.get_potential_energy(), abs=1e-10
     )

@@ -83,7 +83,7 @@ class Data:
         self.forces = np.zeros((self.ntotal, 3))
         self.strain = np.zeros((3, 3))  # derivative of the energy
         if self.npairs == 0:
-            self.pair_i = self.pair_j = self.rij = None  # as null pointers are
+            self.pair_i = self.pair_j = self.rij = None  # like null pointers
 
     def update_pair_forces(self, fij: torch.Tensor) -> None:
         assert fij.dtype == torch.float64 and fij.shape == (self.npairs, 3) and fij.is_contiguous()
@@ -171,13 +171,13 @@ def expected(atoms: Atoms, potential: Potential, charge_spin: tuple[int, int] = 
 
 def assert_equal(found, prediction, tolerance: float = 1e-12) -> None:
     energy, energies, forces, virial, _ = found
-    for actual, wanted in (
+    for actual, expected in (
         (torch.tensor([energy], dtype=torch.float64), prediction.energy),
         (torch.from_numpy(energies), prediction.atomic_energies),
         (torch.from_numpy(forces), prediction.forces),
         (torch.from_numpy(virial), prediction.virial[0]),
     ):
-        assert_close(actual, wanted, tolerance)
+        assert_close(actual, expected, tolerance)
 
 
 BRIDGED = {"bridging": Bridging(r_inner=0.9, r_outer=1.5)}
@@ -209,7 +209,7 @@ def test_any_number_of_ranks(count):
     atoms, potential = cell(1), random_potential(cutoff=CUTOFF, n_blocks=3, **BRIDGED)
     found = run(atoms, halves(atoms, count), count, potential)
     assert_equal(found, expected(atoms, potential))
-    # per layer and for the gates, forward and back; nothing goes back twice
+    # one exchange per layer and one for the gates, forward and backward; no exchange is repeated
     assert found[-1].exchanges == 2 * (3 + 1)
 
 
@@ -262,7 +262,7 @@ def test_single_precision():
 
 def test_compiled_code_for_one_of_several_ranks(compilations):
     atoms, potential = cell(), random_potential(cutoff=CUTOFF, n_blocks=1, lmax=1, **BRIDGED)
-    ranks = Ranks(1)  # tracing is not for several threads at once
+    ranks = Ranks(1)  # tracing does not support several threads at once
     model = DPA4MLIAP(potential, dtype="float64", compile=True)
     prediction = expected(atoms, potential)
     for step in range(2):

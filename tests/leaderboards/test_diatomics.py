@@ -24,7 +24,7 @@ def test_curves_of_a_potential(tmp_path):
     assert run_diatomics(["H", "O"], calculator, tmp_path, progress=False)[:3] == (2, 0, False)
     score = score_diatomics(tmp_path)
     assert score.coverage == 2 / 87 and len(SCORED) == 87
-    # forces are derivatives: what is left is the error of differences on a logarithmic grid (3 % apart)
+    # forces are derivatives: only the error of differences on a logarithmic grid (3 % apart) remains
     forces = [abs(float(row["force"])) for row in rows(tmp_path / "curves.csv")]
     assert score.metrics["conservation_deviation"] < 0.05 * max(forces)
     assert np.isnan(score.CDS) and "pbe_energy_mae" not in score.metrics
@@ -117,7 +117,7 @@ def test_windows_and_points_that_are_not_finite(tmp_path):
     found = homonuclear_curve("O", Broken(rc=20))
     assert found["distances"][0] >= 0.3 and len(found["distances"]) < 119
     calculator = Broken(rc=20)
-    calculator.below = 0.56  # between 0.8 and 0.9 covalent radii, where the wall is looked for
+    calculator.below = 0.56  # between 0.8 and 0.9 covalent radii, where the wall is searched
     with pytest.raises(ValueError, match=r"not finite at \[0.529, 0.548\]"):
         homonuclear_curve("O", calculator)
     calculator = Broken(rc=20)

@@ -21,7 +21,7 @@ def test_imaginary_frequencies():
     assert not imaginary(fine)
     assert imaginary(fine - [[0.002, 0, 0, 0], [0, 0, 0, 0]])  # below -0.01 THz at q = 0
     assert imaginary(fine - [[0, 0, 0, 2.001], [0, 0, 0, 0]])  # an optical mode at q = 0
-    assert imaginary(fine - [[0, 0, 0, 0], [1.001, 0, 0, 0]])  # elsewhere nothing is forgiven
+    assert imaginary(fine - [[0, 0, 0, 0], [1.001, 0, 0, 0]])  # no tolerance elsewhere
     assert imaginary(np.full((2, 4), np.nan))
 
 
@@ -170,7 +170,7 @@ def test_conductivity_goes_on_after_an_interruption(tmp_path, kappa_run):
     assert run_kappa(path, argon(), tmp_path / "run", progress=False)[:3] == (1, 0, False)
     found = json.loads((tmp_path / "run" / "results.jsonl").read_text())
     assert found["kappa_tot_rta"] == kappa_run[1]["mp-hcp"]["kappa_tot_rta"]
-    # nothing is left to do: no calculator is needed
+    # all crystals are done: no calculator is needed
     assert run_kappa(path, None, tmp_path / "run", progress=False)[:3] == (1, 0, False)
 
 

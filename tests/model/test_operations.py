@@ -186,7 +186,7 @@ def test_freeze_gate_and_its_derivatives_where_it_is_zero():
     gate = freeze_gate(length)
     assert (gate[[2, 3]] == 0).all() and (gate[[0, 1, 4]] > 0).all() and gate[0] == gate[4]
     t = (length[0] - 0.5) / 0.3
-    assert_close(gate[0], t**4 * (35 - 84 * t + 70 * t**2 - 20 * t**3))  # the other edge of node 0 is open
+    assert_close(gate[0], t**4 * (35 - 84 * t + 70 * t**2 - 20 * t**3))  # other gates of node 0 are open
     check_derivatives(freeze_gate, length)
     for closing in (0.5, 0.2):  # exactly at the radius, and below
         (r,) = leaves(length.clone().index_fill(0, torch.tensor([2]), closing))

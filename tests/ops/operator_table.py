@@ -75,7 +75,7 @@ def to(target: Any, device: str) -> Any:
     return [to(t, device) for t in target] if isinstance(target, list) else target
 
 
-# Backends: contexts in which operators run on one kind of kernels; each yields the set of the kernels that ran
+# Backends: contexts in which operators run on one kind of kernels; each yields the set of kernels that ran
 
 
 @contextmanager
@@ -321,7 +321,7 @@ def segment_max_formula(g: Tensor, start: Tensor, end: Incidence, heads: int) ->
 
 
 INTERPRETED_EDGES = ("degree 2, two heads", "several tiles", "one node", "no edges", "no nodes")
-# The interpreter takes bfloat16 for integers in products, and stores it without rounding.
+# The interpreter treats bfloat16 as integers in products, and stores it without rounding.
 INTERPRETED = SUMS | {HALF: ROUNDED[HALF]}
 INTERPRETED_SUM = INTERPRETED | {BRAIN: (1.01 * torch.finfo(BRAIN).eps,)}
 EXACT = {t: (0,) for t in (DOUBLE, SINGLE, HALF)}
@@ -387,10 +387,10 @@ OPERATORS |= {
 }
 
 
-# Entries that are copied, rows of which two are added at most
+# Copies of entries, and sums of at most two
 
 
-INDEX = torch.tensor([0, 2, 2, 0, 2])  # some entries several times, one never
+INDEX = torch.tensor([0, 2, 2, 0, 2])  # repeats some entries, omits one
 COPIES = {DOUBLE: (1e-14, 1e-14), SINGLE: (3e-7, 1e-6)}
 
 OPERATORS |= {
@@ -709,7 +709,7 @@ def stack_operator(training: bool) -> Operator:
     backends = {
         "plain": Backend(STACK_SUMS),
         "cpp": Backend(STACK_SUMS, STAGES, supports=lambda lmax, mmax, c, *_: c % 16 == 0),
-        # Others are too large for the interpreter.
+        # Other sizes are too large for the interpreter.
         "triton": Backend(
             {SINGLE: (2e-6, 1e-5)},
             ["_matmul"],
@@ -746,7 +746,7 @@ OPERATORS |= {
         stack_formula,
         stack_cases(training=False),
         FUSED,
-        # Pieces hold 22 bits, and up to five layers add their rounding; the second derivative is that of Triton.
+        # Split numbers hold 22 bits, and up to five layers add rounding; second derivatives use Triton kernels.
         {"hopper": Backend({SINGLE: (2e-6, 1e-5)}, ["so2_value", "so2_vjp"])},
         order=2,
         first=1,

@@ -154,7 +154,7 @@ def test_losses_of_one_kind(backend, energy, forces):
         assert deviation(one, other) < 1e-13
 
 
-# Gradients that nobody needs are not computed
+# Gradients that are not needed are not computed
 
 
 class Calls(TorchDispatchMode):
@@ -198,7 +198,7 @@ def test_one_gradient_costs_one_product(name, leaves, way):
                 found, asked.grad = asked.grad, None
         assert_close(found, expected[which] * (1 if asked is inputs[which] else 2))
         products = [n for n in calls.names if n.startswith("dpa4::") or n.endswith(("::mm", "::bmm"))]
-        unknown = leaves and way == "grad"  # PyTorch does not tell, so both may be computed
+        unknown = leaves and way == "grad"  # unknown to PyTorch, so both may be computed
         assert len(products) == 1 or unknown
 
 
@@ -277,7 +277,7 @@ def called_by(operator: Operator) -> set[str]:
     """Names of our operators that a row of the table calls."""
     inputs, others = operator.small_case()
     if operator.function is precise_matmul:
-        inputs = [t.float() for t in inputs]  # other types get the ordinary product
+        inputs = [t.float() for t in inputs]  # other types use the ordinary product
     with BACKENDS["plain"](), Calls() as calls:
         if operator.order:
             differentiate(operator, operator.function, inputs, others)
@@ -310,7 +310,7 @@ def test_the_table_has_every_kernel_in_cpp():
 
 def energy(a, x, g, source: Incidence, destination: Incidence):
     """Scalar that goes through all functions on edges with both kinds of incidence."""
-    count = a.shape[-2] * a.shape[-1]  # keeps numbers near one
+    count = a.shape[-2] * a.shape[-1]  # numbers stay near one
     y = edge_matmul(a, x, source) * g
     n = scatter_matmul(a, y, destination) / count
     b = edge_outer(g, gather(n, source)[:0].sum() + n, destination, a.shape[1]).tanh() + a
@@ -351,7 +351,7 @@ def test_one_trace_serves_all_sizes():
     for nodes, edges in ((5, 14), (8, 31), (4, 11)):
         arguments = arguments_of_step(nodes, edges)
         for one, other in zip(graph(*arguments), training_step(*arguments), strict=True):
-            assert deviation(one, other) < 1e-12  # the same operators, not compiled
+            assert deviation(one, other) < 1e-12  # the same operators, uncompiled
     names = {str(node.target) for node in graph.graph.nodes}
     operators = {f"dpa4.{n}.default" for n in ("edge_matmul", "scatter_matmul", "edge_outer", "segment_sum")}
     assert operators <= names

@@ -15,7 +15,7 @@ from operator_table import deviation, needs_hopper
 
 WIDTH = LAYOUT.total * CHANNELS
 TOLERANCE = 2e-6
-"""Relative to the largest entry: pieces hold 22 bits, and up to five layers add their rounding."""
+"""Relative to the largest entry: split numbers hold 22 bits, and up to five layers add their rounding."""
 
 
 def stack_of(layers: int) -> FusedSO2Stack:
@@ -106,7 +106,7 @@ def test_streams_hold_the_weights_in_the_order_in_which_they_are_used(layers, ba
         expected = [w.T if backward else w for w in expected]
         expected += [gates[t][0].double().numpy()] if t < last else []
         for k, w in enumerate(expected):
-            # Two pieces of 11 bits; what is far below the largest entry loses bits of its own.
+            # Two parts of 11 bits; entries far below the largest one lose bits of their own.
             np.testing.assert_allclose(found[t][k] * float(scales[t, k]), w, rtol=3e-7, atol=1e-10)
         if backward and t < last:
             assert np.array_equal(transposed[t], found[t][2].T)
@@ -244,4 +244,4 @@ def test_a_second_derivative_outside_of_training():
         z = x.to(dtype).requires_grad_()
         (first,) = torch.autograd.grad(stack.to(dtype)(z, None), z, g.to(dtype), create_graph=True)
         second += torch.autograd.grad(first, z, c.to(dtype))
-    assert deviation(*second) < 1e-5  # of the other kernels, which training has
+    assert deviation(*second) < 1e-5  # of the other kernels, which training uses

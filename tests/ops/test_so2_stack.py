@@ -71,7 +71,7 @@ def test_of_the_inputs_one_is_kept(size):
     matrices, gates = weights_of_stack(flat, rows, layers)
     matrices = [w for layer in matrices for w in layer]
     kept = torch.ops.dpa4.so2_value(x, matrices, gates, [], *rows, True)
-    assert len(kept) == 1 + len(gates) + min(len(gates), 1)  # y, the products, and that input
+    assert len(kept) == 1 + len(gates) + min(len(gates), 1)  # y, products, input of the last layer
 
 
 def test_gradients_without_a_first_derivative():

@@ -245,7 +245,7 @@ def filled_by_rule(fixture: str) -> Potential:
             k = torch.arange(parameter.numel(), dtype=torch.float64)
             values = 0.15 * torch.sin(0.37 * k + 0.91 * j + 0.5)
             values += 1.0 * name.endswith("adam_scale") + 0.5 * name.endswith("residual_scale")
-            if name.endswith("adam_freqs"):  # stay as they start
+            if name.endswith("adam_freqs"):  # keep their initial values
                 values = (k + 1) * torch.pi / config.cutoff
             parameter.copy_(values.view_as(parameter))
     return potential

@@ -93,7 +93,7 @@ ZBL = {"bridging": Bridging(r_inner=0.95, r_outer=1.4), "excluded_pairs": (("C",
 def test_hessian_is_the_derivative_of_the_forces(structure, options):
     potential, atoms, h = random_potential(**options), structure(), 1e-4
     matrix = hessian(potential, graph_of(atoms))
-    # central differences of float64 forces: error about h^2 times fourth derivatives, some 1e-8
+    # central differences of float64 forces: error about h^2 times fourth derivatives, about 1e-8
     for column in (0, 4, 17):
         forces = []
         for sign in (1, -2):
@@ -289,7 +289,7 @@ def test_dispersion_of_stacked_benzene():
     for atoms in (pair, one):
         atoms.calc = with_dispersion(Nothing(), "pbe", "bj")
         energies.append(atoms.get_potential_energy())
-    # The bond of some -0.1 eV is what is left of this and of the repulsion in PBE.
+    # The bond of about -0.1 eV is the sum of this and of the repulsion in PBE.
     assert -0.35 < energies[0] - 2 * energies[1] < -0.1
 
 

@@ -58,9 +58,7 @@ def test_energy_error_of_a_potential_falls_with_the_square_of_the_timestep(tmp_p
     assert deviations[0] / deviations[1] == pytest.approx(4, rel=0.1)
     assert deviations[1] / deviations[2] == pytest.approx(4, rel=0.1)
     kinetic = thermo(tmp_path / "60", "kinetic_eV")
-    assert (
-        1000 * np.ptp(kinetic) / 6 > 100 * deviations[2]
-    )  # the energy goes to and fro much more than it drifts
+    assert 1000 * np.ptp(kinetic) / 6 > 100 * deviations[2]  # the energy oscillates much more than it drifts
 
 
 def test_files_and_statistics(tmp_path, figures):
@@ -136,7 +134,7 @@ def test_nose_hoover_chains_reach_the_temperature(tmp_path):
     assert abs(result.drift) < 0.1 and result.deviation < 2
     conserved, total = thermo(tmp_path, "conserved_eV"), thermo(tmp_path, "total_eV")
     assert result.deviation == pytest.approx(1000 * np.abs(conserved - conserved[0]).max() / 4)
-    assert np.ptp(total) > 20 * np.ptp(conserved)  # the bath takes and gives energy
+    assert np.ptp(total) > 20 * np.ptp(conserved)  # the bath exchanges energy
 
 
 class Gas(Calculator):
@@ -169,7 +167,7 @@ def test_ideal_gas_at_constant_pressure(cell):
         cell_energy.append(np.square(rates).sum() / integrator._barostat.W / (units.kB * 300))
         kelvin.append(temperature(atoms))
         volumes.append(atoms.get_volume())
-    # the volume forgets in about 300 fs: 100 samples, standard errors 0.354 / sqrt(100) and 0.354 / sqrt(200)
+    # the volume decorrelates in about 300 fs: 100 samples, standard errors 0.354 / sqrt(100) and 0.354 / sqrt(200)
     assert np.mean(volumes) / volume == pytest.approx(1, abs=0.1)
     assert np.std(volumes) / volume == pytest.approx(8**-0.5, rel=0.25)
     assert np.mean(kelvin) == pytest.approx(300, rel=0.05)
@@ -200,7 +198,7 @@ def test_volume_and_density_of_npt(tmp_path):
     assert result.density == pytest.approx(density.mean())
     np.testing.assert_allclose(atoms.cell.array / atoms.cell.array[0, 0], shape, atol=1e-12)
     cells = [frame.cell.volume for frame in read(tmp_path / "trajectory.xyz", ":")]
-    np.testing.assert_allclose(cells, volume, rtol=1e-6)  # eight digits behind the point
+    np.testing.assert_allclose(cells, volume, rtol=1e-6)  # eight decimals
 
 
 def test_motion_of_the_centre_of_mass_is_no_temperature(tmp_path):
@@ -225,7 +223,7 @@ def test_motion_of_the_centre_of_mass_is_no_temperature(tmp_path):
 )  # fmt: skip
 def test_degrees_of_freedom(structure, periodic, freedom):
     assert structure.pbc.any() == periodic and degrees_of_freedom(structure) == freedom
-    # the mean of what is drawn before scaling: each degree of freedom has kT/2
+    # mean of the momenta drawn before scaling: each degree of freedom has kT/2
     rng = np.random.default_rng(0)
     masses = structure.get_masses()[:, None]
     means = []
@@ -406,7 +404,7 @@ def test_refusals(tmp_path):
         run(copper(1), EMT(), tmp_path / "none", steps=5, resume=True)
     with pytest.raises(ValueError, match="element N"):
         run(Atoms("N2", [(0, 0, 0), (0, 0, 1)]), Small(), tmp_path, steps=5)
-    run(copper(1), EMT(), tmp_path, steps=5)  # the failed start left nothing in the way
+    run(copper(1), EMT(), tmp_path, steps=5)  # the failed start left no files
     with pytest.raises(FileExistsError, match="already holds restart.json of a run; resume"):
         run(copper(1), EMT(), tmp_path, steps=5)
     for constraint, ensemble, allowed in (

@@ -102,7 +102,7 @@ def test_springs_between_neighbours_of_a_cubic_lattice(tmp_path):
     calculator = LennardJones(sigma=sigma, epsilon=epsilon, rc=1.2 * distance, smooth=False)
     a = distance * 2**0.5
     result = run(bulk("Ar", "fcc", a=a), calculator, tmp_path, strain=0.001, fmax=1e-6)
-    # the potential is not harmonic: errors of second order in a strain of 1e-3, times some hundred
+    # the potential is not harmonic: errors of second order in a strain of 1e-3, times a few hundred
     np.testing.assert_allclose(result.stiffness, cubic(2, 1, 1) * k / a / units.GPa, rtol=1e-3, atol=1e-3)
     assert result.stable and result.asymmetry < 1e-6
     np.testing.assert_allclose(result.stress, 0, atol=1e-6)

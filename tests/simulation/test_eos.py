@@ -137,7 +137,7 @@ def test_interrupted_and_resumed(tmp_path):
     assert result.bulk_modulus == pytest.approx(expected.bulk_modulus, rel=1e-6)
     done = Counting()
     assert run(bulk("Cu"), done, tmp_path / "parts", resume=True) == result
-    assert done.evaluations == 1  # the energy that tells one calculator from another
+    assert done.evaluations == 1  # the energy that identifies the calculator
 
 
 def test_what_cannot_be_resumed(tmp_path):
@@ -167,7 +167,7 @@ def test_a_model_is_told_by_its_digest(tmp_path):
     def attempt(atoms=None, seed=0, dtype="float64", models=1, **options) -> None:
         potential = random_potential(seed, n_blocks=1, lmax=1, charge_spin=True, default_charge_spin=(0, 1))
         calculator = DPA4Calculator([potential] * models, device="cpu", dtype=dtype)
-        # stops within the first relaxation, which is far from done after no step
+        # stops within the first relaxation, which is far from converged after zero steps
         run(atoms or carbide(), calculator, tmp_path, steps=0, **options)
 
     with pytest.raises(RuntimeError, match="not relaxed"):

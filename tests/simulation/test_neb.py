@@ -80,7 +80,7 @@ def test_barrier_of_a_double_well(tmp_path, images):
     assert found.reverse_barrier == pytest.approx(HEIGHT, abs=1e-5) and found.reaction_energy == 0
     saddle = read(tmp_path / "path.xyz", found.highest_image)
     np.testing.assert_allclose(saddle.positions[0], [0, 0.5, 0], atol=2e-3)
-    # Each image once per step, and both ends once: nothing is computed twice, except where climbing begins.
+    # Each image once per step, and both ends once; only the start of climbing recomputes.
     assert calculator.calls == images * (found.steps + 2) + 2
     assert np.array_equal(start.positions, [[-1, 0, 0]]) and start.calc is None
 
@@ -98,7 +98,7 @@ def test_same_as_ase_by_hand(tmp_path):
     BFGS(band, logfile=None).run(fmax=0.01)
     by_hand = [atoms.get_potential_energy() for atoms in images]
     found = run(*hop(), EMT(), tmp_path, images=3, fmax=0.02, relax_ends=True)
-    # Saddle points and minima are stationary: at forces of 0.02 eV/Angstrom energies are right to some 0.1 meV.
+    # Saddle points and minima are stationary: at forces of 0.02 eV/Angstrom, energies are exact to about 0.1 meV.
     assert found.barrier == pytest.approx(max(by_hand) - by_hand[0], abs=5e-4)
     assert found.highest_image == 2 and 0.3 < found.barrier < 0.45
     first = read(tmp_path / "path.xyz", 0)
@@ -144,7 +144,7 @@ def test_atoms_move_the_short_way_through_the_boundary(tmp_path):
     assert inside.converged and inside.barrier == pytest.approx(outside.barrier, abs=1e-6)
     assert 0.3 < inside.barrier < 1.0  # of the order of migration barriers in fcc metals
     last = read_csv(tmp_path / "b" / "path.csv")[-1]
-    assert float(last["path_A"]) < 4  # the hop, of 2.55 Angstrom, and the give of the neighbours
+    assert float(last["path_A"]) < 4  # the hop of 2.55 Angstrom, and the displacement of the neighbours
 
 
 def test_isolated_molecules_do_not_rotate(tmp_path):
@@ -181,7 +181,7 @@ def test_interrupted_and_resumed(tmp_path, call):
     path = read(tmp_path / "path.xyz", ":")
     calculator = DoubleWell()
     again = run(*wells(), calculator, tmp_path, resume=True, steps=stopped.steps, **options)
-    assert again.steps == stopped.steps and calculator.calls == 6  # computed as it is
+    assert again.steps == stopped.steps and calculator.calls == 6  # evaluated once, without further steps
     for before, after in zip(path, read(tmp_path / "path.xyz", ":"), strict=True):
         np.testing.assert_allclose(after.positions, before.positions, atol=1e-7)
     resumed = run(*wells(), DoubleWell(), tmp_path, resume=True, **options)

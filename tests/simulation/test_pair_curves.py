@@ -127,7 +127,7 @@ def test_a_wall_and_a_well_are_in_order():
 def test_a_bump_is_a_spike():
     found = diagnose(lennard_jones(extra=(0.4, 2.4, 0.1)))
     assert found.flags == ("several wells", "spike") and found.force_flips == 3
-    # up and down again, less what the energy of the well rises meanwhile
+    # up and down again, minus the rise of the well's energy meanwhile
     assert 0.7 < found.excess_variation < 0.8
     small = diagnose(lennard_jones(extra=(0.04, 2.4, 0.1)))
     assert small.flags == ("several wells",) and 0 < small.excess_variation < 0.1
@@ -137,7 +137,7 @@ def test_a_hole_is_no_wall():
     found = diagnose(lennard_jones(extra=(-500.0, 0.8, 0.2)))
     assert "no wall" in found.flags
     soft = diagnose(curve(lambda r: 0.5 / r, lambda r: 0.5 / r**2, lambda r: 1 / r**3))
-    assert soft.flags == ("no wall",)  # repulsive, but of 0.6 eV only
+    assert soft.flags == ("no wall",)  # repulsive, but only by 0.6 eV
 
 
 def test_a_step_is_a_jump():
@@ -218,10 +218,10 @@ def test_the_same_call_goes_on(tmp_path, monkeypatch):
     with (tmp_path / "parts" / "pairs.jsonl").open("a") as file:
         file.write('{"id": "H-O", "ener')  # torn by a kill
     resumed, calls = interrupted(potential, tmp_path / "parts", None, monkeypatch)
-    assert resumed.finished and calls == 4  # without those of the two curves that were done
+    assert resumed.finished and calls == 4  # none for the two finished curves
     for name in ("pairs.csv", "pairs.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    # a part of the pairs, from what is there; another precision and a copy are no other model
+    # some of the pairs, from stored results; another precision or a copy is not another model
     again = scan_pairs(random_potential(), tmp_path / "parts", [("C", "O")], step=0.5, progress=False)
     np.testing.assert_array_equal(again.curves[0].force, whole.curves[4].force)
 
@@ -252,7 +252,7 @@ def test_curves_do_not_depend_on_the_batches(monkeypatch, edges):
         assert one.name == other.name
         for name in ("energy", "force", "curvature"):
             values = getattr(other, name)
-            # sums in another order; eV of hundreds at the wall
+            # sums in another order; hundreds of eV at the wall
             np.testing.assert_allclose(getattr(one, name), values, atol=1e-12 * np.abs(values).max(), rtol=0)
 
 

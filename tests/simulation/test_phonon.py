@@ -93,7 +93,7 @@ def test_same_as_phonopy_used_by_hand(tmp_path):
     phonon.produce_force_constants()
     wave_vectors = (X, L, (0.1, 0.2, 0.3))
     expected = phonon.run_qpoints(wave_vectors).frequencies
-    # the two relaxed lattices differ by fmax: some 1e-5 of the lattice constant
+    # the two relaxed lattices differ by fmax: about 1e-5 of the lattice constant
     np.testing.assert_allclose(frequencies(tmp_path, *wave_vectors), expected, atol=2e-3)
     assert 7.5 < result.max_frequency < 8.5  # measured: 7.3 THz
     assert result.supercell == (2, 2, 2) and result.atoms_of_primitive_cell == 1
@@ -194,7 +194,7 @@ def test_interrupted_and_resumed(tmp_path):
     result = run(atoms, rest, tmp_path / "parts", resume=True)
     assert rest.evaluations == whole.evaluations - 2
     assert result.max_frequency == pytest.approx(expected.max_frequency, abs=1e-6)
-    # another mesh and other temperatures need no forces
+    # another mesh and other temperatures do not need forces
     again = Counting()
     run(atoms, again, tmp_path / "parts", resume=True, mesh=10.0, max_temperature=100.0)
     assert again.evaluations == 0

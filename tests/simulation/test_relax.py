@@ -119,7 +119,7 @@ def test_symmetry_is_kept():
     assert result.converged and not atoms.constraints
     number = dataset((atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers), symprec=1e-5).number
     assert number == 139  # I4/mmm, the space group of the start
-    assert result.max_force < 1e-10  # no force is symmetric here
+    assert result.max_force < 1e-10  # symmetry allows no forces here
 
 
 def test_symmetry_is_refused_where_it_cannot_be_kept(monkeypatch):
@@ -207,7 +207,7 @@ def test_resumed_relaxations(tmp_path):
     begun = structures[1].positions.copy()
     results = relax_all(starts, EMT(), tmp_path / "parts", resume=True, **options)
     assert results[0] == expected[0]
-    for one, other in zip(results[2:], expected[2:], strict=True):  # EMT's order of summation has a memory
+    for one, other in zip(results[2:], expected[2:], strict=True):  # EMT sums in another order now
         assert one.steps == other.steps and one.energy == pytest.approx(other.energy, abs=1e-10)
     assert results[1].converged and results[1].energy == pytest.approx(expected[1].energy, abs=1e-3)
     assert results[1].initial_energy < expected[1].initial_energy
@@ -217,7 +217,7 @@ def test_resumed_relaxations(tmp_path):
     assert [row.split(",")[:3] for row in parts[0].split()] == [
         row.split(",")[:3] for row in whole[0].split()
     ]
-    # a finished call has nothing left to do
+    # a finished run does no further work
     again = [bulk("Cu", a=3.6), squeezed(), squeezed(), bulk("Cu", a=3.5)]
     assert relax_all(again, None, tmp_path / "parts", resume=True, **options) == results
     np.testing.assert_allclose(again[1].positions, starts[1].positions, atol=1e-7)

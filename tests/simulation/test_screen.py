@@ -114,7 +114,7 @@ def test_crystals_reach_the_minima_of_ase_while_batches_change_in_flight(tmp_pat
         atoms = bulk("Cu", a=3.5, cubic=True)
         atoms.rattle(0.03 * (1 + seed), seed=seed)
         atoms.set_cell(atoms.cell.array @ np.diag([1.0, 1.03, 0.98]), scale_atoms=True)
-        if seed % 2:  # left-handed: TorchSim takes its volume for negative
+        if seed % 2:  # left-handed: its volume is negative for TorchSim
             atoms.set_cell(-atoms.cell.array)
         starts.append(atoms)
     write(tmp_path / "start.xyz", starts)
@@ -127,7 +127,7 @@ def test_crystals_reach_the_minima_of_ase_while_batches_change_in_flight(tmp_pat
     assert max(model.sizes) == 2  # the third waited for one of them to end
     for row, relaxed, start in zip(*check(tmp_path / "out", 3), starts, strict=True):
         expected = relax(start, EMT(), fmax=1e-3, cell=cell)
-        # fmax^2 / curvature of some eV/Angstrom^2, for each of 21 coordinates
+        # fmax^2 / curvature of a few eV/Angstrom^2, for each of 21 coordinates
         assert float(row["energy"]) == pytest.approx(expected.energy, abs=2e-5)
         assert float(row["volume"]) == pytest.approx(expected.volume, rel=1e-3)
         np.testing.assert_allclose(relaxed.cell.array, start.cell.array, atol=5e-3)
@@ -186,7 +186,7 @@ def test_every_structure_is_listed_with_what_happened_to_it(tmp_path):
     assert "after 3 steps" in table[0]["reason"] and table[0]["steps"] == "3"
     assert table[6]["source"].endswith("some.db, row 2")
     assert frames[0].info["name"] == "cluster 0" and frames[3].info["project"] == "x"
-    assert "REF_energy" not in frames[0].info  # it was that of the start
+    assert "REF_energy" not in frames[0].info  # it belonged to the start
 
 
 def test_cells_of_molecules_are_refused_one_by_one(tmp_path):
@@ -526,4 +526,4 @@ def test_kill_and_resume_on_the_command_line(tmp_path, wait):
     assert f"{count} converged" in result.output
     assert f"screen.csv and relaxed.xyz of {count} structures are in" in result.output.replace("\n", " ")
     check(tmp_path / "out", count)
-    assert table.read_bytes().startswith(done[: done.rfind(b"\n") + 1])  # nothing was computed twice
+    assert table.read_bytes().startswith(done[: done.rfind(b"\n") + 1])  # no structure was computed twice

@@ -226,7 +226,7 @@ def test_what_depends_on_weights_alone_is_computed_once(compile_as):
     (program,) = code.programs.values()
     assert code.stages() == [program.constants, *program.stages]
     assert [runs.count(graph) for graph in graphs] == [1, 2, 2]
-    # the merged weight, and the sum; what is transposed is a view of a weight
+    # the merged weight, and the sum; transposed weights are views
     assert len(program.constants.recipe.results) == 2
     assert_only_views_of_weights(program, 1 + len(layer.region.tensors))
 
@@ -314,11 +314,11 @@ def test_mixed_precision(compilations):
         found = derivatives(layer.region, layer, x.float(), length.float(), source, center)
         expected = derivatives(layer.apply_to, layer, x.float(), length.float(), source, center)
     for a, b in zip(found, expected, strict=True):
-        assert_close(a, b, 0.03)  # eight bits, in another order
+        assert_close(a, b, 0.03)  # eight bits, sums in another order
 
 
 def test_sizes_are_not_mistaken_for_fixed_ones(compilations):
-    # The hints of nodes, centres and edges are what the compiler compares with lengths of axes.
+    # The compiler compares the hints of nodes, centres and edges with lengths of axes.
     layer = Layer()
     code = as_region(layer)
     derivatives(layer.region, layer, *arguments(5, 20))

@@ -33,7 +33,7 @@ def recipe() -> Recipe:
         v = torch.empty(sizes["edge"], dtype=torch.float64)
     with enable_python_dispatcher():
         graph = make_fx(function)(x, v).graph
-    graph.set_codegen(fx.graph.CodeGen())  # as of a graph that is made node by node
+    graph.set_codegen(fx.graph.CodeGen())  # like that of a graph built node by node
     return recipe_of(graph, {size.node.expr: axis for axis, size in sizes.items()}, SIZES)
 
 

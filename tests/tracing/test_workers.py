@@ -37,7 +37,7 @@ def operators_of(**options) -> set[str]:
 
 
 def test_a_worker_knows_every_operator_of_the_stages(empty_cache):
-    # 16 channels have C++ kernels, 8 have not; SO(3) grids multiply fields.
+    # C++ kernels exist for 16 channels, not for 8; SO(3) grids multiply fields.
     named = operators_of(channels=16, message_node_so3=True, ffn_on="so3", ffn_grid=1) | operators_of()
     assert {"edge_matmul", "segment_sum", "so2_value"} <= named
     code = (

@@ -282,8 +282,10 @@ def test_the_first_batch_that_is_compiled_is_taken(argon_file, tmp_path, monkeyp
     config = RunConfig.model_validate(options(argon_file, tmp_path / "run"))
     preparation = prepare(config, SILENT)
     order, chosen = preparation.train.indices(0), []
-    wanted = preparation.train.dataset.batch(order[2]).graph
-    monkeypatch.setattr(compilation, "can_be_compiled", lambda graph: torch.equal(graph.shift, wanted.shift))
+    expected = preparation.train.dataset.batch(order[2]).graph
+    monkeypatch.setattr(
+        compilation, "can_be_compiled", lambda graph: torch.equal(graph.shift, expected.shift)
+    )
     monkeypatch.setattr(
         compilation.CompiledTraining, "_self_check", lambda self, _, b, training: chosen.append(b) or ""
     )
@@ -293,13 +295,13 @@ def test_the_first_batch_that_is_compiled_is_taken(argon_file, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("wanted", "device", "compiled"),
+    ("option", "device", "compiled"),
     [(None, "cpu", 0), (None, "cuda", 1), (True, "cpu", 1), (False, "cpu", 0), (False, "cuda", 0)],
 )
-def test_what_is_compiled(argon_file, tmp_path, monkeypatch, wanted, device, compiled):
+def test_what_is_compiled(argon_file, tmp_path, monkeypatch, option, device, compiled):
     starts = []
     monkeypatch.setattr(compilation.CompiledTraining, "start", lambda self, _: starts.append(1))
-    config = RunConfig.model_validate(options(argon_file, tmp_path / "run", compile=wanted))
+    config = RunConfig.model_validate(options(argon_file, tmp_path / "run", compile=option))
     trainer = Trainer(config, prepare(config, SILENT), SILENT)
     trainer.device = torch.device(device)
     trainer._compile()
@@ -334,7 +336,7 @@ def test_steps_are_replayed_once_their_size_has_come_twice(argon_file, tmp_path,
     calls = []
 
     def record(step, batch):
-        step(batch)  # as recording leaves gradients of its own
+        step(batch)  # a recording leaves gradients of its own, too
         return lambda other: calls.append(other.graph.num_atoms) or step(other)
 
     made = replay_as(monkeypatch, record)

@@ -58,7 +58,7 @@ def assign(parameters, gradient):
         p.grad = gradient[name].clone()
 
 
-# --- an independent implementation of the update rule, block by block, as its description reads
+# --- an independent implementation of the update rule, block by block, after its description
 
 
 def plain_orthogonalize(u):
@@ -229,7 +229,7 @@ def test_weights_padded_and_iterated_together_move_as_each_alone():
     (packing,) = optimizer._packings.values()
     assert [tuple(index.shape) for index in packing.indices] == [(3, 48, 48), (6, 16, 64)]
     for name, p in together.items():
-        if name in ("wide", "tall", "stack", "ones"):  # float16 rounding of other sums
+        if name in ("wide", "tall", "stack", "ones"):  # float16, sums in another order
             assert (p - alone[name]).norm() < 2e-3 * (p - start[name]).norm(), name
         else:
             assert torch.equal(p, alone[name]), name
@@ -287,7 +287,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["nano", "mini", "paper-neo", "paper-air"])
 def test_a_step_takes_less_than_300_operations_and_waits_for_none(name):
-    # "meta" stands for a GPU: on a CPU there are conversions of float16 on top
+    # "meta" stands for a GPU: a CPU needs additional conversions of float16
     model = DPA4(preset(name, elements=tuple(chemical_symbols[1:90]))).to("meta")
     optimizer = HybridMuon(parameter_groups(model), 1e-3)
     for p in model.parameters():

@@ -135,7 +135,7 @@ def test_batches_have_few_sizes():
         wasted.append(graph.num_atoms / sum(map(len, chosen)))
     assert len({b for b, _, _ in sizes}) == 1
     assert len(sizes) < 100
-    assert max(wasted) < 1 + 1 / 16 + 1 / 18  # a sixteenth and the one atom of the smallest batch
+    assert max(wasted) < 1 + 1 / 16 + 1 / 18  # a sixteenth, and the additional atom in the smallest batch
 
 
 def test_nothing_in_a_step_waits_for_the_device():
@@ -189,7 +189,7 @@ def test_a_size_is_recorded_when_it_comes_again():
     step = ReplayedStep(random_potential().train(), books.step, books.record)
     for n in (5, 6, 5, 5, 7, 6):
         step(sized(n))
-    assert books.plain == [6, 7, 8]  # padded, too
+    assert books.plain == [6, 7, 8]  # also padded
     assert books.recorded == [6, 7] and books.replayed == [6, 6, 7]
 
 
@@ -204,7 +204,7 @@ def test_the_most_frequent_sizes_are_kept():
     assert books.recorded == [6, 7]
     step(sized(7))
     assert books.recorded == [6, 7, 8] and sorted(size[1] for size in step.recordings) == [6, 8]
-    for n in (6, 6):  # nor does that one come back at once
+    for n in (6, 6):  # nor does the displaced size return at once
         step(sized(n))
     assert books.recorded == [6, 7, 8]
 
@@ -226,7 +226,7 @@ def test_batches_without_edges_or_in_parts_are_not_recorded():
     apart.positions[1] += 50.0
     for _ in range(3):
         step(batch_of([apart]))
-    assert books.plain == [2] * 3  # as they are
+    assert books.plain == [2] * 3  # without padding
     batch = batch_of(MIXED)
     potential.model.max_edges = {"cpu": rounded_up(batch.graph.num_edges, 5) - 1}
     for _ in range(3):
@@ -366,7 +366,7 @@ def test_replayed_steps_on_the_gpu_are_ordinary_steps(precision):
     assert len(step.recordings) >= 2
     assert torch.equal(torch.get_rng_state(), states[0])
     assert torch.equal(torch.cuda.get_rng_state(), states[1])
-    tolerance = 1e-3 if precision == torch.float32 else 1e-8  # other orders of the sums, along a descent
+    tolerance = 1e-3 if precision == torch.float32 else 1e-8  # sums in another order, along a descent
     for a, b in zip(found, expected, strict=True):
         assert_same_step(a, b, tolerance)
 
@@ -386,7 +386,7 @@ def test_recordings_share_their_memory():
         reserved.append(torch.cuda.memory_reserved())
     first = reserved[0] - sum(p.numel() * 4 for p in potential.parameters())
     assert reserved[-1] < reserved[0] + 0.5 * first
-    # the results of one that was replayed in between are those of one that was not
+    # a recording that was replayed in between gives the results of one that was not
     expected = [outcome(plain, potential, batch) for batch in batches]
     for i in (0, 4, 1, 3, 2, 0):
         assert_same_step(outcome(recordings[i], potential, batches[i]), expected[i], 1e-3)
@@ -412,7 +412,7 @@ def test_a_step_that_waits_for_the_device_is_not_recorded_and_harms_nothing():
     torch.cuda.get_rng_state()
     torch.randn(3, device="cuda")
     assert_same_step(outcome(waits, potential, batch), expected, 1e-3)
-    # and another one can be recorded
+    # another recording is possible afterwards
     step = ReplayedStep(potential, plain, Recorder(plain, potential.parameters()))
     for _ in range(3):
         step(batch)

@@ -135,7 +135,7 @@ def test_early_stop(argon_file, tmp_path, monkeypatch):
     rows = read_csv(tmp_path / "run" / "valid.csv")
     assert [r["best"] for r in rows] == ["1", "0", "0", "0"]
     assert "stopped early after step 8: 3 validations without a better one" in text
-    # resuming a run that stopped early stops again at once
+    # a resumed run that had stopped early stops again at once
     run(argon_file, tmp_path / "run", resume=True, steps=40, validation_interval=2, patience=3)
     assert load_state(tmp_path / "run" / "last.pt")["step"] == 8
 
