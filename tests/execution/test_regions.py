@@ -5,6 +5,7 @@ seconds for each kind of network, so most tests share the traces of `small_poten
 """
 
 import gc
+import itertools
 
 import pytest
 import torch
@@ -40,6 +41,8 @@ GENERATIONS = {
     "bridging": {"n_blocks": 1, "bridging": Bridging(r_inner=0.8, r_outer=1.4)},
 }
 GENERATIONS["everything"] = {**GENERATIONS["SO(3) grid"], **GENERATIONS["foci"], **GENERATIONS["bridging"]}
+# With 16 channels, compiled code contains the C++ kernels; the others have 8 channels and plain operations.
+GENERATIONS["everything, C++"] = {**GENERATIONS["everything"], "channels": 16}
 
 
 def test_training_computes_everything_of_its_weights(compilations):
@@ -51,7 +54,7 @@ def test_training_computes_everything_of_its_weights(compilations):
     assert not any(region.constants for region in regions_of(potential))
 
 
-@pytest.mark.parametrize("name", ["S2 grid", "everything"])
+@pytest.mark.parametrize("name", ["S2 grid", "everything, C++"])
 def test_evaluation_of_a_potential_computes_nothing_of_weights_alone(compilations, name):
     potential = random_potential(**GENERATIONS[name]).eval()
     compile_potential(potential)
@@ -96,6 +99,10 @@ def test_whole_stacks_keep_only_what_their_derivative_takes(monkeypatch, empty_c
     monkeypatch.setattr(available, "whole_stack", lambda x, layers, layout: True)
     potential = Potential(preset("paper-air", ("H", "C"), n_blocks=2)).float().eval()
     compile_potential(potential, kept=KEEP_POLICIES[1])
+    for method in ("locate", "embed", "read_out"):  # tracing the messages alone saves time
+        del vars(potential.model)[method]
+    for block in potential.model.blocks:
+        del block.__dict__["states"], block.__dict__["update"]
     precompile._outline(potential, precompile.Mode(training=False), precompile.WorkerPool(0))
     code = potential.model.blocks[0].messages.code
     calls, edge_features = {}, {}
@@ -117,20 +124,18 @@ def batches(count: int):
     ]
 
 
+# Evaluation with everything, but without parts, is in the test of constants.
+QUICK_CASES = (("S2 grid", False, True), ("S2 grid", False, False), ("everything, C++", True, True))
+
+
 @pytest.mark.parametrize(
-    ("name", "split"),
+    ("name", "split", "training"),
     [
-        ("S2 grid", False),
-        ("everything", True),
-        *(
-            pytest.param(name, split, marks=pytest.mark.slow)
-            for name in GENERATIONS
-            for split in (False, True)
-            if (name, split) not in (("S2 grid", False), ("everything", True))
-        ),
+        pytest.param(*case, marks=[] if case in QUICK_CASES else pytest.mark.slow)
+        for case in itertools.product(GENERATIONS, (False, True), (False, True))
     ],
 )
-def test_potential_and_its_parameter_gradients(compilations, name, split):
+def test_potential_and_its_parameter_gradients(compilations, name, split, training):
     """With bridging, freeze gates depend on the same edges and are an argument of compiled code."""
     potential: Potential = random_potential(**GENERATIONS[name])
     graphs = [*batches(2), graph_of(molecule())]
@@ -138,11 +143,10 @@ def test_potential_and_its_parameter_gradients(compilations, name, split):
     assert ((lengths > 0.8) & (lengths < 1.4)).any()
     if split:
         potential.model.max_edges = {"cpu": 60}
-    for training in (True, False):
-        compile_potential(potential.train(training))
-        for graph in graphs:
-            for quantity, deviation in compare_with_eager(potential, graph).items():
-                assert deviation < 1e-11, quantity  # float64, sums in another order
+    compile_potential(potential.train(training))
+    for graph in graphs:
+        for quantity, deviation in compare_with_eager(potential, graph).items():
+            assert deviation < 1e-11, quantity  # float64, sums in another order
 
 
 def test_potential_compiles_once_for_ten_batches(compilations):
@@ -289,7 +293,7 @@ def test_nothing_of_a_step_stays_alive(compilations):
 @pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_kernels_for_a_cpu_are_part_of_compiled_code(compilations, training):
     """Float64, with enough channels for the kernels to run."""
-    potential = random_potential(n_blocks=1, channels=16, **GENERATIONS["SO(3) grid"]).train(training)
+    potential = random_potential(**GENERATIONS["everything, C++"]).train(training)
     compile_potential(potential)
     for name, deviation in compare_with_eager(potential, batches(1)[0]).items():
         assert deviation < 1e-11, name

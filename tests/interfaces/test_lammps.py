@@ -240,7 +240,7 @@ def test_energies_of_atoms(lmp, other):
 def test_atoms_that_cross_the_boundary(lmp):
     """A moving structure behaves as at rest, without further searches: wrapped atoms are passed on unwrapped."""
     energies, searches = [], []
-    for drift in (np.zeros(3), np.array([200.0, -120.0, 160.0])):
+    for drift in (np.zeros(3), np.array([330.0, -200.0, 270.0])):
         lmp.command("clear")
         atoms = moving(crystal())
         atoms.wrap()
@@ -249,12 +249,12 @@ def test_atoms_that_cross_the_boundary(lmp):
         create(lmp, atoms, ["H", "C", "O"])
         lmp.commands_list(["timestep 0.0004", "fix 1 all nve", "neigh_modify every 1 delay 0 check no"])
         with attach_lammps(lmp, calculator, ["H", "C", "O"]):
-            lmp.command("run 100")
+            lmp.command("run 60")
         energies.append(lmp.get_thermo("pe"))
         searches.append(calculator._neighbors.searches)
         wrapped = by_id(lmp, "x") @ np.linalg.inv(atoms.cell.array)
         assert wrapped.min() > -0.05 and wrapped.max() < 1.05
-        moved = calculator.atoms.positions - atoms.positions - drift * 0.04
+        moved = calculator.atoms.positions - atoms.positions - drift * 0.024
         assert np.abs(moved).max() < 2.5
     # Galilean invariance, to the rounding of positions of 10 Angstrom
     assert energies[1] == pytest.approx(energies[0], abs=1e-8)

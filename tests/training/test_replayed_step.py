@@ -80,7 +80,7 @@ def outcome(step, potential, batch):
 @pytest.mark.parametrize("kind", ["mae", "mse", "huber"])
 @pytest.mark.parametrize("missing", ["", "v", "ef", "efv"])
 def test_padding_leaves_loss_terms_and_gradients(kind, missing):
-    potential, batch = random_potential().train(), batch_of(MIXED, missing)
+    potential, batch = random_potential(n_blocks=1, lmax=1).train(), batch_of(MIXED, missing)
     step = step_of(potential, Loss(2.0, 3.0, 5.0, kind))
     expected = outcome(step, potential, batch)
     padded = pad_batch(batch, CUTOFF)
@@ -128,13 +128,13 @@ def test_padding_of_batches():
 def test_batches_have_few_sizes():
     rng = np.random.default_rng(0)
     sizes, wasted = set(), []
-    for _ in range(300):
+    for _ in range(150):
         chosen = [molecule(0, int(n)) for n in rng.integers(2, 4, rng.integers(9, 15))]
         graph = pad_batch(batch_of(chosen), CUTOFF).graph
         sizes.add((graph.num_structures, graph.num_atoms, graph.num_edges))
         wasted.append(graph.num_atoms / sum(map(len, chosen)))
     assert len({b for b, _, _ in sizes}) == 1
-    assert len(sizes) < 100
+    assert len(sizes) < 50  # a third
     assert max(wasted) < 1 + 1 / 16 + 1 / 18  # a sixteenth, and the additional atom in the smallest batch
 
 
