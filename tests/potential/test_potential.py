@@ -35,7 +35,7 @@ def rotation(seed: int = 3) -> np.ndarray:
 
 
 def test_rotation(potential):
-    # float64 rounding through about a hundred layers; seen below 1e-12
+    # float64 rounding through about a hundred layers; observed below 1e-12
     for atoms in (molecule(), crystal()):
         turn = torch.from_numpy(rotation())
         turned = atoms.copy()
@@ -174,8 +174,8 @@ def test_energy_force_and_curvature_vanish_at_the_cutoff(potential):
 
 def test_curve_is_continuous_everywhere(potential):
     """No jump of energy, slope or curvature on a fine scan: halving the step halves the largest change."""
-    coarse = np.abs(np.diff(pair_curve(potential, np.linspace(0.6, 4.1, 201)), axis=0)).max(0)
-    fine = np.abs(np.diff(pair_curve(potential, np.linspace(0.6, 4.1, 401)), axis=0)).max(0)
+    curve = pair_curve(potential, np.linspace(0.6, 4.1, 401))
+    fine, coarse = (np.abs(np.diff(points, axis=0)).max(0) for points in (curve, curve[::2]))
     assert (fine < 0.75 * coarse).all(), f"coarse {coarse}, fine {fine}"
 
 
@@ -276,6 +276,6 @@ def test_parts_of_the_edges_change_nothing(potential):
         gradients = torch.autograd.grad(loss, list(potential.parameters()), allow_unused=True)
         return [prediction.energy, prediction.forces, *(g for g in gradients if g is not None)]
 
-    # float64, another order of the sums over atoms in parameter gradients
+    # float64, sums over atoms in another order in parameter gradients
     for part, whole in zip(results(40), results(10**6), strict=True):
         assert_close(part, whole, 1e-10)
