@@ -250,7 +250,7 @@ EDGES = {  # (N nodes, E edges, H heads, M rows, K coefficients, c channels per 
     "degree 5": (2, 4, 1, 16, 36, 8),
     "several tiles": (2, 2, 1, 17, 40, 70),
     "several tiles, two heads": (2, 3, 2, 17, 72, 70),
-    "one node": (1, 7, 1, 10, 16, 16),
+    "one node": (1, 3, 1, 10, 16, 16),
     "no edges": (3, 0, 1, 10, 16, 16),
     "no nodes": (0, 0, 1, 4, 4, 16),
     "as nano": (11, 50, 1, 4, 4, 32),

@@ -1,7 +1,7 @@
 """Golden vectors of the specification: initial node features, convolutions and a block, small whole models.
 
-They localise an error that the models of ``test_parity`` only show: features (model-1 section 22), interaction
-(model-2 section 17.3), energies and their derivatives with weights filled by a rule (model-3 section 22).
+They localise errors that the models of ``test_parity`` only reveal: in features, in the interaction, and in energies
+and their derivatives with weights filled by a rule.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: reference values, shape, decay that is longer than the run."""
+"""Learning-rate schedules: reference values, shape, decay longer than the rest of the run."""
 
 import json
 from pathlib import Path
