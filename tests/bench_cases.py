@@ -1,4 +1,4 @@
-"""Shared by the tests of the benchmarks: small runs, and the published files they are compared with."""
+"""Helpers for the tests of the leaderboards: small runs, and published files to compare them with."""
 
 import csv
 import gzip
@@ -50,7 +50,7 @@ def command(*arguments: object, ok: bool = True) -> str:
 
 
 class Interrupting:
-    """Wraps a calculator; sends Ctrl-C at one evaluation."""
+    """Calculator wrapper that sends Ctrl-C at one evaluation."""
 
     def __init__(self, calculator, at: int):
         self.calculator, self.at, self.evaluations = calculator, at, 0
@@ -85,9 +85,9 @@ def alloys() -> dict[str, Atoms]:
 
 
 def published(folder: Path, crystals: dict[str, Atoms], hull: dict[str, float], unique: set[str]) -> Path:
-    """A folder of published files: the crystals, whose structures of DFT they are, too.
+    """Folder of published files for some crystals, which are the DFT structures, too.
 
-    By DFT all formation energies are -0.3 eV/atom; ``hull`` has the energies above the hull, in eV/atom.
+    All DFT formation energies are -0.3 eV/atom; ``hull`` holds the energies above the hull, in eV/atom.
     """
     from pymatgen.core import Structure
     from pymatgen.entries.computed_entries import ComputedEntry, ComputedStructureEntry
@@ -111,15 +111,15 @@ def published(folder: Path, crystals: dict[str, Atoms], hull: dict[str, float], 
 
 
 def published_alloys(folder: Path) -> Path:
-    """The first alloy is stable by DFT, the others are not; the third is no unique prototype."""
+    """Published files of the alloys: the first is stable by DFT, the third is not a unique prototype."""
     hull = {"wbm-1-1": -0.05, "wbm-1-2": 0.05, "wbm-1-3": 0.05}
     return published(folder, alloys(), hull, {"wbm-1-1", "wbm-1-2"})
 
 
 def screened_alloys(folder: Path, failed: tuple[str, ...] = (), **settings) -> Path:
-    """What dpa4 screen leaves of the alloys, with formation energies of -0.4 eV/atom, 0.1 below those of DFT.
+    """Results of dpa4 screen for the alloys: formation energies of -0.4 eV/atom, 0.1 below those of DFT.
 
-    One gold atom of the second has moved by 0.3 Angstrom.
+    One gold atom of the second alloy has moved by 0.3 Angstrom.
     """
     identity = {"model": "", "dtype": "float32", "precision": "high"}
     settings = identity | {"fmax": 0.02, "steps": 500, "cell": "full", "pressure": 0.0} | settings

@@ -1,4 +1,4 @@
-"""One thread per test process: the suite runs in two processes, and threads that wait for each other are slow."""
+"""Fixtures for all tests. Each test process has one thread: the suite runs in two processes on shared processors."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Nothing that was compiled or traced before this session is found; its processes share what they make."""
+    """Compiler cache of this session, empty at the start and shared by its processes."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiler"
     with pytest.MonkeyPatch.context() as patch:
@@ -32,19 +32,19 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
-    """No test before has left traces or code in the folder, which is returned."""
+    """Compiler cache without traces or code of earlier tests; returns its folder."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     return tmp_path
 
 
 @pytest.fixture(autouse=True)
 def no_other_processes(monkeypatch):
-    """Code is compiled in the process of the test, however many processors there are."""
+    """Compile in the process of the test, however many processors there are."""
     monkeypatch.setattr("dpa4.execution.precompile._affordable", lambda device: 0)
 
 
 class NotCompiled:
-    """Stands for what the compiler makes of a function; it is not kept in files."""
+    """Stub for a compiled function; it cannot be saved."""
 
     def __init__(self, function: Callable):
         self.function = function
@@ -58,7 +58,10 @@ class NotCompiled:
 
 @pytest.fixture
 def compile_as(monkeypatch) -> Callable:
-    """Call it with what to make of the graphs that were to be compiled, which takes minutes; returns their list."""
+    """Function that replaces the compiler, which would take minutes, and returns the list of graphs it receives.
+
+    Its argument maps each of these graphs to the function that runs in its place.
+    """
 
     def replace(function_of: Callable = lambda graph: graph) -> list[torch.fx.GraphModule]:
         graphs: list[torch.fx.GraphModule] = []
@@ -75,13 +78,13 @@ def compile_as(monkeypatch) -> Callable:
 
 @pytest.fixture
 def compilations(compile_as) -> list[torch.fx.GraphModule]:
-    """Graphs that were to be compiled; they are run as they are."""
+    """Graphs that the compiler would receive; they run uncompiled."""
     return compile_as()
 
 
 @pytest.fixture(scope="session")
 def argon_file(tmp_path_factory) -> Path:
-    """Thirteen labelled structures."""
+    """File with thirteen labelled structures."""
     import ase.io
 
     from training_runs import argon
@@ -93,7 +96,7 @@ def argon_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(argon_file, tmp_path_factory):
-    """A training run that nothing interrupted, to look at and to compare with; copy it to change its files."""
+    """An uninterrupted training run, to inspect and to compare with; copy it before changing its files."""
     from training_runs import FinishedRun, run
 
     folder = tmp_path_factory.mktemp("run") / "whole"
@@ -102,11 +105,11 @@ def finished_run(argon_file, tmp_path_factory):
 
 @pytest.fixture
 def figures():
-    """For a test that looks at figures in a file that uses `no_figures`."""
+    """Request that figures be drawn in a file whose tests use `no_figures`."""
 
 
 @pytest.fixture
 def no_figures(monkeypatch, request):
-    """Figures are not drawn, which would be half of the time of a small run; their files are empty."""
+    """Write empty files instead of drawing figures, which would be half of the time of a small run."""
     if "figures" not in request.fixturenames:
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).touch())

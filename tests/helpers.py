@@ -1,4 +1,4 @@
-"""Shared by the tests: reference data beside the checkout, and potentials whose every weight matters."""
+"""Helpers for the tests: reference data beside the checkout, small potentials and structures, comparisons."""
 
 from pathlib import Path
 
@@ -50,12 +50,12 @@ def random_potential(seed: int = 0, **options) -> Potential:
 
 
 def small_potential(seed: int = 0, **options) -> Potential:
-    """The smallest one that has every compiled part; tests that compile it find each other's traces."""
+    """The smallest potential with every compiled part; tests that compile it share its traces."""
     return random_potential(seed, **({"n_blocks": 1, "lmax": 1, "ffn_on": "s2"} | options))
 
 
 def molecule(seed: int = 0, n: int = 9, elements: str = "HCO") -> Atoms:
-    """A random cluster whose atoms are at least 0.9 Angstrom apart."""
+    """Random cluster whose atoms are at least 0.9 Angstrom apart."""
     rng = np.random.default_rng(seed)
     positions: list[np.ndarray] = []
     while len(positions) < n:
@@ -66,7 +66,7 @@ def molecule(seed: int = 0, n: int = 9, elements: str = "HCO") -> Atoms:
 
 
 def crystal(seed: int = 0) -> Atoms:
-    """A rattled, skewed cell of six atoms, smaller than twice the cutoff."""
+    """Rattled, skewed cell of six atoms, smaller than twice the cutoff."""
     atoms = molecule(seed, 6)
     atoms.set_cell([[5.2, 0, 0], [0.9, 5.0, 0], [-0.7, 0.6, 4.8]])
     atoms.pbc = True
@@ -86,7 +86,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 
 
 def assert_only_views_of_weights(program, fixed_inputs: int) -> None:
-    """Stages compute nothing of constants and weights alone, whose sizes are all fixed."""
+    """Check that stages compute nothing, except views, from constants and weights alone."""
     for stage in program.stages:
         nodes = list(graph_of_recipe(stage.recipe).nodes)
         placeholders = [n for n in nodes if n.op == "placeholder"]

@@ -1,4 +1,4 @@
-"""Files in data/checkpoints that earlier versions of dpa4 wrote, and what they must still give.
+"""Files in data/checkpoints that earlier versions of dpa4 wrote, and the results they must still give.
 
 scripts/make_old_checkpoint.py makes the files with these functions; test_old_checkpoints.py reads them.
 """
@@ -77,7 +77,7 @@ def evaluate(file: Path, structure: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_results(file: Path, structure: dict[str, Any], results: dict[str, Any]) -> None:
-    """Write what a file gives beside it."""
+    """Write the results of a file beside it."""
     results_file(file).write_text(json.dumps(structure | results) + "\n", encoding="utf-8")
 
 

@@ -1,6 +1,7 @@
 """Files of tests/data/parity: one safetensors file with the weights and results of one model of deepmd-kit.
 
-Needs neither dpa4 nor deepmd-kit: scripts/make_parity_data.py writes the files with it, the tests read them.
+This module needs neither dpa4 nor deepmd-kit. scripts/make_parity_data.py writes the files with it, tests read
+them.
 """
 
 import json

@@ -59,7 +59,7 @@ def test_splits_share_no_frame(splits):
 
 
 def test_isolated_atoms_give_binding_energies(splits):
-    """In eV: GFN2-xTB binds these molecules by some 3 to 8 eV per atom."""
+    """GFN2-xTB binds these molecules by about 3 to 8 eV per atom."""
     energies = {str(a.symbols): a.get_potential_energy() for a in splits["train"][:4]}
     assert set(energies) == set("HCNO")
     for atoms in splits["train"][4:]:
@@ -68,7 +68,7 @@ def test_isolated_atoms_give_binding_energies(splits):
 
 
 def test_energies_and_forces_agree(splits):
-    """Along dynamics of one molecule the energy at 300 K is lower than at 1200 K, and so are the forces."""
+    """In dynamics of one molecule, energy and forces are lower at 300 K than at 1200 K."""
     for group in ("ethane", "benzene"):
         kinds = {
             kind: [a for a in splits["train"] if (a.info["config_type"], a.info.get("kind")) == (group, kind)]

@@ -1,4 +1,4 @@
-"""The package's layers: imports point one way, nothing hidden decides what it does, no path of one machine."""
+"""Layers of the package: imports point one way, no hidden settings, no path of one machine."""
 
 import ast
 import json
@@ -63,7 +63,7 @@ def upward_imports(source: str, path: Path) -> list[str]:
 
 
 def environment_reads(source: str) -> list[str]:
-    """Places that look at environment variables, also through an option that falls back on one."""
+    """Places that read environment variables, also through an option that falls back on one."""
     found = []
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
@@ -94,7 +94,7 @@ def test_every_module_has_a_layer():
 
 
 def dependencies(path: Path) -> set[str]:
-    """Modules of this package that a module imports anywhere, but for type checkers only."""
+    """Modules of this package that a module imports, except for type checkers only."""
     name = module_name(path)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     tree = ast.parse(path.read_text())
@@ -103,7 +103,7 @@ def dependencies(path: Path) -> set[str]:
             node.body = []
     found = set()
     for imported in imported_modules(tree, package):
-        while imported.startswith("dpa4.") and imported not in MODULES:  # a name of a module
+        while imported.startswith("dpa4.") and imported not in MODULES:  # a name defined in a module
             imported = imported.rpartition(".")[0]
         if imported.startswith("dpa4."):
             found.add(imported)
@@ -153,7 +153,7 @@ def test_only_one_module_looks_at_capabilities():
     """Devices, dtypes and architectures decide on kernels in one place."""
     questions = ("get_device_capability", "get_cpu_capability", "shutil.which")
     found = {module_name(p) for p in SOURCES if any(q in p.read_text() for q in questions)}
-    # the build of the C++ kernels answers for its compiler; code is kept on disk for one kind of processor
+    # the build of C++ kernels checks its compiler; cached code is specific to one kind of processor
     assert found == {"dpa4.ops.available", "dpa4.ops.cpp.build", "dpa4.tracing.region"}
 
 

@@ -31,7 +31,7 @@ def seen_by_type_checkers(package: ModuleType) -> dict[str, str]:
 
 
 def run(code: str) -> list[str]:
-    """Printed JSON of a fresh interpreter."""
+    """Run code in a fresh interpreter and return the JSON it prints."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 

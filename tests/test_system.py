@@ -1,4 +1,4 @@
-"""What a run does to the process it is in."""
+"""Effects of a run on its process."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def test_pages_of_freed_tensors_are_used_again():
     pages = 4 * 8 * 8_000_000 / 4096
     if faults["gives back"] < 0.2 * pages:
         pytest.skip("this system hands out memory in large pages, or the allocator keeps it anyway")
-    assert faults["keeps"] < 0.1 * pages  # now and then some of the heap grows
+    assert faults["keeps"] < 0.1 * pages  # the heap grows now and then
 
 
 @pytest.mark.parametrize("name", ["gpu", "mps", "meta"])

@@ -1,4 +1,4 @@
-"""Shared by the tests of training: a smallest model, data for it, and runs that end early or in the middle."""
+"""Helpers for the tests of training: a tiny model, data for it, and runs that end early."""
 
 import io
 from pathlib import Path
@@ -21,7 +21,7 @@ MODEL = {"preset": "nano", "channels": 8, "cutoff": 4.0, "n_radial": 6, "mixing_
 
 
 class FinishedRun(NamedTuple):
-    """A run that nothing interrupted."""
+    """Uninterrupted training run."""
 
     folder: Path
     best: Path  # what `train` returned
@@ -29,7 +29,7 @@ class FinishedRun(NamedTuple):
 
 
 def argon(count: int, seed: int = 0) -> list[Atoms]:
-    """Lennard-Jones clusters (energy, forces) and strained crystals (stress too), far from all equal."""
+    """Lennard-Jones clusters (energy, forces) and strained crystals (stress too) that differ widely."""
     rng = np.random.default_rng(seed)
     images = []
     for i in range(count):
@@ -65,7 +65,7 @@ def options(data: Path, output: Path, **training) -> dict:
 
 
 def run(data, output, resume=False, **training) -> tuple[Path, str]:
-    """The path that `train` returns, and what it prints."""
+    """Train; return the path that `train` returns and the printed text."""
     console = Console(file=io.StringIO(), record=True, width=200)
     config = RunConfig.model_validate(options(data, output, **training))
     best = train(config, resume=resume, console=console)
@@ -73,7 +73,7 @@ def run(data, output, resume=False, **training) -> tuple[Path, str]:
 
 
 def assert_same_run(one: Path, two: Path) -> None:
-    """Models, and logs without their times, are equal bit for bit."""
+    """Compare models, and logs without their times, bit for bit."""
     for name in ("best.safetensors", "last.safetensors"):
         a, b = load_file(one / name), load_file(two / name)
         assert a.keys() == b.keys()
@@ -87,7 +87,7 @@ def assert_same_run(one: Path, two: Path) -> None:
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL inside this process: nothing of the trainer handles it."""
+    """Stand-in for SIGKILL in this process, which the trainer does not handle."""
 
 
 def kill_at(monkeypatch, step: int) -> None:

@@ -22,7 +22,7 @@ def run(*arguments: object, ok: bool = True) -> str:
 
 
 def labelled(n: int) -> list:
-    """Clusters with the energy and forces of a spring to the origin."""
+    """Clusters with the energy and forces of springs to the origin."""
     frames = []
     for seed in range(n):
         atoms = molecule(seed, 5)
@@ -155,7 +155,7 @@ def test_warnings_are_one_line(trained):
 
 
 def test_square_brackets_of_a_message_are_printed(tmp_path):
-    """An option such as dpa4[aselmdb], or a path, is no markup."""
+    """Names such as dpa4[aselmdb] and paths are not markup."""
     assert "absent[bold].pt" in run("eval", "absent[bold].pt", "x.xyz", ok=False)
     assert "[/tmp].pt" in run("eval", tmp_path / "[/tmp].pt", "x.xyz", ok=False)
 

@@ -1,4 +1,4 @@
-"""What training data covered: found, kept in checkpoints, and missed aloud by the calculator."""
+"""Coverage of the training data: found during training, stored in checkpoints, checked by the calculator."""
 
 import io
 import json
@@ -49,7 +49,7 @@ def covered(coverage: Coverage | None = SEEN, **options):
 
 
 def energy(atoms: Atoms, calculator: DPA4Calculator) -> list[str]:
-    """Warnings of a calculation."""
+    """Run a calculation and return its warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         atoms = atoms.copy()
@@ -101,7 +101,7 @@ def test_graphs_may_come_in_any_order_and_twice():
     assert found.complete and found.coverage == coverage_of(dataset)
 
 
-# --- of a run, as its steps and its end find it
+# --- coverage of a run, by its steps and its end
 
 
 FRAMES = 12
@@ -109,7 +109,7 @@ FRAMES = 12
 
 @pytest.fixture
 def built(monkeypatch) -> list:
-    """The arguments with which graphs are built."""
+    """Arguments of every call that builds a graph."""
     calls: list = []
 
     def counted(*args):
@@ -121,7 +121,7 @@ def built(monkeypatch) -> list:
 
 
 class Run:
-    """The parts of a run that coverage needs, without steps."""
+    """The parts of a training run that coverage needs, without steps."""
 
     def __init__(self, folder, cache_bytes: int = 2**20, coincide: int | None = None):
         frames = [frame_from_atoms(molecule(seed, 5)) for seed in range(FRAMES)]
@@ -141,7 +141,7 @@ class Run:
             save_potential(self.potential, self.folder / f"{name}.safetensors", {"step": "3"})
 
     def use(self, batches: int) -> None:
-        """An epoch up to some batch, with an update after each."""
+        """Run the first batches of an epoch, with an update after each."""
         for indices in self.preparation.train.indices(0)[:batches]:
             self.dataset.batch(indices)
             self.coverage.update()
@@ -164,7 +164,7 @@ def files(folder) -> list[Coverage | None]:
 
 @pytest.mark.parametrize("cache_bytes", [0, 2**20])
 def test_an_epoch_finds_it_and_files_written_before_are_completed(tmp_path, built, cache_bytes):
-    """Files keep their weights and their description. No graph is built only for the distances."""
+    """Files keep their weights and description. No graph is built only for the distances."""
     run = Run(tmp_path, cache_bytes)
     run.save()
     best = tmp_path / "best.safetensors"
@@ -195,7 +195,7 @@ def test_small_data_are_completed_at_the_end(tmp_path, stopped):
 
 
 def test_large_data_that_were_not_used_once(tmp_path, monkeypatch):
-    """Elements are known, distances of a part would warn without reason."""
+    """Elements are known. Distances from a part of the data would cause unfounded warnings."""
     run = Run(tmp_path)
     run.use(1)
     run.save()
@@ -221,7 +221,7 @@ def test_a_structure_that_is_no_good_and_was_not_used(tmp_path):
     assert [found.shortest for found in files(tmp_path)] == [None, None]
 
 
-# --- of a run, from its data to its files
+# --- coverage of a run, from its data to its files
 
 
 def labelled(seed: int) -> Atoms:
@@ -232,7 +232,7 @@ def labelled(seed: int) -> Atoms:
 
 @pytest.fixture
 def folder(tmp_path, no_figures):
-    """Data of six batches in an epoch, and a validation file with an element more."""
+    """Data of six batches per epoch, and a validation file with one further element."""
     write(tmp_path / "train.xyz", [labelled(seed) for seed in range(FRAMES)])
     other = labelled(90)
     other.symbols[0] = "N"
@@ -252,7 +252,7 @@ def run_config(folder, **training):
 
 
 def run(folder, resume=False, **training) -> str:
-    """What a run prints."""
+    """Train and return the printed text."""
     console = Console(file=io.StringIO(), record=True, width=300)
     train(run_config(folder, **training), resume=resume, console=console)
     return console.export_text()
@@ -271,12 +271,12 @@ def test_nothing_is_built_before_the_first_batch(folder, built):
     potential = Trainer(run_config(folder), preparation, Console(quiet=True)).potential
     assert built == [] and not preparation.coverage.complete
     assert potential.coverage == ELEMENTS_ONLY
-    preparation = prepared(folder, batch_size=None, max_edges=60)  # this needs every graph
+    preparation = prepared(folder, batch_size=None, max_edges=60)  # this budget needs every graph
     assert preparation.coverage.coverage == of_the_data(folder)
 
 
 class Killed(BaseException):
-    """Nothing of the trainer handles it."""
+    """Stand-in for SIGKILL, which the trainer does not handle."""
 
 
 def test_files_and_card_have_it_before_the_second_epoch_is_over(folder, monkeypatch, built):
@@ -308,7 +308,7 @@ def test_files_and_card_have_it_before_the_second_epoch_is_over(folder, monkeypa
 
 
 def test_an_interrupted_first_epoch_is_completed(folder, monkeypatch):
-    """By the next epoch, even where data are too large to look at them at the end."""
+    """The next epoch completes it, even where the data are too large to be searched at the end."""
     monkeypatch.setattr(training_coverage, "MISSING", 0)
     monkeypatch.setattr(training_coverage, "MISSING_WHEN_STOPPED", 0)
     original = Trainer._train_on
@@ -316,7 +316,7 @@ def test_an_interrupted_first_epoch_is_completed(folder, monkeypatch):
     def interrupted(self, batch):
         original(self, batch)
         if self.step == 1:
-            os.kill(os.getpid(), signal.SIGINT)  # as by Ctrl-C
+            os.kill(os.getpid(), signal.SIGINT)  # like Ctrl-C
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_on", interrupted)
@@ -326,7 +326,7 @@ def test_an_interrupted_first_epoch_is_completed(folder, monkeypatch):
     state = load_state(folder / "run" / "last.pt")
     assert "coverage" not in state
     del state["format"]
-    save_state(state | {"coverage": {"data": 1}}, folder / "run" / "last.pt")  # as in earlier versions
+    save_state(state | {"coverage": {"data": 1}}, folder / "run" / "last.pt")  # like in earlier versions
     text = run(folder, resume=True, steps=12)
     assert text.count("closest atoms of the training data: " + of_the_data(folder).text) == 1
     assert text.index("step       2") < text.index("closest atoms")  # not at the start
@@ -349,7 +349,7 @@ def test_a_structure_that_is_no_good_costs_no_progress(folder):
     assert files(folder / "run")[1] == of_the_data(folder)
 
 
-# --- in files
+# --- coverage in files
 
 
 def test_checkpoints_keep_it(tmp_path):
@@ -359,7 +359,7 @@ def test_checkpoints_keep_it(tmp_path):
     convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     for name in ("a.safetensors", "b.safetensors"):
         assert load_potential(tmp_path / name).coverage == SEEN
-    convert(tmp_path / "a.safetensors", tmp_path / "c.pt")  # a format without a place for it
+    convert(tmp_path / "a.safetensors", tmp_path / "c.pt")  # a format that cannot store it
     assert load_potential(tmp_path / "c.pt").coverage is None
     save_potential(covered(None), tmp_path / "old.safetensors")
     assert load_potential(tmp_path / "old.safetensors").coverage is None
@@ -446,12 +446,12 @@ def test_a_step_is_hardly_slower():
             times.append(time.perf_counter() - start)
         return min(times)
 
-    # This network is far smaller than any that is used; 5 % leaves room for a busy machine.
+    # This network is far smaller than any in use; 5 % allows for a busy machine.
     assert fastest(watch) < 0.05 * fastest(lambda: potential(graph))
 
 
 def test_looking_waits_for_nothing():
-    """Values on the meta device do not exist, so whoever needs one fails."""
+    """Tensors on the meta device have no values, so code that needs one fails."""
     monitor, graph = CoverageMonitor([SEEN], "meta"), graph_of(pair("HC", 0.5)).to("meta")
     monitor.look(graph)
     with pytest.raises(RuntimeError, match="meta"):

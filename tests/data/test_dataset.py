@@ -32,7 +32,7 @@ def chains(sizes: list[int]) -> list[Frame]:
 
 
 def members(batches: EpochBatches, epoch: int, start: int = 0) -> list[list[int]]:
-    """Which structures the batches really hold, told by their energies."""
+    """Structures in the batches, identified by their energies."""
     return [(-batch.energy).int().tolist() for batch in batches.batches(epoch, start)]
 
 
@@ -113,7 +113,7 @@ def test_a_structure_without_neighbour_list_is_named():
     st.integers(1, 200),
 )
 def test_pack(sizes, most_atoms, most_edges):
-    """Nothing lost, order kept, no budget exceeded but by a structure alone, no batch needlessly short."""
+    """Nothing is lost, order is kept, only lone structures exceed a budget, no batch is needlessly short."""
     atoms, edges = np.array(sizes).T
     budgets = [Budget("atoms", atoms, most_atoms), Budget("edges", edges, most_edges)]
     order = np.random.default_rng(0).permutation(len(sizes)).tolist()
@@ -187,7 +187,7 @@ def test_epochs_are_shuffled_and_reproducible():
         assert sorted(i for batch in epoch for i in batch) == list(range(20))
     assert epochs[0] != epochs[1] != epochs[2]
     again = EpochBatches(dataset, max_atoms=10, seed=3)
-    assert members(again, 2) == epochs[2]  # without the epochs before
+    assert members(again, 2) == epochs[2]  # independent of earlier epochs
     assert members(EpochBatches(dataset, max_atoms=10, seed=4), 0) != epochs[0]
 
 
@@ -199,11 +199,11 @@ def test_resumed_epoch_is_the_rest_of_the_epoch(start):
     assert members(batches, 4, start) == members(batches, 4)[start:]
 
 
-# The thread
+# The background thread
 
 
 class Spoiled(FrameDataset):
-    """Fails at one structure."""
+    """Data set that fails at one structure."""
 
     def batch(self, indices) -> Batch:
         if 3 in indices:
@@ -249,7 +249,7 @@ def test_batches_are_prepared_ahead_but_not_without_bound():
     dataset = Counted(chains([2] * 20), CUTOFF)
     iterator = EpochBatches(dataset, batch_size=1).batches(0)
     next(iterator)
-    for _ in range(4):  # the one taken, and three ahead
+    for _ in range(4):  # the current batch, and three ahead
         assert made.acquire(timeout=10)
     time.sleep(0.05)
     assert dataset.count == 4

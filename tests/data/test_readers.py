@@ -21,7 +21,7 @@ STRESS = np.array([[0.01, 0.04, 0.05], [0.04, 0.02, 0.06], [0.05, 0.06, 0.03]])
 
 
 def labelled(structure: Atoms, seed: int = 0, stress: bool = True) -> Atoms:
-    """The structure with energy, forces and stress as ASE keeps them."""
+    """Structure with energy, forces and stress in a single-point calculator."""
     rng = np.random.default_rng(seed)
     labels = {"energy": -3.25 - seed, "forces": rng.normal(size=(len(structure), 3))}
     if stress:
@@ -41,7 +41,7 @@ def water(seed: int = 0) -> Atoms:
 
 
 def assert_frame(frame: Frame, atoms: Atoms, tolerance: float = 1e-7) -> None:
-    """The frame holds the structure and the labels of its calculator."""
+    """Check that the frame holds the structure and the labels of its calculator."""
     assert frame.atomic_numbers.tolist() == atoms.numbers.tolist()
     np.testing.assert_allclose(frame.positions, atoms.positions, rtol=0, atol=tolerance)
     np.testing.assert_allclose(frame.cell, atoms.cell.array, rtol=0, atol=tolerance)
@@ -138,7 +138,7 @@ def test_several_paths_are_read_in_order(tmp_path):
 
 
 def write_set(folder: Path, images: list[Atoms], dtype: str = "float64", **extra) -> None:
-    """One set of a deepmd system."""
+    """Write one set of a deepmd system."""
     folder.mkdir(parents=True)
     n = len(images)
     arrays = {
@@ -154,7 +154,7 @@ def write_set(folder: Path, images: list[Atoms], dtype: str = "float64", **extra
 
 
 def write_system(system: Path, sets: list[list[Atoms]], **extra) -> None:
-    """A standard system; the type map is not in the order of atomic numbers."""
+    """Write a standard deepmd system; its type map is not in the order of atomic numbers."""
     for k, images in enumerate(sets):
         write_set(system / f"set.{k:03}", images, **extra)
     types = {"O": 0, "H": 1, "Cu": 2}
@@ -279,7 +279,7 @@ def test_deepmd_errors(tmp_path, damage, message):
 
 
 def test_order_of_the_search():
-    """Calculator results, then REF_*, then plain names; each wins over the later ones only."""
+    """Calculator results come first, then REF_*, then plain names."""
     atoms = molecule("H2O")
     atoms.info["energy"], atoms.arrays["forces"] = 1.0, np.full((3, 3), 1.0)
     assert frame_from_atoms(atoms).energy == 1.0
@@ -338,7 +338,7 @@ def test_virial_is_taken_as_it_is(key, shape):
 
 
 def test_virial_is_minus_the_derivative_along_strain():
-    """Against a real calculator: compressed copper pushes outwards."""
+    """Compressed copper of a real calculator pushes outwards."""
     atoms = bulk("Cu", cubic=True)
     atoms.set_cell(atoms.cell * 0.95, scale_atoms=True)
     atoms.calc = EMT()
@@ -370,7 +370,7 @@ def test_named_keys_are_the_only_source():
     frame = frame_from_atoms(atoms, LabelKeys("dft_energy", "dft_forces", virial="w"))
     assert (frame.energy, frame.forces[0, 0]) == (-7.0, 7.0)
     np.testing.assert_array_equal(frame.virial, STRESS)
-    frame = frame_from_atoms(atoms, LabelKeys(stress="dft_virial"))  # the user says what it is
+    frame = frame_from_atoms(atoms, LabelKeys(stress="dft_virial"))  # the user declares its kind
     np.testing.assert_allclose(frame.virial, -atoms.get_volume() * STRESS)
     bare = frame_from_atoms(copper(), LabelKeys("dft_energy", "dft_forces", "dft_stress"))
     assert bare.energy is bare.forces is bare.virial is None

@@ -88,7 +88,7 @@ def test_least_squares_recovers_a_composition_model():
 
 
 def test_least_squares_of_one_composition_is_the_minimum_norm():
-    """Energies proportional to the counts, as for a trajectory of water (model-3 section 11)."""
+    """Energies proportional to the counts, like in a trajectory of water."""
     frames = [frame("H2O", -467.0), frame("H2O", -469.0)]
     found = reference_energies("least_squares", frames, ["O", "H"])
     assert found == pytest.approx({"O": -93.6, "H": -187.2}, abs=1e-9)

@@ -23,7 +23,7 @@ def words(markup: str) -> str:
 
 @pytest.fixture(scope="module")
 def python_page(tmp_path_factory):
-    """HTML of docs/python.md."""
+    """HTML of the page docs/python.md."""
     for package in ("sphinx", "myst_parser", "furo"):
         pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("html")

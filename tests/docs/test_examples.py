@@ -1,4 +1,4 @@
-"""The Python of the documentation runs as it is written, on a potential with random weights."""
+"""Python blocks of the documentation run as written, on a potential with random weights."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ SHORTER = {'"cuda"': '"cpu"', "relax_ends=True": "steps=2", "run 1000": "run 5"}
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The files that the pages name."""
+    """Folder with the files that the pages name."""
     monkeypatch.chdir(tmp_path)
     potential = random_potential(elements=("H", "C", "O", "Si"), n_blocks=1, lmax=1)
     for file in ("model.safetensors", "run/best.safetensors", "run/last.safetensors",
@@ -52,9 +52,9 @@ def test_blocks_run_one_after_another(folder, page, capsys):
     blocks = re.findall(
         r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
-    known = {"structures": [molecule(1, 4), Atoms("C")]}  # from before the block
+    known = {"structures": [molecule(1, 4), Atoms("C")]}  # defined before the block
     for number, block in enumerate(blocks):
-        if "mliap" in block:  # takes a LAMMPS built with Kokkos
+        if "mliap" in block:  # needs a LAMMPS built with Kokkos
             continue
         if "# TorchSim 0.6" in block and not hasattr(known["ts"], "fire_init"):
             continue

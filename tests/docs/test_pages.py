@@ -29,7 +29,7 @@ def text(path: Path | str) -> str:
 
 
 def table(path: str, heading: str) -> list[list[str]]:
-    """Rows below the first table header that starts with these cells, without backquotes."""
+    """Rows below the first table header that starts with the given cells, without backquotes."""
     lines = text(path).splitlines()
     rows = []
     for start in [i for i, line in enumerate(lines) if line.startswith(f"| {heading} |")]:
@@ -179,7 +179,7 @@ def test_options_of_commands_in_tables():
             parameter = parameters[option]
             expected = parameter.default
             if expected is None and not parameter.required:
-                continue  # what is done then is for words
+                continue  # prose describes the behaviour
             if isinstance(expected, bool):
                 expected = "on" if expected else "off"
             shown = "required" if parameter.required else str(expected)

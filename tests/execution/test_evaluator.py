@@ -1,4 +1,4 @@
-"""Evaluation as fast as the device allows: padding and replay, compilation that may fail, precision."""
+"""Evaluator: padding and replay, failing or deviating compilation, precision."""
 
 import copy
 import warnings
@@ -31,7 +31,7 @@ def test_rounded_up_wastes_little_and_has_few_values():
 
 
 def test_what_is_replayed_keeps_its_results():
-    """Code is chosen by the number of atoms that it sees, padding included: 4096 are 4352."""
+    """The keep policy depends on the number of atoms with padding: 4096 atoms become 4352."""
     assert all(kept.last in (MAX_REPLAYED_ATOMS, 0) for kept in limits.KEEP_POLICIES)
     assert replayed_size(4096) == rounded_up(4097) <= MAX_REPLAYED_ATOMS
     assert replayed_size(MAX_REPLAYED_ATOMS) is None
@@ -48,7 +48,7 @@ def test_padding_changes_nothing(structure):
     assert (padded.destination.diff() >= 0).all()
     expected, found = potential(graph), potential(padded)
     n = graph.num_atoms
-    # another order of the sums of float64
+    # float64, sums in another order
     torch.testing.assert_close(found.energy[:1], expected.energy, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.forces[:n], expected.forces, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(found.virial[:1], expected.virial, rtol=1e-10, atol=1e-11)
@@ -62,13 +62,13 @@ def test_padding_of_several_structures():
     assert torch.equal(padded.structure[: graph.num_atoms], graph.structure)
     more = pad(graph, CUTOFF, 4)
     assert more.num_structures == 6 and more.charge_spin.shape == (6, 2)
-    assert torch.equal(more.structure, padded.structure)  # the others are empty
+    assert torch.equal(more.structure, padded.structure)  # the other structures are empty
 
 
 def test_systems_in_parts_are_not_recorded(monkeypatch):
     potential, recorded = random_potential().eval(), []
     replay = Replay(potential)
-    monkeypatch.setattr(replay, "_record", lambda room: recorded.append(room) or 1 / 0)
+    monkeypatch.setattr(replay, "_record", lambda buffers: recorded.append(buffers) or 1 / 0)
     graph = graph_of(crystal())
     padded = rounded_up(graph.num_edges)
     potential.model.max_edges = {"cpu": padded - 1}
@@ -80,8 +80,8 @@ def test_systems_in_parts_are_not_recorded(monkeypatch):
     assert recorded[0].graph.num_edges == padded
 
 
-def test_room_holds_one_structure_after_the_other():
-    """The same graph as by padding, whatever lay there before, even if it was not a number."""
+def test_buffers_hold_one_structure_after_the_other():
+    """Buffers hold the same graph as `pad` returns, whatever they held before, NaN included."""
     seeds = [(3, 64), (10, 64), (11, 64), (0, 65), (5, 65), (4, 64), (3, 64)]
     graphs = [graph_of(molecule(seed, n)) for seed, n in seeds]
     graphs[1] = graphs[1]._replace(charge_spin=torch.tensor([[1, 2]]))
@@ -111,7 +111,7 @@ def test_added_edges_are_spread_and_sorted(edges):
     assert len(added) == 3136 - edges
     assert bool((added >= 64).all() and (added < 66).all() and (added.diff() >= 0).all())
     counts = added.bincount(minlength=66)[64:]
-    assert counts.max() <= 32  # half of the 64 that can be added at most
+    assert counts.max() <= 32  # half of the 64 edges that can be added at most
 
 
 def test_failed_compilation_is_a_warning(monkeypatch):
@@ -153,7 +153,7 @@ SMALL, MEDIUM, LARGE = limits.KeepPolicy(12, 8), limits.KeepPolicy(12, 0), limit
 
 
 class Comparisons:
-    """Stands for the compiler; records which kind of code is compared, and lets one kind deviate."""
+    """Stub for the compiler that records which keep policies are compared; one of them may deviate."""
 
     def __init__(self, monkeypatch, deviating: limits.KeepPolicy | None = None):
         self.made, self.kept, self.limit, self.deviating = 0, [], None, deviating
@@ -223,7 +223,7 @@ def test_forces_of_degree_four_and_many_edges():
     assert graph.num_edges > 56_000
     expected = copy.deepcopy(potential).eval().double()(graph).forces
     with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)  # eager mode, too, would be right
+        warnings.simplefilter("error", RuntimeWarning)  # eager mode would be right, too
         found = Evaluator(potential, compile=True)(graph).forces
     # float32 deviates by 3e-6 of the largest force, the wrong code by 5e-2
     assert float((found - expected).abs().max()) < 1e-4 * float(expected.abs().max())
@@ -268,7 +268,7 @@ def test_replay_follows_the_structure():
     for seed, n in [(0, 9), (1, 9), (2, 10), (3, 12), (4, 14), (0, 9)]:
         graph = graph_of(molecule(seed, n)).to("cuda")
         expected, found = potential(graph), replay(graph)
-        # float32, another order of the sums
+        # float32, sums in another order
         torch.testing.assert_close(found.energy, expected.energy, rtol=1e-6, atol=1e-5)
         torch.testing.assert_close(found.forces, expected.forces, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.virial, expected.virial, rtol=1e-4, atol=1e-4)
@@ -276,7 +276,7 @@ def test_replay_follows_the_structure():
 
 
 def test_recordings_are_given_up_when_weights_change(monkeypatch):
-    """They do not compute what depends on weights alone. Here "recordings" are results."""
+    """A recording does not recompute constants, which depend on weights alone. Here results stand for recordings."""
     potential, recorded = random_potential(), []
     replay = Replay(potential)
 
@@ -303,7 +303,7 @@ def test_recordings_are_given_up_when_weights_change(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_replay_sees_changed_weights(compilations):
-    """Constants of compiled code are computed before a recording, and not in the memory that it overwrites."""
+    """Constants of compiled code are computed before a recording, outside the memory that it overwrites."""
     potential = random_potential().float().cuda()
     eager = copy.deepcopy(potential)
     regions.compile_potential(potential)
@@ -314,7 +314,7 @@ def test_replay_sees_changed_weights(compilations):
         expected = eager(graph)
         for _ in range(3):
             found = replay(graph)
-            # float32, another order of the sums
+            # float32, sums in another order
             torch.testing.assert_close(found.energy, expected.energy, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(found.forces, expected.forces, rtol=1e-4, atol=1e-5)
     (recording,) = replay.recordings.values()

@@ -1,4 +1,4 @@
-"""Compilation in several processes: they make the code that this process then finds, and nothing else changes."""
+"""Compilation in worker processes: they compile the code that the main process then finds, nothing else changes."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ MODES = [Mode(training=True), Mode(training=False)]
 
 
 def outlined(potential, mode: Mode) -> list:
-    """Stages that tracing ahead adds and that have something to do."""
+    """Non-empty stages that tracing ahead hands to the worker pool."""
     found: list = []
 
     class Workshop(module.WorkerPool):
@@ -47,7 +47,7 @@ def traces(own_cache) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(empty_cache, traces) -> Path:
-    """A folder with traces of `small_potential`, but no code."""
+    """Compiler cache with traces of `small_potential`, but without code."""
     for file in traces.glob("dpa4/*/trace.json"):
         shutil.copytree(file.parent, empty_cache / file.parent.relative_to(traces), ignore=without_code)
     return empty_cache
@@ -59,7 +59,7 @@ def without_code(folder: str, names: list[str]) -> set[str]:
 
 @pytest.fixture
 def stages() -> list[int]:
-    """Numbers of stages of `small_potential` in each mode: of six parts, four stages in training, else three."""
+    """Number of stages of `small_potential` in each mode: six parts of four stages in training, else of three."""
     potential = small_potential()
     compile_potential(potential)
     numbers = [len(outlined(potential, mode)) for mode in MODES]
@@ -72,11 +72,11 @@ def stages() -> list[int]:
     [(small_potential, {}), pytest.param(random_potential, {"charge_spin": True}, marks=pytest.mark.slow)],
 )
 def test_tracing_ahead_is_what_calls_trace_later(compilations, make, options):
-    """All stages of all modes are there before anything is called, and calls give what they did."""
+    """All stages of all modes are traced before any call, and calls trace no others."""
     potential = make(n_blocks=1, **options)
     compile_potential(potential)
     ahead = [stage for mode in MODES for stage in outlined(potential, mode)]
-    # Nothing is left without values by a second time, either.
+    # A second call has nothing left to trace, and no stage is left without values.
     assert outlined(potential, MODES[1]) == []
     assert compilations == []
     graph = graph_of(molecule())
@@ -95,7 +95,7 @@ def test_tracing_leaves_the_potential_as_it_was(compilations):
     assert potential.training and potential.model.block_autocast is torch.bfloat16
     assert {r.max_kept for r in regions(potential) if r.keeps} == {7}  # one block, which is the last
     assert all(p.grad is None for p in potential.parameters())
-    assert reports == []  # what is traced ahead is not counted, what is made is
+    assert reports == []  # only compilation is reported, not tracing ahead
     potential(graph_of(molecule()))
     assert reports
 
@@ -109,12 +109,12 @@ for line in sys.stdin:
         made.write(recipe[0])
     print("made", flush=True)
 """
-"""Does everything but compile."""
+"""Program of a worker process that does everything except compile."""
 
 
 @pytest.fixture
 def workers(monkeypatch) -> list:
-    """One entry for each process that was started; they do as `WORKER`."""
+    """Processes started so far, one entry each; they run `WORKER`."""
     started: list = []
     original = subprocess.Popen
 
@@ -168,7 +168,7 @@ def test_failing_processes_are_reported(workers, compilations, monkeypatch, capl
     precompile(potential, MODES[1:], processes=2)
     assert "no compiler here" in caplog.text
     assert compare_with_eager(potential.eval(), graph_of(molecule()))["forces"] < 1e-11
-    assert len(compilations) == stages[1]  # in this process
+    assert len(compilations) == stages[1]  # all compiled in this process
 
 
 def test_no_process_survives_an_interruption(workers, monkeypatch):
@@ -188,7 +188,7 @@ def test_no_process_survives_an_interruption(workers, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_this_process_has_nothing_to_compile_and_the_next_one_nothing_to_trace(cache):
-    """With the real compiler, in processes of their own, whose caches are empty."""
+    """Runs with the real compiler, in processes of their own whose caches are empty."""
     program = """
 import sys
 import torch

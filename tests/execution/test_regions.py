@@ -1,10 +1,11 @@
-"""Compiled potentials: the same numbers and derivatives as in eager mode, from code that is found again on disk.
+"""Compiled potentials: numbers and derivatives of eager mode, from code that is found again on disk.
 
-Compilers take minutes on a CPU, so the stages run here as the graphs that a compiler would receive. Tracing takes
+Compilation takes minutes on a CPU, so stages run as the graphs that the compiler would receive. Tracing takes
 seconds for each kind of network, so most tests share the traces of `small_potential`.
 """
 
 import gc
+import itertools
 
 import pytest
 import torch
@@ -40,6 +41,8 @@ GENERATIONS = {
     "bridging": {"n_blocks": 1, "bridging": Bridging(r_inner=0.8, r_outer=1.4)},
 }
 GENERATIONS["everything"] = {**GENERATIONS["SO(3) grid"], **GENERATIONS["foci"], **GENERATIONS["bridging"]}
+# With 16 channels, compiled code contains the C++ kernels; the others have 8 channels and plain operations.
+GENERATIONS["everything, C++"] = {**GENERATIONS["everything"], "channels": 16}
 
 
 def test_training_computes_everything_of_its_weights(compilations):
@@ -51,7 +54,7 @@ def test_training_computes_everything_of_its_weights(compilations):
     assert not any(region.constants for region in regions_of(potential))
 
 
-@pytest.mark.parametrize("name", ["S2 grid", "everything"])
+@pytest.mark.parametrize("name", ["S2 grid", "everything, C++"])
 def test_evaluation_of_a_potential_computes_nothing_of_weights_alone(compilations, name):
     potential = random_potential(**GENERATIONS[name]).eval()
     compile_potential(potential)
@@ -66,7 +69,7 @@ def test_evaluation_of_a_potential_computes_nothing_of_weights_alone(compilation
 
 
 def test_weights_are_split_once(compilations, empty_cache, monkeypatch):
-    """As on a GPU, where products in float32 are those of pieces of weights."""
+    """Simulates a GPU, where float32 products use split weights."""
     monkeypatch.setattr(available, "split_product", lambda x: True)
     potential = small_potential().float().eval()
     compile_potential(potential)
@@ -83,7 +86,7 @@ def test_weights_are_split_once(compilations, empty_cache, monkeypatch):
 
 @pytest.mark.parametrize(("max_kept", "calls"), [(100, 1), (0, 2)])
 def test_kernels_with_several_results(compilations, max_kept, calls):
-    """All that is needed of the results of one call is kept, or computed again."""
+    """Results of one call that are needed later are either all stored, or computed again."""
     potential = small_potential().eval()
     compile_potential(potential, kept=KeepPolicy(max_kept, max_kept))
     assert compare_with_eager(potential, batches(1)[0])["forces"] < 1e-11
@@ -92,10 +95,14 @@ def test_kernels_with_several_results(compilations, max_kept, calls):
 
 
 def test_whole_stacks_keep_only_what_their_derivative_takes(monkeypatch, empty_cache):
-    """With the kernels for Hopper GPUs, traced without one: in the last block; earlier ones compute it again."""
+    """Trace with the kernels for Hopper GPUs, without one. The last block stores products; earlier ones recompute."""
     monkeypatch.setattr(available, "whole_stack", lambda x, layers, layout: True)
     potential = Potential(preset("paper-air", ("H", "C"), n_blocks=2)).float().eval()
     compile_potential(potential, kept=KEEP_POLICIES[1])
+    for method in ("locate", "embed", "read_out"):  # tracing the messages alone saves time
+        del vars(potential.model)[method]
+    for block in potential.model.blocks:
+        del block.__dict__["states"], block.__dict__["update"]
     precompile._outline(potential, precompile.Mode(training=False), precompile.WorkerPool(0))
     code = potential.model.blocks[0].messages.code
     calls, edge_features = {}, {}
@@ -104,9 +111,9 @@ def test_whole_stacks_keep_only_what_their_derivative_takes(monkeypatch, empty_c
         calls[kind.keep] = [n.args[-1] for n in nodes if "so2_fused_value" in str(n.target)]
         taken = program.stages[1].recipe.arguments
         edge_features[kind.keep] = [a.shape for a in taken if a.shape[-1] == 640]
-    # Whether products are kept, in every call of stage 0 and 1.
+    # True for every call, in stages 0 and 1, that stores products.
     assert calls == {True: [True], False: [False, True]}
-    # The products of three gated layers, a little longer, and the result, from which attention has its gradient.
+    # Products of three gated layers with some rows of padding, and the result, which the gradient of attention needs.
     assert edge_features == {True: [[1, "edge", 640], *3 * [["edge + 63", 640]]], False: []}
 
 
@@ -117,20 +124,18 @@ def batches(count: int):
     ]
 
 
+# Evaluation with everything, but without parts, is in the test of constants.
+QUICK_CASES = (("S2 grid", False, True), ("S2 grid", False, False), ("everything, C++", True, True))
+
+
 @pytest.mark.parametrize(
-    ("name", "split"),
+    ("name", "split", "training"),
     [
-        ("S2 grid", False),
-        ("everything", True),
-        *(
-            pytest.param(name, split, marks=pytest.mark.slow)
-            for name in GENERATIONS
-            for split in (False, True)
-            if (name, split) not in (("S2 grid", False), ("everything", True))
-        ),
+        pytest.param(*case, marks=[] if case in QUICK_CASES else pytest.mark.slow)
+        for case in itertools.product(GENERATIONS, (False, True), (False, True))
     ],
 )
-def test_potential_and_its_parameter_gradients(compilations, name, split):
+def test_potential_and_its_parameter_gradients(compilations, name, split, training):
     """With bridging, freeze gates depend on the same edges and are an argument of compiled code."""
     potential: Potential = random_potential(**GENERATIONS[name])
     graphs = [*batches(2), graph_of(molecule())]
@@ -138,11 +143,10 @@ def test_potential_and_its_parameter_gradients(compilations, name, split):
     assert ((lengths > 0.8) & (lengths < 1.4)).any()
     if split:
         potential.model.max_edges = {"cpu": 60}
-    for training in (True, False):
-        compile_potential(potential.train(training))
-        for graph in graphs:
-            for quantity, deviation in compare_with_eager(potential, graph).items():
-                assert deviation < 1e-11, quantity  # float64, another order of sums
+    compile_potential(potential.train(training))
+    for graph in graphs:
+        for quantity, deviation in compare_with_eager(potential, graph).items():
+            assert deviation < 1e-11, quantity  # float64, sums in another order
 
 
 def test_potential_compiles_once_for_ten_batches(compilations):
@@ -152,7 +156,7 @@ def test_potential_compiles_once_for_ten_batches(compilations):
         potential(graph).forces.square().mean().backward()
         if k == 0:
             count = len(compilations)
-    # Six parts of four stages at most.
+    # At most six parts of four stages.
     assert len(compilations) == count and 0 < count <= 24
 
 
@@ -175,13 +179,13 @@ def test_keeping_results_can_be_changed(compilations):
         keep_results(potential, KeepPolicy(max_kept, max_kept))
         assert_close(potential(graph).forces, expected)
         counts.append(len(compilations))
-    # Six parts of two stages and one of constants at most, of each of two kinds.
+    # At most six parts of two stages and a stage of constants, for each of two policies.
     assert 0 < counts[0] < counts[1] == counts[2] <= 36
 
 
 @pytest.mark.parametrize("on_a_gpu", [True, False])
 def test_parts_keep_nothing_on_a_gpu(compilations, monkeypatch, on_a_gpu):
-    """Where the edges are worked on in parts, memory decides there, whatever the number of nodes of a part."""
+    """On a GPU, memory decides when edges are processed in parts, whatever the number of nodes of a part."""
     monkeypatch.setattr(regions, "_parts_bound_memory", lambda device: on_a_gpu)
     potential, graph = small_potential().eval(), batches(1)[0]
     compile_potential(potential)
@@ -212,7 +216,7 @@ def test_code_for_one_size_only_is_detected(compilations):
 def test_traces_are_kept_on_disk(compilations, monkeypatch):
     """A second potential of the same kind is not traced; one of another kind is."""
     graph = batches(1)[0]
-    for seed in range(2):  # of the weights
+    for seed in range(2):  # seed of the weights
         potential = small_potential(seed)
         compile_potential(potential)
         for training in (True, False):
@@ -220,7 +224,7 @@ def test_traces_are_kept_on_disk(compilations, monkeypatch):
                 assert deviation < 1e-11, name
         monkeypatch.setattr(tracing, "make_fx", not_to_be_called)
     others = [
-        lambda: small_potential(n_radial=5),  # as no other test has it
+        lambda: small_potential(n_radial=5),  # unlike in any other test
         lambda: small_potential().to(torch.bfloat16),
     ]
     for other in others:
@@ -248,13 +252,13 @@ def test_damaged_files_of_code_are_replaced(compilations, damage):
             stage.file.write_bytes(damage)
         assert compare_with_eager(potential, graph)["forces"] < 1e-11
         counts.append(len(compilations))
-    assert counts[1] == 2 * counts[0] > 0  # all of them were made again
+    assert counts[1] == 2 * counts[0] > 0  # all of them were compiled again
     for stage in stages:
         stage.file.unlink()
 
 
 class Wrong(Region):
-    """A region with the right value and wrong derivatives."""
+    """Stub for a region with the right value and wrong derivatives."""
 
     def __init__(self, function):
         self.function = function
@@ -275,7 +279,7 @@ def test_compiling_twice_and_back(compilations):
 
 
 def test_nothing_of_a_step_stays_alive(compilations):
-    """What stages hand to each other must not keep a step's graph, and with it its memory, alive."""
+    """Objects passed between stages must not keep a step's graph, and with it its memory, alive."""
     from dpa4.ops.second_order import _Call
 
     potential = small_potential().train()
@@ -288,8 +292,8 @@ def test_nothing_of_a_step_stays_alive(compilations):
 @pytest.mark.skipif(available.cpp_missing() is not None, reason=f"{available.cpp_missing()}")
 @pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_kernels_for_a_cpu_are_part_of_compiled_code(compilations, training):
-    """With so many channels that they run; float64."""
-    potential = random_potential(n_blocks=1, channels=16, **GENERATIONS["SO(3) grid"]).train(training)
+    """Float64, with enough channels for the kernels to run."""
+    potential = random_potential(**GENERATIONS["everything, C++"]).train(training)
     compile_potential(potential)
     for name, deviation in compare_with_eager(potential, batches(1)[0]).items():
         assert deviation < 1e-11, name

@@ -1,4 +1,4 @@
-"""The search in torch operations: many structures at once, bounded memory, limits of the bin numbers."""
+"""The cell list in torch operations: batches of structures, bounded memory, limits of bin numbers."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ CUTOFF = 5.0
 
 
 def structures() -> list[Graph]:
-    """Graphs of a molecule, small and skewed crystals, a slab, and nothing."""
+    """Graphs of a molecule, small and skewed crystals, a slab, and an empty structure."""
     skewed = bulk("Si")
     skewed.set_cell(skewed.cell.array @ [[1, 0.4, 0], [0, 1, -0.3], [0.2, 0, 1]], scale_atoms=True)
     many = [molecule("CH3CH2OH"), bulk("Po", "sc", a=2.1), skewed, fcc111("Al", (2, 1, 2), vacuum=5.0)]
@@ -57,7 +57,7 @@ def test_limits_of_bin_numbers(monkeypatch, name, value):
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest number of elements of any result."""
+    """Mode that records the largest number of elements of any result."""
 
     def __init__(self):
         super().__init__()
@@ -71,7 +71,7 @@ class Largest(TorchDispatchMode):
 
 
 def gas(n: int, spacing: float) -> torch.Tensor:
-    """Atoms on a line along the diagonal: the extent along each axis grows with their number."""
+    """Positions of atoms along the diagonal, whose extent along each axis grows with their number."""
     rng = np.random.default_rng(0)
     return torch.tensor(np.arange(n)[:, None] * spacing + rng.uniform(-0.2, 0.2, (n, 3)))
 
@@ -100,7 +100,7 @@ def test_structures_must_fit():
 
 
 def test_cells_of_every_periodicity_are_completed_together():
-    """One by one and all at once; missing axes are orthogonal unit vectors, and heights are distances of faces."""
+    """Batched results equal single ones. Missing axes are orthogonal unit vectors, heights are distances of faces."""
     rng = np.random.default_rng(0)
     pbc = np.array(list(np.ndindex(2, 2, 2)), dtype=bool)
     lattice, periodic = periodic_lattice(3 * np.eye(3) + rng.normal(0, 0.4, (8, 3, 3)), pbc)

@@ -16,7 +16,7 @@ Pair = tuple[int, int, int, int, int]  # source, destination, shift
 
 
 def brute_force(positions, cell, pbc, cutoff) -> set[Pair]:
-    """All pairs, by looking at every image that could be near enough."""
+    """All pairs, found by checking every image that could be near enough."""
     lattice = np.where(np.asarray(pbc)[:, None], cell, 0.0)
     inverse = np.linalg.inv(complete_cell(lattice))
     spread = np.ptp(positions @ inverse, axis=0) + cutoff * np.linalg.norm(inverse, axis=0)
@@ -45,7 +45,7 @@ def torch_search(positions, cell, pbc, cutoff) -> Neighbors:
 
 
 def search(positions, cell, pbc, cutoff) -> Neighbors:
-    """The list of one search, after comparing it to that of the other, order included."""
+    """Neighbour list of one search, after a comparison with the other search, order included."""
     found = neighbor_list(positions, cell, pbc, cutoff)
     for name, ours, theirs in zip(
         found._fields, found, torch_search(positions, cell, pbc, cutoff), strict=True
@@ -55,7 +55,7 @@ def search(positions, cell, pbc, cutoff) -> Neighbors:
 
 
 def assert_same(positions, cell, pbc, cutoff) -> int:
-    """Pair-by-pair comparison; returns the number of pairs."""
+    """Compare two lists pair by pair; returns the number of pairs."""
     positions, cell, pbc = np.asarray(positions, float), np.asarray(cell, float), np.asarray(pbc, bool)
     found = search(positions, cell, pbc, cutoff)
     listed = pairs(found)
@@ -69,7 +69,7 @@ def assert_same(positions, cell, pbc, cutoff) -> int:
 @settings(max_examples=80, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_random_structures(seed):
-    """Any periodicity, skewed and small cells, atoms outside the cell, any rows of non-periodic axes."""
+    """Any periodicity, skewed and small cells, atoms outside the cell, any vectors along non-periodic axes."""
     rng = np.random.default_rng(seed)
     pbc = rng.random(3) < 0.6
     cell = rng.normal(size=(3, 3)) * rng.uniform(1.5, 6)
@@ -115,7 +115,7 @@ def test_a_pair_at_the_cutoff_is_kept(cutoff, periodic):
 @pytest.mark.parametrize("distance", [1e3, 1e6, 1e9])
 @pytest.mark.parametrize("pbc", [(False, False, False), (True, False, False), (True, True, False)])
 def test_fragments_far_apart(pbc, distance):
-    """An evaporated atom neither hangs nor aborts the search (vesin's cell list alone does)."""
+    """An evaporated atom neither hangs nor aborts the search, as it does vesin's cell list by itself."""
     cell = np.diag([2.5, 3.0, 0.0]) * np.array(pbc)[:, None]
     far = distance * np.where(pbc, 0, 1)
     positions = np.array([[0, 0, 0], [0.3, 0.8, 0.1], [0.5, 0, 1], [0.5, 1, 1]])
@@ -127,7 +127,7 @@ def test_fragments_far_apart(pbc, distance):
 
 
 def test_very_flat_cells():
-    """Many cells along one axis, one along the others: vesin's cell list divides by zero without help."""
+    """Many cells along one axis and one along the others make vesin's cell list divide by zero, unless prevented."""
     positions = np.array([[0, 0, 0], [0.1, 0.2, 0.3], [0.1, 0.3, 9000.0]])
     assert assert_same(positions, np.diag([1.0, 1.0, 12000.0]), [True] * 3, 0.1) == 0
     assert assert_same(positions, np.diag([0.5, 0.5, 60000.0]), [True] * 3, 0.51) > 12
@@ -206,7 +206,7 @@ def lengths(positions, found) -> np.ndarray:
 
 
 def test_graph_of_tensors():
-    """Tensors are taken as arrays are, and copied."""
+    """Tensors are accepted like arrays, and copied."""
     atoms = bulk("NaCl", "rocksalt", a=5.0, cubic=True)
     arguments = (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc, 5.0, (1, 2))
     expected = build_graph(*arguments)

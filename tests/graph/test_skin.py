@@ -1,4 +1,4 @@
-"""The Verlet skin: along any path, the graphs of a new search in every step."""
+"""The Verlet skin: along any path, the graphs equal those of a new search in every step."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def arguments(atoms: Atoms) -> tuple:
 
 
 def assert_fresh(neighbors: SkinnedNeighbors, atoms: Atoms, charge_spin=(0, 1)) -> bool:
-    """The graph is that of a new search, to the last bit and edge; returns whether there was a search."""
+    """Compare the graph with that of a new search, to the last bit; return whether the skin searched, too."""
     before = neighbors.searches
     expected = build_graph(*arguments(atoms), neighbors.cutoff, charge_spin)
     found = neighbors.graph(*arguments(atoms), charge_spin)
@@ -76,7 +76,7 @@ def test_wrapped_positions():
 
 @pytest.mark.parametrize("scale_atoms", [True, False])
 def test_changing_cell(scale_atoms):
-    """Anisotropic strain and shear with moving atoms, as at constant pressure."""
+    """Anisotropic strain and shear with moving atoms, like at constant pressure."""
     atoms, neighbors, rng = crystal(), SkinnedNeighbors(CUTOFF), np.random.default_rng(2)
     start = atoms.cell.array.copy()
     for step in range(120):

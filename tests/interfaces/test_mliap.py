@@ -1,4 +1,4 @@
-"""ML-IAP on several ranks gives what the whole system gives; threads that exchange their ghosts play LAMMPS."""
+"""ML-IAP: several ranks give the results of the whole system; threads that exchange ghosts replace LAMMPS."""
 
 import itertools
 import threading
@@ -19,7 +19,7 @@ CUTOFF = 3.0
 
 
 class Ranks:
-    """Ranks that exchange rows of numbers as LAMMPS does; every rank is a thread."""
+    """Stub for the communication of LAMMPS: ranks, each in a thread, exchange rows of numbers."""
 
     def __init__(self, count: int):
         self.barrier = threading.Barrier(count, timeout=60)
@@ -28,7 +28,7 @@ class Ranks:
         self.exchanges = 0
 
     def publish(self, rank: int, rows: torch.Tensor) -> list[torch.Tensor]:
-        """What every rank has published at this point."""
+        """Publish the rows of a rank; return those of all ranks."""
         self.published[rank] = rows.clone()
         self.barrier.wait()
         found = list(self.published)
@@ -39,9 +39,9 @@ class Ranks:
 
 
 class Data:
-    """The data object of LAMMPS's Kokkos coupling for one rank, on the CPU.
+    """Stub for the data object of LAMMPS's Kokkos coupling for one rank, on the CPU.
 
-    Own atoms are followed by ghosts: copies of atoms of any rank, images of own atoms among them, within reach of the
+    Own atoms are followed by ghosts: copies of atoms of any rank, including images of own atoms, within reach of the
     own atoms. Pairs are directed, each in both directions where both atoms are on the rank; they are grouped by their
     own atom i, with rij = rj - ri.
     """
@@ -83,7 +83,7 @@ class Data:
         self.forces = np.zeros((self.ntotal, 3))
         self.strain = np.zeros((3, 3))  # derivative of the energy
         if self.npairs == 0:
-            self.pair_i = self.pair_j = self.rij = None  # as null pointers are
+            self.pair_i = self.pair_j = self.rij = None  # like null pointers
 
     def update_pair_forces(self, fij: torch.Tensor) -> None:
         assert fij.dtype == torch.float64 and fij.shape == (self.npairs, 3) and fij.is_contiguous()
@@ -92,7 +92,7 @@ class Data:
         self.strain += self.rij.T @ fij.numpy()
 
     def check(self, copy_from: torch.Tensor, copy_to: torch.Tensor, vec_len: int) -> None:
-        """What the real one takes for granted: it sees addresses only."""
+        """Check the assumptions of the real object, which sees addresses only."""
         assert copy_from.dtype == copy_to.dtype and copy_from.dtype in (torch.float32, torch.float64)
         for tensor in (copy_from, copy_to):
             assert tensor.is_contiguous() and tensor.numel() == self.ntotal * vec_len
@@ -116,7 +116,7 @@ class Data:
 
 
 def run(atoms: Atoms, owner: np.ndarray, count: int, potential: Potential, skin: float = 0.5, **options):
-    """Energy, energies of the atoms, forces and virial, put together from all ranks, and the ranks."""
+    """Energy, atomic energies, forces and virial, assembled from all ranks, and the ranks."""
     ranks = Ranks(count)
     # one model per rank, as there is one process
     models = [DPA4MLIAP(potential, **({"dtype": "float64"} | options)) for _ in range(count)]
@@ -143,7 +143,7 @@ def run(atoms: Atoms, owner: np.ndarray, count: int, potential: Potential, skin:
 
 
 def cell(seed: int = 0, count: int = 14) -> Atoms:
-    """A skewed cell that is a little more than one cutoff wide."""
+    """Skewed cell that is slightly wider than one cutoff."""
     atoms = Atoms("HCO" * count)[:count]
     rng = np.random.default_rng(seed)
     atoms.set_cell([[6.4, 0, 0], [0.7, 3.6, 0], [-0.5, 0.4, 3.9]])
@@ -159,7 +159,7 @@ def cell(seed: int = 0, count: int = 14) -> Atoms:
 
 
 def halves(atoms: Atoms, count: int) -> np.ndarray:
-    """Slabs along x, as LAMMPS's processors."""
+    """Owners of the atoms: slabs along x, like LAMMPS's processors."""
     return np.minimum((atoms.get_scaled_positions()[:, 0] * count).astype(int), count - 1)
 
 
@@ -171,13 +171,13 @@ def expected(atoms: Atoms, potential: Potential, charge_spin: tuple[int, int] = 
 
 def assert_equal(found, prediction, tolerance: float = 1e-12) -> None:
     energy, energies, forces, virial, _ = found
-    for actual, wanted in (
+    for actual, expected in (
         (torch.tensor([energy], dtype=torch.float64), prediction.energy),
         (torch.from_numpy(energies), prediction.atomic_energies),
         (torch.from_numpy(forces), prediction.forces),
         (torch.from_numpy(virial), prediction.virial[0]),
     ):
-        assert_close(actual, wanted, tolerance)
+        assert_close(actual, expected, tolerance)
 
 
 BRIDGED = {"bridging": Bridging(r_inner=0.9, r_outer=1.5)}
@@ -205,11 +205,11 @@ def test_two_ranks_are_the_whole(options):
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_any_number_of_ranks(count):
-    """With one, all ghosts are images of own atoms."""
+    """With one rank, all ghosts are images of own atoms."""
     atoms, potential = cell(1), random_potential(cutoff=CUTOFF, n_blocks=3, **BRIDGED)
     found = run(atoms, halves(atoms, count), count, potential)
     assert_equal(found, expected(atoms, potential))
-    # per layer and for the gates, forward and back; nothing goes back twice
+    # one exchange per layer and one for the gates, forward and backward; no exchange is repeated
     assert found[-1].exchanges == 2 * (3 + 1)
 
 
@@ -228,7 +228,7 @@ def test_gates_of_ghosts_depend_on_atoms_out_of_reach():
 
 @pytest.mark.parametrize("options", [{}, {"use_env_seed": False}, BRIDGED], ids=str)
 def test_ranks_without_atoms_or_pairs(options):
-    """One rank has a lone atom, one nothing; they take part in every exchange."""
+    """One rank has a single atom, one has none; both take part in every exchange."""
     atoms = molecule(0, 7)
     atoms += Atoms("C", positions=[[30, 0, 0]])
     owner = np.array([0, 0, 0, 1, 1, 1, 1, 2])
@@ -252,7 +252,7 @@ def test_charge_and_spin():
 
 
 def test_single_precision():
-    """Exchanged in single precision; energies are summed in double."""
+    """Rows are exchanged in single precision; energies are summed in double."""
     atoms, potential = cell(), random_potential(cutoff=CUTOFF)
     found = run(atoms, halves(atoms, 2), 2, potential, dtype="float32")
     prediction = expected(atoms, potential)
@@ -262,7 +262,7 @@ def test_single_precision():
 
 def test_compiled_code_for_one_of_several_ranks(compilations):
     atoms, potential = cell(), random_potential(cutoff=CUTOFF, n_blocks=1, lmax=1, **BRIDGED)
-    ranks = Ranks(1)  # tracing is not for several threads at once
+    ranks = Ranks(1)  # tracing does not support several threads at once
     model = DPA4MLIAP(potential, dtype="float64", compile=True)
     prediction = expected(atoms, potential)
     for step in range(2):
@@ -304,7 +304,7 @@ def test_the_interface_is_that_of_lammps():
 
 def test_a_coupling_without_exchange_is_refused():
     class Plain:
-        """That of LAMMPS without Kokkos."""
+        """Stub for the data object of LAMMPS without Kokkos."""
 
         ntotal = 3
 

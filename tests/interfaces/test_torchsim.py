@@ -1,4 +1,4 @@
-"""TorchSim: the model is the calculator for many structures at once, and TorchSim's own methods run on it."""
+"""TorchSim: the model gives the calculator's results for batches, and TorchSim's own methods run on it."""
 
 import inspect
 import sys
@@ -54,7 +54,7 @@ def test_a_batch_is_the_calculator_for_each_structure(kind):
     parts = {name: results[name].split(sizes) for name in ("energies", "forces")}
     for index, atoms in enumerate(structures):
         atoms.calc = calculator
-        # float64, other sums
+        # float64, sums in another order
         assert results["energy"][index].item() == pytest.approx(atoms.get_potential_energy(), abs=1e-12)
         np.testing.assert_allclose(parts["energies"][index], atoms.get_potential_energies(), atol=1e-12)
         np.testing.assert_allclose(parts["forces"][index], atoms.get_forces(), atol=1e-12)
@@ -83,7 +83,7 @@ def test_periodicity_along_some_axes():
     potential = random_potential()
     own, atoms = model(potential), slab()
     system = state([atoms], own)
-    system.pbc = [True, True, False]  # TorchSim 0.3 makes it all or nothing
+    system.pbc = [True, True, False]  # TorchSim 0.3 supports only all or no axes
     results = own(system)
     atoms.calc = DPA4Calculator(potential, device="cpu", dtype="float64")
     assert results["energy"].item() == pytest.approx(atoms.get_potential_energy(), abs=1e-12)
@@ -180,7 +180,7 @@ def test_fast_precision_differs_and_float32_hardly():
 
 
 def test_several_structures_are_not_replayed(monkeypatch):
-    """A recording is made for sizes that come again; those of batches do not."""
+    """Recordings pay off for sizes that recur; sizes of batches do not."""
     own, replayed = model(), []
     monkeypatch.setattr(own._evaluator, "_call", replayed.append)
     assert own(state([molecule(), molecule(1)], own))["energy"].shape == (2,) and not replayed
@@ -227,7 +227,7 @@ def test_batches_on_the_gpu_are_those_of_the_cpu():
 
 @pytest.mark.slow
 def test_compiled_batches():
-    """A batch, with an isolated atom in it, and one structure, by the same compiled code."""
+    """The same compiled code evaluates a batch with an isolated atom, and one structure."""
     structures, potential = [molecule(1), molecule(2), Atoms("C"), molecule(3, 5)], random_potential()
     compiled, eager = (
         model(potential, dtype="float32", compile=True),
@@ -236,7 +236,7 @@ def test_compiled_batches():
     for chosen in (structures, structures[:2], structures[:1]):
         found, expected = (own(state(chosen, own)) for own in (compiled, eager))
         for name in ("energy", "forces"):
-            # rounding of float32 in another order
+            # float32, sums in another order
             torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
 
 
@@ -300,7 +300,7 @@ def test_autobatchers_take_as_many_structures_as_have_the_edges():
     structures = [crystal()] * 7
     edges = graph_of(structures[0]).num_edges
     options = own.autobatching(2.6 * edges)
-    if OLD:  # the estimate of a homogeneous structure is near
+    if OLD:  # the estimate is close for a homogeneous structure
         spheres = 4 / 3 * np.pi * own.cutoff**3
         assert 6**2 / structures[0].get_volume() * spheres == pytest.approx(edges, rel=0.2)
     batcher = ts.BinningAutoBatcher(own, **options)

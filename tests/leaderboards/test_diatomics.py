@@ -1,4 +1,4 @@
-"""Curves of diatomic molecules: windows, references, what is not finite, what is written."""
+"""Curves of diatomic molecules: windows, references, non-finite values, files."""
 
 import json
 
@@ -24,7 +24,7 @@ def test_curves_of_a_potential(tmp_path):
     assert run_diatomics(["H", "O"], calculator, tmp_path, progress=False)[:3] == (2, 0, False)
     score = score_diatomics(tmp_path)
     assert score.coverage == 2 / 87 and len(SCORED) == 87
-    # forces are derivatives: what is left is the error of differences on a logarithmic grid (3 % apart)
+    # forces are derivatives: only the error of differences on a logarithmic grid (3 % apart) remains
     forces = [abs(float(row["force"])) for row in rows(tmp_path / "curves.csv")]
     assert score.metrics["conservation_deviation"] < 0.05 * max(forces)
     assert np.isnan(score.CDS) and "pbe_energy_mae" not in score.metrics
@@ -45,7 +45,7 @@ def parabola(r, k: float = 50.0, r0: float = 1.2) -> Curve:
 
 
 def test_the_wall_is_looked_for_below_the_window_of_the_other_metrics():
-    """Oxygen: 0.9 covalent radii are 0.594 Angstrom, 0.8 are 0.528."""
+    """For oxygen, 0.9 covalent radii are 0.594 Angstrom, 0.8 are 0.528."""
     r = np.linspace(0.5, 6.0, 5501)
     curve, reference = parabola(r, k=45), parabola(r)
     found = element_metrics("O", curve, reference)
@@ -56,7 +56,7 @@ def test_the_wall_is_looked_for_below_the_window_of_the_other_metrics():
 
 
 def test_a_reference_counts_as_far_as_the_window_whatever_the_points_of_the_curve():
-    """Oxygen: its window ends at 4.65 Angstrom; the last point of the curve in it is 4.6, of the reference 4.65."""
+    """The window of oxygen ends at 4.65 Angstrom; the curve's last point in it is 4.6, the reference's 4.65."""
     curve, reference = parabola(np.linspace(0.6, 6, 55)), parabola(np.linspace(0.6, 4.65, 406))
     found = element_metrics("O", curve, reference)
     assert found["pbe_well_depth_error"] == pytest.approx(50 * ((4.65 - 1.2) ** 2 - (4.6 - 1.2) ** 2))
@@ -117,7 +117,7 @@ def test_windows_and_points_that_are_not_finite(tmp_path):
     found = homonuclear_curve("O", Broken(rc=20))
     assert found["distances"][0] >= 0.3 and len(found["distances"]) < 119
     calculator = Broken(rc=20)
-    calculator.below = 0.56  # between 0.8 and 0.9 covalent radii, where the wall is looked for
+    calculator.below = 0.56  # between 0.8 and 0.9 covalent radii, where the wall is searched
     with pytest.raises(ValueError, match=r"not finite at \[0.529, 0.548\]"):
         homonuclear_curve("O", calculator)
     calculator = Broken(rc=20)

@@ -26,7 +26,7 @@ def test_turns_of_a_curve_by_hand():
     assert tortuosity(e) == 7 / 5  # 3 + 2 + 1 + 1 over (3 - 0) + (2 - 0)
     assert energy_diff_flips(e) == 3  # down, up, down, up
     assert energy_jump(e) == 10  # (3 + 2) + (2 + 1) + (1 + 1)
-    assert energy_diff_flips([1.0, 0.5, 0.5005, 0.2]) == 0  # 0.5 meV upwards is passed over
+    assert energy_diff_flips([1.0, 0.5, 0.5005, 0.2]) == 0  # a rise of 0.5 meV is ignored
     f = [-5.0, -1.0, 0.005, 2.0, -1.0, -0.002]
     assert force_flips(f) == 2  # - - (0) + - (0)
     assert force_jump([-5.0, -1.0, 2.0, -1.0]) == 6  # steps 4, 3, -3: one turn
@@ -36,7 +36,7 @@ def test_turns_of_a_curve_by_hand():
 
 def test_smoothness_and_conservation_of_a_parabola():
     r = np.linspace(1, 3, 2001)
-    assert smoothness(r, r**2) == pytest.approx(2, abs=2e-3)  # only two of 2001 points feel the ends
+    assert smoothness(r, r**2) == pytest.approx(2, abs=2e-3)  # the ends affect only two of 2001 points
     # differences are exact for a parabola but at the two ends, where they are wrong by the spacing 0.001
     assert conservation_deviation(r, r**2, 2 * r) == pytest.approx(2 * 0.001 / 2001, rel=1e-6)
     assert conservation_deviation(r, r**2, 2 * r + 0.5) == pytest.approx(0.5, abs=1e-5)  # the ends again
@@ -60,7 +60,7 @@ def test_errors_with_respect_to_a_reference_by_hand():
     assert all(value == 0 for value in same.values())
     shifted = reference_metrics(Curve(r, reference.energies + 3, reference.forces + 0.3), reference, 1.008)
     assert shifted["pbe_energy_mae"] == pytest.approx(0, abs=1e-12)
-    assert shifted["pbe_force_mae"] == pytest.approx(0.1)  # of the three components one is wrong
+    assert shifted["pbe_force_mae"] == pytest.approx(0.1)  # one of three components is wrong
 
 
 def test_energies_and_forces_are_compared_with_the_last_energy_as_zero():

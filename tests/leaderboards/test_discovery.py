@@ -1,4 +1,4 @@
-"""Matbench Discovery: formation energies and distances by hand, what counts as missing, the whole command."""
+"""Matbench Discovery: formation energies and hull distances by hand, missing predictions, the whole command."""
 
 import gzip
 import json
@@ -28,7 +28,7 @@ from dpa4.leaderboards.discovery import _Corrector, pymatgen_structure, read_sum
 from dpa4.simulation import DPA4Calculator, relax
 from helpers import crystal
 
-# One of four atoms moved by 0.3 Angstrom: less the mean, it is 0.225 off and the others 0.075.
+# One of four atoms moved by 0.3 Angstrom: after subtraction of the mean, it is 0.225 off and the others 0.075.
 MOVED = ((0.225**2 + 3 * 0.075**2) / 4) ** 0.5 / (3.75**3 / 4) ** (1 / 3)
 
 
@@ -40,7 +40,7 @@ def entry_of(atoms: Atoms) -> dict:
 
 
 def test_formation_energy_by_hand():
-    """Four MgO: oxide correction -0.687 eV per O; elements -1.5 (Mg) and -4.9 eV (O)."""
+    """Energy of Mg4O4: oxide correction -0.687 eV per O; elements -1.5 (Mg) and -4.9 eV (O)."""
     atoms = bulk("MgO", "rocksalt", a=4.2, cubic=True)
     corrector, dft = _Corrector({"Mg": -1.5, "O": -4.9}), entry_of(atoms)
     found = corrector.score(atoms, -48.0, dft)
@@ -134,7 +134,7 @@ def test_scores_go_on_after_an_interruption(tmp_path, monkeypatch):
     state, score = score_structures(run, data, progress=False)
     assert (state.done, state.interrupted, score) == (2, True, None)
     _, score = score_structures(run, data, progress=False)
-    assert len(calls) == 3 and score.structures == 3  # nothing twice
+    assert len(calls) == 3 and score.structures == 3  # none is evaluated twice
     marker = run / "shards" / "0-of-1.json"  # relaxed anew with other weights
     marker.write_text(marker.read_text().replace('"model": "x"', '"model": "y"'))
     with pytest.raises(ValueError, match="model = 'y', but .* holds results with model = 'x'"):
@@ -169,7 +169,7 @@ def test_summary_without_a_column(tmp_path):
 
 
 def crystals_of_the_model() -> dict[str, Atoms]:
-    """Two crystals that relax in some thirty steps."""
+    """Two crystals that relax in about thirty steps."""
     found = {f"wbm-1-{seed}": crystal(seed) for seed in range(2)}
     for name, atoms in found.items():
         atoms.info["material_id"] = name
@@ -177,7 +177,7 @@ def crystals_of_the_model() -> dict[str, Atoms]:
 
 
 def test_command_from_published_files_to_metrics(tmp_path):
-    """Relaxed in two processes, to the energies of ASE; copper is not in the model."""
+    """Two processes relax crystals to the energies of ASE; copper is not in the model."""
     pytest.importorskip("torch_sim")
     crystals = crystals_of_the_model() | {"wbm-1-3": alloys()["wbm-1-3"]}
     data = published(tmp_path / "data", crystals, dict.fromkeys(crystals, 0.0), set(crystals))
@@ -196,13 +196,13 @@ def test_command_from_published_files_to_metrics(tmp_path):
     calculator = DPA4Calculator(model, device="cpu", dtype="float64")
     for row, atoms in zip(table, relaxed, strict=False):
         expected = relax(crystals[row["material_id"]], calculator, fmax=0.005, cell="full")
-        # both end with forces below 0.005 eV/Angstrom, some 0.1 Angstrom apart; the way down is 0.012 eV
+        # both end with forces below 0.005 eV/Angstrom, about 0.1 Angstrom apart; the relaxation gains 0.012 eV
         assert float(row["energy"]) == pytest.approx(expected.energy, abs=1e-3)
         assert expected.initial_energy - expected.energy > 0.01
         elements = sum(REFERENCES[symbol] for symbol in atoms.symbols)
         formation = (float(row["corrected_energy"]) - elements) / len(atoms)
         assert float(row["e_form_per_atom"]) == pytest.approx(formation, abs=5e-5)  # four decimals
-    # nothing is left to relax, and the scores are those of before
+    # all crystals are relaxed, and the scores stay the same
     before = (run / "scores.jsonl").read_text()
     assert command(*arguments, "--rank", 0) == output
     assert (run / "scores.jsonl").read_text() == before

@@ -1,4 +1,4 @@
-"""Conductivities: what phono3py gives, contributions of modes, scores by hand, files, interruption."""
+"""Thermal conductivities: agreement with phono3py, mode contributions, scores by hand, files, interruption."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def test_imaginary_frequencies():
     assert not imaginary(fine)
     assert imaginary(fine - [[0.002, 0, 0, 0], [0, 0, 0, 0]])  # below -0.01 THz at q = 0
     assert imaginary(fine - [[0, 0, 0, 2.001], [0, 0, 0, 0]])  # an optical mode at q = 0
-    assert imaginary(fine - [[0, 0, 0, 0], [1.001, 0, 0, 0]])  # elsewhere nothing is forgiven
+    assert imaginary(fine - [[0, 0, 0, 0], [1.001, 0, 0, 0]])  # no tolerance elsewhere
     assert imaginary(np.full((2, 4), np.nan))
 
 
@@ -35,7 +35,7 @@ def test_pairs_of_bands_are_shared_by_their_heat_capacities():
 
 
 def crystals(path: Path, *kinds: str) -> Path:
-    """Argon as a file of the task: hcp, and simple cubic, which is not stable."""
+    """File of the task with argon: hcp, and simple cubic, which is unstable."""
     known = {"hcp": bulk("Ar", "hcp", a=3.7, c=6.1), "sc": bulk("Ar", "sc", a=3.4)}
     images = []
     for kind in kinds:
@@ -48,7 +48,7 @@ def crystals(path: Path, *kinds: str) -> Path:
 
 
 def table_of(record: dict, scale: float = 1.0) -> list[dict]:
-    """A table of DFT made of a result of ours."""
+    """DFT table derived from one of our results."""
     modes = np.array(record["mode_kappa_tot_rta"])[..., :3].mean(axis=-1) * scale
     average = np.array(record["kappa_tot_rta"])[:, :3].mean(axis=-1) * scale
     names = ("material_id", "kappa_tot_avg", "mode_kappa_tot_avg", "q_points")
@@ -67,7 +67,7 @@ def kappa_run(tmp_path_factory):
 
 
 def test_conductivity_is_that_of_phono3py(kappa_run):
-    """The same force constants and transport, written down with phono3py alone."""
+    """The same force constants and transport, computed with phono3py alone."""
     from phono3py import Phono3py
     from phonopy.structure.atoms import PhonopyAtoms
 
@@ -170,7 +170,7 @@ def test_conductivity_goes_on_after_an_interruption(tmp_path, kappa_run):
     assert run_kappa(path, argon(), tmp_path / "run", progress=False)[:3] == (1, 0, False)
     found = json.loads((tmp_path / "run" / "results.jsonl").read_text())
     assert found["kappa_tot_rta"] == kappa_run[1]["mp-hcp"]["kappa_tot_rta"]
-    # nothing is left to do: no calculator is needed
+    # all crystals are done: no calculator is needed
     assert run_kappa(path, None, tmp_path / "run", progress=False)[:3] == (1, 0, False)
 
 
@@ -192,7 +192,7 @@ def test_reference_by_columns_and_under_the_first_names(tmp_path):
 
 
 def test_entries_of_the_published_structures(tmp_path):
-    """The header as it is in the file: matrices as JSON, rows first."""
+    """Headers of the published file: matrices in JSON, rows first."""
     header = (
         'Lattice="3.7 0 0 0 3.7 0 0 0 3.7" Properties=species:S:1:pos:R:3 pbc="T T T" mp_id=mp-1 name=Ar symm.no=221 '
         'fc3_supercell="_JSON [[1, 1, 0], [-1, 1, 0], [0, 0, 2]]" '

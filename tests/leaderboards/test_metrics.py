@@ -1,4 +1,4 @@
-"""Metrics of the benchmarks: small cases worked by hand, and numbers that were published together."""
+"""Metrics of the leaderboards: small cases worked by hand, and published numbers that belong together."""
 
 import numpy as np
 import pytest
@@ -117,8 +117,8 @@ def test_srme_by_hand():
     assert srme(modes, dft, 2, 3, 3) == pytest.approx(2 * (4 / 2) / (3 + 3))
     assert sre(3, 3) == 0
     assert srme(dft, dft, 2, 3, 3) == 0
-    assert srme(np.zeros((2, 2)), dft, 2, 0, 3) == 2  # nothing right is as bad as a failure
-    # a negative mode: (3 + 2 + 1 + 4) / 2, times 2, over 0.5 + 3 is 2.9, which is no worse than a failure
+    assert srme(np.zeros((2, 2)), dft, 2, 0, 3) == 2  # a prediction of zero is as bad as a failure
+    # a negative mode: (3 + 2 + 1 + 4) / 2, times 2, over 0.5 + 3 is 2.9, capped at the value of a failure
     assert srme([[-1.0, 0.0], [0.0, 5.0]], dft, 2, 0.5, 3) == 2
     assert sre(1, 3) == 1  # 2 * 2 / 4
     assert mean_with_failures([0.25, np.nan, 0.75]) == 1  # (0.25 + 2 + 0.75) / 3

@@ -1,4 +1,4 @@
-"""The submission: its YAML file and artifacts, and what does not belong together."""
+"""Submissions: YAML file and artifacts, and refusal of runs that do not belong together."""
 
 import csv
 import datetime

@@ -186,7 +186,7 @@ def test_freeze_gate_and_its_derivatives_where_it_is_zero():
     gate = freeze_gate(length)
     assert (gate[[2, 3]] == 0).all() and (gate[[0, 1, 4]] > 0).all() and gate[0] == gate[4]
     t = (length[0] - 0.5) / 0.3
-    assert_close(gate[0], t**4 * (35 - 84 * t + 70 * t**2 - 20 * t**3))  # the other edge of node 0 is open
+    assert_close(gate[0], t**4 * (35 - 84 * t + 70 * t**2 - 20 * t**3))  # other gates of node 0 are open
     check_derivatives(freeze_gate, length)
     for closing in (0.5, 0.2):  # exactly at the radius, and below
         (r,) = leaves(length.clone().index_fill(0, torch.tensor([2]), closing))
@@ -222,7 +222,7 @@ def apply_so2(layer: torch.nn.Module, groups: list[torch.Tensor]) -> list[torch.
 
 
 def roll(groups: list[torch.Tensor], angle: torch.Tensor) -> list[torch.Tensor]:
-    """Turn every edge frame about its edge by an angle a: orders -m and +m mix by the angle m a."""
+    """Roll every edge frame about its edge by an angle a, which mixes orders -m and +m by the angle m a."""
     rolled = [groups[0]]
     for m, x in enumerate(groups[1:], start=1):
         cos, sin = (m * angle).cos()[:, None], (m * angle).sin()[:, None]
@@ -328,7 +328,7 @@ def test_convolution_is_equivariant(mode, mmax):
 
 
 class Activated(torch.nn.Module):
-    """A non-linearity after a linear layer of 4 channels."""
+    """Linear layer of 4 channels followed by a non-linearity."""
 
     def __init__(self, lmax: int, width: int, activation: GatedActivation | GridActivation):
         super().__init__()
@@ -444,7 +444,7 @@ def test_message_node_product_differentiates_twice():
 
 @cache
 def empty_cases() -> dict[str, tuple]:
-    """Functions with an empty input each and the shape of the result."""
+    """Functions with one empty input each, and the shape of the result."""
     config, none = config_of(lmax=2, mmax=1), Incidence.of_sorted(torch.zeros(0, dtype=torch.long), 3)
     nodes, edges = random(3, 9, 4), edges_of(random(0, 3), config, none, none)
     radial, identity = radial_of(0, config), torch.eye(4, dtype=torch.float64)

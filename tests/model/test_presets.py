@@ -1,4 +1,4 @@
-"""The presets are the published models."""
+"""Presets have the sizes and options of the published models."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""One process in which Triton interprets its kernels, for all tests of a session."""
+"""Process in which Triton interprets its kernels, shared by all tests of a session."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ import torch
 
 @pytest.fixture(scope="session")
 def interpreter() -> Iterator[Callable[..., Any]]:
-    """Function that calls a module-level function in that process; results are returned, exceptions raised.
+    """Function that calls a module-level function in that process; returns results, raises exceptions.
 
     Triton decides whether it interprets kernels when it is imported, so the kernels need a process of their own.
     """

@@ -67,7 +67,7 @@ def deviation(found: Tensor, expected: Tensor) -> float:
 
 
 def to(target: Any, device: str) -> Any:
-    """The tensors in a nested structure of arguments on another device."""
+    """Move the tensors in a nested structure of arguments to another device."""
     if isinstance(target, Tensor):
         return target.to(device)
     if isinstance(target, Incidence | Terms):
@@ -75,12 +75,12 @@ def to(target: Any, device: str) -> Any:
     return [to(t, device) for t in target] if isinstance(target, list) else target
 
 
-# Backends: contexts in which operators run on one kind of kernels; each yields the set of the kernels that ran
+# Backends: contexts in which operators run on one kind of kernels; each yields the set of kernels that ran
 
 
 @contextmanager
 def on_plain() -> Iterator[set[str]]:
-    """Plain operations of PyTorch on a CPU, in several chunks of edges of which the last is partial."""
+    """Run plain operations of PyTorch on a CPU, in several chunks of edges of which the last is partial."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(available, "_on_cpu", lambda *tensors: False)
         patch.setattr(rotate, "CHUNK", 4)
@@ -89,7 +89,7 @@ def on_plain() -> Iterator[set[str]]:
 
 @contextmanager
 def on_cpp() -> Iterator[set[str]]:
-    """Kernels in C++ for a CPU."""
+    """Run the kernels in C++ for a CPU."""
     launched, function = set[str](), build.function
 
     def noted(source: str, name: str, dtype: torch.dtype) -> Callable[..., None]:
@@ -128,7 +128,7 @@ def noting_triton() -> Iterator[set[str]]:
 
 @contextmanager
 def on_triton() -> Iterator[set[str]]:
-    """Kernels in Triton, interpreted, with tiles so small that small matrices have several along every axis."""
+    """Interpret the kernels in Triton, with tiles so small that small matrices have several along every axis."""
     from dpa4.ops.triton import split_matmul as triton_matmul
 
     operators = {
@@ -150,7 +150,7 @@ def on_triton() -> Iterator[set[str]]:
 
 @contextmanager
 def on_gpu() -> Iterator[set[str]]:
-    """All kernels for a GPU: Triton, library products and, on Hopper, CUDA C++."""
+    """Run the kernels for a GPU: Triton, library products and, on Hopper, CUDA C++."""
     launch = hopper._launch
     with noting_triton() as launched, pytest.MonkeyPatch.context() as patch:
         patch.setattr(hopper, "_launch", lambda name, *args: (launched.add(name), launch(name, *args))[1])
@@ -175,7 +175,7 @@ class Backend:
         tolerance: Largest error of the value, and of derivatives, for every type; relative to the largest entry.
             Types without a tolerance of derivatives are not differentiated.
         runs: Names of the kernels that must run unless inputs or results are empty.
-        quick: Names of the sizes for the default run, the others being slow; None if all are quick.
+        quick: Names of the sizes in the default run, the others being slow; None if all are quick.
         supports: Condition on the numbers of a size; None if there are kernels for all sizes.
     """
 
@@ -250,7 +250,7 @@ EDGES = {  # (N nodes, E edges, H heads, M rows, K coefficients, c channels per 
     "degree 5": (2, 4, 1, 16, 36, 8),
     "several tiles": (2, 2, 1, 17, 40, 70),
     "several tiles, two heads": (2, 3, 2, 17, 72, 70),
-    "one node": (1, 7, 1, 10, 16, 16),
+    "one node": (1, 3, 1, 10, 16, 16),
     "no edges": (3, 0, 1, 10, 16, 16),
     "no nodes": (0, 0, 1, 4, 4, 16),
     "as nano": (11, 50, 1, 4, 4, 32),
@@ -286,7 +286,7 @@ def edge_cases(*names: str) -> Callable[[tuple[int, ...]], list[Case]]:
 
 
 def one_hot(end: Incidence) -> Tensor:
-    """1 where an edge belongs to a node, (N, E)."""
+    """Matrix of shape (N, E) with 1 where an edge belongs to a node."""
     nodes = torch.arange(end.num_nodes, device=end.index.device)
     return (end.index == nodes[:, None]).double()
 
@@ -309,7 +309,7 @@ def edge_outer_formula(g: Tensor, x: Tensor, end: Incidence, heads: int) -> Tens
 
 
 def segment_max_cases(size: tuple[int, ...]) -> list[Case]:
-    """Cases in which the start is larger than all entries of some columns."""
+    """Cases whose start exceeds all entries of some columns."""
     (g, start), others = edge_cases("g", "g")(size)[0].inputs, [c.others for c in edge_cases("g")(size)]
     start = torch.linspace(-1, 3, g.shape[1:].numel(), dtype=torch.float64).view(g.shape[1:])
     return [Case([g, start], o) for o in others]
@@ -321,21 +321,21 @@ def segment_max_formula(g: Tensor, start: Tensor, end: Incidence, heads: int) ->
 
 
 INTERPRETED_EDGES = ("degree 2, two heads", "several tiles", "one node", "no edges", "no nodes")
-# The interpreter takes bfloat16 for integers in products, and stores it without rounding.
+# The interpreter treats bfloat16 as integers in products, and stores it without rounding.
 INTERPRETED = SUMS | {HALF: ROUNDED[HALF]}
 INTERPRETED_SUM = INTERPRETED | {BRAIN: (1.01 * torch.finfo(BRAIN).eps,)}
 EXACT = {t: (0,) for t in (DOUBLE, SINGLE, HALF)}
 
 
 def few_edges(nodes: int, edges: int, *others: int) -> bool:
-    """True for sizes that the interpreter can compute in seconds."""
+    """Return whether the interpreter can compute a size in seconds."""
     return edges < 20
 
 
 def edge_operator(
     function: Callable[..., Any], formula: Callable[..., Any], inputs: str, kernel: str
 ) -> Operator:
-    """An operator between nodes and edges with a kernel in Triton; edge products have one in C++, too."""
+    """Operator between nodes and edges with a kernel in Triton; edge products have one in C++, too."""
     backends = {
         "plain": Backend(SUMS | ROUNDED),
         "triton": Backend(
@@ -387,10 +387,10 @@ OPERATORS |= {
 }
 
 
-# Entries that are copied, rows of which two are added at most
+# Copies of entries, and sums of at most two
 
 
-INDEX = torch.tensor([0, 2, 2, 0, 2])  # some entries several times, one never
+INDEX = torch.tensor([0, 2, 2, 0, 2])  # repeats some entries, omits one
 COPIES = {DOUBLE: (1e-14, 1e-14), SINGLE: (3e-7, 1e-6)}
 
 OPERATORS |= {
@@ -483,14 +483,14 @@ LARGE_BLOCKS = {"edges of a crystal": (2, 8192, (128, 192)), "no multiple of a t
 
 
 def order_matmul_cases(size: tuple[Any, ...]) -> list[Case]:
-    """Weights are transposed, as in a backward pass."""
+    """Cases with transposed weights, like in a backward pass."""
     F, E, columns = size
     weights = [normal(F, k, k, seed=k).mT * k**-0.5 for k in columns]
     return [Case([normal(F, E, sum(columns)), normal(F, E, sum(columns), seed=1), *weights])]
 
 
 def order_matmul_ways(x: Tensor, add: Tensor, *matrices: Tensor) -> list[Tensor]:
-    """The product alone, with an added tensor, in its place, and with residual weights."""
+    """Products by themselves, with an added tensor, written to that tensor, and with residual weights."""
     weights, residual = ([Weight(m, residual=r) for m in matrices] for r in (False, True))
     weights, residual = (prepare(x, w, split(x, w)) for w in (weights, residual))
     return [
@@ -577,7 +577,7 @@ def degrees(layout: EdgeLayout) -> list[int]:
 
 
 def on_rows(z: Tensor, layout: EdgeLayout) -> Tensor:
-    """A tensor with an entry per degree and channel, repeated for all rows of a degree."""
+    """Repeat the entry of every degree and channel for all rows of the degree."""
     return z.unflatten(-1, (layout.lmax + 1, -1))[..., degrees(layout), :].flatten(-2)
 
 
@@ -594,7 +594,7 @@ def block_columns(layout: EdgeLayout, c: int) -> list[slice]:
 
 
 def stack_cases(training: bool) -> Callable[[tuple[int, ...]], list[Case]]:
-    """Inputs are x, the free blocks of the matrices of every layer, and the weights of the gates."""
+    """Cases with inputs x, the free blocks of the matrices of every layer, and the weights of the gates."""
 
     def cases(size: tuple[int, ...]) -> list[Case]:
         lmax, mmax, c, F, layers, E = size
@@ -644,7 +644,7 @@ def stack_formula(x: Tensor, *others: Any) -> Tensor:
 
 
 def gate_cases(size: tuple[int, ...]) -> list[Case]:
-    """x, b, v, a, u of the functions in `gate`, and the weights."""
+    """Cases with the tensors x, b, v, a, u of the functions in `gate`, and the weights."""
     lmax, mmax, c, F, _, E = size
     layout = EdgeLayout(lmax, mmax)
     tensors = [normal(F, E, layout.total * c, seed=i) for i in range(5)]
@@ -673,7 +673,7 @@ def gates(
 def gates_formula(
     x: Tensor, b: Tensor, v: Tensor, a: Tensor, u: Tensor, weight: Tensor, layout: EdgeLayout
 ) -> list[Tensor]:
-    """The same by autograd from y = x + u sigma(z); p and q are derivatives by z and by its change zeta."""
+    """Compute `gates` by autograd from y = x + u sigma(z); p and q are derivatives by z and by its change zeta."""
     c, u = weight.shape[1], u.detach().requires_grad_()
     z, zeta = (logits(t, weight).detach().requires_grad_() for t in (u, v))
 
@@ -705,11 +705,11 @@ INTERPRETED_GATES = ("degree 0", "degree 2", "order 2, four foci", "order 0", "o
 
 
 def stack_operator(training: bool) -> Operator:
-    """Stacks, differentiated by the features; in training, the second derivative is also by the weights."""
+    """SO(2) stack, differentiated by the features; in training, second derivatives include the weights."""
     backends = {
         "plain": Backend(STACK_SUMS),
         "cpp": Backend(STACK_SUMS, STAGES, supports=lambda lmax, mmax, c, *_: c % 16 == 0),
-        # Others are too large for the interpreter.
+        # Other sizes are too large for the interpreter.
         "triton": Backend(
             {SINGLE: (2e-6, 1e-5)},
             ["_matmul"],
@@ -746,7 +746,7 @@ OPERATORS |= {
         stack_formula,
         stack_cases(training=False),
         FUSED,
-        # Pieces hold 22 bits, and up to five layers add their rounding; the second derivative is that of Triton.
+        # Split numbers hold 22 bits, and up to five layers add rounding; second derivatives use Triton kernels.
         {"hopper": Backend({SINGLE: (2e-6, 1e-5)}, ["so2_value", "so2_vjp"])},
         order=2,
         first=1,
@@ -767,7 +767,7 @@ def differentiate(
     energy: float = 1.0,
     forces: float = 1.0,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Value, and derivatives: the gradients of an energy, and the gradients of a loss of both, as in training."""
+    """Return the value, and derivatives: gradients of an energy and of a training loss on energy and forces."""
     inputs = [t.detach().requires_grad_() for t in inputs]
     y = function(*inputs, *others)
     value = y.square().sum() / max(y.shape[-1], 1) if y.dim() else y.square()
@@ -778,14 +778,14 @@ def differentiate(
 
 
 def strided_as_transposed(t: Tensor) -> Tensor:
-    """The same entries with the strides of a transposed tensor."""
+    """Copy a tensor into the strides of a transposed one."""
     return t.transpose(0, -1).contiguous().transpose(0, -1)
 
 
 def results(
     operator: Operator, function: Callable[..., Any], inputs: list[Tensor], others: Sequence[Any], order: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Values and derivatives."""
+    """Values and derivatives of a function."""
     if order:
         return differentiate(operator, function, inputs, others)
     with torch.no_grad() if function is operator.function else torch.enable_grad():
@@ -797,11 +797,11 @@ def check(name: str, backend: str, size: str, strided: bool = False, bits: bool 
     """Compare an operator on a backend with its formula, in all types and for all cases of a size.
 
     Args:
-        name: Of the operator.
+        name: Name of the operator.
         backend: Name of the backend.
         size: Name of the size.
-        strided: The inputs have the strides of transposed tensors.
-        bits: Compute everything twice; results must agree to the last bit.
+        strided: True if the inputs have the strides of transposed tensors.
+        bits: True to compute everything twice; results must agree to the last bit.
 
     Returns:
         Errors of value and derivatives by type.

@@ -72,7 +72,7 @@ def rows() -> list[Any]:
 
 
 def operators(condition: Callable[[Operator], bool], backends: Sequence[str] = ON_CPU) -> list[Any]:
-    """The operators that fulfil a condition, with each of their backends."""
+    """Operators that fulfil a condition, with each of their backends."""
     return [
         pytest.param(name, backend, id=f"{name}-{backend}", marks=MARKS[backend])
         for name, operator in OPERATORS.items()
@@ -83,7 +83,7 @@ def operators(condition: Callable[[Operator], bool], backends: Sequence[str] = O
 
 @pytest.fixture
 def run(request) -> Callable[..., Any]:
-    """`check`, in the interpreter's process where that is the backend."""
+    """Function `check`, run in the interpreter's process for the backend Triton."""
 
     def checked(name: str, backend: str, size: str, strided: bool = False, bits: bool = False) -> Any:
         if backend != "triton":
@@ -95,7 +95,7 @@ def run(request) -> Callable[..., Any]:
 
 @pytest.mark.parametrize(("name", "backend", "size"), rows())
 def test_operators_are_their_formulas(name, backend, size, run):
-    """On a GPU, where threads end in any order, two calls also agree to the last bit."""
+    """On a GPU, where threads finish in any order, two calls also agree to the last bit."""
     run(name, backend, size, strided=False, bits=backend in DEVICES)
 
 
@@ -115,7 +115,7 @@ def test_two_calls_agree_to_the_last_bit(name, backend, run):
 
 @pytest.mark.parametrize(("name", "backend"), operators(lambda o: o.order))
 def test_derivatives_are_those_of_finite_differences(name, backend):
-    """First and second derivatives; third ones of operators that have any number."""
+    """First and second derivatives, and third ones of operators that can be differentiated any number of times."""
     operator = OPERATORS[name]
     for inputs, others in operator.cases(operator.sizes[operator.small]):
         count = operator.last or len(inputs)  # in evaluation, weights have no gradients
@@ -154,11 +154,11 @@ def test_losses_of_one_kind(backend, energy, forces):
         assert deviation(one, other) < 1e-13
 
 
-# Gradients that nobody needs are not computed
+# Gradients that are not needed are not computed
 
 
 class Calls(TorchDispatchMode):
-    """Names of the operators that run."""
+    """Mode that records the names of the operators that run."""
 
     def __init__(self):
         super().__init__()
@@ -198,12 +198,12 @@ def test_one_gradient_costs_one_product(name, leaves, way):
                 found, asked.grad = asked.grad, None
         assert_close(found, expected[which] * (1 if asked is inputs[which] else 2))
         products = [n for n in calls.names if n.startswith("dpa4::") or n.endswith(("::mm", "::bmm"))]
-        unknown = leaves and way == "grad"  # PyTorch does not tell, so both may be computed
+        unknown = leaves and way == "grad"  # unknown to PyTorch, so both may be computed
         assert len(products) == 1 or unknown
 
 
 def test_training_computes_no_gradient_of_the_geometry():
-    """The same gradients of parameters, from fewer operations."""
+    """Gradients of parameters alone are equal, and cost fewer operations."""
     potential = random_potential().train()
     graph = collate([graph_of(molecule()), graph_of(molecule(1))])
     parameters = list(potential.parameters())
@@ -277,7 +277,7 @@ def called_by(operator: Operator) -> set[str]:
     """Names of our operators that a row of the table calls."""
     inputs, others = operator.small_case()
     if operator.function is precise_matmul:
-        inputs = [t.float() for t in inputs]  # other types get the ordinary product
+        inputs = [t.float() for t in inputs]  # other types use the ordinary product
     with BACKENDS["plain"](), Calls() as calls:
         if operator.order:
             differentiate(operator, operator.function, inputs, others)
@@ -309,8 +309,8 @@ def test_the_table_has_every_kernel_in_cpp():
 
 
 def energy(a, x, g, source: Incidence, destination: Incidence):
-    """A scalar that goes through all functions on edges with both kinds of incidence."""
-    count = a.shape[-2] * a.shape[-1]  # keeps numbers near one
+    """Scalar that goes through all functions on edges with both kinds of incidence."""
+    count = a.shape[-2] * a.shape[-1]  # numbers stay near one
     y = edge_matmul(a, x, source) * g
     n = scatter_matmul(a, y, destination) / count
     b = edge_outer(g, gather(n, source)[:0].sum() + n, destination, a.shape[1]).tanh() + a
@@ -320,7 +320,7 @@ def energy(a, x, g, source: Incidence, destination: Incidence):
 
 
 def gradients_of_energy(a, x, g, *ends: Incidence):
-    """The energy, its gradients, and the gradients of a loss of these, as in training on forces."""
+    """Energy, its gradients, and the gradients of a loss on these, like in training on forces."""
     inputs = [t.detach().requires_grad_() for t in (a, x, g)]
     value = energy(*inputs, *ends)
     first = torch.autograd.grad(value, inputs, create_graph=True)
@@ -329,7 +329,7 @@ def gradients_of_energy(a, x, g, *ends: Incidence):
 
 
 def training_step(a, x, g, source, destination):
-    """Derivatives of the energy; incidences are part of the trace."""
+    """Derivatives of the energy; the trace includes incidences."""
     num_nodes = x.shape[0]  # symbolic, where len() would be a number
     return gradients_of_energy(
         a, x, g, Incidence.of(source, num_nodes), Incidence.of_sorted(destination, num_nodes)
@@ -351,7 +351,7 @@ def test_one_trace_serves_all_sizes():
     for nodes, edges in ((5, 14), (8, 31), (4, 11)):
         arguments = arguments_of_step(nodes, edges)
         for one, other in zip(graph(*arguments), training_step(*arguments), strict=True):
-            assert deviation(one, other) < 1e-12  # the same operators, not compiled
+            assert deviation(one, other) < 1e-12  # the same operators, uncompiled
     names = {str(node.target) for node in graph.graph.nodes}
     operators = {f"dpa4.{n}.default" for n in ("edge_matmul", "scatter_matmul", "edge_outer", "segment_sum")}
     assert operators <= names

@@ -1,4 +1,4 @@
-"""Kernels in C++: the compiler and its cache, threads, and numbers that are not finite."""
+"""Kernels in C++: the compiler and its cache, threads, and non-finite numbers."""
 
 import logging
 
@@ -22,7 +22,7 @@ def test_a_potential_runs_them():
 
 @needs_cpp
 def test_gates_far_from_zero_and_not_numbers():
-    """Sigmoids of large arguments are 0 and 1; what is not a number stays in its edge."""
+    """Sigmoids of large arguments are 0 and 1; a NaN stays in its edge."""
     operator = OPERATORS["so2_stack"]
     (((x, *weights), others),) = operator.cases(STACKS["as mini"])
     x[0, 3] *= 1e4
@@ -38,7 +38,7 @@ def test_gates_far_from_zero_and_not_numbers():
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads, which is restored."""
+    """Function that sets the number of threads, restored after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -57,7 +57,7 @@ def test_the_number_of_threads_does_not_matter(threads):
 @needs_cpp
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_gradients_of_weights_are_summed_over_threads(n, threads):
-    """Of more edges than a thread has."""
+    """Gradients are summed over more edges than a single thread has."""
     operator = OPERATORS["so2_stack"]
     ((inputs, others),) = operator.cases((2, 1, 16, 2, 3, 1500))
     threads(n)
@@ -71,7 +71,7 @@ def test_gradients_of_weights_are_summed_over_threads(n, threads):
 
 @pytest.fixture
 def anew():
-    """What is known of the compiler is found out again, and forgotten afterwards."""
+    """Forget the search for the compiler before and after the test."""
     cpp.compiles.cache_clear(), cpp._library.cache_clear()
     yield
     cpp.compiles.cache_clear(), cpp._library.cache_clear()

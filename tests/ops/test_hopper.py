@@ -15,7 +15,7 @@ from operator_table import deviation, needs_hopper
 
 WIDTH = LAYOUT.total * CHANNELS
 TOLERANCE = 2e-6
-"""Relative to the largest entry: pieces hold 22 bits, and up to five layers add their rounding."""
+"""Relative to the largest entry: split numbers hold 22 bits, and up to five layers add their rounding."""
 
 
 def stack_of(layers: int) -> FusedSO2Stack:
@@ -33,13 +33,13 @@ def weights_of(stack: FusedSO2Stack) -> tuple[list[Tensor], list[Tensor]]:
 
 
 class Reader:
-    """Reads parts of a stream as the kernel does."""
+    """Reader of a stream of weights in the order of the kernel."""
 
     def __init__(self, stream: Tensor):
         self.rest = stream.double().numpy()
 
     def tile(self, columns: int) -> np.ndarray:
-        """32 rows and some columns of weights, both pieces added: rows of 64 bytes, swizzled."""
+        """Read 32 rows and some columns of weights, both parts added: rows of 64 bytes, swizzled."""
         size = 2 * columns * 32
         part, self.rest = self.rest[:size].reshape(2, columns, 4, 8).sum(0), self.rest[size:]
         n, chunk = np.arange(columns)[:, None], np.arange(4)[None]
@@ -106,7 +106,7 @@ def test_streams_hold_the_weights_in_the_order_in_which_they_are_used(layers, ba
         expected = [w.T if backward else w for w in expected]
         expected += [gates[t][0].double().numpy()] if t < last else []
         for k, w in enumerate(expected):
-            # Two pieces of 11 bits; what is far below the largest entry loses bits of its own.
+            # Two parts of 11 bits; entries far below the largest one lose bits of their own.
             np.testing.assert_allclose(found[t][k] * float(scales[t, k]), w, rtol=3e-7, atol=1e-10)
         if backward and t < last:
             assert np.array_equal(transposed[t], found[t][2].T)
@@ -123,7 +123,7 @@ def test_tracing_sees_the_shapes_of_the_streams():
 
 @pytest.mark.parametrize("edges", [1, 64, 100])
 def test_saved_products_can_be_put_into_rows(edges):
-    """They are saved in the layout of a tensor core's result, in the order in which a thread writes it."""
+    """Products are saved in the layout of a tensor core's result, in the order in which a thread writes them."""
     kept = torch.full((edges + so2_stack.PADDING, WIDTH), -1.0)
     order = [0, 1, 4, 7, 2, 5, 8, 3, 6, 9]  # blocks, degree by degree
     flat, expected = kept.view(-1), torch.arange(edges * WIDTH).view(edges, WIDTH).float()
@@ -146,7 +146,7 @@ def test_they_are_not_used_on_a_cpu_nor_for_other_sizes():
 
 
 def test_kernels_that_compute_wrongly_are_not_used(monkeypatch, caplog):
-    """The trial on a small stack, with correct and with wrong layers in the place of the kernels."""
+    """The trial runs on a small stack, with correct and with wrong layers in the place of the kernels."""
     device, seen, wrong = torch.device("cpu"), {}, 0.0
 
     def pack(matrices, gates, backward):
@@ -194,7 +194,7 @@ def test_the_program_compiles():
 
 
 def results(stack: FusedSO2Stack, x: Tensor, g: Tensor) -> list[Tensor]:
-    """Features, and the gradient of their product with g."""
+    """Features, and the gradient of their scalar product with g."""
     x = x.detach().requires_grad_()
     y = stack(x, None)
     return [y.detach(), *torch.autograd.grad(y, x, g)]
@@ -204,7 +204,7 @@ def results(stack: FusedSO2Stack, x: Tensor, g: Tensor) -> list[Tensor]:
 @needs_hopper
 @pytest.mark.parametrize("layers", [1, 2, 4, 5])
 def test_accuracy(layers):
-    """Other sizes, and agreement to the last bit, are in the table of operators."""
+    """Large inputs; other sizes, and agreement to the last bit, are in the table of operators."""
     stack = stack_of(layers).cuda().eval()
     rng = torch.Generator("cuda").manual_seed(1)
     x, g = (torch.randn(1, 8447, WIDTH, device="cuda", generator=rng) for _ in range(2))
@@ -244,4 +244,4 @@ def test_a_second_derivative_outside_of_training():
         z = x.to(dtype).requires_grad_()
         (first,) = torch.autograd.grad(stack.to(dtype)(z, None), z, g.to(dtype), create_graph=True)
         second += torch.autograd.grad(first, z, c.to(dtype))
-    assert deviation(*second) < 1e-5  # of the other kernels, which training has
+    assert deviation(*second) < 1e-5  # of the other kernels, which training uses

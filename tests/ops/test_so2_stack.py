@@ -1,4 +1,4 @@
-"""Stacks of SO(2) layers, an operator per stage: rows of the edge frame, saved tensors, modes, the model's class."""
+"""Stacks of SO(2) layers, an operator per stage: rows of the edge frame, saved tensors, modes, model class."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from operator_table import (
 
 
 def stacks(size: str, dtype: torch.dtype = torch.float64) -> tuple[SO2Stack, FusedSO2Stack]:
-    """The layers one by one and in one operator, with the same weights."""
+    """Layers one by one and in one operator, with the same weights."""
     lmax, mmax, c, n_focus, layers, _ = STACKS[size]
     torch.manual_seed(0)
     plain = SO2Stack(lmax, mmax, c, n_focus, layers, bias=False, layer_scale=False)
@@ -48,7 +48,7 @@ def test_rows_run_over_orders_and_degrees():
 
 @pytest.mark.parametrize("size", ["degree 0", "degree 2", "order 2, four foci", "one layer", "no edges"])
 def test_one_operator_is_the_layers_one_by_one(size):
-    """With the gradients of all parameters."""
+    """Features, and gradients of all parameters."""
     plain, fused = stacks(size)
     x = features(size)
     assert_close(fused(x, None), plain(x, None))
@@ -71,7 +71,7 @@ def test_of_the_inputs_one_is_kept(size):
     matrices, gates = weights_of_stack(flat, rows, layers)
     matrices = [w for layer in matrices for w in layer]
     kept = torch.ops.dpa4.so2_value(x, matrices, gates, [], *rows, True)
-    assert len(kept) == 1 + len(gates) + min(len(gates), 1)  # y, the products, and that input
+    assert len(kept) == 1 + len(gates) + min(len(gates), 1)  # y, products, input of the last layer
 
 
 def test_gradients_without_a_first_derivative():

@@ -31,7 +31,7 @@ def test_second_derivatives_through_two_products(batch):
 
 @pytest.mark.parametrize("shapes", [((5, 3), (3, 4)), ((2, 5, 3), (2, 3, 4)), ((2, 0, 3), (2, 3, 4))])
 def test_derivatives_of_the_function_that_float32_uses(shapes):
-    """In float64, for which `precise_matmul` itself is the ordinary product."""
+    """Float64 inputs, for which `precise_matmul` itself is the ordinary product."""
     x, w = (normal(*s, seed=i).requires_grad_() for i, s in enumerate(shapes))
     assert torch.autograd.gradcheck(matmul._PreciseMatmul.apply, (x, w))
     assert torch.autograd.gradgradcheck(matmul._PreciseMatmul.apply, (x, w))
@@ -48,7 +48,7 @@ def test_one_trace_serves_all_numbers_of_rows():
 
 
 def test_splitting_is_an_operator_of_its_own(monkeypatch):
-    """A tracer sees the shapes of pieces; those of w.mT, which derivatives need, depend on w alone."""
+    """The tracer sees the shapes of split weights. Splits of w.mT, which derivatives need, depend on w alone."""
     monkeypatch.setattr(available, "split_product", lambda x: True)
     with FakeTensorMode():
         x, w = torch.empty(7, 32), torch.empty(32, 48)

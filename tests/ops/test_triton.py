@@ -64,7 +64,7 @@ def test_badly_scaled_rows_and_columns(interpreter):
 
 @needs_triton
 def test_entries_far_below_the_largest(interpreter):
-    """Terms x_k w_k of one size from factors 1e-8 to 1: what float16 loses is small beside the largest factors."""
+    """Terms x_k w_k of one size from factors 1e-8 to 1: float16 loses little beside the largest factors."""
     x, w = operands((40, 64), (64, 32))
     factor = np.float32(10) ** np.linspace(-8, 0, 64, dtype=np.float32)
     x, w = x * factor, w / factor[:, None] * np.float32(1e-8)
@@ -128,7 +128,7 @@ def test_badly_scaled_rows_on_a_device(e, k, n):
 @pytest.mark.gpu
 @needs_gpu
 def test_products_of_one_sign_on_a_device():
-    """Truncation adds up in them; with strided batches."""
+    """Truncation errors add up in products of one sign; strided batches."""
     x, w = (np.abs(t) for t in operands((700, 2, 768), (2, 768, 192)))
     y = precise_matmul(torch.from_numpy(x).cuda().transpose(0, 1), torch.from_numpy(w).cuda())
     assert relative_error(y.cpu().numpy(), x.transpose(1, 0, 2), w) < TOLERANCE

@@ -1,4 +1,4 @@
-"""The model card tells what a checkpoint or preset is."""
+"""The model card describes a checkpoint or preset."""
 
 import io
 from importlib.metadata import version
@@ -100,7 +100,7 @@ def test_the_card_tells_which_kernels_this_cpu_has_for_the_model(monkeypatch):
 def test_models_with_whole_stacks_are_those_that_get_them(name, monkeypatch):
     monkeypatch.setattr(available, "is_hopper", lambda device: True)
     monkeypatch.setattr(trial, "whole_stacks_work", lambda device: True)
-    config = preset(name, ("H",))
+    config = preset(name, ("H",), n_blocks=2)
     found = set()
     for block in Potential(config).float().model.blocks:
         stack, conv = block.conv.stack, block.conv

@@ -16,7 +16,7 @@ ENERGIES = {"H": -13.587654321098765, "C": -1029.5, "O": -2041.123456789012345}
 
 
 def make_potential(dtype=torch.float32, **options):
-    """A small potential with weights in which every digit of ``dtype`` is used."""
+    """Small potential with weights in which every digit of ``dtype`` is used."""
     potential = random_potential(**options).to(dtype)
     randomize(potential.model, seed=7, scale=0.1)
     energies = [ENERGIES[element] for element in potential.elements]

@@ -1,7 +1,7 @@
 """Golden vectors of the specification: initial node features, convolutions and a block, small whole models.
 
-They localise an error that the models of ``test_parity`` only show: features (model-1 section 22), interaction
-(model-2 section 17.3), energies and their derivatives with weights filled by a rule (model-3 section 22).
+They localise errors that the models of ``test_parity`` only reveal: in features, in the interaction, and in energies
+and their derivatives with weights filled by a rule.
 """
 
 import json
@@ -53,7 +53,7 @@ SPIN_CASES = {case for case in FEATURE_CASES if "spin" in case} - set(FEATURE_OP
 
 
 def first_block_input(case: str) -> tuple[torch.Tensor, RadialFeatures, Neighborhood, Potential]:
-    """What the first block receives for the four atoms of the golden cases."""
+    """Input of the first block for the four atoms of the golden cases."""
     options = {"elements": ("H", "O"), "channels": 8, "n_radial": 4, "lmax": 2, "n_blocks": 1, "cutoff": 6.0}
     potential = Potential(ModelConfig(**(options | FEATURE_OPTIONS[case]))).double().eval()
     filled = set()
@@ -128,7 +128,7 @@ def interaction_case(case: str) -> tuple[dict, dict, dict, torch.Tensor]:
 
 
 def config_of(options: dict) -> ModelConfig:
-    """The configuration whose first block has the golden options; what it cannot express must be off."""
+    """Configuration whose first block has the golden options; options that it cannot express must be off."""
     same = ("lmax", "mmax", "kmax", "channels", "n_focus", "focus_dim", "mixing_layers", "layer_scale")
     same += ("n_atten_head", "mlp_bias", "radial_so2_mode", "radial_so2_rank", "message_node_so3")
     off = ("so2_attn_res", "atten_f_mix", "atten_v_proj", "atten_o_proj", "s2_activation", "node_wise_s2")
@@ -155,9 +155,9 @@ def load_weights(module: torch.nn.Module, weights: dict, ours: str, theirs: str,
 
 
 def edges_and_radial(inputs: dict, config: ModelConfig) -> tuple[Neighborhood, RadialFeatures]:
-    """The given envelope, gate, normalisation and radial features on the geometry of the edge vectors.
+    """Put the given envelope, gate, normalisation and radial features on the geometry of the edge vectors.
 
-    Edges are brought into the order of their destinations.
+    Edges are sorted by destination.
     """
     order = torch.argsort(inputs["dst"], stable=True)
     source = Incidence.of(inputs["src"][order], len(inputs["x"]))
@@ -221,7 +221,7 @@ def evaluate(potential: Potential, periodic: bool, coordinates=INPUTS["coord"]):
 
 
 def assert_prediction(result, expected: dict, energy: float, force: float) -> None:
-    """Energies relative to the largest atomic energy, forces and virial relative to their largest entry."""
+    """Compare energies relative to the largest atomic one, forces and virial to their largest entry."""
     atomic = golden(expected["atom_energy"]).flatten()
     assert abs(result.energy.item() - expected["energy"]) <= energy * len(atomic) * atomic.abs().max()
     for actual, name, tolerance in (
@@ -235,7 +235,7 @@ def assert_prediction(result, expected: dict, energy: float, force: float) -> No
 
 
 def filled_by_rule(fixture: str) -> Potential:
-    """A fresh model of a fixture's configuration, weights filled with sines of position and rank of name."""
+    """New model of a fixture's configuration, with weights filled by sines of position and rank of name."""
     config = load_potential(shared(f"reference/fixtures/{fixture}/model_f32.pt")).config
     potential = Potential(config, dict(zip(config.elements, (1.5, -0.75), strict=True))).double().eval()
     assert config.elements == ("O", "H")
@@ -245,7 +245,7 @@ def filled_by_rule(fixture: str) -> Potential:
             k = torch.arange(parameter.numel(), dtype=torch.float64)
             values = 0.15 * torch.sin(0.37 * k + 0.91 * j + 0.5)
             values += 1.0 * name.endswith("adam_scale") + 0.5 * name.endswith("residual_scale")
-            if name.endswith("adam_freqs"):  # stay as they start
+            if name.endswith("adam_freqs"):  # keep their initial values
                 values = (k + 1) * torch.pi / config.cutoff
             parameter.copy_(values.view_as(parameter))
     return potential

@@ -25,7 +25,7 @@ from kept_files import (
 
 
 def assert_same_results(file, kept, tolerance):
-    """Compare energy (to ``tolerance`` in eV) and forces (to ``tolerance`` of the largest) with those kept."""
+    """Compare energy (to ``tolerance`` in eV) and forces (to ``tolerance`` of the largest) with stored ones."""
     expected = read_results(kept)
     found = evaluate(file, expected)
     assert found["energy"] == pytest.approx(expected["energy"], rel=0, abs=tolerance)

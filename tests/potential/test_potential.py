@@ -35,7 +35,7 @@ def rotation(seed: int = 3) -> np.ndarray:
 
 
 def test_rotation(potential):
-    # float64 rounding through about a hundred layers; seen below 1e-12
+    # float64 rounding through about a hundred layers; observed below 1e-12
     for atoms in (molecule(), crystal()):
         turn = torch.from_numpy(rotation())
         turned = atoms.copy()
@@ -137,7 +137,7 @@ def test_one_atom_cell_smaller_than_the_cutoff(potential):
 
 @pytest.mark.parametrize("axis", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0), (0, -1, 0), (0, 0, -1)])
 def test_bonds_along_axes(potential, axis):
-    """Where the edge frame is singular or switches, energy and forces equal those of a turned copy."""
+    """Energy and forces equal those of a rotated copy where the edge frame is singular or switches."""
     atoms = Atoms("COH", positions=[[0, 0, 0], 1.2 * np.array(axis), -1.0 * np.array(axis)])
     turned = atoms.copy()
     turned.positions = atoms.positions @ rotation().T
@@ -174,8 +174,8 @@ def test_energy_force_and_curvature_vanish_at_the_cutoff(potential):
 
 def test_curve_is_continuous_everywhere(potential):
     """No jump of energy, slope or curvature on a fine scan: halving the step halves the largest change."""
-    coarse = np.abs(np.diff(pair_curve(potential, np.linspace(0.6, 4.1, 201)), axis=0)).max(0)
-    fine = np.abs(np.diff(pair_curve(potential, np.linspace(0.6, 4.1, 401)), axis=0)).max(0)
+    curve = pair_curve(potential, np.linspace(0.6, 4.1, 401))
+    fine, coarse = (np.abs(np.diff(points, axis=0)).max(0) for points in (curve, curve[::2]))
     assert (fine < 0.75 * coarse).all(), f"coarse {coarse}, fine {fine}"
 
 
@@ -266,7 +266,7 @@ def test_zbl_against_published_screening():
 
 
 def test_parts_of_the_edges_change_nothing(potential):
-    """All that is done for a few centres at a time, and its derivatives, are the same as for all at once."""
+    """Processing a few centres at a time gives the same results and derivatives as all at once."""
     graph = collate([graph_of(molecule()), graph_of(crystal()), graph_of(molecule(1, 1))])
 
     def results(max_edges):
@@ -276,6 +276,6 @@ def test_parts_of_the_edges_change_nothing(potential):
         gradients = torch.autograd.grad(loss, list(potential.parameters()), allow_unused=True)
         return [prediction.energy, prediction.forces, *(g for g in gradients if g is not None)]
 
-    # float64, another order of the sums over atoms in parameter gradients
+    # float64, sums over atoms in another order in parameter gradients
     for part, whole in zip(results(40), results(10**6), strict=True):
         assert_close(part, whole, 1e-10)

@@ -1,6 +1,7 @@
-"""Properties beside energy and forces: stresses of atoms, Hessians, embeddings, dispersion."""
+"""Properties beside energy and forces: atomic stresses, Hessians, embeddings, dispersion."""
 
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_stresses_add_up_to_the_stress():
 
 
 def test_stresses_of_a_pair_are_shared_half_and_half():
-    """Of two atoms that only see each other, either has half, and that is known from the force."""
+    """Each of two atoms that only interact with each other has half of the stress, which follows from the force."""
     atoms = attach(Atoms("CO", [(1, 1, 1), (2.2, 1.7, 1)], cell=[20] * 3, pbc=True))
     arm, force = atoms.positions[1] - atoms.positions[0], atoms.get_forces()[1]
     whole = -np.outer(force, arm) / atoms.get_volume()  # dE/dstrain = -F (x) r
@@ -88,12 +89,18 @@ SO3 = {"message_node_so3": True, "ffn_on": "so3", "ffn_grid": 1, "so3_readout": 
 ZBL = {"bridging": Bridging(r_inner=0.95, r_outer=1.4), "excluded_pairs": (("C", "O"),)}
 
 
+@cache
+def known_hessian(structure) -> torch.Tensor:
+    """Hessian by `random_potential`; a column takes as long as a step of training."""
+    return hessian(random_potential(), graph_of(structure()))
+
+
 @pytest.mark.parametrize("options", [{}, SO3, ZBL])
 @pytest.mark.parametrize("structure", [molecule, crystal])
 def test_hessian_is_the_derivative_of_the_forces(structure, options):
     potential, atoms, h = random_potential(**options), structure(), 1e-4
-    matrix = hessian(potential, graph_of(atoms))
-    # central differences of float64 forces: error about h^2 times fourth derivatives, some 1e-8
+    matrix = hessian(potential, graph_of(atoms)) if options else known_hessian(structure)
+    # central differences of float64 forces: error about h^2 times fourth derivatives, about 1e-8
     for column in (0, 4, 17):
         forces = []
         for sign in (1, -2):
@@ -106,7 +113,7 @@ def test_hessian_is_the_derivative_of_the_forces(structure, options):
 
 def test_hessian_is_symmetric_and_blind_to_translations_and_rotations():
     potential, atoms = random_potential(), molecule()
-    matrix = hessian(potential, graph_of(atoms))
+    matrix = known_hessian(molecule)
     assert_close(matrix, matrix.T, 1e-14)
     assert_close(matrix.view(9, 3, 9, 3).sum(2), torch.zeros(9, 3, 3), 1e-13)
     # A rotation turns the forces: H (w x r) = -(w x F).
@@ -116,11 +123,12 @@ def test_hessian_is_symmetric_and_blind_to_translations_and_rotations():
 
 
 def test_products_are_those_of_the_hessian():
-    potential, graphs = random_potential(), [graph_of(crystal()), graph_of(molecule())]
+    potential, structures = random_potential(), (crystal, molecule)
+    graphs = [graph_of(structure()) for structure in structures]
     vector = torch.from_numpy(np.random.default_rng(0).normal(size=(15, 3)))
     product = hessian_vector_product(potential, collate(graphs), vector)
-    for graph, own, v in zip(graphs, product.split([6, 9]), vector.split([6, 9]), strict=True):
-        assert_close(own.flatten(), hessian(potential, graph) @ v.flatten(), 1e-13)
+    for structure, own, v in zip(structures, product.split([6, 9]), vector.split([6, 9]), strict=True):
+        assert_close(own.flatten(), known_hessian(structure) @ v.flatten(), 1e-13)
     trained = random_potential().train()
     assert_close(hessian_vector_product(trained, collate(graphs), vector), product)
     assert all(p.grad is None for p in trained.parameters())
@@ -137,7 +145,7 @@ def test_energy_and_forces_come_with_the_product():
 
 def test_hessian_of_single_precision_and_of_atoms_alone():
     graph = graph_of(molecule())
-    double, single = hessian(random_potential(), graph), hessian(random_potential().float(), graph)
+    double, single = known_hessian(molecule), hessian(random_potential().float(), graph)
     assert single.dtype == torch.float64
     assert 0 < (double - single).abs().max() < 1e-4 * double.abs().max()
     assert not hessian(random_potential(), graph_of(Atoms("CC", [(0, 0, 0), (9, 0, 0)]))).any()
@@ -246,7 +254,7 @@ def test_embed_command(tmp_path):
 
 
 class Nothing(Calculator):
-    """No interaction, so that a sum shows the other part alone."""
+    """Stub for a potential without interaction, so that a sum shows the other term alone."""
 
     implemented_properties = ["energy", "free_energy", "forces", "stress"]
 
@@ -289,7 +297,7 @@ def test_dispersion_of_stacked_benzene():
     for atoms in (pair, one):
         atoms.calc = with_dispersion(Nothing(), "pbe", "bj")
         energies.append(atoms.get_potential_energy())
-    # The bond of some -0.1 eV is what is left of this and of the repulsion in PBE.
+    # The bond of about -0.1 eV is the sum of this and of the repulsion in PBE.
     assert -0.35 < energies[0] - 2 * energies[1] < -0.1
 
 

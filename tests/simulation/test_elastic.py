@@ -1,4 +1,4 @@
-"""Elastic tensor: known by hand, from energies, with relaxed positions; moduli; stability; interruption."""
+"""Elastic tensor: known values, energies, relaxed positions; moduli; stability; interruption."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ def cubic(c11: float, c12: float, c44: float) -> np.ndarray:
 
 
 def curvature(atoms: Atoms, calculator, voigt: list[float], relaxed: bool = False) -> float:
-    """Second derivative of the energy along a strain, by the volume, in GPa."""
+    """Second derivative of the energy with respect to a strain, per volume, in GPa."""
     energies = []
     for sign in (-1, 0, 1):
         strained = atoms.copy()
@@ -49,7 +49,7 @@ def curvature(atoms: Atoms, calculator, voigt: list[float], relaxed: bool = Fals
 
 
 def test_moduli_of_an_isotropic_solid():
-    """Lame constants 60 and 40 GPa: K = 60 + 80/3, E = 40 (180 + 80) / 100, nu = 60 / 200."""
+    """Lame constants of 60 and 40 GPa: K = 60 + 80/3, E = 40 (180 + 80) / 100, nu = 60 / 200."""
     found = moduli(cubic(140.0, 60.0, 40.0))
     assert (found.bulk_voigt, found.bulk_reuss) == pytest.approx((260 / 3, 260 / 3))
     assert found.shear_voigt == pytest.approx(40) and found.shear_reuss == pytest.approx(40)
@@ -58,7 +58,7 @@ def test_moduli_of_an_isotropic_solid():
 
 
 def test_moduli_of_a_cubic_crystal():
-    """The formulas for C11 = 170, C12 = 120, C44 = 75 GPa."""
+    """Textbook formulas for C11 = 170, C12 = 120, C44 = 75 GPa."""
     found = moduli(cubic(170.0, 120.0, 75.0))
     assert found.bulk_voigt == pytest.approx(410 / 3) and found.bulk_reuss == pytest.approx(410 / 3)
     assert found.shear_voigt == pytest.approx((50 + 225) / 5)
@@ -95,14 +95,14 @@ def test_least_squares_find_a_law():
 
 
 def test_springs_between_neighbours_of_a_cubic_lattice(tmp_path):
-    """Face-centred cubic, springs k at rest: C11 = 2 k/a and C12 = C44 = k/a."""
+    """Face-centred cubic crystal of springs k at rest: C11 = 2 k/a and C12 = C44 = k/a."""
     sigma, epsilon = 2.5, 0.2
     distance = 2 ** (1 / 6) * sigma
     k = 72 * epsilon / 2 ** (1 / 3) / sigma**2  # curvature of the Lennard-Jones potential in its minimum
     calculator = LennardJones(sigma=sigma, epsilon=epsilon, rc=1.2 * distance, smooth=False)
     a = distance * 2**0.5
     result = run(bulk("Ar", "fcc", a=a), calculator, tmp_path, strain=0.001, fmax=1e-6)
-    # the potential is not harmonic: errors of second order in a strain of 1e-3, times some hundred
+    # the potential is not harmonic: errors of second order in a strain of 1e-3, times a few hundred
     np.testing.assert_allclose(result.stiffness, cubic(2, 1, 1) * k / a / units.GPa, rtol=1e-3, atol=1e-3)
     assert result.stable and result.asymmetry < 1e-6
     np.testing.assert_allclose(result.stress, 0, atol=1e-6)
@@ -130,7 +130,7 @@ def test_copper_from_energies(tmp_path):
 
 
 def test_positions_are_relaxed(tmp_path):
-    """In hexagonal copper atoms move under shear in the plane; only then C66 = (C11 - C12) / 2 holds."""
+    """Atoms of hexagonal copper move under shear in the plane; only then C66 = (C11 - C12) / 2 holds."""
     start = bulk("Cu", "hcp", a=2.54, c=4.16)
     relax(start, EMT(), fmax=1e-4, optimizer="bfgs", cell="full")
     c = run(start, EMT(), tmp_path).stiffness
@@ -142,7 +142,7 @@ def test_positions_are_relaxed(tmp_path):
 
 
 def test_an_unstable_crystal_is_told(tmp_path):
-    """Copper of EMT is no minimum in the body-centred structure: C11 < C12."""
+    """EMT copper has no minimum in the body-centred structure: C11 < C12."""
     result = run(bulk("Cu", "bcc", a=2.87), EMT(), tmp_path)
     assert result.stiffness[0, 0] < result.stiffness[0, 1]
     assert not result.stable and result.moduli is None
@@ -158,7 +158,7 @@ def test_stress_without_strain_is_reported(tmp_path):
 
 
 class Interrupting(EMT):
-    """Sends Ctrl-C at the 20th evaluation."""
+    """Calculator that sends Ctrl-C at the 20th evaluation."""
 
     evaluations = 0
 
@@ -185,7 +185,7 @@ def test_arguments(tmp_path):
 
 
 def test_command_with_a_potential(tmp_path):
-    """A cubic crystal of one atom per cell has nothing to relax; its tensor is that of differences of stresses."""
+    """A cubic crystal of one atom per cell has no positions to relax; its tensor follows from stress differences."""
     atoms = bulk("C", "fcc", a=3.2)
     save_potential(random_potential(n_blocks=1, lmax=1), tmp_path / "m.safetensors")
     write(tmp_path / "c.xyz", atoms)

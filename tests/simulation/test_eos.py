@@ -1,4 +1,4 @@
-"""Equation of state: known curves are found, copper of EMT, relaxed positions, interruption, refusals."""
+"""Equation of state: known curves, EMT copper, relaxed positions, interruption, refusals."""
 
 import csv
 import json
@@ -106,7 +106,7 @@ def test_positions_are_relaxed_at_every_volume(tmp_path):
 
 @pytest.mark.parametrize("shape", [False, True])
 def test_shape_is_relaxed_on_request(tmp_path, shape):
-    """The c/a of hexagonal copper is stretched and kept, or finds its best value near 1.64 at every volume."""
+    """The c/a of hexagonal copper keeps its stretched value, or finds the optimum near 1.64 at every volume."""
     atoms = bulk("Cu", "hcp", a=2.5, c=4.4)
     result = run(atoms, EMT(), tmp_path, shape=shape, relax_first=False, fmax=1e-3, points=5, span=0.08)
     anisotropy = []
@@ -137,7 +137,7 @@ def test_interrupted_and_resumed(tmp_path):
     assert result.bulk_modulus == pytest.approx(expected.bulk_modulus, rel=1e-6)
     done = Counting()
     assert run(bulk("Cu"), done, tmp_path / "parts", resume=True) == result
-    assert done.evaluations == 1  # the energy that tells one calculator from another
+    assert done.evaluations == 1  # the energy that identifies the calculator
 
 
 def test_what_cannot_be_resumed(tmp_path):
@@ -159,7 +159,7 @@ def test_what_cannot_be_resumed(tmp_path):
 
 
 def test_a_model_is_told_by_its_digest(tmp_path):
-    """Weights, precision, order of the elements, charge: whatever changes the energies ends a resumption."""
+    """A run refuses to resume after any change of the energies: weights, precision, order of elements, charge."""
 
     def carbide() -> Atoms:
         return Atoms("CO", cell=3.2 * np.eye(3), scaled_positions=[(0, 0, 0), (0.4, 0.5, 0.5)], pbc=True)
@@ -167,7 +167,7 @@ def test_a_model_is_told_by_its_digest(tmp_path):
     def attempt(atoms=None, seed=0, dtype="float64", models=1, **options) -> None:
         potential = random_potential(seed, n_blocks=1, lmax=1, charge_spin=True, default_charge_spin=(0, 1))
         calculator = DPA4Calculator([potential] * models, device="cpu", dtype=dtype)
-        # stops within the first relaxation, which is far from done after no step
+        # stops within the first relaxation, which is far from converged after zero steps
         run(atoms or carbide(), calculator, tmp_path, steps=0, **options)
 
     with pytest.raises(RuntimeError, match="not relaxed"):
@@ -223,7 +223,7 @@ def test_failed_relaxations_are_tried_again(tmp_path):
 
 
 def test_command_with_a_potential(tmp_path):
-    """The table of the command holds the energies of the model, whether there is a minimum or not."""
+    """The table of the command holds the energies of the model, with or without a minimum."""
     save_potential(random_potential(n_blocks=1, lmax=1), tmp_path / "m.safetensors")
     write(tmp_path / "c.xyz", bulk("C", "fcc", a=4.0))
     arguments = [

@@ -1,4 +1,4 @@
-"""Nudged elastic band: known barriers, ASE used by hand, periodicity, interruption and resuming."""
+"""Nudged elastic band: known barriers, comparison with ASE, periodicity, interruption and resuming."""
 
 import signal
 
@@ -24,7 +24,7 @@ HEIGHT, TILT = 0.7, 0.1
 
 
 class DoubleWell(Calculator):
-    """One atom in E = 0.7 (x^2 - 1)^2 + 2 (y - (1 - x^2) / 2)^2 + z^2, whose valley is a parabola.
+    """Potential of one atom, E = 0.7 (x^2 - 1)^2 + 2 (y - (1 - x^2) / 2)^2 + z^2, whose valley is a parabola.
 
     Along the valley E = 0.7 (x^2 - 1)^2: minima at x = -1 and 1, and a saddle point of 0.7 eV at (0, 0.5, 0).
     """
@@ -48,7 +48,7 @@ class DoubleWell(Calculator):
 
 
 def wells() -> tuple[Atoms, Atoms]:
-    """The minima, in a box so large that its images do not matter."""
+    """Both minima, in a box so large that periodic images do not matter."""
     return tuple(Atoms("H", [(x, 0, 0)], cell=[50] * 3, pbc=True) for x in (-1, 1))
 
 
@@ -70,7 +70,7 @@ def run(start, end, calculator, folder, **options):
 
 @pytest.mark.parametrize("images", [3, 4, 7])
 def test_barrier_of_a_double_well(tmp_path, images):
-    """The climbing image reaches the saddle point also where no image is near it by symmetry."""
+    """The climbing image reaches the saddle point, even if symmetry puts no image near it."""
     start, end = wells()
     calculator = DoubleWell()
     found = run(start, end, calculator, tmp_path, images=images, fmax=0.002)
@@ -80,7 +80,7 @@ def test_barrier_of_a_double_well(tmp_path, images):
     assert found.reverse_barrier == pytest.approx(HEIGHT, abs=1e-5) and found.reaction_energy == 0
     saddle = read(tmp_path / "path.xyz", found.highest_image)
     np.testing.assert_allclose(saddle.positions[0], [0, 0.5, 0], atol=2e-3)
-    # Each image once per step, and both ends once: nothing is computed twice, except where climbing begins.
+    # Each image once per step, and both ends once; only the start of climbing recomputes.
     assert calculator.calls == images * (found.steps + 2) + 2
     assert np.array_equal(start.positions, [[-1, 0, 0]]) and start.calc is None
 
@@ -98,7 +98,7 @@ def test_same_as_ase_by_hand(tmp_path):
     BFGS(band, logfile=None).run(fmax=0.01)
     by_hand = [atoms.get_potential_energy() for atoms in images]
     found = run(*hop(), EMT(), tmp_path, images=3, fmax=0.02, relax_ends=True)
-    # Saddle points and minima are stationary: at forces of 0.02 eV/Angstrom energies are right to some 0.1 meV.
+    # Saddle points and minima are stationary: at forces of 0.02 eV/Angstrom, energies are exact to about 0.1 meV.
     assert found.barrier == pytest.approx(max(by_hand) - by_hand[0], abs=5e-4)
     assert found.highest_image == 2 and 0.3 < found.barrier < 0.45
     first = read(tmp_path / "path.xyz", 0)
@@ -129,7 +129,7 @@ def test_files(tmp_path):
 
 
 def test_atoms_move_the_short_way_through_the_boundary(tmp_path):
-    """A vacancy next to the boundary: the end is given wrapped to the other side of the cell."""
+    """Vacancy next to the boundary: the end is given wrapped to the other side of the cell."""
     start = bulk("Cu", cubic=True).repeat(2)
     del start[0]
     hopping = int(np.argmin(np.linalg.norm(start.positions - [0, 1.805, 1.805], axis=1)))
@@ -144,11 +144,11 @@ def test_atoms_move_the_short_way_through_the_boundary(tmp_path):
     assert inside.converged and inside.barrier == pytest.approx(outside.barrier, abs=1e-6)
     assert 0.3 < inside.barrier < 1.0  # of the order of migration barriers in fcc metals
     last = read_csv(tmp_path / "b" / "path.csv")[-1]
-    assert float(last["path_A"]) < 4  # the hop, of 2.55 Angstrom, and the give of the neighbours
+    assert float(last["path_A"]) < 4  # the hop of 2.55 Angstrom, and the displacement of the neighbours
 
 
 def test_isolated_molecules_do_not_rotate(tmp_path):
-    """The inversion of ammonia: the end, turned about, gives the same barrier as in place."""
+    """Inversion of ammonia: a rotated end gives the same barrier."""
     calculator = DPA4Calculator(random_potential(elements=("H", "C", "N")), device="cpu", dtype="float64")
     start = Atoms("NHHH", [(0, 0, 0.3), (0.94, 0, 0), (-0.47, 0.81, 0), (-0.47, -0.81, 0)])
     end = start.copy()
@@ -181,7 +181,7 @@ def test_interrupted_and_resumed(tmp_path, call):
     path = read(tmp_path / "path.xyz", ":")
     calculator = DoubleWell()
     again = run(*wells(), calculator, tmp_path, resume=True, steps=stopped.steps, **options)
-    assert again.steps == stopped.steps and calculator.calls == 6  # computed as it is
+    assert again.steps == stopped.steps and calculator.calls == 6  # evaluated once, without further steps
     for before, after in zip(path, read(tmp_path / "path.xyz", ":"), strict=True):
         np.testing.assert_allclose(after.positions, before.positions, atol=1e-7)
     resumed = run(*wells(), DoubleWell(), tmp_path, resume=True, **options)

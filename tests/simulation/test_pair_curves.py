@@ -1,4 +1,4 @@
-"""Pair curves: derivatives, the definitions of the flags, files, interruption, the command."""
+"""Pair curves: derivatives, definitions of the flags, files, interruption, the command."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from dpa4.cli import app
 from dpa4.model.config import Bridging
-from dpa4.potential import save_potential
+from dpa4.potential import Potential, save_potential
 from dpa4.potential.zbl import zbl_pair_energy
 from dpa4.simulation import DPA4Calculator
 from dpa4.simulation import pair_curves as module
@@ -30,12 +30,17 @@ from helpers import random_potential
 R = np.linspace(0.8, 6.0, 261)
 
 
+def tiny(seed: int = 0, **options) -> Potential:
+    """Tiny potential for tests that do not depend on the shape of the curves."""
+    return random_potential(seed, **({"n_blocks": 1, "lmax": 1} | options))
+
+
 def curve(energy, force, curvature, r=R) -> PairCurve:
     return PairCurve(("Ar", "Ar"), r, energy(r), force(r), curvature(r))
 
 
 def lennard_jones(depth: float = 1.0, extra=None) -> PairCurve:
-    """With the minimum at 1.2 Angstrom; ``extra`` gives a bump: its height, place and width."""
+    """Lennard-Jones curve with the minimum at 1.2 Angstrom; ``extra`` is a bump of given height, place and width."""
     x = 1.2 / R
     values = [
         depth * (x**12 - 2 * x**6),
@@ -102,7 +107,7 @@ def test_pairs_and_distances():
 
 
 def test_charge_and_multiplicity():
-    """The default of the model, else those of the neutral pair: H2 a singlet, CH a doublet."""
+    """Charge and multiplicity are the model's default, else those of the neutral pair: singlet H2, doublet CH."""
     given, found = [], {}
     for default in (None, (1, 4)):
         potential = random_potential(charge_spin=True, default_charge_spin=default)
@@ -128,7 +133,7 @@ def test_a_wall_and_a_well_are_in_order():
 def test_a_bump_is_a_spike():
     found = diagnose(lennard_jones(extra=(0.4, 2.4, 0.1)))
     assert found.flags == ("several wells", "spike") and found.force_flips == 3
-    # up and down again, less what the energy of the well rises meanwhile
+    # up and down again, minus the rise of the well's energy meanwhile
     assert 0.7 < found.excess_variation < 0.8
     small = diagnose(lennard_jones(extra=(0.04, 2.4, 0.1)))
     assert small.flags == ("several wells",) and 0 < small.excess_variation < 0.1
@@ -138,7 +143,7 @@ def test_a_hole_is_no_wall():
     found = diagnose(lennard_jones(extra=(-500.0, 0.8, 0.2)))
     assert "no wall" in found.flags
     soft = diagnose(curve(lambda r: 0.5 / r, lambda r: 0.5 / r**2, lambda r: 1 / r**3))
-    assert soft.flags == ("no wall",)  # repulsive, but of 0.6 eV only
+    assert soft.flags == ("no wall",)  # repulsive, but only by 0.6 eV
 
 
 def test_a_step_is_a_jump():
@@ -159,7 +164,7 @@ def test_what_is_not_finite():
 
 
 def test_files(tmp_path):
-    scan = scan_pairs(random_potential(), tmp_path / "a" / "out", step=0.1, progress=False)
+    scan = scan_pairs(tiny(), tmp_path / "a" / "out", step=0.1, progress=False)
     folder = tmp_path / "a" / "out"
     assert scan.finished and len(scan.curves) == 6
     rows = list(csv.DictReader((folder / "pairs.csv").open()))
@@ -182,14 +187,14 @@ def test_files(tmp_path):
 
 def test_many_pairs_take_several_figures_and_replace_earlier_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PER_PAGE", 2)
-    scan_pairs(random_potential(), tmp_path, step=1.0, progress=False)
+    scan_pairs(tiny(), tmp_path, step=1.0, progress=False)
     assert len(list(tmp_path.glob("pairs-*.png"))) == 3
-    scan_pairs(random_potential(), tmp_path, [("H", "H")], step=1.0, progress=False)
+    scan_pairs(tiny(), tmp_path, [("H", "H")], step=1.0, progress=False)
     assert [p.name for p in tmp_path.glob("pairs-*.png")] == ["pairs-01.png"]
 
 
 def interrupted(potential, folder, at, monkeypatch):
-    """A scan of six pairs whose batches hold one pair each; Ctrl-C comes in one of them."""
+    """Scan six pairs whose batches hold one pair each; Ctrl-C arrives in one of them."""
     calls = []
 
     def interrupt(*_):
@@ -205,40 +210,40 @@ def interrupted(potential, folder, at, monkeypatch):
 
 
 def test_interruption_keeps_what_is_done(tmp_path, monkeypatch):
-    scan, _ = interrupted(random_potential(), tmp_path, 2, monkeypatch)
+    scan, _ = interrupted(tiny(), tmp_path, 2, monkeypatch)
     assert not scan.finished and len(scan.curves) == len(scan.diagnoses) == 2
     assert not json.loads((tmp_path / "pairs.json").read_text())["finished"]
     assert {row["pair"] for row in csv.DictReader((tmp_path / "pairs.csv").open())} == {"H-H", "H-C"}
 
 
 def test_the_same_call_goes_on(tmp_path, monkeypatch):
-    potential = random_potential()
+    potential = tiny()
     whole, calls = interrupted(potential, tmp_path / "whole", None, monkeypatch)
     assert whole.finished and calls == 6
     interrupted(potential, tmp_path / "parts", 2, monkeypatch)
     with (tmp_path / "parts" / "pairs.jsonl").open("a") as file:
         file.write('{"id": "H-O", "ener')  # torn by a kill
     resumed, calls = interrupted(potential, tmp_path / "parts", None, monkeypatch)
-    assert resumed.finished and calls == 4  # without those of the two curves that were done
+    assert resumed.finished and calls == 4  # none for the two finished curves
     for name in ("pairs.csv", "pairs.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    # a part of the pairs, from what is there; another precision and a copy are no other model
-    again = scan_pairs(random_potential(), tmp_path / "parts", [("C", "O")], step=0.5, progress=False)
+    # some of the pairs, from stored results; another precision or a copy is not another model
+    again = scan_pairs(tiny(), tmp_path / "parts", [("C", "O")], step=0.5, progress=False)
     np.testing.assert_array_equal(again.curves[0].force, whole.curves[4].force)
 
 
 def test_curves_of_another_model_or_other_distances_are_refused(tmp_path):
     options = {"pairs": [("C", "O")], "step": 1.0, "progress": False}
-    scan_pairs(random_potential(), tmp_path, **options)
+    scan_pairs(tiny(), tmp_path, **options)
     for potential, changed, message in (
         (
-            random_potential(seed=1),
+            tiny(seed=1),
             {},
             r"model = '\w+', but .* holds results with model = '\w+'; choose another",
         ),
-        (random_potential().float(), {}, "dtype = 'float32', but .* dtype = 'float64'; choose another"),
-        (random_potential(), {"step": 0.5}, "step = 0.5, but .* step = 1.0; choose another folder"),
-        (random_potential(), {"start": 0.3}, "start = 0.3, but .* start = 0.2; choose another folder"),
+        (tiny().float(), {}, "dtype = 'float32', but .* dtype = 'float64'; choose another"),
+        (tiny(), {"step": 0.5}, "step = 0.5, but .* step = 1.0; choose another folder"),
+        (tiny(), {"start": 0.3}, "start = 0.3, but .* start = 0.2; choose another folder"),
     ):
         with pytest.raises(ValueError, match=message):
             scan_pairs(potential, tmp_path, **(options | changed))
@@ -246,14 +251,14 @@ def test_curves_of_another_model_or_other_distances_are_refused(tmp_path):
 
 @pytest.mark.parametrize("edges", [pytest.param(2, marks=pytest.mark.slow), 14, 10_000])
 def test_curves_do_not_depend_on_the_batches(monkeypatch, edges):
-    potential = random_potential(charge_spin=True)
-    expected = list(pair_curves(potential, step=0.1))
+    potential = tiny(charge_spin=True)
+    expected = list(pair_curves(potential, step=0.2))
     monkeypatch.setattr(module, "CPU_EDGES", edges)
-    for one, other in zip(pair_curves(potential, step=0.1), expected, strict=True):
+    for one, other in zip(pair_curves(potential, step=0.2), expected, strict=True):
         assert one.name == other.name
         for name in ("energy", "force", "curvature"):
             values = getattr(other, name)
-            # sums in another order; eV of hundreds at the wall
+            # sums in another order; hundreds of eV at the wall
             np.testing.assert_allclose(getattr(one, name), values, atol=1e-12 * np.abs(values).max(), rtol=0)
 
 
@@ -266,9 +271,9 @@ def test_batches_that_do_not_fit_are_halved(monkeypatch):
         sizes.append(graph.num_structures)
         return evaluate(potential, graph)
 
-    expected = list(pair_curves(random_potential(), step=0.5))
+    expected = list(pair_curves(tiny(), step=0.5))
     monkeypatch.setattr(module, "_evaluate", small)
-    found = list(pair_curves(random_potential(), step=0.5))
+    found = list(pair_curves(tiny(), step=0.5))
     assert [c.name for c in found] == [c.name for c in expected]
     np.testing.assert_allclose(found[5].energy, expected[5].energy, atol=1e-12)
     assert sizes == [6] * 9  # of 54 points: 27, 13, 6
@@ -278,11 +283,11 @@ def test_batches_that_do_not_fit_are_halved(monkeypatch):
 
     monkeypatch.setattr(module, "_evaluate", never)
     with pytest.raises(torch.OutOfMemoryError):
-        list(pair_curves(random_potential(), step=0.5))
+        list(pair_curves(tiny(), step=0.5))
 
 
 def test_command(tmp_path):
-    save_potential(random_potential(), tmp_path / "m.safetensors")
+    save_potential(tiny(), tmp_path / "m.safetensors")
     arguments = [
         "pairs",
         tmp_path / "m.safetensors",
@@ -315,7 +320,7 @@ def test_earlier_name_of_the_command_is_hidden():
 )
 def test_refusals(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        scan_pairs(random_potential(), tmp_path / "out", progress=False, **options)
+        scan_pairs(tiny(), tmp_path / "out", progress=False, **options)
     assert not (tmp_path / "out").exists()
 
 

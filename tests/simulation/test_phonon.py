@@ -1,4 +1,4 @@
-"""Phonons: springs known by hand, phonopy used directly, sums, heat capacity, imaginary modes, resume."""
+"""Phonons: known springs, comparison with phonopy, sums, heat capacity, imaginary modes, resuming."""
 
 import csv
 import json
@@ -38,7 +38,7 @@ def columns(path) -> dict[str, np.ndarray]:
 
 
 def frequencies(folder, *wave_vectors) -> np.ndarray:
-    """In THz, from the file that phonopy loads; (Q, 3 N)."""
+    """Frequencies in THz of shape (Q, 3 N), from the file that phonopy loads."""
     phonon = phonopy.load(folder / "phonopy_params.yaml", log_level=0)
     return phonon.run_qpoints(wave_vectors).frequencies
 
@@ -47,7 +47,7 @@ GAMMA, X, L = (0, 0, 0), (0.5, 0.5, 0), (0.5, 0.5, 0.5)  # of the primitive vect
 
 
 def springs() -> tuple[Atoms, LennardJones, float]:
-    """A face-centred cubic crystal with springs between neighbours only, and the frequency sqrt(k/m) in THz."""
+    """Face-centred cubic crystal of springs between neighbours only, and the frequency sqrt(k/m) in THz."""
     sigma, epsilon = 2.5, 0.2
     distance = 2 ** (1 / 6) * sigma
     k = 72 * epsilon / 2 ** (1 / 3) / sigma**2  # curvature of the Lennard-Jones potential in its minimum
@@ -58,7 +58,7 @@ def springs() -> tuple[Atoms, LennardJones, float]:
 
 
 def test_springs_between_neighbours_of_a_cubic_lattice(tmp_path):
-    """At X: m w^2 = 8 k and 4 k twice; at L: 8 k and 2 k twice; at Gamma nothing."""
+    """Squared frequencies m w^2: 8 k and twice 4 k at X; 8 k and twice 2 k at L; zero at Gamma."""
     atoms, calculator, unit = springs()
     result = run(atoms, calculator, tmp_path, supercell=(4, 4, 4), displacement=0.01, relax_first=False)
     gamma, x, low = frequencies(tmp_path, GAMMA, X, L)
@@ -72,7 +72,7 @@ def test_springs_between_neighbours_of_a_cubic_lattice(tmp_path):
 
 
 def test_same_as_phonopy_used_by_hand(tmp_path):
-    """From the conventional cell, with its own relaxation, symmetry and reduction to the primitive cell."""
+    """From the conventional cell, which the run relaxes and reduces to the primitive cell by its symmetry."""
     from phonopy import Phonopy
     from phonopy.structure.atoms import PhonopyAtoms
 
@@ -93,7 +93,7 @@ def test_same_as_phonopy_used_by_hand(tmp_path):
     phonon.produce_force_constants()
     wave_vectors = (X, L, (0.1, 0.2, 0.3))
     expected = phonon.run_qpoints(wave_vectors).frequencies
-    # the two relaxed lattices differ by fmax: some 1e-5 of the lattice constant
+    # the two relaxed lattices differ by fmax: about 1e-5 of the lattice constant
     np.testing.assert_allclose(frequencies(tmp_path, *wave_vectors), expected, atol=2e-3)
     assert 7.5 < result.max_frequency < 8.5  # measured: 7.3 THz
     assert result.supercell == (2, 2, 2) and result.atoms_of_primitive_cell == 1
@@ -129,14 +129,14 @@ def test_sums_and_thermal_properties(tmp_path):
 
 
 def test_imaginary_modes_are_told(tmp_path):
-    """Body-centred copper of EMT is unstable under shear, C11 < C12."""
+    """Body-centred EMT copper is unstable under shear, C11 < C12."""
     result = run(bulk("Cu", "bcc", a=2.87), EMT(), tmp_path)
     assert result.imaginary and result.min_frequency < -0.3
     assert result.heat_capacity < 3 * R
 
 
 def test_symmetry_is_kept_while_the_crystal_is_relaxed(tmp_path):
-    """Noise of 1e-5 Angstrom in the start costs no displacements."""
+    """Noise of 1e-5 Angstrom in the start does not cost displacements."""
     atoms = bulk("Cu", a=3.61, cubic=True)
     atoms.rattle(1e-5, seed=0)
     result = run(atoms, EMT(), tmp_path, supercell=(2, 2, 2))
@@ -151,7 +151,7 @@ def test_supercell_of_a_length():
 
 
 def test_a_potential_by_its_hessian(tmp_path):
-    """A crystal without symmetry: force constants of one cell are the second derivatives of its energy."""
+    """Crystal without symmetry: force constants of one cell are the second derivatives of its energy."""
     from dpa4.potential import hessian
 
     potential = random_potential(n_blocks=1)
@@ -169,7 +169,7 @@ def test_a_potential_by_its_hessian(tmp_path):
 
 
 class Counting(EMT):
-    """EMT that counts the evaluations of supercells and sends Ctrl-C at one of them."""
+    """EMT calculator that counts evaluations of supercells and sends Ctrl-C at one of them."""
 
     def __init__(self, at: int = 0):
         super().__init__()
@@ -194,7 +194,7 @@ def test_interrupted_and_resumed(tmp_path):
     result = run(atoms, rest, tmp_path / "parts", resume=True)
     assert rest.evaluations == whole.evaluations - 2
     assert result.max_frequency == pytest.approx(expected.max_frequency, abs=1e-6)
-    # another mesh and other temperatures need no forces
+    # another mesh and other temperatures do not need forces
     again = Counting()
     run(atoms, again, tmp_path / "parts", resume=True, mesh=10.0, max_temperature=100.0)
     assert again.evaluations == 0

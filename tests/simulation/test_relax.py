@@ -1,4 +1,4 @@
-"""Relaxation: minima are reached, cells too, constraints hold, and what is written."""
+"""Relaxation: minima, cells, constraints, symmetry, files."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ from helpers import crystal, molecule, random_potential
 
 
 def squeezed() -> Atoms:
-    """A rattled, strained cell of copper."""
+    """Rattled, strained cell of copper."""
     atoms = bulk("Cu", a=3.5, cubic=True)
     atoms.rattle(0.08, seed=1)
     atoms.set_cell(atoms.cell.array @ np.diag([1.0, 1.03, 0.98]), scale_atoms=True)
@@ -53,7 +53,7 @@ def test_relaxes_the_cell():
 @pytest.mark.parametrize(("structure", "cell"), [(molecule, "fixed"), (crystal, "full")])
 def test_lowers_the_energy_and_forces_of_a_potential(structure, cell):
     atoms = structure()
-    calculator = DPA4Calculator(random_potential(), device="cpu", dtype="float64")
+    calculator = DPA4Calculator(random_potential(n_blocks=1), device="cpu", dtype="float64")
     atoms.calc = calculator
     before = np.linalg.norm(atoms.get_forces(), axis=1).max()
     result = relax(atoms, calculator, fmax=before / 3, steps=150, optimizer="bfgs", cell=cell)
@@ -64,7 +64,7 @@ def test_lowers_the_energy_and_forces_of_a_potential(structure, cell):
 
 
 def test_pressure_is_reached():
-    """The enthalpy's minimum: the stress of the structure balances the pressure."""
+    """The stress of the structure balances the pressure at the minimum of the enthalpy."""
     atoms = squeezed()
     result = relax(atoms, EMT(), fmax=1e-4, optimizer="bfgs", cell="full", pressure=10.0)
     assert result.converged
@@ -101,7 +101,7 @@ def test_part_of_the_cell_is_relaxed(cell, zero):
 
 
 def test_symmetry_is_kept():
-    """Forces that break the symmetry do not move a tetragonal cell of copper off it."""
+    """Forces that break the symmetry do not distort a tetragonal cell of copper."""
     dataset = pytest.importorskip("spglib").get_symmetry_dataset
     atoms = bulk("Cu", a=3.6, cubic=True)
     atoms.set_cell([3.55, 3.55, 3.7], scale_atoms=True)
@@ -109,7 +109,7 @@ def test_symmetry_is_kept():
     noisy = np.random.default_rng(0).normal(scale=1e-3, size=(4, 3))
 
     class Noisy(EMT):
-        """Errors that do not know about symmetry."""
+        """Calculator with errors that break symmetry."""
 
         def calculate(self, *arguments):
             super().calculate(*arguments)
@@ -119,7 +119,7 @@ def test_symmetry_is_kept():
     assert result.converged and not atoms.constraints
     number = dataset((atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers), symprec=1e-5).number
     assert number == 139  # I4/mmm, the space group of the start
-    assert result.max_force < 1e-10  # no force is symmetric here
+    assert result.max_force < 1e-10  # symmetry allows no forces here
 
 
 def test_symmetry_is_refused_where_it_cannot_be_kept(monkeypatch):
@@ -173,7 +173,7 @@ def test_trajectory(tmp_path):
 
 
 class Interrupting(EMT):
-    """Sends Ctrl-C at the fifth evaluation."""
+    """Calculator that sends Ctrl-C at the fifth evaluation."""
 
     evaluations = 0
 
@@ -198,7 +198,7 @@ def files(folder):
 
 
 def test_resumed_relaxations(tmp_path):
-    """Finished structures are taken over, the one that was interrupted goes on where it was."""
+    """Finished structures are reused, the interrupted one continues from its last step."""
     options = {"fmax": 0.01, "progress": False}
     starts = [bulk("Cu", a=3.6), squeezed(), squeezed(), bulk("Cu", a=3.5)]
     expected = relax_all([a.copy() for a in starts], EMT(), tmp_path / "whole", **options)
@@ -207,7 +207,7 @@ def test_resumed_relaxations(tmp_path):
     begun = structures[1].positions.copy()
     results = relax_all(starts, EMT(), tmp_path / "parts", resume=True, **options)
     assert results[0] == expected[0]
-    for one, other in zip(results[2:], expected[2:], strict=True):  # EMT's order of summation has a memory
+    for one, other in zip(results[2:], expected[2:], strict=True):  # EMT sums in another order now
         assert one.steps == other.steps and one.energy == pytest.approx(other.energy, abs=1e-10)
     assert results[1].converged and results[1].energy == pytest.approx(expected[1].energy, abs=1e-3)
     assert results[1].initial_energy < expected[1].initial_energy
@@ -217,7 +217,7 @@ def test_resumed_relaxations(tmp_path):
     assert [row.split(",")[:3] for row in parts[0].split()] == [
         row.split(",")[:3] for row in whole[0].split()
     ]
-    # a finished call has nothing left to do
+    # a finished run does no further work
     again = [bulk("Cu", a=3.6), squeezed(), squeezed(), bulk("Cu", a=3.5)]
     assert relax_all(again, None, tmp_path / "parts", resume=True, **options) == results
     np.testing.assert_allclose(again[1].positions, starts[1].positions, atol=1e-7)

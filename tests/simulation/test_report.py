@@ -1,4 +1,4 @@
-"""The report of a run: one valid page without anything outside it, also where parts are missing."""
+"""The report of a run: one valid page without external resources, even if parts are missing."""
 
 import base64
 import json
@@ -25,7 +25,7 @@ VOID = {"meta", "img"}
 
 
 class Page(HTMLParser):
-    """Checks that elements nest, and collects sections, text, images and references."""
+    """Parser that checks the nesting of elements and collects sections, text, images and references."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -75,7 +75,7 @@ def page(path) -> Page:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished run, and its evaluation on structures of two groups, one with a name that needs escaping."""
+    """Finished run, and its evaluation on structures of two groups, one with a name that needs escaping."""
     folder = tmp_path_factory.mktemp("report")
     frames = []
     for seed in range(6):
@@ -124,7 +124,7 @@ def test_a_whole_report(trained):
 
 
 def test_tables_align_numbers_and_write_them_out():
-    """Columns of numbers are to the right, header included; errors of 13,519 meV are no 1.352e+04."""
+    """Columns of numbers align right, headers included; errors of 13,519 meV are not written as 1.352e+04."""
     text = report._table(["pair", "depth (eV)"], [["H-O", report._short(13519.25)], ["H-H", "-"]])
     assert "<th>pair</th>" in text and '<th class="number">depth (eV)</th>' in text
     assert '<td class="number">13519</td>' in text and '<td class="number">-</td>' in text

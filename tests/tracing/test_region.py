@@ -1,6 +1,6 @@
 """Regions: a trace cut into stages is the same function with the same derivatives, at every size.
 
-Compilers take minutes on a CPU, so here the stages are run as the graphs that a compiler would get.
+Compilation takes minutes on a CPU, so stages run as the graphs that the compiler would receive.
 """
 
 import pytest
@@ -20,7 +20,7 @@ WIDTH = 5
 
 
 class Layer(nn.Module):
-    """Messages with a parameter on nodes and one on edges, and a result of its own for the edges."""
+    """Layer with messages from parameters on nodes and on edges, and a result of its own for the edges."""
 
     def __init__(self, seed: int = 0):
         super().__init__()
@@ -52,7 +52,7 @@ def arguments(nodes: int, edges: int, centers: int | None = None):
 
 
 def derivatives(function, layer: Layer, x, length, source, center, energy=1.0, forces=1.0):
-    """Results, their derivative by the lengths, and gradients of a loss of both by all that has any."""
+    """Results, their derivative by the lengths, and gradients of a loss on both by inputs and parameters."""
     x, length = x.clone().requires_grad_(), length.clone().requires_grad_()
     total, own = function(x.sin(), length.square(), source, center)
     value = total.sin().sum() + own.sum()
@@ -115,7 +115,7 @@ def test_losses_of_one_kind(compilations, energy, forces):
 
 
 def test_loss_without_the_first_derivative(compilations):
-    """Stages 1 and 2 never ran when stage 3 is asked for."""
+    """Stage 3 runs although stages 1 and 2 never ran."""
     layer = Layer()
     as_region(layer)
     x, length, source, center = arguments(6, 20)
@@ -182,7 +182,7 @@ def test_kept_products_are_not_computed_again(compilations):
 
 
 class Merged(Layer):
-    """A layer whose weights are multiplied with each other, with an argument that is one, and transposed."""
+    """Layer whose weights are multiplied with each other and with an argument, and transposed."""
 
     def apply_to(self, x, length, source, center, last):
         merged = self.inner.weight @ self.outer.weight @ last.mT
@@ -226,7 +226,7 @@ def test_what_depends_on_weights_alone_is_computed_once(compile_as):
     (program,) = code.programs.values()
     assert code.stages() == [program.constants, *program.stages]
     assert [runs.count(graph) for graph in graphs] == [1, 2, 2]
-    # the merged weight, and the sum; what is transposed is a view of a weight
+    # the merged weight, and the sum; transposed weights are views
     assert len(program.constants.recipe.results) == 2
     assert_only_views_of_weights(program, 1 + len(layer.region.tensors))
 
@@ -259,7 +259,7 @@ def test_changed_weights_are_seen(compilations, kind):
 
 
 def test_arguments_that_come_and_go_are_not_mistaken_for_each_other(compilations):
-    """Memory that is given back is often taken by the next tensor: same address, same version."""
+    """A new tensor often reuses freed memory: same address, same version."""
     layer, given = Merged().eval(), arguments(6, 20)
     as_merged_region(layer)
     for k in range(5):
@@ -294,7 +294,7 @@ def test_sizes_beyond_32_bits_get_their_own_code(compilations, monkeypatch):
 
 
 def test_results_are_contiguous(compilations):
-    """Else everyone who takes them, such as each part of the edges, makes a copy."""
+    """Otherwise each consumer, such as each part of the edges, would copy them."""
 
     class Turned(nn.Module):
         def turn(self, x):
@@ -314,11 +314,11 @@ def test_mixed_precision(compilations):
         found = derivatives(layer.region, layer, x.float(), length.float(), source, center)
         expected = derivatives(layer.apply_to, layer, x.float(), length.float(), source, center)
     for a, b in zip(found, expected, strict=True):
-        assert_close(a, b, 0.03)  # eight bits, in another order
+        assert_close(a, b, 0.03)  # eight bits, sums in another order
 
 
 def test_sizes_are_not_mistaken_for_fixed_ones(compilations):
-    # The hints of nodes, centres and edges are what the compiler compares with lengths of axes.
+    # The compiler compares the hints of nodes, centres and edges with lengths of axes.
     layer = Layer()
     code = as_region(layer)
     derivatives(layer.region, layer, *arguments(5, 20))

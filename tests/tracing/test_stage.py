@@ -1,4 +1,4 @@
-"""Stages as text: the graph that is read is the one that was written, at every size."""
+"""Stages as text: the graph read back equals the one written, at every size."""
 
 import json
 import operator
@@ -17,7 +17,7 @@ SIZES = {"node": 1001, "edge": 5003}
 
 
 def function(x, v):
-    """Constants without tensors as arguments, several results of one operator, a size times a number, infinity."""
+    """Constants without tensor arguments, several results of one operator, a size times a number, infinity."""
     first, second = x.split(2, -1)
     sign = torch.where(v > 0, 1.0, -1.0)
     ones = v.new_ones(v.shape[0], 3)
@@ -33,7 +33,7 @@ def recipe() -> Recipe:
         v = torch.empty(sizes["edge"], dtype=torch.float64)
     with enable_python_dispatcher():
         graph = make_fx(function)(x, v).graph
-    graph.set_codegen(fx.graph.CodeGen())  # as of a graph that is made node by node
+    graph.set_codegen(fx.graph.CodeGen())  # like that of a graph built node by node
     return recipe_of(graph, {size.node.expr: axis for axis, size in sizes.items()}, SIZES)
 
 

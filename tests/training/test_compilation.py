@@ -1,4 +1,4 @@
-"""Compiled and replayed training without a compiler or a GPU: the self-check, and what follows a failure."""
+"""Compiled and replayed training without a compiler or a GPU: the self-check, and recovery from failures."""
 
 import io
 import re
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 class Stand(Region):
-    """Stands for a compiled part without compiling anything."""
+    """Stub for a compiled part that compiles nothing."""
 
     def __init__(self, function):
         self.function = function
@@ -39,7 +39,7 @@ class Stand(Region):
 
 
 def compile_as(monkeypatch, make_read_out) -> None:
-    """Let compilation take no time, and replace the read-out: ``make_read_out(model)`` is the compiled one."""
+    """Replace compilation: it takes no time, and the compiled read-out is ``make_read_out(model)``."""
 
     def compile_potential(potential, report):
         report("read-out", 1000.0)
@@ -53,12 +53,12 @@ def faithful(model):
 
 
 def wrong_derivative(model):
-    """The right energy, and forces that are too small."""
+    """Read-out with the right energy, and forces that are too small."""
     return lambda x: faithful(model)(0.9 * x + 0.1 * x.detach())
 
 
 def wrong_parameter_gradients(model):
-    """The right energy and forces; the weights of the read-out get no gradient."""
+    """Read-out with the right energy and forces, but no gradient for its weights."""
     layer = model.readout[0]
 
     def read_out(x):
@@ -85,7 +85,7 @@ def no_compiler(model):
 def test_compiled_training_is_checked_and_changes_nothing_else(
     argon_file, tmp_path, monkeypatch, finished_run, precision
 ):
-    """Weights, random numbers, order of the data and averages are those of a run without the check."""
+    """Weights, random numbers, order of the data and averages equal those of a run without the check."""
     compile_as(monkeypatch, faithful)
     _, text = run(argon_file, tmp_path / "run", compile=True, precision=precision)
     allowed = {"high": "2e-04", "fast": "1e-01"}[precision]
@@ -231,7 +231,7 @@ def test_code_that_is_made_later_is_reported_and_not_timed(argon_file, tmp_path,
 
 
 def test_errors_that_are_not_the_compilers_are_raised(argon_file, tmp_path, monkeypatch):
-    """Out of memory: at once. Errors of eager mode, too: after a second try."""
+    """Out-of-memory errors are raised at once, errors of eager mode after a second try."""
     compile_as(monkeypatch, faithful)
 
     def broken(*_):
@@ -282,8 +282,10 @@ def test_the_first_batch_that_is_compiled_is_taken(argon_file, tmp_path, monkeyp
     config = RunConfig.model_validate(options(argon_file, tmp_path / "run"))
     preparation = prepare(config, SILENT)
     order, chosen = preparation.train.indices(0), []
-    wanted = preparation.train.dataset.batch(order[2]).graph
-    monkeypatch.setattr(compilation, "can_be_compiled", lambda graph: torch.equal(graph.shift, wanted.shift))
+    expected = preparation.train.dataset.batch(order[2]).graph
+    monkeypatch.setattr(
+        compilation, "can_be_compiled", lambda graph: torch.equal(graph.shift, expected.shift)
+    )
     monkeypatch.setattr(
         compilation.CompiledTraining, "_self_check", lambda self, _, b, training: chosen.append(b) or ""
     )
@@ -293,13 +295,13 @@ def test_the_first_batch_that_is_compiled_is_taken(argon_file, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("wanted", "device", "compiled"),
+    ("option", "device", "compiled"),
     [(None, "cpu", 0), (None, "cuda", 1), (True, "cpu", 1), (False, "cpu", 0), (False, "cuda", 0)],
 )
-def test_what_is_compiled(argon_file, tmp_path, monkeypatch, wanted, device, compiled):
+def test_what_is_compiled(argon_file, tmp_path, monkeypatch, option, device, compiled):
     starts = []
     monkeypatch.setattr(compilation.CompiledTraining, "start", lambda self, _: starts.append(1))
-    config = RunConfig.model_validate(options(argon_file, tmp_path / "run", compile=wanted))
+    config = RunConfig.model_validate(options(argon_file, tmp_path / "run", compile=option))
     trainer = Trainer(config, prepare(config, SILENT), SILENT)
     trainer.device = torch.device(device)
     trainer._compile()
@@ -307,7 +309,7 @@ def test_what_is_compiled(argon_file, tmp_path, monkeypatch, wanted, device, com
 
 
 def replay_as(monkeypatch, record) -> list[ReplayedStep]:
-    """Replay steps on a CPU, too: ``record(step, batch)`` is the step recorded for the size of the batch."""
+    """Replay steps on a CPU; ``record(step, batch)`` returns the step recorded for the size of the batch."""
     made = []
     original = compilation.CompiledTraining.start
 
@@ -334,7 +336,7 @@ def test_steps_are_replayed_once_their_size_has_come_twice(argon_file, tmp_path,
     calls = []
 
     def record(step, batch):
-        step(batch)  # as recording leaves gradients of its own
+        step(batch)  # a recording leaves gradients of its own, too
         return lambda other: calls.append(other.graph.num_atoms) or step(other)
 
     made = replay_as(monkeypatch, record)
@@ -366,7 +368,7 @@ def test_recording_that_fails_is_said_once_and_training_goes_on(
 
 @pytest.mark.parametrize("where", ["steps", "validation"])
 def test_recordings_are_given_up_for_memory(argon_file, tmp_path, monkeypatch, finished_run, where):
-    """Once; the next time there is nothing left to give up."""
+    """Recordings are dropped once; at the next failure there are none left to drop."""
     replay_as(monkeypatch, lambda step, batch: step)
     name = {"steps": "training_step", "validation": "predict"}[where]
     original, calls = getattr(trainer_module, name), []

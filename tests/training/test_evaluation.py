@@ -1,3 +1,5 @@
+"""Evaluation: errors by quantity and group, tables and files, predictions that do not depend on batches."""
+
 import csv
 import io
 import json
@@ -102,7 +104,7 @@ def potential():
 
 
 def labelled(potential, atoms, group=""):
-    """A frame whose labels are the potential's own predictions."""
+    """Frame whose labels are the potential's own predictions."""
     frame = frame_of(atoms, group)
     from dpa4.data import EpochBatches, FrameDataset
 

@@ -1,3 +1,5 @@
+"""Loss: terms and weights by hand, structures without labels, gradients."""
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ SIZES = (2, 3, 1)
 def batch(
     has_energy=(True, True, True), has_forces=(True, True, True), has_virial=(True, True, True), weight=1.0
 ):
-    """Three structures without edges; labels are zero, as absent ones always are."""
+    """Three structures without edges; all labels are zero, like absent ones."""
     n, b = sum(SIZES), len(SIZES)
     graph = Graph(
         atomic_numbers=torch.ones(n, dtype=torch.int64),
@@ -39,7 +41,7 @@ def batch(
 
 
 def prediction(seed=0, scale=1.0):
-    """Predictions are the errors, since all labels are zero."""
+    """Random predictions, which equal their errors, since all labels are zero."""
     rng = np.random.default_rng(seed)
 
     def leaf(*shape):

@@ -1,3 +1,5 @@
+"""HybridMuon: update rule against a plain implementation, state, routing of parameters, moving average."""
+
 import copy
 import math
 
@@ -56,7 +58,7 @@ def assign(parameters, gradient):
         p.grad = gradient[name].clone()
 
 
-# --- an independent implementation of the update rule, block by block, as its description reads
+# --- an independent implementation of the update rule, block by block, after its description
 
 
 def plain_orthogonalize(u):
@@ -227,7 +229,7 @@ def test_weights_padded_and_iterated_together_move_as_each_alone():
     (packing,) = optimizer._packings.values()
     assert [tuple(index.shape) for index in packing.indices] == [(3, 48, 48), (6, 16, 64)]
     for name, p in together.items():
-        if name in ("wide", "tall", "stack", "ones"):  # float16 rounding of other sums
+        if name in ("wide", "tall", "stack", "ones"):  # float16, sums in another order
             assert (p - alone[name]).norm() < 2e-3 * (p - start[name]).norm(), name
         else:
             assert torch.equal(p, alone[name]), name
@@ -272,7 +274,7 @@ def test_saved_state_holds_the_momentum_once(tmp_path):
 
 
 class Operations(TorchDispatchMode):
-    """Names of all operations that reach a device."""
+    """Mode that records the names of all operations that reach a device."""
 
     def __init__(self):
         super().__init__()
@@ -285,7 +287,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["nano", "mini", "paper-neo", "paper-air"])
 def test_a_step_takes_less_than_300_operations_and_waits_for_none(name):
-    # "meta" stands for a GPU: on a CPU there are conversions of float16 on top
+    # "meta" stands for a GPU: a CPU needs additional conversions of float16
     model = DPA4(preset(name, elements=tuple(chemical_symbols[1:90]))).to("meta")
     optimizer = HybridMuon(parameter_groups(model), 1e-3)
     for p in model.parameters():
@@ -349,7 +351,7 @@ def test_gpu_agrees_with_cpu():
 
 
 def rule_by_name(name, shape):
-    """The reference's routing by parameter path."""
+    """Route of a parameter in the reference, which decides by the parameter's path."""
     leaf = [part for part in name.split(".") if not part.isdigit()][-1].lower()
     if leaf == "b" or "bias" in leaf or leaf.startswith("adam_"):
         return "adam"

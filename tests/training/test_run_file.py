@@ -1,3 +1,5 @@
+"""Run files: defaults, overrides, and faults that name the option, its value and the allowed values."""
+
 from pathlib import Path
 
 import pytest

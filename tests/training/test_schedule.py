@@ -1,3 +1,5 @@
+"""Learning-rate schedules: reference values, shape, decay longer than the rest of the run."""
+
 import json
 from pathlib import Path
 

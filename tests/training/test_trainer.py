@@ -1,4 +1,4 @@
-"""Training runs: their files and messages, exact resume after any interruption, and what is refused."""
+"""Training runs: files and messages, exact resume after any interruption, refusals."""
 
 import csv
 import os
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("no_figures")
 
 @pytest.fixture
 def copied_run(finished_run, tmp_path) -> Path:
-    """A finished run whose files may change."""
+    """Copy of a finished run whose files may change."""
     return Path(shutil.copytree(finished_run.folder, tmp_path / "run"))
 
 
@@ -94,7 +94,7 @@ def test_variants_run_and_resume(argon_file, tmp_path, monkeypatch, training):
 
 @pytest.mark.slow
 def test_training_learns(argon_file, tmp_path):
-    """Errors of forces fall far below those of predicting zero."""
+    """Force errors fall far below those of predicting zero."""
     train_path = tmp_path / "train.xyz"
     ase.io.write(train_path, argon(80, seed=1))
     run(train_path, tmp_path / "run", steps=500, batch_size=8, validation_interval=100, learning_rate=5e-3)
@@ -135,7 +135,7 @@ def test_early_stop(argon_file, tmp_path, monkeypatch):
     rows = read_csv(tmp_path / "run" / "valid.csv")
     assert [r["best"] for r in rows] == ["1", "0", "0", "0"]
     assert "stopped early after step 8: 3 validations without a better one" in text
-    # resuming a run that stopped early stops again at once
+    # a resumed run that had stopped early stops again at once
     run(argon_file, tmp_path / "run", resume=True, steps=40, validation_interval=2, patience=3)
     assert load_state(tmp_path / "run" / "last.pt")["step"] == 8
 
@@ -233,7 +233,7 @@ train(load_run_config(sys.argv[1]), resume=sys.argv[2] == "resume")
 
 @pytest.mark.slow
 def test_a_process_killed_at_random_moments_and_resumed(argon_file, tmp_path):
-    """SIGKILL at random times, also within writes: the end is that of a run that was left alone."""
+    """SIGKILL at random times, also within writes: the result equals that of an undisturbed run."""
     import yaml
 
     def start(name, mode):

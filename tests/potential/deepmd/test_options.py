@@ -1,4 +1,4 @@
-"""The options of deepmd-kit's models: each is translated, without influence, or refused by name."""
+"""Options of deepmd-kit's models: each is translated, has no influence, or is refused by name."""
 
 import pytest
 

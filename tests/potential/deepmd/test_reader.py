@@ -1,4 +1,4 @@
-"""Checkpoints of deepmd-kit: same energies, what is folded into the weights, and files that are refused."""
+"""Import of checkpoints of deepmd-kit: same energies, parts folded into the weights, refused files."""
 
 import copy
 import json
@@ -24,13 +24,13 @@ NETWORK = f"{FITTING}filter_layers.networks.0."
 
 @pytest.fixture(scope="module")
 def potential():
-    """A float64 potential; the options of its checkpoint do not matter for these tests."""
+    """Float64 potential; the options of its checkpoint do not matter for these tests."""
     return random_potential(fitting=(24, 40))
 
 
 @pytest.fixture
 def state(potential):
-    """A deepmd-kit checkpoint of ``potential``, to be changed."""
+    """deepmd-kit checkpoint of ``potential``, to be changed."""
     return copy.deepcopy(deepmd_state(potential))
 
 
@@ -81,7 +81,7 @@ def test_models_with_switches_of_no_published_model_are_refused(name, option):
 
 
 def fill_by_rule(state):
-    """Parameters of the analytic test models (model-3 section 22): sines of position and rank of name."""
+    """Parameters of the analytic test models: sines of position and rank of name."""
     buffers = ("version_tensor", "mean", "stddev", "balance_weight", "l1_sign_outer")
     learned = [key for key in state if key.startswith((DESCRIPTOR, NETWORK)) and not key.endswith(buffers)]
     for j, key in enumerate(sorted(key for key in learned if state[key].is_floating_point())):
@@ -112,7 +112,7 @@ def water_mini():
 
 
 def add_film(state, num_tasks, task):
-    """Give a state the task embedding of branch ``task`` with FiLM (model-3 section 7), in place."""
+    """Give a state the task embedding of branch ``task`` with FiLM, in place."""
     hidden, (channels, width) = (
         32 * -(-4 * num_tasks // 32),
         state[f"{NETWORK}hidden_layers.0.linear.matrix"].shape,

@@ -1,4 +1,4 @@
-"""Exported checkpoints are what deepmd-kit itself would have written, and give the same energies there."""
+"""Exported checkpoints equal those of deepmd-kit itself, and give the same energies there."""
 
 import json
 import shutil

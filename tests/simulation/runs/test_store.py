@@ -1,4 +1,4 @@
-"""Results kept one by one: torn lines, failures, Ctrl-C, names and settings that do not fit."""
+"""Result store: torn lines, failures, Ctrl-C, names and settings that do not fit."""
 
 import os
 import signal
@@ -55,9 +55,9 @@ def test_ctrl_c_between_items_and_within_one(tmp_path):
     handler = signal.getsignal(signal.SIGINT)
     with Records(tmp_path / "a", {}) as records:
         state = run_items(items, 3, compute, records, title="x", progress=False)
-    assert (state.done, state.interrupted) == (2, True)  # the item at hand was finished
+    assert (state.done, state.interrupted) == (2, True)  # the current item was finished
     (tmp_path / "strict").touch()
     with Records(tmp_path / "b", {}) as records:
         state = run_items(items, 3, compute, records, title="x", progress=False)
-    assert (state.done, state.interrupted) == (1, True)  # it was given up
+    assert (state.done, state.interrupted) == (1, True)  # the current item was abandoned
     assert signal.getsignal(signal.SIGINT) is handler
