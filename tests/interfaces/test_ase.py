@@ -177,7 +177,7 @@ def test_charge_is_ignored_by_a_model_without_it():
 @cache
 def path_of_results(**options) -> tuple[np.ndarray, int]:
     """Energies, forces and stresses along a random path, and the number of neighbour searches."""
-    models = [random_potential(0), random_potential(1, cutoff=3.4)]
+    models = [random_potential(0, n_blocks=1), random_potential(1, n_blocks=1, cutoff=3.4)]
     atoms, rng = attach(crystal(), models, **options), np.random.default_rng(0)
     path = []
     for _ in range(25):
