@@ -3,7 +3,6 @@
 import threading
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +15,9 @@ from hypothesis import strategies as st
 from dpa4.data import Batch, EpochBatches, Frame, FrameDataset, frame_from_atoms, read_frames
 from dpa4.data.dataset import Budget, pack
 from dpa4.graph import build_graph
+from helpers import SHARED
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = SHARED / "data"
 CUTOFF = 4.0
 
 
@@ -263,9 +263,9 @@ def test_batches_are_pinned_for_the_gpu():
     assert batch.energy.is_pinned() and batch.graph.positions.is_pinned()
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason=f"needs the reference data in {SHARED}")
+@pytest.mark.skipif(not DATA.exists(), reason=f"needs the reference data in {DATA}")
 def test_real_mixed_sizes_stay_within_the_budget():
-    dataset = FrameDataset(read_frames(SHARED / "inorganic/mpf-alkali-TP.xyz")[:120], 5.0)
+    dataset = FrameDataset(read_frames(DATA / "inorganic/mpf-alkali-TP.xyz")[:120], 5.0)
     batches = EpochBatches(dataset, max_atoms=64, max_edges=3000)
     total = 0
     for batch, indices in zip(batches.batches(0), batches.indices(0), strict=True):

@@ -15,8 +15,9 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from dpa4.data import Frame, LabelKeys, frame_from_atoms, read_frames
+from helpers import SHARED
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = SHARED / "data"
 STRESS = np.array([[0.01, 0.04, 0.05], [0.04, 0.02, 0.06], [0.05, 0.06, 0.03]])
 
 
@@ -104,7 +105,7 @@ def test_aselmdb_shards(tmp_path):
 def test_aselmdb_without_its_package(tmp_path, monkeypatch):
     (tmp_path / "a.aselmdb").touch()
     monkeypatch.setitem(sys.modules, "ase_db_backends", None)
-    with pytest.raises(ImportError, match=r"a.aselmdb needs ase-db-backends: pip install dpa4\[aselmdb\]"):
+    with pytest.raises(ImportError, match=r"a.aselmdb needs ase-db-backends: pip install 'dpa4\[aselmdb\]'"):
         read_frames(tmp_path / "a.aselmdb")
 
 
@@ -461,7 +462,7 @@ def test_path_errors(tmp_path):
 # Real files
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason=f"needs the reference data in {SHARED}")
+@pytest.mark.skipif(not DATA.exists(), reason=f"needs the reference data in {DATA}")
 @pytest.mark.parametrize(
     ("file", "count", "atoms", "virial"),
     [
@@ -472,7 +473,7 @@ def test_path_errors(tmp_path):
     ],
 )
 def test_real_files(file, count, atoms, virial):
-    frames = read_frames(SHARED / file)
+    frames = read_frames(DATA / file)
     assert len(frames) == count
     for frame in frames:
         assert frame.energy is not None
@@ -483,11 +484,11 @@ def test_real_files(file, count, atoms, virial):
         assert np.abs(frame.forces.sum(0)).max() < 0.05 * len(frame)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason=f"needs the reference data in {SHARED}")
+@pytest.mark.skipif(not DATA.exists(), reason=f"needs the reference data in {DATA}")
 def test_groups_and_signs_of_real_stress():
-    frames = read_frames(SHARED / "mlearn/Mo_test.xyz")
+    frames = read_frames(DATA / "mlearn/Mo_test.xyz")
     assert {f.group for f in frames} == {"Vacancy", "AIMD-NVT", "Elastic", "Surface"}
-    first = ase.io.read(SHARED / "mlearn/Mo_test.xyz", index=0)
+    first = ase.io.read(DATA / "mlearn/Mo_test.xyz", index=0)
     np.testing.assert_allclose(
         frames[0].virial, -first.get_volume() * first.get_stress(voigt=False), rtol=1e-12, atol=1e-12
     )

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +22,9 @@ from dpa4.data import (
     summarize,
     without_isolated_atoms,
 )
+from helpers import SHARED
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = SHARED / "data"
 ENERGIES = {"H": -13.5, "C": -1027.0, "O": -2038.25}
 
 
@@ -122,9 +122,9 @@ def test_unknown_source():
         reference_energies("lstsq", MOLECULES, ["H"])
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason=f"needs the reference data in {SHARED}")
+@pytest.mark.skipif(not DATA.exists(), reason=f"needs the reference data in {DATA}")
 def test_real_isolated_atoms():
-    frames = read_frames([SHARED / "acac/isolated_atoms.xyz", SHARED / "acac/train_300K.xyz"])
+    frames = read_frames([DATA / "acac/isolated_atoms.xyz", DATA / "acac/train_300K.xyz"])
     assert len(without_isolated_atoms(frames)) == 500
     energies = reference_energies("auto", frames, ["H", "C", "O"])
     assert energies == pytest.approx({"H": -13.5684, "C": -1026.8539, "O": -2037.7969}, abs=1e-3)

@@ -69,8 +69,11 @@ def test_configuration_with_nested_options_survives(tmp_path):
 
 
 def test_precision_can_be_chosen(saved):
-    double = load_potential(saved, dtype=torch.float64)
-    assert double.dtype == torch.float64
+    double = load_potential(saved, dtype="float64")
+    assert double.dtype == load_potential(saved, dtype=torch.float64).dtype == torch.float64
+    for wrong in ("float16", torch.bfloat16):
+        with pytest.raises(ValueError, match="dtype must be float32 or float64, got"):
+            load_potential(saved, dtype=wrong)
     torch.testing.assert_close(energy_of(double), energy_of(load_potential(saved)), rtol=1e-6, atol=0)
 
 

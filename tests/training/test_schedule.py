@@ -1,13 +1,13 @@
 """Learning-rate schedules: reference values, shape, decay longer than the rest of the run."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from dpa4.training.schedule import Schedule
+from helpers import SHARED
 
-VECTORS = Path(__file__).resolve().parents[3] / "shared" / "reference" / "vectors" / "C_testvec.json"
+VECTORS = SHARED / "reference" / "vectors" / "C_testvec.json"
 
 
 def test_wsd_agrees_with_the_reference():

@@ -46,8 +46,7 @@ def train(
     from dpa4.training import train as run
 
     with user_errors():
-        best = run(load_run_config(config, set_ or []), resume=resume, console=console)
-    console.print(f"best model: {best}")
+        run(load_run_config(config, set_ or []), resume=resume, console=console)
 
 
 def evaluate_command(

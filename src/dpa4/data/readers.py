@@ -119,7 +119,7 @@ def _read_database(path: Path) -> Iterator[tuple[str, Atoms]]:
         try:
             import ase_db_backends  # noqa: F401
         except ImportError:
-            raise ImportError(f"reading {path} needs ase-db-backends: pip install dpa4[aselmdb]") from None
+            raise ImportError(f"reading {path} needs ase-db-backends: pip install 'dpa4[aselmdb]'") from None
         options = {"type": "aselmdb", "readonly": True}
     try:
         # No lock file, because the folder of a data set may be read-only.

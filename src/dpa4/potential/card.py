@@ -170,7 +170,7 @@ def gpu_kernels(config: ModelConfig, triton: str | None) -> dict[str, str]:
         "SO(2) layers": "; ".join(unsupported(config)) or "fused, Triton kernels",
         "energies and forces on H100, H200": "one CUDA kernel for all SO(2) layers of a block"
         if has_whole_stacks(config)
-        else "SO(2) layers product by product",
+        else "as above; the CUDA kernel for whole stacks has another size",
         "with --dtype float64": f"sums over edges by a Triton kernel, else {in_float64}",
     }
 

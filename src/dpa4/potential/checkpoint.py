@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -98,21 +98,26 @@ def load_potential(
     path: str | Path,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["float32", "float64"] | None = None,
     branch: str | None = None,
 ) -> Potential:
     """Load a potential in evaluation mode from a native or deepmd-kit checkpoint.
 
     Args:
         path: The checkpoint; its content, not its name, determines the format.
-        device: Device of the potential.
-        dtype: Floating-point type of the network; by default that of the file. Energies are always float64.
+        device: Device of the potential; unlike the calculators, the CPU by default.
+        dtype: Floating-point type of the network, float32 or float64; by default that of the file. Energies are
+            always float64.
         branch: Branch of a multitask model of deepmd-kit.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file cannot be read, or is not a supported DPA4 model.
+        ValueError: If the file cannot be read, or is not a supported DPA4 model, or the dtype is another one.
     """
+    if isinstance(dtype, str):
+        dtype = {"float32": torch.float32, "float64": torch.float64}.get(dtype, dtype)
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"dtype must be float32 or float64, got {dtype!r}")
     stored = read_checkpoint(path, branch)
     return _assemble(path, stored, dtype or stored.dtype).to(device)
 

@@ -95,7 +95,7 @@ def _summary_writer(folder: Path, resume_step: int | None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"training.tensorboard = true needs TensorBoard ({error}); pip install dpa4[tensorboard]"
+            f"training.tensorboard = true needs TensorBoard ({error}); pip install 'dpa4[tensorboard]'"
         ) from None
     # Hides what the interrupted run logged after its last checkpoint.
     purge = None if resume_step is None else resume_step + 1
