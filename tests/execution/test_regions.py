@@ -99,7 +99,7 @@ def test_whole_stacks_keep_only_what_their_derivative_takes(monkeypatch, empty_c
     monkeypatch.setattr(available, "whole_stack", lambda x, layers, layout: True)
     potential = Potential(preset("paper-air", ("H", "C"), n_blocks=2)).float().eval()
     compile_potential(potential, kept=KEEP_POLICIES[1])
-    for method in ("locate", "embed", "read_out"):  # tracing the messages alone saves time
+    for method in ("locate", "input_features", "read_out"):  # tracing the messages alone saves time
         del vars(potential.model)[method]
     for block in potential.model.blocks:
         del block.__dict__["states"], block.__dict__["update"]
