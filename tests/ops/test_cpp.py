@@ -72,15 +72,15 @@ def test_gradients_of_weights_are_summed_over_threads(n, threads):
 @pytest.fixture
 def anew():
     """Forget the search for the compiler before and after the test."""
-    cpp.compiles.cache_clear(), cpp._library.cache_clear()
+    available.cpp_compiled.cache_clear(), cpp._library.cache_clear()
     yield
-    cpp.compiles.cache_clear(), cpp._library.cache_clear()
+    available.cpp_compiled.cache_clear(), cpp._library.cache_clear()
 
 
 def test_without_a_compiler_plain_operations_run(monkeypatch, anew):
     graph, potential = graph_of(molecule()), random_potential(channels=16)
     expected = potential(graph)
-    cpp.compiles.cache_clear()
+    available.cpp_compiled.cache_clear()
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr("platform.system", lambda: "Linux")
     monkeypatch.setattr(cpp, "_architecture", lambda: "x86-64-v3")
@@ -122,13 +122,21 @@ def test_compiled_code_is_cached(monkeypatch, anew, tmp_path):
     assert available.cpp(16, torch.zeros(1))
     kept = files()
     assert {f.name.split("-")[0] for f in kept} == {"small"}
-    cpp.compiles.cache_clear(), cpp._library.cache_clear()
+    available.cpp_compiled.cache_clear(), cpp._library.cache_clear()
     assert available.cpp(16, torch.zeros(1))
     assert files() == kept
-    cpp.compiles.cache_clear(), cpp._library.cache_clear()
+    available.cpp_compiled.cache_clear(), cpp._library.cache_clear()
     headers[0].write_text("// another program\n")
     assert available.cpp(16, torch.zeros(1))
     assert len(files()) == 2
+
+
+@needs_cpp
+def test_operators_do_not_look_for_the_compiler_again(monkeypatch):
+    """Looking for it in every call takes several per cent of a step."""
+    assert available.cpp(16, torch.zeros(1))
+    monkeypatch.setattr(available, "cpp_missing", lambda: pytest.fail("the compiler was looked for again"))
+    assert available.cpp(16, torch.zeros(1))
 
 
 def test_other_types_and_widths_run_plainly():

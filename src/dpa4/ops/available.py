@@ -50,6 +50,7 @@ def _on_cpu(*tensors: Tensor) -> bool:
     return all(t.device.type == "cpu" and t.dtype in _CPP_DTYPES for t in tensors) and cpp_compiled()
 
 
+@cache  # asked by every operator call, and looking for a compiler reads the file system
 def cpp_compiled() -> bool:
     """Return whether the C++ kernels can be used; the first call in a process compiles or loads them."""
     return cpp_missing() is None and build.compiles()

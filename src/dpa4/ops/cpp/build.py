@@ -30,7 +30,6 @@ _NAMES = {torch.float32: "float", torch.float64: "double"}  # suffix of a functi
 _LOG = logging.getLogger(__name__)
 
 
-@cache
 def compiles() -> bool:
     """Compile all sources, or load them from the cache; return whether that worked, and log a warning if not."""
     try:
