@@ -390,6 +390,7 @@ def _on_cpu(
     return run
 
 
+_WEIGHTS = "Tensor[] matrices, Tensor[] gates, Tensor[] parts, int lmax, int mmax"
 for _schema, _stage, _new in (
     ("so2_value(Tensor x, {weights}, bool keep)", _value, _new_value),
     ("so2_vjp(Tensor a, Tensor[] us, {weights}, bool keep)", _vjp, _new_vjp),
@@ -397,9 +398,8 @@ for _schema, _stage, _new in (
     ("so2_joint(Tensor b, Tensor[] xs, Tensor[] us, Tensor[] grads, Tensor[] ds, Tensor[] vs, {weights})",
      _joint, _new_joint),
 ):  # fmt: skip
-    _weights_of_stack = "Tensor[] matrices, Tensor[] gates, Tensor[] parts, int lmax, int mmax"
     register(
-        f"{_schema.format(weights=_weights_of_stack)} -> Tensor[]",
+        f"{_schema.format(weights=_WEIGHTS)} -> Tensor[]",
         _new,
         {
             "CPU": torch.autocast("cpu", enabled=False)(_on_cpu(_stage, _new)),
