@@ -7,6 +7,7 @@ from dpa4.data.labels import LabelKeys, frame_from_atoms
 from dpa4.data.readers import read_atoms, read_frames, read_images
 from dpa4.data.references import is_isolated_atom, reference_energies, without_isolated_atoms
 from dpa4.data.summary import check_charge_spin, check_elements, check_labels, label_counts, summarize
+from dpa4.data.writers import with_results, write_structures
 
 __all__ = [
     "Batch",
@@ -28,5 +29,7 @@ __all__ = [
     "read_images",
     "reference_energies",
     "summarize",
+    "with_results",
     "without_isolated_atoms",
+    "write_structures",
 ]
