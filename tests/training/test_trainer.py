@@ -334,7 +334,7 @@ def test_a_weighted_target_without_labels(argon_file, tmp_path):
     path = tmp_path / "nostress.xyz"
     ase.io.write(path, images)
     with pytest.raises(
-        ValueError, match=r"training\.virial_weight = 3, but no structure has a label for virial"
+        ValueError, match=r"training\.virial_weight = 3, but no training structure has a label for virial"
     ):
         run(path, tmp_path / "run", virial_weight=3)
     _, text = run(path, tmp_path / "run", steps=1)

@@ -64,6 +64,7 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
     frames = _without_isolated_atoms(read, "data.train", config.data.train)
     loss = _loss(options, frames, console)
     weights = {"energy": loss.energy, "forces": loss.forces, "virial": loss.virial}
+    check_labels(frames, weights)
     if config.data.validation:
         held_out = read_frames(config.data.validation, keys)
         validation = _without_isolated_atoms(held_out, "data.validation", config.data.validation)
@@ -71,7 +72,6 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
         labels = [name for name, weight in weights.items() if weight]
         frames, validation = split(frames, config.data.validation_fraction, config.data.split_seed, labels)
     console.print(summarize({"training": frames, "validation": validation}))
-    check_labels(frames, weights)
     if validation:
         check_labels(validation, weights, "validation")
         check_trained(validation, frames)
