@@ -195,6 +195,8 @@ def evaluate(
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         write_predictions(frames, predictions, output / "predictions.xyz")
+        for name in ("errors.csv", "errors.json", "parity.png"):
+            (output / name).unlink(missing_ok=True)  # of an earlier call, which may have had labels
         if table.rows:
             table.write_csv(output / "errors.csv")
             table.write_json(output / "errors.json")
