@@ -134,7 +134,7 @@ def test_predictions_are_written_beside_the_labels(potential, tmp_path):
         frame_of(
             crystal(2), "solid", {"energy": 1.5, "forces": perfect.forces + 1, "virial": perfect.virial + 1}
         ),
-        frame_of(molecule(1), charge_spin=(1, 2)),
+        frame_of(molecule(1), charge_spin={"charge": 1, "spin": 2}),
     ]
     evaluate(potential, frames, output=tmp_path)
     solid, gas = ase.io.read(tmp_path / "predictions.xyz", ":")

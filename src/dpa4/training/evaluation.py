@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Column, Table
 
-from dpa4.data import Batch, EpochBatches, Frame, FrameDataset, check_elements
+from dpa4.data import Batch, EpochBatches, Frame, FrameDataset, charges_and_spins, check_elements
+from dpa4.data.charge_spin import is_number
 from dpa4.output import write_csv
 from dpa4.potential import Potential
 from dpa4.training.plots import plot_parity
@@ -181,7 +182,9 @@ def evaluate(
         raise ValueError("there are no structures to evaluate")
     check_elements(frames, potential.elements)
     potential = potential.to(device)
-    dataset = FrameDataset(frames, potential.config.cutoff, potential.config.default_charge_spin)
+    config = potential.config
+    pairs = charges_and_spins(frames, config.charge_spin, config.default_charge_spin)
+    dataset = FrameDataset(frames, config.cutoff, pairs)
     batches = EpochBatches(dataset, max_atoms=max_atoms, shuffle=False)
     predictions = predict(potential, batches.batches(0))
     table = error_table(frames, predictions)
@@ -212,8 +215,7 @@ def write_predictions(frames: Sequence[Frame], predictions: Sequence[FramePredic
             atoms.info["REF_virial"] = frame.virial
         if frame.group:
             atoms.info["config_type"] = frame.group
-        if frame.charge_spin is not None:
-            atoms.info["charge"], atoms.info["spin"] = frame.charge_spin
+        atoms.info |= {name: v for name, v in frame.charge_spin.items() if is_number(v)}
         images.append(atoms)
     ase.io.write(path, images, format="extxyz")
 

@@ -15,7 +15,7 @@ from dpa4.data import (
     Frame,
     FrameDataset,
     LabelKeys,
-    check_charge_spin,
+    charges_and_spins,
     check_elements,
     check_labels,
     read_frames,
@@ -65,8 +65,7 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
 
     model = config.model.build(elements_in([*read, *validation]))
     check_elements([*read, *validation], model.elements)
-    if model.charge_spin and model.default_charge_spin is None:
-        check_charge_spin([*frames, *validation])
+    pairs = charges_and_spins([*frames, *validation], model.charge_spin, model.default_charge_spin)
     energies = reference_energies(config.data.reference_energies, read, model.elements)
     console.print("reference energies (eV): " + ", ".join(f"{e} {v:.4f}" for e, v in energies.items()))
 
@@ -76,8 +75,8 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
     _describe(config, potential, device, console)
 
     coverage = CoverageCollector(frames, model.cutoff)
-    train = FrameDataset(frames, model.cutoff, model.default_charge_spin, observe=coverage.add)
-    valid = FrameDataset(validation, model.cutoff, model.default_charge_spin)
+    train = FrameDataset(frames, model.cutoff, pairs and pairs[: len(frames)], observe=coverage.add)
+    valid = FrameDataset(validation, model.cutoff, pairs and pairs[len(frames) :])
     budget = batch_budget(options)
     return Preparation(
         potential=potential,
