@@ -1,5 +1,7 @@
 """Options of a DPA4 model: one frozen, validated object that every checkpoint stores."""
 
+from collections.abc import Mapping, Sequence
+from itertools import combinations_with_replacement
 from typing import Literal
 
 from ase.data import atomic_numbers
@@ -33,6 +35,26 @@ class Bridging(BaseModel):
         if self.r_inner >= self.r_outer:
             raise ValueError(f"bridging.r_inner must be below r_outer = {self.r_outer}, got {self.r_inner}")
         return self
+
+
+def pair_names(elements: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Return the unordered pairs of elements by name, such as "C-H"; elements in the order given."""
+    return {f"{a}-{b}": (a, b) for a, b in combinations_with_replacement(elements, 2)}
+
+
+class PairBridging(BaseModel):
+    """ZBL bridging with a window per pair of elements, which ends where the training data begin.
+
+    Above its window a pair is described by the network alone. Below, the network sees a fixed distance, and the
+    analytic nuclear repulsion takes over. See docs/theory.md, "ZBL bridging".
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    outer: Mapping[str, float] = Field(
+        description="Upper end of the window of every pair of elements, such as C-H: 0.81, in Angstrom."
+    )
+    inner: float = Field(gt=0, lt=1, description="Lower end of every window, as a fraction of its upper end.")
 
 
 class ModelConfig(BaseModel):
@@ -125,7 +147,10 @@ class ModelConfig(BaseModel):
         description="Charge and multiplicity of structures that carry none; without it they must carry both.",
     )
     excluded_pairs: tuple[tuple[str, str], ...] = Field((), description="Element pairs that do not interact.")
-    bridging: Bridging | None = Field(None, description="ZBL zone bridging at short distance.")
+    bridging: Bridging | PairBridging | None = Field(
+        None,
+        description="ZBL bridging at short distance: zones for all pairs, or a window per pair of elements.",
+    )
     pre_release: bool = Field(
         False, description="Degree normalisation and radial features of checkpoints of format below 1.1."
     )
@@ -156,11 +181,24 @@ class ModelConfig(BaseModel):
         for pair in self.excluded_pairs:
             if missing := [e for e in pair if e not in self.elements]:
                 raise ValueError(f"model.excluded_pairs names {missing}, which model.elements lacks")
-        if self.bridging and self.bridging.r_outer >= self.cutoff:
+        if isinstance(self.bridging, Bridging) and self.bridging.r_outer >= self.cutoff:
             raise ValueError(
                 f"bridging.r_outer must be below cutoff = {self.cutoff}, got {self.bridging.r_outer}"
             )
+        if isinstance(self.bridging, PairBridging):
+            self._check_windows(self.bridging.outer)
         return self
+
+    def _check_windows(self, outer: Mapping[str, float]) -> None:
+        pairs = pair_names(self.elements)
+        if wrong := sorted(outer.keys() ^ pairs.keys()):
+            raise ValueError(
+                f"bridging.outer needs one entry per pair of elements; missing or unknown: {wrong}"
+            )
+        if wrong := [f"{name}: {end}" for name, end in outer.items() if not 0 < end < self.cutoff]:
+            raise ValueError(
+                f"bridging.outer must be between 0 and cutoff = {self.cutoff:g} Angstrom, got {', '.join(wrong)}"
+            )
 
     @property
     def degrees(self) -> tuple[int, ...]:

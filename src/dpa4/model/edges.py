@@ -236,7 +236,8 @@ class EdgeGeometry(nn.Module):
         lmax = config.degrees[0]
         self.wigner = WignerRows(lmax, min(config.mmax, lmax))
         self.cutoff, self.exponent = config.cutoff, config.env_exp[1]
-        self.short_range = FullRange() if config.bridging is None else FrozenCore(config.bridging)
+        zones = config.bridging if isinstance(config.bridging, Bridging) else None
+        self.short_range = FullRange() if zones is None else FrozenCore(zones)
         self.degree_floor = SOFTENING if config.pre_release else 0.25
 
     def openness(

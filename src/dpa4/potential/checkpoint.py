@@ -8,7 +8,7 @@ deepmd-kit can be read wherever native ones can.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -122,8 +122,17 @@ def load_potential(
     return _assemble(path, stored, dtype or stored.dtype).to(device)
 
 
-def convert(source: str | Path, target: str | Path, branch: str | None = None) -> None:
+def convert(
+    source: str | Path, target: str | Path, branch: str | None = None, *, drop_bridging: bool = False
+) -> None:
     """Convert a checkpoint to the format given by the suffix of ``target``: .safetensors, or .pt for deepmd-kit.
+
+    Args:
+        source: The checkpoint.
+        target: File to write.
+        branch: Branch of a multitask model of deepmd-kit.
+        drop_bridging: Leave out the bridging, which some models of this package have and deepmd-kit lacks. The
+            network alone is unreliable where atoms are closer than in the training data.
 
     Raises:
         FileNotFoundError: If there is no such file, or the folder of ``target`` does not exist.
@@ -134,6 +143,8 @@ def convert(source: str | Path, target: str | Path, branch: str | None = None) -
     if target.suffix not in (SUFFIX, ".pt"):
         raise ValueError(f"cannot convert to {target.name!r}; the target must end in {SUFFIX} or .pt")
     stored = read_checkpoint(source, branch)
+    if drop_bridging:
+        stored = replace(stored, config=stored.config.model_copy(update={"bridging": None}))
     potential = _assemble(source, stored, stored.dtype)
     parent = {"parent file": source.name, "parent format": stored.format}
     if target.suffix == ".pt":

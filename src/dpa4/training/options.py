@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from dpa4.model.config import ModelConfig
+from dpa4.model.config import Bridging, ModelConfig
 from dpa4.model.presets import PRESETS, preset
 from dpa4.potential.precision import Precision
 
@@ -44,6 +44,11 @@ class ModelOptions(BaseModel):
         "auto",
         description="Chemical symbols the model knows; auto: all of the training and validation data.",
     )
+    bridging: Literal["auto"] | Bridging | None = Field(
+        "auto",
+        description="Nuclear repulsion at short distance. auto: below the shortest distance of each pair of elements "
+        "in the training data; null: none; or r_inner and r_outer as in published models.",
+    )
 
     @model_validator(mode="after")
     def _valid_overrides(self) -> "ModelOptions":
@@ -54,7 +59,7 @@ class ModelOptions(BaseModel):
         return self
 
     def build(self, found: Iterable[str]) -> ModelConfig:
-        """Build the model configuration.
+        """Build the model configuration; with ``bridging`` auto it has no bridging yet.
 
         Args:
             found: Elements of the data, used if ``elements`` is auto.
@@ -63,7 +68,8 @@ class ModelOptions(BaseModel):
             ValueError: If an option of the model is not allowed.
         """
         elements = tuple(found) if self.elements == "auto" else self.elements
-        return preset(self.preset, elements=elements, **(self.model_extra or {}))
+        bridging = None if self.bridging == "auto" else self.bridging
+        return preset(self.preset, elements=elements, bridging=bridging, **(self.model_extra or {}))
 
 
 class KeyOptions(_Section):

@@ -194,7 +194,7 @@ def _without_isolated_atoms(frames: Sequence[Frame], option: str, paths: Sequenc
     return found
 
 
-def batch_budget(options: TrainingOptions) -> dict[str, int]:
+def batch_budget(options: TrainingOptions) -> dict[str, Any]:
     """Limits of a batch, in structures or in atoms and edges; by default eight structures."""
     budget = {
         "batch_size": options.batch_size,

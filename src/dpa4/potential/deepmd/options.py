@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dpa4.model.config import Bridging, GridOperation, ModelConfig
+from dpa4.model.config import Bridging, GridOperation, ModelConfig, PairBridging
 
 MODEL_TYPES = ("dpa4", "sezm")
 FITTING_TYPES = ("dpa4_ener", "sezm_ener")
@@ -185,6 +185,11 @@ def config_to_deepmd(config: ModelConfig, precision: str) -> dict[str, Any]:
         ValueError: If deepmd-kit has no model with the same results.
     """
     bridging = config.bridging
+    if isinstance(bridging, PairBridging):
+        raise ValueError(
+            "deepmd-kit has no bridging with a window per pair of elements; dpa4 convert --drop-bridging exports the "
+            "network alone, which is the same potential at all distances above the windows, but not safe below"
+        )
     if bridging is not None and bridging.smooth_cutoff:
         raise ValueError(
             "bridging.smooth_cutoff = True has no counterpart in deepmd-kit, where the ZBL energy ends abruptly "
