@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ase.io
 import numpy as np
 import torch
 from ase import Atoms
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from dpa4.data import EpochBatches, FrameDataset, check_charge_spin, check_elements, frame_from_atoms
-from dpa4.output import atomic_write
+from dpa4.output import atomic_write, check_writable, write_structures
 from dpa4.potential.potential import Potential
 
 
@@ -89,8 +88,9 @@ def write_embeddings(
     path = Path(path)
     if path.suffix not in (".npz", ".xyz", ".extxyz"):
         raise ValueError(f"embeddings are written to .npz, .xyz or .extxyz, got {path.name!r}")
+    check_writable(path)
+    found = embeddings(potential, structures, max_atoms=max_atoms, progress=progress)
     with atomic_write(path) as temporary:
-        found = embeddings(potential, structures, max_atoms=max_atoms, progress=progress)
         means = [one.mean(axis=0) for one in found]
         if path.suffix == ".npz":
             with temporary.open("wb") as file:
@@ -110,7 +110,7 @@ def write_embeddings(
                 image.info["embedding"] = average
             else:
                 image.arrays["embedding"] = atomwise
-        ase.io.write(temporary, images, format="extxyz")
+        write_structures(temporary, images)
 
 
 def _bare(atoms: Atoms) -> Atoms:

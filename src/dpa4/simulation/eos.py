@@ -9,10 +9,9 @@ from ase.calculators.calculator import Calculator
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.eos import EquationOfState as Fit
 from ase.eos import birchmurnaghan
-from ase.io import write
 from numpy.typing import NDArray
 
-from dpa4.output import atomic_write, new_figure, save_figure, write_csv, write_json
+from dpa4.output import atomic_write, new_figure, save_figure, write_csv, write_json, write_structures
 from dpa4.simulation.crystal_calculation import Calculation, relax_part, structure, structure_record
 from dpa4.simulation.runs.store import Record
 
@@ -177,7 +176,7 @@ def _finish(folder: Path, records: list[Record], start: Atoms) -> EquationOfStat
         frame.calc = SinglePointCalculator(frame, energy=record["energy"])
         frames.append(frame)
     with atomic_write(folder / "eos.xyz") as temporary:
-        write(temporary, frames, format="extxyz")
+        write_structures(temporary, frames)
     volume, energy, modulus, derivative = fit_equation_of_state(volumes, energies)
     fitted = birchmurnaghan(volumes, energy, modulus * units.GPa, derivative, volume)
     # Lengths over the cube root of the volume vary slowly, and not at all at constant shape: interpolate these.

@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-import ase.io
 import numpy as np
 import torch
 from ase import Atoms
@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from dpa4.data import Batch, EpochBatches, Frame, FrameDataset, check_elements
-from dpa4.output import write_csv
+from dpa4.output import OutputFolder, atomic_write, write_csv, write_structures
 from dpa4.potential import Potential
 from dpa4.training.plots import plot_parity
 
@@ -88,7 +88,8 @@ class ErrorTable(NamedTuple):
     def write_json(self, path: Path) -> None:
         """Write a list with one object per group and quantity."""
         text = json.dumps([r._asdict() for r in self.rows], indent=1, ensure_ascii=False)
-        path.write_text(text, encoding="utf-8")
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def predict(potential: Potential, batches: Iterable[Batch]) -> list[FramePrediction]:
@@ -180,13 +181,18 @@ def evaluate(
     if not frames:
         raise ValueError("there are no structures to evaluate")
     check_elements(frames, potential.elements)
-    potential = potential.to(device)
+    with nullcontext() if output is None else OutputFolder(output):
+        return _evaluate(potential.to(device), frames, max_atoms, output)
+
+
+def _evaluate(
+    potential: Potential, frames: Sequence[Frame], max_atoms: int, output: Path | None
+) -> ErrorTable:
     dataset = FrameDataset(frames, potential.config.cutoff, potential.config.default_charge_spin)
     batches = EpochBatches(dataset, max_atoms=max_atoms, shuffle=False)
     predictions = predict(potential, batches.batches(0))
     table = error_table(frames, predictions)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         write_predictions(frames, predictions, output / "predictions.xyz")
         if table.rows:
             table.write_csv(output / "errors.csv")
@@ -215,7 +221,8 @@ def write_predictions(frames: Sequence[Frame], predictions: Sequence[FramePredic
         if frame.charge_spin is not None:
             atoms.info["charge"], atoms.info["spin"] = frame.charge_spin
         images.append(atoms)
-    ase.io.write(path, images, format="extxyz")
+    with atomic_write(path) as temporary:
+        write_structures(temporary, images)
 
 
 def _parity_data(frames: Sequence[Frame], predictions: Sequence[FramePrediction]) -> dict[str, LabelPair]:
