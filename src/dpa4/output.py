@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,8 +18,8 @@ import numpy as np
 if TYPE_CHECKING:
     from ase import Atoms
 
-# Temporary files of ``atomic_write``, and of safetensors in earlier versions, left behind by a killed process.
-LEFTOVERS = (".*.tmp", ".tmp??????")
+LEFTOVERS = ".*.[0-9]*.tmp"  # temporary files of ``atomic_write``, left behind by a killed process
+LEFTOVERS_OF_SAFETENSORS = ".tmp??????"  # in runs of earlier versions
 
 # --- folders
 
@@ -47,7 +48,7 @@ class OutputFolder:
         self._path = path / f".{name}.lock" if name else path / ".lock"
         with naming(self._path):
             self._file = _locked(self._path)
-            remove_leftovers(path, (f".{name}.*.tmp",) if name else LEFTOVERS)
+            remove_leftovers(path, f".{name}{LEFTOVERS[1:]}" if name else LEFTOVERS)
 
     def __enter__(self) -> Self:
         return self
@@ -67,11 +68,10 @@ class OutputFolder:
             self._file.close()
 
 
-def remove_leftovers(folder: Path, patterns: Sequence[str] = LEFTOVERS) -> None:
+def remove_leftovers(folder: Path, pattern: str = LEFTOVERS) -> None:
     """Remove the temporary files of killed processes; to be called while the folder is locked."""
-    for pattern in patterns:
-        for leftover in folder.glob(pattern):
-            leftover.unlink()
+    for leftover in folder.glob(pattern):
+        leftover.unlink()
 
 
 def _locked(path: Path) -> IO[str]:
@@ -176,7 +176,8 @@ def _check_folder(path: Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Unique for each thread of each process, so that two writers of the same path do not disturb each other.
+    return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
 
 
 def flush_to_disk(path: Path) -> None:

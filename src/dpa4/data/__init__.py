@@ -2,7 +2,7 @@
 
 from dpa4.data.coverage import Coverage, CoverageCollector, coverage_of
 from dpa4.data.dataset import Batch, EpochBatches, FrameDataset
-from dpa4.data.frame import Frame
+from dpa4.data.frame import Frame, digest
 from dpa4.data.labels import LabelKeys, frame_from_atoms
 from dpa4.data.readers import read_atoms, read_frames, read_images
 from dpa4.data.references import is_isolated_atom, reference_energies, without_isolated_atoms
@@ -20,6 +20,7 @@ __all__ = [
     "check_elements",
     "check_labels",
     "coverage_of",
+    "digest",
     "frame_from_atoms",
     "is_isolated_atom",
     "label_counts",

@@ -1,5 +1,7 @@
 """Frame: one structure and its reference labels."""
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,3 +30,14 @@ class Frame:
     def __len__(self) -> int:
         """Number of atoms."""
         return len(self.atomic_numbers)
+
+
+def digest(frames: Iterable[Frame]) -> str:
+    """Digest of structures, labels and weights in their order, by which a run recognises its data."""
+    found = hashlib.blake2b(digest_size=16)
+    for frame in frames:
+        arrays = (frame.atomic_numbers, frame.positions, frame.cell, frame.pbc, frame.forces, frame.virial)
+        for array in arrays:
+            found.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
+        found.update(repr((len(frame), frame.charge_spin, frame.energy, float(frame.weight))).encode())
+    return found.hexdigest()

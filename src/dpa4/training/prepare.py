@@ -1,6 +1,6 @@
 """Preparation of a run: reads the data and builds the potential, the batches and the loss from the options."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +18,14 @@ from dpa4.data import (
     check_charge_spin,
     check_elements,
     check_labels,
+    digest,
     read_frames,
     reference_energies,
     summarize,
     without_isolated_atoms,
 )
 from dpa4.data.summary import elements_in
+from dpa4.model import ModelConfig
 from dpa4.potential import Potential
 from dpa4.system import choose_device
 from dpa4.training.loss import Loss
@@ -41,11 +43,17 @@ class Preparation(NamedTuple):
     validation: EpochBatches | None
     loss: Loss
     provenance: dict[str, str]  # for the checkpoints
+    data: dict[str, str]  # digests of the training and validation data
     run_text: str  # the options as YAML; "auto" stays "auto"
 
 
-def prepare(config: RunConfig, console: Console) -> Preparation:
+def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None = None) -> Preparation:
     """Read the data, print a summary of them, and build the potential.
+
+    Args:
+        config: Options of the run.
+        console: Console to print to.
+        state: State of the run to resume; the model then has its elements and reference energies.
 
     Raises:
         ValueError: If the data cannot be read, have no label for a term with a weight, or have an element outside
@@ -63,11 +71,15 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
         frames, validation = split(frames, config.data.validation_fraction, config.data.split_seed)
     console.print(summarize({"training": frames, "validation": validation}))
 
-    model = config.model.build(elements_in([*read, *validation]))
+    model = _model(config, elements_in([*read, *validation]), state)
     check_elements([*read, *validation], model.elements)
     if model.charge_spin and model.default_charge_spin is None:
         check_charge_spin([*frames, *validation])
-    energies = reference_energies(config.data.reference_energies, read, model.elements)
+    if state is None:
+        energies = reference_energies(config.data.reference_energies, read, model.elements)
+    else:
+        stored = state["potential"]["reference_energies"].tolist()
+        energies = dict(zip(model.elements, stored, strict=False))
     console.print("reference energies (eV): " + ", ".join(f"{e} {v:.4f}" for e, v in energies.items()))
 
     loss = _loss(options, frames, console)
@@ -86,8 +98,16 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
         validation=EpochBatches(valid, **budget, seed=options.seed, shuffle=False) if validation else None,
         loss=loss,
         provenance=_provenance(config, frames, validation),
+        data={"training": digest(frames), "validation": digest(validation)},
         run_text=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
     )
+
+
+def _model(config: RunConfig, elements: Sequence[str], state: Mapping[str, Any] | None) -> ModelConfig:
+    """Configuration of the model: that of the state if there is one, else from the options and the data."""
+    if state is None or "config" not in state:  # the states of earlier versions lack it
+        return config.model.build(elements)
+    return ModelConfig.model_validate_json(state["config"])
 
 
 def split(frames: Sequence[Frame], fraction: float, seed: int) -> tuple[list[Frame], list[Frame]]:

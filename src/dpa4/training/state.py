@@ -8,6 +8,7 @@ import torch
 from dpa4.output import write_torch
 
 STATE_FORMAT = 1
+STATE = "last.pt"  # in the output folder
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
