@@ -125,6 +125,9 @@ def write_report(
     name = escape(folder.resolve().name)
     text = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        # No script, and nothing from elsewhere, whatever the files of the run contain.
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{name}: DPA4 training</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f"<h1>DPA4 training run: {name}</h1>\n<nav>\n{links}\n</nav>\n{body}\n</body>\n</html>\n"
