@@ -47,7 +47,7 @@ class OutputFolder:
             raise type(error)(f"cannot create the folder {path}: {error.strerror}") from error
         self._path = path / f".{name}.lock" if name else path / ".lock"
         with naming(self._path):
-            self._file = _locked(self._path)
+            self._file = _locked(self._path, path / name)
             remove_leftovers(path, f".{name}{LEFTOVERS[1:]}" if name else LEFTOVERS)
 
     def __enter__(self) -> Self:
@@ -74,8 +74,12 @@ def remove_leftovers(folder: Path, pattern: str = LEFTOVERS) -> None:
         leftover.unlink()
 
 
-def _locked(path: Path) -> IO[str]:
+def _locked(path: Path, what: Path) -> IO[str]:
     """Open and lock a file that only one process may hold.
+
+    Args:
+        path: The file.
+        what: Folder, or part of one, for messages.
 
     Raises:
         BlockingIOError: If another process holds it.
@@ -87,12 +91,11 @@ def _locked(path: Path) -> IO[str]:
         except (BlockingIOError, PermissionError) as error:
             file.close()
             raise BlockingIOError(
-                f"another process is working on {path.parent / path.name[1:].removesuffix('.lock')}; "
-                "wait until it has finished, or choose another folder"
+                f"another process is working on {what}; wait until it has finished, or choose another folder"
             ) from error
         except OSError as error:
             warnings.warn(
-                f"{path.parent} cannot be locked ({error.strerror}); let no other process write to it",
+                f"{what} cannot be locked ({error.strerror}); let no other process write to it",
                 stacklevel=3,
             )
             return file

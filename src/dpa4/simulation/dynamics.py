@@ -307,7 +307,8 @@ class _Run:
         if state.trajectory_bytes:
             table, interval = self.folder / THERMO, self.settings["interval"]
             found = [int(row["step"]) for row in rows_until(table, self._columns(), self.step)]
-            if found != list(range(0, self.step + 1, interval)):
+            expected = range(0, self.step + 1, interval)
+            if len(found) != len(expected) or found != list(expected):
                 raise damaged(
                     table, f"it has {len(found)} rows, not every {interval} steps up to {self.step}"
                 )

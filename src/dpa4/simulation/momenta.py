@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 LINEAR = 0.01
 """Smallest over largest moment of inertia below which a molecule counts as linear.
 
-A linear molecule that vibrates is never exactly straight. CO2 has ratios of up to 0.002 at 300 K, bent molecules such
-as SO2 and water have 0.1 and more.
+A linear molecule that vibrates is never exactly straight: the mean ratio of CO2 at 300 K is 0.0007, from its bending
+mode at 667/cm. Bent molecules have larger ratios: NO2 0.05, SO2 0.14, water 0.35.
 """
 
 
