@@ -11,12 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, Any, Self
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from ase import Atoms
 
 LEFTOVERS = ".*.[0-9]*.tmp"  # temporary files of ``atomic_write``, left behind by a killed process
 LEFTOVERS_OF_SAFETENSORS = ".tmp??????"  # in runs of earlier versions
@@ -220,14 +217,6 @@ def write_torch(path: Path, content: Any) -> None:
     torch.save(content, memory)
     with atomic_write(path) as temporary:
         temporary.write_bytes(memory.getbuffer())
-
-
-def write_structures(path: Path, structures: "Atoms | Sequence[Atoms]", append: bool = False) -> None:
-    """Write structures as extended XYZ in UTF-8, whatever the encoding of the system."""
-    import ase.io  # a third of a second, which commands that only print should not wait for
-
-    with naming(path), path.open("a" if append else "w", encoding="utf-8") as file:
-        ase.io.write(file, structures, format="extxyz")
 
 
 # --- figures

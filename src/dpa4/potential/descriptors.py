@@ -10,8 +10,15 @@ from ase import Atoms
 from numpy.typing import NDArray
 from rich.progress import track
 
-from dpa4.data import EpochBatches, FrameDataset, check_charge_spin, check_elements, frame_from_atoms
-from dpa4.output import atomic_write, check_writable, write_structures
+from dpa4.data import (
+    EpochBatches,
+    FrameDataset,
+    check_charge_spin,
+    check_elements,
+    frame_from_atoms,
+    write_structures,
+)
+from dpa4.output import atomic_write, check_writable
 from dpa4.potential.potential import Potential
 
 

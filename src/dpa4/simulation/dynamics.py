@@ -8,6 +8,7 @@ import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator
 
+from dpa4.data import write_structures
 from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
 from dpa4.output import (
     CsvLog,
@@ -18,7 +19,6 @@ from dpa4.output import (
     read_csv,
     rows_until,
     save_figure,
-    write_structures,
 )
 from dpa4.simulation.integrators import bath_state, conserved_energy, make_integrator, set_bath_state
 from dpa4.simulation.momenta import degrees_of_freedom, draw_momenta, internal_momenta, temperature

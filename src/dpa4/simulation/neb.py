@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.geometry import find_mic
 from ase.io import iread
 from ase.mep import NEB, idpp_interpolate
@@ -16,15 +15,8 @@ from ase.optimize import FIRE
 from ase.utils.forcecurve import fit_raw
 from numpy.typing import NDArray
 
-from dpa4.output import (
-    CsvLog,
-    OutputFolder,
-    atomic_write,
-    new_figure,
-    rows_until,
-    save_figure,
-    write_structures,
-)
+from dpa4.data import with_results, write_structures
+from dpa4.output import CsvLog, OutputFolder, atomic_write, new_figure, rows_until, save_figure
 from dpa4.simulation.relax import relax
 from dpa4.simulation.runs.progress import progress_bar
 from dpa4.system import stop_requests
@@ -233,10 +225,9 @@ class _Band(NEB):
             self.nimages - 1: self.images[-1].calc.fixed["forces"],
         }
         for number, (atoms, at) in enumerate(zip(self.images, self.path(), strict=True)):
-            frame = atoms.copy()
-            frame.info |= {"image": number, "path": float(at)}
             forces = ends.get(number, self.real_forces[number])
-            frame.calc = SinglePointCalculator(frame, energy=float(self.energies[number]), forces=forces)
+            frame = with_results(atoms, energy=float(self.energies[number]), forces=forces)
+            frame.info |= {"image": number, "path": float(at)}
             frames.append(frame)
         return frames
 

@@ -15,8 +15,9 @@ from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS, FIRE, LBFGS
 from ase.spacegroup.symmetrize import symmetrize_rank2
 
+from dpa4.data import write_structures
 from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
-from dpa4.output import CsvLog, cut_back, flush_to_disk, new_figure, save_figure, write_structures
+from dpa4.output import CsvLog, cut_back, flush_to_disk, new_figure, save_figure
 from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.store import Records
 from dpa4.system import require, stop_requests
@@ -138,7 +139,7 @@ def relax(
             for below in engine.irun(fmax=fmax, steps=steps):
                 converged = bool(below)
                 if trajectory is not None:
-                    write_structures(Path(trajectory), labelled(atoms), append=True)
+                    write_structures(trajectory, labelled(atoms), append=True)
                 if watch is not None:
                     watch(f"step {engine.get_number_of_steps()}  {_max_force(atoms):.4f} eV/Å")
                 if stopped:

@@ -9,14 +9,22 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Column, Table
 
-from dpa4.data import Batch, EpochBatches, Frame, FrameDataset, check_elements
-from dpa4.output import OutputFolder, atomic_write, write_csv, write_structures
+from dpa4.data import (
+    Batch,
+    EpochBatches,
+    Frame,
+    FrameDataset,
+    check_elements,
+    with_results,
+    write_structures,
+)
+from dpa4.data.labels import PREDICTED_ENERGY
+from dpa4.output import OutputFolder, atomic_write, write_csv
 from dpa4.potential import Potential
 from dpa4.training.plots import plot_parity
 
@@ -194,6 +202,8 @@ def _evaluate(
     table = error_table(frames, predictions)
     if output is not None:
         write_predictions(frames, predictions, output / "predictions.xyz")
+        for name in ("errors.csv", "errors.json", "parity.png"):
+            (output / name).unlink(missing_ok=True)  # of an earlier call, which may have had labels
         if table.rows:
             table.write_csv(output / "errors.csv")
             table.write_json(output / "errors.json")
@@ -209,7 +219,8 @@ def write_predictions(frames: Sequence[Frame], predictions: Sequence[FramePredic
         results = {"energy": prediction.energy, "forces": prediction.forces}
         if volume := _volume(frame):
             results["stress"] = full_3x3_to_voigt_6_stress(-prediction.virial / volume)
-        atoms.calc = SinglePointCalculator(atoms, **results)
+        atoms = with_results(atoms, **results)
+        atoms.info[PREDICTED_ENERGY] = prediction.energy  # marks the results as predictions
         if frame.energy is not None:
             atoms.info["REF_energy"] = frame.energy
         if frame.forces is not None:
