@@ -127,7 +127,12 @@ def batches(count: int):
 
 
 # Evaluation with everything, but without parts, is in the test of constants.
-QUICK_CASES = (("bridging of pairs", False, True), ("S2 grid", False, True), ("S2 grid", False, False), ("everything, C++", True, True))
+QUICK_CASES = (
+    ("bridging of pairs", False, True),
+    ("S2 grid", False, True),
+    ("S2 grid", False, False),
+    ("everything, C++", True, True),
+)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from dpa4.data.charge_spin import charges_and_spins
 from dpa4.data.coverage import Coverage, CoverageCollector, coverage_of
 from dpa4.data.dataset import Batch, EpochBatches, FrameDataset
-from dpa4.data.frame import Frame
+from dpa4.data.frame import Frame, digest
 from dpa4.data.labels import LabelKeys, frame_from_atoms
 from dpa4.data.readers import read_atoms, read_frames, read_images
 from dpa4.data.references import (
@@ -35,6 +35,7 @@ __all__ = [
     "check_labels",
     "check_trained",
     "coverage_of",
+    "digest",
     "frame_from_atoms",
     "is_isolated_atom",
     "label_counts",

@@ -39,6 +39,16 @@ class Coverage:
         more = f" and {len(entries) - 12} more pairs" if len(entries) > 12 else ""
         return ", ".join(entries[:12]) + " Å" + more if entries else f"no pair within {self.cutoff:g} Å"
 
+    def union(self, other: "Coverage") -> "Coverage":
+        """Coverage of both data sets; the distances are unknown if those of one are."""
+        elements = sorted({*self.elements, *other.elements}, key=atomic_numbers.__getitem__)
+        shortest: dict[ElementPair, float] | None = None
+        if self.shortest is not None and other.shortest is not None:
+            shortest = dict(self.shortest)
+            for pair, length in other.shortest.items():
+                shortest[pair] = min(length, shortest.get(pair, length))
+        return Coverage(min(self.cutoff, other.cutoff), tuple(elements), shortest)
+
     def to_json(self) -> str:
         """Convert to JSON text for a checkpoint."""
         shortest = None

@@ -23,6 +23,7 @@ from ase.spacegroup import Spacegroup
 from numpy.typing import NDArray
 
 from dpa4.data.labels import PREDICTED_ENERGY
+from dpa4.output import naming
 
 LABEL = re.compile(
     r"REF_.*|(.*_)?(energy|energies|forces?|stress|stresses|virials?)(_per_atom|_std)?|" + PREDICTED_ENERGY,
@@ -82,7 +83,8 @@ def write_structures(
     """
     frames = [images] if isinstance(images, Atoms) else images
     if isinstance(target, str | Path):
-        with open(target, "a" if append else "w", encoding="utf-8", newline="\n") as file:
+        path = Path(target)
+        with naming(path), path.open("a" if append else "w", encoding="utf-8", newline="\n") as file:
             write_structures(file, frames)
         return
     for atoms in frames:

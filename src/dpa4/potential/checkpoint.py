@@ -16,13 +16,13 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dpa4 import __version__
 from dpa4.data.coverage import Coverage
 from dpa4.model import ModelConfig
-from dpa4.output import atomic_write
+from dpa4.output import atomic_write, check_writable
 from dpa4.potential.deepmd.options import first_problem
 from dpa4.potential.deepmd.reader import read_deepmd
 from dpa4.potential.deepmd.writer import export_deepmd
@@ -80,8 +80,7 @@ def save_potential(
     }
     if potential.coverage is not None:
         metadata["coverage"] = potential.coverage.to_json()
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    _write(path, tensors, metadata)
 
 
 def add_coverage(path: Path, coverage: Coverage) -> None:
@@ -90,8 +89,14 @@ def add_coverage(path: Path, coverage: Coverage) -> None:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
     stored = _coverage(path, metadata)
     if stored is None or stored.shortest is None:
-        with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata | {"coverage": coverage.to_json()})
+        _write(path, tensors, metadata | {"coverage": coverage.to_json()})
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    # safetensors' own function writes a temporary file that only its owner can read, whatever the umask, and that
+    # stays behind if the process is killed.
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(save(tensors, metadata))
 
 
 def load_potential(
@@ -142,6 +147,7 @@ def convert(
     source, target = Path(source), Path(target)
     if target.suffix not in (SUFFIX, ".pt"):
         raise ValueError(f"cannot convert to {target.name!r}; the target must end in {SUFFIX} or .pt")
+    check_writable(target)
     stored = read_checkpoint(source, branch)
     if drop_bridging:
         stored = replace(stored, config=stored.config.model_copy(update={"bridging": None}))

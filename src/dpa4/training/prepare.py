@@ -1,7 +1,7 @@
 """Preparation of a run: reads the data and builds the potential, the batches and the loss from the options."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from dpa4.data import (
     check_elements,
     check_labels,
     check_trained,
+    digest,
     read_frames,
     reference_energies,
     summarize,
@@ -28,6 +29,7 @@ from dpa4.data import (
     without_isolated_atoms,
 )
 from dpa4.data.summary import elements_in
+from dpa4.model import ModelConfig
 from dpa4.potential import Potential
 from dpa4.system import choose_device
 from dpa4.training.loss import Loss
@@ -45,11 +47,18 @@ class Preparation(NamedTuple):
     validation: EpochBatches | None
     loss: Loss
     provenance: dict[str, str]  # for the checkpoints
+    undetermined: tuple[str, ...]  # elements with an arbitrary reference energy
+    data: dict[str, str]  # digests of the training and validation data
     run_text: str  # the options as YAML; "auto" stays "auto"
 
 
-def prepare(config: RunConfig, console: Console) -> Preparation:
+def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None = None) -> Preparation:
     """Read the data, print a summary of them, and build the potential.
+
+    Args:
+        config: Options of the run.
+        console: Console to print to.
+        state: State of the run to resume; the model then has its elements and reference energies.
 
     Raises:
         ValueError: If the data cannot be read, have no label for a term with a weight (training and validation
@@ -76,7 +85,7 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
         check_labels(validation, weights, "validation")
         check_trained(validation, frames)
 
-    model = config.model.build(elements_in([*read, *validation]))
+    model = _model(config, elements_in([*read, *validation]), state)
     check_elements([*read, *validation], model.elements)
     if untrained := [e for e in elements_in(read) if e not in elements_in(frames)]:
         console.print(
@@ -86,8 +95,13 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
             soft_wrap=True,
         )
     pairs = charges_and_spins([*frames, *validation], model.charge_spin, model.default_charge_spin)
-    energies = reference_energies(config.data.reference_energies, read, model.elements)
-    undetermined = undetermined_elements(config.data.reference_energies, read, model.elements)
+    if state is None:
+        energies = reference_energies(config.data.reference_energies, read, model.elements)
+        undetermined = undetermined_elements(config.data.reference_energies, read, model.elements)
+    else:
+        stored = state["potential"]["reference_energies"].tolist()
+        energies = dict(zip(model.elements, stored, strict=False))
+        undetermined = state.get("undetermined", ())
     values = (f"{e} {v:.4f}{' (arbitrary)' if e in undetermined else ''}" for e, v in energies.items())
     console.print("reference energies (eV): " + ", ".join(values))
     if undetermined:
@@ -108,8 +122,17 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
         validation=EpochBatches(valid, **budget, seed=options.seed, shuffle=False) if validation else None,
         loss=loss,
         provenance=_provenance(config, frames, validation, undetermined),
+        undetermined=tuple(undetermined),
+        data={"training": digest(frames), "validation": digest(validation)},
         run_text=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
     )
+
+
+def _model(config: RunConfig, elements: Sequence[str], state: Mapping[str, Any] | None) -> ModelConfig:
+    """Configuration of the model: that of the state if there is one, else from the options and the data."""
+    if state is None or "config" not in state:  # the states of earlier versions lack it
+        return config.model.build(elements)
+    return ModelConfig.model_validate_json(state["config"])
 
 
 def split(

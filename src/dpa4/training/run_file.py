@@ -4,7 +4,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -46,8 +46,8 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfi
 
     Args:
         path: YAML file.
-        overrides: Options that replace those of the file, such as ``"training.learning_rate=5e-4"``; the values
-            are YAML.
+        overrides: Options that replace those of the file, such as ``"training.learning_rate=5e-4"``. Texts, such
+            as names of files, are used as they are given; all other values are YAML.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -66,7 +66,7 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfi
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ValueError(f"override {override!r} must look like training.learning_rate=5e-4")
-        _set(values, key.strip(), _parse_yaml(text, f"override {override!r}"))
+        _set(values, key.strip(), _override(key.strip(), text.strip(), f"override {override!r}"))
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -133,6 +133,44 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
             values[section] = {}
         values = values[section]
     values[name] = value
+
+
+def _override(key: str, text: str, what: str) -> Any:
+    """Value of an override: the text itself for an option that is a text, else the text as YAML.
+
+    Texts in quotes are YAML in any case. The entries of a list, such as ``[a.xyz, 0123]``, stay as they are, too.
+    """
+    kinds = _kinds(key)
+    if not kinds & {str, Path}:
+        return _parse_yaml(text, what)
+    if not text or (text == "null" and kinds & {tuple, type(None)}):
+        return None
+    is_list = tuple in kinds and text.startswith("[") and text.endswith("]")
+    if text[0] in "'\"" or (is_list and re.search("['\"]", text)):
+        return _parse_yaml(text, what)
+    return [entry.strip() for entry in text[1:-1].split(",") if entry.strip()] if is_list else text
+
+
+def _kinds(key: str) -> set[Any]:
+    """Types of an option, and of the entries if it is a list; empty for unknown options."""
+    field, fields = None, RunConfig.model_fields
+    for part in key.split("."):
+        field = fields.get(part)
+        if field is None:
+            return set()
+        section = field.annotation
+        is_section = isinstance(section, type) and issubclass(section, BaseModel)
+        fields = section.model_fields if is_section else {}  # type: ignore[union-attr]
+    return set() if field is None else _parts(field.annotation)
+
+
+def _parts(annotation: Any) -> set[Any]:
+    """Members of a union and entries of a list, down to plain types."""
+    if get_origin(annotation) in (Literal, dict):
+        return {get_origin(annotation)}
+    inner = [_parts(part) for part in get_args(annotation) if part is not Ellipsis]
+    own = {get_origin(annotation)} if get_origin(annotation) is tuple else set()
+    return own.union(*inner) if inner else {annotation}
 
 
 def _faults(error: ValidationError) -> str:

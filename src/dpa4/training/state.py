@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 
-from dpa4.output import atomic_write
+from dpa4.output import write_torch
 
 STATE_FORMAT = 1
+STATE = "last.pt"  # in the output folder
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
     """Write a training state, which holds tensors and plain Python values."""
-    with atomic_write(path) as temporary:
-        torch.save({"format": STATE_FORMAT} | state, temporary)
+    write_torch(path, {"format": STATE_FORMAT} | state)
 
 
 def load_state(path: Path) -> dict[str, Any]:
