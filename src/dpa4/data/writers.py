@@ -31,8 +31,8 @@ LABEL = re.compile(
 )
 """Names of labels of any calculation, such as REF_energy or dft_forces."""
 
-SIMPLE_NAME = re.compile(r"(?!uid$)[A-Za-z_][A-Za-z0-9_]*", re.IGNORECASE)
-"""Names that need no test: ASE reads the values of all but "uid" as numbers, if they look like numbers."""
+SIMPLE_NAME = re.compile(r"(?!(?:uid|virial)$)[A-Za-z_][A-Za-z0-9_]*", re.IGNORECASE)
+"""Names that need no test: ASE has rules of its own for the values of "uid" and "virial" only."""
 
 OWN_KEYS = {"Lattice", "Properties", "pbc"}
 """Keys with a meaning of their own in the comment line of extended XYZ."""
