@@ -18,10 +18,8 @@ def label_counts(frames: Sequence[Frame]) -> dict[str, int]:
 
 def elements_in(frames: Sequence[Frame]) -> list[str]:
     """Chemical symbols that occur, sorted by atomic number."""
-    return [
-        chemical_symbols[z]
-        for z in np.unique(np.concatenate([[], *(f.atomic_numbers for f in frames)]).astype(int))
-    ]
+    numbers = [frame.atomic_numbers for frame in frames]
+    return [chemical_symbols[z] for z in np.unique(np.concatenate(numbers))] if numbers else []
 
 
 def summarize(frames_by_split: Mapping[str, Sequence[Frame]]) -> Table:
