@@ -134,7 +134,7 @@ def test_predictions_are_written_beside_the_labels(potential, tmp_path):
         frame_of(
             crystal(2), "solid", {"energy": 1.5, "forces": perfect.forces + 1, "virial": perfect.virial + 1}
         ),
-        frame_of(molecule(1), charge_spin=(1, 2)),
+        frame_of(molecule(1), charge_spin={"charge": 1, "spin": 2}),
     ]
     evaluate(potential, frames, output=tmp_path)
     solid, gas = ase.io.read(tmp_path / "predictions.xyz", ":")
@@ -193,7 +193,7 @@ def test_predictions_are_never_taken_for_labels(potential, tmp_path):
     frames = [
         frame_of(crystal(2), "solid", {"energy": 1.5, "forces": np.ones((6, 3)), "virial": np.eye(3)}),
         frame_of(molecule(1), "gas", {"energy": -3.0}),
-        frame_of(molecule(2), "nothing", charge_spin=(1, 2)),
+        frame_of(molecule(2), "nothing", charge_spin={"charge": 1, "spin": 2}),
     ]
     first = evaluate(potential, frames, output=tmp_path / "first")
     again = read_frames(tmp_path / "first" / "predictions.xyz")

@@ -1,5 +1,6 @@
 """Structures with labels: reading, checking, summarising and batching."""
 
+from dpa4.data.charge_spin import charges_and_spins
 from dpa4.data.coverage import Coverage, CoverageCollector, coverage_of
 from dpa4.data.dataset import Batch, EpochBatches, FrameDataset
 from dpa4.data.frame import Frame
@@ -13,7 +14,6 @@ from dpa4.data.references import (
     without_isolated_atoms,
 )
 from dpa4.data.summary import (
-    check_charge_spin,
     check_elements,
     check_labels,
     check_trained,
@@ -30,7 +30,7 @@ __all__ = [
     "Frame",
     "FrameDataset",
     "LabelKeys",
-    "check_charge_spin",
+    "charges_and_spins",
     "check_elements",
     "check_labels",
     "check_trained",

@@ -95,20 +95,6 @@ def _with_other_elements(frames: Sequence[Frame], elements: Sequence[str]) -> It
             yield frame, chemical_symbols[frame.atomic_numbers[~known[frame.atomic_numbers]][0]]
 
 
-def check_charge_spin(frames: Sequence[Frame]) -> None:
-    """Check that all frames have charge and multiplicity, for a model that needs them and has no default.
-
-    Raises:
-        ValueError: If not; the message names the first frame without them.
-    """
-    for frame in frames:
-        if frame.charge_spin is None:
-            raise ValueError(
-                f"{frame.origin} has no charge and spin multiplicity, which the model is conditioned on; add "
-                "them (info keys charge and spin) or set model.default_charge_spin"
-            )
-
-
 def _labels(frames: Sequence[Frame], separator: str) -> str:
     """Label counts as text, such as "energy 50/50, forces 50/50, virial 12/50"."""
     counts = label_counts(frames).items()

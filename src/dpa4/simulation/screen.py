@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from ase import Atoms
 
 from dpa4.data import read_atoms
+from dpa4.data.charge_spin import unused_names, warn_of_unused
 from dpa4.data.writers import without_labels
 from dpa4.graph import build_graph
 from dpa4.interfaces.loading import charge_spin_of
@@ -210,6 +211,8 @@ def _prepare(
             raise ValueError("constraints are not supported in batches; use dpa4 relax")
         check_periodicity(found, cell)
         charge_spin = charge_spin_of(model.potential, found)
+        if model.potential.config.charge_spin and (unused := unused_names(found.info)):
+            warn_of_unused(unused, source)  # Python shows the same warning once
         # Batches are planned by edges before anything is evaluated, and a structure with coincident atoms must not
         # reach one. The first evaluation searches again: the graphs of all waiting structures would fill the memory.
         graph = build_graph(

@@ -18,10 +18,12 @@ from dpa4.data import (
     EpochBatches,
     Frame,
     FrameDataset,
+    charges_and_spins,
     check_elements,
     with_results,
     write_structures,
 )
+from dpa4.data.charge_spin import is_number
 from dpa4.data.labels import PREDICTED_ENERGY
 from dpa4.output import atomic_write, write_csv
 from dpa4.potential import Potential
@@ -188,7 +190,9 @@ def evaluate(
         raise ValueError("there are no structures to evaluate")
     check_elements(frames, potential.elements)
     potential = potential.to(device)
-    dataset = FrameDataset(frames, potential.config.cutoff, potential.config.default_charge_spin)
+    config = potential.config
+    pairs = charges_and_spins(frames, config.charge_spin, config.default_charge_spin)
+    dataset = FrameDataset(frames, config.cutoff, pairs)
     batches = EpochBatches(dataset, max_atoms=max_atoms, shuffle=False)
     predictions = predict(potential, batches.batches(0))
     table = error_table(frames, predictions)
@@ -222,8 +226,7 @@ def write_predictions(frames: Sequence[Frame], predictions: Sequence[FramePredic
             atoms.info["REF_virial"] = frame.virial
         if frame.group:
             atoms.info["config_type"] = frame.group
-        if frame.charge_spin is not None:
-            atoms.info["charge"], atoms.info["spin"] = frame.charge_spin
+        atoms.info |= {name: v for name, v in frame.charge_spin.items() if is_number(v)}
         images.append(atoms)
     with atomic_write(path) as temporary:
         write_structures(temporary, images)

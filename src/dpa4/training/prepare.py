@@ -16,7 +16,7 @@ from dpa4.data import (
     Frame,
     FrameDataset,
     LabelKeys,
-    check_charge_spin,
+    charges_and_spins,
     check_elements,
     check_labels,
     check_trained,
@@ -85,8 +85,7 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
             style="yellow",
             soft_wrap=True,
         )
-    if model.charge_spin and model.default_charge_spin is None:
-        check_charge_spin([*frames, *validation])
+    pairs = charges_and_spins([*frames, *validation], model.charge_spin, model.default_charge_spin)
     energies = reference_energies(config.data.reference_energies, read, model.elements)
     undetermined = undetermined_elements(config.data.reference_energies, read, model.elements)
     values = (f"{e} {v:.4f}{' (arbitrary)' if e in undetermined else ''}" for e, v in energies.items())
@@ -99,8 +98,8 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
     _describe(config, potential, device, console)
 
     coverage = CoverageCollector(frames, model.cutoff)
-    train = FrameDataset(frames, model.cutoff, model.default_charge_spin, observe=coverage.add)
-    valid = FrameDataset(validation, model.cutoff, model.default_charge_spin)
+    train = FrameDataset(frames, model.cutoff, pairs and pairs[: len(frames)], observe=coverage.add)
+    valid = FrameDataset(validation, model.cutoff, pairs and pairs[len(frames) :])
     budget = batch_budget(options)
     return Preparation(
         potential=potential,
