@@ -87,7 +87,7 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
 
     model = _model(config, elements_in([*read, *validation]), state)
     check_elements([*read, *validation], model.elements)
-    if untrained := [e for e in elements_in(read) if e not in elements_in(frames)]:
+    if untrained := sorted(set(elements_in(read)) - set(elements_in(frames))):
         console.print(
             f"no structure to train on contains {', '.join(untrained)}: of these elements the model knows the free "
             "atom only",
@@ -171,23 +171,28 @@ def _held_out(frames: Sequence[Frame], order: Sequence[int], count: int, labels:
     """Indices of the first structures of the order that training can spare, and with which no label is missing."""
     if not count:
         return set()
-    kinds = [_elements_and_labels(frame, labels) for frame in frames]
+    kinds: list[set[int | str]] = [
+        {*frame.atomic_numbers.tolist(), *(label for label in labels if getattr(frame, label) is not None)}
+        for frame in frames
+    ]
     left = Counter(kind for own in kinds for kind in own)  # number of structures to train on with each kind
     chosen: set[int] = set()
+    covered: set[int | str] = set()
 
     def choose(index: int) -> None:
         if index not in chosen and all(left[kind] > 1 for kind in kinds[index]):
             left.subtract(kinds[index])
             chosen.add(index)
+            covered.update(kinds[index])
 
     for index in order:
         if len(chosen) < count:
             choose(index)
     for label in labels:
         for index in order:
-            if not any(label in kinds[i] for i in chosen) and label in kinds[index]:
+            if label not in covered and label in kinds[index]:
                 choose(index)
-    missing = [label for label in labels if not any(label in kinds[i] for i in chosen)]
+    missing = [label for label in labels if label not in covered]
     if missing or not chosen:
         raise ValueError(
             f"the {len(frames)} structures cannot be split: training needs every structure"
@@ -196,10 +201,6 @@ def _held_out(frames: Sequence[Frame], order: Sequence[int], count: int, labels:
             "data.validation_fraction to 0"
         )
     return chosen
-
-
-def _elements_and_labels(frame: Frame, labels: Sequence[str]) -> set[str]:
-    return {*elements_in([frame]), *(label for label in labels if getattr(frame, label) is not None)}
 
 
 def _without_isolated_atoms(frames: Sequence[Frame], option: str, paths: Sequence[Path]) -> list[Frame]:
