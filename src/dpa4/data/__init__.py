@@ -5,6 +5,7 @@ from dpa4.data.coverage import Coverage, CoverageCollector, coverage_of
 from dpa4.data.dataset import Batch, EpochBatches, FrameDataset
 from dpa4.data.frame import Frame
 from dpa4.data.labels import LabelKeys, frame_from_atoms
+from dpa4.data.plausibility import implausible_labels, warn_of_implausible_labels
 from dpa4.data.readers import read_atoms, read_frames, read_images
 from dpa4.data.references import is_isolated_atom, reference_energies, without_isolated_atoms
 from dpa4.data.summary import check_elements, check_labels, label_counts, summarize
@@ -22,6 +23,7 @@ __all__ = [
     "check_labels",
     "coverage_of",
     "frame_from_atoms",
+    "implausible_labels",
     "is_isolated_atom",
     "label_counts",
     "read_atoms",
@@ -29,5 +31,6 @@ __all__ = [
     "read_images",
     "reference_energies",
     "summarize",
+    "warn_of_implausible_labels",
     "without_isolated_atoms",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from ase.data import chemical_symbols
 
+from dpa4.data.composition_fit import element_counts, fit_composition
 from dpa4.data.frame import Frame
 from dpa4.data.summary import check_elements
 
@@ -33,8 +34,8 @@ def reference_energies(
 
             * a map from chemical symbols to energies in eV;
             * "isolated": the energies of the free atoms among the frames;
-            * "least_squares": minimum-norm fit of compositions to the energies of all other frames; elements
-              that do not occur get 0;
+            * "least_squares": minimum-norm fit of compositions to the energies of all other frames but gross
+              outliers, which are warned of; elements that do not occur get 0;
             * "auto": "isolated" if every element has a free atom, otherwise "least_squares", or zeros if no
               frame has an energy.
         frames: Training frames, including free atoms.
@@ -102,18 +103,21 @@ def _isolated(frames: Sequence[Frame]) -> dict[str, float]:
 
 
 def _least_squares(frames: Sequence[Frame], elements: Sequence[str]) -> dict[str, float]:
-    """Minimum-norm solution of counts @ energies = total energies, in float64."""
+    """Minimum-norm solution of counts @ energies = total energies, in float64, without gross outliers."""
     if not frames:
         raise ValueError(
             "reference energies cannot be fitted, because no frame has an energy; give them as a map such as "
             "reference_energies: {H: 0.0}"
         )
     check_elements(frames, elements)
-    symbols = np.array(elements)
-    counts = np.array(
-        [(np.array(chemical_symbols)[f.atomic_numbers][:, None] == symbols).sum(0) for f in frames],
-        dtype=np.float64,
-    )
-    energies = np.array([frame.energy for frame in frames])
-    solution = np.linalg.lstsq(counts, energies, rcond=None)[0]
-    return dict(zip(elements, solution.tolist(), strict=True))
+    energies = np.array([frame.energy for frame in frames], dtype=np.float64)
+    fit = fit_composition(element_counts(frames, elements), energies)
+    if fit.outliers.any():
+        worst = int(np.abs(fit.deviations).argmax())
+        warnings.warn(
+            f"{fit.outliers.sum()} of {len(frames)} energies are not used to fit the reference energies, because "
+            f"they are far from the others: in {frames[worst].origin} by {fit.deviations[worst]:+.4g} eV/atom; the "
+            "structures stay in the training data",
+            stacklevel=3,
+        )
+    return dict(zip(elements, fit.energies.tolist(), strict=True))

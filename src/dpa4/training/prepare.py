@@ -21,6 +21,7 @@ from dpa4.data import (
     read_frames,
     reference_energies,
     summarize,
+    warn_of_implausible_labels,
     without_isolated_atoms,
 )
 from dpa4.data.summary import elements_in
@@ -62,6 +63,8 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
     else:
         frames, validation = split(frames, config.data.validation_fraction, config.data.split_seed)
     console.print(summarize({"training": frames, "validation": validation}))
+    if table := warn_of_implausible_labels([*frames, *validation]):
+        console.print(table)
 
     model = config.model.build(elements_in([*read, *validation]))
     check_elements([*read, *validation], model.elements)
