@@ -1,18 +1,108 @@
-"""Preparation of a run: warnings about the data at its start."""
+"""Refusals and warnings about the data before a run starts."""
 
 import io
 import re
+from pathlib import Path
 
 import ase.io
 import numpy as np
 import pytest
+from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from rich.console import Console
 
+from dpa4.potential import model_card, save_potential
 from dpa4.training.options import RunConfig
-from dpa4.training.prepare import prepare
-from training_runs import argon, options
+from dpa4.training.prepare import Preparation, prepare
+from training_runs import MODEL, argon, options
+
+FREE_ATOMS = {"H": -13.0, "C": -1030.0, "O": -2040.0, "Fe": -500.0}
+
+
+def structure(formula: str, seed: int = 0, labels: tuple[str, ...] = ("energy", "forces")) -> Atoms:
+    rng = np.random.default_rng(seed)
+    atoms = Atoms(formula)
+    atoms.positions = rng.normal(size=(len(atoms), 3)) + 2.0 * np.arange(len(atoms))[:, None]
+    energy = sum(FREE_ATOMS[s] for s in atoms.symbols) - 4.0 + 0.1 * seed
+    values = {"energy": energy, "forces": rng.normal(size=(len(atoms), 3))}
+    if labels:
+        atoms.calc = SinglePointCalculator(atoms, **{name: values[name] for name in labels})
+    return atoms
+
+
+def free_atom(element: str) -> Atoms:
+    atoms = structure(element, labels=("energy",))
+    atoms.calc.results["energy"] = FREE_ATOMS[element]
+    return atoms
+
+
+def prepared(
+    folder: Path, train: list[Atoms], validation: list[Atoms] | None = None, **data
+) -> tuple[Preparation, str]:
+    ase.io.write(folder / "train.xyz", train, format="extxyz")
+    data |= {"train": str(folder / "train.xyz")}
+    if validation is not None:
+        ase.io.write(folder / "val.xyz", validation, format="extxyz")
+        data["validation"] = str(folder / "val.xyz")
+    console = Console(file=io.StringIO(), width=1000)
+    config = RunConfig.model_validate(
+        {"model": MODEL, "data": data, "output": str(folder / "run"), "device": "cpu"}
+    )
+    preparation = prepare(config, console)
+    return preparation, console.file.getvalue()
+
+
+MOLECULES = [structure(formula, k) for k, formula in enumerate(["CH4", "CO2", "H2O", "C2H6", "CH4O", "CO"])]
+
+
+@pytest.mark.parametrize(
+    ("labels", "missing"), [((), "energy"), (("energy",), "forces"), (("forces",), "energy")]
+)
+def test_validation_data_without_a_weighted_label_are_refused(tmp_path, labels, missing):
+    validation = [structure("CH4", k, labels) for k in range(3)]
+    message = rf"training.{missing}_weight = 20, but no validation structure has a label for {missing} \(found energy"
+    with pytest.raises(ValueError, match=message):
+        prepared(tmp_path, MOLECULES, validation)
+    prepared(tmp_path, MOLECULES, [*validation, structure("CO2")])  # one is enough
+
+
+def test_elements_of_the_validation_data_only_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"element Fe of .*val.xyz, frame 1 is in the validation data, but in no"
+    ):
+        prepared(tmp_path, [*MOLECULES, free_atom("Fe")], [structure("CO"), structure("FeCO")])
+
+
+def test_only_free_atoms(tmp_path):
+    atoms = [free_atom(element) for element in FREE_ATOMS]
+    message = r"all 4 structures of data.{} = .*{}.xyz are free atoms, which define reference energies but"
+    with pytest.raises(ValueError, match=message.format("train", "train")):
+        prepared(tmp_path, atoms)
+    with pytest.raises(ValueError, match=message.format("validation", "val")):
+        prepared(tmp_path, MOLECULES, atoms)
+
+
+def test_elements_of_free_atoms_only_are_told(tmp_path):
+    atoms = [free_atom(element) for element in FREE_ATOMS]
+    _, text = prepared(tmp_path, [*atoms, *MOLECULES])
+    assert "no structure to train on contains Fe" in text
+    assert "arbitrary" not in text
+
+
+def test_arbitrary_reference_energies_are_told_in_output_and_model_card(tmp_path):
+    preparation, text = prepared(tmp_path, [structure("C5H8O2", k) for k in range(4)])
+    assert "H -" in text and text.count("(arbitrary)") == 3
+    assert (
+        "the reference energies of H, C, O are arbitrary" in text
+        and "Add a free atom of every element" in text
+    )
+    save_potential(preparation.potential, tmp_path / "model.safetensors", preparation.provenance)
+    assert (
+        "the reference energies of H, C, O are arbitrary" in model_card(tmp_path / "model.safetensors").text
+    )
+    preparation, text = prepared(tmp_path, MOLECULES, validation_fraction=0)
+    assert "arbitrary" not in text and not any("arbitrary" in key for key in preparation.provenance)
 
 
 @pytest.fixture
@@ -23,7 +113,7 @@ def data(tmp_path):
     return images, tmp_path / "train.xyz"
 
 
-def run(images, path, **model):
+def run_of(images, path, **model):
     ase.io.write(path, images)
     text = io.StringIO()
     config = options(path, path.parent / "out")
@@ -33,14 +123,14 @@ def run(images, path, **model):
 
 def test_implausible_labels_are_listed_and_no_frame_is_dropped(data):
     images, path = data
-    clean, text = run(images, path)
+    clean, text = run_of(images, path)
     assert "Implausible" not in text
     images[6].calc.results["energy"] += 1e4
     images[6].calc.results["forces"] = np.full((4, 3), 1e5)
     with pytest.warns(UserWarning) as caught:
-        found, text = run(images, path)
+        found, text = run_of(images, path)
     warned = [str(w.message) for w in caught if "train.xyz, frame 6" in str(w.message)]
-    assert len(warned) == 3 and "1 of 20 energies are not used to fit the reference energies" in warned[2]
+    assert len(warned) == 3 and "1 of 20 energies are left out of the fit of reference energies" in warned[2]
     assert text.index("Data") < text.index("Implausible labels") < text.index("reference energies (eV)")
     assert "1e+05 eV/Å" in text and re.search(r"\+2[45]\d\d eV/atom", text)
     assert len(found.train.dataset) + len(found.validation.dataset) == 20
@@ -56,13 +146,13 @@ def test_charge_and_spin_are_checked_for_models_that_read_them(tmp_path):
         atoms.calc = SinglePointCalculator(atoms, **water.calc.results)
         atoms.info |= {"total_charge": charge, "multiplicity": 2, "net_charge": 1}
     with pytest.warns(UserWarning, match=r"train.xyz: not used, although .*: net_charge; a total charge"):
-        found, _ = run(images, tmp_path / "train.xyz", charge_spin=True, default_charge_spin=[0, 1])
+        found, _ = run_of(images, tmp_path / "train.xyz", charge_spin=True, default_charge_spin=[0, 1])
     for part in (found.train, found.validation):
         assert {tuple(pair) for pair in part.dataset.charge_spin} == {(1, 2)}
     images[2].info["multiplicity"] = 2.013
-    plain, _ = run(images, tmp_path / "train.xyz")
+    plain, _ = run_of(images, tmp_path / "train.xyz")
     assert plain.train.dataset.charge_spin is None
     with pytest.raises(
         ValueError, match=r"train.xyz, frame 2: multiplicity must be a whole number, .* got 2.013"
     ):
-        run(images, tmp_path / "train.xyz", charge_spin=True, default_charge_spin=[0, 1])
+        run_of(images, tmp_path / "train.xyz", charge_spin=True, default_charge_spin=[0, 1])

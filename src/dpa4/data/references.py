@@ -71,6 +71,42 @@ def reference_energies(
     return _least_squares(fitted, elements)
 
 
+def undetermined_elements(
+    source: str | Mapping[str, float], frames: Sequence[Frame], elements: Sequence[str]
+) -> list[str]:
+    """Elements whose reference energies are arbitrary, because other values describe the data equally well.
+
+    A fit determines the energy of an element if the compositions of the structures can be combined to one atom of the
+    element. Structures of a single composition, for example, determine the sum over their atoms only.
+
+    Args:
+        source: As for ``reference_energies``.
+        frames: Training frames, including free atoms.
+        elements: Chemical symbols of the elements of the model.
+    """
+    if isinstance(source, Mapping) or not _is_fitted(source, frames, elements):
+        return []
+    fitted = [f for f in without_isolated_atoms(frames) if f.energy is not None]
+    compositions = np.unique(element_counts(fitted, elements), axis=0)
+    # An element is determined if its unit vector is in the row space, so that the projector leaves it as it is.
+    projector = np.linalg.pinv(compositions) @ compositions
+    return [e for e, share in zip(elements, projector.diagonal(), strict=True) if share < 1 - 1e-8]
+
+
+def undetermined_text(undetermined: Sequence[str]) -> str:
+    """Explain that reference energies are arbitrary, and how to determine them."""
+    return (
+        f"the reference energies of {', '.join(undetermined)} are arbitrary: the compositions of the training "
+        "structures do not determine them, so energy differences between compositions mean nothing. Add a free atom "
+        "of every element (config_type=IsolatedAtom), structures of other compositions, or energies as a map in "
+        "data.reference_energies"
+    )
+
+
+def _is_fitted(source: str, frames: Sequence[Frame], elements: Sequence[str]) -> bool:
+    return source != "isolated" and not (source == "auto" and set(elements) <= set(_isolated(frames)))
+
+
 def _given(source: Mapping[str, float], elements: Sequence[str]) -> dict[str, float]:
     if missing := [e for e in elements if e not in source]:
         raise ValueError(
@@ -115,7 +151,7 @@ def _least_squares(frames: Sequence[Frame], elements: Sequence[str]) -> dict[str
     if fit.outliers.any():
         worst = int(np.abs(fit.deviations).argmax())
         warnings.warn(
-            f"{fit.outliers.sum()} of {len(frames)} energies are not used to fit the reference energies, because "
+            f"{fit.outliers.sum()} of {len(frames)} energies are left out of the fit of reference energies, because "
             f"they are far from the others: in {frames[worst].origin} by {fit.deviations[worst]:+.4g} eV/atom; the "
             "structures stay in the training data",
             stacklevel=3,
