@@ -26,6 +26,7 @@ from dpa4.data import (
     summarize,
     undetermined_elements,
     undetermined_text,
+    warn_of_implausible_labels,
     without_isolated_atoms,
 )
 from dpa4.data.summary import elements_in
@@ -84,6 +85,8 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
     if validation:
         check_labels(validation, weights, "validation")
         check_trained(validation, frames)
+    if table := warn_of_implausible_labels([*frames, *validation]):
+        console.print(table)
 
     model = _model(config, elements_in([*read, *validation]), state)
     check_elements([*read, *validation], model.elements)
