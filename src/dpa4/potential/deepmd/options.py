@@ -183,8 +183,13 @@ def check_plain(options: object) -> None:
 
 def first_problem(error: ValidationError) -> str:
     """Describe the first problem of a configuration in one line: field, reason and value."""
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']} (value {shown(first['input'])})"
+    errors = error.errors()
+    first, field = errors[0], errors[0]["loc"][:1]
+    prefix = f"{field[0]}: " if field else ""
+    if first["type"] == "value_error":  # a check of our own, whose message contains the value
+        return prefix + first["msg"].removeprefix("Value error, ")
+    reasons = dict.fromkeys(e["msg"] for e in errors if e["loc"][:1] == field)  # of all members of a union
+    return f"{prefix}{' or '.join(list(reasons)[:3])} (value {shown(first['input'])})"
 
 
 def precision_of(model_params: Mapping[str, Any]) -> int:
