@@ -9,7 +9,10 @@ from typing import Any
 import yaml
 
 MAX_FILE = 1_000_000
-"""Largest YAML file, in bytes. The parser needs ten seconds for so much text."""
+"""Largest YAML file, in bytes."""
+
+MAX_VALUES = 20_000
+"""Largest number of values in YAML; the parser needs two seconds for so many."""
 
 MAX_DIGITS = 30
 """Longest integer. Python converts integers in quadratic time."""
@@ -21,7 +24,14 @@ class _Loader(yaml.SafeLoader):
     Aliases are refused, because a few lines of nested aliases stand for billions of values.
     """
 
+    count = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
+        self.count += 1
+        if self.count > MAX_VALUES:
+            raise yaml.composer.ComposerError(
+                None, None, f"more than {MAX_VALUES:,} values", self.peek_event().start_mark
+            )
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise yaml.composer.ComposerError(
