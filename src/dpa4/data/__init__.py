@@ -1,7 +1,7 @@
 """Structures with labels: reading, checking, summarising and batching."""
 
 from dpa4.data.charge_spin import charges_and_spins
-from dpa4.data.coverage import Coverage, CoverageCollector, coverage_of
+from dpa4.data.coverage import Coverage, coverage_of, shortest_distances
 from dpa4.data.dataset import Batch, EpochBatches, FrameDataset
 from dpa4.data.frame import Frame, digest
 from dpa4.data.labels import LabelKeys, frame_from_atoms
@@ -26,7 +26,6 @@ from dpa4.data.writers import with_results, write_structures
 __all__ = [
     "Batch",
     "Coverage",
-    "CoverageCollector",
     "EpochBatches",
     "Frame",
     "FrameDataset",
@@ -45,6 +44,7 @@ __all__ = [
     "read_frames",
     "read_images",
     "reference_energies",
+    "shortest_distances",
     "summarize",
     "undetermined_elements",
     "undetermined_text",

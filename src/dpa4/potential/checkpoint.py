@@ -104,21 +104,6 @@ def save_potential(
     _write(path, metadata, tensors)
 
 
-def add_coverage(path: Path, coverage: Coverage) -> None:
-    """Add the coverage of the training data to a native checkpoint that contains no distances yet.
-
-    Raises:
-        ValueError: If the checkpoint is damaged or was edited.
-    """
-    with _named(path):
-        metadata, tensors = _read_tensors(path)
-        stored = _coverage(metadata)
-        if stored is not None and stored.shortest is not None:
-            return
-        _verified_digest(metadata, tensors)
-    _write(path, metadata | {"coverage": coverage.to_json()}, tensors)
-
-
 def _write(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
     content = {key: value for key, value in metadata.items() if key != "digest"}
     # safetensors' own function writes a temporary file that only its owner can read, whatever the umask, and that
