@@ -35,9 +35,9 @@ def test_reference_labels_replace_results_of_a_calculator():
 def test_predictions_do_not_complete_the_reference_labels():
     atoms = water(energy=3.0, forces=3.0)
     atoms.info["REF_energy"] = 2.0
-    assert values(atoms) == (2.0, None)
+    assert values(atoms) == values(atoms, energy="REF_energy") == (2.0, None)
     atoms.info["REF_energy"] = 3.0  # the same calculation under two names
-    assert values(atoms) == (3.0, 3.0)
+    assert values(atoms) == values(atoms, energy="REF_energy") == (3.0, 3.0)
 
 
 def test_labels_that_may_belong_to_two_calculations_are_refused():

@@ -202,10 +202,20 @@ class _Search:
         plain = self._find_all({name: PLAIN[name] for name in unnamed})
         if not existing:
             return plain
-        common = [name for name in plain if name in reference]
+        known = reference | named
+        twins = plain | {name: twin for name in named if (twin := self._twin(name))}
+        common = [name for name in known if name in twins]
         if plain and not common:
-            raise self._mixed(next(iter(named.values()), _Label(*existing[0])), next(iter(plain.values())))
-        return plain if all(_agree(n, plain[n].value, reference[n].value) for n in common) else {}
+            one = next(iter(known.values()), _Label(*existing[0]))
+            raise self._mixed(one, next(iter(plain.values())))
+        return plain if all(_agree(name, twins[name].value, known[name].value) for name in common) else {}
+
+    def _twin(self, name: str) -> _Label | None:
+        """Label under a plain name beside one that the user has named; None if it has no single value."""
+        try:
+            return self._find(name, PLAIN[name])
+        except ValueError:
+            return None
 
     def _find_all(self, groups_by_name: Mapping[str, Sequence[Sequence[str]]]) -> dict[str, _Label]:
         found = {name: self._find(name, groups) for name, groups in groups_by_name.items()}
