@@ -11,7 +11,15 @@ from ase import Atoms
 
 from dpa4.data.deepmd_npy import find_systems, read_system
 from dpa4.data.frame import Frame
-from dpa4.data.labels import USUAL_KEYS, LabelKeys, check_keys, frame_from_atoms, label_names
+from dpa4.data.labels import (
+    USUAL_KEYS,
+    LabelKeys,
+    check_keys,
+    frame_from_atoms,
+    has_reference_labels,
+    label_names,
+    warn_of_two_sources,
+)
 
 
 def read_frames(paths: str | Path | Sequence[str | Path], keys: LabelKeys = USUAL_KEYS) -> list[Frame]:
@@ -48,9 +56,13 @@ def read_frames(paths: str | Path | Sequence[str | Path], keys: LabelKeys = USUA
             for system in systems:
                 frames += read_system(system)
         else:
+            references = []
             for origin, atoms in read_atoms(path):
                 frames.append(frame_from_atoms(atoms, keys, group=path.stem, origin=origin))
                 found |= label_names(atoms)
+                references.append(has_reference_labels(atoms))
+            if keys == USUAL_KEYS:
+                warn_of_two_sources(path, frames[before:], references)
         if len(frames) == before:
             raise ValueError(f"{path} has no structure")
     check_keys(keys, found, ", ".join(map(str, sources)))
