@@ -125,6 +125,11 @@ def unused_names(entries: Mapping[Any, Any]) -> set[str]:
     return set(charge_spin_entries(entries)) - set(NAMES)
 
 
+def is_look_alike(name: str) -> bool:
+    """Return whether a name looks like that of a charge or a spin, but is not read."""
+    return name not in NAMES and _looks_alike(name)
+
+
 def warn_of_unused(names: Iterable[str], origin: str = "") -> None:
     """Warn that entries that look like a charge or a spin are not used."""
     warnings.warn(

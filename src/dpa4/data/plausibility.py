@@ -5,7 +5,7 @@ The rules and their limits are in docs/data.md, "Implausible labels".
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ HUGE_VIRIAL = 1000.0  # eV/atom
 USUAL_VIRIAL = (
     20.0  # eV/atom; a larger median of a file is implausible: 200 GPa at 16 cubic Angstrom per atom
 )
+USUAL_BINDING = 20.0  # eV/atom; a larger median distance from the reference energies is implausible
 COMPARED_FRAMES = 4096  # of all files together, for finite differences
 
 _HARTREE, _RYDBERG = units.Hartree, units.Rydberg
@@ -123,6 +124,27 @@ def warn_of_implausible_labels(frames: Sequence[Frame]) -> Table | None:
         cells = (finding.label, str(finding.structures), finding.size, finding.example)
         table.add_row(*map(escape, cells))
     return table
+
+
+def warn_of_reference_energies(frames: Sequence[Frame], energies: Mapping[str, float]) -> None:
+    """Warn if the energies are far from the reference energies, as those of another method or unit are.
+
+    Args:
+        frames: Structures without free atoms, with elements for which there are reference energies.
+        energies: Reference energy of each element, in eV.
+    """
+    labelled = [frame for frame in frames if frame.energy is not None]
+    if not labelled:
+        return
+    counts = element_counts(labelled, list(energies))
+    totals = np.array([frame.energy for frame in labelled], dtype=np.float64)
+    usual = float(np.median((totals - counts @ np.array(list(energies.values()))) / counts.sum(axis=1)))
+    if abs(usual) > USUAL_BINDING:
+        warnings.warn(
+            f"the energies are {usual:+.4g} eV/atom from the reference energies in the median of the training data, "
+            "much more than bonds are worth; are both of the same method and in eV?",
+            stacklevel=2,
+        )
 
 
 def _energy_deviations(frames: Sequence[Frame]) -> Values:
