@@ -116,8 +116,28 @@ def test_units_of_energies_and_forces(factors, factor, cause):
     for frames in (methanol(), methanol(turned=True), periodic_copper()):
         (found,) = implausible_labels(scaled(frames, **factors))
         assert found.label == "energy" and found.structures == 16 and cause in found.text
+        assert " or " not in found.text or frames[0].pbc.any()
         assert float(found.size.removeprefix("factor ")) == pytest.approx(factor, rel=0.05)
         assert found.example.startswith("train.xyz, frame ")
+
+
+BOTH = [
+    (1 / HARTREE, "energies and forces in Hartree"),
+    (1 / KCAL, "energies and forces in kcal/mol"),
+    (96.485, "energies and forces in kJ/mol"),
+]
+
+
+@pytest.mark.parametrize(("scale", "cause"), BOTH)
+def test_energies_and_forces_in_the_same_wrong_unit(scale, cause):
+    """The stiffness of bonds of hydrogen gives the unit of the forces, since the energies agree with them."""
+    molecules = [f for f in read_frames(ROOT / "examples/organic/valid.xyz") if not f.pbc.any()]
+    (found,) = implausible_labels(scaled(molecules, scale, scale))
+    assert found.label == "forces" and found.structures == len(molecules)
+    assert f"the factor of {cause}" in found.text
+    bare = [dataclasses.replace(f, energy=None) for f in scaled(molecules, scale, scale)]
+    assert f"the factor of {cause.removeprefix('energies and ')}" in implausible_labels(bare)[0].text
+    assert implausible_labels(scaled(periodic_copper(), scale, scale)) == []  # no such bonds
 
 
 STRESSES = [

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpa4.data.composition_fit import element_counts, fit_composition
-from dpa4.data.consistency import Factor, energy_and_stress_factors
+from dpa4.data.consistency import Factor, energy_and_stress_factors, stiffness_factor
 from dpa4.data.frame import Frame, file_of
 
 Values = NDArray[np.float64]
@@ -49,6 +49,14 @@ ENERGY_FACTORS = {
     "energies and forces in atomic units": 1 / units.Bohr,
     "positions in bohr": units.Bohr,
 }
+# Stiffness of bonds of hydrogen over the usual one.
+FORCE_FACTORS = {
+    "kcal/mol": 1 / _KCAL,
+    "kJ/mol": 1 / _KJ,
+    "Hartree/bohr": units.Bohr / _HARTREE,
+    "Hartree": 1 / _HARTREE,
+}
+UNUSUAL_STIFFNESS = 2.5  # factor
 # Virial over the energy difference upon strain.
 STRESS_FACTORS = {
     "stress in GPa": 1 / units.GPa,
@@ -83,13 +91,16 @@ class _Maxima(NamedTuple):
         return max(float(np.median(self.values[self.labelled])), 1e-3)
 
     def outside(self, large: float, huge: float) -> NDArray[np.bool_]:
-        """Values eight robust standard deviations above the others on a logarithmic scale, from large to huge."""
+        """Values eight robust standard deviations above the others on a logarithmic scale, from large to huge.
+
+        Values below ten times the median are never outside.
+        """
         if not self.labelled.any():
             return np.zeros(len(self.values), dtype=bool)
         logarithms = np.log(np.maximum(self.values[self.labelled], large / 1000))
         centre = np.median(logarithms)
         spread = 1.4826 * np.median(np.abs(logarithms - centre))
-        limit = min(max(np.log(large), centre + 8 * spread), np.log(huge))
+        limit = max(min(max(np.log(large), centre + 8 * spread), np.log(huge)), centre + np.log(10.0))
         return self.values > np.exp(limit)
 
 
@@ -192,18 +203,34 @@ def _in_file(frames: Sequence[Frame], deviations: Values, compared: int) -> Iter
             exploded,
             "a calculation that failed, or atoms too close",
         )
-    if energy is not None and energy.differs:
+    stiffness = stiffness_factor(sane, compared)
+    if energy is not None and energy.differs():
         change = f"energies change by {energy.value:.4g} times the work of the forces"
         causes = ENERGY_FACTORS | {"energies per atom": 1 / energy.atoms}
+        if stiffness is not None:
+            other_unit = not _similar(abs(stiffness.value), 1.0, UNUSUAL_STIFFNESS)
+            causes = {name: f for name, f in causes.items() if ("forces" in name) == other_unit}
         yield _unit_finding("energy", len(frames), energy, change, causes, "the forces have the wrong sign")
         stress = None  # its factor would be that of energies or forces
+    elif stiffness is not None and stiffness.differs(UNUSUAL_STIFFNESS):
+        yield _stiffness_finding(frames, stiffness, "forces" if energy is None else "energies and forces")
     yield from _stress_findings(frames, virials, stress)
+
+
+def _stiffness_finding(frames: Sequence[Frame], factor: Factor, labels: str) -> Finding:
+    """Finding of bonds of hydrogen that are much softer or stiffer than usual."""
+    change = f"bonds of H to C, N and O are {factor.value:.4g} times as stiff as usual, by their forces"
+    causes = {f"{labels} in {unit}": value for unit, value in FORCE_FACTORS.items()}
+    count = sum(frame.forces is not None for frame in frames)
+    return _unit_finding(
+        "forces", count, factor, change, causes, "the forces have the wrong sign", tolerance=1.5
+    )
 
 
 def _stress_findings(frames: Sequence[Frame], virials: _Maxima, factor: Factor | None) -> Iterator[Finding]:
     """Stress in other units or with the wrong sign, by finite differences or else by its size."""
     count = int(virials.labelled.sum())
-    if factor is not None and factor.differs:
+    if factor is not None and factor.differs():
         causes = dict(STRESS_FACTORS)
         if factor.volume:
             causes["a virial under the name of a stress"] = -factor.volume
@@ -246,20 +273,30 @@ def _explosion(
 
 
 def _unit_finding(
-    label: str, structures: int, factor: Factor, observation: str, causes: dict[str, float], sign: str
+    label: str,
+    structures: int,
+    factor: Factor,
+    observation: str,
+    causes: dict[str, float],
+    sign: str,
+    tolerance: float = 1.25,
 ) -> Finding:
     """Finding of a factor between a label and its finite difference."""
-    text = f"{observation} ({factor.pairs} pairs of similar structures); {_cause(factor, causes, sign)}"
+    text = f"{observation} ({factor.pairs} pairs of similar structures); {_cause(factor, causes, sign, tolerance)}"
     return Finding(label, structures, f"factor {factor.value:.4g}", factor.example[0], text)
 
 
-def _cause(factor: Factor, causes: dict[str, float], sign: str) -> str:
+def _cause(factor: Factor, causes: dict[str, float], sign: str, tolerance: float) -> str:
     """Known causes of a factor, the sign included, as the end of a sentence."""
     value = abs(factor.value)
     if _similar(value, 1.0):
         return sign
     low, high = sorted((abs(factor.lower), abs(factor.upper)))
-    near = [n for n, f in causes.items() if low / 1.03 < abs(f) < high * 1.03 and 0.8 < value / abs(f) < 1.25]
+    near = [
+        n
+        for n, f in causes.items()
+        if low / 1.03 < abs(f) < high * 1.03 and _similar(value, abs(f), tolerance)
+    ]
     if same := [name for name in near if factor.value * causes[name] > 0]:
         return f"this is the factor of {' or '.join(same)}"
     if near:
@@ -272,5 +309,5 @@ def _maxima(labels: Sequence[Values | None]) -> _Maxima:
     return _Maxima(np.array(values), np.array([label is not None for label in labels], dtype=bool))
 
 
-def _similar(first: float, second: float) -> bool:
-    return 1 / 1.6 < first / second < 1.6
+def _similar(first: float, second: float, tolerance: float = 1.6) -> bool:
+    return 1 / tolerance < first / second < tolerance
