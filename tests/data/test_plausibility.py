@@ -202,6 +202,15 @@ def test_each_file_is_judged_alone():
     assert found.example.startswith("other.xyz, frame ")
 
 
+def test_a_file_in_hartree_among_others():
+    bad = [dataclasses.replace(f, origin=f.origin.replace("train", "other")) for f in methanol()]
+    shifted = [dataclasses.replace(f, energy=(f.energy - 6e3) / HARTREE) for f in bad]
+    good = [dataclasses.replace(f, energy=f.energy - 6e3) for f in methanol() * 5]
+    far, unit = implausible_labels([*good, *shifted])
+    assert "away from those of other structures" in far.text and far.structures == 16
+    assert unit.example.startswith("other.xyz") and "the factor of energies in Hartree" in unit.text
+
+
 def test_frames_without_labels_or_neighbours():
     bare = [frame_from_atoms(molecule("H2O"), origin="a.xyz, frame 0")] * 9
     assert implausible_labels(bare) == implausible_labels([]) == implausible_labels(methanol()[:1]) == []

@@ -22,10 +22,8 @@ _MOLECULES = 256  # frames of the same molecule that are searched for similar on
 _CELLS = 128  # the same for cells, whose comparison takes longer
 _ATOMS = 16  # atoms that decide about the similarity of large structures
 _DISPLACEMENT = 0.35  # Angstrom, root mean square over the atoms; beyond this the third order is not small
-_STRAINED_DISPLACEMENT = (
-    0.1  # Angstrom; the same for pairs with different cells, whose strain energy is small
-)
-_STRAIN = 0.06
+_STRAINED_DISPLACEMENT = 0.1  # Angstrom; the same for pairs with different cells
+_STRAIN = 0.06  # largest strain of a pair, by component
 _NO_STRAIN = 1e-6
 _FEWEST = 6  # pairs
 _STIFFNESS = 33.0  # eV/Angstrom^2, of bonds of hydrogen to C, N and O; single ones have 25 to 50
@@ -118,13 +116,10 @@ def _hydrogen_bonds(group: Sequence[Frame]) -> tuple[Vectors, Vectors]:
         return np.zeros((len(group), 0)), np.zeros((len(group), 0))
     positions = np.array([frame.positions for frame in group])
     forces = np.array([frame.forces for frame in group])[:, hydrogen]
-    bonds = positions[:, hydrogen, None] - positions[:, None, partners]
+    # The partner is that of the first frame. If the bond breaks, its length leaves it out.
+    first = np.linalg.norm(positions[0, hydrogen, None] - positions[0, partners], axis=-1)
+    bonds = positions[:, hydrogen] - positions[:, partners[first.argmin(axis=1)]]
     lengths = np.linalg.norm(bonds, axis=-1)
-    nearest = lengths[0].argmin(
-        axis=-1
-    )  # the partner in the first frame; other bonds of it are too long later on
-    chosen = np.arange(len(hydrogen))
-    lengths, bonds = lengths[:, chosen, nearest], bonds[:, chosen, nearest]
     return lengths, (forces * bonds).sum(axis=-1) / np.maximum(lengths, 1e-3)
 
 

@@ -178,43 +178,44 @@ def _in_file(frames: Sequence[Frame], deviations: Values, compared: int) -> Iter
         compared: Number of structures that are compared with similar ones.
     """
     forces = _maxima([frame.forces for frame in frames])
-    virials = _maxima([None if f.virial is None else f.virial / len(f) for f in frames])
-    exploded = forces.outside(LARGE_FORCE, HUGE_FORCE)
-    wild = exploded | (deviations != 0)
+    exploded, far = forces.outside(LARGE_FORCE, HUGE_FORCE), deviations != 0
+    if far.any():
+        yield _energy_finding(frames, deviations)
+    if exploded.any():
+        advice = "a calculation that failed, or atoms too close"
+        yield _explosion("forces", "force", "eV/Å", frames, forces, exploded, advice)
+    # Single wrong energies disturb the comparison; if most are far from other files, their unit is in question.
+    wild = exploded | far if far.mean() < 0.5 else exploded
     sane = [frame for frame, bad in zip(frames, wild, strict=True) if not bad]
     energy, stress = energy_and_stress_factors(sane, compared)
-    if deviations.any():
-        worst = int(np.abs(deviations).argmax())
-        yield Finding(
-            "energy",
-            int(np.count_nonzero(deviations)),
-            f"{deviations[worst]:+.4g} eV/atom",
-            frames[worst].origin,
-            f"the energy is {deviations[worst]:+.4g} eV/atom away from those of other structures with this "
-            "composition; look for a calculation that failed, or another method or unit",
-        )
-    if exploded.any():
-        yield _explosion(
-            "forces",
-            "force",
-            "eV/Å",
-            frames,
-            forces,
-            exploded,
-            "a calculation that failed, or atoms too close",
-        )
     stiffness = stiffness_factor(sane, compared)
     if energy is not None and energy.differs():
-        change = f"energies change by {energy.value:.4g} times the work of the forces"
-        causes = ENERGY_FACTORS | {"energies per atom": 1 / energy.atoms}
-        if stiffness is not None:
-            other_unit = not _similar(abs(stiffness.value), 1.0, UNUSUAL_STIFFNESS)
-            causes = {name: f for name, f in causes.items() if ("forces" in name) == other_unit}
-        yield _unit_finding("energy", len(frames), energy, change, causes, "the forces have the wrong sign")
+        yield _energy_unit_finding(len(frames), energy, stiffness)
         stress = None  # its factor would be that of energies or forces
     elif stiffness is not None and stiffness.differs(UNUSUAL_STIFFNESS):
         yield _stiffness_finding(frames, stiffness, "forces" if energy is None else "energies and forces")
-    yield from _stress_findings(frames, virials, stress)
+    yield from _stress_findings(frames, stress)
+
+
+def _energy_finding(frames: Sequence[Frame], deviations: Values) -> Finding:
+    """Finding of energies far from those of other structures."""
+    worst = int(np.abs(deviations).argmax())
+    size = f"{deviations[worst]:+.4g} eV/atom"
+    text = (
+        f"the energy is {size} away from those of other structures with this composition; look for a calculation "
+        "that failed, or another method or unit"
+    )
+    return Finding("energy", int(np.count_nonzero(deviations)), size, frames[worst].origin, text)
+
+
+def _energy_unit_finding(structures: int, energy: Factor, stiffness: Factor | None) -> Finding:
+    """Finding of energies that do not agree with the forces; the stiffness tells which of both are wrong."""
+    change = f"energies change by {energy.value:.4g} times the work of the forces"
+    causes = ENERGY_FACTORS | {"energies per atom": 1 / energy.atoms}
+    if stiffness is not None:
+        wrong_forces = not _similar(abs(stiffness.value), 1.0, UNUSUAL_STIFFNESS)
+        causes = {name: f for name, f in causes.items() if ("forces" in name) == wrong_forces}
+    return _unit_finding("energy", structures, energy, change, causes, "the forces have the wrong sign")
 
 
 def _stiffness_finding(frames: Sequence[Frame], factor: Factor, labels: str) -> Finding:
@@ -227,8 +228,9 @@ def _stiffness_finding(frames: Sequence[Frame], factor: Factor, labels: str) -> 
     )
 
 
-def _stress_findings(frames: Sequence[Frame], virials: _Maxima, factor: Factor | None) -> Iterator[Finding]:
+def _stress_findings(frames: Sequence[Frame], factor: Factor | None) -> Iterator[Finding]:
     """Stress in other units or with the wrong sign, by finite differences or else by its size."""
+    virials = _maxima([None if f.virial is None else f.virial / len(f) for f in frames])
     count = int(virials.labelled.sum())
     if factor is not None and factor.differs():
         causes = dict(STRESS_FACTORS)
