@@ -56,7 +56,7 @@ FORCE_FACTORS = {
     "Hartree/bohr": units.Bohr / _HARTREE,
     "Hartree": 1 / _HARTREE,
 }
-UNUSUAL_STIFFNESS = 2.5  # factor
+UNUSUAL_STIFFNESS = 5.0  # factor; protons between two atoms are softer, units differ by 20 or more
 # Virial over the energy difference upon strain.
 STRESS_FACTORS = {
     "stress in GPa": 1 / units.GPa,
