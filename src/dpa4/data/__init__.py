@@ -3,7 +3,7 @@
 from dpa4.data.charge_spin import charges_and_spins
 from dpa4.data.coverage import Coverage, CoverageCollector, coverage_of
 from dpa4.data.dataset import Batch, EpochBatches, FrameDataset
-from dpa4.data.frame import Frame
+from dpa4.data.frame import Frame, digest
 from dpa4.data.labels import LabelKeys, frame_from_atoms
 from dpa4.data.plausibility import (
     implausible_labels,
@@ -40,6 +40,7 @@ __all__ = [
     "check_labels",
     "check_trained",
     "coverage_of",
+    "digest",
     "frame_from_atoms",
     "implausible_labels",
     "is_isolated_atom",
