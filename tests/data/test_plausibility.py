@@ -155,6 +155,24 @@ def test_unit_and_sign_of_the_stress_by_finite_differences(scale, factor, cause)
     assert float(found.size.removeprefix("factor ")) == pytest.approx(factor, rel=0.05)
 
 
+NPT = [
+    ({}, []),
+    ({"stress": 10 * GPA}, ["the factor of stress in kB"]),
+    ({"stress": -1}, ["the stress has the wrong sign (ASE: positive under tension)"]),
+    ({"energy": 1 / HARTREE}, ["the factor of energies in Hartree"]),
+]
+
+
+@pytest.mark.parametrize(("factors", "causes"), NPT, ids=str)
+def test_a_trajectory_in_a_cell_that_fluctuates(factors, causes):
+    rng = np.random.default_rng(0)
+    images = trajectory(bulk("Cu", cubic=True, a=3.7) * (2, 1, 1), 24)
+    for atoms in images:
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + 0.005 * rng.normal(size=(3, 3))), scale_atoms=True)
+    found = implausible_labels(scaled(labelled(images), **factors))
+    assert [f.text.split("; ")[1].removeprefix("this is ") for f in found] == causes
+
+
 def test_a_virial_under_the_name_of_a_stress():
     frames = strained_copper()
     wrong = [dataclasses.replace(f, virial=-abs(np.linalg.det(f.cell)) * f.virial) for f in frames]

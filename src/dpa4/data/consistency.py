@@ -65,7 +65,8 @@ def energy_and_stress_factors(
     """Factors of the energies and of the virials of one file; None if similar frames are too few or disagree.
 
     The energy factor is E_b - E_a over the work of the forces, for pairs with the same cell. The stress factor is the
-    virial over the energy difference upon strain.
+    virial over the energy difference upon strain. If it is inconsistent and no cells are equal, the energy factor is
+    E_b - E_a over the work of forces and stress.
 
     Args:
         frames: Frames of one file. Energies or forces far outside of the others must not be among them.
@@ -81,7 +82,10 @@ def energy_and_stress_factors(
         if p.strain >= _NO_STRAIN and p.strain_energy and p.displacement < _STRAINED_DISPLACEMENT
     ]
     residual = [p.energy / scale - p.work for p in strained]
-    return energy, _factor(strained, [p.strain_energy for p in strained], residual)
+    stress = _factor(strained, [p.strain_energy for p in strained], residual)
+    if energy is None and stress is None:  # no two cells are equal, and the energies may be the reason
+        energy = _factor(strained, [p.energy for p in strained], [p.work + p.strain_energy for p in strained])
+    return energy, stress
 
 
 def stiffness_factor(frames: Sequence[Frame], max_frames: int = 512) -> Factor | None:
