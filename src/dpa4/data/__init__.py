@@ -5,7 +5,11 @@ from dpa4.data.coverage import Coverage, coverage_of, shortest_distances
 from dpa4.data.dataset import Batch, EpochBatches, FrameDataset
 from dpa4.data.frame import Frame, digest
 from dpa4.data.labels import LabelKeys, frame_from_atoms
-from dpa4.data.plausibility import implausible_labels, warn_of_implausible_labels
+from dpa4.data.plausibility import (
+    implausible_labels,
+    warn_of_implausible_labels,
+    warn_of_reference_energies,
+)
 from dpa4.data.readers import read_atoms, read_frames, read_images
 from dpa4.data.references import (
     is_isolated_atom,
@@ -49,6 +53,7 @@ __all__ = [
     "undetermined_elements",
     "undetermined_text",
     "warn_of_implausible_labels",
+    "warn_of_reference_energies",
     "with_results",
     "without_isolated_atoms",
     "write_structures",

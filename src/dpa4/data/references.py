@@ -152,9 +152,9 @@ def _least_squares(frames: Sequence[Frame], elements: Sequence[str]) -> dict[str
     if fit.outliers.any():
         worst = int(np.abs(fit.deviations).argmax())
         warnings.warn(
-            f"{fit.outliers.sum()} of {len(frames)} energies are left out of the fit of reference energies, because "
-            f"they are far from the others: in {frames[worst].origin} by {fit.deviations[worst]:+.4g} eV/atom; the "
-            "structures stay in the training data",
+            f"the fit of reference energies leaves out {fit.outliers.sum()} of {len(frames)} energies far from the "
+            f"others, such as that of {frames[worst].origin} ({fit.deviations[worst]:+.4g} eV/atom); the structures "
+            "stay in the training data",
             stacklevel=3,
         )
     return dict(zip(elements, fit.energies.tolist(), strict=True))

@@ -29,6 +29,7 @@ from dpa4.data import (
     undetermined_elements,
     undetermined_text,
     warn_of_implausible_labels,
+    warn_of_reference_energies,
     without_isolated_atoms,
 )
 from dpa4.data.summary import elements_in
@@ -132,6 +133,7 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
         undetermined = state.get("undetermined", ())
     values = (f"{e} {v:.4f}{' (arbitrary)' if e in undetermined else ''}" for e, v in energies.items())
     console.print("reference energies (eV): " + ", ".join(values))
+    warn_of_reference_energies(frames, energies)
     if undetermined:
         console.print(undetermined_text(undetermined), style="yellow", highlight=False, soft_wrap=True)
 
