@@ -139,10 +139,11 @@ def test_native_checkpoints(tmp_path):
 def mutated_tensor(rng: random.Random, tensor: torch.Tensor) -> torch.Tensor:
     """Tensor with other values, another type or another shape."""
     value = tensor.clone()
+    numbers = value if value.is_floating_point() else value.double()
     dtype = rng.choice((torch.int8, torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float64))
     return rng.choice(
         (
-            lambda: value.flatten().index_fill(
+            lambda: numbers.flatten().index_fill(
                 0, torch.tensor([0]), rng.choice((float("nan"), float("inf"), 1e30))
             ),
             lambda: value.to(dtype),
@@ -161,7 +162,7 @@ def test_deepmd_checkpoints(tmp_path):
     buffer = io.BytesIO()
     torch.save({"model": state}, buffer)
     original = buffer.getvalue()
-    names = [key for key, value in state.items() if isinstance(value, torch.Tensor)]
+    names = [key for key, value in state.items() if isinstance(value, torch.Tensor) and value.numel()]
 
     def entries(rng: random.Random) -> bytes:
         """Change entries of the archive; their checksums are right."""
@@ -181,7 +182,7 @@ def test_deepmd_checkpoints(tmp_path):
                 elif info is chosen and action < 0.85:
                     continue
                 elif info is chosen and action < 0.9:
-                    name = rng.choice((f"{name}x", "../x", "constants.pkl", "", rng.choice(infos).filename))
+                    name = rng.choice((f"{name}x", "../x", "constants.pkl", "x", rng.choice(infos).filename))
                 packed = info is chosen and action > 0.95
                 new.writestr(name, data, zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED)
             if rng.random() < 0.1:

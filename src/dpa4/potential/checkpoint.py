@@ -27,7 +27,7 @@ from dpa4 import __version__
 from dpa4.data.coverage import Coverage
 from dpa4.model import ModelConfig
 from dpa4.output import atomic_write, check_writable
-from dpa4.parsing import parse_json, shown
+from dpa4.parsing import first_line, parse_json, shown
 from dpa4.potential.deepmd.options import first_problem
 from dpa4.potential.deepmd.reader import read_deepmd
 from dpa4.potential.deepmd.writer import export_deepmd
@@ -248,7 +248,7 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(f"cannot read {path}: it is damaged or incomplete ({error})") from error
+        raise ValueError(f"cannot read {path}: it is damaged or incomplete ({first_line(error)})") from error
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 
