@@ -4,6 +4,7 @@ None may hang, need 2 GB, crash or end in a traceback. A damaged checkpoint is n
 are read have finite labels. The random numbers are seeded by the case, so a fault can be repeated alone.
 """
 
+import gzip
 import io
 import json
 import random
@@ -30,7 +31,9 @@ from dpa4.potential import fingerprint_of, model_card
 from dpa4.potential.checkpoint import load_potential, save_potential
 from dpa4.potential.deepmd.writer import deepmd_state
 from dpa4.training.run_file import default_config_text, load_run_config
+from dpa4.training.state import STATE_FORMAT, check_fits, load_state
 from helpers import random_potential
+from kept_files import state_file
 
 CASES = 5000
 Make = Callable[[random.Random, Path], Path]
@@ -235,6 +238,29 @@ def saved(value: object) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
+
+
+def test_training_states(tmp_path):
+    original = gzip.decompress(state_file(STATE_FORMAT).read_bytes())
+    kept = torch.load(io.BytesIO(original), weights_only=True)
+    weights = {key: value.clone() for key, value in kept["potential"].items()}
+
+    def content(rng: random.Random) -> bytes:
+        if rng.random() < 0.5:
+            return mutated_bytes(rng, original, head=3000)
+        entry = rng.choice(sorted(kept))
+        return saved(kept | mutated_value(rng, {entry: kept[entry]}))
+
+    def read(path: Path) -> object:
+        state = load_state(path)
+        check_fits(state, weights, path)
+        return state["potential"]
+
+    def accept(found: object, path: Path) -> str | None:
+        same = all(torch.equal(found[key], value) for key, value in weights.items())
+        return None if same else "changed weights were taken for the original ones"
+
+    check(Target(file_maker("last.pt", content), read, accept), tmp_path, 82)
 
 
 # Run files

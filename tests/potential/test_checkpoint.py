@@ -120,13 +120,12 @@ def test_metadata_describe_the_model_without_the_weights(saved):
 
 
 def test_a_crash_while_saving_leaves_the_old_file(saved, monkeypatch):
-    def crash(path, content):
-        with path.open("wb") as file:
-            file.write(content[:100])
+    def crash(path):
+        path.write_bytes(b"half a file")
         raise OSError("disk full")
 
     old = saved.read_bytes()
-    monkeypatch.setattr("pathlib.Path.write_bytes", crash)
+    monkeypatch.setattr("dpa4.output.flush_to_disk", crash)
     with pytest.raises(OSError, match="disk full"):
         save_potential(make_potential(), saved)
     assert saved.read_bytes() == old
