@@ -196,7 +196,7 @@ def read_checkpoint(path: str | Path, branch: str | None = None) -> Checkpoint:
         start = file.read(9)
     if start[8:9] == b"{":  # safetensors: eight bytes of header length, then JSON
         return _read_native(path, branch)
-    if start[:2] in (b"PK", b"\x80\x02"):  # zip archive or pickle, the two formats of torch.save
+    if start[:2] in (b"PK", b"\x80\x02"):  # the present and the earlier format of torch.save
         model = read_deepmd(path, branch)
         kind = f"deepmd-kit checkpoint, descriptor format {model.version:g}"
         return Checkpoint(

@@ -19,8 +19,12 @@ def load_pytorch(path: Path) -> Any:
     """
     with open(path, "rb") as file:
         zipped = file.read(2) == b"PK"
-    if zipped:
-        _check_archive(path)
+    if not zipped:
+        raise ValueError(
+            f"cannot read {path}: it is damaged, or in the format of PyTorch before 1.6, which has no checksums; "
+            "load such a file with PyTorch and save it again"
+        )
+    _check_archive(path)
     try:
         with open(path, "rb") as file:  # given a path, torch.load reads some names as safetensors
             return torch.load(file, map_location="cpu", weights_only=True)

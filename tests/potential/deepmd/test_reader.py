@@ -630,6 +630,13 @@ def test_a_flipped_bit_of_a_weight_is_told_by_the_checksum(state, tmp_path):
         load_potential(path)
 
 
+def test_the_format_without_checksums_is_refused(state, tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"model": state}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="model.pt: it is damaged, or in the format of PyTorch before 1.6"):
+        load_potential(path)
+
+
 def test_training_infos_of_another_type_are_ignored(state, load):
     for infos in (None, 3, {"step": "7"}):
         state["_extra_state"]["train_infos"] = infos
