@@ -3,12 +3,15 @@
 import json
 import os
 import pkgutil
+import shutil
 import signal
 import warnings
 
 import numpy as np
 import pytest
 from ase.io import read, write
+from safetensors import safe_open
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from dpa4.cli import app
@@ -279,6 +282,41 @@ def test_outputs_are_tried_before_the_work(trained, tmp_path, monkeypatch, comma
     assert result.exit_code == 1, (result.output, result.exception)
     (line,) = [line for line in result.output.splitlines() if line.strip()]
     assert line.startswith("error: cannot ") and str(tmp_path / "file") in line
+
+
+@pytest.mark.parametrize(
+    "command", ["info", "convert", "eval", "embed", "pairs", "md", "relax", "neb", "eos", "train"]
+)
+def test_every_command_refuses_a_damaged_file_in_one_line(trained, tmp_path, command):
+    model, data = tmp_path / "model.safetensors", trained / "train.xyz"
+    with safe_open(trained / "run" / "best.safetensors", "pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    tensors["model.types.table"].view(-1)[0] = float("nan")
+    save_file(tensors, model, metadata)
+    write(tmp_path / "crystal.xyz", crystal(0))
+    out = tmp_path / "out"
+    arguments = {
+        "info": (model,),
+        "convert": (model, out.with_suffix(".pt")),
+        "eval": (model, data, "-o", out),
+        "embed": (model, data, "-o", out.with_suffix(".npz")),
+        "pairs": (model, "-o", out),
+        "md": (model, data, "--steps", 5, "-o", out),
+        "relax": (model, data, "-o", out),
+        "neb": (model, data, data, "-o", out),
+        "eos": (model, tmp_path / "crystal.xyz", "-o", out),
+        "train": (trained / "run.yaml", "--resume", "--set", f"output={out}"),
+    }[command]
+    message = "model.types.table is not finite"
+    if command == "train":
+        shutil.copytree(trained / "run", out)
+        with (out / "last.pt").open("r+b") as file:
+            file.truncate(file.seek(0, os.SEEK_END) // 2)
+        message = "last.pt: it is damaged"
+    result = CliRunner().invoke(app, [command, *map(str, arguments)])
+    assert result.exit_code == 1, (result.output, result.exception)
+    (line,) = [line for line in result.output.splitlines() if line.strip()]
+    assert line.startswith("error: cannot read ") and message in line
 
 
 def test_square_brackets_of_a_message_are_printed(tmp_path):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from dpa4.model import DPA4, Bridging, ModelConfig
 from dpa4.model.presets import PRESETS, preset
 from dpa4.model.shapes import check_size, shapes_of
-from dpa4.potential import checkpoint, fingerprint_of, model_card
+from dpa4.potential import fingerprint_of, model_card
 from dpa4.potential.checkpoint import (
     convert,
     load_potential,
@@ -118,11 +118,12 @@ def test_metadata_describe_the_model_without_the_weights(saved):
 
 
 def test_a_crash_while_saving_leaves_the_old_file(saved, monkeypatch):
-    def crash(tensors, metadata):
+    def crash(path):
+        path.write_bytes(b"half a file")
         raise OSError("disk full")
 
     old = saved.read_bytes()
-    monkeypatch.setattr(checkpoint, "save", crash)
+    monkeypatch.setattr("dpa4.output.flush_to_disk", crash)
     with pytest.raises(OSError, match="disk full"):
         save_potential(make_potential(), saved)
     assert saved.read_bytes() == old
@@ -292,6 +293,12 @@ def test_weights_that_are_not_finite_are_refused_by_name(saved, value):
     weight.view(-1)[3] = value
     rewrite(saved, **{key: weight})
     every_reader_refuses(saved, f"{key} is not finite: 1 of its {weight.numel()} values")
+
+
+def test_absurd_weights_are_refused_by_name(saved):
+    key = "model.types.table"
+    rewrite(saved, **{key: load_file(saved)[key] - 1e30})
+    every_reader_refuses(saved, f"{key} has a value of 1e\\+30; allowed are weights up to 1e\\+08")
 
 
 def test_weights_that_are_not_finite_are_not_written(saved):

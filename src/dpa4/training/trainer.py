@@ -21,6 +21,7 @@ from dpa4.output import (
     remove_leftovers,
     tolerate_any_encoding,
 )
+from dpa4.parsing import first_line
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import save_potential
 from dpa4.system import keep_freed_memory, stop_requests
@@ -405,6 +406,19 @@ class Trainer:
         for change in changed:
             self.console.print(f"changed since the checkpoint: {change}", style="yellow", markup=False)
         check_fits(state, self.potential.state_dict(), self.config.output / STATE)
+        try:
+            self._restore(state)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.config.output / STATE} is damaged or belongs to another run: its entries do not fit "
+                f"({type(error).__name__}: {first_line(error)})"
+            ) from error
+        self.resumed = True
+        self.console.print(f"resumed after step {self.step}")
+        if others:
+            self._change_data(state, others)
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.potential.load_state_dict(state["potential"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
@@ -420,10 +434,6 @@ class Trainer:
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
-        self.resumed = True
-        self.console.print(f"resumed after step {self.step}")
-        if others:
-            self._change_data(state, others)
 
     def _change_data(self, state: dict[str, Any], others: Sequence[str]) -> None:
         """Start the epoch and the best score anew, and remember where model and coverage come from."""
