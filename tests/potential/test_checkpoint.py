@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dpa4.model import Bridging, ModelConfig
-from dpa4.potential import checkpoint, fingerprint_of
+from dpa4.potential import fingerprint_of
 from dpa4.potential.checkpoint import convert, load_potential, read_checkpoint, save_potential
 from helpers import graph_of, molecule, random_potential, randomize
 
@@ -111,12 +111,12 @@ def test_metadata_describe_the_model_without_the_weights(saved):
 
 
 def test_a_crash_while_saving_leaves_the_old_file(saved, monkeypatch):
-    def crash(tensors, path, metadata):
+    def crash(path):
         path.write_bytes(b"half a file")
         raise OSError("disk full")
 
     old = saved.read_bytes()
-    monkeypatch.setattr(checkpoint, "save_file", crash)
+    monkeypatch.setattr("dpa4.output.flush_to_disk", crash)
     with pytest.raises(OSError, match="disk full"):
         save_potential(make_potential(), saved)
     assert saved.read_bytes() == old
