@@ -197,7 +197,9 @@ def gold(atoms: Atoms) -> None:
 def test_another_structure_does_not_go_on(folder, change, message):
     atoms = copper()
     change(atoms)
-    with pytest.raises(ValueError, match=f"the structure is not that of the run in .*: {message} .* instead of"):
+    with pytest.raises(
+        ValueError, match=f"the structure is not that of the run in .*: {message} .* instead of"
+    ):
         resume(folder, atoms)
 
 

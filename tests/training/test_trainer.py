@@ -643,12 +643,15 @@ def test_csv_log_resumes_without_duplicates_or_broken_rows(tmp_path):
 def test_damaged_and_foreign_states(tmp_path):
     path = tmp_path / "last.pt"
     save_state({"step": 3, "x": torch.ones(2)}, path)
-    assert load_state(path)["step"] == 3
+    with pytest.raises(ValueError, match=r"cannot resume from .*last\.pt: it has no entry epoch"):
+        load_state(path)
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(ValueError, match=r"last\.pt is damaged or not a training state"):
+    with pytest.raises(
+        ValueError, match=r"cannot read .*last\.pt: it is damaged, incomplete or not a PyTorch"
+    ):
         load_state(path)
     torch.save({"weights": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match=r"training state of format None; this version reads format 1"):
+    with pytest.raises(ValueError, match=r"last\.pt is not a training state; resuming needs the last\.pt"):
         load_state(path)
     torch.save({"format": 2}, path)
     with pytest.raises(ValueError, match=r"training state of format 2; this version reads format 1"):

@@ -76,8 +76,8 @@ def check_system(atoms: Atoms, state: Restart, folder: Path) -> None:
         same = _close(value, found) if name in ("masses", "box") else value == found
         if not same:
             raise ValueError(
-                f"the structure is not that of the run in {folder}: {name} {_short(value)} instead of {_short(found)}; "
-                "continue with the structure of the run, or choose another folder"
+                f"the structure is not that of the run in {folder}: {name} {_short(value)} instead of "
+                f"{_short(found)}; continue with the structure of the run, or choose another folder"
             )
 
 

@@ -31,6 +31,8 @@ from dpa4.data import (
 )
 from dpa4.data.summary import elements_in
 from dpa4.model import ModelConfig
+from dpa4.model.shapes import check_size
+from dpa4.parsing import parse_yaml
 from dpa4.potential import Potential
 from dpa4.system import choose_device
 from dpa4.training.loss import Loss
@@ -89,6 +91,7 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
         console.print(table)
 
     model = _model(config, elements_in([*read, *validation]), state)
+    check_size(model)
     check_elements([*read, *validation], model.elements)
     if untrained := sorted(set(elements_in(read)) - set(elements_in(frames))):
         console.print(
@@ -233,7 +236,7 @@ def batch_budget(options: TrainingOptions) -> dict[str, Any]:
 
 def changed_options(old: str, new: str) -> list[str]:
     """List the options that differ between the YAML of two runs, as "training.seed: 0 -> 1"."""
-    before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(new))
+    before, after = _flat(parse_yaml(old, "the former run file")), _flat(parse_yaml(new, "the run file"))
     keys = [k for k in before | after if before.get(k) != after.get(k)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
 

@@ -12,31 +12,8 @@ from pydantic.fields import FieldInfo
 
 from dpa4.model.config import ModelConfig
 from dpa4.model.presets import preset
+from dpa4.parsing import parse_yaml, read_yaml, shown
 from dpa4.training.options import ModelOptions, RunConfig, unknown_option
-
-
-class _Loader(yaml.SafeLoader):
-    """Loader with the scalars of YAML 1.2: 1e-3 is a number, and the element No (nobelium) is not false."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in resolvers
-        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
 
 
 def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -57,7 +34,7 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfi
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"run file {path} does not exist; `dpa4 init` writes a starting file")
-    values = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(
             f"{path} must be a map of options (model:, data:, training:, ...), got {type(values).__name__}"
@@ -118,13 +95,6 @@ def _scalar(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def _parse_yaml(text: str, what: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ValueError(f"{what} is not valid YAML: {error}") from None
-
-
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key and create missing sections. Unknown names are left to the validation."""
     *sections, name = key.split(".")
@@ -142,12 +112,12 @@ def _override(key: str, text: str, what: str) -> Any:
     """
     kinds = _kinds(key)
     if not kinds & {str, Path}:
-        return _parse_yaml(text, what)
+        return parse_yaml(text, what)
     if not text or (text == "null" and kinds & {tuple, type(None)}):
         return None
     is_list = tuple in kinds and text.startswith("[") and text.endswith("]")
     if text[0] in "'\"" or (is_list and re.search("['\"]", text)):
-        return _parse_yaml(text, what)
+        return parse_yaml(text, what)
     return [entry.strip() for entry in text[1:-1].split(",") if entry.strip()] if is_list else text
 
 
@@ -191,7 +161,7 @@ def _faults(error: ValidationError) -> str:
         elif key in lines:
             lines[key] += " or " + message.removeprefix("Input should be ")
         else:
-            lines[key] = f"{key} = {e['input']!r}: {message[0].lower()}{message[1:]}"
+            lines[key] = f"{key} = {shown(e['input'])}: {message[0].lower()}{message[1:]}"
     return "\n".join(f"  {line}" for line in lines.values())
 
 

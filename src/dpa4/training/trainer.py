@@ -35,7 +35,7 @@ from dpa4.training.plots import plot_learning_curve
 from dpa4.training.prepare import Preparation, changed_options, prepare
 from dpa4.training.routing import parameter_groups
 from dpa4.training.schedule import Schedule
-from dpa4.training.state import STATE, load_state, save_state
+from dpa4.training.state import STATE, check_fits, load_state, save_state
 
 if TYPE_CHECKING:
     from dpa4.training.compilation import CompiledTraining
@@ -392,6 +392,10 @@ class Trainer:
             ValueError: If the state belongs to another model or optimiser or, without ``new_data``, to other data.
         """
         changed = changed_options(state["options"], self.preparation.run_text)
+        if (
+            "config" not in state
+        ):  # of an earlier version, in which models had no repulsion unless an option said so
+            changed = [c for c in changed if c != "model.bridging: None -> auto"]
         fixed = [c for c in changed if c.startswith(("model.", "training.optimizer", "training.ema_decay"))]
         if fixed:
             raise ValueError(
@@ -407,6 +411,7 @@ class Trainer:
             )
         for change in changed:
             self.console.print(f"changed since the checkpoint: {change}", style="yellow", markup=False)
+        check_fits(state, self.potential.state_dict(), self.config.output / STATE)
         self.potential.load_state_dict(state["potential"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:

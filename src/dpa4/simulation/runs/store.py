@@ -62,8 +62,11 @@ class Records:
         try:
             if anew:
                 self.path.unlink(missing_ok=True)
-                if not any(folder.glob("*.jsonl")):  # other results have the settings, too
-                    (folder / SETTINGS).unlink(missing_ok=True)
+                own = (folder / SETTINGS).exists() and read_settings(folder).get("task") == settings.get(
+                    "task"
+                )
+                if own and not any(folder.glob("*.jsonl")):  # other results have the settings, too
+                    (folder / SETTINGS).unlink()
             if (folder / SETTINGS).exists():
                 check_settings(settings, read_settings(folder), folder)
             else:
