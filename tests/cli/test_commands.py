@@ -231,15 +231,7 @@ def test_a_run_ended_by_a_signal_says_so_in_its_status(trained, tmp_path, monkey
     }
     if command == "screen":
         pytest.importorskip("torch_sim")
-        arguments["screen"] = (
-            model,
-            structure,
-            tmp_path / "two.xyz",
-            "--device",
-            "cpu",
-            "-o",
-            tmp_path / "run",
-        )
+        arguments["screen"] = (model, structure, "--fmax", 1e-9, "--device", "cpu", "-o", tmp_path / "run")
     places = {
         "screen": "dpa4.interfaces.torchsim.DPA4Model.forward",
         "train": "dpa4.training.trainer.Trainer._train_on",
