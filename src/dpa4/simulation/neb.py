@@ -101,6 +101,7 @@ def run_neb(
         Forward and reverse barrier, reaction energy and convergence.
 
     Raises:
+        BlockingIOError: If another process is working in ``output``.
         FileExistsError: If ``output`` already holds a path and ``resume`` is not set.
         FileNotFoundError: If there is no path to resume.
         KeyboardInterrupt: After Ctrl-C during the relaxation of the ends, when there is no path to save yet.

@@ -195,10 +195,11 @@ def relax_all(
         interrupted.
 
     Raises:
+        BlockingIOError: If another process is working in ``output``.
         FileNotFoundError: If there is nothing to resume.
         ImportError: If ``symmetry`` is set and spglib is not installed.
         ValueError: As for ``relax``, with the number of the structure in the message; or if model, options or
-            structures differ from those of the call to resume.
+            structures differ from those of the call to resume, or a file of it is damaged.
     """
     folder = Path(output)
     relaxed, finished = folder / "relaxed.xyz", folder / "relax.jsonl"
