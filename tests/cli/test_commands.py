@@ -187,7 +187,7 @@ def test_output_in_any_encoding(trained):
     ("command", "number"),
     [
         ("train", signal.SIGINT),
-        *((c, signal.SIGTERM) for c in ("train", "md", "relax", "pairs", "neb", "eos")),
+        *((command, signal.SIGTERM) for command in ("train", "md", "relax", "pairs", "neb", "eos", "screen")),
     ],
 )
 def test_a_run_ended_by_a_signal_says_so_in_its_status(trained, tmp_path, monkeypatch, command, number):
@@ -232,7 +232,11 @@ def test_a_run_ended_by_a_signal_says_so_in_its_status(trained, tmp_path, monkey
         ),
         "eos": (model, structure, "--no-relax", "--device", "cpu", "-o", tmp_path / "run"),
     }
+    if command == "screen":
+        pytest.importorskip("torch_sim")
+        arguments["screen"] = (model, structure, "--fmax", 1e-9, "--device", "cpu", "-o", tmp_path / "run")
     places = {
+        "screen": "dpa4.interfaces.torchsim.DPA4Model.forward",
         "train": "dpa4.training.trainer.Trainer._train_on",
         "pairs": "dpa4.simulation.runs.store.Records.append",
     }
@@ -241,7 +245,7 @@ def test_a_run_ended_by_a_signal_says_so_in_its_status(trained, tmp_path, monkey
     owner = pkgutil.resolve_name(module)
     monkeypatch.setattr(owner, name, signalled(getattr(owner, name)))
     result = CliRunner().invoke(app, [command, *map(str, arguments[command])])
-    assert result.exit_code == 128 + number, result.output
+    assert result.exit_code == 128 + number, (result.output, result.exception)
     assert "continue" in result.output and "Traceback" not in result.output
     # the next command of the process is not ended by this signal
     assert CliRunner().invoke(app, ["info", str(model)]).exit_code == 0

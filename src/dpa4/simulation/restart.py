@@ -75,8 +75,8 @@ def check_system(atoms: Atoms, state: Restart, folder: Path) -> None:
         same = _close(value, found) if name in ("masses", "box") else value == found
         if not same:
             raise ValueError(
-                f"the {name} of the structure, {_short(value)}, are not those of the run in {folder}, "
-                f"{_short(found)}; continue with the structure of that run, or choose another folder"
+                f"the structure is not that of the run in {folder}: {name} {_short(value)} instead of "
+                f"{_short(found)}; continue with the structure of the run, or choose another folder"
             )
 
 

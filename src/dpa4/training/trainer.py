@@ -390,6 +390,10 @@ class Trainer:
             ValueError: If the state belongs to another model or optimiser or, without ``new_data``, to other data.
         """
         changed = changed_options(state["options"], self.preparation.run_text)
+        if (
+            "config" not in state
+        ):  # of an earlier version, in which models had no repulsion unless an option said so
+            changed = [c for c in changed if c != "model.bridging: None -> auto"]
         fixed = [c for c in changed if c.startswith(("model.", "training.optimizer", "training.ema_decay"))]
         if fixed:
             raise ValueError(
