@@ -9,7 +9,7 @@ from ase import Atoms
 from ase.stress import voigt_6_to_full_3x3_stress
 from numpy.typing import NDArray
 
-from dpa4.data.frame import Frame
+from dpa4.data.frame import Frame, check_structure
 
 # Entries searched for a label; the first match counts. Results of a calculator come first, because ASE stores
 # energy, forces and stress of an extxyz file there, then REF_* (MACE), then plain names. free_energy is the last
@@ -107,7 +107,7 @@ def frame_from_atoms(atoms: Atoms, keys: LabelKeys = USUAL_KEYS, group: str = ""
 
 
 def checked_frame(frame: Frame) -> Frame:
-    """Return the frame if it has atoms and all its numbers are finite.
+    """Return the frame if it has atoms of elements and all its numbers are finite and in range.
 
     Raises:
         ValueError: If not; the message names the frame and the problem.
@@ -120,6 +120,7 @@ def checked_frame(frame: Frame) -> Frame:
             where = np.argwhere(~np.isfinite(value))[0]
             row = f" of atom {where[0]}" if name in ("positions", "forces") else ""
             raise ValueError(f"{frame.origin}: {name}{row} not finite; correct or remove the structure")
+    check_structure(frame.atomic_numbers, frame.positions, frame.cell, frame.origin)
     return frame
 
 

@@ -27,6 +27,7 @@ from dpa4.potential.deepmd.options import first_problem
 from dpa4.potential.deepmd.reader import read_deepmd
 from dpa4.potential.deepmd.writer import export_deepmd
 from dpa4.potential.potential import Potential
+from dpa4.system import user_path
 
 FORMAT = "dpa4"
 FORMAT_VERSION = 1
@@ -62,7 +63,7 @@ def save_potential(
         FileNotFoundError: If the folder of ``path`` does not exist.
         ValueError: If the name does not end in ``.safetensors``.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.suffix != SUFFIX:
         raise ValueError(
             f"checkpoints end in {SUFFIX}, got {path.name!r}; `dpa4 convert` writes deepmd-kit's .pt"
@@ -130,7 +131,7 @@ def convert(source: str | Path, target: str | Path, branch: str | None = None) -
         ValueError: If the file cannot be read, the suffix of ``target`` is unknown, or deepmd-kit has no
             model with the same results.
     """
-    source, target = Path(source), Path(target)
+    source, target = user_path(source), user_path(target)
     if target.suffix not in (SUFFIX, ".pt"):
         raise ValueError(f"cannot convert to {target.name!r}; the target must end in {SUFFIX} or .pt")
     stored = read_checkpoint(source, branch)
@@ -144,7 +145,7 @@ def convert(source: str | Path, target: str | Path, branch: str | None = None) -
 
 def read_checkpoint(path: str | Path, branch: str | None = None) -> Checkpoint:
     """Read a native or deepmd-kit checkpoint; arguments and errors as in `load_potential`."""
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     with open(path, "rb") as file:

@@ -14,6 +14,7 @@ from rich.progress import track
 from dpa4.data import EpochBatches, FrameDataset, check_charge_spin, check_elements, frame_from_atoms
 from dpa4.output import atomic_write
 from dpa4.potential.potential import Potential
+from dpa4.system import user_path
 
 
 def embeddings(
@@ -86,7 +87,7 @@ def write_embeddings(
         FileNotFoundError: If the folder does not exist.
         ValueError: If the suffix is not one of these, or as in ``embeddings``.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.suffix not in (".npz", ".xyz", ".extxyz"):
         raise ValueError(f"embeddings are written to .npz, .xyz or .extxyz, got {path.name!r}")
     with atomic_write(path) as temporary:

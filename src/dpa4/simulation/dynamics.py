@@ -17,7 +17,7 @@ from dpa4.simulation.integrators import bath_state, conserved_energy, make_integ
 from dpa4.simulation.momenta import degrees_of_freedom, draw_momenta, internal_momenta, temperature
 from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.store import check_settings
-from dpa4.system import stop_requests
+from dpa4.system import stop_requests, user_path
 
 Ensemble = Literal["nve", "langevin", "nvt", "npt"]
 CellMotion = Literal["volume", "full"]
@@ -141,7 +141,7 @@ def run_md(
         "seed": seed,
     }
     _check_arguments(settings | {"steps": steps})
-    run = _Run(atoms, calculator, Path(output), settings | fingerprint_of_calculator(calculator), resume)
+    run = _Run(atoms, calculator, user_path(output), settings | fingerprint_of_calculator(calculator), resume)
     try:
         with stop_requests() as stopped, progress_bar("step", steps, run.step, progress) as bar:
             while run.step < steps and not stopped:
@@ -150,7 +150,7 @@ def run_md(
             run.save()
     finally:
         run.log.close()
-    return _finish(Path(output), run.step, run.step >= steps, len(atoms), ensemble)
+    return _finish(user_path(output), run.step, run.step >= steps, len(atoms), ensemble)
 
 
 class _Run:

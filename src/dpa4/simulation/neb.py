@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from dpa4.output import CsvLog, atomic_write, new_figure, read_csv, save_figure
 from dpa4.simulation.relax import relax
 from dpa4.simulation.runs.progress import progress_bar
-from dpa4.system import stop_requests
+from dpa4.system import stop_requests, user_path
 
 COLUMNS = ("step", "climbing", "max_force_eV_per_A", "barrier_eV", "highest_image")
 BEFORE_CLIMBING = 4.0  # in units of fmax: largest force at which the highest image starts to climb
@@ -116,7 +116,7 @@ def run_neb(
             print(result.barrier, result.reverse_barrier)  # eV
     """
     _check(start, end, images, fmax, steps, spring)
-    folder = Path(output)
+    folder = user_path(output)
     file, log_file = folder / "path.xyz", folder / "neb.csv"
     if resume:
         band = _Band(_read_path(file, start, images), calculator, spring)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dpa4.output import atomic_write, new_figure, save_figure, write_csv, write_json
 from dpa4.simulation.crystal_calculation import Calculation
 from dpa4.simulation.runs.store import Record
-from dpa4.system import require
+from dpa4.system import require, user_path
 
 IMAGINARY = -0.05  # THz; lower frequencies exceed the numerical noise of acoustic modes at Gamma
 BAND_POINTS = 101  # per line of the path
@@ -128,7 +128,7 @@ def phonons(
     if not 0 <= max_temperature < np.inf:
         raise ValueError(f"max_temperature must be at least 0 K, got {max_temperature}")
     multiples = tuple(supercell) if supercell is not None else supercell_of_length(atoms, min_length)
-    folder = Path(output)
+    folder = user_path(output)
     settings = {
         "supercell": list(multiples), "displacement": displacement, "symprec": symprec, "relax_first": relax_first,
         "fmax": fmax,

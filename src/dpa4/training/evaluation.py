@@ -18,6 +18,7 @@ from rich.table import Column, Table
 from dpa4.data import Batch, EpochBatches, Frame, FrameDataset, check_elements
 from dpa4.output import write_csv
 from dpa4.potential import Potential
+from dpa4.system import user_path
 from dpa4.training.plots import plot_parity
 
 TOTAL = "all"
@@ -159,7 +160,7 @@ def evaluate(
     frames: Sequence[Frame],
     *,
     max_atoms: int = 2000,
-    output: Path | None = None,
+    output: str | Path | None = None,
     device: str | torch.device = "cpu",
 ) -> ErrorTable:
     """Compare the predictions of a potential with labels; structures without labels are only predicted.
@@ -186,6 +187,7 @@ def evaluate(
     predictions = predict(potential, batches.batches(0))
     table = error_table(frames, predictions)
     if output is not None:
+        output = user_path(output)
         output.mkdir(parents=True, exist_ok=True)
         write_predictions(frames, predictions, output / "predictions.xyz")
         if table.rows:

@@ -19,6 +19,7 @@ from torch.nn import functional
 from dpa4.model import DPA4, ModelConfig
 from dpa4.potential.deepmd.names import deepmd_name
 from dpa4.potential.deepmd.options import config_from_deepmd, precision_of
+from dpa4.system import user_path
 
 NEWEST_FORMAT = 1.2  # newest readable format of the descriptor, written by deepmd-kit 3.2.0
 
@@ -54,7 +55,7 @@ def read_deepmd(path: str | Path, branch: str | None = None) -> DeepmdModel:
         ValueError: If the file is damaged, is not a DPA4 checkpoint, uses an unsupported option or a format newer
             than 1.2; also if the branch is unknown, or missing where there are several.
     """
-    outer = _load(Path(path))
+    outer = _load(user_path(path))
     try:
         return _parse(outer, branch)
     except KeyError as error:
