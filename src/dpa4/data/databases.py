@@ -3,7 +3,7 @@
 import json
 import sqlite3
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,13 +36,15 @@ def read_database(path: Path, last: bool = False) -> Iterator[tuple[str, Atoms]]
         ImportError: If the reader of ``.aselmdb`` files is not installed.
         ValueError: If the file is damaged, or would fill the memory; the message names file and row.
     """
-    rows = {".db": _sqlite_rows, ".aselmdb": _lmdb_rows}.get(path.suffix, _json_rows)
+    readers: dict[str, Callable[[Path, bool], Iterator[tuple[int, AtomsRow | bytes]]]]
+    readers = {".db": _sqlite_rows, ".aselmdb": _lmdb_rows}
+    rows = readers.get(path.suffix, _json_rows)
     origin = str(path)
     try:
-        for row in rows(path, last):
-            origin = f"{path}, row {row.id}"
-            yield origin, _atoms(row)
-            origin = f"{path}, after row {row.id}"
+        for number, row in rows(path, last):
+            origin = f"{path}, row {number}"
+            yield origin, _atoms(row, number)
+            origin = f"{path}, after row {number}"
     except ImportError:
         raise
     except Exception as error:  # the databases and their decoders raise many kinds of errors
@@ -52,7 +54,9 @@ def read_database(path: Path, last: bool = False) -> Iterator[tuple[str, Atoms]]
         ) from error
 
 
-def _atoms(row: AtomsRow) -> Atoms:
+def _atoms(row: AtomsRow | bytes, number: int) -> Atoms:
+    if isinstance(row, bytes):
+        row = AtomsRow(decode(inflate(row).decode()) | {"id": number})
     # ASE decodes these texts later, without a look at the sizes in them.
     for name in ("_constraints", "_data"):
         if isinstance(text := getattr(row, name, None), str):
@@ -76,10 +80,11 @@ class _ReadOnly(SQLite3Database):
         return decode(txt) if isinstance(txt, str) and not lazy else super().decode(txt, lazy)
 
 
-def _sqlite_rows(path: Path, last: bool) -> Iterator[AtomsRow]:
+def _sqlite_rows(path: Path, last: bool) -> Iterator[tuple[int, AtomsRow]]:
     # No lock file, because the folder of a data set may be read-only.
     with _ReadOnly(str(path.absolute()), create_indices=False, use_lock_file=False) as database:
-        yield from database.select(sort="-id", limit=1) if last else database.select()
+        rows = database.select(sort="-id", limit=1) if last else database.select()
+        yield from ((row.id, row) for row in rows)
 
 
 # JSON
@@ -107,22 +112,21 @@ def _checked_object(values: dict[str, Any]) -> Any:
 _decoder = json.JSONDecoder(object_hook=_checked_object)
 
 
-def _json_rows(path: Path, last: bool) -> Iterator[AtomsRow]:
+def _json_rows(path: Path, last: bool) -> Iterator[tuple[int, AtomsRow]]:
     with open_text(path) as file:
         content = decode(file.read())
     if not isinstance(content, dict) or ("ids" not in content and 1 not in content):
         raise ValueError("it has neither ids nor a row 1")
     ids = [int(number) for number in content.get("ids", [1])]
     for number in ids[-1:] if last else ids:
-        row = AtomsRow(content[number])
-        row.id = number
-        yield row
+        yield number, AtomsRow(content[number] | {"id": number})
 
 
 # LMDB
 
 
-def _lmdb_rows(path: Path, last: bool) -> Iterator[AtomsRow]:
+def _lmdb_rows(path: Path, last: bool) -> Iterator[tuple[int, bytes]]:
+    """Yield number and packed value of each row."""
     try:
         lmdb = require("lmdb", "aselmdb")
     except ImportError:
@@ -135,12 +139,7 @@ def _lmdb_rows(path: Path, last: bool) -> Iterator[AtomsRow]:
         # The other keys are nextid, deleted_ids and metadata.
         numbers = sorted(int(key) for key in txn.cursor().iternext(values=False) if key.isdigit())
         for number in numbers[-1:] if last else numbers:
-            try:
-                values = decode(inflate(txn.get(str(number).encode())).decode())
-            except Exception as error:
-                raise ValueError(f"row {number}: {error}") from error
-            row = AtomsRow(values | {"id": number})
-            yield row
+            yield number, txn.get(str(number).encode())
 
 
 class _Meta(NamedTuple):

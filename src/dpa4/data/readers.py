@@ -128,6 +128,7 @@ def _read_file(path: Path, last: bool) -> Iterator[tuple[str, Atoms]]:
         with open_binary(path) as file:
             name = _format_of(file, path)
         kind = ioformats[name]
+        source = str(path) if kind.single else f"{path}, frame 0"
         with open_binary(path) as file:
             if name == _EXTXYZ:
                 yield from read_extxyz(as_text(file), str(path), last)
