@@ -68,6 +68,14 @@ def periodic_lattice(cell: ArrayLike, pbc: ArrayLike) -> tuple[Array, NDArray[np
     return lattice, periodic
 
 
+def right_handed(cell: Array) -> Array:
+    """Cell vectors (3, 3) of the same lattice in right-handed order: all three are reversed if they are left-handed.
+
+    Some packages refuse left-handed cells, whose determinant is negative. Positions in Angstrom stay as they are.
+    """
+    return -cell if np.linalg.det(cell) < 0 else cell
+
+
 def completed(lattice: Array, pbc: NDArray[np.bool_]) -> tuple[Array, Array]:
     """Replace the cell vectors of non-periodic axes by orthogonal unit vectors.
 

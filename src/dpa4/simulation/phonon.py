@@ -10,6 +10,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 from numpy.typing import NDArray
 
+from dpa4.graph.lattice import right_handed
 from dpa4.output import atomic_write, new_figure, save_figure, write_csv, write_json
 from dpa4.simulation.crystal_calculation import Calculation
 from dpa4.simulation.runs.store import Record
@@ -178,11 +179,13 @@ def _check(atoms: Atoms, supercell: Sequence[int] | None, **positive: float) -> 
 
 
 def _phonopy(atoms: Atoms, multiples: Sequence[int], displacement: float, symprec: float) -> Any:
-    """Create the Phonopy object and its displacements."""
+    """Create the Phonopy object and its displacements; phonopy needs right-handed cells."""
     from phonopy import Phonopy
     from phonopy.structure.atoms import PhonopyAtoms
     from phonopy.structure.cells import guess_primitive_matrix
 
+    atoms = atoms.copy()
+    atoms.set_cell(right_handed(atoms.cell.array))
     cell = PhonopyAtoms(
         symbols=atoms.get_chemical_symbols(),
         cell=atoms.cell.array,
