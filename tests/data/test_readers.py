@@ -282,29 +282,6 @@ def test_deepmd_errors(tmp_path, damage, message):
 # Labels
 
 
-def test_order_of_the_search():
-    """Calculator results come first, then REF_*, then plain names."""
-    atoms = molecule("H2O")
-    atoms.info["energy"], atoms.arrays["forces"] = 1.0, np.full((3, 3), 1.0)
-    assert frame_from_atoms(atoms).energy == 1.0
-    atoms.info["REF_energy"], atoms.arrays["REF_forces"] = 2.0, np.full((3, 3), 2.0)
-    frame = frame_from_atoms(atoms)
-    assert (frame.energy, frame.forces[0, 0]) == (2.0, 2.0)
-    atoms.calc = SinglePointCalculator(atoms, energy=3.0, forces=np.full((3, 3), 3.0))
-    frame = frame_from_atoms(atoms)
-    assert (frame.energy, frame.forces[0, 0]) == (3.0, 3.0)
-
-
-def test_order_of_the_search_for_stress():
-    atoms = bulk("Cu", cubic=True)
-    for k, key in enumerate(["virials", "virial", "stress", "REF_virials", "REF_virial", "REF_stress"]):
-        atoms.info[key] = np.full(6, k + 1.0)
-        scale = -atoms.get_volume() if "stress" in key else 1
-        assert frame_from_atoms(atoms).virial[0, 0] == pytest.approx((k + 1) * scale), key
-    atoms.calc = SinglePointCalculator(atoms, stress=np.full(6, 9.0))
-    assert frame_from_atoms(atoms).virial[0, 0] == pytest.approx(-9 * atoms.get_volume())
-
-
 def test_energy_before_free_energy():
     atoms = molecule("H2O")
     atoms.calc = SinglePointCalculator(atoms, free_energy=-2.0)

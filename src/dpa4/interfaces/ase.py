@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
+from dpa4.data import with_results
 from dpa4.execution.evaluator import Evaluator
 from dpa4.graph import SKIN, Graph, SkinnedNeighbors, within_cutoff
 from dpa4.interfaces.coverage_monitor import CoverageMonitor
@@ -198,13 +198,11 @@ class DPA4Calculator(Calculator):
 
 
 def labelled(atoms: Atoms) -> Atoms:
-    """Copy a structure with its current energy, forces and, if available, stress, to be written to a file."""
-    frame = atoms.copy()
+    """Copy a structure with its current energy, forces and, if available, stress, and without other labels."""
     results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(apply_constraint=False)}
     if atoms.pbc.all() and "stress" in atoms.calc.implemented_properties:
         results["stress"] = atoms.get_stress(apply_constraint=False)
-    frame.calc = SinglePointCalculator(frame, **results)
-    return frame
+    return with_results(atoms, **results)
 
 
 def fingerprint_of_calculator(calculator: Calculator) -> dict[str, str]:

@@ -4,14 +4,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ase.io
 import numpy as np
 import torch
 from ase import Atoms
 from numpy.typing import NDArray
 from rich.progress import track
 
-from dpa4.data import EpochBatches, FrameDataset, check_charge_spin, check_elements, frame_from_atoms
+from dpa4.data import (
+    EpochBatches,
+    FrameDataset,
+    check_charge_spin,
+    check_elements,
+    frame_from_atoms,
+    write_structures,
+)
 from dpa4.output import atomic_write
 from dpa4.potential.potential import Potential
 from dpa4.system import user_path
@@ -111,7 +117,7 @@ def write_embeddings(
                 image.info["embedding"] = average
             else:
                 image.arrays["embedding"] = atomwise
-        ase.io.write(temporary, images, format="extxyz")
+        write_structures(temporary, images)
 
 
 def _bare(atoms: Atoms) -> Atoms:

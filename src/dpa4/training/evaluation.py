@@ -5,18 +5,25 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import ase.io
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Column, Table
 
-from dpa4.data import Batch, EpochBatches, Frame, FrameDataset, check_elements
-from dpa4.output import write_csv
+from dpa4.data import (
+    Batch,
+    EpochBatches,
+    Frame,
+    FrameDataset,
+    check_elements,
+    with_results,
+    write_structures,
+)
+from dpa4.data.labels import PREDICTED_ENERGY
+from dpa4.output import atomic_write, write_csv
 from dpa4.potential import Potential
 from dpa4.system import user_path
 from dpa4.training.plots import plot_parity
@@ -190,6 +197,8 @@ def evaluate(
         output = user_path(output)
         output.mkdir(parents=True, exist_ok=True)
         write_predictions(frames, predictions, output / "predictions.xyz")
+        for name in ("errors.csv", "errors.json", "parity.png"):
+            (output / name).unlink(missing_ok=True)  # of an earlier call, which may have had labels
         if table.rows:
             table.write_csv(output / "errors.csv")
             table.write_json(output / "errors.json")
@@ -205,7 +214,8 @@ def write_predictions(frames: Sequence[Frame], predictions: Sequence[FramePredic
         results = {"energy": prediction.energy, "forces": prediction.forces}
         if volume := _volume(frame):
             results["stress"] = full_3x3_to_voigt_6_stress(-prediction.virial / volume)
-        atoms.calc = SinglePointCalculator(atoms, **results)
+        atoms = with_results(atoms, **results)
+        atoms.info[PREDICTED_ENERGY] = prediction.energy  # marks the results as predictions
         if frame.energy is not None:
             atoms.info["REF_energy"] = frame.energy
         if frame.forces is not None:
@@ -217,7 +227,8 @@ def write_predictions(frames: Sequence[Frame], predictions: Sequence[FramePredic
         if frame.charge_spin is not None:
             atoms.info["charge"], atoms.info["spin"] = frame.charge_spin
         images.append(atoms)
-    ase.io.write(path, images, format="extxyz")
+    with atomic_write(path) as temporary:
+        write_structures(temporary, images)
 
 
 def _parity_data(frames: Sequence[Frame], predictions: Sequence[FramePrediction]) -> dict[str, LabelPair]:
