@@ -42,7 +42,8 @@ def test_a_column_of_masses_is_preferred_to_those_of_isotopes(tmp_path):
 @pytest.mark.parametrize("form", ['"{}"', "{{{}}}", "[{}]", "'{}'"])
 def test_tensors_of_six_numbers(tmp_path, key, form):
     value = form.format("0.1 0.2 0.3 0.4 0.5 0.6")
-    text = f'1\nLattice="5 0 0 0 5 0 0 0 5" {key}={value} energy=-1\nH 0 0 0\n'
+    energy = "REF_energy" if key.startswith("REF") else "energy"
+    text = f'1\nLattice="5 0 0 0 5 0 0 0 5" {key}={value} {energy}=-1\nH 0 0 0\n'
     (frame,) = read_frames(write(tmp_path / "a.xyz", text))
     full = np.array([[0.1, 0.6, 0.5], [0.6, 0.2, 0.4], [0.5, 0.4, 0.3]])
     np.testing.assert_allclose(frame.virial, full * (-125 if "stress" in key else 1), rtol=1e-15)
