@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from ase.build import molecule
 
-from dpa4.data import read_frames, unpacking
+from dpa4.data import databases, read_frames
 from dpa4.data.databases import decode
+from dpa4.data.lmdb_file import LmdbFile
 from dpa4.data.readers import read_atoms
 
 HUGE = {"__ndarray__": [[10**10], "float64", [0.0]]}
@@ -87,7 +88,7 @@ def test_other_files_are_no_lmdb(tmp_path):
     ],
 )
 def test_a_damaged_or_malicious_row_is_named(tmp_path, monkeypatch, row, message):
-    monkeypatch.setattr(unpacking, "ALWAYS_ALLOWED", 2**16)
+    monkeypatch.setattr(databases, "LARGEST_ROW", 2**16)
     path = write_lmdb(tmp_path / "a.aselmdb", {1: water(), 3: row})
     with pytest.raises(ValueError, match=rf"a.aselmdb, row 3 cannot be read .*{message}") as caught:
         read_frames(path)
@@ -133,3 +134,23 @@ def test_databases_of_other_programs_are_not_changed(tmp_path):
         ValueError, match="run.json cannot be read as an ASE database: it has neither ids nor a row 1"
     ):
         read_frames(tmp_path / "run.json")
+
+
+def test_entries_of_lmdb_are_those_that_lmdb_finds(tmp_path):
+    """With pages of every kind: several levels of branches, values of many pages, deleted and replaced entries."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "a.mdb"
+    with lmdb.open(str(path), subdir=False, map_size=2**26) as environment:
+        for _ in range(3):
+            with environment.begin(write=True) as txn:
+                for key in rng.integers(0, 5000, 2000):
+                    if rng.random() < 0.2:
+                        txn.delete(str(key).encode())
+                    else:
+                        txn.put(str(key).encode(), rng.bytes(int(10 ** rng.uniform(0, 4))))
+        with environment.begin() as txn:
+            expected = dict(txn.cursor())
+            assert txn.stat()["depth"] > 2
+    with path.open("rb") as file:
+        content = LmdbFile(file)
+        assert {key: content.value(place) for key, place in content.places()} == expected

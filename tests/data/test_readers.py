@@ -1,6 +1,5 @@
 """Readers: every format, every convention of labels, signs, and messages."""
 
-import sys
 import zipfile
 from pathlib import Path
 
@@ -100,13 +99,6 @@ def test_aselmdb_shards(tmp_path):
     frames = read_frames(tmp_path)
     for k in range(2):
         assert_frame(frames[k], copper(k))
-
-
-def test_aselmdb_without_its_package(tmp_path, monkeypatch):
-    (tmp_path / "a.aselmdb").touch()
-    monkeypatch.setitem(sys.modules, "lmdb", None)
-    with pytest.raises(ImportError, match=r"a.aselmdb needs lmdb: pip install 'dpa4\[aselmdb\]'"):
-        read_frames(tmp_path / "a.aselmdb")
 
 
 def test_archive_of_extended_xyz_files(tmp_path):

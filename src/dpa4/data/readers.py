@@ -40,7 +40,6 @@ def read_frames(paths: str | Path | Sequence[str | Path], keys: LabelKeys = USUA
         FileNotFoundError: If a path does not exist.
         ValueError: If a file cannot be read or has no structure, a label is malformed or not finite, labels of a
             structure may belong to different calculations, or a named label is in no structure.
-        ImportError: If the reader of ``.aselmdb`` files is not installed.
     """
     sources = [user_path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
     frames: list[Frame] = []
@@ -70,7 +69,6 @@ def read_atoms(path: Path, last: bool = False) -> Iterator[tuple[str, Atoms]]:
         last: Read the last structure only.
 
     Raises:
-        ImportError: If the reader of ``.aselmdb`` files is not installed.
         ValueError: If the path cannot be read.
     """
     if path.is_dir():
@@ -93,7 +91,6 @@ def read_images(path: Path, last: bool = False) -> list[Atoms]:
     """Read the structures of a path in any format of ``read_atoms``, or the last one, and check atoms and cells.
 
     Raises:
-        ImportError: If the reader of ``.aselmdb`` files is not installed.
         ValueError: If the path cannot be read, an atom is not of an element, or a coordinate is too large; the
             message names file and structure.
     """
