@@ -11,7 +11,6 @@ from rich.console import Console
 
 from dpa4.data import (
     Frame,
-    check_charge_spin,
     check_elements,
     check_labels,
     check_trained,
@@ -199,10 +198,3 @@ def test_check_elements():
     message = r"element Pu \(94\) of train.xyz, frame 12 is not in model.elements \['H', 'O'\]; retrain"
     with pytest.raises(ValueError, match=message):
         check_elements([MOLECULES[0], strange], ["H", "O"])
-
-
-def test_check_charge_spin():
-    charged = frame("OH", charge=-1, origin="b.xyz, frame 0")
-    check_charge_spin([charged])
-    with pytest.raises(ValueError, match="a.xyz, frame 0 has no charge and spin multiplicity"):
-        check_charge_spin([charged, MOLECULES[0]])

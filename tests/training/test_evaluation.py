@@ -134,7 +134,7 @@ def test_predictions_are_written_beside_the_labels(potential, tmp_path):
         frame_of(
             crystal(2), "solid", {"energy": 1.5, "forces": perfect.forces + 1, "virial": perfect.virial + 1}
         ),
-        frame_of(molecule(1), charge_spin=(1, 2)),
+        frame_of(molecule(1), charge_spin={"charge": 1, "spin": 2}),
     ]
     evaluate(potential, frames, output=tmp_path)
     solid, gas = ase.io.read(tmp_path / "predictions.xyz", ":")
@@ -193,7 +193,7 @@ def test_predictions_are_never_taken_for_labels(potential, tmp_path):
     frames = [
         frame_of(crystal(2), "solid", {"energy": 1.5, "forces": np.ones((6, 3)), "virial": np.eye(3)}),
         frame_of(molecule(1), "gas", {"energy": -3.0}),
-        frame_of(molecule(2), "nothing", charge_spin=(1, 2)),
+        frame_of(molecule(2), "nothing", charge_spin={"charge": 1, "spin": 2}),
     ]
     first = evaluate(potential, frames, output=tmp_path / "first")
     again = read_frames(tmp_path / "first" / "predictions.xyz")
@@ -208,3 +208,10 @@ def test_predictions_are_never_taken_for_labels(potential, tmp_path):
     images[2].calc.results["energy"] = 7.0
     ase.io.write(tmp_path / "new.xyz", images, format="extxyz")
     assert [frame.energy for frame in read_frames(tmp_path / "new.xyz")] == [1.5, -3.0, 7.0]
+
+
+def test_errors_of_an_earlier_evaluation_do_not_stay(potential, tmp_path):
+    evaluate(potential, [frame_of(molecule(1), labels={"energy": 1.0})], output=tmp_path)
+    assert (tmp_path / "errors.json").is_file()
+    evaluate(potential, [frame_of(molecule(1))], output=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"predictions.xyz"}

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from dpa4.graph import Graph, build_graph, collate
 CACHE_BYTES = 4 * 1024**3  # limit of the graphs that a data set caches in memory; others are rebuilt
 PREFETCH = 3  # batches prepared ahead
 
+T = TypeVar("T")
+
 
 class Batch(NamedTuple):
     """B structures with N atoms in all, and their labels; a missing label is zero and its mask is false."""
@@ -31,11 +33,27 @@ class Batch(NamedTuple):
     has_forces: Tensor  # (B,) bool
     has_virial: Tensor  # (B,) bool
     weight: Tensor  # (B,) float64
+    max_force: (
+        Tensor  # (N,) float64, eV/Angstrom: bound of the force of an atom without labels; zero: no bound
+    )
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy to a device."""
         non_blocking = torch.device(device).type != "cpu"  # see Graph.to
         return Batch(self.graph.to(device), *(t.to(device, non_blocking=non_blocking) for t in self[1:]))
+
+    def extended(self, graph: Graph) -> "Batch":
+        """Batch of a graph with further structures after those of the batch; these have no labels and no bound."""
+
+        def longer(t: Tensor, like: Tensor) -> Tensor:
+            return torch.cat([t, t.new_zeros(len(like) - len(t), *t.shape[1:])])
+
+        of_atoms = ("forces", "max_force")
+        fields = {name: t for name, t in self._asdict().items() if name != "graph"}
+        return Batch(
+            graph,
+            **{n: longer(t, graph.positions if n in of_atoms else graph.cell) for n, t in fields.items()},
+        )
 
     def pin_memory(self) -> "Batch":
         """Copy to page-locked memory, from which copies to a GPU are asynchronous."""
@@ -49,7 +67,7 @@ class FrameDataset:
         self,
         frames: Sequence[Frame],
         cutoff: float,
-        default_charge_spin: tuple[int, int] | None = None,
+        charge_spin: Sequence[tuple[int, int]] | None = None,
         cache_bytes: int = CACHE_BYTES,
         observe: Callable[[int, Graph], None] | None = None,
     ):
@@ -58,7 +76,7 @@ class FrameDataset:
         Args:
             frames: The structures.
             cutoff: Cutoff radius of the model, in Angstrom.
-            default_charge_spin: Charge and multiplicity of frames without them; None: neutral singlet.
+            charge_spin: Charge and multiplicity of each frame, from ``charges_and_spins``; None: neutral singlets.
             cache_bytes: Size limit of the graphs cached in memory. The first graphs stay cached: evicting the
                 least recently used ones would evict every graph before its next use, one epoch later.
             observe: Called with the index and the graph of a structure whenever a graph is built, in the
@@ -66,7 +84,7 @@ class FrameDataset:
         """
         self.frames = list(frames)
         self.cutoff = cutoff
-        self.default_charge_spin = default_charge_spin or (0, 1)
+        self.charge_spin = charge_spin
         self.observe = observe
         self._free_bytes = cache_bytes
         self._graphs: dict[int, Graph] = {}
@@ -98,7 +116,7 @@ class FrameDataset:
         if index in self._graphs:
             return self._graphs[index]
         frame = self.frames[index]
-        charge_spin = frame.charge_spin or self.default_charge_spin
+        charge_spin = (0, 1) if self.charge_spin is None else self.charge_spin[index]
         try:
             graph = build_graph(
                 frame.atomic_numbers, frame.positions, frame.cell, frame.pbc, self.cutoff, charge_spin
@@ -127,6 +145,7 @@ class FrameDataset:
             has_forces=torch.tensor([f.forces is not None for f in frames]),
             has_virial=torch.tensor([f.virial is not None for f in frames]),
             weight=torch.tensor([f.weight for f in frames], dtype=torch.float64),
+            max_force=torch.zeros(sum(map(len, frames)), dtype=torch.float64),
         )
 
 
@@ -175,6 +194,7 @@ class EpochBatches:
         max_edges: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
+        extend: Callable[[Batch, int, int], Batch] = lambda batch, epoch, number: batch,
     ):
         """Set the size of batches: ``batch_size``, or ``max_atoms`` and/or ``max_edges``.
 
@@ -187,6 +207,7 @@ class EpochBatches:
             max_edges: Maximum number of edges per batch.
             seed: Seed of the shuffling.
             shuffle: Shuffle anew in every epoch; otherwise preserve the order of the frames.
+            extend: Function that adds structures to a batch, given the epoch and the number of the batch.
 
         Raises:
             ValueError: If no size, both kinds of size or a size below 1 is given, or the data set is empty.
@@ -200,7 +221,7 @@ class EpochBatches:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not len(dataset):
             raise ValueError("the data set has no structures, so there are no batches")
-        self.dataset, self.seed, self.shuffle = dataset, seed, shuffle
+        self.dataset, self.seed, self.shuffle, self.extend = dataset, seed, shuffle, extend
         self._budgets: list[Budget] = []
         if batch_size is not None:
             self._budgets.append(Budget("structures", np.ones(len(dataset), dtype=np.int64), batch_size))
@@ -241,14 +262,15 @@ class EpochBatches:
         """
         pin = torch.cuda.is_available()
 
-        def make(indices: list[int]) -> Batch:
-            batch = self.dataset.batch(indices)
+        def make(item: tuple[int, list[int]]) -> Batch:
+            number, indices = item
+            batch = self.extend(self.dataset.batch(indices), epoch, number)
             return batch.pin_memory() if pin else batch
 
-        return _prefetched(make, self.indices(epoch)[start:])
+        return _prefetched(make, list(enumerate(self.indices(epoch)))[start:])
 
 
-def _prefetched(make: Callable[[list[int]], Batch], items: Sequence[list[int]]) -> Iterator[Batch]:
+def _prefetched(make: Callable[[T], Batch], items: Sequence[T]) -> Iterator[Batch]:
     """Yield ``make(item)`` for every item, computed ahead in one thread; exceptions of ``make`` are raised here."""
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dpa4-batches")
     todo = iter(items)

@@ -11,6 +11,7 @@ from ase import Atoms
 from ase.stress import voigt_6_to_full_3x3_stress
 from numpy.typing import NDArray
 
+from dpa4.data.charge_spin import charge_spin_entries
 from dpa4.data.frame import Frame, check_structure
 
 # Entries of a label, in "results" of a calculator, "info" or "arrays". Entries of one group are the same quantity and
@@ -86,9 +87,8 @@ def check_keys(keys: LabelKeys, found: Iterable[str], origin: str) -> None:
 def frame_from_atoms(atoms: Atoms, keys: LabelKeys = USUAL_KEYS, group: str = "", origin: str = "") -> Frame:
     """Read positions, labels, charge, spin multiplicity, weight and group of an ASE structure.
 
-    Charge and multiplicity are ``info["charge"]`` and ``info["spin"]`` (if only one is present, the other is
-    0 or 1), the weight is ``info["config_weight"]``, and the group ``info["config_type"]`` or
-    ``info["group"]``.
+    Entries of charge and spin multiplicity are collected, but not checked: see ``dpa4.data.charge_spin``. The weight
+    is ``info["config_weight"]``, and the group ``info["config_type"]`` or ``info["group"]``.
 
     Args:
         atoms: The structure.
@@ -98,12 +98,12 @@ def frame_from_atoms(atoms: Atoms, keys: LabelKeys = USUAL_KEYS, group: str = ""
 
     Raises:
         ValueError: If a label has the wrong shape or is not finite, a stress belongs to a cell without volume, or
-            labels may belong to different calculations.
+            the weight is negative or not finite, or labels may belong to different calculations.
     """
     info = atoms.info
     weight = _numbers(info.get("config_weight", 1.0), (), "config_weight", origin)
-    if weight < 0:
-        raise ValueError(f"config_weight of {origin} must not be negative, got {weight}")
+    if not 0 <= weight < np.inf:
+        raise ValueError(f"config_weight of {origin} must be a finite number >= 0, got {weight}")
     labels = _Search(atoms, keys, origin).labels()
     return checked_frame(
         Frame(
@@ -111,7 +111,7 @@ def frame_from_atoms(atoms: Atoms, keys: LabelKeys = USUAL_KEYS, group: str = ""
             positions=np.array(atoms.positions, dtype=np.float64),
             cell=np.array(atoms.cell.array, dtype=np.float64),
             pbc=np.array(atoms.pbc, dtype=bool),
-            charge_spin=_charge_spin(info, origin),
+            charge_spin=charge_spin_entries(info),
             energy=labels.get("energy"),
             forces=labels.get("forces"),
             virial=labels.get("virial"),
@@ -138,28 +138,6 @@ def checked_frame(frame: Frame) -> Frame:
             raise ValueError(f"{frame.origin}: {name}{row} not finite; correct or remove the structure")
     check_structure(frame.atomic_numbers, frame.positions, frame.cell, frame.origin)
     return frame
-
-
-def whole_charge_spin(charge: Any, spin: Any, origin: str) -> tuple[int, int]:
-    """Convert total charge and spin multiplicity to integers.
-
-    Raises:
-        ValueError: If a value is not a whole number, or the multiplicity is below 1.
-    """
-    values = []
-    for name, value in (("charge", charge), ("spin", spin)):
-        number = float(_numbers(value, (), name, origin))
-        if not number.is_integer() or (name == "spin" and number < 1):
-            allowed = "the multiplicity 2S + 1 >= 1" if name == "spin" else "the total charge in e"
-            raise ValueError(f"{name} of {origin} must be {allowed}, a whole number, got {value}")
-        values.append(int(number))
-    return values[0], values[1]
-
-
-def _charge_spin(info: dict[str, Any], origin: str) -> tuple[int, int] | None:
-    if "charge" not in info and "spin" not in info:
-        return None
-    return whole_charge_spin(info.get("charge", 0), info.get("spin", 1), origin)
 
 
 def _results(atoms: Atoms) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from rich.progress import track
 from dpa4.data import (
     EpochBatches,
     FrameDataset,
-    check_charge_spin,
+    charges_and_spins,
     check_elements,
     frame_from_atoms,
     write_structures,
 )
-from dpa4.output import atomic_write
+from dpa4.data.charge_spin import charge_spin_entries
+from dpa4.output import atomic_write, check_writable
 from dpa4.potential.potential import Potential
 from dpa4.system import user_path
 
@@ -50,9 +51,8 @@ def embeddings(
     frames = [frame_from_atoms(_bare(a), origin=f"structure {i}") for i, a in enumerate(structures)]
     config, device = potential.config, potential.device
     check_elements(frames, potential.elements)
-    if config.charge_spin and config.default_charge_spin is None:
-        check_charge_spin(frames)
-    dataset = FrameDataset(frames, config.cutoff, config.default_charge_spin, cache_bytes=0)
+    pairs = charges_and_spins(frames, config.charge_spin, config.default_charge_spin)
+    dataset = FrameDataset(frames, config.cutoff, pairs, cache_bytes=0)
     batches = EpochBatches(dataset, max_atoms=max_atoms, shuffle=False)
     found: list[NDArray[Any]] = []
     total = batches.num_batches(0)
@@ -96,8 +96,9 @@ def write_embeddings(
     path = user_path(path)
     if path.suffix not in (".npz", ".xyz", ".extxyz"):
         raise ValueError(f"embeddings are written to .npz, .xyz or .extxyz, got {path.name!r}")
+    check_writable(path)
+    found = embeddings(potential, structures, max_atoms=max_atoms, progress=progress)
     with atomic_write(path) as temporary:
-        found = embeddings(potential, structures, max_atoms=max_atoms, progress=progress)
         means = [one.mean(axis=0) for one in found]
         if path.suffix == ".npz":
             with temporary.open("wb") as file:
@@ -122,5 +123,5 @@ def write_embeddings(
 
 def _bare(atoms: Atoms) -> Atoms:
     """Copy of a structure without labels, which need not be valid here."""
-    info = {key: atoms.info[key] for key in ("charge", "spin") if key in atoms.info}
+    info = charge_spin_entries(atoms.info)
     return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info=info)

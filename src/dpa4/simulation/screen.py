@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from ase import Atoms
 
 from dpa4.data import read_atoms
+from dpa4.data.charge_spin import unused_names, warn_of_unused
 from dpa4.data.writers import without_labels
 from dpa4.graph import build_graph
 from dpa4.interfaces.loading import charge_spin_of
@@ -119,7 +120,7 @@ def screen(
         FileNotFoundError: If a file does not exist.
         FileExistsError: If ``output`` already holds a screening and ``resume`` is not set.
         ImportError: If TorchSim is not installed.
-        RuntimeError: If another process is working on the same shard.
+        BlockingIOError: If another process is working on the same shard.
         ValueError: If an argument is not allowed, there is no structure, or the files or settings differ from those
             of the call to resume.
 
@@ -210,6 +211,8 @@ def _prepare(
             raise ValueError("constraints are not supported in batches; use dpa4 relax")
         check_periodicity(found, cell)
         charge_spin = charge_spin_of(model.potential, found)
+        if model.potential.config.charge_spin and (unused := unused_names(found.info)):
+            warn_of_unused(unused, source)  # Python shows the same warning once
         # Batches are planned by edges before anything is evaluated, and a structure with coincident atoms must not
         # reach one. The first evaluation searches again: the graphs of all waiting structures would fill the memory.
         graph = build_graph(

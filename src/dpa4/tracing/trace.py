@@ -69,7 +69,7 @@ class Trace(NamedTuple):
         """Write the trace to a file atomically; creates the folder."""
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as own:
-            own.write_text(json.dumps(self))
+            own.write_text(json.dumps(self), encoding="utf-8")
 
 
 def trace(

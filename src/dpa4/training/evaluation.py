@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +19,14 @@ from dpa4.data import (
     EpochBatches,
     Frame,
     FrameDataset,
+    charges_and_spins,
     check_elements,
     with_results,
     write_structures,
 )
+from dpa4.data.charge_spin import is_number
 from dpa4.data.labels import PREDICTED_ENERGY
-from dpa4.output import atomic_write, write_csv
+from dpa4.output import OutputFolder, atomic_write, write_csv
 from dpa4.potential import Potential
 from dpa4.system import user_path
 from dpa4.training.plots import plot_parity
@@ -96,7 +99,8 @@ class ErrorTable(NamedTuple):
     def write_json(self, path: Path) -> None:
         """Write a list with one object per group and quantity."""
         text = json.dumps([r._asdict() for r in self.rows], indent=1, ensure_ascii=False)
-        path.write_text(text, encoding="utf-8")
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def predict(potential: Potential, batches: Iterable[Batch]) -> list[FramePrediction]:
@@ -188,14 +192,21 @@ def evaluate(
     if not frames:
         raise ValueError("there are no structures to evaluate")
     check_elements(frames, potential.elements)
-    potential = potential.to(device)
-    dataset = FrameDataset(frames, potential.config.cutoff, potential.config.default_charge_spin)
+    folder = None if output is None else user_path(output)
+    with nullcontext() if folder is None else OutputFolder(folder):
+        return _evaluate(potential.to(device), frames, max_atoms, folder)
+
+
+def _evaluate(
+    potential: Potential, frames: Sequence[Frame], max_atoms: int, output: Path | None
+) -> ErrorTable:
+    config = potential.config
+    pairs = charges_and_spins(frames, config.charge_spin, config.default_charge_spin)
+    dataset = FrameDataset(frames, config.cutoff, pairs)
     batches = EpochBatches(dataset, max_atoms=max_atoms, shuffle=False)
     predictions = predict(potential, batches.batches(0))
     table = error_table(frames, predictions)
     if output is not None:
-        output = user_path(output)
-        output.mkdir(parents=True, exist_ok=True)
         write_predictions(frames, predictions, output / "predictions.xyz")
         for name in ("errors.csv", "errors.json", "parity.png"):
             (output / name).unlink(missing_ok=True)  # of an earlier call, which may have had labels
@@ -224,8 +235,7 @@ def write_predictions(frames: Sequence[Frame], predictions: Sequence[FramePredic
             atoms.info["REF_virial"] = frame.virial
         if frame.group:
             atoms.info["config_type"] = frame.group
-        if frame.charge_spin is not None:
-            atoms.info["charge"], atoms.info["spin"] = frame.charge_spin
+        atoms.info |= {name: v for name, v in frame.charge_spin.items() if is_number(v)}
         images.append(atoms)
     with atomic_write(path) as temporary:
         write_structures(temporary, images)
