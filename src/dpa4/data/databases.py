@@ -1,23 +1,20 @@
 """Rows of ASE databases: SQLite, JSON and LMDB; what a row may unpack to or allocate is checked first."""
 
-import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ase import Atoms
 from ase.db.row import AtomsRow
 from ase.db.sqlite import SQLite3Database
-from ase.io import jsonio
 
+from dpa4.data.ase_json import decode
 from dpa4.data.lmdb_file import LmdbFile
-from dpa4.data.unpacking import inflate, name_without_compression, open_text, unpacked_limit
+from dpa4.data.unpacking import inflate, name_without_compression, open_text, reason, unpacked_limit
 
 SUFFIXES = (".db", ".json", ".aselmdb")
-LONGEST_TEXT = 2**12  # bytes of one element of an array of texts
 LARGEST_ROW = 2**26  # bytes of JSON in an .aselmdb file; as Python objects they can become 25 times as many
 
 Row = tuple[int, Callable[[], AtomsRow]]
@@ -47,10 +44,7 @@ def read_database(path: Path, last: bool = False) -> Iterator[tuple[str, Atoms]]
             yield origin, _atoms(load())
             origin = f"{path}, after row {number}"
     except Exception as error:  # the databases and their decoders raise many kinds of errors
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise ValueError(
-            f"{origin} cannot be read as an ASE database: {kind}{' '.join(str(error).split())}"
-        ) from error
+        raise ValueError(f"{origin} cannot be read as an ASE database: {reason(error)}") from error
 
 
 def _atoms(row: AtomsRow) -> Atoms:
@@ -85,28 +79,6 @@ def _sqlite_rows(path: Path, last: bool) -> Iterator[Row]:
 
 
 # JSON
-
-
-def decode(text: str) -> Any:
-    """Decode the JSON of ASE, whose arrays must be as large as their list of numbers.
-
-    ASE allocates and fills an array of whatever shape is written, even if there is a single number.
-    """
-    return jsonio.numpyfy(jsonio.fix_int_keys_in_dicts(_decoder.decode(text)))
-
-
-def _checked_object(values: dict[str, Any]) -> Any:
-    if "__ndarray__" in values:
-        shape, name, numbers = values["__ndarray__"]
-        dtype = np.dtype(name)
-        size = int(np.prod([int(n) for n in shape], dtype=object)) * (2 if dtype.kind == "c" else 1)
-        given = len(numbers) if isinstance(numbers, list) else 1
-        if size != given or dtype.kind not in "biufcSU" or dtype.itemsize > LONGEST_TEXT:
-            raise ValueError(f"an array of shape {shape} and type {name} is written with {given} numbers")
-    return jsonio.object_hook(values)
-
-
-_decoder = json.JSONDecoder(object_hook=_checked_object)
 
 
 def _json_rows(path: Path, last: bool) -> Iterator[Row]:

@@ -16,11 +16,12 @@ from ase.data import atomic_numbers
 from ase.io.extxyz import key_val_str_to_dict, parse_properties, read_xyz
 from ase.stress import voigt_6_to_full_3x3_stress
 
-from dpa4.data.unpacking import lines_of
+from dpa4.data.unpacking import lines_of, reason
 
 # Hydrogen isotopes that files write as symbols of their own, and their masses in u (atomic mass evaluation 2020).
 ISOTOPES = {"D": 2.014101778, "T": 3.016049281}
 
+MOST_COLUMNS = 10**5  # in a line of an atom
 _DEFAULT_COLUMNS = "species:S:1:pos:R:3"
 _CELL_VECTOR = "VEC"  # lines VEC1 to VEC3 after the atoms: the cell in XYZ files of ADF
 _TENSOR = re.compile(r"""(?<![\w-])(stress|virial)\s*=\s*(["'{\[])([^"'}\]]*)(["'}\]])""")
@@ -101,8 +102,16 @@ def _atoms(lines: Sequence[str]) -> Atoms:
 
 
 def _properties(comment: str) -> dict[str, Any]:
-    """Parse the comment line; stress and virial may have six numbers, which ASE refuses."""
-    return key_val_str_to_dict(_TENSOR.sub(_nine_numbers, comment))
+    """Parse the comment line; stress and virial may have six numbers, which ASE refuses.
+
+    Raises:
+        ValueError: If there are more than ``MOST_COLUMNS`` columns: ASE prepares each of them before it reads a line.
+    """
+    entries = key_val_str_to_dict(_TENSOR.sub(_nine_numbers, comment))
+    columns = str(entries.get("Properties", _DEFAULT_COLUMNS))
+    if sum(int(count[:20]) for count in columns.split(":")[2::3] if count.isdigit()) > MOST_COLUMNS:
+        raise ValueError(f"Properties={columns[:60]} declares more than {MOST_COLUMNS:,} columns")
+    return entries
 
 
 def _nine_numbers(entry: re.Match[str]) -> str:
@@ -164,4 +173,4 @@ def _fault(lines: Sequence[str], error: Exception) -> str:
                 return f"atom {atom}: {word[:60]!r} is not a number; columns are {properties}"
         if isinstance(error, KeyError) and words[column].capitalize() not in atomic_numbers | ISOTOPES:
             return f"atom {atom}: {words[column][:60]!r} is no chemical symbol; write H, C, Si, ..."
-    return f"it cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
+    return f"it cannot be read: {reason(error)}"

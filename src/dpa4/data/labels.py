@@ -271,7 +271,8 @@ def _numbers(value: Any, shape: tuple[int, ...], name: str, origin: str) -> NDAr
         return np.array(value, dtype=np.float64).reshape(shape)
     except (TypeError, ValueError):
         expected = f"numbers of shape {shape}" if shape else "a number"
-        raise ValueError(f"{name} of {origin} must be {expected}, got {value!r}") from None
+        got = " ".join(repr(value).split())[:200]
+        raise ValueError(f"{name} of {origin} must be {expected}, got {got}") from None
 
 
 def _virial(atoms: Atoms, name: str, value: Any, keys: LabelKeys, origin: str) -> NDArray[np.float64] | None:

@@ -8,15 +8,16 @@ import ase.io
 from ase import Atoms
 from ase.io.formats import PEEK_BYTES, filetype, ioformats
 
+from dpa4.data.ase_json import check_trajectory
 from dpa4.data.databases import is_database, read_database
 from dpa4.data.deepmd_npy import find_systems, read_system
 from dpa4.data.extxyz import ISOTOPES, read_extxyz
 from dpa4.data.frame import Frame, check_structure
 from dpa4.data.labels import USUAL_KEYS, LabelKeys, check_keys, frame_from_atoms, label_names
-from dpa4.data.unpacking import archive_members, as_text, encoding_of, open_binary
+from dpa4.data.unpacking import archive_members, as_text, encoding_of, open_binary, reason
 from dpa4.system import user_path
 
-_EXTXYZ = "extxyz"  # ASE's name of the format
+_EXTXYZ, _TRAJECTORY = "extxyz", "traj"  # ASE's names of the formats
 
 
 def read_frames(paths: str | Path | Sequence[str | Path], keys: LabelKeys = USUAL_KEYS) -> list[Frame]:
@@ -130,6 +131,8 @@ def _read_file(path: Path, last: bool) -> Iterator[tuple[str, Atoms]]:
             if name == _EXTXYZ:
                 yield from read_extxyz(as_text(file), str(path), last)
                 return
+            if name == _TRAJECTORY:
+                check_trajectory(file)
             # A format that needs the file itself gets an absolute path. ASE takes relative names such as postgres.dat
             # for addresses of databases.
             opened = (file if kind.isbinary else as_text(file)) if kind.acceptsfd else str(path.absolute())
@@ -170,5 +173,4 @@ def _unreadable(source: str, path: Path, how: str, error: Exception) -> Exceptio
         )
     if isinstance(error, UnicodeDecodeError):
         return ValueError(f"{source} is not a text in UTF-8; convert it, for example with iconv ({error})")
-    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-    return ValueError(f"{source} cannot be read {how}: {kind}{' '.join(str(error).split())}")
+    return ValueError(f"{source} cannot be read {how}: {reason(error)}")

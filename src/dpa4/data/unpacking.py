@@ -44,14 +44,10 @@ def open_binary(path: Path) -> Iterator[io.BufferedReader]:
 
     Reading raises a ValueError beyond ``unpacked_limit`` of the file's size.
     """
-    opener = _OPENERS.get(path.suffix.lower())
-    if opener is None:
-        with path.open("rb") as file:
-            yield file
-        return
-    with opener(path, "rb") as unpacked:
-        stream = _LimitedStream(unpacked, str(path), unpacked_limit(path.stat().st_size))
-        yield io.BufferedReader(stream, 2**20)
+    size, opener = path.stat().st_size, _OPENERS.get(path.suffix.lower())
+    limit = size if opener is None else unpacked_limit(size)
+    with (opener or open)(path, "rb") as file:
+        yield _BoundedReader(_LimitedStream(file, str(path), limit), 2**20)
 
 
 @contextmanager
@@ -100,7 +96,7 @@ def archive_members(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str
             if member.filename.endswith(suffixes):
                 with archive.open(member) as unpacked:
                     stream = _LimitedStream(unpacked, f"{path}, {member.filename}", left)
-                    yield member.filename, as_text(io.BufferedReader(stream, 2**20))
+                    yield member.filename, as_text(_BoundedReader(stream, 2**20))
                     left -= stream.tell()
 
 
@@ -121,11 +117,28 @@ def inflate(packed: bytes, limit: int) -> bytes:
     return value
 
 
+def reason(error: Exception) -> str:
+    """Message of an error in one line, preceded by the kind of error unless it is a ValueError."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 500 else text[:500] + "..."
+    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+
+
+class _BoundedReader(io.BufferedReader):
+    """Buffered reader that does not allocate more than its stream can have left, whatever size a file declares."""
+
+    raw: "_LimitedStream"
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = self.raw.limit - self.tell()
+        return super().read(size if size is None or size < 0 else min(size, max(left, 1)))
+
+
 class _LimitedStream(io.RawIOBase):
     """Binary stream of unpacked bytes, which raises a ValueError when more than ``limit`` bytes are read."""
 
     def __init__(self, unpacked: IO[bytes], name: str, limit: int):
-        self._unpacked, self.name, self._limit = unpacked, name, limit
+        self._unpacked, self.name, self.limit = unpacked, name, limit
 
     def readable(self) -> bool:
         return True
@@ -143,9 +156,9 @@ class _LimitedStream(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         data = self._unpacked.read(len(buffer))
-        if self.tell() > self._limit:
+        if self.tell() > self.limit:
             raise ValueError(
-                f"it unpacks to more than {self._limit:,} bytes, far more than structures do; if it is genuine, "
+                f"it unpacks to more than {self.limit:,} bytes, far more than structures do; if it is genuine, "
                 "unpack it and read the unpacked file"
             )
         buffer[: len(data)] = data
