@@ -101,6 +101,7 @@ def test_the_last_frame_alone(tmp_path):
         ('1\nLattice="1e9 0 0 0 5 0 0 0 5"\nH 0 0 0\n', r"frame 0: a cell vector has the component 1e\+09"),
         ('1\nLattice="5 0 0 0 5 0"\nH 0 0 0\n', "frame 0: it cannot be read: .*Lattice"),
         ("1\nstress=5 energy=2\nH 0 0 0\n", "frame 0: it cannot be read: .*stress"),
+        (f"1\n{'x' * 10**7}\nH 0 0 0\n", "frame 0: it cannot be read: its second line has 10,000,000 characters"),
         (TWO.replace("R:3", f"R:{10**9}"), "frame 0: it cannot be read: .* declares more than 100,000 columns"),
         (TWO + TWO.replace("Properties=species:S:1", "Properties=species:Q:1"), "frame 1: it cannot be read: .*: Q"),
     ],

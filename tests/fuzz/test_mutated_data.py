@@ -76,9 +76,7 @@ def test_compressed_extended_xyz(tmp_path):
         changed = mutated_bytes(rng, text)
         if rng.random() < 0.2:
             at = rng.randint(0, len(changed))
-            changed = (
-                changed[:at] + rng.choice((b" ", b"\n", b"1\n\nH 0 0 0\n", b"\0")) * 10**7 + changed[at:]
-            )
+            changed = changed[:at] + rng.choice((b" ", b"\n", b"9", b"\0")) * 10**6 + changed[at:]
         return gzip.compress(changed, 1)
 
     check(Target(file_maker("data.xyz.gz", content), read_frames, finite_labels), tmp_path, 93)

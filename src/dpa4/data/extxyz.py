@@ -21,6 +21,7 @@ from dpa4.data.unpacking import lines_of, reason
 # Hydrogen isotopes that files write as symbols of their own, and their masses in u (atomic mass evaluation 2020).
 ISOTOPES = {"D": 2.014101778, "T": 3.016049281}
 
+LONGEST_COMMENT = 2**23  # characters; ASE needs half a second for a million
 MOST_COLUMNS = 10**5  # in a line of an atom
 _DEFAULT_COLUMNS = "species:S:1:pos:R:3"
 _CELL_VECTOR = "VEC"  # lines VEC1 to VEC3 after the atoms: the cell in XYZ files of ADF
@@ -105,8 +106,13 @@ def _properties(comment: str) -> dict[str, Any]:
     """Parse the comment line; stress and virial may have six numbers, which ASE refuses.
 
     Raises:
-        ValueError: If there are more than ``MOST_COLUMNS`` columns: ASE prepares each of them before it reads a line.
+        ValueError: If the line is longer than ``LONGEST_COMMENT``, or there are more than ``MOST_COLUMNS`` columns:
+            ASE prepares each of them before it reads a line.
     """
+    if len(comment) > LONGEST_COMMENT:
+        raise ValueError(
+            f"its second line has {len(comment):,} characters; at most {LONGEST_COMMENT:,} are read"
+        )
     entries = key_val_str_to_dict(_TENSOR.sub(_nine_numbers, comment))
     columns = str(entries.get("Properties", _DEFAULT_COLUMNS))
     if sum(int(count[:20]) for count in columns.split(":")[2::3] if count.isdigit()) > MOST_COLUMNS:
