@@ -84,7 +84,7 @@ def read_atoms(path: Path, last: bool = False) -> Iterator[tuple[str, Atoms]]:
         yield from read_database(path, last)
     elif path.suffix == ".zip":
         yield from _read_archive(path, last)
-    elif path.stat().st_size:
+    else:
         yield from _read_file(path, last)
 
 
@@ -123,6 +123,8 @@ def _read_file(path: Path, last: bool) -> Iterator[tuple[str, Atoms]]:
     """Iterate over the structures of a file in a format of ASE, which may be compressed."""
     source, number = str(path), -1
     try:
+        if path.stat().st_size == 0:
+            return
         with open_binary(path) as file:
             name = _format_of(file, path)
         kind = ioformats[name]

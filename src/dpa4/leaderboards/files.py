@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from dpa4.data.unpacking import open_text
+from dpa4.data.unpacking import open_text, reason
 from dpa4.system import user_path
 
 
@@ -91,7 +91,7 @@ def open_published(path: Path) -> Iterator[TextIO]:
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, RecursionError) as error:
         if str(path) in str(error):
             raise
-        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} cannot be read: {reason(error)}") from error
 
 
 def read_json(path: Path) -> Any:
