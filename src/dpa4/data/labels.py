@@ -14,7 +14,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from numpy.typing import NDArray
 
 from dpa4.data.charge_spin import charge_spin_entries
-from dpa4.data.frame import Frame
+from dpa4.data.frame import Frame, check_structure
 
 # Entries of a label, in "results" of a calculator, "info" or "arrays". Entries of one group are the same quantity and
 # must agree; a later group is searched only if the groups before have no entry.
@@ -153,7 +153,7 @@ def warn_of_two_sources(path: Path, frames: Sequence[Frame], references: Sequenc
 
 
 def checked_frame(frame: Frame) -> Frame:
-    """Return the frame if it has atoms and all its numbers are finite.
+    """Return the frame if it has atoms of elements and all its numbers are finite and in range.
 
     Raises:
         ValueError: If not; the message names the frame and the problem.
@@ -166,6 +166,7 @@ def checked_frame(frame: Frame) -> Frame:
             where = np.argwhere(~np.isfinite(value))[0]
             row = f" of atom {where[0]}" if name in ("positions", "forces") else ""
             raise ValueError(f"{frame.origin}: {name}{row} not finite; correct or remove the structure")
+    check_structure(frame.atomic_numbers, frame.positions, frame.cell, frame.origin)
     return frame
 
 
@@ -310,7 +311,8 @@ def _numbers(value: Any, shape: tuple[int, ...], name: str, origin: str) -> NDAr
         return np.array(value, dtype=np.float64).reshape(shape)
     except (TypeError, ValueError):
         expected = f"numbers of shape {shape}" if shape else "a number"
-        raise ValueError(f"{name} of {origin} must be {expected}, got {value!r}") from None
+        got = " ".join(repr(value).split())[:200]
+        raise ValueError(f"{name} of {origin} must be {expected}, got {got}") from None
 
 
 def _virial(atoms: Atoms, name: str, value: Any, keys: LabelKeys, origin: str) -> NDArray[np.float64] | None:
