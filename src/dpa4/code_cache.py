@@ -57,12 +57,15 @@ def confine_inductor() -> None:
     """Move the cache of PyTorch's compiler into `folder`, unless the user has set TORCHINDUCTOR_CACHE_DIR.
 
     The compiler's own default is a folder of predictable name in the system's temporary folder. It reads the variable
-    whenever it opens its cache, and sets it to the default if it is absent.
+    whenever it opens its cache, and sets it to the default if it is absent. Call this function before the compiler is
+    imported, since that already reads a file of its cache.
     """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes a second to import
+    if chosen := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder() / "inductor")
+        if os.path.abspath(chosen) != default_cache_dir():
+            return
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder() / "inductor")
 
 
 def read(file: Path) -> bytes | None:

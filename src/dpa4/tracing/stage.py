@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch._inductor
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from dpa4 import code_cache
+
+code_cache.confine_inductor()  # before functions import the compiler, which opens its cache at once
 
 Function = Callable[..., Sequence[Tensor]]
 
@@ -141,7 +142,8 @@ class _OpRecorder:
 
 def compile_recipe(recipe: Recipe) -> Any:
     """Compile a stage to a ``CompiledArtifact`` of the compiler."""
-    code_cache.confine_inductor()
+    import torch._inductor
+
     graph = fx.GraphModule({}, graph_of(recipe))
     mode = FakeTensorMode(shape_env=ShapeEnv())
     sizes = symbolic_sizes(mode, recipe.sizes)
@@ -166,9 +168,10 @@ def compile_to_file(recipe: Recipe, file: Path) -> Function:
 
 def _loaded(file: Path) -> Function | None:
     """Load compiled code from a file; None if that is impossible."""
+    import torch._inductor
+
     if code_cache.read(file) is None:
         return None
-    code_cache.confine_inductor()
     try:
         function: Function = torch._inductor.CompiledArtifact.load(path=str(file), format="binary")
     except Exception as error:  # written by another version

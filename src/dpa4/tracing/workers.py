@@ -43,7 +43,6 @@ class WorkerPool:
     def start(self) -> None:
         """Start the processes unless they are running."""
         if not self.workers:
-            code_cache.confine_inductor()  # the processes inherit the setting
             self.workers += [_Worker(processors() // self.processes) for _ in range(self.processes)]
             self.threads += [
                 threading.Thread(target=w.work, args=(self.tasks,), daemon=True) for w in self.workers
