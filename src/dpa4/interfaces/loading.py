@@ -10,6 +10,7 @@ from ase import Atoms
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import load_potential
 from dpa4.potential.precision import Precision
+from dpa4.system import own_settings
 
 Model = str | Path | Potential
 """Checkpoint file or potential."""
@@ -18,6 +19,7 @@ INFO_KEYS = ("charge", "spin")
 """Keys of ``atoms.info`` with the total charge (e) and the multiplicity 2S + 1."""
 
 
+@own_settings
 def load_model(
     model: Model, device: torch.device, dtype: str, precision: Precision, branch: str | None
 ) -> Potential:

@@ -27,6 +27,7 @@ from dpa4.potential.deepmd.options import first_problem
 from dpa4.potential.deepmd.reader import read_deepmd
 from dpa4.potential.deepmd.writer import export_deepmd
 from dpa4.potential.potential import Potential
+from dpa4.system import float32_by_default, own_settings
 
 FORMAT = "dpa4"
 FORMAT_VERSION = 1
@@ -47,6 +48,7 @@ class Checkpoint:
     coverage: Coverage | None = None  # of the training data, if the file contains it
 
 
+@own_settings
 def save_potential(
     potential: Potential, path: str | Path, provenance: Mapping[str, str] | None = None
 ) -> None:
@@ -94,6 +96,8 @@ def add_coverage(path: Path, coverage: Coverage) -> None:
             save_file(tensors, temporary, metadata | {"coverage": coverage.to_json()})
 
 
+@own_settings
+@float32_by_default()
 def load_potential(
     path: str | Path,
     *,
@@ -122,6 +126,8 @@ def load_potential(
     return _assemble(path, stored, dtype or stored.dtype).to(device)
 
 
+@own_settings
+@float32_by_default()
 def convert(source: str | Path, target: str | Path, branch: str | None = None) -> None:
     """Convert a checkpoint to the format given by the suffix of ``target``: .safetensors, or .pt for deepmd-kit.
 
@@ -142,6 +148,8 @@ def convert(source: str | Path, target: str | Path, branch: str | None = None) -
         save_potential(potential, target, stored.provenance | parent)
 
 
+@own_settings
+@float32_by_default()
 def read_checkpoint(path: str | Path, branch: str | None = None) -> Checkpoint:
     """Read a native or deepmd-kit checkpoint; arguments and errors as in `load_potential`."""
     path = Path(path)

@@ -14,8 +14,10 @@ from rich.progress import track
 from dpa4.data import EpochBatches, FrameDataset, check_charge_spin, check_elements, frame_from_atoms
 from dpa4.output import atomic_write
 from dpa4.potential.potential import Potential
+from dpa4.system import own_settings
 
 
+@own_settings
 def embeddings(
     potential: Potential, structures: Sequence[Atoms], *, max_atoms: int = 2000, progress: bool = False
 ) -> list[NDArray[Any]]:

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from dpa4 import code_cache
 from dpa4.ops import second_order
 from dpa4.ops.second_order import Maybe
+from dpa4.system import float32_by_default
 from dpa4.tracing.sizes import COUNTED, INDEX_LIMIT, MIN_SIZE
 from dpa4.tracing.stage import ONE_AT_A_TIME, Function, Stage
 from dpa4.tracing.trace import Kind, Trace, from_structure, trace
@@ -98,7 +99,7 @@ def _surroundings(device: torch.device) -> list[Any]:
         machine: list[Any] = [torch.cuda.get_device_name(device)]
     else:
         machine = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
-    return [torch.__version__, torch.get_default_dtype(), *machine, _digest_of_sources()]
+    return [torch.__version__, *machine, _digest_of_sources()]
 
 
 @cache
@@ -276,7 +277,8 @@ class _Program:
     ) -> Trace:
         """Read the trace from a folder of the cache, or trace the function and store the trace there."""
         file = folder and folder / "trace.json"
-        with ONE_AT_A_TIME, code_cache.locked(file) if file else nullcontext():
+        lock = code_cache.locked(file) if file else nullcontext()
+        with ONE_AT_A_TIME, float32_by_default(), lock:
             if file is not None and (stored := Trace.read(file)) is not None:
                 return stored
             self.code.before_trace()

@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from dpa4 import code_cache
+from dpa4.system import float32_by_default
 
 code_cache.confine_inductor()  # before functions import the compiler, which opens its cache at once
 
@@ -204,7 +205,7 @@ class Stage:
 
     def compile(self) -> Function:
         """Load the compiled code from its file, or compile it."""
-        with ONE_AT_A_TIME:
+        with ONE_AT_A_TIME, float32_by_default():
             if self.file is None:
                 return compile_recipe(self.recipe)
             with code_cache.locked(self.file):

@@ -18,6 +18,7 @@ from rich.table import Column, Table
 from dpa4.data import Batch, EpochBatches, Frame, FrameDataset, check_elements
 from dpa4.output import write_csv
 from dpa4.potential import Potential
+from dpa4.system import own_settings
 from dpa4.training.plots import plot_parity
 
 TOTAL = "all"
@@ -91,6 +92,7 @@ class ErrorTable(NamedTuple):
         path.write_text(text, encoding="utf-8")
 
 
+@own_settings
 def predict(potential: Potential, batches: Iterable[Batch]) -> list[FramePrediction]:
     """Predict energy, forces and virial of every structure, in the order of the batches.
 
@@ -154,6 +156,7 @@ def error_table(frames: Sequence[Frame], predictions: Sequence[FramePrediction])
     return ErrorTable(tuple(rows))
 
 
+@own_settings
 def evaluate(
     potential: Potential,
     frames: Sequence[Frame],

@@ -15,7 +15,7 @@ from dpa4.data import Batch
 from dpa4.execution.limits import compiles_by_default
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import save_potential
-from dpa4.system import keep_freed_memory, stop_requests
+from dpa4.system import float32_by_default, keep_freed_memory, own_settings, stop_requests
 from dpa4.training.coverage import RunCoverage
 from dpa4.training.ema import MovingAverage
 from dpa4.training.evaluation import error_table, predict
@@ -39,6 +39,9 @@ _TARGETS = {"energy": "energy per atom", "forces": "forces", "virial": "virial p
 _COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds")
 
 
+@own_settings
+@float32_by_default()
+@torch.enable_grad()
 def train(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Path:
     """Train a potential.
 
