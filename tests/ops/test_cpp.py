@@ -233,3 +233,78 @@ def test_operators_do_not_look_for_the_compiler_again(monkeypatch):
 def test_other_types_and_widths_run_plainly():
     assert not available.cpp(16, torch.zeros(1, dtype=torch.bfloat16))
     assert not available.cpp(24, torch.zeros(1))
+
+
+def calls():
+    """Arguments of every operator with a kernel, in float32; indices are valid with one row less."""
+    torch.manual_seed(0)
+    index, order = torch.tensor([0, 1, 1, 2, 2]), torch.tensor([4, 2, 0, 1, 3])
+    offsets = torch.tensor([0, 1, 3, 5, 5])
+    a, x, g = torch.randn(5, 2, 3, 4), torch.randn(4, 4, 32), torch.randn(5, 3, 32)
+    terms = torch.randint(0, 2, (3, 7), dtype=torch.int32)
+    yield "edge_matmul", (a, x, index)
+    yield "scatter_matmul", (a, g, torch.tensor([1, 2, 1, 2, 0]), order, offsets)
+    yield "scatter_matmul", (a, g, index, None, offsets)
+    yield "edge_outer", (g, x, index, 2)
+    yield "bilinear", (torch.randn(5, 4, 16), torch.randn(5, 3, 16), terms, torch.randn(7), 0, 1, 2, 3)
+    features = [torch.randn(1, 5, 4 * 16) for _ in range(12)]
+    zero, one = torch.randn(1, 32, 32), torch.randn(2, 1, 16, 16)
+    odd = torch.cat([torch.cat([one[0], one[1]], 2), torch.cat([-one[1], one[0]], 2)], 1)
+    stack = [zero, odd] * 2, [torch.randn(1, 16, 16)], [], 1, 1
+    y, u, z = torch.ops.dpa4.so2_value(features[0], *stack, True)
+    yield "so2_value", (features[0], *stack, True)
+    yield "so2_vjp", (features[1], [u], *stack, True)
+    yield "so2_tangent", (features[2], [u], *stack)
+    yield "so2_joint", (
+        y, [features[0], z], [u], features[3:5], features[5:7], features[7:8], *stack,
+    )  # fmt: skip
+
+
+def variants(t: torch.Tensor):
+    """Tensors of other dtypes, sizes and strides."""
+    other = [torch.int32, torch.int64] if not t.is_floating_point() else [torch.float64, torch.bfloat16]
+    yield from (t.to(dtype) for dtype in other if dtype != t.dtype)
+    for axis, size in enumerate(t.shape):
+        yield t.narrow(axis, 0, size - 1).contiguous()
+        yield t.repeat_interleave(2, axis)[
+            (slice(None),) * axis + (slice(None, None, 2),)
+        ]  # the same entries
+    yield t[None]
+
+
+def changed(arguments: tuple):
+    """Arguments with one tensor replaced by each of its variants, or missing from its list."""
+    for i, argument in enumerate(arguments):
+        if isinstance(argument, torch.Tensor):
+            yield from ((*arguments[:i], t, *arguments[i + 1 :]) for t in variants(argument))
+        elif isinstance(argument, list):
+            for k, t in enumerate(argument):
+                lists = [[*argument[:k], v, *argument[k + 1 :]] for v in variants(t)]
+                for own in (*lists, argument[:k] + argument[k + 1 :]):
+                    yield *arguments[:i], own, *arguments[i + 1 :]
+
+
+@needs_cpp
+@pytest.mark.parametrize("number", range(9))
+def test_wrong_operands_are_refused_and_all_others_agree_with_plain_operations(number, monkeypatch):
+    """C++ receives bare addresses: a tensor of another dtype, size or layout would end the process or give noise."""
+    (name, arguments) = [*calls()][number]
+    run, refused = getattr(torch.ops.dpa4, name), 0
+    for own in (arguments, *changed(arguments)):
+        if name == "scatter_matmul" and own[2] is not arguments[2]:
+            continue  # the kernel has no use for the index
+        try:
+            found = run(*own)
+        except (ValueError, RuntimeError, IndexError, TypeError) as error:
+            refused += isinstance(error, ValueError) and "needs" in str(error)
+            assert own is not arguments
+            continue
+        with monkeypatch.context() as plainly:
+            plainly.setattr(available, "_on_cpu", lambda *_: False)
+            expected = run(*own)
+        if isinstance(
+            found, list
+        ):  # gradients of matrices, which come second, agree in their projection only
+            found, expected = found[0], expected[0]
+        assert deviation(found, expected) < 1e-4
+    assert refused > 5

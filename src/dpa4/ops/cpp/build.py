@@ -18,12 +18,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from dpa4 import code_cache
+from dpa4.ops.operands import Operand, check
 
 _FOLDER = Path(__file__).parent
 _ARCHITECTURES = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
@@ -36,6 +35,8 @@ _SOURCES = {
 TIME_LIMIT = 300.0
 """Longest run of the compiler in seconds; it takes about 10 s per file."""
 _NAMES = {torch.float32: "float", torch.float64: "double"}  # suffix of a function by dtype
+
+_CPU = torch.device("cpu")
 
 _LOG = logging.getLogger(__name__)
 _LOCK = threading.RLock()
@@ -86,33 +87,45 @@ def function(source: str, name: str, dtype: torch.dtype) -> Callable[..., None]:
     return found
 
 
+Argument = Operand | Sequence[Operand] | None
+"""Tensor, list of tensors, or nothing; C++ receives an address, an array of addresses, or a null pointer."""
+
+
 def call(
-    source: str, name: str, dtype: torch.dtype, sizes: ctypes.Structure, arguments: Sequence[Any]
+    source: str, name: str, dtype: torch.dtype, sizes: ctypes.Structure, arguments: Sequence[Argument]
 ) -> None:
-    """Call a function of a source file.
+    """Call a function of a source file, after checking all tensors.
 
     Args:
         source: Name of the source file.
         name: Name of the function without its suffix for the dtype.
         dtype: float32 or float64.
-        sizes: Structure that the function receives first, by address.
-        arguments: Contiguous tensors, lists of contiguous tensors, or None; passed by address.
+        sizes: Structure that the function receives first, by address. Tensors must have the sizes that it states.
+        arguments: Operands; None only where the function accepts a null pointer.
+
+    Raises:
+        ValueError: If an operand is not as described, see `dpa4.ops.operands.check`.
     """
-    addresses = [pointers(a) if isinstance(a, list) else _pointer(a) for a in arguments]
+    addresses = [pointer(name, argument) for argument in arguments]
     function(source, name, dtype)(ctypes.byref(sizes), *addresses)
 
 
-def _pointer(t: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if t is None else t.data_ptr())
-
-
-def pointers(tensors: Sequence[Tensor]) -> ctypes.c_void_p:
-    """Pointer to an array of the tensors' addresses, or a null pointer if there are no tensors.
+def pointer(kernel: str, argument: Argument) -> ctypes.c_void_p:
+    """Check an argument; return its address, that of an array of addresses, or a null pointer if there is no tensor.
 
     The returned object keeps the array alive, but not the tensors.
+
+    Raises:
+        ValueError: If an operand is not as described, see `dpa4.ops.operands.check`.
     """
-    array = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
-    return ctypes.cast(array, ctypes.c_void_p) if tensors else ctypes.c_void_p()
+    if not argument:
+        return ctypes.c_void_p()
+    if isinstance(argument, Operand):
+        check(kernel, _CPU, (argument,))
+        return ctypes.c_void_p(argument.tensor.data_ptr())
+    check(kernel, _CPU, argument)
+    array = (ctypes.c_void_p * len(argument))(*(operand.tensor.data_ptr() for operand in argument))
+    return ctypes.cast(array, ctypes.c_void_p)
 
 
 def _architecture() -> str | None:
