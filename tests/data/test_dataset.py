@@ -12,7 +12,15 @@ from ase.build import bulk, molecule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpa4.data import Batch, EpochBatches, Frame, FrameDataset, frame_from_atoms, read_frames
+from dpa4.data import (
+    Batch,
+    EpochBatches,
+    Frame,
+    FrameDataset,
+    charges_and_spins,
+    frame_from_atoms,
+    read_frames,
+)
 from dpa4.data.dataset import Budget, pack
 from dpa4.graph import build_graph
 from helpers import SHARED
@@ -51,7 +59,8 @@ def test_batch_holds_graphs_and_labels():
     copper.info |= {"charge": 1, "spin": 2, "config_weight": 3.0}
     chlorine.info["energy"] = 0.0
     chlorine.arrays["forces"] = rng.normal(size=(2, 3))
-    dataset = FrameDataset([frame_from_atoms(a) for a in (water, copper, chlorine)], CUTOFF)
+    frames = [frame_from_atoms(a) for a in (water, copper, chlorine)]
+    dataset = FrameDataset(frames, CUTOFF, charges_and_spins(frames, True, (0, 1)))
     batch = dataset.batch([1, 2, 0])
     assert batch.has_energy.tolist() == [False, True, True]
     assert batch.has_forces.tolist() == [True, True, False]
@@ -74,7 +83,8 @@ def test_batch_holds_graphs_and_labels():
 
 def test_default_charge_and_multiplicity():
     frame = frame_from_atoms(molecule("O2"))
-    assert FrameDataset([frame], CUTOFF, (0, 3)).graph(0).charge_spin.tolist() == [[0, 3]]
+    pairs = charges_and_spins([frame], True, (0, 3))
+    assert FrameDataset([frame], CUTOFF, pairs).graph(0).charge_spin.tolist() == [[0, 3]]
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 700, 10**9])

@@ -69,7 +69,7 @@ def test_extxyz(tmp_path):
         assert_frame(frame, atoms)
     assert [f.group for f in frames] == ["train", "bulk", "train"]
     assert [f.weight for f in frames] == [1.0, 2.5, 1.0]
-    assert [f.charge_spin for f in frames] == [None, (1, 2), None]
+    assert [f.charge_spin for f in frames] == [{}, {"charge": 1, "spin": 2}, {}]
     assert frames[2].origin == f"{tmp_path / 'train.xyz'}, frame 2"
 
 
@@ -89,7 +89,7 @@ def test_ase_files(tmp_path, name):
     for frame, atoms in zip(frames, images, strict=True):
         assert_frame(frame, atoms)
         assert frame.group == ("set" if name == "set.traj" else "known")
-        assert frame.charge_spin == (None if name == "set.traj" else (2, 3))
+        assert frame.charge_spin == ({} if name == "set.traj" else {"charge": 2, "spin": 3})
 
 
 def test_aselmdb_shards(tmp_path):
@@ -181,7 +181,7 @@ def test_deepmd_parent_nopbc_and_charge(tmp_path):
     assert_frame(frames[0], copper(5), 1e-5)
     assert_frame(frames[1], water(0), 1e-12)
     assert_frame(frames[2], water(1), 1e-12)
-    assert [f.charge_spin for f in frames] == [None, (0, 1), (-1, 2)]
+    assert [f.charge_spin for f in frames] == [{}, {"charge": 0, "spin": 1}, {"charge": -1, "spin": 2}]
 
 
 def test_deepmd_single_frame_arrays_may_be_flat(tmp_path):
@@ -248,10 +248,6 @@ def _not_finite(system: Path) -> None:
     np.save(system / "set.000/energy.npy", [np.inf])
 
 
-def _bad_multiplicity(system: Path) -> None:
-    np.save(system / "set.000/charge_spin.npy", [[0, 0]])
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -263,10 +259,6 @@ def _bad_multiplicity(system: Path) -> None:
         (_no_set, "cu has type.raw but no set"),
         (_wrong_shape, r"force.npy has shape \(1, 9\), which does not match \(1, 4, 3\)"),
         (_not_finite, "set.000, frame 0: energy not finite"),
-        (
-            _bad_multiplicity,
-            r"spin of .*frame 0 must be the multiplicity 2S \+ 1 >= 1, a whole number, got 0",
-        ),
     ],
 )
 def test_deepmd_errors(tmp_path, damage, message):
@@ -277,29 +269,6 @@ def test_deepmd_errors(tmp_path, damage, message):
 
 
 # Labels
-
-
-def test_order_of_the_search():
-    """Calculator results come first, then REF_*, then plain names."""
-    atoms = molecule("H2O")
-    atoms.info["energy"], atoms.arrays["forces"] = 1.0, np.full((3, 3), 1.0)
-    assert frame_from_atoms(atoms).energy == 1.0
-    atoms.info["REF_energy"], atoms.arrays["REF_forces"] = 2.0, np.full((3, 3), 2.0)
-    frame = frame_from_atoms(atoms)
-    assert (frame.energy, frame.forces[0, 0]) == (2.0, 2.0)
-    atoms.calc = SinglePointCalculator(atoms, energy=3.0, forces=np.full((3, 3), 3.0))
-    frame = frame_from_atoms(atoms)
-    assert (frame.energy, frame.forces[0, 0]) == (3.0, 3.0)
-
-
-def test_order_of_the_search_for_stress():
-    atoms = bulk("Cu", cubic=True)
-    for k, key in enumerate(["virials", "virial", "stress", "REF_virials", "REF_virial", "REF_stress"]):
-        atoms.info[key] = np.full(6, k + 1.0)
-        scale = -atoms.get_volume() if "stress" in key else 1
-        assert frame_from_atoms(atoms).virial[0, 0] == pytest.approx((k + 1) * scale), key
-    atoms.calc = SinglePointCalculator(atoms, stress=np.full(6, 9.0))
-    assert frame_from_atoms(atoms).virial[0, 0] == pytest.approx(-9 * atoms.get_volume())
 
 
 def test_energy_before_free_energy():
@@ -390,14 +359,6 @@ def test_named_keys_survive_the_file(tmp_path):
         read_frames(tmp_path / "b.xyz", LabelKeys(energy="dft_energy"))
 
 
-def test_charge_or_spin_alone():
-    atoms = molecule("H2O")
-    atoms.info["charge"] = -1.0
-    assert frame_from_atoms(atoms).charge_spin == (-1, 1)
-    atoms.info = {"spin": np.int64(3)}
-    assert frame_from_atoms(atoms).charge_spin == (0, 3)
-
-
 @pytest.mark.parametrize(
     ("info", "message"),
     [
@@ -410,12 +371,15 @@ def test_charge_or_spin_alone():
             r"stress of train.xyz, frame 12 must have 6 or 9 numbers, got shape \(5,\)",
         ),
         ({"stress": np.ones(6)}, "stress of train.xyz, frame 12 needs a cell with a volume"),
+        ({"config_weight": -1}, "config_weight of train.xyz, frame 12 must be a finite number >= 0, got -1"),
         (
-            {"charge": 0.5},
-            "charge of train.xyz, frame 12 must be the total charge in e, a whole number, got 0.5",
+            {"config_weight": np.nan},
+            "config_weight of train.xyz, frame 12 must be a finite number >= 0, got nan",
         ),
-        ({"spin": 0}, r"spin of train.xyz, frame 12 must be the multiplicity 2S \+ 1 >= 1"),
-        ({"config_weight": -1}, "config_weight of train.xyz, frame 12 must not be negative, got -1"),
+        (
+            {"config_weight": np.inf},
+            "config_weight of train.xyz, frame 12 must be a finite number >= 0, got inf",
+        ),
     ],
 )
 def test_label_errors(info, message):

@@ -11,15 +11,17 @@ from rich.console import Console
 
 from dpa4.data import (
     Frame,
-    check_charge_spin,
     check_elements,
     check_labels,
+    check_trained,
     frame_from_atoms,
     is_isolated_atom,
     label_counts,
     read_frames,
     reference_energies,
     summarize,
+    undetermined_elements,
+    undetermined_text,
     without_isolated_atoms,
 )
 from helpers import SHARED
@@ -94,6 +96,27 @@ def test_least_squares_of_one_composition_is_the_minimum_norm():
     assert found == pytest.approx({"O": -93.6, "H": -187.2}, abs=1e-9)
 
 
+def test_energies_that_the_data_do_not_determine():
+    """The counts of acetylacetone determine one sum, those of water and hydrogen both elements."""
+    elements = ["H", "C", "O"]
+    acac = [frame("C5H8O2", -9000.0), frame("C5H8O2", -9001.0)]
+    assert undetermined_elements("auto", acac, elements) == elements
+    assert undetermined_elements("least_squares", MOLECULES, elements) == []
+    assert undetermined_elements("auto", [total("H2O"), total("H2")], ["H", "O"]) == []
+    assert undetermined_elements("auto", [total("H2O"), total("CO2"), total("H4O2")], elements) == elements
+    assert undetermined_elements("auto", [total("H2"), frame("CO", -1.0)], elements) == ["C", "O"]
+    assert undetermined_elements("auto", MOLECULES, [*elements, "N"]) == ["N"]
+    assert undetermined_elements("auto", [frame("CO")], ["C", "O"]) == ["C", "O"]  # no energy at all
+    # Known energies of free atoms, or a map, leave nothing open.
+    assert undetermined_elements("auto", [*FREE_ATOMS, *acac], elements) == []
+    assert undetermined_elements("isolated", [*FREE_ATOMS, *acac], elements) == []
+    assert undetermined_elements(ENERGIES, acac, elements) == []
+    # Free atoms of some elements do not enter a fit.
+    assert undetermined_elements("auto", [*FREE_ATOMS[:2], *acac], elements) == elements
+    text = undetermined_text(["H", "C"])
+    assert text.startswith("the reference energies of H, C are arbitrary") and "IsolatedAtom" in text
+
+
 def test_least_squares_ignores_free_atoms_and_missing_energies():
     frames = [frame("H", 1e6), frame("O2"), *MOLECULES]
     assert reference_energies("least_squares", frames, ["H", "C", "O"]) == pytest.approx(ENERGIES, abs=1e-9)
@@ -151,10 +174,22 @@ def test_check_labels():
     frames = labelled_frames()
     check_labels(frames, {"energy": 1.0, "forces": 20.0, "virial": 0.0})
     message = (
-        r"training.virial_weight = 5, but no structure has a label for virial \(found energy 2/3, forces 1/3"
+        r"training.virial_weight = 5, but no training structure has a label for virial "
+        r"\(found energy 2/3, forces 1/3"
     )
     with pytest.raises(ValueError, match=message):
         check_labels(frames, {"energy": 1.0, "forces": 20.0, "virial": 5.0})
+    with pytest.raises(
+        ValueError, match="forces_weight = 2, but no validation structure has a label for forces"
+    ):
+        check_labels(frames[1:], {"energy": 1.0, "forces": 2.0, "virial": 0.0}, "validation")
+
+
+def test_elements_of_the_validation_data_must_be_trained():
+    check_trained([total("CO2")], MOLECULES)
+    message = "element N of val.xyz, frame 3 is in the validation data, but in no structure to train on"
+    with pytest.raises(ValueError, match=message):
+        check_trained([total("CO2"), frame("NH3", origin="val.xyz, frame 3")], MOLECULES)
 
 
 def test_check_elements():
@@ -163,10 +198,3 @@ def test_check_elements():
     message = r"element Pu \(94\) of train.xyz, frame 12 is not in model.elements \['H', 'O'\]; retrain"
     with pytest.raises(ValueError, match=message):
         check_elements([MOLECULES[0], strange], ["H", "O"])
-
-
-def test_check_charge_spin():
-    charged = frame("OH", charge=-1, origin="b.xyz, frame 0")
-    check_charge_spin([charged])
-    with pytest.raises(ValueError, match="a.xyz, frame 0 has no charge and spin multiplicity"):
-        check_charge_spin([charged, MOLECULES[0]])

@@ -1,5 +1,6 @@
 """The ASE calculator: exact derivatives, every result, committee, cache, Verlet skin, limits and errors."""
 
+import warnings
 from functools import cache
 
 import numpy as np
@@ -150,21 +151,37 @@ def test_charge_and_spin_must_be_known():
     with pytest.raises(ValueError, match=r"without a default; set atoms.info\['charge'\]"):
         atoms.get_potential_energy()
     atoms.info = {"charge": 0.5, "spin": 1}
-    with pytest.raises(ValueError, match=r"whole numbers, got charge 0.5, spin 1"):
+    with pytest.raises(ValueError, match=r"charge must be a whole number, the total charge in e; got 0.5"):
         atoms.get_potential_energy()
     atoms.info = {"charge": 1000, "spin": 1}
     with pytest.raises(ValueError, match="charge must be in"):
         atoms.get_potential_energy()
 
 
-@pytest.mark.parametrize("charge", ["1", None, float("nan"), float("inf"), np.array([1])], ids=repr)
+@pytest.mark.parametrize("charge", ["one", float("nan"), float("inf"), np.array([1, 2])], ids=repr)
 def test_a_charge_that_is_no_number(charge):
     atoms = attach(molecule(), random_potential(charge_spin=True))
     atoms.info = {"charge": charge, "spin": 1}
-    with pytest.raises(ValueError, match="charge and spin .* must be whole numbers, got charge"):
+    with pytest.raises(ValueError, match="charge must be "):
         atoms.get_potential_energy()
     atoms.info = {"charge": np.float32(1), "spin": np.int64(2)}
     assert np.isfinite(atoms.get_potential_energy())
+
+
+def test_all_names_of_charge_and_spin_are_read():
+    atoms = attach(molecule(), random_potential(**CHARGED))
+    calls = count_calls(atoms.calc)
+    energies = []
+    for info in ({}, {"charge": 1, "spin": 2}, {"total_charge": np.array([1]), "multiplicity": 1.9999999}):
+        atoms.info = info
+        energies.append(atoms.get_potential_energy())
+    assert energies[1] == energies[2] != energies[0] and len(calls) == 3
+    atoms.info = {"charge": 1, "spin": 2, "net_charge": 1}
+    with pytest.warns(UserWarning, match="atoms.info: not used, .*: net_charge; a total charge"):
+        atoms.calc.calculate(atoms)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        atoms.calc.calculate(atoms)
 
 
 def test_charge_is_ignored_by_a_model_without_it():

@@ -143,8 +143,13 @@ def test_charge_and_spin():
         atoms.calc = calculator
         assert results["energy"][index].item() == pytest.approx(atoms.get_potential_energy(), abs=1e-12)
     system.total_charge = torch.tensor([0.5, 0.0])
-    with pytest.raises(ValueError, match=r"must be whole numbers, got charge \[0.5, 0.0\]"):
+    with pytest.raises(ValueError, match=r"total_charge must be a whole number, .* got \[0.5, 0.0\]"):
         own(system)
+    system.total_charge, system.charge = torch.tensor([1.0000000002, -1]), torch.tensor([1, 0])
+    with pytest.raises(ValueError, match="the extras charge, total_charge of the state disagree; remove all"):
+        own(system)
+    system.charge, system.mult = None, system.total_spin
+    assert torch.equal(own(system)["energy"], results["energy"])
     own.charge_spin = (-1, 4)
     assert own(state([second], own))["energy"].item() == pytest.approx(results["energy"][1].item(), abs=1e-12)
 

@@ -224,7 +224,7 @@ def test_refusals(tmp_path, monkeypatch):
     charged = bulk("Cu")
     charged.info["charge"] = 1
     with pytest.raises(ValueError, match="phonons need an uncharged crystal with spin 1"):
-        run(charged, EMT(), tmp_path)
+        run(charged, DPA4Calculator(random_potential(elements=("Cu", "H", "C"), charge_spin=True)), tmp_path)
     monkeypatch.setitem(sys.modules, "seekpath", None)
     with pytest.raises(ImportError, match=r"seekpath is not installed; pip install 'dpa4\[phonon\]'"):
         run(bulk("Cu"), EMT(), tmp_path)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpa4.data import Frame
+from dpa4.data import Frame, read_frames
 from dpa4.training.evaluation import ErrorTable, FramePrediction, error_table, evaluate, predict
 from helpers import crystal, molecule, random_potential
 
@@ -134,7 +134,7 @@ def test_predictions_are_written_beside_the_labels(potential, tmp_path):
         frame_of(
             crystal(2), "solid", {"energy": 1.5, "forces": perfect.forces + 1, "virial": perfect.virial + 1}
         ),
-        frame_of(molecule(1), charge_spin=(1, 2)),
+        frame_of(molecule(1), charge_spin={"charge": 1, "spin": 2}),
     ]
     evaluate(potential, frames, output=tmp_path)
     solid, gas = ase.io.read(tmp_path / "predictions.xyz", ":")
@@ -186,3 +186,25 @@ def test_elements_outside_the_model(potential):
     gold.numbers[0] = 79
     with pytest.raises(ValueError, match=r"Au \(79\)"):
         evaluate(potential, [frame_of(gold)])
+
+
+def test_predictions_are_never_taken_for_labels(potential, tmp_path):
+    """Evaluated again, the file with predictions has the same errors, and none where there were no labels."""
+    frames = [
+        frame_of(crystal(2), "solid", {"energy": 1.5, "forces": np.ones((6, 3)), "virial": np.eye(3)}),
+        frame_of(molecule(1), "gas", {"energy": -3.0}),
+        frame_of(molecule(2), "nothing", charge_spin={"charge": 1, "spin": 2}),
+    ]
+    first = evaluate(potential, frames, output=tmp_path / "first")
+    again = read_frames(tmp_path / "first" / "predictions.xyz")
+    assert [frame.forces is None for frame in again] == [False, True, True]
+    second = evaluate(potential, again, output=tmp_path / "second")
+    assert [row[:4] for row in second.rows] == [row[:4] for row in first.rows]
+    assert min(row.maximum for row in second.rows) > 1
+    for one, two in zip(first.rows, second.rows, strict=True):
+        assert two[4:] == pytest.approx(one[4:], rel=1e-6, abs=1e-4)
+    # The labels of a new calculation on the same structures count.
+    images = ase.io.read(tmp_path / "first" / "predictions.xyz", ":")
+    images[2].calc.results["energy"] = 7.0
+    ase.io.write(tmp_path / "new.xyz", images, format="extxyz")
+    assert [frame.energy for frame in read_frames(tmp_path / "new.xyz")] == [1.5, -3.0, 7.0]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import ase.io
@@ -128,8 +129,21 @@ def test_a_validation_file_is_used_whole(argon_file, tmp_path):
     assert table.row("forces").mae == pytest.approx(float(row["forces_mae"]), rel=1e-5)
 
 
-def test_early_stop(argon_file, tmp_path, monkeypatch):
+def test_an_absent_error_is_not_zero(argon_file, tmp_path, monkeypatch):
+    """Without one of its errors there is no score, and NaN is never the best; averages of the log leave it out."""
     table = ErrorTable((ErrorRow("all", "forces", "meV/Å", 3, 1.0, 1.0, 1.0),))
+    monkeypatch.setattr(trainer_module, "error_table", lambda *_: table)
+    folder = tmp_path / "run"
+    run(argon_file, folder, steps=6, validation_interval=2, batch_size=1, log_interval=1, patience=3)
+    assert [(r["score"], r["best"]) for r in read_csv(folder / "valid.csv")] == [("nan", "0")] * 3
+    assert not (folder / "best.safetensors").exists()
+    virial = [r["virial"] for r in read_csv(folder / "train.csv")]
+    assert "" in virial and all(float(v) > 0 for v in virial if v)  # the clusters have no virial
+
+
+def test_early_stop(argon_file, tmp_path, monkeypatch):
+    quantities = ("energy per atom", "forces", "virial per atom")
+    table = ErrorTable(tuple(ErrorRow("all", name, "meV", 3, 1.0, 1.0, 1.0) for name in quantities))
     monkeypatch.setattr(trainer_module, "error_table", lambda *_: table)
     _, text = run(argon_file, tmp_path / "run", steps=40, validation_interval=2, patience=3)
     rows = read_csv(tmp_path / "run" / "valid.csv")
@@ -320,7 +334,7 @@ def test_a_weighted_target_without_labels(argon_file, tmp_path):
     path = tmp_path / "nostress.xyz"
     ase.io.write(path, images)
     with pytest.raises(
-        ValueError, match=r"training\.virial_weight = 3, but no structure has a label for virial"
+        ValueError, match=r"training\.virial_weight = 3, but no training structure has a label for virial"
     ):
         run(path, tmp_path / "run", virial_weight=3)
     _, text = run(path, tmp_path / "run", steps=1)
@@ -345,6 +359,26 @@ def test_a_split_that_leaves_nothing(argon_file):
 
 
 # --- parts
+
+
+def test_split_leaves_what_training_needs(argon_file):
+    """One structure with an element or label of its own is trained on; both parts have every label if possible."""
+    frames = read_frames(argon_file)
+    clusters = [frame for frame in frames if frame.virial is None]
+    crystals = [frame for frame in frames if frame.virial is not None]
+    for seed in range(10):
+        krypton = replace(clusters[0], atomic_numbers=clusters[0].atomic_numbers * 2)
+        a, b = split([*clusters, krypton, *crystals[:2]], 0.2, seed, ["energy", "virial"])
+        assert sum(frame is krypton for frame in a) == 1
+        assert (
+            sum(frame.virial is not None for frame in a) == sum(frame.virial is not None for frame in b) == 1
+        )
+    message = "cannot be split: training needs every structure with a label for virial"
+    with pytest.raises(ValueError, match=message):
+        split([*clusters, crystals[0]], 0.2, 0, ["energy", "virial"])
+    elements = [replace(frame, atomic_numbers=frame.atomic_numbers + k) for k, frame in enumerate(clusters)]
+    with pytest.raises(ValueError, match="cannot be split: training needs every structure, because"):
+        split(elements, 0.2, 0)
 
 
 def test_split_is_a_partition_and_depends_on_the_seed(argon_file):

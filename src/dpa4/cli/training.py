@@ -69,5 +69,8 @@ def evaluate_command(
         potential = eager_potential(model, device, dtype, branch)
         frames = read_frames(data, label_keys(keys))
         table = evaluate(potential, frames, max_atoms=max_atoms, output=output, device=potential.device)
-    console.print(table.to_rich())
-    console.print(f"table, plots and predictions are in {output}/")
+    if table.rows:
+        console.print(table.to_rich())
+        console.print(f"table, plots and predictions are in {output}/")
+    else:
+        console.print(f"no structure has a label, so there are no errors; predictions are in {output}/")

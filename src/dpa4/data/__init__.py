@@ -1,12 +1,26 @@
 """Structures with labels: reading, checking, summarising and batching."""
 
+from dpa4.data.charge_spin import charges_and_spins
 from dpa4.data.coverage import Coverage, CoverageCollector, coverage_of
 from dpa4.data.dataset import Batch, EpochBatches, FrameDataset
 from dpa4.data.frame import Frame
 from dpa4.data.labels import LabelKeys, frame_from_atoms
 from dpa4.data.readers import read_atoms, read_frames, read_images
-from dpa4.data.references import is_isolated_atom, reference_energies, without_isolated_atoms
-from dpa4.data.summary import check_charge_spin, check_elements, check_labels, label_counts, summarize
+from dpa4.data.references import (
+    is_isolated_atom,
+    reference_energies,
+    undetermined_elements,
+    undetermined_text,
+    without_isolated_atoms,
+)
+from dpa4.data.summary import (
+    check_elements,
+    check_labels,
+    check_trained,
+    label_counts,
+    summarize,
+)
+from dpa4.data.writers import with_results, write_structures
 
 __all__ = [
     "Batch",
@@ -16,9 +30,10 @@ __all__ = [
     "Frame",
     "FrameDataset",
     "LabelKeys",
-    "check_charge_spin",
+    "charges_and_spins",
     "check_elements",
     "check_labels",
+    "check_trained",
     "coverage_of",
     "frame_from_atoms",
     "is_isolated_atom",
@@ -28,5 +43,9 @@ __all__ = [
     "read_images",
     "reference_energies",
     "summarize",
+    "undetermined_elements",
+    "undetermined_text",
+    "with_results",
     "without_isolated_atoms",
+    "write_structures",
 ]

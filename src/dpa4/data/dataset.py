@@ -50,7 +50,7 @@ class FrameDataset:
         self,
         frames: Sequence[Frame],
         cutoff: float,
-        default_charge_spin: tuple[int, int] | None = None,
+        charge_spin: Sequence[tuple[int, int]] | None = None,
         cache_bytes: int = CACHE_BYTES,
         observe: Callable[[int, Graph], None] | None = None,
     ):
@@ -59,7 +59,7 @@ class FrameDataset:
         Args:
             frames: The structures.
             cutoff: Cutoff radius of the model, in Angstrom.
-            default_charge_spin: Charge and multiplicity of frames without them; None: neutral singlet.
+            charge_spin: Charge and multiplicity of each frame, from ``charges_and_spins``; None: neutral singlets.
             cache_bytes: Size limit of the graphs cached in memory. The first graphs stay cached: evicting the
                 least recently used ones would evict every graph before its next use, one epoch later.
             observe: Called with the index and the graph of a structure whenever a graph is built, in the
@@ -67,7 +67,7 @@ class FrameDataset:
         """
         self.frames = list(frames)
         self.cutoff = cutoff
-        self.default_charge_spin = default_charge_spin or (0, 1)
+        self.charge_spin = charge_spin
         self.observe = observe
         self._free_bytes = cache_bytes
         self._graphs: dict[int, Graph] = {}
@@ -99,7 +99,7 @@ class FrameDataset:
         if index in self._graphs:
             return self._graphs[index]
         frame = self.frames[index]
-        charge_spin = frame.charge_spin or self.default_charge_spin
+        charge_spin = (0, 1) if self.charge_spin is None else self.charge_spin[index]
         try:
             graph = build_graph(
                 frame.atomic_numbers, frame.positions, frame.cell, frame.pbc, self.cutoff, charge_spin

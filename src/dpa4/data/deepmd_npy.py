@@ -8,7 +8,7 @@ from ase.data import atomic_numbers
 from numpy.typing import NDArray
 
 from dpa4.data.frame import Frame
-from dpa4.data.labels import checked_frame, whole_charge_spin
+from dpa4.data.labels import checked_frame
 
 
 def find_systems(directory: Path) -> list[Path]:
@@ -68,9 +68,9 @@ def _read_set(
                 positions=positions[k][real],
                 cell=cells[k],
                 pbc=np.full(3, periodic),
-                charge_spin=None
+                charge_spin={}
                 if charge_spin is None
-                else whole_charge_spin(charge_spin[k, 0], charge_spin[k, 1], origin),
+                else {"charge": charge_spin[k, 0], "spin": charge_spin[k, 1]},
                 energy=None if energy is None else float(energy[k]),
                 forces=None if forces is None else forces[k][real],
                 virial=None if virial is None else virial[k],

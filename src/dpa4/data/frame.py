@@ -1,6 +1,8 @@
 """Frame: one structure and its reference labels."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +19,8 @@ class Frame:
     positions: NDArray[np.float64]  # (N, 3)
     cell: NDArray[np.float64]  # (3, 3), cell vectors as rows; zeros without periodicity
     pbc: NDArray[np.bool_]  # (3,)
-    charge_spin: tuple[int, int] | None = None  # total charge, spin multiplicity 2S + 1
+    # Entries that look like a total charge or a spin, as in the file: a model that ignores them does not check them.
+    charge_spin: Mapping[str, Any] = field(default_factory=dict)
     energy: float | None = None
     forces: NDArray[np.float64] | None = None  # (N, 3)
     virial: NDArray[np.float64] | None = None  # (3, 3)
@@ -28,3 +31,8 @@ class Frame:
     def __len__(self) -> int:
         """Number of atoms."""
         return len(self.atomic_numbers)
+
+
+def file_of(origin: str) -> str:
+    """File of a structure, from the origin of the structure, such as "train.xyz" from "train.xyz, frame 12"."""
+    return origin.rpartition(", ")[0] or origin

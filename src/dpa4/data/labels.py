@@ -1,25 +1,41 @@
 """Conversion of ASE structures to ``Frame``: names, units and signs of the labels."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from math import isclose
+from numbers import Real
+from typing import Any, NamedTuple
 
 import numpy as np
 from ase import Atoms
 from ase.stress import voigt_6_to_full_3x3_stress
 from numpy.typing import NDArray
 
+from dpa4.data.charge_spin import charge_spin_entries
 from dpa4.data.frame import Frame
 
-# Entries searched for a label; the first match counts. Results of a calculator come first, because ASE stores
-# energy, forces and stress of an extxyz file there, then REF_* (MACE), then plain names. free_energy is the last
-# resort: the plain energy is extrapolated to zero smearing, and other structures are more likely to have it.
-ENERGY = ("results.energy", "info.REF_energy", "info.energy", "results.free_energy", "info.free_energy")
-FORCES = ("results.forces", "arrays.REF_forces", "arrays.forces", "arrays.force")
-STRESS = (
-    *("results.stress", "info.REF_stress", "info.REF_virial", "info.REF_virials"),
-    *("info.stress", "info.virial", "info.virials"),
-)
+# Entries of a label, in "results" of a calculator, "info" or "arrays". Entries of one group are the same quantity and
+# must agree; a later group is searched only if the groups before have no entry.
+#
+# REF_* (the names of MACE) are always reference labels. The plain names may be predictions: ASE reads energy, forces
+# and stress of an extended XYZ file as results of a calculator, whichever calculator that was.
+#
+# free_energy is the last resort: the plain energy is extrapolated to zero smearing, and other structures are more
+# likely to have it.
+REFERENCE: dict[str, tuple[tuple[str, ...], ...]] = {
+    "energy": (("info.REF_energy",),),
+    "forces": (("arrays.REF_forces",),),
+    "virial": (("info.REF_stress", "info.REF_virial", "info.REF_virials"),),
+}
+PLAIN: dict[str, tuple[tuple[str, ...], ...]] = {
+    "energy": (("results.energy", "info.energy"), ("results.free_energy", "info.free_energy")),
+    "forces": (("results.forces", "arrays.forces", "arrays.force"),),
+    "virial": (("results.stress", "info.stress", "info.virial", "info.virials"),),
+}
+PLAIN_NAMES = {entry.partition(".")[2] for groups in PLAIN.values() for group in groups for entry in group}
+
+PREDICTED_ENERGY = "DPA4_energy"
+"""Key in ``atoms.info`` with a predicted energy. Plain labels with the same energy are predictions, not labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +45,9 @@ class LabelKeys:
     A named label is read from this entry only; a structure without the entry lacks the label. This excludes
     labels of another method that the file may contain under a usual name. Naming the stress or the virial
     replaces the search for both.
+
+    The usual names are REF_energy, REF_forces, REF_stress or REF_virial(s), and otherwise the plain names: those of
+    a structure with an entry REF_* are ignored, unless they have the same values.
     """
 
     energy: str | None = None  # eV
@@ -68,9 +87,8 @@ def check_keys(keys: LabelKeys, found: Iterable[str], origin: str) -> None:
 def frame_from_atoms(atoms: Atoms, keys: LabelKeys = USUAL_KEYS, group: str = "", origin: str = "") -> Frame:
     """Read positions, labels, charge, spin multiplicity, weight and group of an ASE structure.
 
-    Charge and multiplicity are ``info["charge"]`` and ``info["spin"]`` (if only one is present, the other is
-    0 or 1), the weight is ``info["config_weight"]``, and the group ``info["config_type"]`` or
-    ``info["group"]``.
+    Entries of charge and spin multiplicity are collected, but not checked: see ``dpa4.data.charge_spin``. The weight
+    is ``info["config_weight"]``, and the group ``info["config_type"]`` or ``info["group"]``.
 
     Args:
         atoms: The structure.
@@ -79,26 +97,24 @@ def frame_from_atoms(atoms: Atoms, keys: LabelKeys = USUAL_KEYS, group: str = ""
         origin: Source of the structure, for messages.
 
     Raises:
-        ValueError: If a label has the wrong shape or is not finite, or a stress belongs to a cell without
-            volume.
+        ValueError: If a label has the wrong shape or is not finite, a stress belongs to a cell without volume, or
+            the weight is negative or not finite, or labels may belong to different calculations.
     """
     info = atoms.info
     weight = _numbers(info.get("config_weight", 1.0), (), "config_weight", origin)
-    if weight < 0:
-        raise ValueError(f"config_weight of {origin} must not be negative, got {weight}")
-    energy = _find(atoms, ENERGY, (keys.energy,))
-    forces = _find(atoms, FORCES, (keys.forces,))
-    virial = _find(atoms, STRESS, (keys.virial, keys.stress))
+    if not 0 <= weight < np.inf:
+        raise ValueError(f"config_weight of {origin} must be a finite number >= 0, got {weight}")
+    labels = _Search(atoms, keys, origin).labels()
     return checked_frame(
         Frame(
             atomic_numbers=atoms.numbers.astype(np.int64),
             positions=np.array(atoms.positions, dtype=np.float64),
             cell=np.array(atoms.cell.array, dtype=np.float64),
             pbc=np.array(atoms.pbc, dtype=bool),
-            charge_spin=_charge_spin(info, origin),
-            energy=None if energy is None else float(_numbers(energy[1], (), energy[0], origin)),
-            forces=None if forces is None else _numbers(forces[1], (len(atoms), 3), forces[0], origin),
-            virial=None if virial is None else _virial(atoms, *virial, keys, origin),
+            charge_spin=charge_spin_entries(info),
+            energy=labels.get("energy"),
+            forces=labels.get("forces"),
+            virial=labels.get("virial"),
             weight=float(weight),
             group=str(info.get("config_type", info.get("group", group))),
             origin=origin,
@@ -123,46 +139,129 @@ def checked_frame(frame: Frame) -> Frame:
     return frame
 
 
-def whole_charge_spin(charge: Any, spin: Any, origin: str) -> tuple[int, int]:
-    """Convert total charge and spin multiplicity to integers.
-
-    Raises:
-        ValueError: If a value is not a whole number, or the multiplicity is below 1.
-    """
-    values = []
-    for name, value in (("charge", charge), ("spin", spin)):
-        number = float(_numbers(value, (), name, origin))
-        if not number.is_integer() or (name == "spin" and number < 1):
-            allowed = "the multiplicity 2S + 1 >= 1" if name == "spin" else "the total charge in e"
-            raise ValueError(f"{name} of {origin} must be {allowed}, a whole number, got {value}")
-        values.append(int(number))
-    return values[0], values[1]
-
-
-def _charge_spin(info: dict[str, Any], origin: str) -> tuple[int, int] | None:
-    if "charge" not in info and "spin" not in info:
-        return None
-    return whole_charge_spin(info.get("charge", 0), info.get("spin", 1), origin)
-
-
 def _results(atoms: Atoms) -> dict[str, Any]:
     return atoms.calc.results if atoms.calc is not None else {}
 
 
-def _find(atoms: Atoms, usual: Iterable[str], named: Iterable[str | None]) -> tuple[str, Any] | None:
-    """Name and value of the first existing entry; entries in ``named``, if any, replace the usual ones."""
-    places: dict[str, dict[str, Any]] = {
-        "results": _results(atoms),
-        "info": atoms.info,
-        "arrays": atoms.arrays,
-    }
-    if given := [key for key in named if key is not None]:
-        usual = [f"{place}.{key}" for key in given for place in places]
-    for entry in usual:
-        place, key = entry.split(".", 1)
-        if places[place].get(key) is not None:
-            return key, places[place][key]
-    return None
+class _Label(NamedTuple):
+    """Label in the units of ``Frame``, and its entry."""
+
+    entry: str  # such as "info.REF_energy"
+    value: Any
+
+    @property
+    def key(self) -> str:
+        return self.entry.partition(".")[2]
+
+
+class _Search:
+    """Search for the labels of one structure, which must all belong to one calculation."""
+
+    def __init__(self, atoms: Atoms, keys: LabelKeys, origin: str):
+        self.atoms, self.keys, self.origin = atoms, keys, origin
+        self.places: dict[str, dict[str, Any]] = {
+            "results": _results(atoms),
+            "info": atoms.info,
+            "arrays": atoms.arrays,
+        }
+        keys_of = {"energy": [keys.energy], "forces": [keys.forces], "virial": [keys.virial, keys.stress]}
+        named = {name: [key for key in given if key is not None] for name, given in keys_of.items()}
+        self.named = {
+            name: (tuple(f"{place}.{key}" for key in given for place in self.places),)
+            for name, given in named.items()
+            if given
+        }
+
+    def labels(self) -> dict[str, Any]:
+        """Values of the labels by name, without the missing ones.
+
+        Raises:
+            ValueError: If a label is malformed, entries of a label disagree, or labels may belong to different
+                calculations.
+        """
+        unnamed = [name for name in REFERENCE if name not in self.named]
+        named = self._find_all(self.named)
+        reference = self._find_all({name: REFERENCE[name] for name in unnamed})
+        for label in named.values():
+            if reference and label.key in PLAIN_NAMES:
+                raise self._mixed(label, next(iter(reference.values())))
+        found = reference | named
+        if set(found) < set(REFERENCE) and not self._is_prediction():
+            found = self._plain(unnamed, reference, named) | found
+        return {name: label.value for name, label in found.items()}
+
+    def _plain(
+        self, unnamed: Sequence[str], reference: dict[str, _Label], named: dict[str, _Label]
+    ) -> dict[str, _Label]:
+        """Labels under plain names, unless they belong to another calculation than the entries REF_*."""
+        existing = [e for groups in REFERENCE.values() for group in groups for e in self._existing(group)]
+        if existing and not any(
+            self._existing(group) for name in unnamed if name not in reference for group in PLAIN[name]
+        ):
+            return {}  # nothing to complete
+        plain = self._find_all({name: PLAIN[name] for name in unnamed})
+        if not existing:
+            return plain
+        common = [name for name in plain if name in reference]
+        if plain and not common:
+            raise self._mixed(next(iter(named.values()), _Label(*existing[0])), next(iter(plain.values())))
+        return plain if all(_agree(n, plain[n].value, reference[n].value) for n in common) else {}
+
+    def _find_all(self, groups_by_name: Mapping[str, Sequence[Sequence[str]]]) -> dict[str, _Label]:
+        found = {name: self._find(name, groups) for name, groups in groups_by_name.items()}
+        return {name: label for name, label in found.items() if label is not None}
+
+    def _find(self, name: str, groups: Sequence[Sequence[str]]) -> _Label | None:
+        """Label of the first group with an entry, or None."""
+        for group in groups:
+            entries = [_Label(entry, self._value(name, entry, raw)) for entry, raw in self._existing(group)]
+            labels = [label for label in entries if label.value is not None]
+            for other in labels[1:]:
+                if not _agree(name, labels[0].value, other.value):
+                    raise ValueError(
+                        f"{self.origin} has two labels for {name} that disagree: {labels[0].entry} and "
+                        f"{other.entry}; remove one of them, or name the right one in data.keys"
+                    )
+            if labels:
+                return labels[0]
+        return None
+
+    def _existing(self, entries: Iterable[str]) -> list[tuple[str, Any]]:
+        """Entries that the structure has, with their values."""
+        pairs = ((entry, *entry.split(".", 1)) for entry in entries)
+        found = ((entry, self.places[place].get(key)) for entry, place, key in pairs)
+        return [(entry, value) for entry, value in found if value is not None]
+
+    def _value(self, name: str, entry: str, value: Any) -> Any:
+        key = entry.partition(".")[2]
+        if name == "virial":
+            return _virial(self.atoms, key, value, self.keys, self.origin)
+        if name == "forces":
+            return _numbers(value, (len(self.atoms), 3), key, self.origin)
+        return float(_numbers(value, (), key, self.origin))
+
+    def _is_prediction(self) -> bool:
+        """Return whether the plain labels are predictions: their energy is that under ``PREDICTED_ENERGY``."""
+        predicted = self.atoms.info.get(PREDICTED_ENERGY)
+        energy = self.places["results"].get("energy", self.atoms.info.get("energy"))
+        if not isinstance(predicted, Real) or not isinstance(energy, Real):
+            return False
+        return isclose(energy, predicted, rel_tol=1e-9, abs_tol=1e-9)
+
+    def _mixed(self, one: _Label, other: _Label) -> ValueError:
+        return ValueError(
+            f"{self.origin} has labels under {one.key} and {other.key}, which may belong to different calculations; "
+            "remove one of them, or name every label of the right calculation in data.keys"
+        )
+
+
+def _agree(name: str, one: Any, other: Any) -> bool:
+    """Return whether two values of a label are the same number, rounded to different digits or precisions."""
+    if name == "energy":
+        return abs(one - other) <= 1e-4 + 2e-7 * abs(one)
+    if name == "forces":
+        return np.allclose(one, other, rtol=1e-5, atol=1e-3)
+    return bool(np.abs(one - other).max() <= 1e-2 + 0.02 * np.abs(one).max())
 
 
 def _numbers(value: Any, shape: tuple[int, ...], name: str, origin: str) -> NDArray[np.float64]:

@@ -21,8 +21,8 @@ def read_frames(paths: str | Path | Sequence[str | Path], keys: LabelKeys = USUA
     databases (``.db``, ``.json``, ``.aselmdb``), or ``.zip`` archives of extended XYZ files. Directories may
     contain deepmd-kit npy systems at any depth, or ``.aselmdb`` shards.
 
-    Labels are in eV and Angstrom. Without ``keys`` they are searched in the calculator's results, then as
-    ``REF_energy``, ``REF_forces``, ``REF_stress``, ``REF_virial(s)``, then under the plain names. A virial is
+    Labels are in eV and Angstrom. Without ``keys`` they are searched as ``REF_energy``, ``REF_forces``,
+    ``REF_stress``, ``REF_virial(s)``, otherwise in the calculator's results and under the plain names. A virial is
     -dE/dstrain in eV; a stress is in eV/Angstrom^3 in ASE's sign (tensile positive) and is converted to the
     virial -volume * stress. The energy is preferred to the free energy.
 
@@ -33,8 +33,8 @@ def read_frames(paths: str | Path | Sequence[str | Path], keys: LabelKeys = USUA
 
     Raises:
         FileNotFoundError: If a path does not exist.
-        ValueError: If a file cannot be read or has no structure, a label is malformed or not finite, or a
-            named label is in no structure.
+        ValueError: If a file cannot be read or has no structure, a label is malformed or not finite, labels of a
+            structure may belong to different calculations, or a named label is in no structure.
         ImportError: If the reader of ``.aselmdb`` files is not installed.
     """
     sources = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from ase.data import chemical_symbols
+from numpy.typing import NDArray
 
 from dpa4.data.frame import Frame
 from dpa4.data.summary import check_elements
@@ -70,6 +71,42 @@ def reference_energies(
     return _least_squares(fitted, elements)
 
 
+def undetermined_elements(
+    source: str | Mapping[str, float], frames: Sequence[Frame], elements: Sequence[str]
+) -> list[str]:
+    """Elements whose reference energies are arbitrary, because other values describe the data equally well.
+
+    A fit determines the energy of an element if the compositions of the structures can be combined to one atom of the
+    element. Structures of a single composition, for example, determine the sum over their atoms only.
+
+    Args:
+        source: As for ``reference_energies``.
+        frames: Training frames, including free atoms.
+        elements: Chemical symbols of the elements of the model.
+    """
+    if isinstance(source, Mapping) or not _is_fitted(source, frames, elements):
+        return []
+    fitted = [f for f in without_isolated_atoms(frames) if f.energy is not None]
+    compositions = np.unique(_compositions(fitted, elements), axis=0)
+    # An element is determined if its unit vector is in the row space, so that the projector leaves it as it is.
+    projector = np.linalg.pinv(compositions) @ compositions
+    return [e for e, share in zip(elements, projector.diagonal(), strict=True) if share < 1 - 1e-8]
+
+
+def undetermined_text(undetermined: Sequence[str]) -> str:
+    """Explain that reference energies are arbitrary, and how to determine them."""
+    return (
+        f"the reference energies of {', '.join(undetermined)} are arbitrary: the compositions of the training "
+        "structures do not determine them, so energy differences between compositions mean nothing. Add a free atom "
+        "of every element (config_type=IsolatedAtom), structures of other compositions, or energies as a map in "
+        "data.reference_energies"
+    )
+
+
+def _is_fitted(source: str, frames: Sequence[Frame], elements: Sequence[str]) -> bool:
+    return source != "isolated" and not (source == "auto" and set(elements) <= set(_isolated(frames)))
+
+
 def _given(source: Mapping[str, float], elements: Sequence[str]) -> dict[str, float]:
     if missing := [e for e in elements if e not in source]:
         raise ValueError(
@@ -109,11 +146,14 @@ def _least_squares(frames: Sequence[Frame], elements: Sequence[str]) -> dict[str
             "reference_energies: {H: 0.0}"
         )
     check_elements(frames, elements)
-    symbols = np.array(elements)
-    counts = np.array(
-        [(np.array(chemical_symbols)[f.atomic_numbers][:, None] == symbols).sum(0) for f in frames],
-        dtype=np.float64,
-    )
+    counts = _compositions(frames, elements)
     energies = np.array([frame.energy for frame in frames])
     solution = np.linalg.lstsq(counts, energies, rcond=None)[0]
     return dict(zip(elements, solution.tolist(), strict=True))
+
+
+def _compositions(frames: Sequence[Frame], elements: Sequence[str]) -> NDArray[np.float64]:
+    """Number of atoms of each element, (frames, elements)."""
+    numbers = np.array([chemical_symbols.index(e) for e in elements])
+    counts = [(frame.atomic_numbers[:, None] == numbers).sum(0) for frame in frames]
+    return np.array(counts, dtype=np.float64).reshape(len(frames), len(elements))

@@ -36,14 +36,15 @@ def summarize(frames_by_split: Mapping[str, Sequence[Frame]]) -> Table:
     return table
 
 
-def check_labels(frames: Sequence[Frame], weights: Mapping[str, float]) -> None:
+def check_labels(frames: Sequence[Frame], weights: Mapping[str, float], part: str = "training") -> None:
     """Check that every target with a non-zero weight has a label in some frame.
 
     Labels missing in some frames only are allowed: the loss masks them.
 
     Args:
-        frames: Training frames.
+        frames: Frames for training or validation.
         weights: Weight of "energy", "forces" and "virial" in the loss.
+        part: Use of the frames, for the message: "training" or "validation".
 
     Raises:
         ValueError: If a target has no label in any frame; the message lists the labels found.
@@ -52,8 +53,24 @@ def check_labels(frames: Sequence[Frame], weights: Mapping[str, float]) -> None:
     for name, weight in weights.items():
         if weight and not counts[name]:
             raise ValueError(
-                f"training.{name}_weight = {weight:g}, but no structure has a label for {name} "
-                f"(found {_labels(frames, ', ')}); set the weight to 0, or name the label in data.keys"
+                f"training.{name}_weight = {weight:g}, but no {part} structure has a label for {name} "
+                f"(found {_labels(frames, ', ')}); add the label, name it in data.keys, or set the weight to 0"
+            )
+
+
+def check_trained(validation: Sequence[Frame], training: Sequence[Frame]) -> None:
+    """Check that all elements of the validation frames occur in the training frames.
+
+    Raises:
+        ValueError: If not; the message names the first such element and its frame.
+    """
+    trained = set(elements_in(training))
+    for frame in validation:
+        if unknown := [e for e in elements_in([frame]) if e not in trained]:
+            raise ValueError(
+                f"element {unknown[0]} of {frame.origin} is in the validation data, but in no structure to train on, "
+                "so its errors would decide at random which model is the best; move structures with it to the "
+                "training data, or remove them"
             )
 
 
@@ -71,20 +88,6 @@ def check_elements(frames: Sequence[Frame], elements: Sequence[str]) -> None:
             raise ValueError(
                 f"element {chemical_symbols[z]} ({z}) of {frame.origin} is not in model.elements "
                 f"{list(elements)}; retrain with it or drop the structure"
-            )
-
-
-def check_charge_spin(frames: Sequence[Frame]) -> None:
-    """Check that all frames have charge and multiplicity, for a model that needs them and has no default.
-
-    Raises:
-        ValueError: If not; the message names the first frame without them.
-    """
-    for frame in frames:
-        if frame.charge_spin is None:
-            raise ValueError(
-                f"{frame.origin} has no charge and spin multiplicity, which the model is conditioned on; add "
-                "them (info keys charge and spin) or set model.default_charge_spin"
             )
 
 

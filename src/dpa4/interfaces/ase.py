@@ -8,15 +8,16 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.outputs import Properties
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
+from dpa4.data import with_results
+from dpa4.data.charge_spin import same_charge_spin, unused_names, warn_of_unused
 from dpa4.execution.evaluator import Evaluator
 from dpa4.graph import SKIN, Graph, SkinnedNeighbors, within_cutoff
 from dpa4.interfaces.coverage_monitor import CoverageMonitor
-from dpa4.interfaces.loading import INFO_KEYS, Model, charge_spin_of, load_model
+from dpa4.interfaces.loading import Model, charge_spin_of, load_model
 from dpa4.potential import Potential, fingerprint_of
 from dpa4.potential.precision import Precision
 from dpa4.system import Lock, choose_device, own_settings
@@ -49,7 +50,8 @@ class DPA4Calculator(Calculator):
     thread. The attribute ``results`` holds those of the last calculation of any thread.
 
     Models conditioned on charge and spin read the total charge from ``atoms.info["charge"]`` and the multiplicity
-    2S + 1 from ``atoms.info["spin"]``. Changing either triggers a new calculation.
+    2S + 1 from ``atoms.info["spin"]``; docs/conventions.md lists further names. Changing either triggers a new
+    calculation.
 
     If the checkpoint describes its training data, the calculator warns once about elements absent from these data,
     and once about atoms closer together than in these data.
@@ -122,6 +124,8 @@ class DPA4Calculator(Calculator):
         self._monitor = CoverageMonitor([p.coverage for p in self.potentials], self.device)
         self._checked: tuple[NDArray[np.int64], list[tuple[int, int]]] | None = None
         self._charge_spin: list[torch.Tensor] = []  # per model, (1, 2), for the checked structure
+        self._conditioned = any(p.config.charge_spin for p in self.potentials)
+        self._unused: set[str] = set()  # entries of atoms.info that were warned of
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Names of the properties in which a structure differs from that of the last calculation; [] if none.
@@ -133,7 +137,7 @@ class DPA4Calculator(Calculator):
             tol: Absolute tolerance of the comparison.
         """
         changes = super().check_state(atoms, tol=tol)
-        if self.atoms is not None and any(self.atoms.info.get(k) != atoms.info.get(k) for k in INFO_KEYS):
+        if self.atoms is not None and not same_charge_spin(self.atoms, atoms):
             changes.append("info")
         return changes
 
@@ -208,6 +212,8 @@ class DPA4Calculator(Calculator):
         Elements, charge and spin are checked only when they have changed since the last call.
         """
         pairs = [charge_spin_of(potential, atoms) for potential in self.potentials]
+        if self._conditioned:
+            self._warn_of_unused(atoms)
         graph = self._neighbors.graph(atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc)
         known = self._checked
         if known is None or pairs != known[1] or not np.array_equal(atoms.numbers, known[0]):
@@ -221,15 +227,20 @@ class DPA4Calculator(Calculator):
         cutoffs = [potential.config.cutoff for potential in self.potentials]
         return [g if c == self.cutoff else within_cutoff(g, c) for g, c in zip(graphs, cutoffs, strict=True)]
 
+    def _warn_of_unused(self, atoms: Atoms) -> None:
+        """Warn once of entries that look like a charge or a spin, but are not read by a conditioned model."""
+        names = unused_names(atoms.info) - self._unused
+        self._unused |= names
+        if names:
+            warn_of_unused(names, "atoms.info")
+
 
 def labelled(atoms: Atoms) -> Atoms:
-    """Copy a structure with its current energy, forces and, if available, stress, to be written to a file."""
-    frame = atoms.copy()
+    """Copy a structure with its current energy, forces and, if available, stress, and without other labels."""
     results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(apply_constraint=False)}
     if atoms.pbc.all() and "stress" in atoms.calc.implemented_properties:
         results["stress"] = atoms.get_stress(apply_constraint=False)
-    frame.calc = SinglePointCalculator(frame, **results)
-    return frame
+    return with_results(atoms, **results)
 
 
 def fingerprint_of_calculator(calculator: Calculator) -> dict[str, str]:

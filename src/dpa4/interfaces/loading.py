@@ -1,12 +1,14 @@
 """Loading of a model for an engine, and charge and spin of a structure as input of the model."""
 
 import copy
-from numbers import Real
 from pathlib import Path
 
 import torch
 from ase import Atoms
+from ase.calculators.calculator import Calculator
+from ase.calculators.mixing import LinearCombinationCalculator
 
+from dpa4.data.charge_spin import charge_and_spin
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import load_potential
 from dpa4.potential.precision import Precision
@@ -14,9 +16,6 @@ from dpa4.system import own_settings
 
 Model = str | Path | Potential
 """Checkpoint file or potential."""
-
-INFO_KEYS = ("charge", "spin")
-"""Keys of ``atoms.info`` with the total charge (e) and the multiplicity 2S + 1."""
 
 
 @own_settings
@@ -51,23 +50,18 @@ def charge_spin_of(potential: Potential, atoms: Atoms) -> tuple[int, int]:
     """Total charge (e) and multiplicity 2S + 1 of a structure, as input of a model.
 
     Values missing in ``atoms.info`` are replaced by the default of the model. A model that is not conditioned on
-    charge and spin gets (0, 1).
+    charge and spin gets (0, 1), and the values are not checked.
 
     Raises:
-        ValueError: If a value is missing and the model has no default, or if a value is not an integer.
+        ValueError: As in ``dpa4.data.charge_spin.charge_and_spin``.
     """
     if not potential.config.charge_spin:
         return (0, 1)
-    missing = [key for key in INFO_KEYS if key not in atoms.info]
-    default = potential.config.default_charge_spin
-    if missing and default is None:
-        raise ValueError(
-            f"the model is conditioned on charge and spin without a default; set atoms.info[{missing[0]!r}] "
-            "(charge in e, spin as the multiplicity 2S + 1)"
-        )
-    charge, spin = (atoms.info.get(key, d) for key, d in zip(INFO_KEYS, default or (0, 1), strict=True))
-    if not all(isinstance(value, Real) and float(value).is_integer() for value in (charge, spin)):
-        raise ValueError(
-            f"charge and spin (2S + 1) must be whole numbers, got charge {charge!r}, spin {spin!r}"
-        )
-    return int(charge), int(spin)
+    return charge_and_spin(atoms.info, potential.config.default_charge_spin)
+
+
+def reads_charge_spin(calculator: Calculator) -> bool:
+    """Return whether the results of a calculator depend on the charge and spin in ``atoms.info``, as far as known."""
+    parts = calculator.mixer.calcs if isinstance(calculator, LinearCombinationCalculator) else [calculator]
+    potentials = [p for part in parts for p in getattr(part, "potentials", ())]
+    return any(p.config.charge_spin for p in potentials if isinstance(p, Potential))

@@ -6,9 +6,11 @@ Supports TorchSim 0.6, which needs Python 3.12, and TorchSim 0.3, the last versi
 import math
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dpa4.data.charge_spin import CHARGE_NAMES, SPIN_NAMES, whole_numbers
 from dpa4.execution.evaluator import Evaluator
 from dpa4.graph import Graph, build_graph, collate, neighbor_list_torch
 from dpa4.interfaces.coverage_monitor import CoverageMonitor
@@ -22,8 +24,7 @@ from torch_sim.state import SimState  # noqa: E402
 from torch_sim.typing import MemoryScaling  # noqa: E402
 
 COUNTS_EDGES = "n_edges" in get_args(MemoryScaling)  # false for TorchSim 0.3
-# Attributes of a state that hold charge and spin; the first one found counts.
-EXTRAS = {"charge": ("total_charge", "charge"), "spin": ("total_spin", "spin")}
+EXTRAS = {"total_charge": CHARGE_NAMES, "total_spin": SPIN_NAMES}  # usual and all names of extras of a state
 
 
 class DPA4Model(ModelInterface):
@@ -33,8 +34,8 @@ class DPA4Model(ModelInterface):
     this precision, and it costs little.
 
     Models conditioned on charge and spin read two system extras of the state, which need TorchSim 0.6:
-    ``total_charge`` (or ``charge``), in e, and ``total_spin`` (or ``spin``), the multiplicity 2S + 1. The attribute
-    ``charge_spin`` replaces missing extras.
+    ``total_charge`` (or ``charge``), in e, and ``total_spin`` (or ``spin``), the multiplicity 2S + 1;
+    docs/conventions.md lists further names. The attribute ``charge_spin`` replaces missing extras.
 
     If the checkpoint describes its training data, the model warns once about elements absent from these data, and
     once about atoms closer together than in these data.
@@ -194,20 +195,29 @@ class DPA4Model(ModelInterface):
         if not self.potential.config.charge_spin:
             return torch.tensor([[0, 1]], device=self._device).expand(systems, 2)
         columns = []
-        for index, (what, names) in enumerate(EXTRAS.items()):
-            found = [v for name in names if (v := getattr(state, name, None)) is not None]
-            if found:
-                values = found[0].reshape(-1).double()
-            elif self.charge_spin is not None:
-                values = torch.full((systems,), float(self.charge_spin[index]), device=self._device)
-            else:
+        for index, (usual, names) in enumerate(EXTRAS.items()):
+            found = {
+                name: whole_numbers(values.detach().cpu().numpy().reshape(-1), name)
+                for name in names
+                if (values := getattr(state, name, None)) is not None
+            }
+            if not found:
+                columns.append(self._default(index, usual, systems))
+                continue
+            first, *others = found
+            if any(not np.array_equal(found[name], found[first]) for name in others):
                 raise ValueError(
-                    f"the model is conditioned on charge and spin without a default; give each system a {what} as "
-                    f"the extra {names[0]!r} of the state (TorchSim 0.6), or set model.charge_spin"
+                    f"the extras {', '.join(found)} of the state disagree; remove all but one of them"
                 )
-            if not torch.equal(values, values.round()):
-                raise ValueError(
-                    f"charge and spin (2S + 1) must be whole numbers, got {what} {values.tolist()}"
-                )
-            columns.append(values.long())
-        return torch.stack(columns, dim=1)
+            columns.append(torch.from_numpy(found[first]))
+        return torch.stack(columns, dim=1).to(self._device)
+
+    def _default(self, index: int, extra: str, systems: int) -> Tensor:
+        """Charge (0) or multiplicity (1) of systems without the extra, (B,) int64."""
+        if self.charge_spin is None:
+            raise ValueError(
+                f"the model is conditioned on charge and spin without a default; give each system a "
+                f"{('charge', 'spin')[index]} as the extra {extra!r} of the state (TorchSim 0.6), or set "
+                "model.charge_spin"
+            )
+        return torch.full((systems,), self.charge_spin[index])

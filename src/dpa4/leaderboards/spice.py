@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.table import Table
 
-from dpa4.data import EpochBatches, Frame, FrameDataset, check_elements
+from dpa4.data import EpochBatches, Frame, FrameDataset, charges_and_spins, check_elements
 from dpa4.data.dataset import Budget, pack
 from dpa4.leaderboards.metrics import log_mean
 from dpa4.output import new_figure, save_figure, write_csv, write_json
@@ -81,6 +81,8 @@ def run_spice(
         if frame.energy is None or frame.forces is None:
             raise ValueError(f"{frame.origin} lacks {'energy' if frame.energy is None else 'forces'}")
     check_elements(frames, potential.elements)
+    config = potential.config
+    pairs = charges_and_spins(frames, config.charge_spin, config.default_charge_spin)
     settings = {
         "task": "spice",
         **fingerprint_of(potential),
@@ -90,7 +92,8 @@ def run_spice(
 
     def compute(indices: list[int], _: list[int]) -> Record:
         part = [frames[i] for i in indices]
-        dataset = FrameDataset(part, potential.config.cutoff, potential.config.default_charge_spin)
+        own = None if pairs is None else [pairs[i] for i in indices]
+        dataset = FrameDataset(part, config.cutoff, own)
         predictions = predict(potential, EpochBatches(dataset, max_atoms=max_atoms, shuffle=False).batches(0))
         errors = [
             {name: np.abs(value - label) for name, (label, value) in label_pairs(frame, prediction).items()}

@@ -4,14 +4,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ase.io
 import numpy as np
 import torch
 from ase import Atoms
 from numpy.typing import NDArray
 from rich.progress import track
 
-from dpa4.data import EpochBatches, FrameDataset, check_charge_spin, check_elements, frame_from_atoms
+from dpa4.data import (
+    EpochBatches,
+    FrameDataset,
+    charges_and_spins,
+    check_elements,
+    frame_from_atoms,
+    write_structures,
+)
+from dpa4.data.charge_spin import charge_spin_entries
 from dpa4.output import atomic_write
 from dpa4.potential.potential import Potential
 from dpa4.system import own_settings
@@ -45,9 +52,8 @@ def embeddings(
     frames = [frame_from_atoms(_bare(a), origin=f"structure {i}") for i, a in enumerate(structures)]
     config, device = potential.config, potential.device
     check_elements(frames, potential.elements)
-    if config.charge_spin and config.default_charge_spin is None:
-        check_charge_spin(frames)
-    dataset = FrameDataset(frames, config.cutoff, config.default_charge_spin, cache_bytes=0)
+    pairs = charges_and_spins(frames, config.charge_spin, config.default_charge_spin)
+    dataset = FrameDataset(frames, config.cutoff, pairs, cache_bytes=0)
     batches = EpochBatches(dataset, max_atoms=max_atoms, shuffle=False)
     found: list[NDArray[Any]] = []
     total = batches.num_batches(0)
@@ -112,10 +118,10 @@ def write_embeddings(
                 image.info["embedding"] = average
             else:
                 image.arrays["embedding"] = atomwise
-        ase.io.write(temporary, images, format="extxyz")
+        write_structures(temporary, images)
 
 
 def _bare(atoms: Atoms) -> Atoms:
     """Copy of a structure without labels, which need not be valid here."""
-    info = {key: atoms.info[key] for key in ("charge", "spin") if key in atoms.info}
+    info = charge_spin_entries(atoms.info)
     return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info=info)

@@ -10,6 +10,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 
+from dpa4.data.charge_spin import NAMES
 from dpa4.interfaces.ase import fingerprint_of_calculator
 from dpa4.simulation.relax import Relaxation, relax
 from dpa4.simulation.runs.store import SETTINGS, ItemInterrupted, Record, Records, run_items
@@ -161,5 +162,7 @@ def _identity(atoms: Atoms) -> str:
     """Formula, and digest of elements, cell, positions, charge and spin."""
     numbers = np.concatenate([atoms.cell.array, atoms.positions]).round(6) + 0.0  # no -0
     state = f"{atoms.numbers.tolist()} {atoms.info.get('charge')} {atoms.info.get('spin')}"
+    others = {name: str(atoms.info[name]) for name in NAMES if name in atoms.info.keys() - {"charge", "spin"}}
+    state += f" {others}" if others else ""
     digest = hashlib.sha256(state.encode() + numbers.tobytes()).hexdigest()
     return f"{atoms.get_chemical_formula()} {digest[:12]}"

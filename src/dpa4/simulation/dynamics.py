@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator
-from ase.io import write
 
+from dpa4.data import write_structures
 from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
 from dpa4.output import CsvLog, atomic_write, new_figure, read_csv, save_figure
 from dpa4.simulation.integrators import bath_state, conserved_energy, make_integrator, set_bath_state
@@ -293,7 +293,7 @@ class _Run:
         self.log.write(row)
         frame = labelled(atoms)
         frame.info |= {"step": self.step, "time_ps": time}
-        write(self.trajectory, frame, format="extxyz", append=True)
+        write_structures(self.trajectory, frame, append=True)
         self.status = f"{time:.3f} ps  {row['temperature_K']:.0f} K  {row['total_eV']:.4f} eV"
 
 

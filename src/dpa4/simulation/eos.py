@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.eos import EquationOfState as Fit
 from ase.eos import birchmurnaghan
-from ase.io import write
 from numpy.typing import NDArray
 
+from dpa4.data import with_results, write_structures
 from dpa4.output import atomic_write, new_figure, save_figure, write_csv, write_json
 from dpa4.simulation.crystal_calculation import Calculation, relax_part, structure, structure_record
 from dpa4.simulation.runs.store import Record
@@ -171,13 +170,9 @@ def _finish(folder: Path, records: list[Record], start: Atoms) -> EquationOfStat
     lengths = np.linalg.norm([record["cell"] for record in records], axis=2)  # (P, 3)
     rows = np.column_stack([volumes, energies, pressures, lengths]).tolist()
     write_csv(folder / "eos.csv", COLUMNS, [dict(zip(COLUMNS, row, strict=True)) for row in rows])
-    frames = []
-    for record in records:
-        frame = structure(record, start)
-        frame.calc = SinglePointCalculator(frame, energy=record["energy"])
-        frames.append(frame)
+    frames = [with_results(structure(record, start), energy=record["energy"]) for record in records]
     with atomic_write(folder / "eos.xyz") as temporary:
-        write(temporary, frames, format="extxyz")
+        write_structures(temporary, frames)
     volume, energy, modulus, derivative = fit_equation_of_state(volumes, energies)
     fitted = birchmurnaghan(volumes, energy, modulus * units.GPa, derivative, volume)
     # Lengths over the cube root of the volume vary slowly, and not at all at constant shape: interpolate these.

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from ase import Atoms, units
-from ase.calculators.singlepoint import SinglePointCalculator
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from dpa4.data import with_results
 from dpa4.graph import Graph, build_graph
 from dpa4.simulation.relax import CELLS
 from dpa4.system import own_settings, require
@@ -313,8 +313,7 @@ class Flight:
         if atoms.pbc.all() and hasattr(state, "stress"):
             stress = state.stress[index].double().cpu().numpy()
             results["stress"] = stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]  # xx, yy, zz, yz, xz, xy
-        atoms.calc = SinglePointCalculator(atoms, **results)
-        return atoms
+        return with_results(atoms, **results)
 
     def _fire(self, cell: str, pressure: float) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """TorchSim's functions that initialise and advance FIRE, with its Frechet filter if the cell relaxes."""

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.geometry import find_mic
-from ase.io import iread, write
+from ase.io import iread
 from ase.mep import NEB, idpp_interpolate
 from ase.optimize import FIRE
 from ase.utils.forcecurve import fit_raw
 from numpy.typing import NDArray
 
+from dpa4.data import with_results, write_structures
 from dpa4.output import CsvLog, atomic_write, new_figure, read_csv, save_figure
 from dpa4.simulation.relax import relax
 from dpa4.simulation.runs.progress import progress_bar
@@ -217,10 +217,9 @@ class _Band(NEB):
             self.nimages - 1: self.images[-1].calc.fixed["forces"],
         }
         for number, (atoms, at) in enumerate(zip(self.images, self.path(), strict=True)):
-            frame = atoms.copy()
-            frame.info |= {"image": number, "path": float(at)}
             forces = ends.get(number, self.real_forces[number])
-            frame.calc = SinglePointCalculator(frame, energy=float(self.energies[number]), forces=forces)
+            frame = with_results(atoms, energy=float(self.energies[number]), forces=forces)
+            frame.info |= {"image": number, "path": float(at)}
             frames.append(frame)
         return frames
 
@@ -239,7 +238,7 @@ class _Band(NEB):
     def save(self, file: Path) -> None:
         """Write the images to path.xyz."""
         with atomic_write(file) as temporary:
-            write(temporary, self.frames(), format="extxyz")
+            write_structures(temporary, self.frames())
 
 
 def _check(start: Atoms, end: Atoms, images: int, fmax: float, steps: int, spring: float) -> None:

@@ -10,6 +10,8 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 from numpy.typing import NDArray
 
+from dpa4.data.charge_spin import charge_and_spin
+from dpa4.interfaces.loading import reads_charge_spin
 from dpa4.output import atomic_write, new_figure, save_figure, write_csv, write_json
 from dpa4.simulation.crystal_calculation import Calculation
 from dpa4.simulation.runs.store import Record
@@ -113,8 +115,8 @@ def phonons(
         ImportError: If phonopy or seekpath is not installed.
         RuntimeError: If the relaxation does not converge.
         Stopped: After Ctrl-C (``dpa4.simulation.Stopped``).
-        ValueError: If an argument is not allowed, the crystal has charge or spin, or the calculation to resume has
-            other arguments, another structure or another model.
+        ValueError: If an argument is not allowed, the crystal has charge or spin and the model reads them, or the
+            calculation to resume has other arguments, another structure or another model.
 
     Example:
         Highest frequency in a 4 x 4 x 4 supercell:
@@ -124,7 +126,8 @@ def phonons(
     """
     for module in ("phonopy", "seekpath"):
         require(module, "phonon")
-    _check(atoms, supercell, min_length=min_length, displacement=displacement, mesh=mesh, symprec=symprec)
+    positive = {"min_length": min_length, "displacement": displacement, "mesh": mesh, "symprec": symprec}
+    _check(atoms, supercell, conditioned=reads_charge_spin(calculator), **positive)
     if not 0 <= max_temperature < np.inf:
         raise ValueError(f"max_temperature must be at least 0 K, got {max_temperature}")
     multiples = tuple(supercell) if supercell is not None else supercell_of_length(atoms, min_length)
@@ -164,13 +167,13 @@ def supercell_of_length(atoms: Atoms, min_length: float) -> tuple[int, int, int]
     return max(a, 1), max(b, 1), max(c, 1)
 
 
-def _check(atoms: Atoms, supercell: Sequence[int] | None, **positive: float) -> None:
+def _check(atoms: Atoms, supercell: Sequence[int] | None, *, conditioned: bool, **positive: float) -> None:
     for name, value in positive.items():
         if not 0 < value < np.inf:
             raise ValueError(f"{name} must be positive, got {value}")
     if supercell is not None and (len(supercell) != 3 or min(supercell) < 1):
         raise ValueError(f"supercell must be three positive multiples, got {tuple(supercell)}")
-    if atoms.info.get("charge", 0) != 0 or atoms.info.get("spin", 1) != 1:
+    if conditioned and charge_and_spin(atoms.info, (0, 1)) != (0, 1):
         raise ValueError(
             "phonons need an uncharged crystal with spin 1, because charge and spin of a supercell are not defined; "
             "remove charge and spin from atoms.info"

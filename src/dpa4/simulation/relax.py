@@ -13,10 +13,10 @@ from ase import Atoms, units
 from ase.calculators.calculator import Calculator
 from ase.constraints import FixSymmetry
 from ase.filters import FrechetCellFilter
-from ase.io import write
 from ase.optimize import BFGS, FIRE, LBFGS
 from ase.spacegroup.symmetrize import symmetrize_rank2
 
+from dpa4.data import write_structures
 from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
 from dpa4.output import CsvLog, new_figure, save_figure
 from dpa4.simulation.runs.progress import progress_bar
@@ -140,7 +140,7 @@ def relax(
             for below in engine.irun(fmax=fmax, steps=steps):
                 converged = bool(below)
                 if trajectory is not None:
-                    write(trajectory, labelled(atoms), format="extxyz", append=True)
+                    write_structures(trajectory, labelled(atoms), append=True)
                 if watch is not None:
                     watch(f"step {engine.get_number_of_steps()}  {_max_force(atoms):.4f} eV/Å")
                 if stopped:
@@ -223,7 +223,7 @@ def relax_all(
                 except ValueError as error:
                     raise ValueError(f"structure {number}: {error}") from error
                 results.append(result)
-                write(relaxed, labelled(atoms), format="extxyz", append=True)
+                write_structures(relaxed, labelled(atoms), append=True)
                 row = {"structure": number, "formula": atoms.get_chemical_formula()} | asdict(result)
                 table.write(row)
                 place = {"cell": atoms.cell.array, "positions": atoms.positions}

@@ -1,18 +1,16 @@
 """Screening: relaxation of many structures in batches, with a table of the outcomes."""
 
-import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ase import Atoms
-from ase.calculators.calculator import all_properties
 
 from dpa4.data import read_atoms
-from dpa4.data.labels import ENERGY, STRESS
+from dpa4.data.charge_spin import unused_names, warn_of_unused
+from dpa4.data.writers import without_labels
 from dpa4.graph import build_graph
 from dpa4.interfaces.loading import charge_spin_of
 from dpa4.potential import fingerprint_of
@@ -32,16 +30,6 @@ COLUMNS = (
     "structure", "source", "material_id", "formula", "atoms", "status", "reason", "steps", "initial_energy", "energy",
     "max_force", "volume",
 )  # fmt: skip
-# Keys of ``info`` that are not copied to the relaxed structure: labels of the initial structure, and keys with a
-# meaning of their own in an extended XYZ file.
-DROPPED = {
-    "Lattice",
-    "Properties",
-    "pbc",
-    *all_properties,
-    *(n.partition(".")[2] for n in (*ENERGY, *STRESS)),
-}
-
 Groups = dict[tuple[tuple[bool, ...], tuple[int, int]], list[Job]]
 """Structures by periodicity, and charge and spin multiplicity: a batch has one of each."""
 
@@ -223,6 +211,8 @@ def _prepare(
             raise ValueError("constraints are not supported in batches; use dpa4 relax")
         check_periodicity(found, cell)
         charge_spin = charge_spin_of(model.potential, found)
+        if model.potential.config.charge_spin and (unused := unused_names(found.info)):
+            warn_of_unused(unused, source)  # Python shows the same warning once
         # Batches are planned by edges before anything is evaluated, and a structure with coincident atoms must not
         # reach one. The first evaluation searches again: the graphs of all waiting structures would fill the memory.
         graph = build_graph(
@@ -242,7 +232,7 @@ def _recorded(outcome: Outcome) -> tuple[dict[str, Any], Atoms | None]:
     job, frame = outcome.job, outcome.relaxed
     if frame is None:
         return _row(job, outcome.status, outcome.reason), None
-    frame.info = _described(job.atoms.info) | {"screen_status": outcome.status}
+    frame.info = without_labels(job.atoms.info) | {"screen_status": outcome.status}
     row = _row(job, outcome.status, outcome.reason) | {
         "energy": frame.get_potential_energy(),
         "max_force": outcome.max_force,
@@ -264,17 +254,3 @@ def _row(job: Job, status: str, reason: str) -> dict[str, Any]:
         "steps": job.steps,
         "initial_energy": job.initial_energy,
     }
-
-
-def _described(info: Mapping[Any, Any]) -> dict[str, Any]:
-    """Names, identifiers and numbers of a structure, each on one line; labels are those of the initial structure and
-    are left out."""
-    kept: dict[str, Any] = {}
-    for key, value in info.items():
-        if isinstance(value, str):
-            value = " ".join(value.split())
-        elif not isinstance(value, Real):
-            continue
-        if re.fullmatch(r"[^\s=\"]+", str(key)) and key not in DROPPED and value != "":
-            kept[key] = value
-    return kept

@@ -5,18 +5,27 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import ase.io
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Column, Table
 
-from dpa4.data import Batch, EpochBatches, Frame, FrameDataset, check_elements
-from dpa4.output import write_csv
+from dpa4.data import (
+    Batch,
+    EpochBatches,
+    Frame,
+    FrameDataset,
+    charges_and_spins,
+    check_elements,
+    with_results,
+    write_structures,
+)
+from dpa4.data.charge_spin import is_number
+from dpa4.data.labels import PREDICTED_ENERGY
+from dpa4.output import atomic_write, write_csv
 from dpa4.potential import Potential
 from dpa4.system import own_settings
 from dpa4.training.plots import plot_parity
@@ -184,13 +193,17 @@ def evaluate(
         raise ValueError("there are no structures to evaluate")
     check_elements(frames, potential.elements)
     potential = potential.to(device)
-    dataset = FrameDataset(frames, potential.config.cutoff, potential.config.default_charge_spin)
+    config = potential.config
+    pairs = charges_and_spins(frames, config.charge_spin, config.default_charge_spin)
+    dataset = FrameDataset(frames, config.cutoff, pairs)
     batches = EpochBatches(dataset, max_atoms=max_atoms, shuffle=False)
     predictions = predict(potential, batches.batches(0))
     table = error_table(frames, predictions)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         write_predictions(frames, predictions, output / "predictions.xyz")
+        for name in ("errors.csv", "errors.json", "parity.png"):
+            (output / name).unlink(missing_ok=True)  # of an earlier call, which may have had labels
         if table.rows:
             table.write_csv(output / "errors.csv")
             table.write_json(output / "errors.json")
@@ -206,7 +219,8 @@ def write_predictions(frames: Sequence[Frame], predictions: Sequence[FramePredic
         results = {"energy": prediction.energy, "forces": prediction.forces}
         if volume := _volume(frame):
             results["stress"] = full_3x3_to_voigt_6_stress(-prediction.virial / volume)
-        atoms.calc = SinglePointCalculator(atoms, **results)
+        atoms = with_results(atoms, **results)
+        atoms.info[PREDICTED_ENERGY] = prediction.energy  # marks the results as predictions
         if frame.energy is not None:
             atoms.info["REF_energy"] = frame.energy
         if frame.forces is not None:
@@ -215,10 +229,10 @@ def write_predictions(frames: Sequence[Frame], predictions: Sequence[FramePredic
             atoms.info["REF_virial"] = frame.virial
         if frame.group:
             atoms.info["config_type"] = frame.group
-        if frame.charge_spin is not None:
-            atoms.info["charge"], atoms.info["spin"] = frame.charge_spin
+        atoms.info |= {name: v for name, v in frame.charge_spin.items() if is_number(v)}
         images.append(atoms)
-    ase.io.write(path, images, format="extxyz")
+    with atomic_write(path) as temporary:
+        write_structures(temporary, images)
 
 
 def _parity_data(frames: Sequence[Frame], predictions: Sequence[FramePrediction]) -> dict[str, LabelPair]:

@@ -1,5 +1,6 @@
 """Preparation of a run: reads the data and builds the potential, the batches and the loss from the options."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +16,15 @@ from dpa4.data import (
     Frame,
     FrameDataset,
     LabelKeys,
-    check_charge_spin,
+    charges_and_spins,
     check_elements,
     check_labels,
+    check_trained,
     read_frames,
     reference_energies,
     summarize,
+    undetermined_elements,
+    undetermined_text,
     without_isolated_atoms,
 )
 from dpa4.data.summary import elements_in
@@ -48,36 +52,54 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
     """Read the data, print a summary of them, and build the potential.
 
     Raises:
-        ValueError: If the data cannot be read, have no label for a term with a weight, or have an element outside
-            the model.
+        ValueError: If the data cannot be read, have no label for a term with a weight (training and validation
+            data), have nothing but free atoms, or have an element that is outside the model or in the validation
+            data only.
         RuntimeError: If device is cuda and no CUDA device is available.
     """
     device = choose_device(config.device)
     options = config.training
     keys = LabelKeys(**config.data.keys.model_dump())
     read = read_frames(config.data.train, keys)
-    frames = without_isolated_atoms(read)  # isolated atoms only serve for reference energies
+    frames = _without_isolated_atoms(read, "data.train", config.data.train)
+    loss = _loss(options, frames, console)
+    weights = {"energy": loss.energy, "forces": loss.forces, "virial": loss.virial}
+    check_labels(frames, weights)
     if config.data.validation:
-        validation = without_isolated_atoms(read_frames(config.data.validation, keys))
+        held_out = read_frames(config.data.validation, keys)
+        validation = _without_isolated_atoms(held_out, "data.validation", config.data.validation)
     else:
-        frames, validation = split(frames, config.data.validation_fraction, config.data.split_seed)
+        labels = [name for name, weight in weights.items() if weight]
+        frames, validation = split(frames, config.data.validation_fraction, config.data.split_seed, labels)
     console.print(summarize({"training": frames, "validation": validation}))
+    if validation:
+        check_labels(validation, weights, "validation")
+        check_trained(validation, frames)
 
     model = config.model.build(elements_in([*read, *validation]))
     check_elements([*read, *validation], model.elements)
-    if model.charge_spin and model.default_charge_spin is None:
-        check_charge_spin([*frames, *validation])
+    if untrained := [e for e in elements_in(read) if e not in elements_in(frames)]:
+        console.print(
+            f"no structure to train on contains {', '.join(untrained)}: of these elements the model knows the free "
+            "atom only",
+            style="yellow",
+            soft_wrap=True,
+        )
+    pairs = charges_and_spins([*frames, *validation], model.charge_spin, model.default_charge_spin)
     energies = reference_energies(config.data.reference_energies, read, model.elements)
-    console.print("reference energies (eV): " + ", ".join(f"{e} {v:.4f}" for e, v in energies.items()))
+    undetermined = undetermined_elements(config.data.reference_energies, read, model.elements)
+    values = (f"{e} {v:.4f}{' (arbitrary)' if e in undetermined else ''}" for e, v in energies.items())
+    console.print("reference energies (eV): " + ", ".join(values))
+    if undetermined:
+        console.print(undetermined_text(undetermined), style="yellow", highlight=False, soft_wrap=True)
 
-    loss = _loss(options, frames, console)
     torch.manual_seed(options.seed)
     potential = Potential(model, energies).to(device)
     _describe(config, potential, device, console)
 
     coverage = CoverageCollector(frames, model.cutoff)
-    train = FrameDataset(frames, model.cutoff, model.default_charge_spin, observe=coverage.add)
-    valid = FrameDataset(validation, model.cutoff, model.default_charge_spin)
+    train = FrameDataset(frames, model.cutoff, pairs and pairs[: len(frames)], observe=coverage.add)
+    valid = FrameDataset(validation, model.cutoff, pairs and pairs[len(frames) :])
     budget = batch_budget(options)
     return Preparation(
         potential=potential,
@@ -85,19 +107,29 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
         coverage=coverage,
         validation=EpochBatches(valid, **budget, seed=options.seed, shuffle=False) if validation else None,
         loss=loss,
-        provenance=_provenance(config, frames, validation),
+        provenance=_provenance(config, frames, validation, undetermined),
         run_text=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
     )
 
 
-def split(frames: Sequence[Frame], fraction: float, seed: int) -> tuple[list[Frame], list[Frame]]:
+def split(
+    frames: Sequence[Frame], fraction: float, seed: int, labels: Sequence[str] = ()
+) -> tuple[list[Frame], list[Frame]]:
     """Split off a random share of the structures for validation, at least one unless the fraction is 0.
+
+    Structures that training needs, because no other has one of their elements or labels, are not split off.
+
+    Args:
+        frames: The structures.
+        fraction: Share of the structures for validation.
+        seed: Seed of the random numbers.
+        labels: Labels that both parts must have: "energy", "forces" or "virial".
 
     Returns:
         Structures for training and for validation.
 
     Raises:
-        ValueError: If no structure would be left to train on.
+        ValueError: If no structure would be left to train on, or a part would lack a label.
     """
     count = max(1, round(fraction * len(frames))) if fraction else 0
     if count >= len(frames):
@@ -105,11 +137,61 @@ def split(frames: Sequence[Frame], fraction: float, seed: int) -> tuple[list[Fra
             f"data.validation_fraction = {fraction} of {len(frames)} structures leaves none to train on; "
             "add structures or set it to 0"
         )
-    held_out = set(np.random.default_rng(seed).permutation(len(frames))[:count].tolist())
+    held_out = _held_out(frames, np.random.default_rng(seed).permutation(len(frames)).tolist(), count, labels)
     return (
         [frame for i, frame in enumerate(frames) if i not in held_out],
         [frames[i] for i in sorted(held_out)],
     )
+
+
+def _held_out(frames: Sequence[Frame], order: Sequence[int], count: int, labels: Sequence[str]) -> set[int]:
+    """Indices of the first structures of the order that training can spare, and with which no label is missing."""
+    if not count:
+        return set()
+    kinds = [_elements_and_labels(frame, labels) for frame in frames]
+    left = Counter(kind for own in kinds for kind in own)  # number of structures to train on with each kind
+    chosen: set[int] = set()
+
+    def choose(index: int) -> None:
+        if index not in chosen and all(left[kind] > 1 for kind in kinds[index]):
+            left.subtract(kinds[index])
+            chosen.add(index)
+
+    for index in order:
+        if len(chosen) < count:
+            choose(index)
+    for label in labels:
+        for index in order:
+            if not any(label in kinds[i] for i in chosen) and label in kinds[index]:
+                choose(index)
+    missing = [label for label in labels if not any(label in kinds[i] for i in chosen)]
+    if missing or not chosen:
+        raise ValueError(
+            f"the {len(frames)} structures cannot be split: training needs every structure"
+            + (f" with a label for {missing[0]}" if missing else "")
+            + ", because of labels or elements that no other has; add structures, give data.validation, or set "
+            "data.validation_fraction to 0"
+        )
+    return chosen
+
+
+def _elements_and_labels(frame: Frame, labels: Sequence[str]) -> set[str]:
+    return {*elements_in([frame]), *(label for label in labels if getattr(frame, label) is not None)}
+
+
+def _without_isolated_atoms(frames: Sequence[Frame], option: str, paths: Sequence[Path]) -> list[Frame]:
+    """Return the structures to fit.
+
+    Raises:
+        ValueError: If all are free atoms.
+    """
+    found = without_isolated_atoms(frames)
+    if not found:
+        raise ValueError(
+            f"all {len(frames)} structures of {option} = {', '.join(map(str, paths))} are free atoms, which define "
+            "reference energies but are not fitted; add molecules or crystals"
+        )
+    return found
 
 
 def batch_budget(options: TrainingOptions) -> dict[str, int]:
@@ -143,9 +225,7 @@ def _loss(options: TrainingOptions, frames: Sequence[Frame], console: Console) -
         virial = DEFAULT_VIRIAL_WEIGHT if labelled else 0.0
         reason = "there are stress or virial labels" if labelled else "there is no stress or virial label"
         console.print(f"training.virial_weight = {virial:g}, because {reason}")
-    loss = Loss(options.energy_weight, options.forces_weight, virial, options.loss, options.huber_delta)
-    check_labels(frames, {"energy": loss.energy, "forces": loss.forces, "virial": loss.virial})
-    return loss
+    return Loss(options.energy_weight, options.forces_weight, virial, options.loss, options.huber_delta)
 
 
 def _describe(config: RunConfig, potential: Potential, device: torch.device, console: Console) -> None:
@@ -159,13 +239,16 @@ def _describe(config: RunConfig, potential: Potential, device: torch.device, con
     )
 
 
-def _provenance(config: RunConfig, train: Sequence[Frame], validation: Sequence[Frame]) -> dict[str, str]:
+def _provenance(
+    config: RunConfig, train: Sequence[Frame], validation: Sequence[Frame], undetermined: Sequence[str]
+) -> dict[str, str]:
     def describe(paths: Sequence[Path], frames: Sequence[Frame]) -> str:
         return f"{len(frames)} structures" + (
             f" of {', '.join(path.name for path in paths)}" if paths else ""
         )
 
-    return {
+    warning = {"arbitrary reference energies": undetermined_text(undetermined)} if undetermined else {}
+    return warning | {
         "preset": config.model.preset,
         "training data": describe(config.data.train, train),
         "validation data": describe(config.data.validation or config.data.train, validation),

@@ -134,6 +134,7 @@ class Trainer:
         # Sums of the loss terms, the loss and the gradient norm over the steps since the last row of train.csv.
         self.sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
         self.summed, self.seconds = 0, 0.0
+        self.labelled = dict.fromkeys(_TARGETS, 0)  # number of these steps with a label for each term
         self.resumed = False
         self.compiled: CompiledTraining | None = None
         self.log: RunLog  # opened by `run`, once it is known whether the run is resumed
@@ -191,6 +192,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.potential.train()
+        masks = {"energy": batch.has_energy, "forces": batch.has_forces, "virial": batch.has_virial}
+        labelled = {name: bool(mask.any()) for name, mask in masks.items()}  # on the CPU
         batch = batch.to(self.device)
         batch = batch._replace(graph=self.potential.without_excluded(batch.graph))
         loss, terms = (self._differentiate if self.compiled is None else self.compiled.step)(batch)
@@ -204,6 +207,8 @@ class Trainer:
             self.average.update(self.step)
         self.sums += record
         self.summed += 1
+        for name in _TARGETS:
+            self.labelled[name] += labelled[name]
         self.step += 1
 
     def _differentiate(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -257,12 +262,15 @@ class Trainer:
     # --- logs, validation
 
     def _log_step(self) -> None:
-        means = (self.sums / max(self.summed, 1)).tolist()
-        row = dict(zip(TERMS, means, strict=True))
+        # A step without a label for a term says nothing about the term.
+        steps = {name: self.labelled.get(name, self.summed) for name in TERMS}
+        sums = zip(TERMS, self.sums.tolist(), strict=True)
+        row: dict[str, Any] = {name: total / steps[name] if steps[name] else None for name, total in sums}
         row |= {"step": self.step, "epoch": self.epoch, "learning_rate": self.schedule(self.step - 1)}
         self.log.train(row | {"seconds": round(self.seconds, 3)})
         self.sums.zero_()
         self.summed = 0
+        self.labelled = dict.fromkeys(_TARGETS, 0)
 
     def _validate(self) -> None:
         """Log the errors of the averaged weights on the validation data, and save the model if it is the best."""
@@ -280,7 +288,12 @@ class Trainer:
                 f"{name}_{kind}": getattr(r, kind) for name, r in found.items() for kind in ("mae", "rmse")
             }
             # Mean absolute errors, whatever the kind of the loss, with its weights and in its units.
-            score = sum(getattr(self.loss, name) * r.mae / 1e3 for name, r in found.items())
+            # An absent error is not zero: without it there is no score, and NaN is never the best.
+            score = sum(
+                weight * (found[name].mae / 1e3 if name in found else math.nan)
+                for name in _TARGETS
+                if (weight := getattr(self.loss, name))
+            )
             best = score < self.best_score
             self.best_score, self.stale = (score, 0) if best else (self.best_score, self.stale + 1)
             row: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "score": score, "best": int(best)}
@@ -320,6 +333,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.shadows if self.average is not None else None,
             "sums": self.sums,
+            "labelled": self.labelled,
             "random": random,
         }
         save_state(state, self.config.output / "last.pt")
@@ -346,6 +360,8 @@ class Trainer:
         for name in _COUNTERS:
             setattr(self, name, state[name])
         self.sums.copy_(state["sums"])
+        # States of earlier versions counted every step for every term.
+        self.labelled = state.get("labelled", dict.fromkeys(_TARGETS, self.summed))
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from ase import Atoms
-from ase.io import iread, write
+from ase.io import iread
 
+from dpa4.data import write_structures
 from dpa4.output import CsvLog, atomic_write, write_csv
 from dpa4.simulation.runs.store import check_settings
 
@@ -103,9 +104,10 @@ class Shard:
         """
         # The row comes last: a row that says there is a frame is never written before the frame.
         if frame is not None:
-            frame.info[NUMBER] = row["structure"]
+            # The number comes first: a text of the user may contain its key, too.
+            frame.info = {NUMBER: row["structure"]} | {k: v for k, v in frame.info.items() if k != NUMBER}
             text = io.StringIO()
-            write(text, frame, format="extxyz")
+            write_structures(text, frame)
             self._frames.write(text.getvalue().encode())
         self._log.write(dict(row) | {"frame": frame is not None})
         self.done.add(row["structure"])
