@@ -18,41 +18,9 @@ from dpa4.potential.descriptors import embeddings
 from dpa4.potential.hessian import expand_energy, hessian
 from dpa4.system import Lock, float32_by_default, own_settings
 from dpa4.training import evaluate
-from helpers import crystal, graph_of, molecule, random_potential
-
-
-class default_dtype:
-    def __init__(self, dtype):
-        self.dtype = dtype
-
-    def __enter__(self):
-        self.before = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
-
-    def __exit__(self, *_):
-        torch.set_default_dtype(self.before)
-
-
-class Intercepting(torch.overrides.TorchFunctionMode):
-    """Mode that rounds the result of every function."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        is_float = (
-            isinstance(result, torch.Tensor) and result.is_floating_point() and not result.requires_grad
-        )
-        return result.bfloat16().to(result.dtype) if is_float else result
-
-
-SETTINGS = {
-    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    "inference mode": torch.inference_mode,
-    "no_grad": torch.no_grad,
-    "float16 by default": lambda: default_dtype(torch.float16),
-    "float64 by default": lambda: default_dtype(torch.float64),
-    "on meta by default": lambda: torch.device("meta"),
-    "a mode": Intercepting,
-}
+from helpers import crystal, graph_of, molecule, random_potential, small_potential
+from settings import SETTINGS, default_dtype
+from training_runs import assert_same_run, run
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +120,26 @@ def test_settings_do_not_reach_the_network(interface, setting, checkpoint, expec
         found = INTERFACES[interface](checkpoint)
     assert len(before) == len(found) > 0
     assert all(same(one, other) for one, other in zip(before, found, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["autocast", "inference mode", "float64 by default"])
+def test_settings_do_not_reach_compiled_code(setting, compilations):
+    def forces():
+        own = small_potential().float()
+        return Evaluator(own, compile=True)(graph_of(molecule())).forces
+
+    before = forces()
+    compiled = len(compilations)
+    with SETTINGS[setting]():
+        found = forces()
+    assert torch.equal(before, found) and compiled and len(compilations) == 2 * compiled
+
+
+def test_settings_do_not_reach_training(argon_file, finished_run, tmp_path, no_figures):
+    with SETTINGS["float64 by default"](), SETTINGS["autocast"](), SETTINGS["no_grad"]():
+        run(argon_file, tmp_path / "run")
+    assert_same_run(finished_run.folder, tmp_path / "run")
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
