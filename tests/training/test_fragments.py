@@ -69,7 +69,7 @@ def prediction_of(batch, force: float) -> Prediction:
 
 
 def test_only_forces_above_the_bound_count(batch):
-    """A force of bound + e - 1 on one of five atoms adds 0.5 / 5 to the loss, as its logarithm is one."""
+    """A force of bound + e - 1 on one of five atoms adds 0.1 / 5 to the loss, as its logarithm is one."""
     extended = Fragments(CONFIG, ELEMENTS, seed=0)(batch, 0, 0)
     bound = float(extended.max_force[-1])
     loss = Loss(0.0, 0.0, 0.0)
@@ -78,9 +78,9 @@ def test_only_forces_above_the_bound_count(batch):
     assert float(value) == 0
     above = prediction_of(extended, bound + np.e - 1)
     value, _ = loss(above, extended)
-    assert float(value) == pytest.approx(0.5 / 5)
+    assert float(value) == pytest.approx(0.1 / 5)
     (gradient,) = torch.autograd.grad(value, above.forces)
-    assert gradient[-1, 0] == pytest.approx(0.5 / 5 / np.e) and not gradient[:-1].any()
+    assert gradient[-1, 0] == pytest.approx(0.1 / 5 / np.e) and not gradient[:-1].any()
 
 
 def test_fragments_leave_the_errors_of_the_labels(batch):

@@ -1,0 +1,265 @@
+"""Measure the short range of a model and the conservation of energy; print one line per test.
+
+    python benchmarks/reliability.py pairs MODEL                     # wall, spikes and finite numbers of all pairs
+    python benchmarks/reliability.py compressed MODEL FRAMES.xyz     # forces at 0.3 to 1.0 of all lengths
+    python benchmarks/reliability.py collisions MODEL FRAMES.xyz     # head-on, 10 to 500 eV
+    python benchmarks/reliability.py hot MODEL FRAMES.xyz --ps 100   # 3,000 K in a box, looking for holes
+    python benchmarks/reliability.py nve MODEL FRAME.xyz --ps 100    # drift of the total energy at 300 K
+
+Collisions and hot dynamics take one structure of each ``config_type`` of the file.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+
+import ase.io
+import numpy as np
+import torch
+from ase import Atoms, units
+from ase.md.langevin import Langevin
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from ase.md.verlet import VelocityVerlet
+from numpy.typing import NDArray
+
+from dpa4 import DPA4Calculator, load_potential
+from dpa4.graph import build_graph
+from dpa4.model.short_range import zbl_pair_energy
+from dpa4.potential import Potential
+from dpa4.simulation.pair_curves import pair_curves
+
+CURVATURE = 300.0
+"""Bound of the curvature of a pair in eV/Angstrom^2, to which 10 times the curvature of ZBL is added."""
+
+Array = NDArray[np.float64]
+
+
+def zbl(a: int, b: int, r: Array) -> tuple[Array, Array]:
+    """Slope and curvature of the repulsion, eV/Angstrom and eV/Angstrom^2, at distances (n,)."""
+    length = torch.tensor(r, requires_grad=True)
+    energy = zbl_pair_energy(length, torch.tensor(a), torch.tensor(b)).sum()
+    (slope,) = torch.autograd.grad(energy, length, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), length)
+    return slope.detach().numpy(), curvature.numpy()
+
+
+def pairs(potential: Potential, step: float = 0.005) -> Iterator[dict]:
+    """Yield the shape of the curve of every pair of elements, from 0.1 Angstrom to the cutoff."""
+    shortest = potential.coverage.shortest if potential.coverage else {}
+    potential = potential.double()
+    for curve in pair_curves(potential, start=0.1, step=step):
+        a, b = (Atoms(e).numbers[0] for e in curve.pair)
+        length = shortest.get(curve.pair, shortest.get(curve.pair[::-1], np.nan))
+        below = curve.distance < 0.8 * length
+        excess = np.abs(curve.curvature) - 10 * np.abs(zbl(a, b, curve.distance)[1])
+        cutoff, free = potential.config.cutoff, [False] * 3
+        close = [
+            build_graph([a, b], [[0, 0, 0], [0, 0, r]], np.zeros((3, 3)), free, cutoff)
+            for r in (1e-4, 1e-3, 1e-2)
+        ]
+        yield {
+            "pair": curve.name,
+            "shortest": length,
+            "monotonic": bool((curve.force[below] > 0).all()),
+            "largest excess curvature": float(excess.max()),
+            "at": float(curve.distance[excess.argmax()]),
+            "lowest energy": float(curve.energy.min()),
+            "finite": all(bool(torch.isfinite(potential(graph).forces).all()) for graph in close),
+        }
+
+
+def compressed(potential: Potential, frames: list[Atoms], count: int, seed: int = 0) -> Array:
+    """Largest force of compressed structures divided by the force of ZBL at their shortest pair, (count,)."""
+    random, ratios = np.random.default_rng(seed), []
+    for _ in range(count):
+        atoms = frames[random.integers(len(frames))].copy()
+        scale = random.uniform(0.3, 1.0)
+        atoms.set_cell(atoms.cell * scale)
+        atoms.positions = scale * atoms.positions + random.normal(scale=0.02, size=(len(atoms), 3))
+        graph = build_graph(atoms.numbers, atoms.positions, atoms.cell, atoms.pbc, potential.config.cutoff)
+        length = graph.edge_vectors().norm(dim=1)
+        if not len(length):
+            continue
+        edge = int(length.argmin())
+        ends = (int(atoms.numbers[graph.source[edge]]), int(atoms.numbers[graph.destination[edge]]))
+        slope, _ = zbl(*ends, np.array([float(length[edge])]))
+        ratios.append(float(potential(graph).forces.norm(dim=1).max()) / abs(slope[0]))
+    return np.array(ratios)
+
+
+def collision(model: DPA4Calculator, atoms: Atoms, energy: float, seed: int, reach: float = 0.01) -> dict:
+    """Shoot a random atom of a crystal, or a copy of the molecule, head-on at another atom.
+
+    The equations of motion are integrated by the fourth-order scheme of Yoshida, with steps in which no atom moves by
+    more than ``reach`` (Angstrom) on its way and none is accelerated by more than that.
+    """
+    random = np.random.default_rng(seed)
+    velocity = np.zeros((len(atoms), 3))
+    if atoms.pbc.any():
+        first = random.integers(len(atoms))
+        apart = atoms.get_distances(first, range(len(atoms)), mic=True, vector=True)
+        lengths = np.linalg.norm(apart, axis=1)
+        lengths[first] = np.inf
+        direction = apart[random.choice(np.argsort(lengths)[:6])]
+        moving, mass = [first], atoms.get_masses()[first]
+    else:
+        own, other = atoms.copy(), atoms.copy()
+        other.rotate(random.uniform(0, 360), random.normal(size=3))
+        target = own.positions[random.integers(len(own))]
+        direction = random.normal(size=3)
+        direction /= np.linalg.norm(direction)
+        other.positions += target - direction * 6.0 - other.positions[random.integers(len(other))]
+        atoms = own + other
+        moving, mass = list(range(len(own), len(atoms))), other.get_masses().sum()
+        velocity = np.zeros((len(atoms), 3))
+    velocity[moving] = direction / np.linalg.norm(direction) * np.sqrt(2 * energy / mass)
+    atoms.calc = model
+    masses = atoms.get_masses()[:, None]
+    start = atoms.get_potential_energy() + energy
+    closest, worst, travelled = np.inf, 0.0, 0.0
+    w1 = 1 / (2 - 2 ** (1 / 3))
+    drifts = (w1 / 2, (1 - w1) / 2, (1 - w1) / 2, w1 / 2)
+    kicks = (w1, 1 - 2 * w1, w1)
+    while travelled < 9.0:
+        speed = np.linalg.norm(velocity, axis=1).max()
+        pull = (np.linalg.norm(atoms.get_forces(), axis=1) / masses[:, 0]).max()
+        step = min(reach / speed, np.sqrt(2 * reach / max(pull, 1e-9)) / 4)
+        for drift, kick in zip(drifts, (*kicks, None), strict=True):
+            atoms.positions = atoms.positions + drift * step * velocity
+            if kick is not None:
+                velocity = velocity + kick * step * atoms.get_forces() / masses
+        travelled += speed * step
+        total = atoms.get_potential_energy() + 0.5 * float((masses * velocity**2).sum())
+        worst = max(worst, abs(total - start) / energy) if np.isfinite(total) else np.nan
+        if not np.isfinite(total):
+            break
+        distance = atoms.get_all_distances(mic=True)
+        closest = min(closest, float(distance[~np.eye(len(atoms), dtype=bool)].min()))
+    return {"energy": energy, "closest": closest, "largest change of the energy": worst}
+
+
+def hot(model: DPA4Calculator, atoms: Atoms, ps: float, temperature: float, seed: int = 0) -> dict:
+    """Langevin dynamics in a periodic box, at a temperature where molecules fall apart and meet again."""
+    atoms = atoms.copy()
+    if not atoms.pbc.any():
+        atoms.center(vacuum=3.5)
+        atoms.pbc = True
+    atoms.calc = model
+    start = atoms.get_potential_energy()
+    MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=np.random.default_rng(seed))
+    dynamics = Langevin(
+        atoms,
+        0.5 * units.fs,
+        temperature_K=temperature,
+        friction=0.01 / units.fs,
+        rng=np.random.default_rng(seed),
+    )
+    lowest, closest, hottest, steps = 0.0, np.inf, 0.0, 0
+    eye = np.eye(len(atoms), dtype=bool)
+    for steps in range(1, round(ps * 2000) + 1):
+        dynamics.run(1)
+        lowest = min(lowest, (atoms.get_potential_energy() - start) / len(atoms))
+        hottest = max(hottest, atoms.get_temperature())
+        if steps % 20 == 0:
+            closest = min(closest, float(atoms.get_all_distances(mic=True)[~eye].min()))
+        if not hottest < 20 * temperature:
+            break
+    return {
+        "ps": steps / 2000,
+        "lowest energy per atom": lowest,
+        "closest": closest,
+        "hottest": hottest,
+    }
+
+
+def nve(
+    model: DPA4Calculator, atoms: Atoms, ps: float, timestep: float = 1.0, temperature: float = 300.0
+) -> dict:
+    """Drift of the total energy in eV/atom/ps, by a straight line, and its largest deviation in eV/atom."""
+    atoms = atoms.copy()
+    atoms.calc = model
+    MaxwellBoltzmannDistribution(atoms, temperature_K=2 * temperature, rng=np.random.default_rng(0))
+    Stationary(atoms)
+    VelocityVerlet(atoms, timestep * units.fs).run(500)  # half of the kinetic energy becomes potential energy
+    dynamics, energies = VelocityVerlet(atoms, timestep * units.fs), []
+    started, total = time.monotonic(), round(1000 * ps / timestep)
+    for _ in range(total // 10):
+        dynamics.run(10)
+        energies.append(atoms.get_total_energy() / len(atoms))
+    times = 0.01 * timestep * np.arange(1, len(energies) + 1)
+    drift, _ = np.polyfit(times, energies, 1)
+    return {
+        "ps": float(times[-1]),
+        "K": atoms.get_temperature(),
+        "drift ueV/atom/ps": 1e6 * float(drift),
+        "largest deviation meV/atom": 1e3 * float(np.ptp(energies)),
+        "ms per step": 1e3 * (time.monotonic() - started) / total,
+    }
+
+
+def line(name: str, values: dict) -> None:
+    """Print a name and rounded values."""
+    shown = (
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in values.items()
+    )
+    print(f"{name}: " + ", ".join(shown), flush=True)
+
+
+def one_of_each(frames: list[Atoms]) -> dict[str, Atoms]:
+    """Return the first structure of each ``config_type``, without labels."""
+    found: dict[str, Atoms] = {}
+    for atoms in frames:
+        found.setdefault(str(atoms.info.get("config_type", atoms.get_chemical_formula())), atoms.copy())
+    return found
+
+
+def main() -> None:
+    """Run the test named on the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("test", choices=["pairs", "compressed", "collisions", "hot", "nve"])
+    parser.add_argument("model")
+    parser.add_argument("frames", nargs="?", help="structures, in any format that ASE reads")
+    parser.add_argument("--only", nargs="*", help="names of the structures to use")
+    parser.add_argument("--count", type=int, default=10_000, help="compressed structures")
+    parser.add_argument("--collisions", type=int, default=200)
+    parser.add_argument("--ps", type=float, default=100.0)
+    parser.add_argument("--temperature", type=float, default=3000.0)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    frames = ase.io.read(options.frames, ":") if options.frames else []
+    chosen = {n: a for n, a in one_of_each(frames).items() if not options.only or n in options.only}
+    if options.test == "pairs":
+        for found in pairs(load_potential(options.model)):
+            line(found.pop("pair"), found)
+    elif options.test == "compressed":
+        ratios = compressed(load_potential(options.model), frames, options.count)
+        over = int((~(ratios <= 10)).sum())
+        line(
+            f"{len(ratios)} structures",
+            {"median": float(np.median(ratios)), "largest": float(ratios.max()), "above 10": over},
+        )
+    elif options.test == "collisions":
+        model, random = DPA4Calculator(options.model, device=options.device), np.random.default_rng(1)
+        worst = 0.0
+        for number in range(options.collisions):
+            name = list(chosen)[number % len(chosen)]
+            energy = float(np.exp(random.uniform(np.log(10), np.log(500))))
+            found = collision(model, chosen[name].copy(), energy, number)
+            worst = max(worst, found["largest change of the energy"])
+            line(f"{number} {name}", found)
+        line(f"{options.collisions} collisions", {"largest change of the energy": worst})
+    elif options.test == "hot":
+        model = DPA4Calculator(options.model, device=options.device)
+        for name, atoms in chosen.items():
+            line(name, hot(model, atoms, options.ps, options.temperature))
+    else:
+        model = DPA4Calculator(options.model, device=options.device)
+        for name, atoms in chosen.items():
+            line(name, nve(model, atoms, options.ps))
+
+
+if __name__ == "__main__":
+    main()
