@@ -664,6 +664,27 @@ def test_csv_log_resumes_without_duplicates_or_broken_rows(tmp_path):
     assert read_csv(path) == []
 
 
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("optimizer", {"state": {}, "param_groups": []}),
+        ("optimizer", {}),
+        ("average", [torch.zeros(3)]),
+        ("average", []),
+        ("sums", torch.zeros(2)),
+        ("random", {"cpu": torch.zeros(3)}),
+    ],
+)
+def test_a_state_with_other_entries_is_refused(copied_run, argon_file, entry, value):
+    state = copied_run / "last.pt"
+    content = torch.load(state, weights_only=True)
+    torch.save(content | {entry: value}, state)
+    with pytest.raises(
+        ValueError, match=r"last.pt is damaged or belongs to another run: its entries do not fit"
+    ):
+        run(argon_file, copied_run, resume=True)
+
+
 def test_damaged_and_foreign_states(tmp_path):
     path = tmp_path / "last.pt"
     save_state({"step": 3, "x": torch.ones(2)}, path)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dpa4.data.frame import Frame
 from dpa4.graph import Graph, build_graph, collate
+from dpa4.system import own_settings
 
 CACHE_BYTES = 4 * 1024**3  # limit of the graphs that a data set caches in memory; others are rebuilt
 PREFETCH = 3  # batches prepared ahead
@@ -69,7 +70,6 @@ class FrameDataset:
         cutoff: float,
         charge_spin: Sequence[tuple[int, int]] | None = None,
         cache_bytes: int = CACHE_BYTES,
-        observe: Callable[[int, Graph], None] | None = None,
     ):
         """Create a data set; no graph is built yet.
 
@@ -79,13 +79,10 @@ class FrameDataset:
             charge_spin: Charge and multiplicity of each frame, from ``charges_and_spins``; None: neutral singlets.
             cache_bytes: Size limit of the graphs cached in memory. The first graphs stay cached: evicting the
                 least recently used ones would evict every graph before its next use, one epoch later.
-            observe: Called with the index and the graph of a structure whenever a graph is built, in the
-                thread that builds it.
         """
         self.frames = list(frames)
         self.cutoff = cutoff
         self.charge_spin = charge_spin
-        self.observe = observe
         self._free_bytes = cache_bytes
         self._graphs: dict[int, Graph] = {}
         self._num_edges: NDArray[np.int64] | None = None
@@ -123,14 +120,13 @@ class FrameDataset:
             )
         except ValueError as error:
             raise ValueError(f"{_name(frame, index)}: {error}") from error
-        if self.observe is not None:
-            self.observe(index, graph)
         size = sum(t.nbytes for t in graph)
         if size <= self._free_bytes:
             self._graphs[index] = graph
             self._free_bytes -= size
         return graph
 
+    @own_settings
     def batch(self, indices: Sequence[int]) -> Batch:
         """Join structures and their labels into one batch."""
         frames = [self.frames[i] for i in indices]
@@ -194,7 +190,7 @@ class EpochBatches:
         max_edges: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
-        extend: Callable[[Batch, int, int], Batch] = lambda batch, epoch, number: batch,
+        extend: Callable[[Batch, int, int], Batch] | None = None,
     ):
         """Set the size of batches: ``batch_size``, or ``max_atoms`` and/or ``max_edges``.
 
@@ -264,7 +260,8 @@ class EpochBatches:
 
         def make(item: tuple[int, list[int]]) -> Batch:
             number, indices = item
-            batch = self.extend(self.dataset.batch(indices), epoch, number)
+            batch = self.dataset.batch(indices)
+            batch = batch if self.extend is None else self.extend(batch, epoch, number)
             return batch.pin_memory() if pin else batch
 
         return _prefetched(make, list(enumerate(self.indices(epoch)))[start:])

@@ -15,12 +15,13 @@ from ase import Atoms
 from ase.data import atomic_numbers
 from torch import Tensor
 
+from dpa4.data.charge_spin import unused_names, warn_of_unused
 from dpa4.execution.limits import KEEP_NOTHING, KEEP_POLICIES, MAX_COMPARED_ATOMS, can_be_compiled
 from dpa4.graph import Graph, build_graph, first_atoms
 from dpa4.interfaces.loading import Model, charge_spin_of, load_model
 from dpa4.model.ghosts import Domain
 from dpa4.ops.incidence import Incidence
-from dpa4.system import keep_freed_memory
+from dpa4.system import keep_freed_memory, own_settings
 
 
 class DPA4MLIAP:
@@ -43,6 +44,7 @@ class DPA4MLIAP:
             lmp.file("in.lmp")
     """
 
+    @own_settings
     def __init__(
         self,
         model: Model,
@@ -75,6 +77,8 @@ class DPA4MLIAP:
         self._compile = compile
         self._numbers = torch.tensor([atomic_numbers[e] for e in self.element_types])
         pair = charge_spin_of(self.potential, Atoms(info=info))
+        if self.potential.config.charge_spin and (unused := unused_names(info or {})):
+            warn_of_unused(unused, "info")
         self._charge_spin = torch.tensor([pair])
         atom = build_graph(self._numbers[:1], [[0.0] * 3], torch.eye(3), [False] * 3, 1.0, pair)
         self.potential.check(atom)
@@ -85,6 +89,7 @@ class DPA4MLIAP:
     def compute_gradients(self, data: Any) -> None:
         """Do nothing; `compute_forces` computes energies and forces together."""
 
+    @own_settings
     def compute_forces(self, data: Any) -> None:
         """Pass energies and pair forces to LAMMPS, which calls this method in every step.
 
@@ -102,7 +107,10 @@ class DPA4MLIAP:
                 "this LAMMPS cannot exchange features of ghost atoms; use a version of July 2025 or later with "
                 "ML-IAP and Kokkos, run with '-k on -sf kk'. On one rank, 'dpa4 lammps' needs neither"
             )
-        with torch.autograd.set_multithreading_enabled(False):  # the backward pass calls MPI
+        with (
+            torch.enable_grad(),
+            torch.autograd.set_multithreading_enabled(False),
+        ):  # backward passes call MPI
             self._compute(data)
 
     def _compute(self, data: Any) -> None:

@@ -10,13 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpa4.data.charge_spin import CHARGE_NAMES, SPIN_NAMES, whole_numbers
+from dpa4.data.charge_spin import (
+    CHARGE_NAMES,
+    SPIN_NAMES,
+    is_look_alike,
+    warn_of_unused,
+    whole_numbers,
+)
 from dpa4.execution.evaluator import Evaluator
 from dpa4.graph import Graph, build_graph, collate, neighbor_list_torch
 from dpa4.interfaces.coverage_monitor import CoverageMonitor
 from dpa4.interfaces.loading import Model, load_model
 from dpa4.potential.precision import Precision
-from dpa4.system import choose_device, require
+from dpa4.system import Lock, choose_device, own_settings, require
 
 require("torch_sim", "torchsim")
 from torch_sim.models.interface import ModelInterface  # noqa: E402
@@ -53,6 +59,7 @@ class DPA4Model(ModelInterface):
             results = model(state)
     """
 
+    @own_settings
     def __init__(
         self,
         model: Model,
@@ -84,6 +91,7 @@ class DPA4Model(ModelInterface):
             ValueError: If an argument is not allowed or the checkpoint cannot be read.
         """
         super().__init__()
+        self._lock = Lock()
         self._device = choose_device(device)
         self._dtype = torch.float64
         self._compute_forces, self._compute_stress = compute_forces, compute_stress
@@ -94,6 +102,7 @@ class DPA4Model(ModelInterface):
         self._evaluator = Evaluator(self.potential, compile)
         self.last_graph: Graph | None = None  # of the latest call; saves a neighbour search after it
         self._monitor = CoverageMonitor([self.potential.coverage], self._device)
+        self._unused: set[str] = set()  # extras of states that were warned of
         # Atomic numbers and charge_spin that passed the check.
         self._checked: tuple[Tensor, Tensor] | None = None
 
@@ -130,6 +139,7 @@ class DPA4Model(ModelInterface):
         neighbors = 4 / 3 * math.pi * self.cutoff**3 / 1000
         return {"memory_scales_with": "n_atoms_x_density", "max_memory_scaler": max_edges / neighbors}
 
+    @own_settings
     def forward(self, state: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Evaluate all systems of a state at once.
 
@@ -149,8 +159,9 @@ class DPA4Model(ModelInterface):
         if isinstance(state, dict):  # allowed by TorchSim 0.3
             state = SimState(**state)
         periodic = torch.as_tensor(state.pbc, dtype=torch.bool).cpu().expand(3)
-        graph = self._graph(state, periodic)
-        prediction = self._evaluator(graph)
+        with self._lock:  # graph and checks are stored between calls
+            graph = self._graph(state, periodic)
+            prediction = self._evaluator(graph)
         results = {"energy": prediction.energy, "energies": prediction.atomic_energies}
         if self._compute_forces:
             results["forces"] = prediction.forces
@@ -206,7 +217,16 @@ class DPA4Model(ModelInterface):
                     f"the extras {', '.join(found)} of the state disagree; remove all but one of them"
                 )
             columns.append(torch.from_numpy(found[first]))
+        self._warn_of_unused(state)
         return torch.stack(columns, dim=1).to(self._device)
+
+    def _warn_of_unused(self, state: Any) -> None:
+        """Warn once of extras that look like a charge or a spin, but are not read."""
+        extras = {*vars(state), *(getattr(state, "system_extras", None) or {})}
+        unused = {name for name in extras if is_look_alike(name)} - self._unused
+        self._unused |= unused
+        if unused:
+            warn_of_unused(unused, "extras of the state")
 
     def _default(self, index: int, extra: str, systems: int) -> Tensor:
         """Charge (0) or multiplicity (1) of systems without the extra, (B,) int64."""

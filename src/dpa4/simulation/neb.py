@@ -19,7 +19,7 @@ from dpa4.data import read_images, with_results, write_structures
 from dpa4.output import CsvLog, OutputFolder, atomic_write, new_figure, rows_until, save_figure
 from dpa4.simulation.relax import relax
 from dpa4.simulation.runs.progress import progress_bar
-from dpa4.system import stop_requests
+from dpa4.system import stop_requests, user_path
 
 COLUMNS = ("step", "climbing", "max_force_eV_per_A", "barrier_eV", "highest_image")
 BEFORE_CLIMBING = 4.0  # in units of fmax: largest force at which the highest image starts to climb
@@ -118,7 +118,7 @@ def run_neb(
             print(result.barrier, result.reverse_barrier)  # eV
     """
     _check(start, end, images, fmax, steps, spring)
-    folder = Path(output)
+    folder = user_path(output)
     file = folder / PATH
     known = _read_path(file, start, images) if resume else None
     if not resume and file.exists():

@@ -20,7 +20,7 @@ from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
 from dpa4.output import CsvLog, cut_back, flush_to_disk, new_figure, save_figure
 from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.store import Record, Records
-from dpa4.system import require, stop_requests
+from dpa4.system import require, stop_requests, user_path
 
 CellChange = Literal["fixed", "full", "volume", "shape", "xy", "z"]
 
@@ -123,7 +123,8 @@ def relax(
     check_relaxation(fmax, steps, cell, pressure, tuple(CELLS))
     check_periodicity(atoms, cell)
     if trajectory is not None:
-        Path(trajectory).unlink(missing_ok=True)
+        trajectory = user_path(trajectory)
+        trajectory.unlink(missing_ok=True)
     constraints = atoms.constraints
     if symmetry:
         _keep_symmetry(atoms, cell, symprec)
@@ -201,7 +202,7 @@ def relax_all(
         ValueError: As for ``relax``, with the number of the structure in the message; or if model, options or
             structures differ from those of the call to resume, or a file of it is damaged.
     """
-    folder = Path(output)
+    folder = user_path(output)
     relaxed, finished = folder / "relaxed.xyz", folder / "relax.jsonl"
     if resume and not finished.is_file():
         raise FileNotFoundError(f"there is no relaxation to resume in {folder}: {finished} does not exist")

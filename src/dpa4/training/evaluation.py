@@ -28,6 +28,7 @@ from dpa4.data.charge_spin import is_number
 from dpa4.data.labels import PREDICTED_ENERGY
 from dpa4.output import OutputFolder, atomic_write, write_csv
 from dpa4.potential import Potential
+from dpa4.system import own_settings, user_path
 from dpa4.training.plots import plot_parity
 
 TOTAL = "all"
@@ -102,6 +103,7 @@ class ErrorTable(NamedTuple):
             temporary.write_text(text, encoding="utf-8")
 
 
+@own_settings
 def predict(potential: Potential, batches: Iterable[Batch]) -> list[FramePrediction]:
     """Predict energy, forces and virial of every structure, in the order of the batches.
 
@@ -165,12 +167,13 @@ def error_table(frames: Sequence[Frame], predictions: Sequence[FramePrediction])
     return ErrorTable(tuple(rows))
 
 
+@own_settings
 def evaluate(
     potential: Potential,
     frames: Sequence[Frame],
     *,
     max_atoms: int = 2000,
-    output: Path | None = None,
+    output: str | Path | None = None,
     device: str | torch.device = "cpu",
 ) -> ErrorTable:
     """Compare the predictions of a potential with labels; structures without labels are only predicted.
@@ -192,8 +195,9 @@ def evaluate(
     if not frames:
         raise ValueError("there are no structures to evaluate")
     check_elements(frames, potential.elements)
-    with nullcontext() if output is None else OutputFolder(output):
-        return _evaluate(potential.to(device), frames, max_atoms, output)
+    folder = None if output is None else user_path(output)
+    with nullcontext() if folder is None else OutputFolder(folder):
+        return _evaluate(potential.to(device), frames, max_atoms, folder)
 
 
 def _evaluate(
