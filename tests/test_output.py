@@ -138,7 +138,8 @@ def test_a_folder_that_is_gone_or_read_only(tmp_path, monkeypatch):
         check_writable(folder / "a.txt")
     with pytest.raises(IsADirectoryError, match="it is a folder; give the name of a file"):
         check_writable(tmp_path)
-    check_writable(tmp_path / "a.txt")
+    (tmp_path / ".a[1].txt.123-456.tmp").touch()  # of a killed process
+    check_writable(tmp_path / "a[1].txt")
     assert not list(tmp_path.iterdir())
 
     def read_only(*_, **__):

@@ -1,6 +1,7 @@
 """Output: folders of one process at a time, files that survive a crash, CSV, JSON, figures, terminals."""
 
 import csv
+import glob
 import io
 import json
 import os
@@ -15,7 +16,8 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-LEFTOVERS = ".*.[0-9]*.tmp"  # temporary files of ``atomic_write``, left behind by a killed process
+_NUMBERED = ".[0-9]*.tmp"  # end of the names of temporary files
+LEFTOVERS = f".*{_NUMBERED}"  # temporary files of ``atomic_write``, left behind by a killed process
 LEFTOVERS_OF_SAFETENSORS = ".tmp??????"  # in runs of earlier versions
 
 # --- folders
@@ -45,7 +47,7 @@ class OutputFolder:
         self._path = path.absolute() / (f".{name}.lock" if name else ".lock")
         with naming(self._path):
             self._file = _locked(self._path, path / name)
-            remove_leftovers(path, f".{name}{LEFTOVERS[1:]}" if name else LEFTOVERS)
+            remove_leftovers(path, f".{name}*{_NUMBERED}" if name else LEFTOVERS)
 
     def __enter__(self) -> Self:
         return self
@@ -132,6 +134,8 @@ def naming(path: Path) -> Iterator[None]:
 def check_writable(path: Path) -> None:
     """Check that a file can be written, before the work whose result it will hold.
 
+    Temporary files of this name that a killed process left behind are removed.
+
     Raises:
         FileNotFoundError: If the folder does not exist.
         OSError: If no file of this name can be written.
@@ -141,6 +145,7 @@ def check_writable(path: Path) -> None:
         raise IsADirectoryError(f"cannot write {path}: it is a folder; give the name of a file")
     trial = _temporary(path)
     with naming(path):
+        remove_leftovers(path.parent, f".{glob.escape(path.name)}{_NUMBERED}")
         try:
             trial.touch(exist_ok=True)
         finally:

@@ -413,6 +413,7 @@ def test_states_with_a_damaged_entry_about_their_data(finished_run, tmp_path, na
         load_state(path)
 
 
+@pytest.mark.filterwarnings("ignore:the energies are")  # far from those of the earlier data
 def test_resume_on_new_data(copied_run, tmp_path):
     """Energies of the reference stay, the best score starts anew, coverage and provenance are the union."""
     far = Atoms("Ar2", [(0, 0, 0), (0, 0, 3.9)])

@@ -433,7 +433,8 @@ class Trainer:
         for name in _COUNTERS:
             setattr(self, name, state[name])
         self.history, self.first_epoch = state.get("history", []), state.get("first_epoch", 0)
-        if coverage := state.get("coverage"):  # absent in states of earlier versions; includes earlier data
+        # Includes data that the run has used before. Earlier versions had none, or an entry of another kind.
+        if isinstance(coverage := state.get("coverage"), str):
             self.potential.coverage = self.preparation.coverage.union(Coverage.from_json(coverage))
         self.sums.copy_(state["sums"])
         # States of earlier versions counted every step for every term.
