@@ -10,6 +10,8 @@ import warnings
 import numpy as np
 import pytest
 from ase.io import read, write
+from safetensors import safe_open
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from dpa4.cli import app
@@ -185,7 +187,7 @@ def test_output_in_any_encoding(trained):
     ("command", "number"),
     [
         ("train", signal.SIGINT),
-        *((c, signal.SIGTERM) for c in ("train", "md", "relax", "pairs", "neb", "eos")),
+        *((command, signal.SIGTERM) for command in ("train", "md", "relax", "pairs", "neb", "eos", "screen")),
     ],
 )
 def test_a_run_ended_by_a_signal_says_so_in_its_status(trained, tmp_path, monkeypatch, command, number):
@@ -230,7 +232,11 @@ def test_a_run_ended_by_a_signal_says_so_in_its_status(trained, tmp_path, monkey
         ),
         "eos": (model, structure, "--no-relax", "--device", "cpu", "-o", tmp_path / "run"),
     }
+    if command == "screen":
+        pytest.importorskip("torch_sim")
+        arguments["screen"] = (model, structure, "--fmax", 1e-9, "--device", "cpu", "-o", tmp_path / "run")
     places = {
+        "screen": "dpa4.interfaces.torchsim.DPA4Model.forward",
         "train": "dpa4.training.trainer.Trainer._train_on",
         "pairs": "dpa4.simulation.runs.store.Records.append",
     }
@@ -239,7 +245,7 @@ def test_a_run_ended_by_a_signal_says_so_in_its_status(trained, tmp_path, monkey
     owner = pkgutil.resolve_name(module)
     monkeypatch.setattr(owner, name, signalled(getattr(owner, name)))
     result = CliRunner().invoke(app, [command, *map(str, arguments[command])])
-    assert result.exit_code == 128 + number, result.output
+    assert result.exit_code == 128 + number, (result.output, result.exception)
     assert "continue" in result.output and "Traceback" not in result.output
     # the next command of the process is not ended by this signal
     assert CliRunner().invoke(app, ["info", str(model)]).exit_code == 0
@@ -280,6 +286,41 @@ def test_outputs_are_tried_before_the_work(trained, tmp_path, monkeypatch, comma
     assert result.exit_code == 1, (result.output, result.exception)
     (line,) = [line for line in result.output.splitlines() if line.strip()]
     assert line.startswith("error: cannot ") and str(tmp_path / "file") in line
+
+
+@pytest.mark.parametrize(
+    "command", ["info", "convert", "eval", "embed", "pairs", "md", "relax", "neb", "eos", "train"]
+)
+def test_every_command_refuses_a_damaged_file_in_one_line(trained, tmp_path, command):
+    model, data = tmp_path / "model.safetensors", trained / "train.xyz"
+    with safe_open(trained / "run" / "best.safetensors", "pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    tensors["model.types.table"].view(-1)[0] = float("nan")
+    save_file(tensors, model, metadata)
+    write(tmp_path / "crystal.xyz", crystal(0))
+    out = tmp_path / "out"
+    arguments = {
+        "info": (model,),
+        "convert": (model, out.with_suffix(".pt")),
+        "eval": (model, data, "-o", out),
+        "embed": (model, data, "-o", out.with_suffix(".npz")),
+        "pairs": (model, "-o", out),
+        "md": (model, data, "--steps", 5, "-o", out),
+        "relax": (model, data, "-o", out),
+        "neb": (model, data, data, "-o", out),
+        "eos": (model, tmp_path / "crystal.xyz", "-o", out),
+        "train": (trained / "run.yaml", "--resume", "--set", f"output={out}"),
+    }[command]
+    message = "model.types.table is not finite"
+    if command == "train":
+        shutil.copytree(trained / "run", out)
+        with (out / "last.pt").open("r+b") as file:
+            file.truncate(file.seek(0, os.SEEK_END) // 2)
+        message = "last.pt: it is damaged"
+    result = CliRunner().invoke(app, [command, *map(str, arguments)])
+    assert result.exit_code == 1, (result.output, result.exception)
+    (line,) = [line for line in result.output.splitlines() if line.strip()]
+    assert line.startswith("error: cannot read ") and message in line
 
 
 def test_square_brackets_of_a_message_are_printed(tmp_path):

@@ -41,8 +41,8 @@ class Frame:
 
 
 def file_of(origin: str) -> str:
-    """File of a structure, from the origin of the structure, such as "train.xyz" from "train.xyz, frame 12"."""
-    return origin.rpartition(", ")[0] or origin
+    """File of a structure, such as "train.xyz" from the origin "train.xyz, frame 12"; "" if there is none."""
+    return origin.rpartition(", ")[0]
 
 
 def digest(frames: Iterable[Frame]) -> str:

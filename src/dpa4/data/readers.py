@@ -13,7 +13,15 @@ from dpa4.data.databases import is_database, read_database
 from dpa4.data.deepmd_npy import find_systems, read_system
 from dpa4.data.extxyz import ISOTOPES, read_extxyz
 from dpa4.data.frame import Frame, check_structure
-from dpa4.data.labels import USUAL_KEYS, LabelKeys, check_keys, frame_from_atoms, label_names
+from dpa4.data.labels import (
+    USUAL_KEYS,
+    LabelKeys,
+    check_keys,
+    frame_from_atoms,
+    has_reference_labels,
+    label_names,
+    warn_of_two_sources,
+)
 from dpa4.data.unpacking import archive_members, as_text, encoding_of, open_binary, reason
 from dpa4.system import user_path
 
@@ -53,9 +61,13 @@ def read_frames(paths: str | Path | Sequence[str | Path], keys: LabelKeys = USUA
             for system in systems:
                 frames += read_system(system)
         else:
+            references = []
             for origin, atoms in read_atoms(path):
                 frames.append(frame_from_atoms(atoms, keys, group=path.stem, origin=origin))
                 found |= label_names(atoms)
+                references.append(has_reference_labels(atoms))
+            if keys == USUAL_KEYS:
+                warn_of_two_sources(path, frames[before:], references)
         if len(frames) == before:
             raise ValueError(f"{path} has no structure")
     check_keys(keys, found, ", ".join(map(str, sources)))

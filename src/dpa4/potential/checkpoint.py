@@ -27,7 +27,7 @@ from dpa4 import __version__
 from dpa4.data.coverage import Coverage
 from dpa4.model import ModelConfig
 from dpa4.output import atomic_write, check_writable
-from dpa4.parsing import parse_json, shown
+from dpa4.parsing import first_line, parse_json, shown
 from dpa4.potential.deepmd.options import first_problem
 from dpa4.potential.deepmd.reader import read_deepmd
 from dpa4.potential.deepmd.writer import export_deepmd
@@ -103,21 +103,6 @@ def save_potential(
     if potential.coverage is not None:
         metadata["coverage"] = potential.coverage.to_json()
     _write(path, metadata, tensors)
-
-
-def add_coverage(path: Path, coverage: Coverage) -> None:
-    """Add the coverage of the training data to a native checkpoint that contains no distances yet.
-
-    Raises:
-        ValueError: If the checkpoint is damaged or was edited.
-    """
-    with _named(path):
-        metadata, tensors = _read_tensors(path)
-        stored = _coverage(metadata)
-        if stored is not None and stored.shortest is not None:
-            return
-        _verified_digest(metadata, tensors)
-    _write(path, metadata | {"coverage": coverage.to_json()}, tensors)
 
 
 def _write(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
@@ -197,7 +182,7 @@ def read_checkpoint(path: str | Path, branch: str | None = None) -> Checkpoint:
         start = file.read(9)
     if start[8:9] == b"{":  # safetensors: eight bytes of header length, then JSON
         return _read_native(path, branch)
-    if start[:2] in (b"PK", b"\x80\x02"):  # zip archive or pickle, the two formats of torch.save
+    if start[:2] in (b"PK", b"\x80\x02"):  # the present and the earlier format of torch.save
         model = read_deepmd(path, branch)
         kind = f"deepmd-kit checkpoint, descriptor format {model.version:g}"
         return Checkpoint(
@@ -249,7 +234,7 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(f"cannot read {path}: it is damaged or incomplete ({error})") from error
+        raise ValueError(f"cannot read {path}: it is damaged or incomplete ({first_line(error)})") from error
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 

@@ -227,6 +227,7 @@ def scan_pairs(
         Curves and diagnoses.
 
     Raises:
+        BlockingIOError: If another process is working in ``output``.
         ValueError: If an element is not in the potential, a pair is excluded from it, ``start`` or ``step`` does not
             fit below the cutoff, or the folder holds curves of another model or of other distances.
 

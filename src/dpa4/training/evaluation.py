@@ -187,6 +187,7 @@ def evaluate(
         MAE, RMSE and largest error per group and quantity, in the units of ``QUANTITIES``.
 
     Raises:
+        BlockingIOError: If another process is working in the folder.
         ValueError: If there is no structure, or an element, charge or spin is outside the model.
     """
     if not frames:

@@ -28,7 +28,7 @@ def unknown_option(key: str, allowed: Iterable[str]) -> str:
     """Message about an unknown option, which suggests the closest known option or, if none is close, lists all."""
     allowed = list(allowed)
     close = difflib.get_close_matches(key.rpartition(".")[2], allowed, n=1)
-    return f"unknown option {key}; " + (
+    return f"unknown option {key if len(key) <= 100 else key[:97] + '...'}; " + (
         f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(allowed)}"
     )
 

@@ -160,10 +160,12 @@ def _faults(error: ValidationError) -> str:
         elif e["type"] == "value_error":
             lines[key] = message
         elif key in lines:
-            lines[key] += " or " + message.removeprefix("Input should be ")
+            other = message.removeprefix("Input should be ")
+            lines[key] += "" if other in lines[key] else f" or {other}"
         else:
             lines[key] = f"{key} = {shown(e['input'])}: {message[0].lower()}{message[1:]}"
-    return "\n".join(f"  {line}" for line in lines.values())
+    more = [f"and {len(lines) - 20} more faults"] if len(lines) > 20 else []
+    return "\n".join(f"  {line}" for line in [*list(lines.values())[:20], *more])
 
 
 def _option(location: tuple[int | str, ...]) -> tuple[list[Any], dict[str, FieldInfo]]:

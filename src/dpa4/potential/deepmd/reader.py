@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from dpa4.model import ModelConfig
 from dpa4.model.shapes import shapes_of
-from dpa4.parsing import shown
+from dpa4.parsing import first_line, shown
 from dpa4.potential.deepmd.names import deepmd_name
 from dpa4.potential.deepmd.options import check_plain, config_from_deepmd, precision_of
 from dpa4.potential.pytorch_file import load_pytorch
@@ -80,10 +80,9 @@ def read_deepmd(path: str | Path, branch: str | None = None) -> DeepmdModel:
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     except (TypeError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"cannot read {path}: its options or tensors have other types or shapes than deepmd-kit writes "
-            f"({type(error).__name__}: {reason:.200})"
+            f"({type(error).__name__}: {first_line(error)})"
         ) from error
 
 
