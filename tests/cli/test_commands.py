@@ -371,7 +371,7 @@ def test_the_home_folder_in_arguments_and_options(trained, monkeypatch, tmp_path
     cpu = ("--device", "cpu")
     run("relax", "~/m.safetensors", "~/train.xyz", "--output=~/relax", "--steps", 1, *cpu)
     run("eval", "~/m.safetensors", "~/train.xyz", "~/train.xyz", "--output=~/eval", *cpu)
-    run("convert", "~/m.safetensors", "~/m.pt")
+    run("convert", "~/m.safetensors", "~/m.pt", "--drop-bridging")
     run("init", "~/run.yaml", "--train", "~/train.xyz")
     sets = [*TINY, "training.steps=2", "output=~/run", "data.validation=~/train.xyz", "device=cpu"]
     run("train", "~/run.yaml", *(x for s in sets for x in ("--set", s)))
