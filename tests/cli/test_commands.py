@@ -369,16 +369,14 @@ def test_the_home_folder_in_arguments_and_options(trained, monkeypatch, tmp_path
     shutil.copy(trained / "run" / "best.safetensors", home / "m.safetensors")
     shutil.copy(trained / "train.xyz", home / "train.xyz")
     cpu = ("--device", "cpu")
-    run("relax", "~/m.safetensors", "~/train.xyz", "--output=~/relax", "--steps", 1, *cpu)
     run("eval", "~/m.safetensors", "~/train.xyz", "~/train.xyz", "--output=~/eval", *cpu)
-    run("convert", "~/m.safetensors", "~/m.pt")
     run("init", "~/run.yaml", "--train", "~/train.xyz")
     sets = [*TINY, "training.steps=2", "output=~/run", "data.validation=~/train.xyz", "device=cpu"]
     run("train", "~/run.yaml", *(x for s in sets for x in ("--set", s)))
     message = run("bench", "spice", "~/m.safetensors", "--data=~/data", *cpu, ok=False)
     assert str(home / "data") in message.replace("\n", "")
-    assert {p.name for p in home.iterdir()} >= {"relax", "eval", "m.pt", "run.yaml", "run"}
-    assert (home / "run" / "best.safetensors").is_file() and (home / "relax" / "relaxed.xyz").is_file()
+    assert {p.name for p in home.iterdir()} >= {"eval", "run.yaml", "run"}
+    assert (home / "run" / "best.safetensors").is_file()
     assert not list((tmp_path / "here").iterdir())
 
 

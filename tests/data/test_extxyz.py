@@ -155,6 +155,19 @@ def test_names_of_databases_are_taken_as_they_are(tmp_path, monkeypatch):
         assert [len(f) for f in read_frames(name)] == [3]
 
 
+@pytest.mark.parametrize("counts", ["999999999 2", "1 1000000000000000000000000", "3 3 ! six of them"])
+@pytest.mark.parametrize("symbols", ["Cu H\n", ""])
+def test_counts_of_poscar_files_are_compared_with_their_lines(tmp_path, counts, symbols):
+    text = f"Cu H\n1.0\n3 0 0\n0 3 0\n0 0 3\n{symbols}{counts}\nDirect\n0 0 0\n0.5 0.5 0.5\n"
+    start = time.monotonic()
+    with pytest.raises(
+        ValueError, match=r"POSCAR cannot be read .*[\d,]+ atoms are declared, but only \d lines"
+    ):
+        read_frames(write(tmp_path / "POSCAR", text))
+    assert time.monotonic() - start < 1
+    assert len(read_frames(write(tmp_path / "POSCAR", text.replace(counts, "1 1 ! two")))[0]) == 2
+
+
 def test_other_formats_name_the_frame_and_the_isotope(tmp_path):
     ase.io.write(tmp_path / "a.vasp", bulk("Cu"))
     text = (tmp_path / "a.vasp").read_text().replace("Cu", "D ")

@@ -182,7 +182,7 @@ def test_every_structure_is_listed_with_what_happened_to_it(tmp_path):
     assert "atoms 0 and 1 coincide" in reasons[3]
     assert "element Xe (54) is not in the model" in reasons[4]
     assert "constraints are not supported in batches; use dpa4 relax" in reasons[5]
-    assert "broken.cif cannot be read by ASE" in reasons[7]
+    assert "broken.cif, frame 0 cannot be read by ASE" in reasons[7]
     assert "after 3 steps" in table[0]["reason"] and table[0]["steps"] == "3"
     assert table[6]["source"].endswith("some.db, row 2")
     assert frames[0].info["name"] == "cluster 0" and frames[3].info["project"] == "x"

@@ -1,6 +1,7 @@
 """JSON of ASE, in databases and trajectories, with a check of the sizes that it declares."""
 
 import json
+import math
 from typing import IO, Any
 
 import numpy as np
@@ -22,7 +23,7 @@ def _checked_object(values: dict[str, Any]) -> Any:
     if "__ndarray__" in values:
         shape, name, numbers = values["__ndarray__"]
         dtype = np.dtype(name)
-        size = int(np.prod([int(n) for n in shape], dtype=object)) * (2 if dtype.kind == "c" else 1)
+        size = math.prod(map(int, shape)) * (2 if dtype.kind == "c" else 1)
         given = len(numbers) if isinstance(numbers, list) else 1
         if size != given or dtype.kind not in "biufcSU" or dtype.itemsize > LONGEST_TEXT:
             raise ValueError(f"an array of shape {shape} and type {name} is written with {given} numbers")

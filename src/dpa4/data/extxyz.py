@@ -170,13 +170,13 @@ def _fault(lines: Sequence[str], error: Exception) -> str:
         if len(words) < len(converters):
             return (
                 f"atom {atom} has {len(words)} columns, but {len(converters)} are declared "
-                f"(Properties={properties}): {line.strip()[:60]!r}; correct the line, or the number of atoms"
+                f"(Properties={properties[:200]}): {line.strip()[:60]!r}; correct the line, or the number of atoms"
             )
         for word, convert in zip(words, converters, strict=False):
             try:
                 convert(word)
             except ValueError:
-                return f"atom {atom}: {word[:60]!r} is not a number; columns are {properties}"
+                return f"atom {atom}: {word[:60]!r} is not a number; columns are {properties[:200]}"
         if isinstance(error, KeyError) and words[column].capitalize() not in atomic_numbers | ISOTOPES:
             return f"atom {atom}: {words[column][:60]!r} is no chemical symbol; write H, C, Si, ..."
     return f"it cannot be read: {reason(error)}"

@@ -309,7 +309,7 @@ def _numbers(value: Any, shape: tuple[int, ...], name: str, origin: str) -> NDAr
     """Convert a value to float64 of this shape."""
     try:
         return np.array(value, dtype=np.float64).reshape(shape)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         expected = f"numbers of shape {shape}" if shape else "a number"
         got = " ".join(repr(value).split())[:200]
         raise ValueError(f"{name} of {origin} must be {expected}, got {got}") from None

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator, Sequence
+from itertools import islice, takewhile
 from pathlib import Path
 
 import ase.io
@@ -25,7 +26,7 @@ from dpa4.data.labels import (
 from dpa4.data.unpacking import archive_members, as_text, encoding_of, open_binary, reason
 from dpa4.system import user_path
 
-_EXTXYZ, _TRAJECTORY = "extxyz", "traj"  # ASE's names of the formats
+_EXTXYZ, _TRAJECTORY, _POSCAR = "extxyz", "traj", ("vasp", "vasp-xdatcar")  # ASE's names of the formats
 
 
 def read_frames(paths: str | Path | Sequence[str | Path], keys: LabelKeys = USUAL_KEYS) -> list[Frame]:
@@ -147,6 +148,8 @@ def _read_file(path: Path, last: bool) -> Iterator[tuple[str, Atoms]]:
                 return
             if name == _TRAJECTORY:
                 check_trajectory(file)
+            elif name in _POSCAR:
+                _check_counts(file)
             # A format that needs the file itself gets an absolute path. ASE takes relative names such as postgres.dat
             # for addresses of databases.
             opened = (file if kind.isbinary else as_text(file)) if kind.acceptsfd else str(path.absolute())
@@ -174,6 +177,25 @@ def _format_of(file: io.BufferedReader, path: Path) -> str:
         if (name := filetype(start, guess=guess)) in ioformats:
             break
     return name
+
+
+def _check_counts(file: io.BufferedReader) -> None:
+    """Check that a POSCAR or XDATCAR has a line per atom, and go back to the start.
+
+    ASE makes a list of all declared atoms first.
+
+    Raises:
+        ValueError: If it has fewer lines.
+    """
+    head = [line.split() for line in islice(file, 7)]
+    counts = next((words for words in head[5:] if words and words[0].isdigit()), [])
+    declared = sum(int(word[:20]) for word in takewhile(bytes.isdigit, counts))
+    lines = sum(1 for _ in file)
+    if declared > lines:
+        raise ValueError(
+            f"{declared:,} atoms are declared, but only {lines:,} lines follow; complete the file"
+        )
+    file.seek(0)
 
 
 def _unreadable(source: str, path: Path, how: str, error: Exception) -> Exception:

@@ -121,7 +121,7 @@ def reason(error: Exception) -> str:
     """Message of an error in one line, preceded by the kind of error unless it is a ValueError."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 500 else text[:500] + "..."
-    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+    return text if type(error) is ValueError else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 class _BoundedReader(io.BufferedReader):
