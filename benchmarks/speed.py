@@ -92,7 +92,9 @@ def labelled(graph: Graph, energy: torch.Tensor, forces: torch.Tensor) -> Batch:
     """Training batch with one energy per structure and forces; all tensors on one device."""
     known = torch.ones_like(energy, dtype=torch.bool)
     virial = energy.new_zeros(len(energy), 3, 3)
-    return Batch(graph, energy, forces, virial, known, known, ~known, weight=torch.ones_like(energy))
+    return Batch(
+        graph, energy, forces, virial, known, known, ~known, torch.ones_like(energy), 0 * forces[:, 0]
+    )
 
 
 def replayed(potential: Potential, batch: Batch, optimizer: torch.optim.Optimizer):

@@ -1,35 +1,225 @@
-"""Output files: crash-safe writing, CSV, JSON, figures."""
+"""Output: folders of one process at a time, crash-safe writing, structures, CSV, JSON, figures, terminals."""
 
 import csv
+import io
 import json
 import os
+import sys
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import IO, Any, Self
 
 import numpy as np
+
+LEFTOVERS = ".*.[0-9]*.tmp"  # temporary files of ``atomic_write``, left behind by a killed process
+LEFTOVERS_OF_SAFETENSORS = ".tmp??????"  # in runs of earlier versions
+
+# --- folders
+
+
+class OutputFolder:
+    """Output folder that belongs to one process until it is closed; use as a context manager.
+
+    The folder is created if absent. Its lock file shows at once whether files can be written to it, and ends with
+    the process, however the process ends. Temporary files that a killed process left behind are removed.
+
+    Args:
+        path: The folder.
+        name: Part of the folder that is locked, for processes that share a folder; by default the whole folder.
+
+    Raises:
+        BlockingIOError: If another process is working in the folder.
+        OSError: If the folder cannot be created, or no file can be written to it.
+    """
+
+    def __init__(self, path: Path, name: str = ""):
+        self._created = not path.exists()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise type(error)(f"cannot create the folder {path}: {error.strerror}") from error
+        self._path = path / f".{name}.lock" if name else path / ".lock"
+        with naming(self._path):
+            self._file = _locked(self._path, path / name)
+            remove_leftovers(path, f".{name}{LEFTOVERS[1:]}" if name else LEFTOVERS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the lock file, and the folder if it was created for nothing; end the lock."""
+        if not self._file.closed:
+            with suppress(OSError):  # the folder may be gone, and is only removed if it is empty
+                self._path.unlink()
+                if self._created:
+                    self._path.parent.rmdir()
+            self._file.close()
+
+
+def remove_leftovers(folder: Path, pattern: str = LEFTOVERS) -> None:
+    """Remove the temporary files of killed processes; to be called while the folder is locked."""
+    for leftover in folder.glob(pattern):
+        leftover.unlink()
+
+
+def _locked(path: Path, what: Path) -> IO[str]:
+    """Open and lock a file that only one process may hold.
+
+    Args:
+        path: The file.
+        what: Folder, or part of one, for messages.
+
+    Raises:
+        BlockingIOError: If another process holds it.
+    """
+    while True:
+        file = path.open("w", encoding="utf-8")
+        try:
+            _lock(file)
+        except (BlockingIOError, PermissionError) as error:
+            file.close()
+            raise BlockingIOError(
+                f"another process is working on {what}; wait until it has finished, or choose another folder"
+            ) from error
+        except OSError as error:
+            warnings.warn(
+                f"{what} cannot be locked ({error.strerror}); let no other process write to it",
+                stacklevel=3,
+            )
+            return file
+        # The previous owner may have removed the file after it was opened here.
+        with suppress(FileNotFoundError):
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                return file
+        file.close()
+
+
+def _lock(file: IO[str]) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# --- files
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in errors of the operating system, such as a full disk, which often lack it."""
+    try:
+        yield
+    except OSError as error:
+        elsewhere = error.filename is not None and Path(error.filename).parent != path.parent
+        if error.strerror is None or elsewhere:  # the message says all, or is about another file
+            raise
+        raise type(error)(f"cannot write {path}: {error.strerror}") from error
+
+
+def check_writable(path: Path) -> None:
+    """Check that a file can be written, before the work whose result it will hold.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+        OSError: If no file of this name can be written.
+    """
+    _check_folder(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder; give the name of a file")
+    trial = _temporary(path)
+    with naming(path):
+        try:
+            trial.touch(exist_ok=True)
+        finally:
+            with suppress(OSError):
+                trial.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; the file there replaces ``path`` unless the block raises.
 
+    The file is on the disk, not only in memory, when it replaces ``path``.
+
     Raises:
         FileNotFoundError: If the folder does not exist.
+        OSError: If the file cannot be written, for example because the disk is full; ``path`` is as it was.
     """
+    _check_folder(path)
+    temporary = _temporary(path)
+    try:
+        with naming(path):
+            yield temporary
+            flush_to_disk(temporary)
+            os.replace(temporary, path)
+    finally:
+        with suppress(OSError):  # the folder may be gone or read-only; the first error tells more
+            temporary.unlink(missing_ok=True)
+
+
+def _check_folder(path: Path) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}; create it first")
+
+
+def _temporary(path: Path) -> Path:
     # Unique for each thread of each process, so that two writers of the same path do not disturb each other.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until the content of a file is on the disk, so that it survives a loss of power."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def cut_back(path: Path, size: int, origin: Path) -> None:
+    """Remove what was appended to a file after a state was saved.
+
+    Args:
+        path: The file.
+        size: Size of the file at that time, in bytes.
+        origin: File with the state, for the message.
+
+    Raises:
+        ValueError: If the file is shorter. It is not changed.
+    """
+    found = path.stat().st_size if path.is_file() else 0
+    if found < size:
+        raise ValueError(
+            f"{path} is damaged: it has {found} bytes, {origin.name} says at least {size}; restore the file, or "
+            "start again in another folder"
+        )
+    if path.is_file():
+        with naming(path):
+            os.truncate(path, size)
+
+
+def write_torch(path: Path, content: Any) -> None:
+    """Write tensors and plain Python values as a PyTorch file."""
+    import torch
+
+    # In memory first: PyTorch's own writer reports a full disk by a trace of its C++ code.
+    memory = io.BytesIO()
+    torch.save(content, memory)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(memory.getbuffer())
+
+
+# --- figures
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -47,6 +237,9 @@ def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:
         figure.savefig(temporary, dpi=dpi, format="png")
 
 
+# --- tables
+
+
 class CsvLog:
     """CSV file with one row per event and the step in the first column; every row is flushed to the file.
 
@@ -54,22 +247,48 @@ class CsvLog:
         path: The file.
         columns: Column names; the first is the step.
         resume_step: Last step whose row of an earlier run is preserved; None starts a new file.
+
+    Raises:
+        ValueError: If the file of an earlier run has other columns, or a step that is not a number.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], resume_step: int | None = None):
-        rows = [] if resume_step is None else [r for r in read_csv(path) if int(r[columns[0]]) <= resume_step]
+        rows = [] if resume_step is None else rows_until(path, columns, resume_step)
         write_csv(path, columns, rows)
+        self._path = path
         self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, columns)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row; columns that it lacks stay empty."""
-        self._writer.writerow(row)
-        self._file.flush()
+        with naming(self._path):
+            self._writer.writerow(row)
+            self._file.flush()
+
+    def flush_to_disk(self) -> None:
+        """Wait until all rows are on the disk."""
+        with naming(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
+
+
+def rows_until(path: Path, columns: Sequence[str], last_step: int) -> list[dict[str, str]]:
+    """Rows of a file of ``CsvLog`` up to a step, which is in the first column; [] if there is no such file.
+
+    Raises:
+        ValueError: If the file has other columns, or a step that is not a number.
+    """
+    rows = read_csv(path)
+    if rows and list(rows[0]) != [*columns]:
+        raise ValueError(f"{path} is damaged: its columns are not {', '.join(columns)}; restore or remove it")
+    try:
+        return [row for row in rows if int(row[columns[0]]) <= last_step]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; restore or remove it") from None
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -89,6 +308,9 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
         writer.writerows(rows)
 
 
+# --- JSON
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write an indented JSON file; NaN and infinity become null."""
     with atomic_write(path) as temporary:
@@ -106,3 +328,16 @@ def _finite(content: Any) -> Any:
     if isinstance(content, np.ndarray | np.generic):
         return _finite(content.tolist())
     return None if isinstance(content, float) and not np.isfinite(content) else content
+
+
+# --- terminals
+
+
+def tolerate_any_encoding() -> None:
+    """Replace characters that standard output and standard error cannot encode, such as Å in GBK, by "?".
+
+    By default, such a character ends the program.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")

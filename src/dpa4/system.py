@@ -161,6 +161,10 @@ def require(module: str, extra: str) -> ModuleType:
         ) from error
 
 
+caught_signals: list[int] = []
+"""Numbers of all signals that ``stop_requests`` has caught in this process, for the exit status of a command."""
+
+
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
     """Yield a list to which SIGINT and SIGTERM append their number, so that a loop can stop after a step.
@@ -180,6 +184,7 @@ def stop_requests() -> Iterator[list[int]]:
 
     def request(number: int, _: Any) -> None:
         received.append(number)
+        caught_signals.append(number)
         restore()
 
     for number in previous:

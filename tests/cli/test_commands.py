@@ -1,6 +1,9 @@
 """The commands, end to end on a tiny model and a few structures."""
 
 import json
+import os
+import pkgutil
+import signal
 import warnings
 
 import numpy as np
@@ -10,7 +13,7 @@ from typer.testing import CliRunner
 
 from dpa4.cli import app
 from dpa4.simulation import DPA4Calculator
-from helpers import molecule, shared
+from helpers import crystal, molecule, shared
 
 TINY = ["model.channels=8", "model.lmax=1", "model.n_blocks=1", "model.mixing_layers=1", "model.cutoff=4"]
 
@@ -152,6 +155,130 @@ def test_warnings_are_one_line(trained):
     (warned,) = [line for line in lines if "extrapolates" in line]
     assert warned.startswith("warning: atoms 0 and 1 are 0.300 Angstrom apart")
     assert not any("calculator.py" in line for line in lines) and warnings.showwarning is shown
+
+
+# --- encodings
+
+
+def test_output_in_any_encoding(trained):
+    """A character may be lost, never the run."""
+    model, folder = trained / "run" / "best.safetensors", trained / "encodings"
+    settings = [*TINY, "training.steps=2", f"output={folder / 'run'}", "device=cpu"]
+    for encoding, *command in (
+        ("gbk", "info", model),
+        ("ascii", "info", model),
+        ("ascii", "train", trained / "run.yaml", *(x for s in settings for x in ("--set", s))),
+        ("ascii", "eval", model, trained / "train.xyz", "-o", folder / "eval"),
+    ):
+        result = CliRunner(charset=encoding).invoke(app, [str(part) for part in command])
+        assert result.exit_code == 0, (command, result.output, result.exception)
+    result = CliRunner(charset="ascii").invoke(app, ["info", "Å.pt"])
+    assert result.exit_code == 1 and r"there is no checkpoint \xc5.pt" in result.output
+    assert "Å" in (folder / "eval" / "errors.csv").read_text(encoding="utf-8")
+
+
+# --- signals
+
+
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [
+        ("train", signal.SIGINT),
+        *((c, signal.SIGTERM) for c in ("train", "md", "relax", "pairs", "neb", "eos")),
+    ],
+)
+def test_a_run_ended_by_a_signal_says_so_in_its_status(trained, tmp_path, monkeypatch, command, number):
+    model, structure = trained / "run" / "best.safetensors", tmp_path / "one.xyz"
+    calls: list[int] = []
+
+    def signalled(original):
+        def call(*arguments, **options):
+            calls.append(1)
+            if len(calls) == 3:
+                os.kill(os.getpid(), number)
+            return original(*arguments, **options)
+
+        return call
+
+    first, last = crystal(0) if command == "eos" else molecule(0, 5), molecule(0, 5)
+    last.positions[0] += 0.3
+    write(structure, first)
+    write(tmp_path / "two.xyz", last)
+    settings = [
+        *TINY,
+        "training.steps=9",
+        "training.batch_size=1",
+        f"output={tmp_path / 'run'}",
+        "device=cpu",
+    ]
+    arguments: dict[str, tuple] = {
+        "train": (trained / "run.yaml", *(x for s in settings for x in ("--set", s))),
+        "md": (model, structure, "--steps", 50, "--device", "cpu", "-o", tmp_path / "run"),
+        "relax": (model, structure, "--fmax", 1e-9, "--device", "cpu", "-o", tmp_path / "run"),
+        "pairs": (model, "--step", 1, "--device", "cpu", "-o", tmp_path / "run"),
+        "neb": (
+            model,
+            structure,
+            tmp_path / "two.xyz",
+            "--fmax",
+            1e-9,
+            "--device",
+            "cpu",
+            "-o",
+            tmp_path / "run",
+        ),
+        "eos": (model, structure, "--no-relax", "--device", "cpu", "-o", tmp_path / "run"),
+    }
+    places = {
+        "train": "dpa4.training.trainer.Trainer._train_on",
+        "pairs": "dpa4.simulation.runs.store.Records.append",
+    }
+    place = places.get(command, "dpa4.interfaces.ase.DPA4Calculator.calculate")
+    module, _, name = place.rpartition(".")
+    owner = pkgutil.resolve_name(module)
+    monkeypatch.setattr(owner, name, signalled(getattr(owner, name)))
+    result = CliRunner().invoke(app, [command, *map(str, arguments[command])])
+    assert result.exit_code == 128 + number, result.output
+    assert "continue" in result.output and "Traceback" not in result.output
+    # the next command of the process is not ended by this signal
+    assert CliRunner().invoke(app, ["info", str(model)]).exit_code == 0
+
+
+# --- outputs
+
+
+@pytest.mark.parametrize(
+    "command", ["eval", "embed", "report", "convert", "pairs", "md", "relax", "neb", "eos", "train"]
+)
+def test_outputs_are_tried_before_the_work(trained, tmp_path, monkeypatch, command):
+    model, data = trained / "run" / "best.safetensors", trained / "train.xyz"
+    (tmp_path / "file").touch()
+    inside = tmp_path / "file" / "run"
+    arguments = {
+        "eval": (model, data, "-o", inside),
+        "embed": (model, data, "-o", inside.with_suffix(".npz")),
+        "report": (trained / "run", "-o", inside.with_suffix(".html")),
+        "convert": (model, inside.with_suffix(".pt")),
+        "pairs": (model, "-o", inside),
+        "md": (model, data, "--steps", 5, "-o", inside),
+        "relax": (model, data, "-o", inside),
+        "neb": (model, data, data, "-o", inside),
+        "eos": (model, trained / "crystal.xyz", "-o", inside),
+        "train": (trained / "run.yaml", "--set", f"output={inside}"),
+    }[command]
+    write(trained / "crystal.xyz", crystal(0))
+
+    def worked(*_, **__):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr("dpa4.potential.Potential.forward", worked)
+    monkeypatch.setattr("dpa4.potential.Potential.of_edges", worked)
+    monkeypatch.setattr("dpa4.training.trainer.prepare", worked)
+    monkeypatch.setattr("dpa4.potential.checkpoint.read_checkpoint", worked) if command == "convert" else None
+    result = CliRunner().invoke(app, [command, *map(str, arguments)])
+    assert result.exit_code == 1, (result.output, result.exception)
+    (line,) = [line for line in result.output.splitlines() if line.strip()]
+    assert line.startswith("error: cannot ") and str(tmp_path / "file") in line
 
 
 def test_square_brackets_of_a_message_are_printed(tmp_path):

@@ -220,3 +220,14 @@ def test_files_are_replaced_or_extended(tmp_path):
     for append in (False, True, False, True):
         write_structures(path, three(), append=append)
     assert len(ase.io.read(path, ":")) == 2
+
+
+@pytest.mark.filterwarnings("ignore:the entry")
+@pytest.mark.parametrize("value", [5, 0.1, "text", np.eye(3), [1.0] * 9])
+def test_names_with_rules_of_their_own(value):
+    """ASE reads "virial" as a matrix and "uid" as a text."""
+    atoms = three()
+    atoms.info = {"virial": value, "uid": value, "step": 7}
+    (found,) = again(atoms)
+    assert found.info["step"] == 7
+    assert "virial" not in found.info or np.shape(found.info["virial"]) == (3, 3)

@@ -16,7 +16,7 @@ from dpa4.execution.limits import KEEP_POLICIES, KeepPolicy
 from dpa4.execution.regions import compile_potential, keep_results, restore_eager
 from dpa4.execution.regions import regions as regions_of
 from dpa4.graph import collate
-from dpa4.model.config import Bridging
+from dpa4.model.config import Bridging, PairBridging
 from dpa4.model.presets import preset
 from dpa4.ops import available
 from dpa4.potential import Potential
@@ -34,11 +34,13 @@ from helpers import (
     small_potential,
 )
 
+WINDOWS = PairBridging(outer=dict.fromkeys(["H-H", "H-C", "H-O", "C-C", "C-O", "O-O"], 1.5), inner=0.6)
 GENERATIONS = {
     "S2 grid": {"ffn_on": "s2", "n_blocks": 1, "lmax": 1},
     "SO(3) grid": {"message_node_so3": True, "ffn_on": "so3", "ffn_grid": 1, "so3_readout": "mlp"},
     "foci": {"n_focus": 2, "radial_so2_rank": 2},
     "bridging": {"n_blocks": 1, "bridging": Bridging(r_inner=0.8, r_outer=1.4)},
+    "bridging of pairs": {"n_blocks": 1, "bridging": WINDOWS},
 }
 GENERATIONS["everything"] = {**GENERATIONS["SO(3) grid"], **GENERATIONS["foci"], **GENERATIONS["bridging"]}
 # With 16 channels, compiled code contains the C++ kernels; the others have 8 channels and plain operations.
@@ -125,7 +127,12 @@ def batches(count: int):
 
 
 # Evaluation with everything, but without parts, is in the test of constants.
-QUICK_CASES = (("S2 grid", False, True), ("S2 grid", False, False), ("everything, C++", True, True))
+QUICK_CASES = (
+    ("bridging of pairs", False, True),
+    ("S2 grid", False, True),
+    ("S2 grid", False, False),
+    ("everything, C++", True, True),
+)
 
 
 @pytest.mark.parametrize(

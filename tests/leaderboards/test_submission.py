@@ -162,7 +162,7 @@ def test_command_refuses_runs_of_another_model(tmp_path, submission):
         ("model_name: x", "lacks model_key .*license .mapping with code"),
         (METADATA + "metrics: {}", "has entries that are computed: metrics; remove them"),
         (METADATA.replace("dpa4-test", "../x"), "model_key = '../x' in .*; use only letters"),
-        ("[1", "is not YAML"),
+        ("[1", "is not valid YAML: line 1, column 3: "),
         ("- 1", "must be a mapping with model_name"),
     ],
 )

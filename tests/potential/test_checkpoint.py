@@ -7,9 +7,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dpa4.model import Bridging, ModelConfig
-from dpa4.potential import checkpoint, fingerprint_of
-from dpa4.potential.checkpoint import convert, load_potential, read_checkpoint, save_potential
+from dpa4.data.coverage import Coverage
+from dpa4.model import DPA4, Bridging, ModelConfig
+from dpa4.model.presets import PRESETS, preset
+from dpa4.model.shapes import check_size, shapes_of
+from dpa4.potential import checkpoint, fingerprint_of, model_card
+from dpa4.potential.checkpoint import (
+    add_coverage,
+    convert,
+    load_potential,
+    read_checkpoint,
+    save_potential,
+)
 from helpers import graph_of, molecule, random_potential, randomize
 
 ENERGIES = {"H": -13.587654321098765, "C": -1029.5, "O": -2041.123456789012345}
@@ -221,3 +230,215 @@ def test_many_problems_are_counted(saved):
 def test_branches_belong_to_multitask_models(saved):
     with pytest.raises(ValueError, match="holds a single model, so there is no branch 'water'"):
         load_potential(saved, branch="water")
+
+
+# Damaged, edited and hostile files
+
+
+def edited(path, **options):
+    """Change options in the configuration of a checkpoint."""
+    with safe_open(path, framework="pt") as file:
+        config = json.loads(file.metadata()["config"])
+    rewrite(path, {"config": json.dumps(config | options)})
+
+
+def every_reader_refuses(path, message):
+    """Loading, describing and converting a file fail with one line, which names the file."""
+    readers = (load_potential, model_card, lambda file: convert(file, path.with_name("out.safetensors")))
+    for reader in readers:
+        with pytest.raises(ValueError, match=message) as caught:
+            reader(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert not path.with_name("out.safetensors").exists()
+
+
+def test_an_edited_file_is_told(saved):
+    untouched = saved.read_bytes()
+    key = "model.types.table"
+    weight = load_file(saved)[key]
+    rewrite(saved, **{key: weight * (1 + 1e-6)})
+    every_reader_refuses(
+        saved, "not those that dpa4 wrote .* edited.*remove the entry digest from the metadata"
+    )
+    for metadata in ({"provenance": '{"data": "other.xyz"}'}, {"elements": '["H", "C", "N"]'}):
+        saved.write_bytes(untouched)
+        rewrite(saved, metadata)
+        every_reader_refuses(saved, "the digest differs")
+    saved.write_bytes(untouched)
+    edited(saved, cutoff=4.5)
+    every_reader_refuses(saved, "the digest differs")
+    saved.write_bytes(untouched)
+    rewrite(saved, {"digest": "0"})
+    every_reader_refuses(saved, "the digest differs")
+
+
+def test_the_digest_is_that_of_the_content_and_the_card_shows_it(saved):
+    digest = read_checkpoint(saved).digest
+    assert digest is not None and f"{digest[:16]}, matches weights and options" in model_card(saved).text
+    rewrite(saved)
+    assert read_checkpoint(saved).digest == digest  # the order in the file does not matter
+    coverage = Coverage(4.0, ("H",), {("H", "H"): 0.74})
+    add_coverage(saved, coverage)
+    assert read_checkpoint(saved).digest not in (digest, None)
+    assert read_checkpoint(saved).coverage == coverage
+
+
+def test_files_without_a_digest_are_read(saved):
+    with safe_open(saved, framework="pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key != "digest"}
+    save_file(load_file(saved), saved, metadata)
+    assert read_checkpoint(saved).digest is None
+    assert "digest" not in model_card(saved).sections["Provenance"]
+    load_potential(saved)
+
+
+def test_no_coverage_is_added_to_an_edited_file(saved):
+    rewrite(saved, {"provenance": "{}"})
+    before = saved.read_bytes()
+    with pytest.raises(ValueError, match="the digest differs"):
+        add_coverage(saved, Coverage(4.0, ("H",), {}))
+    assert saved.read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(saved, value):
+    key = "model.blocks.1.conv.pre_mix.weight"
+    weight = load_file(saved)[key]
+    weight.view(-1)[3] = value
+    rewrite(saved, **{key: weight})
+    every_reader_refuses(saved, f"{key} is not finite: 1 of its {weight.numel()} values")
+
+
+def test_weights_that_are_not_finite_are_not_written(saved):
+    potential, before = make_potential(), saved.read_bytes()
+    with torch.no_grad():
+        potential.model.types.table[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="cannot write .*model.types.table is not finite"):
+        save_potential(potential, saved)
+    assert saved.read_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_weights_of_other_types_are_refused(saved, dtype):
+    rewrite(saved, **{"model.types.table": torch.zeros(4, 8).to(dtype)})
+    every_reader_refuses(saved, "model.types.table has values of type .*; allowed are F64, F32, F16, BF16")
+
+
+def test_half_precision_is_widened(saved):
+    with safe_open(saved, framework="pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key != "digest"}
+    half = {key: v.half() if key.startswith("model.") else v for key, v in load_file(saved).items()}
+    save_file(half, saved, metadata)
+    assert load_potential(saved).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("n_blocks", 10**6),
+        ("mixing_layers", 10**6),
+        ("ffn_blocks", 10**6),
+        ("radial_mlp", [64] * 200_000),
+        ("fitting", [64] * 200_000),
+        ("channels", 16384),
+        ("n_radial", 10**7),
+        ("n_focus", 10**6),
+        ("message_grid", 10**20),
+        ("cutoff", 4500.0),
+        ("cutoff", 1e200),
+        ("env_exp", [10**9, 5]),
+        ("elements", ["H"] * 10**5),
+        ("kmax", 10**6),
+        ("readout_layers", 10**6),
+        ("excluded_pairs", [["H", "H"]] * 8000),
+        ("default_charge_spin", [10**6, 1]),
+    ],
+)
+def test_huge_options_are_refused_by_name(saved, option, value):
+    edited(saved, **{option: value})
+    every_reader_refuses(saved, f"its configuration is not valid: {option}: .* at most|less than or equal")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_blocks": 64}, "64 blocks with mixing_layers = 4 and ffn_blocks = 1 need at least 385 tensors"),
+        ({"ffn_blocks": 16, "mixing_layers": 32, "n_blocks": 2}, "need at least 99 tensors|is missing"),
+        ({"channels": 1024}, r"has shape .* instead of .* and \d+ more"),
+        ({"lmax": 10}, r"has shape .* instead of .* and \d+ more"),
+        ({"n_focus": 16, "focus_dim": 1024}, r"has shape .* instead of .* and \d+ more"),
+    ],
+)
+def test_options_within_the_limits_are_compared_with_the_weights_before_anything_is_built(
+    saved, monkeypatch, options, message
+):
+    """No constant of the network is computed: those of degree 10 need 4 GB."""
+    monkeypatch.setattr("dpa4.model.grid.grid_matrices", None)
+    monkeypatch.setattr("dpa4.model.harmonics.coupling", None)
+    edited(saved, **options)
+    every_reader_refuses(saved, message)
+
+
+def test_the_published_models_and_larger_ones_are_within_the_limits():
+    ultra = preset("pro", channels=128, lmax=6, n_blocks=10, n_focus=3)
+    assert len(ultra.elements) == 118
+    check_size(ultra)
+    check_size(preset("pro", lmax=10))
+    with pytest.raises(
+        ValueError, match="parameters, at most 1,000,000,000 are supported; lower model.channels"
+    ):
+        check_size(preset("pro", channels=1024, lmax=10))
+
+
+@pytest.mark.parametrize("name", [*PRESETS])
+def test_shapes_are_those_of_the_network(name):
+    config = preset(name, elements=("H", "C"), charge_spin=True, mlp_bias=name == "mini", basis="gaussian")
+    assert shapes_of(config) == {key: value.shape for key, value in DPA4(config).state_dict().items()}
+
+
+@pytest.mark.parametrize("text", ["", "x", "[" * 100_000, "null", "[]", '"x"', '{"data": 1}', '{"data": {}}'])
+def test_malformed_provenance_is_refused(saved, text):
+    rewrite(saved, {"provenance": text})
+    every_reader_refuses(saved, "its entry provenance (is|has) ")
+
+
+@pytest.mark.parametrize("version", ["1" * 5000, "²", "-1", "1.5", ""])
+def test_malformed_versions_are_refused(saved, version):
+    rewrite(saved, {"format_version": version})
+    every_reader_refuses(saved, "its format_version is '.*', not a number")
+
+
+@pytest.mark.parametrize(
+    ("energies", "message"),
+    [
+        (torch.zeros(3, 1, dtype=torch.float64), r"has shape \(3, 1\) instead of \(3,\)"),
+        (torch.zeros(2, dtype=torch.float64), r"has shape \(2,\) instead of \(3,\)"),
+        (torch.tensor([0.0, float("nan"), 0.0]), "reference energy of C is nan eV; allowed are finite"),
+        (torch.tensor([0.0, 0.0, 1e300], dtype=torch.float64), r"reference energy of O is 1e\+300 eV"),
+        (torch.zeros(3, dtype=torch.complex64), "reference_energies has values of type C64"),
+        (torch.zeros(3, dtype=torch.float16), "reference_energies has values of type float16, not float64"),
+    ],
+)
+def test_malformed_reference_energies_are_refused(saved, energies, message):
+    rewrite(saved, reference_energies=energies)
+    every_reader_refuses(saved, message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"cutoff": 1%s, "elements": ["H"], "shortest": null}' % ("0" * 400), "has 401 digits"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"cutoff": 4, "elements": "H", "shortest": null}', "elements = 'H', not a list"),
+        ('{"cutoff": 4, "elements": ["H"], "shortest": {"H-H": NaN}}', "H-H = nan, not a length"),
+        ('{"cutoff": true, "elements": ["H"], "shortest": null}', "cutoff = True, not a length"),
+    ],
+)
+def test_malformed_coverage_is_refused(saved, text, message):
+    rewrite(saved, {"coverage": text})
+    every_reader_refuses(saved, f"its entry coverage is not a description of training data: .*{message}")
+
+
+def test_control_characters_in_the_provenance_do_not_reach_the_terminal(saved):
+    save_potential(make_potential(), saved, {"data": "a\x1b[2Jb\nc"})
+    assert model_card(saved).sections["Provenance"]["data"] == r"a\x1b[2Jb\nc"

@@ -244,7 +244,7 @@ def test_reference_energies_must_belong_to_the_model():
 
 
 def test_below_the_inner_radius_only_nuclear_repulsion_acts():
-    from dpa4.potential.zbl import zbl_pair_energy
+    from dpa4.model.short_range import zbl_pair_energy
 
     potential = random_potential(bridging=Bridging(r_inner=0.8, r_outer=1.4, smooth_cutoff=False))
     alone = sum(float(potential(graph_of(Atoms(e))).energy) for e in ("C", "O"))
@@ -258,7 +258,7 @@ def test_below_the_inner_radius_only_nuclear_repulsion_acts():
 
 def test_zbl_against_published_screening():
     """Universal screening at x = r/a = 1: 0.18175 e^-3.1998 + 0.50986 e^-0.94229 + ... = 0.4164."""
-    from dpa4.potential.zbl import zbl_pair_energy
+    from dpa4.model.short_range import zbl_pair_energy
 
     a = 0.88534 * 0.5291772109 / (2 * 14**0.23)
     energy = float(zbl_pair_energy(torch.tensor(a, dtype=torch.float64), torch.tensor(14), torch.tensor(14)))

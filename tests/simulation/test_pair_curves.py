@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from dpa4.cli import app
 from dpa4.model.config import Bridging
+from dpa4.model.short_range import zbl_pair_energy
 from dpa4.potential import Potential, save_potential
-from dpa4.potential.zbl import zbl_pair_energy
 from dpa4.simulation import DPA4Calculator
 from dpa4.simulation import pair_curves as module
 from dpa4.simulation.pair_curves import (

@@ -1,9 +1,12 @@
 """The report of a run: one valid page without external resources, even if parts are missing."""
 
 import base64
+import csv
+import html
 import json
 import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -210,3 +213,112 @@ def test_command(trained, tmp_path):
     result = CliRunner().invoke(app, ["report", *map(str, arguments)])
     assert result.exit_code == 0, result.output
     assert len(page(tmp_path / "r.html").images) == 2
+
+
+# --- hostile texts
+
+HOSTILE = (
+    "<script>document.title='ran'</script>",
+    "\"><img src=x onerror=document.title='ran'>",
+    "'><svg onload=document.title='ran'>",
+    "</pre></td></title></style><script>document.title='ran'</script>",
+    "<a href=javascript:document.title='ran'>",
+    "<iframe srcdoc=\"<script>parent.document.title='ran'</script>\">",
+    "&lt;script&gt;document.title='ran'",
+    "{{constructor.constructor('document.title=1')()}}<!--",
+)
+ELEMENTS = {
+    "html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "nav", "a", "section", "p", "code", "div",
+    "img", "table", "thead", "tbody", "tr", "th", "td", "pre",
+}  # fmt: skip
+ATTRIBUTES = {"lang", "charset", "http-equiv", "name", "content", "href", "id", "class", "alt", "src"}
+
+
+class Elements(HTMLParser):
+    """Names of all elements and attributes, and values of all references."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.names: set[str] = set()
+        self.attributes: set[str] = set()
+        self.references: set[str] = set()
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.names.add(tag)
+        self.attributes |= {name for name, _ in attributes}
+        self.references |= {value for name, value in attributes if name in ("href", "src")}
+
+
+@pytest.fixture(scope="module")
+def hostile(trained, tmp_path_factory):
+    """Report of a run whose folder, labels, options, tables, provenance and versions are hostile."""
+    base = tmp_path_factory.mktemp("hostile")
+    every = " ".join(HOSTILE)
+    folder = base / HOSTILE[0].replace("/", "") / HOSTILE[1].replace("/", "")
+    shutil.copytree(trained / "run", folder)
+    (folder / "run.yaml").write_text(f"output: {every}\n")
+    rows = read_csv(folder / "valid.csv")
+    with (folder / "valid.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], f"energy_{HOSTILE[0]}"])
+        writer.writeheader()
+        for text, row in zip(HOSTILE, rows, strict=False):
+            writer.writerow(
+                row | {"step": text, "score": text, "energy_mae": text, f"energy_{HOSTILE[0]}": "1"}
+            )
+    evaluation = base / "eval"
+    shutil.copytree(trained / "eval", evaluation)
+    table = json.loads((evaluation / "errors.json").read_text())
+    for text, row in zip(HOSTILE, table, strict=False):
+        row |= {"group": text, "quantity": text, "unit": text, "values": text, "mae": text}
+    table.append(
+        table[-1] | {"group": "all", "quantity": every, "unit": every, "rmse": every, "maximum": every}
+    )
+    (evaluation / "errors.json").write_text(json.dumps(table))
+    potential = load_potential(folder / "best.safetensors")
+    provenance = {text: text for text in HOSTILE} | {"training data": every, "date": every, "preset": every}
+    save_potential(potential, folder / "best.safetensors", provenance)
+    return write_report(folder, evaluation=evaluation, device="cpu", pairs=False, progress=False)
+
+
+def test_hostile_texts_stay_texts(hostile):
+    text = hostile.read_text(encoding="utf-8")
+    found = Elements(text)
+    assert found.names <= ELEMENTS and found.attributes <= ATTRIBUTES
+    assert all(value.startswith(("#", "data:image/png;base64,")) for value in found.references)
+    assert text.count("document.title") > 40 and "default-src 'none'" in text
+    policy = text.index("Content-Security-Policy")
+    assert policy < text.index("<title>") and policy < text.index("<style>")
+
+
+@pytest.mark.slow
+def test_a_browser_runs_no_script_of_a_report(hostile, tmp_path):
+    """In Chromium, also without the policy of the page, which would hide an error of the escaping."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("there is no Chromium")
+    text = hostile.read_text(encoding="utf-8")
+    without = re.sub(r"<meta http-equiv=.*?>\n", "", text)
+    assert without != text
+    control = "<title>plain</title><script>document.title='ran'</script>"
+    titles, elements = {}, {}
+    for name, content in (("as it is", text), ("without", without), ("control", control)):
+        page = tmp_path / "page.html"
+        page.write_text(content, encoding="utf-8")
+        command = [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'profile'}",
+        ]
+        done = subprocess.run(
+            [*command, "--dump-dom", page.as_uri()], capture_output=True, timeout=120, check=True
+        )
+        dom = done.stdout.decode()
+        titles[name] = html.unescape(re.search("<title>(.*?)</title>", dom, re.DOTALL)[1])
+        elements[name] = Elements(dom).names
+    assert titles["control"] == "ran"  # the browser runs scripts
+    for name in ("as it is", "without"):
+        assert titles[name].endswith(": DPA4 training") and elements[name] <= ELEMENTS

@@ -487,7 +487,7 @@ def test_files_cut_anywhere_lose_only_what_was_being_written(tmp_path):
 
 def test_shards_that_do_not_add_up_and_a_shard_in_use(tmp_path):
     shards = [Shard(tmp_path, COLUMNS, {}, rank, 2) for rank in range(2)]
-    with pytest.raises(RuntimeError, match="another process is working on .*/shards/1-of-2"):
+    with pytest.raises(BlockingIOError, match="another process is working on .*/shards/1-of-2"):
         Shard(tmp_path, COLUMNS, {}, 1, 2, resume=True)
     record(shards[0], 0)
     for shard in shards:

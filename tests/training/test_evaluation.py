@@ -208,3 +208,10 @@ def test_predictions_are_never_taken_for_labels(potential, tmp_path):
     images[2].calc.results["energy"] = 7.0
     ase.io.write(tmp_path / "new.xyz", images, format="extxyz")
     assert [frame.energy for frame in read_frames(tmp_path / "new.xyz")] == [1.5, -3.0, 7.0]
+
+
+def test_errors_of_an_earlier_evaluation_do_not_stay(potential, tmp_path):
+    evaluate(potential, [frame_of(molecule(1), labels={"energy": 1.0})], output=tmp_path)
+    assert (tmp_path / "errors.json").is_file()
+    evaluate(potential, [frame_of(molecule(1))], output=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"predictions.xyz"}

@@ -1,19 +1,21 @@
 """Refusals and warnings about the data before a run starts."""
 
 import io
+import re
 from pathlib import Path
 
 import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from rich.console import Console
 
 from dpa4.potential import model_card, save_potential
 from dpa4.training.options import RunConfig
 from dpa4.training.prepare import Preparation, prepare
-from training_runs import MODEL
+from training_runs import MODEL, argon, options
 
 FREE_ATOMS = {"H": -13.0, "C": -1030.0, "O": -2040.0, "Fe": -500.0}
 
@@ -101,3 +103,56 @@ def test_arbitrary_reference_energies_are_told_in_output_and_model_card(tmp_path
     )
     preparation, text = prepared(tmp_path, MOLECULES, validation_fraction=0)
     assert "arbitrary" not in text and not any("arbitrary" in key for key in preparation.provenance)
+
+
+@pytest.fixture
+def data(tmp_path):
+    images = argon(20)
+    for atoms in images:
+        atoms.calc = SinglePointCalculator(atoms, **atoms.calc.results)
+    return images, tmp_path / "train.xyz"
+
+
+def run_of(images, path, **model):
+    ase.io.write(path, images)
+    text = io.StringIO()
+    config = options(path, path.parent / "out")
+    config["model"] = config["model"] | model
+    return prepare(RunConfig(**config), Console(file=text, width=200)), text.getvalue()
+
+
+def test_implausible_labels_are_listed_and_no_frame_is_dropped(data):
+    images, path = data
+    clean, text = run_of(images, path)
+    assert "Implausible" not in text
+    images[6].calc.results["energy"] += 1e4
+    images[6].calc.results["forces"] = np.full((4, 3), 1e5)
+    with pytest.warns(UserWarning) as caught:
+        found, text = run_of(images, path)
+    warned = [str(w.message) for w in caught if "train.xyz, frame 6" in str(w.message)]
+    assert len(warned) == 3 and "1 of 20 energies are left out of the fit of reference energies" in warned[2]
+    assert text.index("Data") < text.index("Implausible labels") < text.index("reference energies (eV)")
+    assert "1e+05 eV/Å" in text and re.search(r"\+2[45]\d\d eV/atom", text)
+    assert len(found.train.dataset) + len(found.validation.dataset) == 20
+    energies = [p.potential.reference_energies.item() for p in (clean, found)]
+    assert energies[0] == pytest.approx(energies[1], abs=0.1)
+
+
+def test_charge_and_spin_are_checked_for_models_that_read_them(tmp_path):
+    water = molecule("H2O")
+    water.calc = SinglePointCalculator(water, energy=-1.0, forces=np.zeros((3, 3)))
+    images = [water.copy() for _ in range(4)]
+    for atoms, charge in zip(images, (1, np.array([1]), 0.9999999999, 1), strict=True):
+        atoms.calc = SinglePointCalculator(atoms, **water.calc.results)
+        atoms.info |= {"total_charge": charge, "multiplicity": 2, "net_charge": 1}
+    with pytest.warns(UserWarning, match=r"train.xyz: not used, although .*: net_charge; a total charge"):
+        found, _ = run_of(images, tmp_path / "train.xyz", charge_spin=True, default_charge_spin=[0, 1])
+    for part in (found.train, found.validation):
+        assert {tuple(pair) for pair in part.dataset.charge_spin} == {(1, 2)}
+    images[2].info["multiplicity"] = 2.013
+    plain, _ = run_of(images, tmp_path / "train.xyz")
+    assert plain.train.dataset.charge_spin is None
+    with pytest.raises(
+        ValueError, match=r"train.xyz, frame 2: multiplicity must be a whole number, .* got 2.013"
+    ):
+        run_of(images, tmp_path / "train.xyz", charge_spin=True, default_charge_spin=[0, 1])

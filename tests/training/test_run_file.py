@@ -74,6 +74,10 @@ def test_numbers_of_yaml_1_1_that_would_be_strings(run_file):
         ("model.elements=[H, Xq]", r"model\.elements has \['Xq'\]; allowed are chemical symbols"),
         ("training.loss=l1", r"training\.loss = 'l1': input should be 'mae', 'mse' or 'huber'"),
         ("training.compile=maybe", r"training\.compile = 'maybe': input should be a valid boolean"),
+        ("model.channels=100000", r"model\.channels.* = 100000: input should be less than or equal to 1024"),
+        ("model.cutoff=4500", r"model\.cutoff.* = 4500: input should be less than or equal to 30"),
+        ("training.steps=1" + 20 * "0", r"training\.steps = 1.*: input should be less than or equal to"),
+        ("training.seed=-1", r"training\.seed = -1: input should be greater than or equal to 0"),
         ("training.batch_size=0", r"training\.batch_size = 0: input should be greater than 0"),
         ("training.max_atoms=x", r"training\.max_atoms = 'x': input should be a valid integer$"),
         ("training.ema_decay=2", r"training\.ema_decay = 2: input should be less than 1"),
@@ -149,8 +153,42 @@ def test_malformed_override(run_file, override):
 
 
 def test_override_that_is_not_yaml(run_file):
-    with pytest.raises(ValueError, match=r"override 'output=\[' is not valid YAML"):
-        load_run_config(run_file, ["output=["])
+    with pytest.raises(ValueError, match=r"override 'training.seed=\[' is not valid YAML"):
+        load_run_config(run_file, ["training.seed=["])
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("trial #2", "trial #2"),
+        ("2026-11-30", "2026-11-30"),
+        ("0123", "0123"),
+        ("1e3", "1e3"),
+        ("yes", "yes"),
+        ("null", "null"),
+        ("a: b", "a: b"),
+        ("[x]", "[x]"),
+        ("~/run", "~/run"),
+        (" run ", "run"),
+        ("'two words # no comment'", "two words # no comment"),
+    ],
+)
+def test_texts_of_overrides_are_used_as_they_are_typed(run_file, typed, name):
+    assert load_run_config(run_file, [f"output={typed}"]).output == Path(name)
+    if name not in ("null", "[x]"):  # no file, and a list of one file
+        assert load_run_config(run_file, [f"data.train={typed}"]).data.train == (Path(name),)
+        assert load_run_config(run_file, [f"data.keys.energy={typed}"]).data.keys.energy == name
+
+
+def test_lists_of_texts_and_absent_texts_in_overrides(run_file):
+    data = load_run_config(run_file, ["data.train=[a b.xyz, 0123, x #2.xyz]", "data.validation=null"]).data
+    assert data.train == (Path("a b.xyz"), Path("0123"), Path("x #2.xyz")) and data.validation == ()
+    data = load_run_config(run_file, ["data.train=['a, b.xyz', c]", "data.keys.energy=null"]).data
+    assert data.train == (Path("a, b.xyz"), Path("c")) and data.keys.energy is None
+    data = load_run_config(run_file, ["data.reference_energies={H: -13.6}"]).data
+    assert data.reference_energies == {"H": -13.6}
+    with pytest.raises(ValueError, match="output = None: input is not a valid path"):
+        load_run_config(run_file, ["output="])
 
 
 def test_the_configuration_round_trips_through_plain_values(run_file):

@@ -1,13 +1,18 @@
 """Training runs: files and messages, exact resume after any interruption, refusals."""
 
 import csv
+import io
+import json
 import os
 import random
+import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +20,13 @@ import ase.io
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from dpa4 import output
 from dpa4.data import read_frames
 from dpa4.output import CsvLog, read_csv
 from dpa4.potential.checkpoint import load_potential
@@ -184,27 +194,24 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
         kill_at(patch, step)
         with pytest.raises(Killed):
             run(argon_file, tmp_path / "run")
-    if step < 5:  # no checkpoint yet
-        with pytest.raises(FileNotFoundError, match=r"no training state .*last\.pt to resume from"):
-            run(argon_file, tmp_path / "run", resume=True)
-        return
     run(argon_file, tmp_path / "run", resume=True)
     assert_same_run(finished_run.folder, tmp_path / "run")
 
 
 def test_killed_in_the_middle_of_writing_a_checkpoint(argon_file, tmp_path, monkeypatch, finished_run):
-    original = torch.save
+    original = output.flush_to_disk
     writes = []
 
-    def half(obj, path, *args, **kwargs):
-        writes.append(path)
-        original(obj, path, *args, **kwargs)
-        if len(writes) == 2:
-            Path(path).write_bytes(Path(path).read_bytes()[:1000])
-            raise Killed
+    def half(path):
+        original(path)
+        if path.name.startswith(".last.pt"):
+            writes.append(path)
+            if len(writes) == 3:  # after those of steps 0 and 5
+                path.write_bytes(path.read_bytes()[:1000])
+                raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", half)
+        patch.setattr(output, "flush_to_disk", half)
         with pytest.raises(Killed):
             run(argon_file, tmp_path / "run")
     assert load_state(tmp_path / "run" / "last.pt")["step"] == 5
@@ -229,6 +236,209 @@ def test_sigterm_finishes_the_step_saves_and_returns(argon_file, tmp_path, monke
     assert signal.getsignal(signal.SIGTERM) is before
     run(argon_file, tmp_path / "run", resume=True)
     assert_same_run(finished_run.folder, tmp_path / "run")
+
+
+def test_what_a_run_killed_before_its_first_state_leaves_is_replaced(argon_file, tmp_path, finished_run):
+    """Earlier versions wrote options and tables first."""
+    (tmp_path / "run").mkdir()
+    for name in ("run.yaml", "train.csv"):
+        (tmp_path / "run" / name).touch()
+    run(argon_file, tmp_path / "run")
+    assert_same_run(finished_run.folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("files", "unused"),
+    [
+        ({}, True),
+        ({".lock": ""}, True),
+        ({"run.yaml": "", "train.csv": "step\n20\n", "valid.csv": "step\n"}, True),
+        ({"run.yaml": "# my options"}, False),
+        ({"run.yaml": "", "train.csv": "", "valid.csv": "step\n20\n"}, False),
+        ({"run.yaml": "", "train.csv": "", "best.safetensors": ""}, False),
+        ({".hidden": ""}, False),
+    ],
+)
+def test_folders_that_a_run_may_use(tmp_path, files, unused):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with nullcontext() if unused else pytest.raises(FileExistsError, match="is not empty"):
+        trainer_module._check_unused(tmp_path)
+
+
+def test_leftovers_of_killed_writes_are_removed_on_resume(argon_file, copied_run):
+    for name in (".tmpa1B2c3", ".last.pt.123-456.tmp"):
+        (copied_run / name).touch()
+    run(argon_file, copied_run, resume=True)
+    assert not list(copied_run.glob(".*"))
+
+
+def test_a_full_disk_loses_nothing(argon_file, tmp_path, monkeypatch, finished_run):
+    """The limit of the file size fails where a full disk would."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    original = Trainer._train_on
+
+    def fill(self, batch):
+        if self.step == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+        original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_on", fill)
+        try:
+            with pytest.raises(OSError, match=r"^cannot write .*last\.safetensors: File too large$"):
+                run(argon_file, tmp_path / "run")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert load_state(tmp_path / "run" / "last.pt")["step"] == 5
+    run(argon_file, tmp_path / "run", resume=True)
+    assert_same_run(finished_run.folder, tmp_path / "run")
+
+
+def test_a_folder_that_is_removed_during_the_run(argon_file, tmp_path, monkeypatch):
+    original = Trainer._train_on
+
+    def remove(self, batch):
+        if self.step == 3:
+            shutil.rmtree(tmp_path / "run")
+        original(self, batch)
+
+    monkeypatch.setattr(Trainer, "_train_on", remove)
+    with pytest.raises(
+        FileNotFoundError, match=r"^cannot write .*best.safetensors: there is no folder .*run"
+    ):
+        run(argon_file, tmp_path / "run")
+
+
+def test_files_have_the_mode_of_the_umask(finished_run):
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in finished_run.folder.iterdir()}
+    before = os.umask(0)
+    os.umask(before)
+    assert set(modes.values()) == {0o666 & ~before}
+
+
+def test_logs_are_on_the_disk_before_the_state(argon_file, tmp_path, monkeypatch):
+    order = []
+    for owner, name in ((trainer_module.RunLog, "flush_to_disk"), (trainer_module, "save_state")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, n=name, f=original: (order.append(n), f(*a)))
+    run(argon_file, tmp_path / "run", steps=2)
+    assert order == ["save_state", "flush_to_disk", "save_state"]
+
+
+def test_a_second_run_in_the_folder_is_refused(argon_file, copied_run):
+    before = {path.name: path.read_bytes() for path in copied_run.iterdir()}
+    with output.OutputFolder(copied_run):
+        for resume in (True, False):
+            with pytest.raises(BlockingIOError, match="another process is working on .*run; wait until"):
+                run(argon_file, copied_run, resume=resume)
+    assert {path.name: path.read_bytes() for path in copied_run.iterdir()} == before
+
+
+# --- other data
+
+
+def resume_on(data: Path, folder: Path, new_data: bool = False, steps: int = 20, **data_options) -> str:
+    """Resume a run with other data; return what is printed."""
+    values = options(data, folder, steps=steps)
+    values["data"] |= data_options
+    console = Console(file=io.StringIO(), record=True, width=200)
+    train(RunConfig.model_validate(values), resume=True, new_data=new_data, console=console)
+    return console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "which"),
+    [
+        ("energies", "training and validation"),
+        ("more", "training and validation"),
+        ("split", "training and validation"),
+        ("validation", "training and validation"),
+        ("keys", "training and validation"),
+    ],
+)
+def test_resume_refuses_other_data(argon_file, copied_run, tmp_path, change, which):
+    images = ase.io.read(argon_file, ":")
+    data = {}
+    if change == "energies":
+        for atoms in images:
+            atoms.calc.results["energy"] += 1.0
+    elif change == "more":
+        images += argon(2, seed=1)
+    elif change == "split":
+        data = {"split_seed": 1}
+    elif change == "validation":
+        data = {"validation": str(argon_file)}
+    else:
+        for atoms in images:
+            atoms.info["other_energy"] = atoms.calc.results["energy"] + 1.0
+        data = {"keys": {"energy": "other_energy"}}
+    ase.io.write(tmp_path / "other.xyz", images)
+    before = {path.name: path.read_bytes() for path in copied_run.iterdir()}
+    with pytest.raises(
+        ValueError, match=rf"the {which} data are not those of .*last.pt; .*--resume --new-data"
+    ):
+        resume_on(tmp_path / "other.xyz", copied_run, **data)
+    assert {path.name: path.read_bytes() for path in copied_run.iterdir()} == before
+
+
+def test_the_same_data_in_another_file_go_on(argon_file, copied_run, tmp_path, finished_run):
+    shutil.copy(argon_file, tmp_path / "moved.xyz")
+    resume_on(tmp_path / "moved.xyz", copied_run, steps=13)
+    assert_same_run(finished_run.folder, copied_run)
+
+
+def test_resume_on_new_data(copied_run, tmp_path):
+    """Energies of the reference stay, the best score starts anew, coverage and provenance are the union."""
+    far = Atoms("Ar2", [(0, 0, 0), (0, 0, 3.9)])
+    far.calc = SinglePointCalculator(far, energy=200.0, forces=np.zeros((2, 3)))
+    ase.io.write(tmp_path / "other.xyz", [far] * 8)
+    before = load_potential(copied_run / "best.safetensors")
+    text = resume_on(tmp_path / "other.xyz", copied_run, new_data=True)
+    reference = float(before.reference_energies[0])
+    assert f"reference energies (eV): Ar {reference:.4f}" in text
+    assert "new training and validation data: the model keeps its elements and reference energies" in text
+    after = load_potential(copied_run / "best.safetensors")
+    assert float(after.reference_energies[0]) == reference
+    rows = read_csv(copied_run / "valid.csv")
+    first = next(row for row in rows if int(row["step"]) > 13)
+    assert first["best"] == "1" and float(first["score"]) > max(float(row["score"]) for row in rows[:3])
+    assert after.coverage.shortest == before.coverage.shortest  # 3.9 Angstrom is longer
+    with safe_open(copied_run / "last.safetensors", framework="pt") as file:
+        provenance = json.loads(file.metadata()["provenance"])
+    assert re.fullmatch(
+        r"10 structures of argon.xyz \(until step 13\); 6 structures of other.xyz",
+        provenance["training data"],
+    ), provenance["training data"]
+    # from here on, the new data are the data of the run
+    text = resume_on(tmp_path / "other.xyz", copied_run, steps=24)
+    assert "new training" not in text
+    assert load_state(copied_run / "last.pt")["step"] == 24
+    assert load_potential(copied_run / "last.safetensors").coverage.shortest == before.coverage.shortest
+
+
+def test_new_elements_and_new_data_without_resume(argon_file, copied_run, tmp_path):
+    images = argon(6)
+    images[0].symbols[0] = "Kr"
+    images[0].calc = SinglePointCalculator(images[0], energy=0.0, forces=np.zeros((len(images[0]), 3)))
+    ase.io.write(tmp_path / "other.xyz", images)
+    with pytest.raises(ValueError, match="Kr"):
+        resume_on(tmp_path / "other.xyz", copied_run, new_data=True)
+    with pytest.raises(ValueError, match="new data are for a run to resume"):
+        train(RunConfig.model_validate(options(argon_file, tmp_path / "new")), new_data=True, console=SILENT)
+
+
+def test_a_run_on_new_data_that_is_killed_equals_an_uninterrupted_one(finished_run, tmp_path, monkeypatch):
+    ase.io.write(tmp_path / "other.xyz", argon(9, seed=3))
+    folders = [Path(shutil.copytree(finished_run.folder, tmp_path / name)) for name in ("whole", "part")]
+    resume_on(tmp_path / "other.xyz", folders[0], new_data=True)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 17)
+        with pytest.raises(Killed):
+            resume_on(tmp_path / "other.xyz", folders[1], new_data=True)
+    resume_on(tmp_path / "other.xyz", folders[1])
+    assert_same_run(*folders)
 
 
 def test_resuming_a_finished_run_changes_nothing(argon_file, copied_run, finished_run):
@@ -433,12 +643,15 @@ def test_csv_log_resumes_without_duplicates_or_broken_rows(tmp_path):
 def test_damaged_and_foreign_states(tmp_path):
     path = tmp_path / "last.pt"
     save_state({"step": 3, "x": torch.ones(2)}, path)
-    assert load_state(path)["step"] == 3
+    with pytest.raises(ValueError, match=r"cannot resume from .*last\.pt: it has no entry epoch"):
+        load_state(path)
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(ValueError, match=r"last\.pt is damaged or not a training state"):
+    with pytest.raises(
+        ValueError, match=r"cannot read .*last\.pt: it is damaged, incomplete or not a PyTorch"
+    ):
         load_state(path)
     torch.save({"weights": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match=r"training state of format None; this version reads format 1"):
+    with pytest.raises(ValueError, match=r"last\.pt is not a training state; resuming needs the last\.pt"):
         load_state(path)
     torch.save({"format": 2}, path)
     with pytest.raises(ValueError, match=r"training state of format 2; this version reads format 1"):

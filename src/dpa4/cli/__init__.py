@@ -9,6 +9,7 @@ from dpa4.cli.embed import embed
 from dpa4.cli.lammps import lammps
 from dpa4.cli.models import convert, info
 from dpa4.cli.neb import neb
+from dpa4.cli.options import exit_after_signal, prepare_terminal
 from dpa4.cli.pair_curves import pairs
 from dpa4.cli.relax import relax
 from dpa4.cli.report import report
@@ -20,6 +21,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
+    callback=prepare_terminal,
+    result_callback=exit_after_signal,
 )
 app.command()(init)
 app.command()(train)

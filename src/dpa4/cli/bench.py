@@ -229,4 +229,5 @@ def _print_differences(found: tuple[str, ...]) -> None:
 
 def _print_state(state: "RunState", items: str) -> None:
     failed = f"{state.failed} failed ({state.reason})" if state.failed else "none failed"
-    console.print(f"{state.done} {items}, {failed}{', interrupted' if state.interrupted else ''}")
+    end = ", interrupted; run the same command to continue" if state.interrupted else ""
+    console.print(f"{state.done} {items}, {failed}{end}")

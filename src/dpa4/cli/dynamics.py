@@ -63,7 +63,9 @@ def md(
             friction=friction, tdamp=tdamp, pressure=pressure, pdamp=pdamp, cell=cell, interval=interval, seed=seed,
             resume=resume,
         )  # fmt: skip
-    console.print(f"{'finished' if result.finished else 'stopped'} after {result.steps} steps")
+    end = "finished" if result.finished else "stopped"
+    how_to_continue = "" if result.finished else "; continue with --resume"
+    console.print(f"{end} after {result.steps} steps{how_to_continue}")
     console.print(f"mean temperature {result.temperature:.1f} K", highlight=False)
     if result.density is not None:
         console.print(f"mean density {result.density:.4f} g/cm3", highlight=False)

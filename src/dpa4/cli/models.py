@@ -12,6 +12,9 @@ def convert(
     source: Annotated[Path, typer.Argument(help="Model to read: .pt or .safetensors.")],
     target: Annotated[Path, typer.Argument(help="File to write: .safetensors, or .pt for deepmd-kit.")],
     branch: Branch = None,
+    drop_bridging: Annotated[
+        bool, typer.Option(help="Leave out a bridging per pair of elements, which deepmd-kit lacks.")
+    ] = False,
 ) -> None:
     """Convert between deepmd-kit checkpoints and native files."""
     from dpa4 import potential
@@ -19,7 +22,7 @@ def convert(
     with user_errors():
         if target.exists():
             raise FileExistsError(f"{target} exists; choose another name or remove it")
-        potential.convert(source, target, branch)
+        potential.convert(source, target, branch, drop_bridging=drop_bridging)
     console.print(f"wrote {target}")
 
 

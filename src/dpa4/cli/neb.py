@@ -47,6 +47,8 @@ def neb(
         )  # fmt: skip
     state = "converged" if result.converged else "interrupted" if result.interrupted else "not converged"
     console.print(f"{state} after {result.steps} steps, largest force {result.max_force:.3f} eV/Å")
+    if result.interrupted:
+        console.print("continue with --resume")
     console.print(
         f"barrier {result.barrier:.4f} eV, reverse barrier {result.reverse_barrier:.4f} eV, reaction energy "
         f"{round(result.reaction_energy, 4) + 0.0:.4f} eV",

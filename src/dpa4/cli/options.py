@@ -1,6 +1,7 @@
 """Arguments, options, console and error handling shared by the commands."""
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 import typer
 from rich.console import Console
 from rich.text import Text
+
+from dpa4.output import tolerate_any_encoding
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -102,15 +105,44 @@ def with_model_options(
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Print errors as one message instead of a traceback and exit with status 1; print warnings on one line."""
+    """Print errors as one message instead of a traceback and exit with status 1; print warnings on one line.
+
+    After a signal the status is 128 + its number, as for a program that the signal ends.
+    """
     shown, warnings.showwarning = warnings.showwarning, _show_warning
+    del _caught_signals()[:]
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
         _print("error:", "bold red", error)
+        exit_after_signal()
         raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        exit_after_signal()
+        raise
     finally:
         warnings.showwarning = shown
+
+
+def exit_after_signal(*_: Any, **__: Any) -> None:
+    """End the program with the status 128 + number if a signal has ended the work of the command.
+
+    Without that, a script would go on with an unfinished model.
+    """
+    if caught := _caught_signals():
+        raise typer.Exit(128 + caught[0])
+
+
+def _caught_signals() -> list[int]:
+    """Signals caught since the start of the command."""
+    # Not imported here, because that takes a second. Before a command has done so, it has caught none.
+    system = sys.modules.get("dpa4.system")
+    return [] if system is None else system.caught_signals
+
+
+def prepare_terminal() -> None:
+    """Make sure that no character ends the command, whatever the encoding of the terminal, file or pipe."""
+    tolerate_any_encoding()
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

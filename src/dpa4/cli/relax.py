@@ -57,3 +57,5 @@ def relax(
     console.print(
         f"{converged} of {len(images)} structures converged; relaxed.xyz, relax.csv and relax.png are in {output}/"
     )
+    if len(results) < len(images) or results[-1].interrupted:
+        console.print("interrupted; continue with --resume")

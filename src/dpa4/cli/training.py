@@ -40,13 +40,16 @@ def train(
         typer.Option("--set", help="Override an option of the file, as training.seed=3; may be repeated."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in its output folder.")] = False,
+    new_data: Annotated[
+        bool, typer.Option("--new-data", help="With --resume: continue on other data than before.")
+    ] = False,
 ) -> None:
     """Train a potential."""
     from dpa4.training import load_run_config
     from dpa4.training import train as run
 
     with user_errors():
-        run(load_run_config(config, set_ or []), resume=resume, console=console)
+        run(load_run_config(config, set_ or []), resume=resume, new_data=new_data, console=console)
 
 
 def evaluate_command(

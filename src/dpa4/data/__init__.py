@@ -3,8 +3,9 @@
 from dpa4.data.charge_spin import charges_and_spins
 from dpa4.data.coverage import Coverage, CoverageCollector, coverage_of
 from dpa4.data.dataset import Batch, EpochBatches, FrameDataset
-from dpa4.data.frame import Frame
+from dpa4.data.frame import Frame, digest
 from dpa4.data.labels import LabelKeys, frame_from_atoms
+from dpa4.data.plausibility import implausible_labels, warn_of_implausible_labels
 from dpa4.data.readers import read_atoms, read_frames, read_images
 from dpa4.data.references import (
     is_isolated_atom,
@@ -35,7 +36,9 @@ __all__ = [
     "check_labels",
     "check_trained",
     "coverage_of",
+    "digest",
     "frame_from_atoms",
+    "implausible_labels",
     "is_isolated_atom",
     "label_counts",
     "read_atoms",
@@ -45,6 +48,7 @@ __all__ = [
     "summarize",
     "undetermined_elements",
     "undetermined_text",
+    "warn_of_implausible_labels",
     "with_results",
     "without_isolated_atoms",
     "write_structures",

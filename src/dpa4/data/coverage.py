@@ -14,8 +14,10 @@ from dpa4.data.dataset import FrameDataset
 from dpa4.data.frame import Frame
 from dpa4.data.summary import elements_in
 from dpa4.graph import Graph
+from dpa4.parsing import parse_json, shown
 
 _SIZE = len(chemical_symbols)
+_SYMBOLS = frozenset(chemical_symbols[1:])
 
 ElementPair = tuple[str, str]  # chemical symbols, the one with the smaller atomic number first
 
@@ -39,6 +41,16 @@ class Coverage:
         more = f" and {len(entries) - 12} more pairs" if len(entries) > 12 else ""
         return ", ".join(entries[:12]) + " Å" + more if entries else f"no pair within {self.cutoff:g} Å"
 
+    def union(self, other: "Coverage") -> "Coverage":
+        """Coverage of both data sets; the distances are unknown if those of one are."""
+        elements = sorted({*self.elements, *other.elements}, key=atomic_numbers.__getitem__)
+        shortest: dict[ElementPair, float] | None = None
+        if self.shortest is not None and other.shortest is not None:
+            shortest = dict(self.shortest)
+            for pair, length in other.shortest.items():
+                shortest[pair] = min(length, shortest.get(pair, length))
+        return Coverage(min(self.cutoff, other.cutoff), tuple(elements), shortest)
+
     def to_json(self) -> str:
         """Convert to JSON text for a checkpoint."""
         shortest = None
@@ -54,16 +66,37 @@ class Coverage:
             ValueError: If the text is anything else.
         """
         try:
-            found = json.loads(text)
-            known = found["shortest"] is not None
-            entries = found["shortest"].items() if known else ()
-            pairs = {tuple(name.split("-")): float(length) for name, length in entries}
-            if unknown := {*found["elements"], *(e for pair in pairs for e in pair)} - set(chemical_symbols):
-                raise ValueError(f"no elements: {sorted(unknown)}")
-            shortest = {(a, b): length for (a, b), length in pairs.items()}
-            return cls(float(found["cutoff"]), tuple(found["elements"]), shortest if known else None)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"not a description of training data ({error!r})") from error
+            found = parse_json(text, "it")
+            if not isinstance(found, dict) or found.keys() != {"cutoff", "elements", "shortest"}:
+                raise ValueError(f"it is {shown(found)}")
+            cutoff = _length("cutoff", found["cutoff"])
+            elements = found["elements"]
+            if not isinstance(elements, list) or not all(e in _SYMBOLS for e in elements):
+                raise ValueError(f"elements = {shown(elements)}, not a list of chemical symbols")
+            return cls(cutoff, tuple(elements), _shortest(found["shortest"]))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"not a description of training data: {error}") from error
+
+
+def _shortest(found: object) -> dict[ElementPair, float] | None:
+    """Check the shortest distances of a checkpoint, by pairs such as "H-O"."""
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        raise ValueError(f"shortest = {shown(found)}, not a map of distances")
+    shortest = {}
+    for name, length in found.items():
+        pair = tuple(name.split("-"))
+        if len(pair) != 2 or not all(e in _SYMBOLS for e in pair):
+            raise ValueError(f"{shown(name)} is not a pair of elements such as H-O")
+        shortest[pair] = _length(name, length)
+    return shortest
+
+
+def _length(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1000:
+        raise ValueError(f"{name} = {shown(value)}, not a length in Angstrom")
+    return float(value)
 
 
 class CoverageCollector:

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from dpa4.system import own_settings
 CACHE_BYTES = 4 * 1024**3  # limit of the graphs that a data set caches in memory; others are rebuilt
 PREFETCH = 3  # batches prepared ahead
 
+T = TypeVar("T")
+
 
 class Batch(NamedTuple):
     """B structures with N atoms in all, and their labels; a missing label is zero and its mask is false."""
@@ -32,11 +34,27 @@ class Batch(NamedTuple):
     has_forces: Tensor  # (B,) bool
     has_virial: Tensor  # (B,) bool
     weight: Tensor  # (B,) float64
+    max_force: (
+        Tensor  # (N,) float64, eV/Angstrom: bound of the force of an atom without labels; zero: no bound
+    )
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy to a device."""
         non_blocking = torch.device(device).type != "cpu"  # see Graph.to
         return Batch(self.graph.to(device), *(t.to(device, non_blocking=non_blocking) for t in self[1:]))
+
+    def extended(self, graph: Graph) -> "Batch":
+        """Batch of a graph with further structures after those of the batch; these have no labels and no bound."""
+
+        def longer(t: Tensor, like: Tensor) -> Tensor:
+            return torch.cat([t, t.new_zeros(len(like) - len(t), *t.shape[1:])])
+
+        of_atoms = ("forces", "max_force")
+        fields = {name: t for name, t in self._asdict().items() if name != "graph"}
+        return Batch(
+            graph,
+            **{n: longer(t, graph.positions if n in of_atoms else graph.cell) for n, t in fields.items()},
+        )
 
     def pin_memory(self) -> "Batch":
         """Copy to page-locked memory, from which copies to a GPU are asynchronous."""
@@ -129,6 +147,7 @@ class FrameDataset:
             has_forces=torch.tensor([f.forces is not None for f in frames]),
             has_virial=torch.tensor([f.virial is not None for f in frames]),
             weight=torch.tensor([f.weight for f in frames], dtype=torch.float64),
+            max_force=torch.zeros(sum(map(len, frames)), dtype=torch.float64),
         )
 
 
@@ -177,6 +196,7 @@ class EpochBatches:
         max_edges: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
+        extend: Callable[[Batch, int, int], Batch] = lambda batch, epoch, number: batch,
     ):
         """Set the size of batches: ``batch_size``, or ``max_atoms`` and/or ``max_edges``.
 
@@ -189,6 +209,7 @@ class EpochBatches:
             max_edges: Maximum number of edges per batch.
             seed: Seed of the shuffling.
             shuffle: Shuffle anew in every epoch; otherwise preserve the order of the frames.
+            extend: Function that adds structures to a batch, given the epoch and the number of the batch.
 
         Raises:
             ValueError: If no size, both kinds of size or a size below 1 is given, or the data set is empty.
@@ -202,7 +223,7 @@ class EpochBatches:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not len(dataset):
             raise ValueError("the data set has no structures, so there are no batches")
-        self.dataset, self.seed, self.shuffle = dataset, seed, shuffle
+        self.dataset, self.seed, self.shuffle, self.extend = dataset, seed, shuffle, extend
         self._budgets: list[Budget] = []
         if batch_size is not None:
             self._budgets.append(Budget("structures", np.ones(len(dataset), dtype=np.int64), batch_size))
@@ -243,14 +264,15 @@ class EpochBatches:
         """
         pin = torch.cuda.is_available()
 
-        def make(indices: list[int]) -> Batch:
-            batch = self.dataset.batch(indices)
+        def make(item: tuple[int, list[int]]) -> Batch:
+            number, indices = item
+            batch = self.extend(self.dataset.batch(indices), epoch, number)
             return batch.pin_memory() if pin else batch
 
-        return _prefetched(make, self.indices(epoch)[start:])
+        return _prefetched(make, list(enumerate(self.indices(epoch)))[start:])
 
 
-def _prefetched(make: Callable[[list[int]], Batch], items: Sequence[list[int]]) -> Iterator[Batch]:
+def _prefetched(make: Callable[[T], Batch], items: Sequence[T]) -> Iterator[Batch]:
     """Yield ``make(item)`` for every item, computed ahead in one thread; exceptions of ``make`` are raised here."""
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dpa4-batches")
     todo = iter(items)

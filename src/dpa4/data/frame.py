@@ -1,6 +1,7 @@
 """Frame: one structure and its reference labels."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,3 +37,14 @@ class Frame:
 def file_of(origin: str) -> str:
     """File of a structure, from the origin of the structure, such as "train.xyz" from "train.xyz, frame 12"."""
     return origin.rpartition(", ")[0] or origin
+
+
+def digest(frames: Iterable[Frame]) -> str:
+    """Digest of structures, labels and weights in their order, by which a run recognises its data."""
+    found = hashlib.blake2b(digest_size=16)
+    for frame in frames:
+        arrays = (frame.atomic_numbers, frame.positions, frame.cell, frame.pbc, frame.forces, frame.virial)
+        for array in arrays:
+            found.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
+        found.update(repr((len(frame), frame.charge_spin, frame.energy, float(frame.weight))).encode())
+    return found.hexdigest()

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from ase.data import chemical_symbols
-from numpy.typing import NDArray
 
+from dpa4.data.composition_fit import element_counts, fit_composition
 from dpa4.data.frame import Frame
 from dpa4.data.summary import check_elements
 
@@ -34,8 +34,8 @@ def reference_energies(
 
             * a map from chemical symbols to energies in eV;
             * "isolated": the energies of the free atoms among the frames;
-            * "least_squares": minimum-norm fit of compositions to the energies of all other frames; elements
-              that do not occur get 0;
+            * "least_squares": minimum-norm fit of compositions to the energies of all other frames but gross
+              outliers, which are warned of; elements that do not occur get 0;
             * "auto": "isolated" if every element has a free atom, otherwise "least_squares", or zeros if no
               frame has an energy.
         frames: Training frames, including free atoms.
@@ -87,7 +87,7 @@ def undetermined_elements(
     if isinstance(source, Mapping) or not _is_fitted(source, frames, elements):
         return []
     fitted = [f for f in without_isolated_atoms(frames) if f.energy is not None]
-    compositions = np.unique(_compositions(fitted, elements), axis=0)
+    compositions = np.unique(element_counts(fitted, elements), axis=0)
     # An element is determined if its unit vector is in the row space, so that the projector leaves it as it is.
     projector = np.linalg.pinv(compositions) @ compositions
     return [e for e, share in zip(elements, projector.diagonal(), strict=True) if share < 1 - 1e-8]
@@ -139,21 +139,21 @@ def _isolated(frames: Sequence[Frame]) -> dict[str, float]:
 
 
 def _least_squares(frames: Sequence[Frame], elements: Sequence[str]) -> dict[str, float]:
-    """Minimum-norm solution of counts @ energies = total energies, in float64."""
+    """Minimum-norm solution of counts @ energies = total energies, in float64, without gross outliers."""
     if not frames:
         raise ValueError(
             "reference energies cannot be fitted, because no frame has an energy; give them as a map such as "
             "reference_energies: {H: 0.0}"
         )
     check_elements(frames, elements)
-    counts = _compositions(frames, elements)
-    energies = np.array([frame.energy for frame in frames])
-    solution = np.linalg.lstsq(counts, energies, rcond=None)[0]
-    return dict(zip(elements, solution.tolist(), strict=True))
-
-
-def _compositions(frames: Sequence[Frame], elements: Sequence[str]) -> NDArray[np.float64]:
-    """Number of atoms of each element, (frames, elements)."""
-    numbers = np.array([chemical_symbols.index(e) for e in elements])
-    counts = [(frame.atomic_numbers[:, None] == numbers).sum(0) for frame in frames]
-    return np.array(counts, dtype=np.float64).reshape(len(frames), len(elements))
+    energies = np.array([frame.energy for frame in frames], dtype=np.float64)
+    fit = fit_composition(element_counts(frames, elements), energies)
+    if fit.outliers.any():
+        worst = int(np.abs(fit.deviations).argmax())
+        warnings.warn(
+            f"{fit.outliers.sum()} of {len(frames)} energies are left out of the fit of reference energies, because "
+            f"they are far from the others: in {frames[worst].origin} by {fit.deviations[worst]:+.4g} eV/atom; the "
+            "structures stay in the training data",
+            stacklevel=3,
+        )
+    return dict(zip(elements, fit.energies.tolist(), strict=True))

@@ -1,6 +1,6 @@
 """Summary table of the structures, and checks of labels and elements before a run starts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from ase.data import chemical_symbols
@@ -18,7 +18,8 @@ def label_counts(frames: Sequence[Frame]) -> dict[str, int]:
 
 def elements_in(frames: Sequence[Frame]) -> list[str]:
     """Chemical symbols that occur, sorted by atomic number."""
-    return [chemical_symbols[z] for z in sorted({int(z) for f in frames for z in f.atomic_numbers})]
+    numbers = [frame.atomic_numbers for frame in frames]
+    return [chemical_symbols[z] for z in np.unique(np.concatenate(numbers))] if numbers else []
 
 
 def summarize(frames_by_split: Mapping[str, Sequence[Frame]]) -> Table:
@@ -64,14 +65,12 @@ def check_trained(validation: Sequence[Frame], training: Sequence[Frame]) -> Non
     Raises:
         ValueError: If not; the message names the first such element and its frame.
     """
-    trained = set(elements_in(training))
-    for frame in validation:
-        if unknown := [e for e in elements_in([frame]) if e not in trained]:
-            raise ValueError(
-                f"element {unknown[0]} of {frame.origin} is in the validation data, but in no structure to train on, "
-                "so its errors would decide at random which model is the best; move structures with it to the "
-                "training data, or remove them"
-            )
+    for frame, element in _with_other_elements(validation, elements_in(training)):
+        raise ValueError(
+            f"element {element} of {frame.origin} is in the validation data, but in no structure to train on, so its "
+            "errors would decide at random which model is the best; move structures with it to the training data, or "
+            "remove them"
+        )
 
 
 def check_elements(frames: Sequence[Frame], elements: Sequence[str]) -> None:
@@ -80,15 +79,20 @@ def check_elements(frames: Sequence[Frame], elements: Sequence[str]) -> None:
     Raises:
         ValueError: If not; the message names the first unknown element and its frame.
     """
+    for frame, element in _with_other_elements(frames, elements):
+        raise ValueError(
+            f"element {element} ({chemical_symbols.index(element)}) of {frame.origin} is not in model.elements "
+            f"{list(elements)}; retrain with it or drop the structure"
+        )
+
+
+def _with_other_elements(frames: Sequence[Frame], elements: Sequence[str]) -> Iterator[tuple[Frame, str]]:
+    """Yield the frames with elements outside a list, each with the first such element."""
     known = np.zeros(len(chemical_symbols), dtype=bool)
     known[[chemical_symbols.index(e) for e in elements]] = True
     for frame in frames:
         if not known[frame.atomic_numbers].all():
-            z = int(frame.atomic_numbers[~known[frame.atomic_numbers]][0])
-            raise ValueError(
-                f"element {chemical_symbols[z]} ({z}) of {frame.origin} is not in model.elements "
-                f"{list(elements)}; retrain with it or drop the structure"
-            )
+            yield frame, chemical_symbols[frame.atomic_numbers[~known[frame.atomic_numbers]][0]]
 
 
 def _labels(frames: Sequence[Frame], separator: str) -> str:

@@ -9,6 +9,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from numbers import Real
 from pathlib import Path
 from typing import IO, Any
@@ -23,12 +24,16 @@ from ase.spacegroup import Spacegroup
 from numpy.typing import NDArray
 
 from dpa4.data.labels import PREDICTED_ENERGY
+from dpa4.output import naming
 
 LABEL = re.compile(
     r"REF_.*|(.*_)?(energy|energies|forces?|stress|stresses|virials?)(_per_atom|_std)?|" + PREDICTED_ENERGY,
     re.IGNORECASE,
 )
 """Names of labels of any calculation, such as REF_energy or dft_forces."""
+
+SIMPLE_NAME = re.compile(r"(?!(?:uid|virial)$)[A-Za-z_][A-Za-z0-9_]*", re.IGNORECASE)
+"""Names that need no test: ASE has rules of its own for the values of "uid" and "virial" only."""
 
 OWN_KEYS = {"Lattice", "Properties", "pbc"}
 """Keys with a meaning of their own in the comment line of extended XYZ."""
@@ -82,7 +87,8 @@ def write_structures(
     """
     frames = [images] if isinstance(images, Atoms) else images
     if isinstance(target, str | Path):
-        with open(target, "a" if append else "w", encoding="utf-8", newline="\n") as file:
+        path = Path(target)
+        with naming(path), path.open("a" if append else "w", encoding="utf-8", newline="\n") as file:
             write_structures(file, frames)
         return
     for atoms in frames:
@@ -112,11 +118,11 @@ def _readable_info(info: dict[Any, Any]) -> dict[str, Any]:
         name = str(key)
         if name in OWN_KEYS or name in all_properties:
             continue
-        if not _is_plain_text(name) or _form(name, "text") is None:
+        if not SIMPLE_NAME.fullmatch(name) and (not _is_plain_text(name) or _form(name, "text") is None):
             name = _plain_name(name)
         while name in readable or name in OWN_KEYS:
             name += "_"
-        form = _form(name, value)
+        form = _text_form(name, value) if type(value) is str else _form(name, value)
         if form is None:
             kind = type(value).__name__
             warnings.warn(
@@ -128,14 +134,23 @@ def _readable_info(info: dict[Any, Any]) -> dict[str, Any]:
     return readable
 
 
+@lru_cache(maxsize=1000)  # most texts are those of the frame before
+def _text_form(name: str, text: str) -> Any:
+    return _form(name, text)
+
+
 def _form(name: str, value: Any) -> Any:
     """Form of an entry that ASE reads back as the same value; None if there is none."""
+    if SIMPLE_NAME.fullmatch(name) and (
+        isinstance(value, bool | float) or type(value) is int and abs(value) < 2**63
+    ):
+        return value
     for form in _forms(value):
         try:
             # The entries around it reveal a value that swallows the next entry.
             line = key_val_dict_to_str({f"before_{name}": 1, name: form, f"after_{name}": 2})
             found = key_val_str_to_dict(line)
-        except (TypeError, ValueError, AttributeError, IndexError):
+        except (TypeError, ValueError, AttributeError, IndexError, RecursionError):
             continue
         names = [f"before_{name}", name, f"after_{name}"]
         if _is_plain_text(line) and list(found) == names and _same(found[name], value):

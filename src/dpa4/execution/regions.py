@@ -12,8 +12,10 @@ from typing import Any
 from torch import nn
 
 from dpa4.execution.limits import KEEP_POLICIES, KeepPolicy
+from dpa4.model.config import PairBridging
 from dpa4.model.edges import Edges, Neighborhood
 from dpa4.model.radial import RadialFeatures
+from dpa4.model.short_range import PairRange
 from dpa4.ops.available import triton_version
 from dpa4.ops.incidence import Incidence
 from dpa4.potential.potential import Potential
@@ -54,8 +56,12 @@ def compile_potential(
         kept: Sizes for which intermediate results are kept for the derivatives, outside of training.
     """
     restore_eager(potential)
-    model = potential.model
-    origin = repr([potential.config.model_dump_json(), triton_version()])
+    model, config = potential.model, potential.config
+    if isinstance(
+        config.bridging, PairBridging
+    ):  # windows are arguments of the code, the rest is outside of it
+        config = config.model_copy(update={"bridging": None})
+    origin = repr([config.model_dump_json(), triton_version()])
     code_of = partial(RegionCode, report=report, origin=origin)
     # The geometry does not depend on parameters. Declared as data, it needs no derivative in stage 3.
     rows = ("edge data",) * (model.geometry.wigner.mmax + 1)
@@ -71,6 +77,10 @@ def compile_potential(
     }
     for method, code in codes_of_model.items():
         model.__dict__[method] = Region(model, method, _METHODS_OF_MODEL[method], code)
+    if isinstance(potential.short_range, PairRange):
+        code = code_of("short range", ("edge data", source, center, "node data"))
+        region = Region(potential.short_range, "forward", ["row", "windows"], code)
+        potential.short_range.__dict__["forward"] = region
     codes: dict[int, dict[str, RegionCode]] = {}  # by degree
     for block, degree in zip(model.blocks, model.config.degrees, strict=True):
         if degree not in codes:
@@ -97,7 +107,8 @@ def regions(potential: Potential) -> list[Region]:
 def _methods(potential: Potential) -> list[tuple[nn.Module, str]]:
     """All methods that can be compiled, each with its module."""
     of_model = [(potential.model, name) for name in _METHODS_OF_MODEL]
-    return [*of_model, *((block, name) for block in potential.model.blocks for name in _METHODS_OF_BLOCK)]
+    of_blocks = [(block, name) for block in potential.model.blocks for name in _METHODS_OF_BLOCK]
+    return [(potential.short_range, "forward"), *of_model, *of_blocks]
 
 
 def _places(potential: Potential) -> list[tuple[nn.Module, str, Region]]:

@@ -21,6 +21,7 @@ from dpa4.leaderboards.diatomics import SCORED
 from dpa4.leaderboards.discovery import PREDICTION, pymatgen_structure
 from dpa4.leaderboards.metrics import combined_performance_score
 from dpa4.output import atomic_write, read_csv
+from dpa4.parsing import read_yaml
 from dpa4.potential.checkpoint import read_checkpoint
 from dpa4.simulation.runs.shards import FinishedScreening
 from dpa4.simulation.runs.store import Record, Records, read_settings
@@ -61,10 +62,7 @@ def read_metadata(path: Path) -> Record:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; it must hold {', '.join(REQUIRED)}")
-    try:
-        metadata = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    metadata = read_yaml(path)
     if not isinstance(metadata, dict):
         raise ValueError(f"{path} must be a mapping with {', '.join(REQUIRED)}")
     if missing := [name for name in REQUIRED if not metadata.get(name)]:

@@ -1,11 +1,25 @@
 """Options of a DPA4 model: one frozen, validated object that every checkpoint stores."""
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from itertools import combinations_with_replacement
+from typing import Annotated, Literal
 
 from ase.data import atomic_numbers
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
-GridOperation = Literal["glu", "mlp"] | PositiveInt
+from dpa4.parsing import shown
+
+MAX_DEGREE = 10
+MAX_BLOCKS = 64
+MAX_GRID = 400
+"""Coefficients of a field on the grids, (lmax + 1)^2 (2 kmax + 1). The couplings of a grid have the cube of it."""
+
+Degree = Annotated[int, Field(le=MAX_DEGREE)]
+Charge = Annotated[int, Field(ge=-100, le=99)]  # limits of `dpa4.model.seed.ChargeSpinEmbedding`
+Multiplicity = Annotated[int, Field(ge=0, le=99)]
+Exponent = Annotated[PositiveInt, Field(le=64)]
+Width = Annotated[int, Field(ge=0, le=4096)]
+GridOperation = Literal["glu", "mlp"] | Annotated[PositiveInt, Field(le=64)]
 
 
 class Bridging(BaseModel):
@@ -35,39 +49,71 @@ class Bridging(BaseModel):
         return self
 
 
+def pair_names(elements: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Return the unordered pairs of elements by name, such as "C-H"; elements in the order given."""
+    return {f"{a}-{b}": (a, b) for a, b in combinations_with_replacement(elements, 2)}
+
+
+class PairBridging(BaseModel):
+    """ZBL bridging with a window per pair of elements, which ends where the training data begin.
+
+    Above its window a pair is described by the network alone. Below, the network sees a fixed distance, and the
+    analytic nuclear repulsion takes over. See docs/theory.md, "ZBL bridging".
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    outer: Mapping[str, float] = Field(
+        description="Upper end of the window of every pair of elements, such as C-H: 0.81, in Angstrom."
+    )
+    inner: float = Field(gt=0, lt=1, description="Lower end of every window, as a fraction of its upper end.")
+
+
 class ModelConfig(BaseModel):
     """Architecture of one DPA4 model (arXiv:2606.02419).
 
     Names follow the paper and the published input files. Every switch is used by a published model or by an
-    ablation of the paper; ``dpa4.model.presets`` holds the published combinations.
+    ablation of the paper; ``dpa4.model.presets`` holds the published combinations. The upper limits are far above
+    the published models (128 channels, 10 blocks, degree 6, 3 focus streams). They refuse damaged files and slips
+    of the pen before memory is allocated.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     elements: tuple[str, ...] = Field(
-        description="Chemical symbols the model knows; their order is the type index."
+        max_length=118, description="Chemical symbols the model knows; their order is the type index."
     )
-    cutoff: float = Field(6.0, gt=0, description="Cutoff radius, in Angstrom.")
+    cutoff: float = Field(6.0, ge=0.5, le=30, description="Cutoff radius, in Angstrom.")
 
-    channels: PositiveInt = Field(64, description="Channels per spherical-harmonic coefficient of a node.")
-    lmax: int = Field(3, ge=0, le=10, description="Highest degree of the node features.")
-    n_blocks: PositiveInt = Field(3, description="Interaction blocks.")
-    l_schedule: tuple[int, ...] | None = Field(
-        None, description="Degree of each block, non-increasing; replaces lmax and n_blocks."
+    channels: PositiveInt = Field(
+        64, le=1024, description="Channels per spherical-harmonic coefficient of a node."
+    )
+    lmax: int = Field(3, ge=0, le=MAX_DEGREE, description="Highest degree of the node features.")
+    n_blocks: PositiveInt = Field(3, le=MAX_BLOCKS, description="Interaction blocks.")
+    l_schedule: tuple[Degree, ...] | None = Field(
+        None,
+        max_length=MAX_BLOCKS,
+        description="Degree of each block, non-increasing; replaces lmax and n_blocks.",
     )
     mmax: int = Field(
-        1, ge=0, description="Highest order kept in the edge frame (at most the block's degree)."
+        1,
+        ge=0,
+        le=MAX_DEGREE,
+        description="Highest order kept in the edge frame (at most the block's degree).",
     )
     kmax: int = Field(
-        1, ge=0, description="Highest frame order of the SO(3) grids (at most the block's degree)."
+        1,
+        ge=0,
+        le=MAX_DEGREE,
+        description="Highest frame order of the SO(3) grids (at most the block's degree).",
     )
 
-    n_radial: PositiveInt = Field(16, description="Radial basis functions.")
+    n_radial: PositiveInt = Field(16, le=512, description="Radial basis functions.")
     basis: Literal["bessel", "gaussian"] = Field("bessel", description="Radial basis.")
-    radial_mlp: tuple[int, ...] = Field(
-        (0,), description="Hidden widths of the radial network; 0 means channels."
+    radial_mlp: tuple[Width, ...] = Field(
+        (0,), max_length=16, description="Hidden widths of the radial network; 0 means channels."
     )
-    env_exp: tuple[PositiveInt, PositiveInt] = Field(
+    env_exp: tuple[Exponent, Exponent] = Field(
         (7, 5), description="Exponents p of the cutoff envelopes of the radial basis and of the edge weight."
     )
     use_env_seed: bool = Field(
@@ -79,27 +125,25 @@ class ModelConfig(BaseModel):
         "keeps the curvature smooth at the cutoff.",
     )
 
-    mixing_layers: int = Field(4, ge=0, description="SO(2) layers per convolution.")
-    n_focus: PositiveInt = Field(1, description="Parallel focus streams of the convolution.")
-    focus_dim: int = Field(0, ge=0, description="Channels of a focus stream; 0 means channels.")
+    mixing_layers: int = Field(4, ge=0, le=32, description="SO(2) layers per convolution.")
+    n_focus: PositiveInt = Field(1, le=16, description="Parallel focus streams of the convolution.")
+    focus_dim: int = Field(0, ge=0, le=1024, description="Channels of a focus stream; 0 means channels.")
     n_atten_head: int = Field(
-        1, ge=0, description="Attention heads per focus; 0 sums with the envelope as weight."
+        1, ge=0, le=64, description="Attention heads per focus; 0 sums with the envelope as weight."
     )
     radial_so2_mode: Literal["none", "degree", "degree_channel"] = Field(
         "degree_channel",
         description="Edge-node product: elementwise, a degree matrix, or one per channel of low rank.",
     )
-    radial_so2_rank: PositiveInt = Field(1, description="Rank of the degree_channel product.")
+    radial_so2_rank: PositiveInt = Field(1, le=64, description="Rank of the degree_channel product.")
     message_node_so3: bool = Field(False, description="Multiply messages with their node on the SO(3) grid.")
     message_grid: GridOperation = Field(
         "glu", description="Operation of the message-node grid: glu, mlp, or a number of routed branches."
     )
     layer_scale: bool = Field(False, description="Learned scale on each SO(2) layer and FFN.")
 
-    ffn_blocks: PositiveInt = Field(1, description="Feed-forward networks per block.")
-    ffn_neurons: int = Field(
-        0, ge=0, description="Hidden channels of the feed-forward networks; 0 is automatic."
-    )
+    ffn_blocks: PositiveInt = Field(1, le=16, description="Feed-forward networks per block.")
+    ffn_neurons: Width = Field(0, description="Hidden channels of the feed-forward networks; 0 is automatic.")
     ffn_on: Literal["s2", "so3", "degrees"] = Field(
         "s2",
         description="Where the feed-forward non-linearity acts: S2 grid, SO(3) grid, or gates per degree.",
@@ -116,16 +160,23 @@ class ModelConfig(BaseModel):
     so3_readout: Literal["none", "glu", "mlp"] = Field(
         "none", description="Read-out from scalars or SO(3) grid."
     )
-    readout_layers: PositiveInt = Field(1, description="Layers of the read-out.")
-    fitting: tuple[int, ...] = Field((0,), description="Hidden widths of the energy network; 0 is automatic.")
+    readout_layers: PositiveInt = Field(1, le=16, description="Layers of the read-out.")
+    fitting: tuple[Width, ...] = Field(
+        (0,), max_length=16, description="Hidden widths of the energy network; 0 is automatic."
+    )
 
     charge_spin: bool = Field(False, description="Condition on total charge and spin multiplicity.")
-    default_charge_spin: tuple[int, int] | None = Field(
+    default_charge_spin: tuple[Charge, Multiplicity] | None = Field(
         None,
         description="Charge and multiplicity of structures that carry none; without it they must carry both.",
     )
-    excluded_pairs: tuple[tuple[str, str], ...] = Field((), description="Element pairs that do not interact.")
-    bridging: Bridging | None = Field(None, description="ZBL zone bridging at short distance.")
+    excluded_pairs: tuple[tuple[str, str], ...] = Field(
+        (), max_length=118 * 119 // 2, description="Element pairs that do not interact."
+    )
+    bridging: Bridging | PairBridging | None = Field(
+        None,
+        description="ZBL bridging at short distance: zones for all pairs, or a window per pair of elements.",
+    )
     pre_release: bool = Field(
         False, description="Degree normalisation and radial features of checkpoints of format below 1.1."
     )
@@ -137,18 +188,27 @@ class ModelConfig(BaseModel):
             raise ValueError("model.elements is empty; name at least one chemical symbol")
         unknown = [e for e in elements if e not in atomic_numbers or e == "X"]
         if unknown:
-            raise ValueError(f"model.elements has {unknown}; allowed are chemical symbols such as H, C, Si")
+            raise ValueError(
+                f"model.elements has {shown(unknown)}; allowed are chemical symbols such as H, C, Si"
+            )
         if len(set(elements)) < len(elements):
-            raise ValueError(f"model.elements names an element twice: {list(elements)}")
+            raise ValueError(f"model.elements names an element twice: {shown(list(elements))}")
         return elements
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
         degrees = self.degrees
         if not degrees or min(degrees) < 0 or any(b > a for a, b in zip(degrees, degrees[1:], strict=False)):
-            raise ValueError(f"model.l_schedule must be non-increasing degrees >= 0, got {list(degrees)}")
+            raise ValueError(
+                f"model.l_schedule must be non-increasing degrees >= 0, got {shown(list(degrees))}"
+            )
         if self.kmax > degrees[0]:
             raise ValueError(f"model.kmax must be at most lmax = {degrees[0]}, got {self.kmax}")
+        if (size := (degrees[0] + 1) ** 2 * (2 * self.kmax + 1)) > MAX_GRID:
+            raise ValueError(
+                f"model.kmax = {self.kmax} with lmax = {degrees[0]} needs grids of {size} coefficients, at most "
+                f"{MAX_GRID} are supported; choose a lower kmax"
+            )
         if self.n_atten_head and self.focus_width % self.n_atten_head:
             raise ValueError(
                 f"model.n_atten_head = {self.n_atten_head} must divide the focus width {self.focus_width}"
@@ -156,11 +216,24 @@ class ModelConfig(BaseModel):
         for pair in self.excluded_pairs:
             if missing := [e for e in pair if e not in self.elements]:
                 raise ValueError(f"model.excluded_pairs names {missing}, which model.elements lacks")
-        if self.bridging and self.bridging.r_outer >= self.cutoff:
+        if isinstance(self.bridging, Bridging) and self.bridging.r_outer >= self.cutoff:
             raise ValueError(
                 f"bridging.r_outer must be below cutoff = {self.cutoff}, got {self.bridging.r_outer}"
             )
+        if isinstance(self.bridging, PairBridging):
+            self._check_windows(self.bridging.outer)
         return self
+
+    def _check_windows(self, outer: Mapping[str, float]) -> None:
+        pairs = pair_names(self.elements)
+        if wrong := sorted(outer.keys() ^ pairs.keys()):
+            raise ValueError(
+                f"bridging.outer needs one entry per pair of elements; missing or unknown: {wrong}"
+            )
+        if wrong := [f"{name}: {end}" for name, end in outer.items() if not 0 < end < self.cutoff]:
+            raise ValueError(
+                f"bridging.outer must be between 0 and cutoff = {self.cutoff:g} Angstrom, got {', '.join(wrong)}"
+            )
 
     @property
     def degrees(self) -> tuple[int, ...]:

@@ -1,11 +1,43 @@
 """Constants of the network, which stay exact when a model changes its precision: tensors and sparse bilinear maps."""
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, nn
 
 from dpa4.ops.sparse_product import Terms, sparse_product
+
+Arguments = ParamSpec("Arguments")
+_skipped: ContextVar[bool] = ContextVar("skipped", default=False)
+
+
+@contextmanager
+def without_constants() -> Iterator[None]:
+    """Build networks that lack constants within the context; such a network only shows its parameters."""
+    token = _skipped.set(True)
+    try:
+        yield
+    finally:
+        _skipped.reset(token)
+
+
+def of_constants(method: Callable[Arguments, None]) -> Callable[Arguments, None]:
+    """Return a method that registers constants, or does nothing within `without_constants`.
+
+    Some constants take seconds and gigabytes to compute. An unknown checkpoint must be compared with its
+    configuration before that (`dpa4.model.shapes`).
+    """
+
+    @wraps(method)
+    def compute(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        if not _skipped.get():
+            method(*args, **kwargs)
+
+    return compute
 
 
 class ConstantModule(nn.Module):

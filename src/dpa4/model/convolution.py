@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dpa4.model.attention import EnvelopeGatedAttention, EnvelopeSum, FocusCompetition, SingleFocus
 from dpa4.model.config import ModelConfig
+from dpa4.model.constants import of_constants
 from dpa4.model.edges import Edges, LocalFrame, Neighborhood
 from dpa4.model.grid import MessageNodeProduct, NoProduct
 from dpa4.model.layers import ChannelLinear, DegreeLinear
@@ -26,6 +27,10 @@ class SameChannels(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
+        self._register_identity(channels)
+
+    @of_constants
+    def _register_identity(self, channels: int) -> None:
         self.register_buffer("weight", torch.eye(channels), persistent=False)
 
 

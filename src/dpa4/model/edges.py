@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dpa4.model.config import Bridging, ModelConfig
-from dpa4.model.constants import ConstantModule, SparseProduct
+from dpa4.model.constants import ConstantModule, SparseProduct, of_constants
 from dpa4.model.ghosts import WHOLE, Domain
 from dpa4.model.harmonics import HarmonicRows, WignerRows, edge_frame
 from dpa4.model.layers import degree_of, prepend_zeros
@@ -143,9 +143,13 @@ class LocalFrame(ConstantModule):
     def __init__(self, lmax: int, mmax: int, heads: int = 1):
         super().__init__()
         self.lmax, self.mmax = lmax, min(mmax, lmax)
-        degree, rescaled = degree_of(lmax), []
+        self._register_masks(heads)
+
+    @of_constants
+    def _register_masks(self, heads: int) -> None:
+        degree, rescaled = degree_of(self.lmax), []
         for m in range(self.mmax + 1):
-            rows = torch.arange(m, lmax + 1, dtype=torch.float64)[:, None]
+            rows = torch.arange(m, self.lmax + 1, dtype=torch.float64)[:, None]
             same = (rows == degree[m * m :]).double()
             # Orders beyond mmax are lost in the edge frame; the factor restores the norm on average.
             rescale = torch.where(rows > self.mmax, ((2 * rows + 1) / (2 * self.mmax + 1)).sqrt(), 1.0)
@@ -153,7 +157,7 @@ class LocalFrame(ConstantModule):
             self.register_constant(f"degree_{m}", same)
             self.register_constant(f"rescaled_{m}", rescaled[-1])
         self.entries = MatrixEntries(
-            lambda weight, rows: _weighted_frame(weight, rows, rescaled), heads, lmax, self.mmax
+            lambda weight, rows: _weighted_frame(weight, rows, rescaled), heads, self.lmax, self.mmax
         )
 
     def matrix(self, rows: Sequence[Tensor]) -> Tensor:
@@ -236,7 +240,8 @@ class EdgeGeometry(nn.Module):
         lmax = config.degrees[0]
         self.wigner = WignerRows(lmax, min(config.mmax, lmax))
         self.cutoff, self.exponent = config.cutoff, config.env_exp[1]
-        self.short_range = FullRange() if config.bridging is None else FrozenCore(config.bridging)
+        zones = config.bridging if isinstance(config.bridging, Bridging) else None
+        self.short_range = FullRange() if zones is None else FrozenCore(zones)
         self.degree_floor = SOFTENING if config.pre_release else 0.25
 
     def openness(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dpa4.model.config import GridOperation, ModelConfig
-from dpa4.model.constants import ConstantModule, SparseProduct
+from dpa4.model.constants import ConstantModule, SparseProduct, of_constants
 from dpa4.model.harmonics import WignerRows, edge_frame, spherical_harmonics
 from dpa4.model.layers import ChannelLinear, DegreeLinear, FocusLinear, append_zeros, degree_of
 from dpa4.ops.sparse_product import Terms, sparse_or_dense
@@ -87,8 +87,12 @@ class Grid(ConstantModule):
 
     def __init__(self, lmax: int, kmax: int | None):
         super().__init__()
-        evaluate, analyse = grid_matrices(lmax, kmax)
         self.frames = 1 if kmax is None else 2 * kmax + 1
+        self._register_matrices(lmax, kmax)
+
+    @of_constants
+    def _register_matrices(self, lmax: int, kmax: int | None) -> None:
+        evaluate, analyse = grid_matrices(lmax, kmax)
         self.register_constant("evaluate", evaluate)
         self.register_constant("analyse", analyse)
         self.coupling = SparseProduct(couplings(lmax, kmax))  # without the grid: faster on a CPU

@@ -16,7 +16,7 @@ import scipy.special
 import torch
 from torch import Tensor, nn
 
-from dpa4.model.constants import ConstantModule, SparseProduct
+from dpa4.model.constants import ConstantModule, SparseProduct, of_constants
 from dpa4.ops.sparse_product import Terms, sparse_or_dense
 
 HarmonicRows = tuple[Tensor, ...]
@@ -89,8 +89,12 @@ class WignerRows(ConstantModule):
     def __init__(self, lmax: int, mmax: int):
         super().__init__()
         self.lmax, self.mmax = lmax, mmax
+        self._register_couplings()
+
+    @of_constants
+    def _register_couplings(self) -> None:
         products = {}
-        for l in range(2, lmax + 1):
+        for l in range(2, self.lmax + 1):
             self.register_constant(f"coupling_{l}", coupling(l))
             for count in (1, 2):
                 products[f"{l} {count}"] = SparseProduct(Terms.of(_several(coupling(l), count)))

@@ -99,7 +99,7 @@ class DegreeLinear(nn.Module):
     def __init__(self, lmax: int, width_in: int, width_out: int, bias: bool = False, zero: bool = False):
         super().__init__()
         weight = truncated_normal((lmax + 1, width_in, width_out), width_in, width_out)
-        self.weight = nn.Parameter(torch.zeros_like(weight) if zero else weight)
+        self.weight = nn.Parameter(torch.zeros(weight.shape) if zero else weight)
         self.bias = nn.Parameter(torch.zeros(width_out)) if bias else None
         self.register_buffer("degree", degree_of(lmax), persistent=False)
 

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from dpa4.model.constants import of_constants
 from dpa4.model.edges import LocalFrame, MatrixEntries, Neighborhood
 from dpa4.model.layers import FocusLinear, degree_of, prepend_zeros, truncated_normal
 from dpa4.model.radial import RadialFeatures
@@ -69,21 +70,26 @@ class DegreeProduct(nn.Module):
     def __init__(self, lmax: int, mmax: int, width: int, rank: int | None):
         super().__init__()
         self.lmax, self.mmax, self.rank = lmax, mmax, rank or 1
-        entries = [(lmax - m + 1) ** 2 for m in range(mmax + 1)]
-        shape = ((lmax + 1) * width, sum(entries) * self.rank)
+        pairs = [(lmax - m + 1) ** 2 for m in range(mmax + 1)]  # of degrees, for each order
+        shape = ((lmax + 1) * width, sum(pairs) * self.rank)
         self.weight = nn.Parameter(truncated_normal(shape, *shape))
         self.channel_basis = nn.Parameter(truncated_normal((rank, width), rank, width)) if rank else None
+        self._register_entries(pairs)
+
+    @of_constants
+    def _register_entries(self, counts: Sequence[int]) -> None:
+        """Find the products of the kernel and the Wigner rows, from the number of pairs of degrees of each order."""
         # The entry of degrees l, l' and rank r serves all coefficients of degree l. It is repeated in the weights,
         # which are small, to avoid indexing on the edges. Layout within |m|: (l', r, coefficient).
         columns, start = [], 0
-        for m in range(mmax + 1):
-            n, degree = lmax - m + 1, degree_of(lmax)[m * m :] - m
+        for m, count in enumerate(counts):
+            n, degree = self.lmax - m + 1, degree_of(self.lmax)[m * m :] - m
             entry = (degree * n + torch.arange(n)[:, None, None]) * self.rank
             columns.append((start + entry + torch.arange(self.rank)[:, None]).flatten())
-            start += entries[m] * self.rank
+            start += count * self.rank
         self.sizes = [len(c) for c in columns]
         self.register_buffer("columns", torch.cat(columns), persistent=False)
-        self.entries = MatrixEntries(self._of_entries, start, lmax, mmax)
+        self.entries = MatrixEntries(self._of_entries, start, self.lmax, self.mmax)
 
     def spread(self, x: Tensor) -> Tensor:
         """Return the nodes as `forward` gathers them: (N, D, C) times the channel basis, (N, R D, C)."""

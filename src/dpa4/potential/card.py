@@ -8,8 +8,9 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from dpa4.model import DPA4, ModelConfig
+from dpa4.model import ModelConfig
 from dpa4.model.presets import preset
+from dpa4.model.shapes import shapes_of
 from dpa4.ops import available
 from dpa4.ops.layout import EdgeLayout
 from dpa4.potential.checkpoint import read_checkpoint
@@ -76,8 +77,18 @@ def model_card(source: str | Path, branch: str | None = None) -> ModelCard:
             "elements seen": " ".join(stored.coverage.elements),
             "closest atoms": stored.coverage.text,
         }
-    sections["Provenance"] = {"file": str(path), "format": stored.format} | stored.provenance
+    origin = {"file": str(path), "format": stored.format}
+    if stored.digest is not None:
+        origin["digest"] = f"{stored.digest[:16]}, matches weights and options"
+    sections["Provenance"] = origin | {
+        _printable(label): _printable(value) for label, value in stored.provenance.items()
+    }
     return ModelCard(f"DPA4 potential {path.name}", sections)
+
+
+def _printable(text: str) -> str:
+    """Escape line breaks and control characters, with which a file could draw on the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _preset_card(name: str) -> ModelCard:
@@ -85,7 +96,7 @@ def _preset_card(name: str) -> ModelCard:
         config = preset(name)
     except ValueError as error:
         raise ValueError(f"{name!r} is neither a file nor a preset: {error}") from None
-    parameters = sum(parameter.numel() for parameter in DPA4(config).parameters())
+    parameters = sum(shape.numel() for shape in shapes_of(config).values())
     sections = _sections(config, parameters)
     sections["Provenance"] = {
         "preset": name,

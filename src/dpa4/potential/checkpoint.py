@@ -1,14 +1,18 @@
 """Saving and loading potentials: one safetensors file with the weights, and a description in its metadata.
 
 The weights keep their names and precision; ``reference_energies`` is an additional float64 tensor. The metadata can
-be read without the weights. They hold the format version and, as JSON, the configuration, elements, reference
-energies, provenance and, for models trained with this package, the coverage of the training data. Checkpoints of
-deepmd-kit can be read wherever native ones can.
+be read without the weights. They hold the format version, a digest of the whole content and, as JSON, the
+configuration, elements, reference energies, provenance and, for models trained with this package, the coverage of
+the training data. Checkpoints of deepmd-kit can be read wherever native ones can.
+
+A file may come from anybody, and may be damaged. Its names, shapes and types are compared with its configuration
+before a network is built, and its values are checked (`dpa4.potential.verification`).
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -16,23 +20,35 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dpa4 import __version__
 from dpa4.data.coverage import Coverage
 from dpa4.model import ModelConfig
-from dpa4.output import atomic_write
+from dpa4.output import atomic_write, check_writable
+from dpa4.parsing import parse_json, shown
 from dpa4.potential.deepmd.options import first_problem
 from dpa4.potential.deepmd.reader import read_deepmd
 from dpa4.potential.deepmd.writer import export_deepmd
 from dpa4.potential.potential import Potential
+from dpa4.potential.verification import (
+    check_number_of_layers,
+    check_provenance,
+    check_reference_energies,
+    check_values,
+    digest_of,
+    listed,
+    weight_problems,
+)
 from dpa4.system import float32_by_default, own_settings
 
 FORMAT = "dpa4"
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
 _NETWORK = "model."
+_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types in which a native checkpoint may store numbers, by their names in safetensors."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,7 @@ class Checkpoint:
     provenance: dict[str, str]
     format: str
     coverage: Coverage | None = None  # of the training data, if the file contains it
+    digest: str | None = None  # verified digest of the content; None for files that have none
 
 
 @own_settings
@@ -62,7 +79,7 @@ def save_potential(
 
     Raises:
         FileNotFoundError: If the folder of ``path`` does not exist.
-        ValueError: If the name does not end in ``.safetensors``.
+        ValueError: If the name does not end in ``.safetensors``, or a weight is not finite.
     """
     path = Path(path)
     if path.suffix != SUFFIX:
@@ -70,6 +87,10 @@ def save_potential(
             f"checkpoints end in {SUFFIX}, got {path.name!r}; `dpa4 convert` writes deepmd-kit's .pt"
         )
     tensors = {key: value.detach().cpu().contiguous() for key, value in potential.state_dict().items()}
+    try:
+        check_values(tensors.items())
+    except ValueError as error:
+        raise ValueError(f"cannot write {path}: {error}") from None
     energies = dict(zip(potential.elements, tensors["reference_energies"].tolist(), strict=True))
     origin = {"dpa4 version": __version__, "date": datetime.now(UTC).isoformat(timespec="seconds")}
     metadata = {
@@ -82,18 +103,30 @@ def save_potential(
     }
     if potential.coverage is not None:
         metadata["coverage"] = potential.coverage.to_json()
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    _write(path, metadata, tensors)
 
 
 def add_coverage(path: Path, coverage: Coverage) -> None:
-    """Add the coverage of the training data to a native checkpoint that contains no distances yet."""
-    with safe_open(path, framework="pt") as file:
-        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
-    stored = _coverage(path, metadata)
-    if stored is None or stored.shortest is None:
-        with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata | {"coverage": coverage.to_json()})
+    """Add the coverage of the training data to a native checkpoint that contains no distances yet.
+
+    Raises:
+        ValueError: If the checkpoint is damaged or was edited.
+    """
+    with _named(path):
+        metadata, tensors = _read_tensors(path)
+        stored = _coverage(metadata)
+        if stored is not None and stored.shortest is not None:
+            return
+        _verified_digest(metadata, tensors)
+    _write(path, metadata | {"coverage": coverage.to_json()}, tensors)
+
+
+def _write(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    content = {key: value for key, value in metadata.items() if key != "digest"}
+    # safetensors' own function writes a temporary file that only its owner can read, whatever the umask, and that
+    # stays behind if the process is killed.
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(save(dict(tensors), content | {"digest": digest_of(content, tensors)}))
 
 
 @own_settings
@@ -123,13 +156,22 @@ def load_potential(
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"dtype must be float32 or float64, got {dtype!r}")
     stored = read_checkpoint(path, branch)
-    return _assemble(path, stored, dtype or stored.dtype).to(device)
+    return _assemble(stored, dtype or stored.dtype).to(device)
 
 
 @own_settings
 @float32_by_default()
-def convert(source: str | Path, target: str | Path, branch: str | None = None) -> None:
+def convert(
+    source: str | Path, target: str | Path, branch: str | None = None, *, drop_bridging: bool = False
+) -> None:
     """Convert a checkpoint to the format given by the suffix of ``target``: .safetensors, or .pt for deepmd-kit.
+
+    Args:
+        source: The checkpoint.
+        target: File to write.
+        branch: Branch of a multitask model of deepmd-kit.
+        drop_bridging: Leave out the bridging, which some models of this package have and deepmd-kit lacks. The
+            network alone is unreliable where atoms are closer than in the training data.
 
     Raises:
         FileNotFoundError: If there is no such file, or the folder of ``target`` does not exist.
@@ -139,8 +181,11 @@ def convert(source: str | Path, target: str | Path, branch: str | None = None) -
     source, target = Path(source), Path(target)
     if target.suffix not in (SUFFIX, ".pt"):
         raise ValueError(f"cannot convert to {target.name!r}; the target must end in {SUFFIX} or .pt")
+    check_writable(target)
     stored = read_checkpoint(source, branch)
-    potential = _assemble(source, stored, stored.dtype)
+    if drop_bridging:
+        stored = replace(stored, config=stored.config.model_copy(update={"bridging": None}))
+    potential = _assemble(stored, stored.dtype)
     parent = {"parent file": source.name, "parent format": stored.format}
     if target.suffix == ".pt":
         export_deepmd(potential, target)
@@ -172,88 +217,124 @@ def read_checkpoint(path: str | Path, branch: str | None = None) -> Checkpoint:
 
 
 def _read_native(path: Path, branch: str | None) -> Checkpoint:
-    try:
+    with _named(path):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            config = _config(path, metadata)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"cannot read {path}: it is damaged or incomplete ({error})") from error
-    if branch is not None:
-        raise ValueError(
-            f"{path} holds a single model, so there is no branch {branch!r}; leave the branch out"
-        )
-    if "reference_energies" not in tensors:
-        raise ValueError(f"cannot read {path}: it has no entry reference_energies")
+            config = _config(metadata)
+            slices = {key: file.get_slice(key) for key in file.keys()}
+            types = {key: entry.get_dtype() for key, entry in slices.items()}
+            shapes = {key: entry.get_shape() for key, entry in slices.items()}
+        _check_layout(config, shapes, types)
+        if branch is not None:
+            raise ValueError(
+                f"it holds a single model, so there is no branch {branch!r}; leave the branch out"
+            )
+        metadata, tensors = _read_tensors(path)
+        check_values((key, value) for key, value in tensors.items() if key != "reference_energies")
+        check_reference_energies(tensors["reference_energies"], config.elements)
+        provenance = check_provenance(parse_json(metadata.get("provenance", "{}"), "its entry provenance"))
+        coverage = _coverage(metadata)
+        digest = _verified_digest(metadata, tensors)  # last, because the other messages say more
     energies = tensors.pop("reference_energies")
     weights = {key.removeprefix(_NETWORK): value for key, value in tensors.items()}
-    dtype = next((value.dtype for value in weights.values()), torch.float32)
-    provenance = json.loads(metadata.get("provenance", "{}"))
+    double = any(value.dtype == torch.float64 for value in weights.values())
     return Checkpoint(
         config,
         weights,
-        energies,
-        dtype,
+        energies.double(),
+        torch.float64 if double else torch.float32,
         provenance,
         f"dpa4 checkpoint, format {FORMAT_VERSION}",
-        _coverage(path, metadata),
+        coverage,
+        digest,
     )
 
 
-def _coverage(path: Path, metadata: Mapping[str, str]) -> Coverage | None:
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Add the name of the file to errors about its content."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"cannot read {path}: it is damaged or incomplete ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a native checkpoint; nothing is checked."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+
+
+def _check_layout(config: ModelConfig, shapes: Mapping[str, list[int]], types: Mapping[str, str]) -> None:
+    """Compare the names, shapes and types of the tensors of a file with its configuration.
+
+    Raises:
+        ValueError: If a tensor is missing, unknown, or of another shape or type.
+    """
+    if "reference_energies" not in shapes:
+        raise ValueError("it has no entry reference_energies")
+    check_number_of_layers(config, len(shapes))
+    weights = {key: shape for key, shape in shapes.items() if key != "reference_energies"}
+    problems = weight_problems(config, {key.removeprefix(_NETWORK): value for key, value in weights.items()})
+    if (found := tuple(shapes["reference_energies"])) != (expected := (len(config.elements),)):
+        problems.append(f"reference_energies has shape {found} instead of {expected}")
+    if problems:
+        raise ValueError(f"its weights do not fit its configuration: {listed(problems)}")
+    for key, kind in types.items():
+        if kind not in _TYPES:
+            raise ValueError(f"{key} has values of type {kind}; allowed are {', '.join(_TYPES)}")
+
+
+def _verified_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str | None:
+    """Digest stored in a checkpoint, after comparing it with the content; None if the file has none.
+
+    Raises:
+        ValueError: If the content has another digest.
+    """
+    content = dict(metadata)
+    stored = content.pop("digest", None)
+    if stored is not None and stored != digest_of(content, tensors):
+        raise ValueError(
+            "its weights, options or description are not those that dpa4 wrote (the digest differs): it is damaged "
+            "or was edited. Use the original file; to keep a change of your own, remove the entry digest from the "
+            "metadata"
+        )
+    return stored
+
+
+def _coverage(metadata: Mapping[str, str]) -> Coverage | None:
     if "coverage" not in metadata:
         return None
     try:
         return Coverage.from_json(metadata["coverage"])
     except ValueError as error:
-        raise ValueError(f"cannot read {path}: its entry coverage is {error}") from error
+        raise ValueError(f"its entry coverage is {error}") from error
 
 
-def _config(path: Path, metadata: Mapping[str, Any]) -> ModelConfig:
+def _config(metadata: Mapping[str, Any]) -> ModelConfig:
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"cannot read {path}: it is a safetensors file, but not of a DPA4 potential (its metadata lack "
-            f"format = {FORMAT!r})"
+            f"it is a safetensors file, but not of a DPA4 potential (its metadata lack format = {FORMAT!r})"
         )
     stored = metadata.get("format_version", "missing")
-    if not stored.isdecimal():
-        raise ValueError(f"cannot read {path}: its format_version is {stored!r}, not a number")
+    if not (stored.isascii() and stored.isdecimal() and len(stored) < 10):
+        raise ValueError(f"its format_version is {shown(stored)}, not a number")
     if int(stored) > FORMAT_VERSION:
         raise ValueError(
-            f"cannot read {path}: it has format {stored}, written by a newer dpa4; this version reads formats up "
-            f"to {FORMAT_VERSION}. Update dpa4"
+            f"it has format {stored}, written by a newer dpa4; this version reads formats up to {FORMAT_VERSION}. "
+            "Update dpa4"
         )
     try:
         return ModelConfig.model_validate_json(metadata.get("config", ""))
     except ValidationError as error:
-        raise ValueError(
-            f"cannot read {path}: its configuration is not valid: {first_problem(error)}"
-        ) from error
+        raise ValueError(f"its configuration is not valid: {first_problem(error)}") from error
 
 
-def _assemble(path: str | Path, stored: Checkpoint, dtype: torch.dtype) -> Potential:
-    """Build a potential with stored weights, in evaluation mode.
-
-    Raises:
-        ValueError: If a weight is missing, unknown, or of another shape.
-    """
+def _assemble(stored: Checkpoint, dtype: torch.dtype) -> Potential:
+    """Build a potential with the stored weights, in evaluation mode."""
     potential = Potential(stored.config).to(dtype)
-    expected = {key: value.shape for key, value in potential.model.state_dict().items()}
-    found = {key: value.shape for key, value in stored.weights.items()}
-    expected["reference_energies"] = potential.reference_energies.shape
-    found["reference_energies"] = stored.reference_energies.shape
-    problems = [f"{key} is missing" for key in expected if key not in found]
-    problems += [f"{key} is unknown" for key in found if key not in expected]
-    problems += [
-        f"{key} has shape {tuple(found[key])} instead of {tuple(shape)}"
-        for key, shape in expected.items()
-        if found.get(key, shape) != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(
-            f"cannot read {path}: its weights do not fit its configuration: {', '.join(problems[:5])}{more}"
-        )
     potential.model.load_state_dict(stored.weights)
     potential.reference_energies.copy_(stored.reference_energies)
     potential.coverage = stored.coverage

@@ -19,7 +19,7 @@ from dpa4.data import (
     write_structures,
 )
 from dpa4.data.charge_spin import charge_spin_entries
-from dpa4.output import atomic_write
+from dpa4.output import atomic_write, check_writable
 from dpa4.potential.potential import Potential
 from dpa4.system import own_settings
 
@@ -97,8 +97,9 @@ def write_embeddings(
     path = Path(path)
     if path.suffix not in (".npz", ".xyz", ".extxyz"):
         raise ValueError(f"embeddings are written to .npz, .xyz or .extxyz, got {path.name!r}")
+    check_writable(path)
+    found = embeddings(potential, structures, max_atoms=max_atoms, progress=progress)
     with atomic_write(path) as temporary:
-        found = embeddings(potential, structures, max_atoms=max_atoms, progress=progress)
         means = [one.mean(axis=0) for one in found]
         if path.suffix == ".npz":
             with temporary.open("wb") as file:

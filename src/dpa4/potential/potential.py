@@ -13,10 +13,10 @@ from dpa4.graph import Graph
 from dpa4.model import DPA4, ModelConfig
 from dpa4.model.ghosts import WHOLE, Domain
 from dpa4.model.seed import ChargeSpinEmbedding
+from dpa4.model.short_range import short_range
 from dpa4.ops.incidence import Incidence
 from dpa4.ops.segments import segment_sum
 from dpa4.potential.precision import Precision
-from dpa4.potential.zbl import NoRepulsion, NuclearRepulsion
 from dpa4.system import float32_by_default, own_settings
 
 
@@ -69,7 +69,7 @@ class Potential(nn.Module):
         self.elements = config.elements
         self.coverage: Coverage | None = None
         self.model = DPA4(config)
-        self.repulsion = _repulsion(config)
+        self.short_range = short_range(config)
         energies = [reference_energies.get(e, 0.0) for e in config.elements]
         self.register_buffer("reference_energies", torch.tensor(energies, dtype=torch.float64))
         species_of = torch.full((len(chemical_symbols),), -1)
@@ -214,8 +214,8 @@ class Potential(nn.Module):
             domain: The n own atoms among the N nodes; by default all nodes are own atoms.
         """
         species = self.species_of[atomic_numbers]
+        vectors, repulsion = self.short_range(vectors, source, destination, atomic_numbers)
         network = self.model(species, vectors.to(self.dtype), source, destination, charge_spin, domain)
-        repulsion = self.repulsion(vectors, source, destination, atomic_numbers)
         return network.double() + self.reference_energies[domain.own(species)] + repulsion
 
     def _atomic_energies(self, graph: Graph, vectors: Tensor, ends: "Ends") -> Tensor:
@@ -227,7 +227,9 @@ class Potential(nn.Module):
         """Invariant features of every atom, (N, channels), the input of the energy network."""
         graph = self.without_excluded(graph)
         species, charge_spin = self.species_of[graph.atomic_numbers], graph.charge_spin[graph.structure]
-        return self.model.descriptor(species, graph.edge_vectors().to(self.dtype), *_ends(graph), charge_spin)
+        ends = _ends(graph)
+        vectors, _ = self.short_range(graph.edge_vectors(), *ends, graph.atomic_numbers)
+        return self.model.descriptor(species, vectors.to(self.dtype), *ends, charge_spin)
 
     def _gradient(self, atomic: Tensor, vectors: Tensor) -> Tensor:
         if vectors.shape[0] == 0:  # without edges, autograd has no path from the energy to the vectors
@@ -270,9 +272,3 @@ def recordable(graph: Graph) -> Graph:
 def _ends(graph: Graph) -> Ends:
     source = Incidence.of(graph.source, graph.num_atoms)
     return source, Incidence.of_sorted(graph.destination, graph.num_atoms)
-
-
-def _repulsion(config: ModelConfig) -> nn.Module:
-    if config.bridging is None:
-        return NoRepulsion()
-    return NuclearRepulsion(config.cutoff, config.env_exp[1] if config.bridging.smooth_cutoff else None)

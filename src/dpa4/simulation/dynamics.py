@@ -1,7 +1,5 @@
 """Molecular dynamics with ASE's integrators, with tables, plots and exact continuation after an interruption."""
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,9 +10,30 @@ from ase.calculators.calculator import Calculator
 
 from dpa4.data import write_structures
 from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
-from dpa4.output import CsvLog, atomic_write, new_figure, read_csv, save_figure
+from dpa4.output import (
+    CsvLog,
+    OutputFolder,
+    cut_back,
+    flush_to_disk,
+    new_figure,
+    read_csv,
+    rows_until,
+    save_figure,
+)
 from dpa4.simulation.integrators import bath_state, conserved_energy, make_integrator, set_bath_state
 from dpa4.simulation.momenta import degrees_of_freedom, draw_momenta, internal_momenta, temperature
+from dpa4.simulation.restart import (
+    RESTART,
+    THERMO,
+    TRAJECTORY,
+    Restart,
+    check_system,
+    damaged,
+    read_restart,
+    restore_random,
+    system_of,
+    write_restart,
+)
 from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.store import check_settings
 from dpa4.system import stop_requests
@@ -27,7 +46,6 @@ CONSERVED = "conserved_eV"  # energy of the structure and its baths; nvt and npt
 PRESSURE = "pressure_GPa"  # only if periodic along all three axes
 VOLUME, DENSITY = "volume_A3", "density_g_cm3"  # npt only
 RESTART_INTERVAL = 1000  # steps between restart files; written also at the end and on interruption
-RESTART_FORMAT = 2
 GRAMS_PER_CM3 = 1e27 * units._amu  # 1 u/Angstrom^3 in g/cm^3
 
 
@@ -116,11 +134,13 @@ def run_md(
         Summary of the whole run, including steps before ``resume``.
 
     Raises:
+        BlockingIOError: If another process is working in ``output``.
         FileExistsError: If ``output`` already holds a run and ``resume`` is not set.
         FileNotFoundError: If there is no run to resume.
         RuntimeError: If a step fails, usually because the time step is too long.
-        ValueError: If an argument is not allowed, no atom can move, the ensemble cannot respect a constraint, or the
-            run to resume has another model, other settings or other atoms.
+        ValueError: If an argument is not allowed, no atom can move, the ensemble cannot respect a constraint, the
+            run to resume has another model, other settings or another structure (elements, masses, periodicity, box,
+            constraints, charge, spin), or one of its files is damaged.
 
     Example:
         50 ps at 300 K:
@@ -141,26 +161,35 @@ def run_md(
         "seed": seed,
     }
     _check_arguments(settings | {"steps": steps})
-    run = _Run(atoms, calculator, Path(output), settings | fingerprint_of_calculator(calculator), resume)
-    try:
-        with stop_requests() as stopped, progress_bar("step", steps, run.step, progress) as bar:
-            while run.step < steps and not stopped:
-                run.advance()
-                bar.update(bar.task_ids[0], completed=run.step, status=run.status)
-            run.save()
-    finally:
-        run.log.close()
-    return _finish(Path(output), run.step, run.step >= steps, len(atoms), ensemble)
+    folder = Path(output)
+    state = read_restart(folder) if resume else None
+    with OutputFolder(folder):
+        run = _Run(atoms, calculator, folder, settings | fingerprint_of_calculator(calculator), state)
+        try:
+            with stop_requests() as stopped, progress_bar("step", steps, run.step, progress) as bar:
+                while run.step < steps and not stopped:
+                    run.advance()
+                    bar.update(bar.task_ids[0], completed=run.step, status=run.status)
+                run.save()
+        finally:
+            run.log.close()
+        return _finish(folder, run.step, run.step >= steps, len(atoms), ensemble)
 
 
 class _Run:
     """State and files of a molecular dynamics run."""
 
     def __init__(
-        self, atoms: Atoms, calculator: Calculator, folder: Path, settings: dict[str, Any], resume: bool
+        self,
+        atoms: Atoms,
+        calculator: Calculator,
+        folder: Path,
+        settings: dict[str, Any],
+        state: Restart | None,
     ):
+        """Start a run or, with a state, continue one; no file is changed unless everything is in order."""
         self.atoms, self.folder, self.settings = atoms, folder, settings
-        self.restart, self.trajectory = folder / "restart.json", folder / "trajectory.xyz"
+        self.trajectory = folder / TRAJECTORY
         self.rng = np.random.default_rng(settings["seed"])
         self.step = 0
         self.status = ""
@@ -173,18 +202,22 @@ class _Run:
             )
         if len(atoms) == 0 or degrees_of_freedom(atoms) == 0:
             raise ValueError(f"none of {len(atoms)} atoms can move; give atoms without constraints")
-        baths = self._load() if resume else self._start()
+        self.system = system_of(atoms)  # of the start
+        if state is None:
+            self._start()
+        else:
+            self._load(state)
         atoms.calc = calculator
         atoms.get_forces()  # reveals an invalid structure before files are written
         self.integrator = make_integrator(atoms, settings, self.rng)
-        if resume:
-            set_bath_state(self.integrator, baths)
-        columns = [*COLUMNS]
-        columns += [CONSERVED] if self.ensemble in ("nvt", "npt") else []
-        columns += [PRESSURE] if self.has_pressure else []
-        columns += [VOLUME, DENSITY] if self.ensemble == "npt" else []
-        self.log = CsvLog(folder / "thermo.csv", columns, self.step if resume else None)
-        if not resume:
+        begun = state is not None and state.trajectory_bytes > 0
+        if state is not None:
+            self._restore(state)
+        else:
+            self._write_state(0)  # before the files that it speaks of, so that a killed run can be resumed
+        self.log = CsvLog(folder / THERMO, self._columns(), self.step if begun else None)
+        if not begun:
+            self.trajectory.unlink(missing_ok=True)
             self._record()
             self.save()
 
@@ -204,76 +237,82 @@ class _Run:
             self.save()
 
     def save(self) -> None:
-        """Write the restart file."""
-        state = {
-            "format": RESTART_FORMAT,
-            "settings": self.settings,
-            "step": self.step,
-            "atomic_numbers": self.atoms.numbers.tolist(),
-            "cell": self.atoms.cell.array.tolist(),
-            "positions": self.atoms.positions.tolist(),
-            "momenta": self.atoms.get_momenta().tolist(),
-            "random": self.rng.bit_generator.state,
-            "baths": bath_state(self.integrator),
-            "trajectory_bytes": self.trajectory.stat().st_size,
-        }
-        with atomic_write(self.restart) as temporary:
-            temporary.write_text(json.dumps(state), encoding="utf-8")
+        """Write the restart file, once all data that it speaks of are on the disk."""
+        flush_to_disk(self.trajectory)
+        self.log.flush_to_disk()
+        self._write_state(self.trajectory.stat().st_size)
 
-    def _start(self) -> dict[str, Any]:
-        """Create the folder and prepare the momenta of a new run.
+    def _write_state(self, trajectory_bytes: int) -> None:
+        write_restart(
+            self.folder,
+            settings=self.settings,
+            system=self.system,
+            step=self.step,
+            cell=self.atoms.cell.array.tolist(),
+            positions=self.atoms.positions.tolist(),
+            momenta=self.atoms.get_momenta().tolist(),
+            random=self.rng.bit_generator.state,
+            baths=bath_state(self.integrator),
+            trajectory_bytes=trajectory_bytes,
+        )
 
-        Returns:
-            Initial state of the baths: {}.
+    def _columns(self) -> list[str]:
+        """Columns of the table."""
+        columns = [*COLUMNS]
+        columns += [CONSERVED] if self.ensemble in ("nvt", "npt") else []
+        columns += [PRESSURE] if self.has_pressure else []
+        columns += [VOLUME, DENSITY] if self.ensemble == "npt" else []
+        return columns
+
+    def _start(self) -> None:
+        """Prepare the momenta of a new run.
 
         Raises:
-            FileExistsError: If the folder already holds a run.
+            FileExistsError: If the folder already holds a run. A run of an earlier version that was killed before
+                its first restart file, with the initial structure at most, is none.
         """
-        for name in (self.restart.name, "thermo.csv", self.trajectory.name):
-            if (self.folder / name).exists():
-                raise FileExistsError(
-                    f"{self.folder} already holds {name} of a run; resume it or choose another folder"
-                )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        begun = len(read_csv(self.folder / THERMO)) > 1
+        orphan = self.trajectory.exists() and not (self.folder / THERMO).exists()
+        if begun or orphan or (self.folder / RESTART).exists():
+            raise FileExistsError(f"{self.folder} already holds a run; resume it or choose another folder")
         if not self.atoms.get_momenta().any():
             draw_momenta(self.atoms, self.settings["temperature"], self.rng)
         elif self.ensemble in ("nvt", "npt"):
             self.atoms.set_momenta(internal_momenta(self.atoms))
-        return {}
 
-    def _load(self) -> dict[str, Any]:
-        """Restore structure and random numbers from the restart file.
-
-        Returns:
-            State of the baths, for ``set_bath_state``.
+    def _load(self, state: Restart) -> None:
+        """Restore structure and random numbers.
 
         Raises:
-            FileNotFoundError: If there is no restart file.
-            ValueError: If the file cannot be read, or settings or atoms differ.
+            ValueError: If settings or structure differ, or an entry of the state is not possible.
         """
-        if not self.restart.is_file():
-            raise FileNotFoundError(
-                f"there is no run to resume in {self.folder}: {self.restart} does not exist"
-            )
+        check_settings(self.settings, state.settings, self.folder)
+        check_system(self.atoms, state, self.folder)
+        self.system, self.step = state.system, state.step
+        self.atoms.set_cell(state.cell)
+        self.atoms.set_positions(state.positions, apply_constraint=False)
+        self.atoms.set_momenta(state.momenta, apply_constraint=False)
+        restore_random(self.rng, state, self.folder)
+
+    def _restore(self, state: Restart) -> None:
+        """Restore the baths, and cut table and trajectory back to the state; later frames are computed again.
+
+        Raises:
+            ValueError: If the baths are not those of the ensemble, or a row or a frame before the state is lost.
+        """
         try:
-            state = json.loads(self.restart.read_text(encoding="utf-8"))
-            found = state["format"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{self.restart} is damaged or not a restart file ({error!r})") from error
-        if found != RESTART_FORMAT:
-            raise ValueError(f"{self.restart} has format {found}; this version reads format {RESTART_FORMAT}")
-        check_settings(self.settings, state["settings"], self.folder)
-        if state["atomic_numbers"] != self.atoms.numbers.tolist():
-            raise ValueError(
-                f"the atoms are not those of the run to resume in {self.folder}; start from the same structure"
-            )
-        self.step = state["step"]
-        self.atoms.set_cell(state["cell"])
-        self.atoms.set_positions(state["positions"], apply_constraint=False)
-        self.atoms.set_momenta(state["momenta"], apply_constraint=False)
-        self.rng.bit_generator.state = state["random"]
-        os.truncate(self.trajectory, state["trajectory_bytes"])  # later frames are computed again
-        return state["baths"]
+            set_bath_state(self.integrator, state.baths)
+        except ValueError as error:
+            raise damaged(self.folder / RESTART, str(error)) from None
+        if state.trajectory_bytes:
+            table, interval = self.folder / THERMO, self.settings["interval"]
+            found = [int(row["step"]) for row in rows_until(table, self._columns(), self.step)]
+            expected = range(0, self.step + 1, interval)
+            if len(found) != len(expected) or found != list(expected):
+                raise damaged(
+                    table, f"it has {len(found)} rows, not every {interval} steps up to {self.step}"
+                )
+        cut_back(self.trajectory, state.trajectory_bytes, self.folder / RESTART)
 
     def _record(self) -> None:
         """Append a row to the table and a frame to the trajectory."""
@@ -321,7 +360,7 @@ def _check_arguments(settings: dict[str, Any]) -> None:
 
 def _finish(folder: Path, steps: int, finished: bool, num_atoms: int, ensemble: str) -> DynamicsResult:
     """Compute the summary and draw the figure of the whole run from its table."""
-    rows = read_csv(folder / "thermo.csv")
+    rows = read_csv(folder / THERMO)
     table = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
     energy = table.get(CONSERVED, table["total_eV"])
     change = 1000 * (energy - energy[0]) / num_atoms

@@ -105,13 +105,23 @@ def set_bath_state(integrator: Integrator, state: dict[str, Any]) -> None:
     """Restore a state returned by ``bath_state``.
 
     Raises:
-        KeyError: If a part of the state is absent.
+        ValueError: If a part of the state is absent or unknown, has another shape, or is not finite.
     """
-    for name in _STATE[type(integrator)]:
-        *owners, attribute = name.split(".")
+    expected = bath_state(integrator)
+    if state.keys() != expected.keys():
+        raise ValueError(f"baths has the entries {sorted(state)}, expected {sorted(expected)}")
+    for name, now in expected.items():
         value = state[name]
+        numbers = np.array(value, dtype=object).ravel()
+        if np.shape(value) != np.shape(now) or not all(_is_finite(number) for number in numbers):
+            raise ValueError(f"baths.{name} must be finite numbers of the shape {np.shape(now)}")
+        *owners, attribute = name.split(".")
         owner = reduce(getattr, owners, integrator)
         setattr(owner, attribute, np.array(value) if isinstance(value, list) else value)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(float(value)))
 
 
 def _check_constraints(atoms: Atoms, ensemble: str) -> None:

@@ -16,13 +16,14 @@ from ase.utils.forcecurve import fit_raw
 from numpy.typing import NDArray
 
 from dpa4.data import with_results, write_structures
-from dpa4.output import CsvLog, atomic_write, new_figure, read_csv, save_figure
+from dpa4.output import CsvLog, OutputFolder, atomic_write, new_figure, rows_until, save_figure
 from dpa4.simulation.relax import relax
 from dpa4.simulation.runs.progress import progress_bar
 from dpa4.system import stop_requests
 
 COLUMNS = ("step", "climbing", "max_force_eV_per_A", "barrier_eV", "highest_image")
 BEFORE_CLIMBING = 4.0  # in units of fmax: largest force at which the highest image starts to climb
+PATH = "path.xyz"
 SAME = 0.01  # Angstrom; ends are the same structure if no atom moves farther
 
 
@@ -117,19 +118,26 @@ def run_neb(
     """
     _check(start, end, images, fmax, steps, spring)
     folder = Path(output)
-    file, log_file = folder / "path.xyz", folder / "neb.csv"
-    if resume:
-        band = _Band(_read_path(file, start, images), calculator, spring)
-    else:
-        if file.exists():
-            raise FileExistsError(f"{folder} already holds {file.name}; resume it or choose another folder")
-        ends = _ends(start, end)
-        if relax_ends:
-            for name, atoms in zip(("start", "end"), ends, strict=True):
-                _relax(name, atoms, calculator, fmax / 2, steps)
-        band = _Band(_interpolated(*ends, images), calculator, spring)
-        folder.mkdir(parents=True, exist_ok=True)
-    rows = read_csv(log_file) if resume else []
+    file = folder / PATH
+    known = _read_path(file, start, images) if resume else None
+    if not resume and file.exists():
+        raise FileExistsError(f"{folder} already holds {file.name}; resume it or choose another folder")
+    with OutputFolder(folder):
+        if known is None:
+            ends = _ends(start, end)
+            if relax_ends:
+                for name, atoms in zip(("start", "end"), ends, strict=True):
+                    _relax(name, atoms, calculator, fmax / 2, steps)
+            known = _interpolated(*ends, images)
+        return _relax_band(_Band(known, calculator, spring), folder, fmax, steps, resume, progress)
+
+
+def _relax_band(
+    band: "_Band", folder: Path, fmax: float, steps: int, resume: bool, progress: bool
+) -> Barrier:
+    """Relax a band with FIRE, first without and then with a climbing image, and write all files."""
+    log_file = folder / "neb.csv"
+    rows = rows_until(log_file, COLUMNS, steps) if resume else []
     done = int(rows[-1]["step"]) if rows else 0
     band.climb = bool(rows) and rows[-1]["climbing"] == "1"
     log = CsvLog(log_file, COLUMNS, done - 1 if rows else None)  # the last row is written again
@@ -144,7 +152,7 @@ def run_neb(
                     converged = bool(below) and band.climb
                     row = band.row(step)
                     log.write(row)
-                    band.save(file)
+                    band.save(folder / PATH)
                     status = f"barrier {row['barrier_eV']:.4f} eV  force {row['max_force_eV_per_A']:.3f} eV/Å"
                     bar.update(bar.task_ids[0], completed=step, status=status)
                     if stopped:

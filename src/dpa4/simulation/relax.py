@@ -1,6 +1,5 @@
 """Relaxation of positions and, optionally, of the cell with ASE's optimizers."""
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
@@ -18,9 +17,9 @@ from ase.spacegroup.symmetrize import symmetrize_rank2
 
 from dpa4.data import write_structures
 from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
-from dpa4.output import CsvLog, new_figure, save_figure
+from dpa4.output import CsvLog, cut_back, flush_to_disk, new_figure, save_figure
 from dpa4.simulation.runs.progress import progress_bar
-from dpa4.simulation.runs.store import SETTINGS, Records
+from dpa4.simulation.runs.store import Records
 from dpa4.system import require, stop_requests
 
 CellChange = Literal["fixed", "full", "volume", "shape", "xy", "z"]
@@ -205,11 +204,8 @@ def relax_all(
     relaxed, finished = folder / "relaxed.xyz", folder / "relax.jsonl"
     if resume and not finished.is_file():
         raise FileNotFoundError(f"there is no relaxation to resume in {folder}: {finished} does not exist")
-    if finished.is_file() and not resume:
-        (folder / SETTINGS).unlink(missing_ok=True)
-        finished.unlink()
     settings = {"task": "relax", **fingerprint_of_calculator(calculator), **options}
-    with Records(folder, settings, "relax") as records:
+    with Records(folder, settings, "relax", anew=not resume) as records:
         results = _restored(structures, records, relaxed)
         done, total = len(results), len(structures)
         table = CsvLog(folder / "relax.csv", COLUMNS, done - 1 if resume else None)
@@ -224,6 +220,7 @@ def relax_all(
                     raise ValueError(f"structure {number}: {error}") from error
                 results.append(result)
                 write_structures(relaxed, labelled(atoms), append=True)
+                flush_to_disk(relaxed)
                 row = {"structure": number, "formula": atoms.get_chemical_formula()} | asdict(result)
                 table.write(row)
                 place = {"cell": atoms.cell.array, "positions": atoms.positions}
@@ -260,8 +257,7 @@ def _restored(structures: Sequence[Atoms], records: Records, relaxed: Path) -> l
         atoms.set_cell(record["cell"])
         atoms.set_positions(record["positions"], apply_constraint=False)
     done = [records[str(number)] for number in range(len(records.done))]
-    if relaxed.exists():
-        os.truncate(relaxed, done[-1]["bytes"] if done else 0)
+    cut_back(relaxed, done[-1]["bytes"] if done else 0, records.path)
     return [Relaxation(**{field.name: record[field.name] for field in fields(Relaxation)}) for record in done]
 
 

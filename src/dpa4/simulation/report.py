@@ -16,7 +16,7 @@ from rich.progress import track
 
 from dpa4 import __version__
 from dpa4.data.coverage import ElementPair
-from dpa4.output import atomic_write, read_csv
+from dpa4.output import atomic_write, check_writable, read_csv
 from dpa4.potential import Potential, load_potential, model_card
 from dpa4.potential.card import ModelCard
 from dpa4.simulation.pair_curves import Diagnosis, diagnose, draw_pairs, element_pairs, pair_curves
@@ -102,6 +102,7 @@ def write_report(
             f"{folder} is not an output folder of a training run: it has none of {', '.join(names)}"
         )
     file = folder / "report.html" if output is None else Path(output)
+    check_writable(file)
     model = next((folder / name for name in names[:2] if (folder / name).is_file()), None)
     card = None if model is None else model_card(model)
     validations = _validations(folder)
@@ -124,6 +125,9 @@ def write_report(
     name = escape(folder.resolve().name)
     text = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        # No script, and nothing from elsewhere, whatever the files of the run contain.
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{name}: DPA4 training</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f"<h1>DPA4 training run: {name}</h1>\n<nav>\n{links}\n</nav>\n{body}\n</body>\n</html>\n"

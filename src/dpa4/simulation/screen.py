@@ -120,7 +120,7 @@ def screen(
         FileNotFoundError: If a file does not exist.
         FileExistsError: If ``output`` already holds a screening and ``resume`` is not set.
         ImportError: If TorchSim is not installed.
-        RuntimeError: If another process is working on the same shard.
+        BlockingIOError: If another process is working on the same shard.
         ValueError: If an argument is not allowed, there is no structure, or the files or settings differ from those
             of the call to resume.
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dpa4.data import coverage_of
+from dpa4.data.coverage import Coverage
 from dpa4.potential.checkpoint import add_coverage
 from dpa4.training.prepare import Preparation
 
@@ -21,21 +22,37 @@ class RunCoverage:
     Until every structure was used, only the elements are stored. The shortest distances of a part of the data would
     be too long, and simulations would warn of atoms that are no closer than in the data.
 
-    A resumed run collects the coverage anew, because it builds its graphs anew.
+    A resumed run collects the coverage anew, because it builds its graphs anew. If it continues on other data, the
+    coverage includes the earlier data.
     """
 
     def __init__(self, preparation: Preparation, folder: Path, console: Console):
         self.collector, self.dataset = preparation.coverage, preparation.train.dataset
         self.potential, self.folder, self.console = preparation.potential, folder, console
-        self.potential.coverage = self.collector.coverage
+        self._earlier: Coverage | None = None
         self._stored = False
+        self.potential.coverage = self._coverage()
+
+    @property
+    def earlier(self) -> Coverage | None:
+        """Coverage of the data that the run used before its present data; None if there were none."""
+        return self._earlier
+
+    @earlier.setter
+    def earlier(self, coverage: Coverage | None) -> None:
+        self._earlier = coverage
+        self.potential.coverage = self._coverage()
+
+    def _coverage(self) -> Coverage:
+        found = self.collector.coverage
+        return found if self._earlier is None else found.union(self._earlier)
 
     def update(self) -> None:
         """Store the distances as soon as every structure was used; to be called in every step."""
         if self._stored or not self.collector.complete:
             return
         self._stored = True
-        self.potential.coverage = self.collector.coverage
+        self.potential.coverage = self._coverage()
         for name in ("best.safetensors", "last.safetensors"):
             if (path := self.folder / name).is_file():
                 add_coverage(path, self.potential.coverage)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from dpa4.data import (
 )
 from dpa4.data.charge_spin import is_number
 from dpa4.data.labels import PREDICTED_ENERGY
-from dpa4.output import atomic_write, write_csv
+from dpa4.output import OutputFolder, atomic_write, write_csv
 from dpa4.potential import Potential
 from dpa4.system import own_settings
 from dpa4.training.plots import plot_parity
@@ -98,7 +99,8 @@ class ErrorTable(NamedTuple):
     def write_json(self, path: Path) -> None:
         """Write a list with one object per group and quantity."""
         text = json.dumps([r._asdict() for r in self.rows], indent=1, ensure_ascii=False)
-        path.write_text(text, encoding="utf-8")
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 @own_settings
@@ -192,7 +194,13 @@ def evaluate(
     if not frames:
         raise ValueError("there are no structures to evaluate")
     check_elements(frames, potential.elements)
-    potential = potential.to(device)
+    with nullcontext() if output is None else OutputFolder(output):
+        return _evaluate(potential.to(device), frames, max_atoms, output)
+
+
+def _evaluate(
+    potential: Potential, frames: Sequence[Frame], max_atoms: int, output: Path | None
+) -> ErrorTable:
     config = potential.config
     pairs = charges_and_spins(frames, config.charge_spin, config.default_charge_spin)
     dataset = FrameDataset(frames, config.cutoff, pairs)
@@ -200,7 +208,6 @@ def evaluate(
     predictions = predict(potential, batches.batches(0))
     table = error_table(frames, predictions)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         write_predictions(frames, predictions, output / "predictions.xyz")
         for name in ("errors.csv", "errors.json", "parity.png"):
             (output / name).unlink(missing_ok=True)  # of an earlier call, which may have had labels

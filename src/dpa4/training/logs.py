@@ -59,6 +59,11 @@ class RunLog:
         if self._tensorboard is not None:
             self._tensorboard.close()
 
+    def flush_to_disk(self) -> None:
+        """Wait until all rows are on the disk."""
+        self._train.flush_to_disk()
+        self._valid.flush_to_disk()
+
     def step(self, step: int) -> None:
         """Advance the progress bar."""
         self._progress.update(self._task, completed=step)

@@ -26,12 +26,17 @@ class Loss(NamedTuple):
     by the sum of the weights, so a weight also acts in a batch of one structure. Structures without atoms are
     allowed. No operation waits for the device.
 
+    Forces on atoms with a bound (`dpa4.training.fragments`) add ``bound`` times the mean of log(1 + excess), with the
+    excess over the bound in eV/Angstrom. The logarithm lets the gradients of the labels prevail, however large a
+    force is.
+
     Attributes:
         energy: Weight of the energy term (eV/atom).
         forces: Weight of the force term (eV/Angstrom).
         virial: Weight of the virial term (eV/atom).
         kind: Error measure. ``huber`` is quadratic up to ``huber_delta`` and linear above.
         huber_delta: Error above which ``huber`` is linear, in eV/atom and eV/Angstrom.
+        bound: Weight of forces above their bound.
     """
 
     energy: float
@@ -39,6 +44,7 @@ class Loss(NamedTuple):
     virial: float
     kind: LossKind = "mae"
     huber_delta: float = 0.01
+    bound: float = 1.0
 
     def __call__(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss, a float64 scalar, and its detached, unweighted terms by name."""
@@ -66,6 +72,7 @@ class Loss(NamedTuple):
         for name, term in terms.items():
             if weight := getattr(self, name):
                 loss = loss + weight * term
+        loss = loss + self.bound * _excess(prediction.forces, batch.max_force)
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def _penalty(self) -> Callable[[Tensor], Tensor]:
@@ -81,3 +88,10 @@ def _masked_mean(error: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
     """Weighted sum of the labelled entries divided by their number; zero without labels."""
     kept = torch.where(mask, error * weight, 0.0)
     return kept.sum() / mask.sum().clamp(min=1)
+
+
+def _excess(forces: Tensor, bound: Tensor) -> Tensor:
+    """Mean of log(1 + excess) over the atoms with a bound; zero if there is none."""
+    bounded = bound > 0
+    excess = torch.where(bounded, torch.linalg.vector_norm(forces, dim=-1) - bound, 0.0).clamp(min=0)
+    return excess.log1p().sum() / bounded.sum().clamp(min=1)

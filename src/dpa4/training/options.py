@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from ase.data import chemical_symbols
 from pydantic import (
@@ -11,12 +11,11 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveFloat,
-    PositiveInt,
     field_validator,
     model_validator,
 )
 
-from dpa4.model.config import ModelConfig
+from dpa4.model.config import Bridging, ModelConfig
 from dpa4.model.presets import PRESETS, preset
 from dpa4.potential.precision import Precision
 
@@ -28,6 +27,11 @@ def unknown_option(key: str, allowed: Iterable[str]) -> str:
     return f"unknown option {key}; " + (
         f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(allowed)}"
     )
+
+
+Count = Annotated[int, Field(gt=0, le=10**12)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Weight = Annotated[float, Field(ge=0, le=1e9)]
 
 
 class _Section(BaseModel):
@@ -44,6 +48,11 @@ class ModelOptions(BaseModel):
         "auto",
         description="Chemical symbols the model knows; auto: all of the training and validation data.",
     )
+    bridging: Literal["auto"] | Bridging | None = Field(
+        "auto",
+        description="Nuclear repulsion at short distance. auto: below the shortest distance of each pair of elements "
+        "in the training data; null: none; or r_inner and r_outer as in published models.",
+    )
 
     @model_validator(mode="after")
     def _valid_overrides(self) -> "ModelOptions":
@@ -54,7 +63,7 @@ class ModelOptions(BaseModel):
         return self
 
     def build(self, found: Iterable[str]) -> ModelConfig:
-        """Build the model configuration.
+        """Build the model configuration; with ``bridging`` auto it has no bridging yet.
 
         Args:
             found: Elements of the data, used if ``elements`` is auto.
@@ -63,7 +72,8 @@ class ModelOptions(BaseModel):
             ValueError: If an option of the model is not allowed.
         """
         elements = tuple(found) if self.elements == "auto" else self.elements
-        return preset(self.preset, elements=elements, **(self.model_extra or {}))
+        bridging = None if self.bridging == "auto" else self.bridging
+        return preset(self.preset, elements=elements, bridging=bridging, **(self.model_extra or {}))
 
 
 class KeyOptions(_Section):
@@ -91,7 +101,7 @@ class DataOptions(_Section):
         lt=1,
         description="Random share of the training data for validation if no file is given; 0: none.",
     )
-    split_seed: int = Field(0, description="Seed of the random split.")
+    split_seed: Seed = Field(0, description="Seed of the random split.")
     reference_energies: Literal["auto", "isolated", "least_squares"] | dict[str, float] = Field(
         "auto",
         description="Energy of a free atom per element: isolated (frames with config_type IsolatedAtom), "
@@ -118,27 +128,28 @@ class DataOptions(_Section):
 class TrainingOptions(_Section):
     """Options of the fit: length, batches, optimiser, loss, logs."""
 
-    epochs: PositiveInt | None = Field(
+    epochs: Count | None = Field(
         None, description="Passes over the training data; null: 200, unless steps is given."
     )
-    steps: PositiveInt | None = Field(None, description="Optimiser steps, instead of epochs.")
-    batch_size: PositiveInt | None = Field(
+    steps: Count | None = Field(None, description="Optimiser steps, instead of epochs.")
+    batch_size: Count | None = Field(
         None, description="Structures per batch; null: 8, unless max_atoms or max_edges is given."
     )
-    max_atoms: PositiveInt | None = Field(
+    max_atoms: Count | None = Field(
         None, description="Maximum number of atoms per batch; packs structures of any size."
     )
-    max_edges: PositiveInt | None = Field(
+    max_edges: Count | None = Field(
         None, description="Maximum number of edges (directed neighbour pairs) per batch."
     )
 
     optimizer: Literal["hybrid_muon", "adamw"] = Field("hybrid_muon", description="hybrid_muon or adamw.")
-    weight_decay: float = Field(1e-3, ge=0, description="Decoupled weight decay of matrices.")
+    weight_decay: float = Field(1e-3, ge=0, le=1e3, description="Decoupled weight decay of matrices.")
     schedule: Literal["wsd", "cosine"] = Field(
         "wsd", description="Learning rate: wsd (warm-up, stable, cosine decay) or cosine (warm-up, decay)."
     )
     learning_rate: PositiveFloat = Field(
         4e-3,
+        le=1e3,
         description="Peak learning rate. Short runs need a high one; the published runs of 2 million steps "
         "used 3e-4 to 1e-3.",
     )
@@ -164,9 +175,9 @@ class TrainingOptions(_Section):
     huber_delta: PositiveFloat = Field(
         0.01, description="Error above which huber is linear, in eV/atom and eV/Angstrom."
     )
-    energy_weight: float = Field(20.0, ge=0, description="Weight of the energy error per atom (eV/atom).")
-    forces_weight: float = Field(20.0, ge=0, description="Weight of the force error (eV/Angstrom).")
-    virial_weight: float | Literal["auto"] = Field(
+    energy_weight: Weight = Field(20.0, description="Weight of the energy error per atom (eV/atom).")
+    forces_weight: Weight = Field(20.0, description="Weight of the force error (eV/Angstrom).")
+    virial_weight: Annotated[float, Field(le=1e9)] | Literal["auto"] = Field(
         "auto",
         description="Weight of the virial error per atom (eV/atom); auto: 5 if the training data "
         "has stress or virial, else 0.",
@@ -179,15 +190,15 @@ class TrainingOptions(_Section):
         None,
         description="Compile the network and compare it with eager mode at the start; null: only on a GPU.",
     )
-    seed: int = Field(0, description="Seed of initial weights and batch order.")
-    log_interval: PositiveInt = Field(20, description="Steps between rows of train.csv.")
-    validation_interval: PositiveInt | None = Field(
+    seed: Seed = Field(0, description="Seed of initial weights and batch order.")
+    log_interval: Count = Field(20, description="Steps between rows of train.csv.")
+    validation_interval: Count | None = Field(
         None, description="Steps between validations; null: every epoch, but at most 100 times in all."
     )
-    checkpoint_interval: PositiveInt | None = Field(
+    checkpoint_interval: Count | None = Field(
         None, description="Steps between checkpoints last.pt; null: at every validation."
     )
-    patience: PositiveInt | None = Field(
+    patience: Count | None = Field(
         None, description="Stop after this many validations without a better one; null: never."
     )
     tensorboard: bool = Field(

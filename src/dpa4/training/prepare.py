@@ -1,7 +1,7 @@
 """Preparation of a run: reads the data and builds the potential, the batches and the loss from the options."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +20,19 @@ from dpa4.data import (
     check_elements,
     check_labels,
     check_trained,
+    digest,
     read_frames,
     reference_energies,
     summarize,
     undetermined_elements,
     undetermined_text,
+    warn_of_implausible_labels,
     without_isolated_atoms,
 )
 from dpa4.data.summary import elements_in
+from dpa4.model import ModelConfig
+from dpa4.model.shapes import check_size
+from dpa4.parsing import parse_yaml
 from dpa4.potential import Potential
 from dpa4.system import choose_device
 from dpa4.training.loss import Loss
@@ -45,11 +50,18 @@ class Preparation(NamedTuple):
     validation: EpochBatches | None
     loss: Loss
     provenance: dict[str, str]  # for the checkpoints
+    undetermined: tuple[str, ...]  # elements with an arbitrary reference energy
+    data: dict[str, str]  # digests of the training and validation data
     run_text: str  # the options as YAML; "auto" stays "auto"
 
 
-def prepare(config: RunConfig, console: Console) -> Preparation:
+def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None = None) -> Preparation:
     """Read the data, print a summary of them, and build the potential.
+
+    Args:
+        config: Options of the run.
+        console: Console to print to.
+        state: State of the run to resume; the model then has its elements and reference energies.
 
     Raises:
         ValueError: If the data cannot be read, have no label for a term with a weight (training and validation
@@ -75,10 +87,13 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
     if validation:
         check_labels(validation, weights, "validation")
         check_trained(validation, frames)
+    if table := warn_of_implausible_labels([*frames, *validation]):
+        console.print(table)
 
-    model = config.model.build(elements_in([*read, *validation]))
+    model = _model(config, elements_in([*read, *validation]), state)
+    check_size(model)
     check_elements([*read, *validation], model.elements)
-    if untrained := [e for e in elements_in(read) if e not in elements_in(frames)]:
+    if untrained := sorted(set(elements_in(read)) - set(elements_in(frames))):
         console.print(
             f"no structure to train on contains {', '.join(untrained)}: of these elements the model knows the free "
             "atom only",
@@ -86,8 +101,13 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
             soft_wrap=True,
         )
     pairs = charges_and_spins([*frames, *validation], model.charge_spin, model.default_charge_spin)
-    energies = reference_energies(config.data.reference_energies, read, model.elements)
-    undetermined = undetermined_elements(config.data.reference_energies, read, model.elements)
+    if state is None:
+        energies = reference_energies(config.data.reference_energies, read, model.elements)
+        undetermined = undetermined_elements(config.data.reference_energies, read, model.elements)
+    else:
+        stored = state["potential"]["reference_energies"].tolist()
+        energies = dict(zip(model.elements, stored, strict=False))
+        undetermined = state.get("undetermined", ())
     values = (f"{e} {v:.4f}{' (arbitrary)' if e in undetermined else ''}" for e, v in energies.items())
     console.print("reference energies (eV): " + ", ".join(values))
     if undetermined:
@@ -108,8 +128,17 @@ def prepare(config: RunConfig, console: Console) -> Preparation:
         validation=EpochBatches(valid, **budget, seed=options.seed, shuffle=False) if validation else None,
         loss=loss,
         provenance=_provenance(config, frames, validation, undetermined),
+        undetermined=tuple(undetermined),
+        data={"training": digest(frames), "validation": digest(validation)},
         run_text=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
     )
+
+
+def _model(config: RunConfig, elements: Sequence[str], state: Mapping[str, Any] | None) -> ModelConfig:
+    """Configuration of the model: that of the state if there is one, else from the options and the data."""
+    if state is None or "config" not in state:  # the states of earlier versions lack it
+        return config.model.build(elements)
+    return ModelConfig.model_validate_json(state["config"])
 
 
 def split(
@@ -148,23 +177,28 @@ def _held_out(frames: Sequence[Frame], order: Sequence[int], count: int, labels:
     """Indices of the first structures of the order that training can spare, and with which no label is missing."""
     if not count:
         return set()
-    kinds = [_elements_and_labels(frame, labels) for frame in frames]
+    kinds: list[set[int | str]] = [
+        {*frame.atomic_numbers.tolist(), *(label for label in labels if getattr(frame, label) is not None)}
+        for frame in frames
+    ]
     left = Counter(kind for own in kinds for kind in own)  # number of structures to train on with each kind
     chosen: set[int] = set()
+    covered: set[int | str] = set()
 
     def choose(index: int) -> None:
         if index not in chosen and all(left[kind] > 1 for kind in kinds[index]):
             left.subtract(kinds[index])
             chosen.add(index)
+            covered.update(kinds[index])
 
     for index in order:
         if len(chosen) < count:
             choose(index)
     for label in labels:
         for index in order:
-            if not any(label in kinds[i] for i in chosen) and label in kinds[index]:
+            if label not in covered and label in kinds[index]:
                 choose(index)
-    missing = [label for label in labels if not any(label in kinds[i] for i in chosen)]
+    missing = [label for label in labels if label not in covered]
     if missing or not chosen:
         raise ValueError(
             f"the {len(frames)} structures cannot be split: training needs every structure"
@@ -173,10 +207,6 @@ def _held_out(frames: Sequence[Frame], order: Sequence[int], count: int, labels:
             "data.validation_fraction to 0"
         )
     return chosen
-
-
-def _elements_and_labels(frame: Frame, labels: Sequence[str]) -> set[str]:
-    return {*elements_in([frame]), *(label for label in labels if getattr(frame, label) is not None)}
 
 
 def _without_isolated_atoms(frames: Sequence[Frame], option: str, paths: Sequence[Path]) -> list[Frame]:
@@ -194,7 +224,7 @@ def _without_isolated_atoms(frames: Sequence[Frame], option: str, paths: Sequenc
     return found
 
 
-def batch_budget(options: TrainingOptions) -> dict[str, int]:
+def batch_budget(options: TrainingOptions) -> dict[str, Any]:
     """Limits of a batch, in structures or in atoms and edges; by default eight structures."""
     budget = {
         "batch_size": options.batch_size,
@@ -206,7 +236,7 @@ def batch_budget(options: TrainingOptions) -> dict[str, int]:
 
 def changed_options(old: str, new: str) -> list[str]:
     """List the options that differ between the YAML of two runs, as "training.seed: 0 -> 1"."""
-    before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(new))
+    before, after = _flat(parse_yaml(old, "the former run file")), _flat(parse_yaml(new, "the run file"))
     keys = [k for k in before | after if before.get(k) != after.get(k)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
 

@@ -152,12 +152,4 @@ def pad_batch(batch: Batch, cutoff: float) -> Batch:
         cutoff: Cutoff of the model, in Angstrom.
     """
     structures = (1 << batch.graph.num_structures.bit_length()) - batch.graph.num_structures
-    graph = pad(batch.graph, cutoff, structures, digits=BATCH_SIZE_DIGITS)
-
-    def longer(t: Tensor, count: int) -> Tensor:
-        return torch.cat([t, t.new_zeros(count, *t.shape[1:])])
-
-    labels = {
-        name: longer(t, structures) for name, t in batch._asdict().items() if name not in ("graph", "forces")
-    }
-    return Batch(graph, forces=longer(batch.forces, graph.num_atoms - batch.graph.num_atoms), **labels)
+    return batch.extended(pad(batch.graph, cutoff, structures, digits=BATCH_SIZE_DIGITS))

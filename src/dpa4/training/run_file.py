@@ -4,7 +4,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -12,31 +12,8 @@ from pydantic.fields import FieldInfo
 
 from dpa4.model.config import ModelConfig
 from dpa4.model.presets import preset
+from dpa4.parsing import parse_yaml, read_yaml, shown
 from dpa4.training.options import ModelOptions, RunConfig, unknown_option
-
-
-class _Loader(yaml.SafeLoader):
-    """Loader with the scalars of YAML 1.2: 1e-3 is a number, and the element No (nobelium) is not false."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in resolvers
-        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
 
 
 def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -46,8 +23,8 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfi
 
     Args:
         path: YAML file.
-        overrides: Options that replace those of the file, such as ``"training.learning_rate=5e-4"``; the values
-            are YAML.
+        overrides: Options that replace those of the file, such as ``"training.learning_rate=5e-4"``. Texts, such
+            as names of files, are used as they are given; all other values are YAML.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -57,7 +34,7 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfi
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"run file {path} does not exist; `dpa4 init` writes a starting file")
-    values = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(
             f"{path} must be a map of options (model:, data:, training:, ...), got {type(values).__name__}"
@@ -66,7 +43,7 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfi
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ValueError(f"override {override!r} must look like training.learning_rate=5e-4")
-        _set(values, key.strip(), _parse_yaml(text, f"override {override!r}"))
+        _set(values, key.strip(), _override(key.strip(), text.strip(), f"override {override!r}"))
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -118,13 +95,6 @@ def _scalar(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def _parse_yaml(text: str, what: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ValueError(f"{what} is not valid YAML: {error}") from None
-
-
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key and create missing sections. Unknown names are left to the validation."""
     *sections, name = key.split(".")
@@ -133,6 +103,44 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
             values[section] = {}
         values = values[section]
     values[name] = value
+
+
+def _override(key: str, text: str, what: str) -> Any:
+    """Value of an override: the text itself for an option that is a text, else the text as YAML.
+
+    Texts in quotes are YAML in any case. The entries of a list, such as ``[a.xyz, 0123]``, stay as they are, too.
+    """
+    kinds = _kinds(key)
+    if not kinds & {str, Path}:
+        return parse_yaml(text, what)
+    if not text or (text == "null" and kinds & {tuple, type(None)}):
+        return None
+    is_list = tuple in kinds and text.startswith("[") and text.endswith("]")
+    if text[0] in "'\"" or (is_list and re.search("['\"]", text)):
+        return parse_yaml(text, what)
+    return [entry.strip() for entry in text[1:-1].split(",") if entry.strip()] if is_list else text
+
+
+def _kinds(key: str) -> set[Any]:
+    """Types of an option, and of the entries if it is a list; empty for unknown options."""
+    field, fields = None, RunConfig.model_fields
+    for part in key.split("."):
+        field = fields.get(part)
+        if field is None:
+            return set()
+        section = field.annotation
+        is_section = isinstance(section, type) and issubclass(section, BaseModel)
+        fields = section.model_fields if is_section else {}  # type: ignore[union-attr]
+    return set() if field is None else _parts(field.annotation)
+
+
+def _parts(annotation: Any) -> set[Any]:
+    """Members of a union and entries of a list, down to plain types."""
+    if get_origin(annotation) in (Literal, dict):
+        return {get_origin(annotation)}
+    inner = [_parts(part) for part in get_args(annotation) if part is not Ellipsis]
+    own = {get_origin(annotation)} if get_origin(annotation) is tuple else set()
+    return own.union(*inner) if inner else {annotation}
 
 
 def _faults(error: ValidationError) -> str:
@@ -153,7 +161,7 @@ def _faults(error: ValidationError) -> str:
         elif key in lines:
             lines[key] += " or " + message.removeprefix("Input should be ")
         else:
-            lines[key] = f"{key} = {e['input']!r}: {message[0].lower()}{message[1:]}"
+            lines[key] = f"{key} = {shown(e['input'])}: {message[0].lower()}{message[1:]}"
     return "\n".join(f"  {line}" for line in lines.values())
 
 

@@ -1,19 +1,24 @@
 """File with the state of a training run, from which the run resumes."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from dpa4.output import atomic_write
+from dpa4.output import write_torch
+from dpa4.parsing import shown
+from dpa4.potential.pytorch_file import load_pytorch
+from dpa4.potential.verification import check_values, differences, listed
 
 STATE_FORMAT = 1
+STATE = "last.pt"  # in the output folder
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
     """Write a training state, which holds tensors and plain Python values."""
-    with atomic_write(path) as temporary:
-        torch.save({"format": STATE_FORMAT} | state, temporary)
+    write_torch(path, {"format": STATE_FORMAT} | state)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -21,17 +26,66 @@ def load_state(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, not a training state, or of another format version.
+        ValueError: If the file is damaged, not a training state, or of another format version; also if an entry is
+            missing, of another type, or has weights that are not finite.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no training state {path} to resume from; train without --resume first")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} is damaged or not a training state: {error}") from None
-    found = state.get("format") if isinstance(state, dict) else None
-    if found != STATE_FORMAT:
+    state = load_pytorch(path)
+    if not isinstance(state, dict) or "format" not in state:
+        raise ValueError(f"{path} is not a training state; resuming needs the last.pt of the run")
+    if state["format"] != STATE_FORMAT:
         raise ValueError(
-            f"{path} is a training state of format {found}; this version reads format {STATE_FORMAT}"
+            f"{path} is a training state of format {shown(state['format'])}; this version reads format {STATE_FORMAT}"
         )
+    try:
+        _check_entries(state)
+        check_values((key, value) for key, value in state["potential"].items())
+    except ValueError as error:
+        raise ValueError(f"cannot resume from {path}: {error}") from None
     return state
+
+
+def check_fits(state: dict[str, Any], potential: Mapping[str, Tensor], path: Path) -> None:
+    """Compare the names and shapes of the weights of a training state with those of a potential.
+
+    Args:
+        state: State read with `load_state`.
+        potential: State dict of the potential.
+        path: File of the state, for the message.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    found = {key: value.shape for key, value in state["potential"].items()}
+    problems = differences({key: value.shape for key, value in potential.items()}, found)
+    if problems:
+        raise ValueError(f"{path} belongs to another model: {listed(problems)}")
+
+
+def _check_entries(state: dict[str, Any]) -> None:
+    for name in ("step", "epoch", "batch", "stale", "summed"):
+        value = _entry(state, name, int)
+        if isinstance(value, bool) or not 0 <= value < 2**62:
+            raise ValueError(f"its entry {name} is {shown(value)}, not a number of steps")
+    for name in ("best_score", "seconds"):
+        if math.isnan(_entry(state, name, int | float)):
+            raise ValueError(f"its entry {name} is not a number")
+    _entry(state, "options", str)
+    _entry(state, "optimizer", dict)
+    _entry(state, "average", list | None)
+    _entry(state, "sums", Tensor)
+    tensors = _entry(state, "potential", dict), _entry(state, "random", dict)
+    for name, value in (entry for group in tensors for entry in group.items()):
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"its entry {shown(name)} is {shown(value)}, not a tensor")
+    if "cpu" not in state["random"]:
+        raise ValueError("it has no entry random.cpu")
+
+
+def _entry(state: dict[str, Any], name: str, kind: Any) -> Any:
+    if name not in state:
+        raise ValueError(f"it has no entry {name}")
+    if not isinstance(state[name], kind):
+        raise ValueError(f"its entry {name} is {shown(state[name])}, not of type {kind}")
+    return state[name]

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,8 +11,16 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from dpa4.data import Batch
+from dpa4.data import Batch, Coverage
 from dpa4.execution.limits import compiles_by_default
+from dpa4.output import (
+    LEFTOVERS_OF_SAFETENSORS,
+    OutputFolder,
+    atomic_write,
+    read_csv,
+    remove_leftovers,
+    tolerate_any_encoding,
+)
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import save_potential
 from dpa4.system import float32_by_default, keep_freed_memory, own_settings, stop_requests
@@ -27,7 +35,7 @@ from dpa4.training.plots import plot_learning_curve
 from dpa4.training.prepare import Preparation, changed_options, prepare
 from dpa4.training.routing import parameter_groups
 from dpa4.training.schedule import Schedule
-from dpa4.training.state import load_state, save_state
+from dpa4.training.state import STATE, check_fits, load_state, save_state
 
 if TYPE_CHECKING:
     from dpa4.training.compilation import CompiledTraining
@@ -42,7 +50,9 @@ _COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds
 @own_settings
 @float32_by_default()
 @torch.enable_grad()
-def train(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Path:
+def train(
+    config: RunConfig, *, resume: bool = False, new_data: bool = False, console: Console | None = None
+) -> Path:
     """Train a potential.
 
     Files written to the output folder of the run:
@@ -59,36 +69,61 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     Args:
         config: Options of the run.
         resume: Continue the run in the output folder.
+        new_data: Continue on other training or validation data than before. The model keeps its elements and
+            reference energies, and the best score starts anew.
         console: Console to print to; standard output by default.
 
     Returns:
         Path of the best model so far.
 
     Raises:
+        BlockingIOError: If another process is working in the output folder.
         FileExistsError: If the output folder is not empty and ``resume`` is not set.
         FileNotFoundError: If there is no state to resume from.
-        ValueError: If data and options do not fit together, or the state belongs to another model; also if the
-            neighbour list of a structure cannot be built, after saving the state before it.
+        ValueError: If data and options do not fit together, or the state belongs to another model or, without
+            ``new_data``, to other data; also if the neighbour list of a structure cannot be built, after saving the
+            state before it.
         FloatingPointError: If the loss or the gradient is not finite; the state before that step is saved.
     """
+    tolerate_any_encoding()
     console = console or Console()
-    state = None
-    if resume:
-        state = load_state(config.output / "last.pt")
-        for leftover in config.output.glob(".*.tmp"):  # of interrupted writes
-            leftover.unlink()
-    if not resume and config.output.exists() and any(config.output.iterdir()):
+    if new_data and not resume:
+        raise ValueError("new data are for a run to resume; give --resume, too, or neither")
+    file = config.output / STATE
+    if resume and not file.is_file():
+        raise FileNotFoundError(f"no training state {file} to resume from; train without --resume first")
+    with OutputFolder(config.output):
+        state = load_state(file) if resume else None
+        if state is None:
+            _check_unused(config.output)
+        else:
+            remove_leftovers(config.output, LEFTOVERS_OF_SAFETENSORS)
+        preparation = prepare(config, console, state)
+        trainer = Trainer(config, preparation, console)
+        if state is None:
+            trainer.save_state()  # before all other files, so that a run killed at any time can be resumed
+        else:
+            trainer.load(state, new_data)
+        with atomic_write(config.output / "run.yaml") as temporary:
+            temporary.write_text(preparation.run_text, encoding="utf-8")
+        return trainer.run()
+
+
+def _check_unused(folder: Path) -> None:
+    """Check that a folder can receive a new run.
+
+    A run of an earlier version that was killed before its first state has left options and empty tables, which may
+    be replaced.
+
+    Raises:
+        FileExistsError: If the folder holds anything else.
+    """
+    names = {path.name for path in folder.iterdir() if path.name != ".lock"}
+    unfinished = "train.csv" in names and names <= {"run.yaml", "train.csv", "valid.csv"}
+    if names and not (unfinished and not read_csv(folder / "valid.csv")):
         raise FileExistsError(
-            f"output folder {config.output} is not empty; continue that run with --resume, or choose another "
-            "output"
+            f"output folder {folder} is not empty; continue that run with --resume, or choose another output"
         )
-    preparation = prepare(config, console)
-    trainer = Trainer(config, preparation, console)
-    if state is not None:
-        trainer.load(state)
-    config.output.mkdir(parents=True, exist_ok=True)
-    (config.output / "run.yaml").write_text(preparation.run_text, encoding="utf-8")
-    return trainer.run()
 
 
 def training_step(potential: Potential, batch: Batch, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
@@ -130,6 +165,8 @@ class Trainer:
         )
         self.step = 0  # finished steps
         self.epoch, self.batch = 0, 0  # of the next batch
+        self.first_epoch = 0  # of the present data
+        self.history: list[dict[str, str]] = []  # provenance of the data that were used before
         self.best_score, self.stale = math.inf, 0  # stale: validations since the best one
         # Sums of the loss terms, the loss and the gradient norm over the steps since the last row of train.csv.
         self.sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
@@ -174,14 +211,14 @@ class Trainer:
         while not self._over():
             try:
                 for batch in self.preparation.train.batches(self.epoch, start=self.batch):
-                    if self.epoch == 0:
+                    if self.epoch == self.first_epoch:
                         self.potential.check(batch.graph)
                     self.batch += 1
                     yield batch
             except ValueError as error:  # an unusable structure, found in the first epoch
                 self.save()
                 raise ValueError(
-                    f"{error}. The state before it is saved in {self.config.output / 'last.pt'}; correct or remove "
+                    f"{error}. The state before it is saved in {self.config.output / STATE}; correct or remove "
                     "the structure and continue with --resume"
                 ) from error
             self.epoch, self.batch = self.epoch + 1, 0
@@ -236,7 +273,7 @@ class Trainer:
         values = ", ".join(f"{name} {v:.4g}" for name, v in zip(TERMS, record.tolist(), strict=True))
         raise FloatingPointError(
             f"step {self.step + 1} (epoch {self.epoch}, batch {self.batch}) is not finite: {values}. "
-            f"The state before it is saved in {self.config.output / 'last.pt'}; look for wrong labels or "
+            f"The state before it is saved in {self.config.output / STATE}; look for wrong labels or "
             "atoms too close in the data, or lower training.learning_rate"
         )
 
@@ -320,15 +357,28 @@ class Trainer:
     # --- files
 
     def save(self) -> None:
-        """Write last.safetensors, then last.pt, which alone holds everything a resumed run needs."""
+        """Write last.safetensors, then last.pt, once the rows of the logs before it are on the disk."""
         with self._evaluated_weights():
             self._save_model("last.safetensors", self.best_score if self.stale == 0 else math.nan)
+        self.log.flush_to_disk()
+        self.save_state()
+
+    def save_state(self) -> None:
+        """Write last.pt, which alone holds everything a resumed run needs."""
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         state = {name: getattr(self, name) for name in _COUNTERS}
         state |= {
             "options": self.preparation.run_text,
+            "config": self.potential.config.model_dump_json(),
+            "undetermined": list(self.preparation.undetermined),
+            "data": self.preparation.data,
+            "history": self.history,
+            "coverage": self.potential.coverage.to_json() if self.potential.coverage else None,
+            "earlier_coverage": self.coverage.earlier.to_json() if self.coverage.earlier else None,
+            "provenance": self.preparation.provenance,
+            "first_epoch": self.first_epoch,
             "potential": self.potential.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.shadows if self.average is not None else None,
@@ -336,29 +386,39 @@ class Trainer:
             "labelled": self.labelled,
             "random": random,
         }
-        save_state(state, self.config.output / "last.pt")
+        save_state(state, self.config.output / STATE)
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state.
+    def load(self, state: dict[str, Any], new_data: bool = False) -> None:
+        """Continue from a saved state, on other data if ``new_data`` is set.
 
         Raises:
-            ValueError: If the state belongs to another model or optimiser.
+            ValueError: If the state belongs to another model or optimiser or, without ``new_data``, to other data.
         """
         changed = changed_options(state["options"], self.preparation.run_text)
         fixed = [c for c in changed if c.startswith(("model.", "training.optimizer", "training.ema_decay"))]
         if fixed:
             raise ValueError(
-                f"{self.config.output / 'last.pt'} cannot be resumed with other options: {'; '.join(fixed)}. "
+                f"{self.config.output / STATE} cannot be resumed with other options: {'; '.join(fixed)}. "
                 "Restore them or choose another output"
+            )
+        found = state.get("data")  # absent in states of earlier versions
+        others = [name for name, own in self.preparation.data.items() if found and found[name] != own]
+        if others and not new_data:
+            raise ValueError(
+                f"the {' and '.join(others)} data are not those of {self.config.output / STATE}; restore files, "
+                "keys and split, or continue on the new data with --resume --new-data"
             )
         for change in changed:
             self.console.print(f"changed since the checkpoint: {change}", style="yellow", markup=False)
+        check_fits(state, self.potential.state_dict(), self.config.output / STATE)
         self.potential.load_state_dict(state["potential"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             torch._foreach_copy_(self.average.shadows, [s.to(self.device) for s in state["average"]])
         for name in _COUNTERS:
             setattr(self, name, state[name])
+        self.history, self.first_epoch = state.get("history", []), state.get("first_epoch", 0)
+        self.coverage.earlier = _coverage(state.get("earlier_coverage"))
         self.sums.copy_(state["sums"])
         # States of earlier versions counted every step for every term.
         self.labelled = state.get("labelled", dict.fromkeys(_TARGETS, self.summed))
@@ -367,17 +427,42 @@ class Trainer:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
         self.resumed = True
         self.console.print(f"resumed after step {self.step}")
+        if others:
+            self._change_data(state, others)
+
+    def _change_data(self, state: dict[str, Any], others: Sequence[str]) -> None:
+        """Start the epoch and the best score anew, and remember where model and coverage come from."""
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.first_epoch = self.epoch
+        self.best_score, self.stale = math.inf, 0
+        self.history = [*self.history, state["provenance"] | {"until step": str(self.step)}]
+        self.coverage.earlier = _coverage(state["coverage"])
+        self.console.print(
+            f"new {' and '.join(others)} data: the model keeps its elements and reference energies, the best score "
+            "starts anew"
+        )
 
     def _save_model(self, name: str, score: float) -> None:
-        provenance = self.preparation.provenance | {"step": str(self.step)}
+        provenance = self._provenance() | {"step": str(self.step)}
         if math.isfinite(score):
             provenance["validation score"] = f"{score:.6g}"
         save_potential(self.potential, self.config.output / name, provenance)
 
+    def _provenance(self) -> dict[str, str]:
+        """Provenance of the model, with all data that the run has used."""
+        own = dict(self.preparation.provenance)
+        for name in ("training data", "validation data"):
+            earlier = [f"{entry[name]} (until step {entry['until step']})" for entry in self.history]
+            own[name] = "; ".join([*earlier, own[name]])
+        return own
+
     def _finish(self, stopped: bool) -> Path:
         folder = self.config.output
         plot_learning_curve(folder)
+        known = self.potential.coverage
         self.coverage.finish(stopped and self.step < self.total)
+        if self.potential.coverage is not known:
+            self.save_state()
         if stopped and self.step < self.total:
             self.console.print(f"stopped after step {self.step}; continue with --resume")
         elif self._exhausted():
@@ -388,6 +473,10 @@ class Trainer:
         path = best if best.is_file() else folder / "last.safetensors"
         self.console.print(f"model: {path}", markup=False)
         return path
+
+
+def _coverage(text: str | None) -> Coverage | None:
+    return None if text is None else Coverage.from_json(text)
 
 
 def _optimizer(config: RunConfig, potential: Potential) -> torch.optim.Optimizer:

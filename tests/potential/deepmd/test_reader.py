@@ -2,6 +2,7 @@
 
 import copy
 import json
+import zipfile
 from collections import OrderedDict
 
 import numpy as np
@@ -476,3 +477,160 @@ def test_frozen_models_are_recognised(tmp_path):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no checkpoint .*model.pt"):
         load_potential(tmp_path / "model.pt")
+
+
+# Damaged and hostile files
+
+
+def refused(load, state, message):
+    """The import fails with one line that names the file."""
+    with pytest.raises(ValueError, match=message) as caught:
+        load(state)
+    assert "model.pt" in str(caught.value) and "\n" not in str(caught.value)
+
+
+SHARED_PARTS: list = ["x"]
+for _ in range(30):
+    SHARED_PARTS = [SHARED_PARTS] * 9
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        (
+            "n_blocks",
+            10**10,
+            "n_blocks = 10000000000 is not supported; supported: whole numbers from 1 to 64",
+        ),
+        ("n_blocks", "2", "n_blocks = '2' is not supported"),
+        ("lmax", None, "lmax = None is not supported"),
+        ("lmax", True, "lmax = True is not supported"),
+        ("l_schedule", 3, "l_schedule = 3 is not supported"),
+        ("l_schedule", [], r"l_schedule = \[\] is not supported"),
+        ("l_schedule", [2, "a"], "l_schedule = 'a' is not supported"),
+        ("l_schedule", [1] * 10**5, "l_schedule = .* a list of 1 to 64|too many entries"),
+        ("m_schedule", {"a": 1}, "m_schedule = {'a': 1} is not supported"),
+        ("mmax", "x", "mmax: .*valid integer"),
+        ("radial_so2_rank", None, "radial_so2_rank = None is not supported"),
+        ("radial_so2_rank", 10**6, "radial_so2_rank = 1000000 is not supported"),
+        ("grid_branch", [0, 0], r"grid_branch = \[0, 0\] is not supported; supported: one value, or three"),
+        ("grid_branch", [0, 0, "many"], "ffn_grid: .*'glu' or 'mlp'.*value 'many'"),
+        ("s2_activation", "ab", "s2_activation = 'ab' is not supported; supported: true, false"),
+        ("s2_activation", [1, 2, 3], "s2_activation = .* is not supported"),
+        ("lebedev_quadrature", [], r"lebedev_quadrature = \[\] is not supported"),
+        (
+            "exclude_types",
+            [[0, 99]],
+            r"pair_exclude_types = \[\[0, 99\]\] is not supported; supported: pairs",
+        ),
+        ("exclude_types", [1], r"pair_exclude_types = \[1\] is not supported"),
+        ("ffn_blocks", 10**6, "ffn_blocks: .*less than or equal to 16"),
+        ("rcut", 1e200, "cutoff: .*less than or equal to 30"),
+        ("channels", 16384, "channels: .*less than or equal to 1024"),
+        ("channels", torch.ones(2), "model_params.descriptor.channels has a value of type Tensor"),
+        ("use_spin", SHARED_PARTS, "nested too deeply or have too many entries"),
+        (3, 4, "model_params.descriptor has keys that are not texts"),
+    ],
+)
+def test_malformed_options_are_refused_by_name(state, load, option, value, message):
+    descriptor = state["_extra_state"]["model_params"]["descriptor"]
+    descriptor[option] = value
+    refused(load, state, message)
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "value", "message"),
+    [
+        ("fitting_net", "atom_ener", 3, "fitting_net.atom_ener = 3 is not supported"),
+        ("fitting_net", "neuron", [10**9], "fitting: .*less than or equal to 4096"),
+        ("fitting_net", "precision", [1], "fitting_net.precision"),
+        (None, "type_map", "HCO", "type_map = 'HCO' is not supported; supported: a list of chemical symbols"),
+        (None, "type_map", [1, 2, 3], "type_map = .* is not supported"),
+        (None, "model_dict", [1], r"its model_dict is \[1\], not a map of models"),
+        (None, "bridging_method", ["ZBL"], "bridging_method"),
+    ],
+)
+def test_malformed_sections_are_refused_by_name(state, load, section, option, value, message):
+    params = state["_extra_state"]["model_params"]
+    (params[section] if section else params)[option] = value
+    refused(load, state, message)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        (
+            f"{NETWORK}output_layer.matrix",
+            torch.tensor(float("nan")),
+            r"matrix is not finite: 1 of its 1 values",
+        ),
+        (
+            f"{NETWORK}output_layer.matrix",
+            torch.zeros(40, 1, dtype=torch.int8),
+            "has values of type int8; weights",
+        ),
+        (
+            f"{NETWORK}output_layer.matrix",
+            torch.zeros(1).expand(10**6, 10**6),
+            "but the file stores 4 bytes for it",
+        ),
+        (f"{NETWORK}output_layer.matrix", torch.zeros(2, 2).to_sparse(), "only dense tensors are read"),
+        (f"{NETWORK}output_layer.matrix", torch.empty(3, device="meta"), "only dense tensors are read"),
+        (f"{DESCRIPTOR}version_tensor", torch.zeros(2), r"the format \[0.0, 0.0\], not a number"),
+        (f"{DESCRIPTOR}version_tensor", torch.tensor(float("nan")), r"the format \[nan\], not a number"),
+        (f"{DESCRIPTOR}version_tensor", "1.2", "has an unknown entry .*version_tensor"),
+        (
+            "model.Default.atomic_model.out_bias",
+            torch.zeros(2),
+            r"out_bias has shape \(2,\), its options require",
+        ),
+        (
+            f"{FITTING}bias_atom_e",
+            torch.zeros(1, 1),
+            r"bias_atom_e has shape \(1, 1\), its options require \(3, 1\)",
+        ),
+        (
+            f"{FITTING}bias_atom_e",
+            torch.full((3, 1), 1e300, dtype=torch.float64),
+            "reference energy of H is 1e",
+        ),
+        (f"{FITTING}case_embd", torch.zeros(5), "types or shapes|does not fit"),
+    ],
+)
+def test_malformed_tensors_are_refused_by_name(state, load, entry, value, message):
+    state[entry] = value
+    refused(load, state, message)
+
+
+def test_an_archive_that_unpacks_to_more_than_its_size_is_refused(state, tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"model": state}, path)
+    with (
+        zipfile.ZipFile(path) as archive,
+        zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in archive.namelist():
+            bomb.writestr(name, archive.read(name))
+        bomb.writestr("archive/data/zeros", bytes(10**7))
+    (tmp_path / "bomb").rename(path)
+    with pytest.raises(ValueError, match=r"model.pt: its [0-9,]+ bytes would unpack to [0-9,]+ bytes"):
+        load_potential(path)
+
+
+def test_a_flipped_bit_of_a_weight_is_told_by_the_checksum(state, tmp_path):
+    path = tmp_path / "model.pt"
+    key = f"{NETWORK}output_layer.matrix"
+    state[key] = torch.full_like(state[key], 0.123456789)
+    torch.save({"model": state}, path)
+    content = bytearray(path.read_bytes())
+    at = content.index(state[key][0].numpy().tobytes())
+    content[at + 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="model.pt: it is damaged, the checksum of its part '.*' is wrong"):
+        load_potential(path)
+
+
+def test_training_infos_of_another_type_are_ignored(state, load):
+    for infos in (None, 3, {"step": "7"}):
+        state["_extra_state"]["train_infos"] = infos
+        load(state)

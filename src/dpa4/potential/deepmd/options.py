@@ -4,12 +4,17 @@ Every option of deepmd-kit 3.2.0 is translated, ignored because it does not infl
 or refused by name (docs/models.md, "What is not supported"). Absent options have deepmd-kit's defaults.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
-from dpa4.model.config import Bridging, GridOperation, ModelConfig
+from dpa4.model.config import MAX_BLOCKS, Bridging, GridOperation, ModelConfig, PairBridging
+from dpa4.parsing import shown
+
+MAX_OPTIONS = 100_000
+"""Largest number of options of all branches of a checkpoint, entries of lists included."""
 
 MODEL_TYPES = ("dpa4", "sezm")
 FITTING_TYPES = ("dpa4_ener", "sezm_ener")
@@ -139,7 +144,7 @@ def config_from_deepmd(model_params: Mapping[str, Any], version: float = 1.2) ->
     precision_of(model_params)
 
     elements = tuple(model_params["type_map"])
-    excluded = model_params.get("pair_exclude_types") or descriptor.get("exclude_types") or ()
+    excluded = _excluded_pairs(model_params, len(elements))
     try:
         return ModelConfig(
             elements=elements,
@@ -153,10 +158,38 @@ def config_from_deepmd(model_params: Mapping[str, Any], version: float = 1.2) ->
         raise ValueError(f"its options are not a supported model: {first_problem(error)}") from error
 
 
+def check_plain(options: object) -> None:
+    """Check that options are nested maps and lists of texts, numbers, truth values and None.
+
+    Raises:
+        ValueError: If there is anything else, or more of it than any model has.
+    """
+    remaining = [(options, "model_params", 0)]
+    for count in range(MAX_OPTIONS + 1):
+        if not remaining:
+            return
+        value, name, depth = remaining.pop()
+        if depth > 20 or count == MAX_OPTIONS:
+            raise ValueError("its model_params are nested too deeply or have too many entries")
+        if isinstance(value, Mapping):
+            if any(not isinstance(key, str) for key in value):
+                raise ValueError(f"{name} has keys that are not texts: {shown(list(value))}")
+            remaining += [(entry, f"{name}.{key}", depth + 1) for key, entry in value.items()]
+        elif isinstance(value, list | tuple):
+            remaining += [(entry, name, depth + 1) for entry in value]
+        elif value is not None and not isinstance(value, str | int | float):
+            raise ValueError(f"{name:.200} has a value of type {type(value).__name__}, not a text or number")
+
+
 def first_problem(error: ValidationError) -> str:
     """Describe the first problem of a configuration in one line: field, reason and value."""
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']} (value {first['input']!r:.200})"
+    errors = error.errors()
+    first, field = errors[0], errors[0]["loc"][:1]
+    prefix = f"{field[0]}: " if field else ""
+    if first["type"] == "value_error":  # a check of our own, whose message contains the value
+        return prefix + first["msg"].removeprefix("Value error, ")
+    reasons = dict.fromkeys(e["msg"] for e in errors if e["loc"][:1] == field)  # of all members of a union
+    return f"{prefix}{' or '.join(list(reasons)[:3])} (value {shown(first['input'])})"
 
 
 def precision_of(model_params: Mapping[str, Any]) -> int:
@@ -185,6 +218,11 @@ def config_to_deepmd(config: ModelConfig, precision: str) -> dict[str, Any]:
         ValueError: If deepmd-kit has no model with the same results.
     """
     bridging = config.bridging
+    if isinstance(bridging, PairBridging):
+        raise ValueError(
+            "deepmd-kit has no bridging with a window per pair of elements; dpa4 convert --drop-bridging exports the "
+            "network alone, which is the same potential at all distances above the windows, but not safe below"
+        )
     if bridging is not None and bridging.smooth_cutoff:
         raise ValueError(
             "bridging.smooth_cutoff = True has no counterpart in deepmd-kit, where the ZBL energy ends abruptly "
@@ -249,7 +287,7 @@ def config_to_deepmd(config: ModelConfig, precision: str) -> dict[str, Any]:
 
 
 def _unsupported(option: str, value: object, supported: str) -> ValueError:
-    return ValueError(f"{option} = {value!r} is not supported; supported: {supported}")
+    return ValueError(f"{option} = {shown(value)} is not supported; supported: {supported}")
 
 
 def _require_dpa4(model_params: Mapping[str, Any]) -> None:
@@ -265,8 +303,13 @@ def _require_dpa4(model_params: Mapping[str, Any]) -> None:
         )
     if fitting_type.lower() not in FITTING_TYPES:
         raise _unsupported("fitting_net.type", fitting_type, "'dpa4_ener', the energy model")
-    if not model_params.get("type_map"):
+    if not (types := model_params.get("type_map")):
         raise ValueError("its model has no type_map, so the elements are unknown")
+    if not isinstance(types, list | tuple) or not all(isinstance(element, str) for element in types):
+        raise _unsupported("type_map", types, "a list of chemical symbols")
+    atom_ener = model_params["fitting_net"].get("atom_ener")
+    if not isinstance(atom_ener, list | tuple | None):
+        raise _unsupported("fitting_net.atom_ener", atom_ener, "a list of energies")
 
 
 def _check_options(
@@ -283,7 +326,7 @@ def _check_options(
             continue
         if option not in fixed:
             raise ValueError(
-                f"{section}.{option} = {value!r} is not an option of a known DPA4 format; it may change the "
+                f"{section}.{option} = {shown(value)} is not an option of a known DPA4 format; it may change the "
                 "results, so the model is refused"
             )
         value = value.lower() if isinstance(value, str) else value
@@ -305,16 +348,14 @@ def _descriptor_fields(descriptor: Mapping[str, Any]) -> dict[str, Any]:
     fields["edge_norm"] = edge_norm
     fields["mixing_layers"] = descriptor.get("so2_layers", descriptor.get("mixing_layers", 4))
     if fields.get("radial_so2_mode", "degree_channel") == "degree_channel":
-        if (rank := descriptor.get("radial_so2_rank", 1)) < 1:
-            raise _unsupported("descriptor.radial_so2_rank", rank, "a rank of at least 1")
-        fields["radial_so2_rank"] = rank
+        fields["radial_so2_rank"] = _whole("radial_so2_rank", descriptor.get("radial_so2_rank", 1), 1)
 
-    on_so2, on_s2 = _pair(descriptor.get("s2_activation", [False, True]))
+    on_so2, on_s2 = _pair("s2_activation", descriptor.get("s2_activation", [False, True]))
     if on_so2:
         raise _unsupported("descriptor.s2_activation", [on_so2, on_s2], "[false, true] and [false, false]")
     fields["ffn_on"] = "so3" if descriptor.get("ffn_so3_grid", False) else "s2" if on_s2 else "degrees"
     quadrature = descriptor.get("lebedev_quadrature")
-    if fields["ffn_on"] == "s2" and quadrature is not None and not _pair(quadrature)[1]:
+    if fields["ffn_on"] == "s2" and quadrature is not None and not _pair("lebedev_quadrature", quadrature)[1]:
         raise _unsupported("descriptor.lebedev_quadrature", quadrature, "true (S2 grids of Lebedev points)")
     if fields.get("message_node_so3", False):
         fields["message_grid"] = _grid_operation(descriptor, 1)
@@ -324,6 +365,8 @@ def _descriptor_fields(descriptor: Mapping[str, Any]) -> dict[str, Any]:
     fields["charge_spin"] = bool(descriptor.get("add_chg_spin_ebd", False))
     default = descriptor.get("default_chg_spin")
     if fields["charge_spin"] and default is not None:
+        if not isinstance(default, list | tuple) or not all(_is_number(value) for value in default):
+            raise _unsupported("descriptor.default_chg_spin", default, "charge and multiplicity")
         fields["default_charge_spin"] = tuple(int(value) for value in default)  # deepmd-kit truncates as well
     return fields
 
@@ -332,18 +375,19 @@ def _degrees(descriptor: Mapping[str, Any]) -> dict[str, Any]:
     """Fields lmax, n_blocks, l_schedule and mmax."""
     fields: dict[str, Any] = {}
     if (schedule := descriptor.get("l_schedule")) is not None:
-        fields["l_schedule"] = tuple(schedule)
-        degrees = list(schedule)
+        degrees = _whole_numbers("l_schedule", schedule)
+        fields["l_schedule"] = tuple(degrees)
     else:
-        fields = {"lmax": descriptor.get("lmax", 3), "n_blocks": descriptor.get("n_blocks", 3)}
-        degrees = [fields["lmax"]] * fields["n_blocks"]
-    if not degrees:
-        raise _unsupported("descriptor.n_blocks", 0, "at least one block")
+        lmax = _whole("lmax", descriptor.get("lmax", 3), 0)
+        blocks = _whole("n_blocks", descriptor.get("n_blocks", 3), 1)
+        fields = {"lmax": lmax, "n_blocks": blocks}
+        degrees = [lmax] * blocks
     mmax = descriptor.get("mmax", 1)
     fields["mmax"] = degrees[0] if mmax is None else mmax
-    if (orders := descriptor.get("m_schedule")) is not None:
+    if (schedule := descriptor.get("m_schedule")) is not None:
+        orders = _whole_numbers("m_schedule", schedule)
         fields["mmax"] = max(orders)
-        if list(orders) != [min(max(orders), degree) for degree in degrees]:
+        if orders != [min(max(orders), degree) for degree in degrees]:
             raise _unsupported(
                 "descriptor.m_schedule", orders, "one mmax, limited by the degree of each block"
             )
@@ -353,12 +397,17 @@ def _degrees(descriptor: Mapping[str, Any]) -> dict[str, Any]:
 def _grid_operation(descriptor: Mapping[str, Any], which: int) -> GridOperation:
     """Operation on a grid; ``which`` is 1 for the message-node product and 2 for the feed-forward networks."""
 
-    def entry(value: Any) -> Any:
-        return value[which] if isinstance(value, Sequence) else value
+    def entry(option: str, default: int | bool) -> Any:
+        value = descriptor.get(option, default)
+        if not isinstance(value, list | tuple):
+            return value
+        if len(value) != 3:
+            raise _unsupported(f"descriptor.{option}", value, "one value, or three")
+        return value[which]
 
-    if branches := entry(descriptor.get("grid_branch", 0)):
+    if branches := entry("grid_branch", 0):
         return branches
-    return "mlp" if entry(descriptor.get("grid_mlp", False)) else "glu"
+    return "mlp" if entry("grid_mlp", False) else "glu"
 
 
 def _grid_options(message: GridOperation, ffn: GridOperation) -> tuple[list[int], list[bool]]:
@@ -380,8 +429,44 @@ def _bridging(model_params: Mapping[str, Any]) -> Bridging | None:
     return Bridging(r_inner=radii[0], r_outer=radii[1], smooth_cutoff=False)
 
 
-def _pair(value: Any) -> tuple[bool, bool]:
-    return (value[0], value[1]) if isinstance(value, Sequence) else (value, value)
+def _excluded_pairs(model_params: Mapping[str, Any], types: int) -> list[tuple[int, int]]:
+    """Pairs of indices of elements that do not interact."""
+    descriptor = model_params["descriptor"]
+    excluded = model_params.get("pair_exclude_types") or descriptor.get("exclude_types") or []
+    indices = range(types)
+    if not isinstance(excluded, list | tuple) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(_is_whole(i) and i in indices for i in pair)
+        for pair in excluded
+    ):
+        raise _unsupported("pair_exclude_types", excluded, f"pairs of indices below {types}")
+    return [(pair[0], pair[1]) for pair in excluded]
+
+
+def _pair(option: str, value: Any) -> tuple[bool, bool]:
+    values = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    if len(values) != 2 or not all(isinstance(v, bool) for v in values):
+        raise _unsupported(f"descriptor.{option}", value, "true, false, or a list of two of these")
+    return values
+
+
+def _whole(option: str, value: Any, lowest: int, highest: int = MAX_BLOCKS) -> int:
+    if not _is_whole(value) or not lowest <= value <= highest:
+        raise _unsupported(f"descriptor.{option}", value, f"whole numbers from {lowest} to {highest}")
+    return value
+
+
+def _whole_numbers(option: str, value: Any) -> list[int]:
+    if not isinstance(value, list | tuple) or not 1 <= len(value) <= MAX_BLOCKS:
+        raise _unsupported(f"descriptor.{option}", value, f"a list of 1 to {MAX_BLOCKS} whole numbers")
+    return [_whole(option, entry, 0) for entry in value]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _plain(value: Any) -> Any:

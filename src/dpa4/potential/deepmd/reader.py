@@ -5,7 +5,7 @@ folded into weights and reference energies (docs/adr/0006): LoRA deltas, the tas
 the energy zero of ``atom_ener``.
 """
 
-import pickle
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dpa4.model import DPA4, ModelConfig
+from dpa4.model import ModelConfig
+from dpa4.model.shapes import shapes_of
+from dpa4.parsing import shown
 from dpa4.potential.deepmd.names import deepmd_name
-from dpa4.potential.deepmd.options import config_from_deepmd, precision_of
+from dpa4.potential.deepmd.options import check_plain, config_from_deepmd, precision_of
+from dpa4.potential.pytorch_file import load_pytorch
+from dpa4.potential.verification import (
+    check_number_of_layers,
+    check_reference_energies,
+    check_stored,
+    check_values,
+    listed,
+)
 
 NEWEST_FORMAT = 1.2  # newest readable format of the descriptor, written by deepmd-kit 3.2.0
 
@@ -54,63 +64,49 @@ def read_deepmd(path: str | Path, branch: str | None = None) -> DeepmdModel:
         ValueError: If the file is damaged, is not a DPA4 checkpoint, uses an unsupported option or a format newer
             than 1.2; also if the branch is unknown, or missing where there are several.
     """
-    outer = _load(Path(path))
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    outer = load_pytorch(path)
+    if not isinstance(outer, Mapping):
+        raise ValueError(
+            f"cannot read {path}: it holds a {type(outer).__name__}, not a deepmd-kit checkpoint"
+        )
     try:
-        return _parse(outer, branch)
+        return _parse(outer, branch, path.stat().st_size)
     except KeyError as error:
         raise ValueError(f"cannot read {path}: it has no entry {error.args[0]}") from error
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
-
-
-def _load(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        with open(path, "rb") as file:  # given a path, torch.load reads some names as safetensors
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (TypeError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
+        reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"cannot read {path}: it is damaged, or holds Python objects besides tensors, which are not read "
-            f"because loading them could run foreign code ({_first_line(error)})"
+            f"cannot read {path}: its options or tensors have other types or shapes than deepmd-kit writes "
+            f"({type(error).__name__}: {reason:.200})"
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, AttributeError, ValueError) as error:
-        if "TorchScript" in str(error):
-            raise ValueError(
-                f"cannot read {path}: it is a frozen TorchScript model; use the checkpoint it was frozen from"
-            ) from error
-        raise ValueError(
-            f"cannot read {path}: it is damaged, incomplete or not a PyTorch checkpoint ({_first_line(error)})"
-        ) from error
-    if not isinstance(loaded, Mapping):
-        raise ValueError(
-            f"cannot read {path}: it holds a {type(loaded).__name__}, not a deepmd-kit checkpoint"
-        )
-    return loaded
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
-
-
-def _parse(outer: Mapping[str, Any], branch: str | None) -> DeepmdModel:
+def _parse(outer: Mapping[str, Any], branch: str | None, size: int) -> DeepmdModel:
     state = outer["model"] if isinstance(outer.get("model"), Mapping) else outer
     extra = state.get("_extra_state")
     if not isinstance(extra, Mapping) or not isinstance(extra.get("model_params"), Mapping):
         raise ValueError("it is not a deepmd-kit checkpoint: its _extra_state has no model_params")
+    check_plain(extra["model_params"])
     params, name = select_branch(extra["model_params"], branch)
-    version = float(state.get(f"model.{name}.atomic_model.descriptor.version_tensor", 1.0))
+    tensors = _tensors_of(state, name, size)
+    version = _version(tensors)
     if version > NEWEST_FORMAT + 1e-9:
         raise ValueError(
             f"its descriptor has format {version:g}; this version of dpa4 reads formats up to {NEWEST_FORMAT}. "
             "Update dpa4"
         )
     config = config_from_deepmd(params, version)
-    tensors = _tensors_of(state, name)
+    check_number_of_layers(config, len(tensors))
+    types = len(config.elements)
+    energies = _pop(tensors, "out_bias", (1, types, 1)).double()[0, :, 0]
+    energies = energies + _pop(tensors, "fitting_net.bias_atom_e", (types, 1)).double()[:, 0]
     fold_lora(tensors)
     shift = fold_task_embedding(tensors, config.channels)
-    energies = tensors.pop("out_bias").double()[0, :, 0]
-    energies = energies + tensors.pop("fitting_net.bias_atom_e").double()[:, 0]
     if any(value is not None for value in params["fitting_net"].get("atom_ener") or ()):
         energies = energies - energy_of_zero_descriptor(tensors)  # the shift cancels in this difference
     else:
@@ -118,6 +114,8 @@ def _parse(outer: Mapping[str, Any], branch: str | None) -> DeepmdModel:
     if params["fitting_net"].get("dim_case_embd", 0):
         config = config.model_copy(update={"fitting": hidden_widths(tensors)})
     weights = _own_names(tensors, config)
+    check_values(weights.items())
+    check_reference_energies(energies, config.elements)
     provenance = {}
     if "model_dict" in extra["model_params"]:
         provenance["branch"] = name
@@ -125,10 +123,40 @@ def _parse(outer: Mapping[str, Any], branch: str | None) -> DeepmdModel:
         provenance["averaged weights"] = (
             "the checkpoint also holds an EMA of the weights, which is not imported"
         )
-    if (step := extra.get("train_infos", {}).get("step")) is not None:
-        provenance["training steps"] = str(step + 1)
+    infos = extra.get("train_infos")
+    if isinstance(infos, Mapping) and isinstance(step := infos.get("step"), int):
+        provenance["training steps"] = f"{step + 1:d}"
     dtype = torch.float64 if precision_of(params) == 64 else torch.float32
     return DeepmdModel(config, weights, energies, dtype, version, provenance)
+
+
+def _version(tensors: Mapping[str, Tensor]) -> float:
+    """Format version of the descriptor.
+
+    Raises:
+        ValueError: If the file has another value than a number.
+    """
+    stored = tensors.get("descriptor.version_tensor")
+    if stored is None:
+        return 1.0
+    if stored.numel() != 1 or not math.isfinite(version := float(stored)):
+        raise ValueError(
+            f"its descriptor has the format {shown(stored.flatten()[:3].tolist())}, not a number"
+        )
+    return version
+
+
+def _pop(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """Remove and return a tensor.
+
+    Raises:
+        KeyError: If it is missing.
+        ValueError: If it has another shape.
+    """
+    tensor = tensors.pop(name)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, its options require {shape}")
+    return tensor
 
 
 def select_branch(params: Mapping[str, Any], branch: str | None) -> tuple[Mapping[str, Any], str]:
@@ -144,8 +172,10 @@ def select_branch(params: Mapping[str, Any], branch: str | None) -> tuple[Mappin
             )
         return params, "Default"
     branches = params["model_dict"]
+    if not isinstance(branches, Mapping) or not all(isinstance(s, Mapping) for s in branches.values()):
+        raise ValueError(f"its model_dict is {shown(branches)}, not a map of models")
     names = {
-        alias: name for name, section in branches.items() for alias in section.get("model_branch_alias", [])
+        alias: name for name, section in branches.items() for alias in section.get("model_branch_alias") or []
     }
     names |= {name: name for name in branches}
     chosen = branch if branch is not None else next(iter(branches)) if len(branches) == 1 else "Default"
@@ -155,10 +185,15 @@ def select_branch(params: Mapping[str, Any], branch: str | None) -> tuple[Mappin
     return branches[names[chosen]], names[chosen]
 
 
-def _tensors_of(state: Mapping[str, Any], branch: str) -> dict[str, Tensor]:
-    """Tensors of a branch, by their names below "atomic_model."."""
+def _tensors_of(state: Mapping[str, Any], branch: str, size: int) -> dict[str, Tensor]:
+    """Tensors of a branch, by their names below "atomic_model.".
+
+    Raises:
+        ValueError: If an entry is unknown, or a tensor cannot be used: weights that are not finite, or tensors with
+            more values than a file of ``size`` bytes stores.
+    """
     prefix = f"model.{branch}."
-    own = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+    own = {str(key)[len(prefix) :]: value for key, value in state.items() if str(key).startswith(prefix)}
     own.pop("min_nbor_dist", None)
     own.pop("inter_potential.atomic_numbers", None)
     tensors = {}
@@ -170,6 +205,12 @@ def _tensors_of(state: Mapping[str, Any], branch: str) -> dict[str, Tensor]:
         if not key.startswith("atomic_model.") or not isinstance(value, Tensor):
             raise ValueError(f"it has an unknown entry {prefix}{key}")
         tensors[key.removeprefix("atomic_model.")] = value
+    for key, value in tensors.items():
+        check_stored(key, value)
+    if (bytes_in_all := sum(value.numel() * value.element_size() for value in tensors.values())) > size:
+        raise ValueError(f"its tensors have {bytes_in_all:,} bytes, more than the file")
+    used = {key: v for key, v in tensors.items() if key not in _STATISTICS and not _DERIVED.fullmatch(key)}
+    check_values(used.items())
     return tensors
 
 
@@ -179,15 +220,14 @@ def _own_names(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
     Raises:
         ValueError: If a tensor of the model is missing or has another shape, or one is left over.
     """
-    shapes = {key: value.shape for key, value in DPA4(config).state_dict().items()}
+    shapes = shapes_of(config)
     names = {key: deepmd_name(key, config) for key in shapes}
     missing = [name for name in names.values() if name not in tensors]
     known = {*names.values(), *_STATISTICS}
     unknown = [key for key in tensors if key not in known and not _DERIVED.fullmatch(key)]
     if missing or unknown:
         found = [f"misses {name}" for name in missing] + [f"has the unknown entry {key}" for key in unknown]
-        more = f" and {len(found) - 5} more such entries" if len(found) > 5 else ""
-        raise ValueError(f"it does not fit its options: it {', '.join(found[:5])}{more}")
+        raise ValueError(f"it does not fit its options: it {listed(found)}")
     for key, name in names.items():
         if [n for n in tensors[name].shape if n > 1] != [n for n in shapes[key] if n > 1]:
             raise ValueError(
@@ -209,6 +249,9 @@ def fold_lora(tensors: dict[str, Tensor]) -> None:
         if missing := [name for name in (weight, partner) if name not in tensors]:
             raise ValueError(f"it has the LoRA entry {key} but lacks {', '.join(missing)}")
         scaling = tensors.get(f"{module}.lora_scaling", torch.ones(())).double()
+        a, b, shape = tensors[key].shape, tensors[partner].shape, tensors[weight].shape
+        if min(len(a), len(b)) < 2 or (*a[:-2], a[-1], b[-2]) != tuple(shape) or a[:-2] != b[:-2]:
+            raise ValueError(f"the LoRA entries of {weight} do not fit its shape {tuple(shape)}")
         delta = torch.einsum("...ri,...or->...io", tensors.pop(key).double(), tensors.pop(partner).double())
         tensors[weight] = (tensors[weight].double() + scaling * delta).to(tensors[weight].dtype)
     for key in [key for key in tensors if key.endswith(".lora_scaling")]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dpa4.model.config import ModelConfig
 from dpa4.model.layers import balance_of, degree_of
 from dpa4.ops.layout import EdgeLayout
-from dpa4.output import atomic_write
+from dpa4.output import write_torch
 from dpa4.potential.deepmd.names import deepmd_name
 from dpa4.potential.deepmd.options import config_to_deepmd
 from dpa4.potential.potential import Potential
@@ -35,9 +35,7 @@ def export_deepmd(potential: Potential, path: str | Path) -> None:
     path = Path(path)
     if path.suffix != ".pt":
         raise ValueError(f"deepmd-kit checkpoints end in .pt, got {path.name!r}")
-    checkpoint = {"model": deepmd_state(potential)}
-    with atomic_write(path) as temporary:
-        torch.save(checkpoint, temporary)
+    write_torch(path, {"model": deepmd_state(potential)})
 
 
 def deepmd_state(potential: Potential) -> dict[str, Any]:

@@ -6,7 +6,6 @@ removed when the shard is resumed. The process that finishes last joins all shar
 """
 
 import csv
-import fcntl
 import io
 import json
 import re
@@ -19,7 +18,7 @@ from ase import Atoms
 from ase.io import iread
 
 from dpa4.data import write_structures
-from dpa4.output import CsvLog, atomic_write, write_csv
+from dpa4.output import CsvLog, OutputFolder, atomic_write, naming, remove_leftovers, write_csv
 from dpa4.simulation.runs.store import check_settings
 
 FORMAT = 1
@@ -59,7 +58,7 @@ class Shard:
 
         Raises:
             FileExistsError: If the shard exists and ``resume`` is not set.
-            RuntimeError: If another process is working on the shard.
+            BlockingIOError: If another process is working on the shard.
             ValueError: If the rank is not allowed, or world_size or settings differ from those in the folder.
         """
         if not 0 <= rank < world_size:
@@ -68,8 +67,24 @@ class Shard:
                 "process"
             )
         folder = output / "shards"
-        folder.mkdir(parents=True, exist_ok=True)
         name = f"{rank}-of-{world_size}"
+        self._lock = OutputFolder(folder, name)
+        try:
+            self._open(folder, name, columns, settings, world_size, resume)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _open(
+        self,
+        folder: Path,
+        name: str,
+        columns: Sequence[str],
+        settings: Mapping[str, Any],
+        world_size: int,
+        resume: bool,
+    ) -> None:
+        output = folder.parent
         self.marker = folder / f"{name}.json"
         self.table, self.frames = folder / f"{name}.csv", folder / f"{name}.xyz"
         self.settings = dict(settings)
@@ -83,17 +98,18 @@ class Shard:
             )
         if begun:
             check_settings(self.settings, _read_marker(self.marker)["settings"], output)
-        self._lock = _locked(folder / f".{name}.lock")
         if not begun:
             self.frames.unlink(missing_ok=True)
             self.table.unlink(missing_ok=True)
+        if world_size == 1:
+            remove_leftovers(output)  # of joining
         columns = [*columns, "frame"]
         rows = self._recovered(columns)
         self._mark(None)
         self.done = {int(row["structure"]) for row in rows}
         self.counts = Counter(row["status"] for row in rows)
         self._log = CsvLog(self.table, columns, ALL_ROWS)
-        self._frames = self.frames.open("ab", buffering=0)
+        self._frames = self.frames.open("ab")
 
     def record(self, row: Mapping[str, Any], frame: Atoms | None = None) -> None:
         """Write the row of a structure and, if there is one, the relaxed structure.
@@ -108,7 +124,9 @@ class Shard:
             frame.info = {NUMBER: row["structure"]} | {k: v for k, v in frame.info.items() if k != NUMBER}
             text = io.StringIO()
             write_structures(text, frame)
-            self._frames.write(text.getvalue().encode())
+            with naming(self.frames):
+                self._frames.write(text.getvalue().encode())
+                self._frames.flush()
         self._log.write(dict(row) | {"frame": frame is not None})
         self.done.add(row["structure"])
         self.counts[row["status"]] += 1
@@ -218,19 +236,6 @@ def _read_marker(path: Path) -> dict[str, Any]:
             f"{path} has format {marker['format']}; this version reads format {FORMAT}; choose another folder"
         )
     return marker
-
-
-def _locked(path: Path) -> IO[str]:
-    """Open and lock a file that only one process may have open."""
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise RuntimeError(
-            f"another process is working on {path.parent}/{path.stem[1:]}; wait until it has finished"
-        ) from error
-    return file
 
 
 def _rows(table: Path) -> list[dict[str, str]]:

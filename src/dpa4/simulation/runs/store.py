@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from dpa4.output import write_json
+from dpa4.output import OutputFolder, naming, write_json
 from dpa4.simulation.runs.progress import progress_bar
 from dpa4.system import stop_requests
 
@@ -43,26 +43,36 @@ class Records:
         folder: Folder of the run, created if absent.
         settings: Everything the results depend on.
         name: Name of the file, without its ending ``.jsonl``.
+        anew: Remove the results of an earlier run in the file, if there is one.
 
     Attributes:
+        path: The file.
         done: Names of the items with a result.
 
     Raises:
-        ValueError: If the folder holds results of other settings.
+        BlockingIOError: If another process is working in the folder.
+        ValueError: If the folder holds results of other settings, or the file is damaged.
     """
 
-    def __init__(self, folder: Path, settings: Record, name: str = "results"):
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / SETTINGS).exists():
-            check_settings(settings, read_settings(folder), folder)
-        else:
-            write_json(folder / SETTINGS, settings)
+    def __init__(self, folder: Path, settings: Record, name: str = "results", anew: bool = False):
+        self._folder = OutputFolder(folder)
         self._offsets: dict[str, int] = {}  # first byte of the last record of each item
         self.done: set[str] = set()
-        self._path = folder / f"{name}.jsonl"
-        if self._path.exists():
-            self._read()
-        self._file = self._path.open("ab")
+        self.path = folder / f"{name}.jsonl"
+        try:
+            if anew and self.path.exists():
+                (folder / SETTINGS).unlink(missing_ok=True)
+                self.path.unlink()
+            if (folder / SETTINGS).exists():
+                check_settings(settings, read_settings(folder), folder)
+            else:
+                write_json(folder / SETTINGS, settings)
+            if self.path.exists():
+                self._read()
+            self._file = self.path.open("ab")
+        except BaseException:
+            self._folder.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -70,7 +80,11 @@ class Records:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        try:
+            with naming(self.path):
+                self._file.close()
+        finally:
+            self._folder.close()
 
     def __len__(self) -> int:
         """Number of items with a record, failures included."""
@@ -94,28 +108,41 @@ class Records:
         Raises:
             KeyError: If the item has no record.
         """
-        with self._path.open("rb") as file:
+        with self.path.open("rb") as file:
             file.seek(self._offsets[name])
             return json.loads(file.readline())
 
     def append(self, record: Record) -> None:
         """Save a record; its ``id`` is the name of the item."""
         offset = self._file.tell()
-        self._file.write(json.dumps(record, default=_plain).encode() + b"\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps(record, default=_plain).encode() + b"\n")
+            self._file.flush()
         self._note(record, offset)
 
     def _read(self) -> None:
         """Note the records in the file, and remove an incomplete last line from it."""
         offset = 0
-        with self._path.open("rb") as file:
+        with self.path.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
-                self._note(json.loads(line), offset)
+                self._note(self._parsed(line, offset), offset)
                 offset += len(line)
-        if offset < self._path.stat().st_size:
-            os.truncate(self._path, offset)
+        if offset < self.path.stat().st_size:
+            os.truncate(self.path, offset)
+
+    def _parsed(self, line: bytes, offset: int) -> Record:
+        try:
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("id"), str):
+                return record
+        except ValueError:
+            pass
+        raise ValueError(
+            f"{self.path} is damaged: there is no result at byte {offset}; restore the file, or start again in "
+            "another folder"
+        )
 
     def _note(self, record: Record, offset: int) -> None:
         """Remember the position of a record; a failure does not replace a result."""
@@ -192,7 +219,13 @@ def read_settings(folder: Path) -> Record:
     path = folder / SETTINGS
     if not path.is_file():
         raise FileNotFoundError(f"there is no run in {folder}: {path} does not exist")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; choose another folder") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds no settings; choose another folder")
+    return found
 
 
 def check_settings(settings: Record, found: Record, folder: Path) -> None:

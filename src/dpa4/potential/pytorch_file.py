@@ -1,0 +1,69 @@
+"""Files of ``torch.save`` that anybody may have written."""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def load_pytorch(path: Path) -> Any:
+    """Read a file of ``torch.save`` onto the CPU: tensors and plain containers, never code.
+
+    Raises:
+        ValueError: If the file is damaged or not written by PyTorch, holds other objects, or would need more memory
+            than its own size.
+    """
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"PK"
+    if zipped:
+        _check_archive(path)
+    try:
+        with open(path, "rb") as file:  # given a path, torch.load reads some names as safetensors
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"cannot read {path}: it is damaged, or holds Python objects besides tensors, which are not read "
+            f"because loading them could run foreign code ({_first_line(error)})"
+        ) from error
+    except Exception as error:  # a damaged file raises errors of many kinds
+        raise ValueError(
+            f"cannot read {path}: it is damaged, incomplete or not a PyTorch checkpoint ({_first_line(error)})"
+        ) from error
+
+
+def _check_archive(path: Path) -> None:
+    """Compare the entries of a zip archive with the size of the file, and their content with their checksums.
+
+    PyTorch stores its tensors uncompressed. It checks no checksums.
+    """
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            unpacked = sum(entry.file_size for entry in entries)
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            frozen = any(entry.filename.endswith("/constants.pkl") for entry in entries)
+            damaged = None if frozen or packed or unpacked > size else archive.testzip()
+    except Exception as error:  # a damaged archive raises errors of many kinds
+        raise ValueError(
+            f"cannot read {path}: it is damaged, incomplete or not a PyTorch checkpoint ({_first_line(error)})"
+        ) from error
+    if frozen:
+        raise ValueError(
+            f"cannot read {path}: it is a frozen TorchScript model; use the checkpoint it was frozen from"
+        )
+    if packed or unpacked > size:
+        raise ValueError(
+            f"cannot read {path}: its {size:,} bytes would unpack to {unpacked:,} bytes; PyTorch stores its files "
+            "uncompressed"
+        )
+    if damaged is not None:
+        raise ValueError(
+            f"cannot read {path}: it is damaged, the checksum of its part {damaged!r} is wrong; copy it again"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:200]
