@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "dpa4"
 LAYERS = [
-    "_lazy", "system", "output", "code_cache", "parsing", "graph", "data", "ops", "tracing", "model", "potential",
+    "_lazy", "system", "output", "parsing", "code_cache", "graph", "data", "ops", "tracing", "model", "potential",
     "execution", "training", "interfaces", "simulation", "leaderboards", "cli",
 ]  # fmt: skip
 """Lowest first; a module imports from its own layer and from those before it."""

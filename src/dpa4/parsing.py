@@ -104,7 +104,7 @@ def parse_yaml(text: str, what: str) -> Any:
     except RecursionError:
         raise ValueError(f"{what} is not valid YAML: it is nested too deeply") from None
     except Exception as error:  # the constructors of scalars raise many kinds of errors
-        raise ValueError(f"{what} is not valid YAML: {_first_line(error)}") from None
+        raise ValueError(f"{what} is not valid YAML: {first_line(error)}") from None
 
 
 def parse_json(text: str, what: str) -> Any:
@@ -122,7 +122,7 @@ def parse_json(text: str, what: str) -> Any:
     except RecursionError:
         raise ValueError(f"{what} is not valid JSON: it is nested too deeply") from None
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{what} is not valid JSON: {_first_line(error)}") from None
+        raise ValueError(f"{what} is not valid JSON: {first_line(error)}") from None
 
 
 def shown(value: object) -> str:
@@ -132,6 +132,11 @@ def shown(value: object) -> str:
     """
     text = _short.repr(value)
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def first_line(error: Exception) -> str:
+    """First line of the message of an error of another package, at most 200 characters."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:200]
 
 
 class _Short(reprlib.Repr):
@@ -161,7 +166,3 @@ def _check_digits(digits: str) -> None:
         raise ValueError(
             f"the integer {digits[:10]}... has {len(digits)} digits; at most {MAX_DIGITS} are read"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:200]

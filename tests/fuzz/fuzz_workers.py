@@ -160,6 +160,6 @@ def fault_of_message(message: str, path: Path) -> str | None:
         return f"the file is not named: {message:.300}"
     if "\n" in message and not message.startswith(f"{path} is not valid:\n"):
         return f"several lines: {message[:300]!r}"
-    if len(message) > 2000:
+    if max(map(len, message.splitlines())) > 1000:
         return f"a message of {len(message)} characters: {message:.300}"
     return None

@@ -4,6 +4,7 @@ None may hang, need 2 GB, crash or end in a traceback. A damaged checkpoint is n
 are read have finite labels. The random numbers are seeded by the case, so a fault can be repeated alone.
 """
 
+import gzip
 import io
 import json
 import random
@@ -26,11 +27,14 @@ from safetensors.torch import load_file, save
 
 from dpa4.data import read_frames
 from dpa4.data.coverage import Coverage
+from dpa4.model.config import PairBridging, pair_names
 from dpa4.potential import fingerprint_of, model_card
 from dpa4.potential.checkpoint import load_potential, save_potential
 from dpa4.potential.deepmd.writer import deepmd_state
 from dpa4.training.run_file import default_config_text, load_run_config
-from helpers import random_potential
+from dpa4.training.state import STATE_FORMAT, check_fits, load_state
+from helpers import graph_of, molecule, random_potential
+from kept_files import state_file
 
 CASES = 5000
 Make = Callable[[random.Random, Path], Path]
@@ -38,7 +42,7 @@ Make = Callable[[random.Random, Path], Path]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def tiny_potential():
+def tiny_potential(**options):
     """Potential of a few thousand weights."""
     potential = random_potential(
         channels=4,
@@ -48,6 +52,7 @@ def tiny_potential():
         mixing_layers=1,
         use_env_seed=False,
         ffn_neurons=4,
+        **options,
     ).float()
     potential.coverage = Coverage(4.0, ("H", "C", "O"), {("H", "H"): 0.74, ("H", "O"): 0.95})
     return potential
@@ -59,6 +64,15 @@ def check(target: Target, tmp_path: Path, seed: int) -> None:
     assert not found, f"{len(found)} faults in {outcomes}:\n" + "\n".join(found[:40])
     assert sum(outcomes.values()) == CASES
     assert outcomes["refused"] > CASES / 4, outcomes
+
+
+def fault_of_energy(potential) -> str | None:
+    """Fault of a potential, if its energy or forces of a molecule are not finite."""
+    if not {"H", "C", "O"} <= set(potential.elements) or potential.config.charge_spin:
+        return None
+    result = potential(graph_of(molecule(), potential.config.cutoff))
+    finite = bool(result.energy.isfinite().all() and result.forces.isfinite().all())
+    return None if finite else f"energy {result.energy.item()}"
 
 
 def file_maker(name: str, content: Callable[[random.Random], bytes]) -> Make:
@@ -77,7 +91,9 @@ def file_maker(name: str, content: Callable[[random.Random], bytes]) -> Make:
 
 def test_native_checkpoints(tmp_path):
     path = tmp_path / "original.safetensors"
-    save_potential(tiny_potential(), path, {"data": "water.xyz"})
+    windows = dict.fromkeys(pair_names(("H", "C", "O")), 0.7)
+    bridging = PairBridging(outer=windows, inner=0.6)
+    save_potential(tiny_potential(bridging=bridging), path, {"data": "water.xyz"})
     original, same = path.read_bytes(), fingerprint_of(load_potential(path))
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -131,7 +147,7 @@ def test_native_checkpoints(tmp_path):
             is_signed = "digest" in file.metadata()
         if is_signed and fingerprint_of(potential) != same:
             return "a changed model was taken for the original"
-        return None if all(bool(p.isfinite().all()) for p in potential.parameters()) else "not finite"
+        return fault_of_energy(potential)
 
     check(Target(file_maker("model.safetensors", content), load_potential, accept), tmp_path, 20251)
 
@@ -139,10 +155,11 @@ def test_native_checkpoints(tmp_path):
 def mutated_tensor(rng: random.Random, tensor: torch.Tensor) -> torch.Tensor:
     """Tensor with other values, another type or another shape."""
     value = tensor.clone()
+    numbers = value if value.is_floating_point() else value.double()
     dtype = rng.choice((torch.int8, torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float64))
     return rng.choice(
         (
-            lambda: value.flatten().index_fill(
+            lambda: numbers.flatten().index_fill(
                 0, torch.tensor([0]), rng.choice((float("nan"), float("inf"), 1e30))
             ),
             lambda: value.to(dtype),
@@ -161,7 +178,7 @@ def test_deepmd_checkpoints(tmp_path):
     buffer = io.BytesIO()
     torch.save({"model": state}, buffer)
     original = buffer.getvalue()
-    names = [key for key, value in state.items() if isinstance(value, torch.Tensor)]
+    names = [key for key, value in state.items() if isinstance(value, torch.Tensor) and value.numel()]
 
     def entries(rng: random.Random) -> bytes:
         """Change entries of the archive; their checksums are right."""
@@ -181,7 +198,7 @@ def test_deepmd_checkpoints(tmp_path):
                 elif info is chosen and action < 0.85:
                     continue
                 elif info is chosen and action < 0.9:
-                    name = rng.choice((f"{name}x", "../x", "constants.pkl", "", rng.choice(infos).filename))
+                    name = rng.choice((f"{name}x", "../x", "constants.pkl", "x", rng.choice(infos).filename))
                 packed = info is chosen and action > 0.95
                 new.writestr(name, data, zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED)
             if rng.random() < 0.1:
@@ -225,7 +242,7 @@ def test_deepmd_checkpoints(tmp_path):
 
     def accept(potential: object, path: Path) -> str | None:
         model_card(path)
-        return None if all(bool(p.isfinite().all()) for p in potential.parameters()) else "not finite"
+        return fault_of_energy(potential)
 
     check(Target(file_maker("model.pt", content), load_potential, accept), tmp_path, 77)
 
@@ -234,6 +251,30 @@ def saved(value: object) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
+
+
+def test_training_states(tmp_path):
+    original = gzip.decompress(state_file(STATE_FORMAT).read_bytes())
+    kept = torch.load(io.BytesIO(original), weights_only=True)
+    weights = {key: value.clone() for key, value in kept["potential"].items()}
+
+    def content(rng: random.Random) -> bytes:
+        if rng.random() < 0.5:
+            return mutated_bytes(rng, original, head=3000)
+        entry = rng.choice(sorted(kept))
+        changed = mutated_value(rng, {entry: kept[entry]})
+        return saved(kept | changed if isinstance(changed, dict) else changed)
+
+    def read(path: Path) -> object:
+        state = load_state(path)
+        check_fits(state, weights, path)
+        return state["potential"]
+
+    def accept(found: object, path: Path) -> str | None:
+        same = all(torch.equal(found[key], value) for key, value in weights.items())
+        return None if same else "changed weights were taken for the original ones"
+
+    check(Target(file_maker("last.pt", content), read, accept), tmp_path, 82)
 
 
 # Run files

@@ -7,13 +7,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dpa4.data.coverage import Coverage
 from dpa4.model import DPA4, Bridging, ModelConfig
 from dpa4.model.presets import PRESETS, preset
 from dpa4.model.shapes import check_size, shapes_of
-from dpa4.potential import checkpoint, fingerprint_of, model_card
+from dpa4.potential import fingerprint_of, model_card
 from dpa4.potential.checkpoint import (
-    add_coverage,
     convert,
     load_potential,
     read_checkpoint,
@@ -120,12 +118,12 @@ def test_metadata_describe_the_model_without_the_weights(saved):
 
 
 def test_a_crash_while_saving_leaves_the_old_file(saved, monkeypatch):
-    def crash(tensors, path, metadata):
+    def crash(path):
         path.write_bytes(b"half a file")
         raise OSError("disk full")
 
     old = saved.read_bytes()
-    monkeypatch.setattr(checkpoint, "save_file", crash)
+    monkeypatch.setattr("dpa4.output.flush_to_disk", crash)
     with pytest.raises(OSError, match="disk full"):
         save_potential(make_potential(), saved)
     assert saved.read_bytes() == old
@@ -277,10 +275,6 @@ def test_the_digest_is_that_of_the_content_and_the_card_shows_it(saved):
     assert digest is not None and f"{digest[:16]}, matches weights and options" in model_card(saved).text
     rewrite(saved)
     assert read_checkpoint(saved).digest == digest  # the order in the file does not matter
-    coverage = Coverage(4.0, ("H",), {("H", "H"): 0.74})
-    add_coverage(saved, coverage)
-    assert read_checkpoint(saved).digest not in (digest, None)
-    assert read_checkpoint(saved).coverage == coverage
 
 
 def test_files_without_a_digest_are_read(saved):
@@ -292,14 +286,6 @@ def test_files_without_a_digest_are_read(saved):
     load_potential(saved)
 
 
-def test_no_coverage_is_added_to_an_edited_file(saved):
-    rewrite(saved, {"provenance": "{}"})
-    before = saved.read_bytes()
-    with pytest.raises(ValueError, match="the digest differs"):
-        add_coverage(saved, Coverage(4.0, ("H",), {}))
-    assert saved.read_bytes() == before
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused_by_name(saved, value):
     key = "model.blocks.1.conv.pre_mix.weight"
@@ -307,6 +293,12 @@ def test_weights_that_are_not_finite_are_refused_by_name(saved, value):
     weight.view(-1)[3] = value
     rewrite(saved, **{key: weight})
     every_reader_refuses(saved, f"{key} is not finite: 1 of its {weight.numel()} values")
+
+
+def test_absurd_weights_are_refused_by_name(saved):
+    key = "model.types.table"
+    rewrite(saved, **{key: load_file(saved)[key] - 1e30})
+    every_reader_refuses(saved, f"{key} has a value of 1e\\+30; allowed are weights up to 1e\\+08")
 
 
 def test_weights_that_are_not_finite_are_not_written(saved):

@@ -215,7 +215,7 @@ class ModelConfig(BaseModel):
             )
         for pair in self.excluded_pairs:
             if missing := [e for e in pair if e not in self.elements]:
-                raise ValueError(f"model.excluded_pairs names {missing}, which model.elements lacks")
+                raise ValueError(f"model.excluded_pairs names {shown(missing)}, which model.elements lacks")
         if isinstance(self.bridging, Bridging) and self.bridging.r_outer >= self.cutoff:
             raise ValueError(
                 f"bridging.r_outer must be below cutoff = {self.cutoff}, got {self.bridging.r_outer}"
@@ -228,12 +228,17 @@ class ModelConfig(BaseModel):
         pairs = pair_names(self.elements)
         if wrong := sorted(outer.keys() ^ pairs.keys()):
             raise ValueError(
-                f"bridging.outer needs one entry per pair of elements; missing or unknown: {wrong}"
+                f"bridging.outer needs one entry per pair of elements; missing or unknown: {shown(wrong)}"
             )
         if wrong := [f"{name}: {end}" for name, end in outer.items() if not 0 < end < self.cutoff]:
             raise ValueError(
-                f"bridging.outer must be between 0 and cutoff = {self.cutoff:g} Angstrom, got {', '.join(wrong)}"
+                f"bridging.outer must be between 0 and cutoff = {self.cutoff:g} Angstrom, got {shown(wrong)}"
             )
+
+    @property
+    def has_pair_bridging(self) -> bool:
+        """True if the model has a window per pair of elements."""
+        return isinstance(self.bridging, PairBridging)
 
     @property
     def degrees(self) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 from ase.data import chemical_symbols
 
 from dpa4.model.config import ModelConfig
+from dpa4.parsing import shown
 
 ALL_ELEMENTS: tuple[str, ...] = tuple(chemical_symbols[1:])  # H to Og: the 118 of the published models
 
@@ -66,5 +67,5 @@ def preset(name: str, elements: tuple[str, ...] = ALL_ELEMENTS, **overrides: Any
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"unknown preset {name!r}; {hint}Available: {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {shown(name)}; {hint}Available: {', '.join(PRESETS)}")
     return ModelConfig(**({"elements": elements} | PRESETS[name] | overrides))

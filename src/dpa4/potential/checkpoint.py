@@ -27,7 +27,7 @@ from dpa4 import __version__
 from dpa4.data.coverage import Coverage
 from dpa4.model import ModelConfig
 from dpa4.output import atomic_write, check_writable
-from dpa4.parsing import parse_json, shown
+from dpa4.parsing import first_line, parse_json, shown
 from dpa4.potential.deepmd.options import first_problem
 from dpa4.potential.deepmd.reader import read_deepmd
 from dpa4.potential.deepmd.writer import export_deepmd
@@ -41,7 +41,7 @@ from dpa4.potential.verification import (
     listed,
     weight_problems,
 )
-from dpa4.system import float32_by_default, own_settings
+from dpa4.system import float32_by_default, own_settings, user_path
 
 FORMAT = "dpa4"
 FORMAT_VERSION = 1
@@ -81,7 +81,7 @@ def save_potential(
         FileNotFoundError: If the folder of ``path`` does not exist.
         ValueError: If the name does not end in ``.safetensors``, or a weight is not finite.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.suffix != SUFFIX:
         raise ValueError(
             f"checkpoints end in {SUFFIX}, got {path.name!r}; `dpa4 convert` writes deepmd-kit's .pt"
@@ -104,21 +104,6 @@ def save_potential(
     if potential.coverage is not None:
         metadata["coverage"] = potential.coverage.to_json()
     _write(path, metadata, tensors)
-
-
-def add_coverage(path: Path, coverage: Coverage) -> None:
-    """Add the coverage of the training data to a native checkpoint that contains no distances yet.
-
-    Raises:
-        ValueError: If the checkpoint is damaged or was edited.
-    """
-    with _named(path):
-        metadata, tensors = _read_tensors(path)
-        stored = _coverage(metadata)
-        if stored is not None and stored.shortest is not None:
-            return
-        _verified_digest(metadata, tensors)
-    _write(path, metadata | {"coverage": coverage.to_json()}, tensors)
 
 
 def _write(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
@@ -178,7 +163,7 @@ def convert(
         ValueError: If the file cannot be read, the suffix of ``target`` is unknown, or deepmd-kit has no
             model with the same results.
     """
-    source, target = Path(source), Path(target)
+    source, target = user_path(source), user_path(target)
     if target.suffix not in (SUFFIX, ".pt"):
         raise ValueError(f"cannot convert to {target.name!r}; the target must end in {SUFFIX} or .pt")
     check_writable(target)
@@ -197,14 +182,14 @@ def convert(
 @float32_by_default()
 def read_checkpoint(path: str | Path, branch: str | None = None) -> Checkpoint:
     """Read a native or deepmd-kit checkpoint; arguments and errors as in `load_potential`."""
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     with open(path, "rb") as file:
         start = file.read(9)
     if start[8:9] == b"{":  # safetensors: eight bytes of header length, then JSON
         return _read_native(path, branch)
-    if start[:2] in (b"PK", b"\x80\x02"):  # zip archive or pickle, the two formats of torch.save
+    if start[:2] in (b"PK", b"\x80\x02"):  # the present and the earlier format of torch.save
         model = read_deepmd(path, branch)
         kind = f"deepmd-kit checkpoint, descriptor format {model.version:g}"
         return Checkpoint(
@@ -256,7 +241,7 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(f"cannot read {path}: it is damaged or incomplete ({error})") from error
+        raise ValueError(f"cannot read {path}: it is damaged or incomplete ({first_line(error)})") from error
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 

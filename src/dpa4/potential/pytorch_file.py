@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from dpa4.parsing import first_line
+
 
 def load_pytorch(path: Path) -> Any:
     """Read a file of ``torch.save`` onto the CPU: tensors and plain containers, never code.
@@ -17,19 +19,23 @@ def load_pytorch(path: Path) -> Any:
     """
     with open(path, "rb") as file:
         zipped = file.read(2) == b"PK"
-    if zipped:
-        _check_archive(path)
+    if not zipped:
+        raise ValueError(
+            f"cannot read {path}: it is damaged, or in the format of PyTorch before 1.6, which has no checksums; "
+            "load such a file with PyTorch and save it again"
+        )
+    _check_archive(path)
     try:
         with open(path, "rb") as file:  # given a path, torch.load reads some names as safetensors
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"cannot read {path}: it is damaged, or holds Python objects besides tensors, which are not read "
-            f"because loading them could run foreign code ({_first_line(error)})"
+            f"because loading them could run foreign code ({first_line(error)})"
         ) from error
     except Exception as error:  # a damaged file raises errors of many kinds
         raise ValueError(
-            f"cannot read {path}: it is damaged, incomplete or not a PyTorch checkpoint ({_first_line(error)})"
+            f"cannot read {path}: it is damaged, incomplete or not a PyTorch checkpoint ({first_line(error)})"
         ) from error
 
 
@@ -48,7 +54,7 @@ def _check_archive(path: Path) -> None:
             damaged = None if frozen or packed or unpacked > size else archive.testzip()
     except Exception as error:  # a damaged archive raises errors of many kinds
         raise ValueError(
-            f"cannot read {path}: it is damaged, incomplete or not a PyTorch checkpoint ({_first_line(error)})"
+            f"cannot read {path}: it is damaged, incomplete or not a PyTorch checkpoint ({first_line(error)})"
         ) from error
     if frozen:
         raise ValueError(
@@ -63,7 +69,3 @@ def _check_archive(path: Path) -> None:
         raise ValueError(
             f"cannot read {path}: it is damaged, the checksum of its part {damaged!r} is wrong; copy it again"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:200]

@@ -14,6 +14,9 @@ from dpa4.parsing import shown
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Types in which weights may be stored."""
 
+MAX_WEIGHT = 1e8
+"""Largest weight. Weights of trained models are below 1000; products of a few larger ones overflow."""
+
 MAX_REFERENCE_ENERGY = 1e8
 """Largest reference energy, in eV. The total energy of oganesson with all electrons is 1.5e6 eV."""
 
@@ -61,11 +64,11 @@ def listed(problems: Sequence[str], count: int = 5) -> str:
 
 
 def check_values(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Check the type of weights, and that they are finite.
+    """Check the type of weights, and that they are finite and not absurdly large.
 
     Raises:
         ValueError: With the name of the first weight that is not a plain tensor of floating-point numbers, or has
-            NaN or infinity among its values.
+            NaN, infinity or a value above ``MAX_WEIGHT`` among its values.
     """
     for name, tensor in tensors:
         check_stored(name, tensor)
@@ -74,12 +77,17 @@ def check_values(tensors: Iterable[tuple[str, Tensor]]) -> None:
                 f"{name} has values of type {_type_name(tensor.dtype)}; weights must be "
                 f"{', '.join(map(_type_name, WEIGHT_TYPES))}"
             )
-        if not bool(tensor.isfinite().all()):
-            broken = int((~tensor.isfinite()).sum())
-            raise ValueError(
-                f"{name} is not finite: {broken} of its {tensor.numel()} values are NaN or infinite. The file is "
-                "damaged, or its training diverged; use an earlier checkpoint"
-            )
+        if tensor.numel() == 0 or bool(tensor.abs().max() <= MAX_WEIGHT):
+            continue
+        broken = int((~tensor.isfinite()).sum())
+        problem = (
+            f"is not finite: {broken} of its {tensor.numel()} values are NaN or infinite"
+            if broken
+            else f"has a value of {float(tensor.abs().max()):.3g}; allowed are weights up to {MAX_WEIGHT:g}"
+        )
+        raise ValueError(
+            f"{name} {problem}. The file is damaged, or its training diverged; use an earlier checkpoint"
+        )
 
 
 def check_stored(name: str, tensor: Tensor) -> None:

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from dpa4.model.config import ModelConfig
 from dpa4.model.presets import preset
 from dpa4.parsing import parse_yaml, read_yaml, shown
+from dpa4.system import user_path
 from dpa4.training.options import ModelOptions, RunConfig, unknown_option
 
 
@@ -31,7 +32,7 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfi
         ValueError: If the file is not YAML, an override is malformed, or an option is unknown or not allowed. For
             faulty options, the message has one line each with the option, its value and the allowed values.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"run file {path} does not exist; `dpa4 init` writes a starting file")
     values = read_yaml(path)
@@ -159,10 +160,12 @@ def _faults(error: ValidationError) -> str:
         elif e["type"] == "value_error":
             lines[key] = message
         elif key in lines:
-            lines[key] += " or " + message.removeprefix("Input should be ")
+            other = message.removeprefix("Input should be ")
+            lines[key] += "" if other in lines[key] else f" or {other}"
         else:
             lines[key] = f"{key} = {shown(e['input'])}: {message[0].lower()}{message[1:]}"
-    return "\n".join(f"  {line}" for line in lines.values())
+    more = [f"and {len(lines) - 20} more faults"] if len(lines) > 20 else []
+    return "\n".join(f"  {line}" for line in [*list(lines.values())[:20], *more])
 
 
 def _option(location: tuple[int | str, ...]) -> tuple[list[Any], dict[str, FieldInfo]]:

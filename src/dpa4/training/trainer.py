@@ -21,10 +21,10 @@ from dpa4.output import (
     remove_leftovers,
     tolerate_any_encoding,
 )
+from dpa4.parsing import first_line
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import save_potential
 from dpa4.system import float32_by_default, keep_freed_memory, own_settings, stop_requests
-from dpa4.training.coverage import RunCoverage
 from dpa4.training.ema import MovingAverage
 from dpa4.training.evaluation import error_table, predict
 from dpa4.training.logs import ERROR_COLUMNS, TERMS, RunLog
@@ -138,7 +138,7 @@ class Trainer:
         options = config.training
         self.config, self.console, self.preparation = config, console, preparation
         self.potential, self.loss = preparation.potential, preparation.loss
-        self.coverage = RunCoverage(preparation, config.output, console)
+        self.potential.coverage = preparation.coverage
         self.potential.precision = options.precision
         self.device = self.potential.device
         keep_freed_memory(self.device)
@@ -187,7 +187,6 @@ class Trainer:
         with stop_requests() as stopped, self.log:
             last_tick = last_plot = self._clock()
             for batch in self._batches():
-                self.coverage.update()
                 self._train_on(batch)
                 now = self._clock()
                 self.seconds, last_tick = self.seconds + now - last_tick, now
@@ -376,7 +375,6 @@ class Trainer:
             "data": self.preparation.data,
             "history": self.history,
             "coverage": self.potential.coverage.to_json() if self.potential.coverage else None,
-            "earlier_coverage": self.coverage.earlier.to_json() if self.coverage.earlier else None,
             "provenance": self.preparation.provenance,
             "first_epoch": self.first_epoch,
             "potential": self.potential.state_dict(),
@@ -395,6 +393,10 @@ class Trainer:
             ValueError: If the state belongs to another model or optimiser or, without ``new_data``, to other data.
         """
         changed = changed_options(state["options"], self.preparation.run_text)
+        if (
+            "config" not in state
+        ):  # of an earlier version, in which models had no repulsion unless an option said so
+            changed = [c for c in changed if c != "model.bridging: None -> auto"]
         fixed = [c for c in changed if c.startswith(("model.", "training.optimizer", "training.ema_decay"))]
         if fixed:
             raise ValueError(
@@ -411,6 +413,19 @@ class Trainer:
         for change in changed:
             self.console.print(f"changed since the checkpoint: {change}", style="yellow", markup=False)
         check_fits(state, self.potential.state_dict(), self.config.output / STATE)
+        try:
+            self._restore(state)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.config.output / STATE} is damaged or belongs to another run: its entries do not fit "
+                f"({type(error).__name__}: {first_line(error)})"
+            ) from error
+        self.resumed = True
+        self.console.print(f"resumed after step {self.step}")
+        if others:
+            self._change_data(state, others)
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.potential.load_state_dict(state["potential"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
@@ -418,17 +433,14 @@ class Trainer:
         for name in _COUNTERS:
             setattr(self, name, state[name])
         self.history, self.first_epoch = state.get("history", []), state.get("first_epoch", 0)
-        self.coverage.earlier = _coverage(state.get("earlier_coverage"))
+        if coverage := state.get("coverage"):  # absent in states of earlier versions; includes earlier data
+            self.potential.coverage = self.preparation.coverage.union(Coverage.from_json(coverage))
         self.sums.copy_(state["sums"])
         # States of earlier versions counted every step for every term.
         self.labelled = state.get("labelled", dict.fromkeys(_TARGETS, self.summed))
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
-        self.resumed = True
-        self.console.print(f"resumed after step {self.step}")
-        if others:
-            self._change_data(state, others)
 
     def _change_data(self, state: dict[str, Any], others: Sequence[str]) -> None:
         """Start the epoch and the best score anew, and remember where model and coverage come from."""
@@ -436,7 +448,6 @@ class Trainer:
         self.first_epoch = self.epoch
         self.best_score, self.stale = math.inf, 0
         self.history = [*self.history, state["provenance"] | {"until step": str(self.step)}]
-        self.coverage.earlier = _coverage(state["coverage"])
         self.console.print(
             f"new {' and '.join(others)} data: the model keeps its elements and reference energies, the best score "
             "starts anew"
@@ -459,10 +470,6 @@ class Trainer:
     def _finish(self, stopped: bool) -> Path:
         folder = self.config.output
         plot_learning_curve(folder)
-        known = self.potential.coverage
-        self.coverage.finish(stopped and self.step < self.total)
-        if self.potential.coverage is not known:
-            self.save_state()
         if stopped and self.step < self.total:
             self.console.print(f"stopped after step {self.step}; continue with --resume")
         elif self._exhausted():
@@ -473,10 +480,6 @@ class Trainer:
         path = best if best.is_file() else folder / "last.safetensors"
         self.console.print(f"model: {path}", markup=False)
         return path
-
-
-def _coverage(text: str | None) -> Coverage | None:
-    return None if text is None else Coverage.from_json(text)
 
 
 def _optimizer(config: RunConfig, potential: Potential) -> torch.optim.Optimizer:

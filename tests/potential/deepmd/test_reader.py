@@ -592,7 +592,7 @@ def test_malformed_sections_are_refused_by_name(state, load, section, option, va
         (
             f"{FITTING}bias_atom_e",
             torch.full((3, 1), 1e300, dtype=torch.float64),
-            "reference energy of H is 1e",
+            r"bias_atom_e has a value of 1e\+300; allowed",
         ),
         (f"{FITTING}case_embd", torch.zeros(5), "types or shapes|does not fit"),
     ],
@@ -627,6 +627,13 @@ def test_a_flipped_bit_of_a_weight_is_told_by_the_checksum(state, tmp_path):
     content[at + 3] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="model.pt: it is damaged, the checksum of its part '.*' is wrong"):
+        load_potential(path)
+
+
+def test_the_format_without_checksums_is_refused(state, tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"model": state}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="model.pt: it is damaged, or in the format of PyTorch before 1.6"):
         load_potential(path)
 
 

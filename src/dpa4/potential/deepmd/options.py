@@ -298,7 +298,7 @@ def _require_dpa4(model_params: Mapping[str, Any]) -> None:
     )
     if model_type.lower() not in MODEL_TYPES or descriptor_type.lower() not in MODEL_TYPES:
         raise ValueError(
-            f"it is not a DPA4 model but one of type {model_type!r} with descriptor {descriptor_type!r}; "
+            f"it is not a DPA4 model but one of type {shown(model_type)} with descriptor {shown(descriptor_type)}; "
             "only models and descriptors of type 'dpa4' (or 'SeZM') can be read"
         )
     if fitting_type.lower() not in FITTING_TYPES:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from dpa4.model import ModelConfig
 from dpa4.model.shapes import shapes_of
-from dpa4.parsing import shown
+from dpa4.parsing import first_line, shown
 from dpa4.potential.deepmd.names import deepmd_name
 from dpa4.potential.deepmd.options import check_plain, config_from_deepmd, precision_of
 from dpa4.potential.pytorch_file import load_pytorch
@@ -29,6 +29,7 @@ from dpa4.potential.verification import (
     check_values,
     listed,
 )
+from dpa4.system import user_path
 
 NEWEST_FORMAT = 1.2  # newest readable format of the descriptor, written by deepmd-kit 3.2.0
 
@@ -64,7 +65,7 @@ def read_deepmd(path: str | Path, branch: str | None = None) -> DeepmdModel:
         ValueError: If the file is damaged, is not a DPA4 checkpoint, uses an unsupported option or a format newer
             than 1.2; also if the branch is unknown, or missing where there are several.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     outer = load_pytorch(path)
@@ -79,10 +80,9 @@ def read_deepmd(path: str | Path, branch: str | None = None) -> DeepmdModel:
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     except (TypeError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"cannot read {path}: its options or tensors have other types or shapes than deepmd-kit writes "
-            f"({type(error).__name__}: {reason:.200})"
+            f"({type(error).__name__}: {first_line(error)})"
         ) from error
 
 
