@@ -34,7 +34,7 @@ def load_state(path: Path) -> dict[str, Any]:
     state = load_pytorch(path)
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path} is not a training state; resuming needs the last.pt of the run")
-    if state["format"] != STATE_FORMAT:
+    if not isinstance(state["format"], int) or state["format"] != STATE_FORMAT:
         raise ValueError(
             f"{path} is a training state of format {shown(state['format'])}; this version reads format {STATE_FORMAT}"
         )
@@ -69,8 +69,9 @@ def _check_entries(state: dict[str, Any]) -> None:
         if isinstance(value, bool) or not 0 <= value < 2**62:
             raise ValueError(f"its entry {name} is {shown(value)}, not a number of steps")
     for name in ("best_score", "seconds"):
-        if math.isnan(_entry(state, name, int | float)):
-            raise ValueError(f"its entry {name} is not a number")
+        value = _entry(state, name, int | float)
+        if not (abs(value) < 2**62 or value == math.inf):
+            raise ValueError(f"its entry {name} is {shown(value)}, not a number")
     _entry(state, "options", str)
     _entry(state, "optimizer", dict)
     _entry(state, "average", list | None)
