@@ -1,4 +1,4 @@
-"""Output: folders of one process at a time, crash-safe writing, structures, CSV, JSON, figures, terminals."""
+"""Output: folders of one process at a time, files that survive a crash, CSV, JSON, figures, terminals."""
 
 import csv
 import io
@@ -42,7 +42,7 @@ class OutputFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise type(error)(f"cannot create the folder {path}: {error.strerror}") from error
-        self._path = path / f".{name}.lock" if name else path / ".lock"
+        self._path = path.absolute() / (f".{name}.lock" if name else ".lock")
         with naming(self._path):
             self._file = _locked(self._path, path / name)
             remove_leftovers(path, f".{name}{LEFTOVERS[1:]}" if name else LEFTOVERS)
@@ -123,7 +123,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        elsewhere = error.filename is not None and Path(error.filename).parent != path.parent
+        elsewhere = isinstance(error.filename, str) and Path(error.filename).parent != path.parent
         if error.strerror is None or elsewhere:  # the message says all, or is about another file
             raise
         raise type(error)(f"cannot write {path}: {error.strerror}") from error

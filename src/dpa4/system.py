@@ -2,16 +2,27 @@
 
 import ctypes
 import importlib
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """Path that a user gave, with ~ or ~name at its start replaced by the home folder, as in a shell.
+
+    Every path goes through this function where it enters: arguments of the commands, run files and the functions of
+    the Python interface. A shell leaves ~ as it is behind an equals sign (``--output=~/run``).
+    """
+    return Path(os.path.expanduser(path))
 
 
 def choose_device(name: str | torch.device) -> torch.device:

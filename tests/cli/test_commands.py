@@ -187,7 +187,7 @@ def test_output_in_any_encoding(trained):
     ("command", "number"),
     [
         ("train", signal.SIGINT),
-        *((c, signal.SIGTERM) for c in ("train", "md", "relax", "pairs", "neb", "eos")),
+        *((command, signal.SIGTERM) for command in ("train", "md", "relax", "pairs", "neb", "eos", "screen")),
     ],
 )
 def test_a_run_ended_by_a_signal_says_so_in_its_status(trained, tmp_path, monkeypatch, command, number):
@@ -232,7 +232,11 @@ def test_a_run_ended_by_a_signal_says_so_in_its_status(trained, tmp_path, monkey
         ),
         "eos": (model, structure, "--no-relax", "--device", "cpu", "-o", tmp_path / "run"),
     }
+    if command == "screen":
+        pytest.importorskip("torch_sim")
+        arguments["screen"] = (model, structure, "--fmax", 1e-9, "--device", "cpu", "-o", tmp_path / "run")
     places = {
+        "screen": "dpa4.interfaces.torchsim.DPA4Model.forward",
         "train": "dpa4.training.trainer.Trainer._train_on",
         "pairs": "dpa4.simulation.runs.store.Records.append",
     }
@@ -241,7 +245,7 @@ def test_a_run_ended_by_a_signal_says_so_in_its_status(trained, tmp_path, monkey
     owner = pkgutil.resolve_name(module)
     monkeypatch.setattr(owner, name, signalled(getattr(owner, name)))
     result = CliRunner().invoke(app, [command, *map(str, arguments[command])])
-    assert result.exit_code == 128 + number, result.output
+    assert result.exit_code == 128 + number, (result.output, result.exception)
     assert "continue" in result.output and "Traceback" not in result.output
     # the next command of the process is not ended by this signal
     assert CliRunner().invoke(app, ["info", str(model)]).exit_code == 0
@@ -353,3 +357,59 @@ def test_run_file_is_recorded(trained):
     length = int.from_bytes(header[:8], "little")
     metadata = json.loads(header[8 : 8 + length])["__metadata__"]
     assert "provenance" in " ".join(metadata)
+
+
+def test_the_home_folder_in_arguments_and_options(trained, monkeypatch, tmp_path):
+    """A shell leaves ~ as it is in --output=~/x, --set and run files."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copy(trained / "run" / "best.safetensors", home / "m.safetensors")
+    shutil.copy(trained / "train.xyz", home / "train.xyz")
+    cpu = ("--device", "cpu")
+    run("relax", "~/m.safetensors", "~/train.xyz", "--output=~/relax", "--steps", 1, *cpu)
+    run("eval", "~/m.safetensors", "~/train.xyz", "~/train.xyz", "--output=~/eval", *cpu)
+    run("convert", "~/m.safetensors", "~/m.pt")
+    run("init", "~/run.yaml", "--train", "~/train.xyz")
+    sets = [*TINY, "training.steps=2", "output=~/run", "data.validation=~/train.xyz", "device=cpu"]
+    run("train", "~/run.yaml", *(x for s in sets for x in ("--set", s)))
+    message = run("bench", "spice", "~/m.safetensors", "--data=~/data", *cpu, ok=False)
+    assert str(home / "data") in message.replace("\n", "")
+    assert {p.name for p in home.iterdir()} >= {"relax", "eval", "m.pt", "run.yaml", "run"}
+    assert (home / "run" / "best.safetensors").is_file() and (home / "relax" / "relaxed.xyz").is_file()
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_ghost_atoms_and_huge_coordinates_are_named(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, config = trained / "run" / "best.safetensors", trained / "run.yaml"
+    for symbol, place, message in (
+        ("X", "3", "bad.xyz, frame 0: atom 1 is a ghost or dummy atom (X)"),
+        (
+            "H",
+            "1e306",
+            "bad.xyz, frame 0: the position of atom 1 is beyond 1e+08 Angstrom: [0.0, 0.0, 1e+306]",
+        ),
+    ):
+        text = f"2\nProperties=species:S:1:pos:R:3 energy=-1\nH 0 0 0\n{symbol} 0 0 {place}\n"
+        (tmp_path / "bad.xyz").write_text(text)
+        for command in (
+            ("train", config, "--set", "data.train=bad.xyz", "--set", f"output={tmp_path / 'run'}"),
+            ("eval", model, "bad.xyz"),
+            ("relax", model, "bad.xyz"),
+            ("md", model, "bad.xyz", "--steps", 1),
+        ):
+            output = run(*command, ok=False).replace("\n", "")
+            assert message in output and "Traceback" not in output and "pydantic" not in output
+        output = run("screen", model, "bad.xyz", "-o", tmp_path / f"screen-{symbol}", "--device", "cpu")
+        assert "1 refused" in output.replace("refused: 1", "1 refused"), output
+
+
+def test_dynamics_of_heavy_water_has_its_masses(trained, tmp_path):
+    (tmp_path / "hdo.xyz").write_text("3\n\nO 0 0 0\nD 0 0.8 0.6\nH 0 -0.8 0.6\n")
+    model = trained / "run" / "best.safetensors"
+    run("md", model, tmp_path / "hdo.xyz", "-o", tmp_path / "md", "--steps", 2, "--device", "cpu")
+    atoms = read(tmp_path / "md" / "trajectory.xyz", "-1")
+    np.testing.assert_allclose(atoms.get_masses(), [15.999, 2.014101778, 1.008], atol=1e-6)

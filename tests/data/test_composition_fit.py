@@ -57,7 +57,7 @@ def test_structures_that_are_left_out_are_named():
     clean = reference_energies("least_squares", frames, ["H", "C", "O"])
     frames[5] = Frame(**{n: getattr(frames[5], n) for n in Frame.__slots__} | {"energy": 1e4})
     with pytest.warns(
-        UserWarning, match=r"1 of 40 energies are left out .* in a.xyz, frame 5 by \+\d+ eV/atom;"
+        UserWarning, match=r"leaves out 1 of 40 energies .* that of a.xyz, frame 5 \(\+\d+ eV/atom\);"
     ):
         found = reference_energies("least_squares", frames, ["H", "C", "O"])
     assert list(found.values()) == pytest.approx(list(clean.values()), abs=0.5)

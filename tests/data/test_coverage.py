@@ -2,41 +2,30 @@
 
 import io
 import json
-import os
-import signal
 import time
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
-from ase.data import chemical_symbols
 from ase.io import write
 from rich.console import Console
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from dpa4.data import (
     Coverage,
-    CoverageCollector,
-    EpochBatches,
     FrameDataset,
     coverage_of,
     frame_from_atoms,
     read_frames,
+    shortest_distances,
 )
-from dpa4.graph import build_graph
 from dpa4.interfaces.coverage_monitor import MARGIN, CoverageMonitor
 from dpa4.potential import convert, load_potential, model_card, save_potential
 from dpa4.simulation import DPA4Calculator
-from dpa4.training import coverage as training_coverage
 from dpa4.training import load_run_config, train
-from dpa4.training.coverage import RunCoverage
-from dpa4.training.prepare import prepare
-from dpa4.training.state import load_state, save_state
-from dpa4.training.trainer import Trainer
 from helpers import crystal, graph_of, molecule, random_potential
 
 SEEN = Coverage(4.0, ("H", "C"), {("H", "H"): 0.74, ("H", "C"): 1.05})
@@ -76,7 +65,7 @@ def test_shortest_distances_of_structures_worked_by_hand():
         Atoms("C", cell=[2.6, 3.0, 3.0], pbc=(True, False, False)),  # its own image
     ]
     dataset = FrameDataset([frame_from_atoms(atoms) for atoms in frames], cutoff=4.0)
-    found = coverage_of(dataset)
+    found = coverage_of(dataset, shortest_distances(dataset))
     assert (found.cutoff, found.elements) == (4.0, ("H", "C", "O"))
     assert found.shortest == pytest.approx({("H", "H"): 0.8, ("H", "C"): 1.1, ("C", "C"): 2.6}, abs=1e-12)
     assert found.text == "H-H 0.800, H-C 1.100, C-C 2.600 Å"
@@ -90,139 +79,20 @@ def test_long_lists_are_cut():
     assert Coverage(9.0, elements).text == "unknown, because not every structure was used"
 
 
-def test_graphs_may_come_in_any_order_and_twice():
-    frames = [frame_from_atoms(molecule(seed)) for seed in range(4)]
-    dataset, found = FrameDataset(frames, 4.0), CoverageCollector(frames, 4.0)
-    for index in (2, 0, 2, 3):
-        assert found.coverage == Coverage(4.0, ("H", "C", "O"))
-        found.add(index, dataset.graph(index))
-    assert found.missing.tolist() == [1] and not found.complete
-    found.add(1, dataset.graph(1))
-    assert found.complete and found.coverage == coverage_of(dataset)
+def test_of_large_data_only_a_part_is_searched(monkeypatch):
+    """A part of the data does not tell which atoms are closer than in the data, so the distances count as unknown."""
+    dataset = FrameDataset([frame_from_atoms(pair("HC", 1 + k / 10)) for k in range(9, -1, -1)], 4.0)
+    assert shortest_distances(dataset) == pytest.approx({("H", "C"): 1.0})
+    found = shortest_distances(dataset, limit=4)
+    assert found == pytest.approx({("H", "C"): 1.0}) and len(dataset._graphs) == 10
+    again = FrameDataset(dataset.frames[:-1], 4.0)
+    assert shortest_distances(again, limit=3) == pytest.approx({("H", "C"): 1.1}) and len(again._graphs) == 3
+    assert coverage_of(dataset, found) == Coverage(4.0, ("H", "C"), found)
+    monkeypatch.setattr("dpa4.data.coverage.MAX_STRUCTURES", 5)
+    assert coverage_of(dataset, found) == Coverage(4.0, ("H", "C"))
 
 
-# --- coverage of a run, by its steps and its end
-
-
-FRAMES = 12
-
-
-@pytest.fixture
-def built(monkeypatch) -> list:
-    """Arguments of every call that builds a graph."""
-    calls: list = []
-
-    def counted(*args):
-        calls.append(args)
-        return build_graph(*args)
-
-    monkeypatch.setattr("dpa4.data.dataset.build_graph", counted)
-    return calls
-
-
-class Run:
-    """The parts of a training run that coverage needs, without steps."""
-
-    def __init__(self, folder, cache_bytes: int = 2**20, coincide: int | None = None):
-        frames = [frame_from_atoms(molecule(seed, 5)) for seed in range(FRAMES)]
-        if coincide is not None:
-            frames[coincide].positions[1] = frames[coincide].positions[0]
-        collector = CoverageCollector(frames, 4.0)
-        self.dataset = FrameDataset(frames, 4.0, cache_bytes=cache_bytes, observe=collector.add)
-        self.potential = random_potential(elements=("H", "C", "N", "O"), n_blocks=1, lmax=1)
-        self.folder = folder
-        self.console = Console(file=io.StringIO(), record=True, width=300)
-        train = EpochBatches(self.dataset, batch_size=2)
-        self.preparation = SimpleNamespace(coverage=collector, train=train, potential=self.potential)
-        self.coverage = RunCoverage(self.preparation, folder, self.console)
-
-    def save(self) -> None:
-        for name in ("best", "last"):
-            save_potential(self.potential, self.folder / f"{name}.safetensors", {"step": "3"})
-
-    def use(self, batches: int) -> None:
-        """Run the first batches of an epoch, with an update after each."""
-        for indices in self.preparation.train.indices(0)[:batches]:
-            self.dataset.batch(indices)
-            self.coverage.update()
-
-    @property
-    def text(self) -> str:
-        return self.console.export_text(clear=False)
-
-    @property
-    def whole(self) -> Coverage:
-        return coverage_of(FrameDataset(self.dataset.frames, 4.0))
-
-
-ELEMENTS_ONLY = Coverage(4.0, ("H", "C", "O"))
-
-
-def files(folder) -> list[Coverage | None]:
-    return [load_potential(folder / f"{which}.safetensors").coverage for which in ("best", "last")]
-
-
-@pytest.mark.parametrize("cache_bytes", [0, 2**20])
-def test_an_epoch_finds_it_and_files_written_before_are_completed(tmp_path, built, cache_bytes):
-    """Files keep their weights and description. No graph is built only for the distances."""
-    run = Run(tmp_path, cache_bytes)
-    run.save()
-    best = tmp_path / "best.safetensors"
-    before, weights = model_card(best).sections, load_file(best)
-    run.use(5)
-    assert run.potential.coverage == ELEMENTS_ONLY and files(tmp_path) == [ELEMENTS_ONLY] * 2
-    assert run.text == ""
-    run.use(6)
-    run.coverage.update()
-    run.coverage.finish(stopped=False)
-    # The first five batches were used twice; without memory for graphs they were built twice.
-    assert len(built) == (FRAMES if cache_bytes else FRAMES + 10)
-    assert run.potential.coverage == run.whole and files(tmp_path) == [run.whole] * 2
-    assert run.text.count(f"closest atoms of the training data: {run.whole.text}") == 1
-    after = model_card(best).sections
-    assert before.pop("Training data") != after.pop("Training data")
-    assert before["Provenance"].pop("digest") != after["Provenance"].pop("digest")
-    assert before == after and all((weights[key] == value).all() for key, value in load_file(best).items())
-
-
-@pytest.mark.parametrize("stopped", [False, True])
-def test_small_data_are_completed_at_the_end(tmp_path, stopped):
-    run = Run(tmp_path)
-    run.use(1)
-    run.save()
-    run.coverage.finish(stopped)
-    assert files(tmp_path) == [run.whole] * 2
-    assert run.text.count("closest atoms of the training data: " + run.whole.text) == 1
-
-
-def test_large_data_that_were_not_used_once(tmp_path, monkeypatch):
-    """Elements are known. Distances from a part of the data would cause unfounded warnings."""
-    run = Run(tmp_path)
-    run.use(1)
-    run.save()
-    monkeypatch.setattr(training_coverage, "MISSING_WHEN_STOPPED", 9)
-    run.coverage.finish(stopped=True)
-    assert run.text == ""  # the resumed run will find them
-    monkeypatch.setattr(training_coverage, "MISSING", 9)
-    run.coverage.finish(stopped=False)
-    assert "not known, since training did not use 10 of 12 structures" in run.text
-    assert files(tmp_path) == [ELEMENTS_ONLY] * 2
-    best = tmp_path / "best.safetensors"
-    assert "unknown, because not every structure was used" in model_card(best).text
-    calc = DPA4Calculator(best, device="cpu")
-    assert energy(pair("HC", 0.3), calc) == []
-    assert energy(pair("HN", 1.0), calc)[0].startswith("N: supported by the model")
-
-
-def test_a_structure_that_is_no_good_and_was_not_used(tmp_path):
-    run = Run(tmp_path, coincide=7)
-    run.save()
-    run.coverage.finish(stopped=False)
-    assert "not known (structure 7: atoms 0 and 1 coincide" in run.text
-    assert [found.shortest for found in files(tmp_path)] == [None, None]
-
-
-# --- coverage of a run, from its data to its files
+# --- coverage of a run
 
 
 def labelled(seed: int) -> Atoms:
@@ -234,7 +104,7 @@ def labelled(seed: int) -> Atoms:
 @pytest.fixture
 def folder(tmp_path, no_figures):
     """Data of six batches per epoch, and a validation file."""
-    write(tmp_path / "train.xyz", [labelled(seed) for seed in range(FRAMES)])
+    write(tmp_path / "train.xyz", [labelled(seed) for seed in range(12)])
     write(tmp_path / "valid.xyz", [labelled(90), labelled(91)])
     return tmp_path
 
@@ -257,98 +127,18 @@ def run(folder, resume=False, **training) -> str:
     return console.export_text()
 
 
-def of_the_data(folder) -> Coverage:
-    return coverage_of(FrameDataset(read_frames(folder / "train.xyz"), cutoff=4.0))
-
-
-def prepared(folder, **training):
-    return prepare(run_config(folder, **training), Console(quiet=True))
-
-
-def test_nothing_is_built_before_the_first_batch(folder, built):
-    preparation = prepared(folder)
-    potential = Trainer(run_config(folder), preparation, Console(quiet=True)).potential
-    assert built == [] and not preparation.coverage.complete
-    assert potential.coverage == ELEMENTS_ONLY
-    preparation = prepared(folder, batch_size=None, max_edges=60)  # this budget needs every graph
-    assert preparation.coverage.coverage == of_the_data(folder)
-
-
-class Killed(BaseException):
-    """Stand-in for SIGKILL, which the trainer does not handle."""
-
-
-def test_files_and_card_have_it_before_the_second_epoch_is_over(folder, monkeypatch, built):
-    original = Trainer._train_on
-
-    def deadly(self, batch):
-        if self.step == 7:
-            raise Killed
-        original(self, batch)
-
-    monkeypatch.setattr(Trainer, "_train_on", deadly)
-    with pytest.raises(Killed):
-        run(folder, steps=12)
-    assert len(built) == FRAMES + 2  # the data once, and the validation data
-    expected: dict = {}
-    for atoms in read_frames(folder / "train.xyz"):  # validation data do not count
-        distances = np.linalg.norm(atoms.positions[:, None] - atoms.positions, axis=-1)
-        symbols = [chemical_symbols[z] for z in atoms.atomic_numbers]
-        for i in range(5):
-            for j in range(i):
-                name = tuple(sorted((symbols[i], symbols[j]), key="HCO".index))
-                if distances[i, j] <= 4:
-                    expected[name] = min(expected.get(name, np.inf), distances[i, j])
-    for found in files(folder / "run"):
-        assert found.elements == ("H", "C", "O")
-        assert found.shortest == pytest.approx(expected, abs=1e-12)
-    text = model_card(folder / "run" / "best.safetensors").text
-    assert found.text in text and "elements seen" in text
-
-
-def test_an_interrupted_first_epoch_is_completed(folder, monkeypatch):
-    """The next epoch completes it, even where the data are too large to be searched at the end."""
-    monkeypatch.setattr(training_coverage, "MISSING", 0)
-    monkeypatch.setattr(training_coverage, "MISSING_WHEN_STOPPED", 0)
-    original = Trainer._train_on
-
-    def interrupted(self, batch):
-        original(self, batch)
-        if self.step == 1:
-            os.kill(os.getpid(), signal.SIGINT)  # like Ctrl-C
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_on", interrupted)
-        text = run(folder)
-    assert "stopped after step 1" in text and "closest" not in text
-    assert load_potential(folder / "run" / "last.safetensors").coverage == ELEMENTS_ONLY
-    state = load_state(folder / "run" / "last.pt")
-    assert "coverage" not in state
-    del state["format"]
-    save_state(state | {"coverage": {"data": 1}}, folder / "run" / "last.pt")  # like in earlier versions
-    text = run(folder, resume=True, steps=12)
-    assert text.count("closest atoms of the training data: " + of_the_data(folder).text) == 1
-    assert text.index("step       2") < text.index("closest atoms")  # not at the start
-    assert files(folder / "run") == [of_the_data(folder)] * 2
-
-
-def test_a_structure_that_is_no_good_costs_no_progress(folder):
-    frames = [labelled(seed) for seed in range(FRAMES)]
-    position, _ = prepared(folder).train.indices(0)[4]
-    frames[position].positions[1] = frames[position].positions[0]
-    write(folder / "train.xyz", frames)
-    with pytest.raises(
-        ValueError, match=rf"frame {position}: atoms 0 and 1 coincide .*state before it is saved"
-    ):
-        run(folder)
-    assert load_state(folder / "run" / "last.pt")["step"] == 4
-    write(folder / "train.xyz", [labelled(seed) for seed in range(FRAMES)])
-    run(folder, resume=True)
-    assert load_state(folder / "run" / "last.pt")["step"] == 6
-    assert files(folder / "run")[1] == of_the_data(folder)
-
-
-# --- coverage in files
+def test_all_files_of_a_run_have_it(folder):
+    output = run(folder, steps=1)
+    frames = FrameDataset(read_frames([folder / "train.xyz"]), 4.0)
+    found = coverage_of(frames, shortest_distances(frames))
+    for name in ("best", "last"):
+        stored = load_potential(folder / "run" / f"{name}.safetensors")
+        assert stored.coverage == found
+        assert found.shortest is not None and stored.config.bridging.outer.keys() >= {"H-C", "C-O"}
+    assert found.text in " ".join(output.split())
+    assert (
+        model_card(folder / "run/best.safetensors").sections["Training data"]["closest atoms"] == found.text
+    )
 
 
 def test_checkpoints_keep_it(tmp_path):

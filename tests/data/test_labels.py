@@ -1,12 +1,15 @@
 """Labels of one structure come from one calculation, and predictions are never taken for labels."""
 
+import warnings
+
+import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from dpa4.data import LabelKeys, frame_from_atoms
+from dpa4.data import LabelKeys, frame_from_atoms, read_frames
 
 STRESS = np.array([[0.01, 0.04, 0.05], [0.04, 0.02, 0.06], [0.05, 0.06, 0.03]])
 
@@ -35,9 +38,9 @@ def test_reference_labels_replace_results_of_a_calculator():
 def test_predictions_do_not_complete_the_reference_labels():
     atoms = water(energy=3.0, forces=3.0)
     atoms.info["REF_energy"] = 2.0
-    assert values(atoms) == (2.0, None)
+    assert values(atoms) == values(atoms, energy="REF_energy") == (2.0, None)
     atoms.info["REF_energy"] = 3.0  # the same calculation under two names
-    assert values(atoms) == (3.0, 3.0)
+    assert values(atoms) == values(atoms, energy="REF_energy") == (3.0, 3.0)
 
 
 def test_labels_that_may_belong_to_two_calculations_are_refused():
@@ -103,3 +106,21 @@ def test_marked_predictions_are_no_labels():
     assert values(atoms, energy="energy", forces="forces") == (3.0, 3.0)
     atoms.info["DPA4_energy"] = 3.1  # another calculation has replaced the predictions
     assert values(atoms) == (3.0, 3.0)
+
+
+def test_a_file_with_two_kinds_of_names_is_told(tmp_path):
+    """Structures without labels in a file of predictions are read as labelled, which nothing else shows."""
+    reference, plain = water(energy=3.0, forces=3.0), water(energy=3.0, forces=3.0)
+    reference.info["REF_energy"], reference.arrays["REF_forces"] = 2.0, np.full((3, 3), 2.0)
+    ase.io.write(tmp_path / "a.xyz", [reference, plain, molecule("H2O")], format="extxyz")
+    message = (
+        "a.xyz: 1 structures have labels under REF_., but 1 under plain names, such as .*frame 1; if these"
+    )
+    with pytest.warns(UserWarning, match=message):
+        read_frames(tmp_path / "a.xyz")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_frames(tmp_path / "a.xyz", LabelKeys(energy="REF_energy", forces="REF_forces"))
+        for number, atoms in enumerate((reference, plain)):
+            ase.io.write(tmp_path / f"{number}.xyz", [atoms, molecule("H2O")], format="extxyz")
+        read_frames([tmp_path / "0.xyz", tmp_path / "1.xyz"])  # each file is of one kind

@@ -116,8 +116,28 @@ def test_units_of_energies_and_forces(factors, factor, cause):
     for frames in (methanol(), methanol(turned=True), periodic_copper()):
         (found,) = implausible_labels(scaled(frames, **factors))
         assert found.label == "energy" and found.structures == 16 and cause in found.text
+        assert " or " not in found.text or frames[0].pbc.any()
         assert float(found.size.removeprefix("factor ")) == pytest.approx(factor, rel=0.05)
         assert found.example.startswith("train.xyz, frame ")
+
+
+BOTH = [
+    (1 / HARTREE, "energies and forces in Hartree"),
+    (1 / KCAL, "energies and forces in kcal/mol"),
+    (96.485, "energies and forces in kJ/mol"),
+]
+
+
+@pytest.mark.parametrize(("scale", "cause"), BOTH)
+def test_energies_and_forces_in_the_same_wrong_unit(scale, cause):
+    """The stiffness of bonds of hydrogen gives the unit of the forces, since the energies agree with them."""
+    molecules = [f for f in read_frames(ROOT / "examples/organic/valid.xyz") if not f.pbc.any()]
+    (found,) = implausible_labels(scaled(molecules, scale, scale))
+    assert found.label == "forces" and found.structures == len(molecules)
+    assert f"the factor of {cause}" in found.text
+    bare = [dataclasses.replace(f, energy=None) for f in scaled(molecules, scale, scale)]
+    assert f"the factor of {cause.removeprefix('energies and ')}" in implausible_labels(bare)[0].text
+    assert implausible_labels(scaled(periodic_copper(), scale, scale)) == []  # no such bonds
 
 
 STRESSES = [
@@ -133,6 +153,24 @@ def test_unit_and_sign_of_the_stress_by_finite_differences(scale, factor, cause)
     (found,) = implausible_labels(scaled(strained_copper(), stress=scale))
     assert found.label == "stress" and cause in found.text
     assert float(found.size.removeprefix("factor ")) == pytest.approx(factor, rel=0.05)
+
+
+NPT = [
+    ({}, []),
+    ({"stress": 10 * GPA}, ["the factor of stress in kB"]),
+    ({"stress": -1}, ["the stress has the wrong sign (ASE: positive under tension)"]),
+    ({"energy": 1 / HARTREE}, ["the factor of energies in Hartree"]),
+]
+
+
+@pytest.mark.parametrize(("factors", "causes"), NPT, ids=str)
+def test_a_trajectory_in_a_cell_that_fluctuates(factors, causes):
+    rng = np.random.default_rng(0)
+    images = trajectory(bulk("Cu", cubic=True, a=3.7) * (2, 1, 1), 24)
+    for atoms in images:
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + 0.005 * rng.normal(size=(3, 3))), scale_atoms=True)
+    found = implausible_labels(scaled(labelled(images), **factors))
+    assert [f.text.split("; ")[1].removeprefix("this is ") for f in found] == causes
 
 
 def test_a_virial_under_the_name_of_a_stress():
@@ -180,6 +218,15 @@ def test_each_file_is_judged_alone():
     bad = [dataclasses.replace(f, origin=f.origin.replace("train", "other")) for f in bad]
     (found,) = implausible_labels([*good, *bad])
     assert found.example.startswith("other.xyz, frame ")
+
+
+def test_a_file_in_hartree_among_others():
+    bad = [dataclasses.replace(f, origin=f.origin.replace("train", "other")) for f in methanol()]
+    shifted = [dataclasses.replace(f, energy=(f.energy - 6e3) / HARTREE) for f in bad]
+    good = [dataclasses.replace(f, energy=f.energy - 6e3) for f in methanol() * 5]
+    far, unit = implausible_labels([*good, *shifted])
+    assert "away from those of other structures" in far.text and far.structures == 16
+    assert unit.example.startswith("other.xyz") and "the factor of energies in Hartree" in unit.text
 
 
 def test_frames_without_labels_or_neighbours():

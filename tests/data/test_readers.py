@@ -1,6 +1,5 @@
 """Readers: every format, every convention of labels, signs, and messages."""
 
-import sys
 import zipfile
 from pathlib import Path
 
@@ -100,13 +99,6 @@ def test_aselmdb_shards(tmp_path):
     frames = read_frames(tmp_path)
     for k in range(2):
         assert_frame(frames[k], copper(k))
-
-
-def test_aselmdb_without_its_package(tmp_path, monkeypatch):
-    (tmp_path / "a.aselmdb").touch()
-    monkeypatch.setitem(sys.modules, "ase_db_backends", None)
-    with pytest.raises(ImportError, match=r"a.aselmdb needs ase-db-backends: pip install 'dpa4\[aselmdb\]'"):
-        read_frames(tmp_path / "a.aselmdb")
 
 
 def test_archive_of_extended_xyz_files(tmp_path):
@@ -253,7 +245,10 @@ def _not_finite(system: Path) -> None:
     [
         (_no_type_map, "cu has no type_map.raw; add it"),
         (_unknown_element, r"type_map.raw names \['Qq'\]; use chemical symbols"),
-        (_few_names, "types up to 2, but type_map.raw has 2 names"),
+        (
+            _few_names,
+            "type.raw: the type of atom 0 in frame 0 is 2; allowed are .* as type_map.raw has 2 names",
+        ),
         (_no_box, "set.000 has no box.npy; add it, or an empty file nopbc"),
         (_no_coordinates, "set.000 has no coord.npy"),
         (_no_set, "cu has type.raw but no set"),
@@ -412,7 +407,9 @@ def test_path_errors(tmp_path):
     with pytest.raises(ValueError, match=r"empty is a directory with neither deepmd systems \(type.raw\)"):
         read_frames(tmp_path / "empty")
     (tmp_path / "broken.xyz").write_text("3\n\nH 0 0 0\n")
-    with pytest.raises(ValueError, match="broken.xyz cannot be read by ASE: "):
+    with pytest.raises(
+        ValueError, match="broken.xyz, frame 0: 3 atoms are declared, but the file ends after 1"
+    ):
         read_frames(tmp_path / "broken.xyz")
     (tmp_path / "broken.db").write_bytes(b"not a database, whatever its name says" * 9)
     with pytest.raises(ValueError, match="broken.db cannot be read as an ASE database: "):

@@ -183,6 +183,12 @@ def test_check_labels():
         ValueError, match="forces_weight = 2, but no validation structure has a label for forces"
     ):
         check_labels(frames[1:], {"energy": 1.0, "forces": 2.0, "virial": 0.0}, "validation")
+    hidden = [dataclasses.replace(frames[0], weight=0.0), *frames[1:]]
+    check_labels(hidden, {"forces": 20.0}, "validation")
+    with pytest.raises(
+        ValueError, match=r"no training .* forces \(found .*forces 0/2.*, 1 with config_weight = 0\)"
+    ):
+        check_labels(hidden, {"forces": 20.0})
 
 
 def test_elements_of_the_validation_data_must_be_trained():

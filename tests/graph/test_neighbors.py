@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpa4.graph import build_graph, collate, neighbor_list, neighbor_list_torch, within_cutoff
+from dpa4.graph.lattice import MAX_COORDINATE
 from dpa4.graph.neighbors import Neighbors
 
 Pair = tuple[int, int, int, int, int]  # source, destination, shift
@@ -112,7 +113,7 @@ def test_a_pair_at_the_cutoff_is_kept(cutoff, periodic):
     assert len(search(positions, cell, [periodic] * 3, below).source) == 0
 
 
-@pytest.mark.parametrize("distance", [1e3, 1e6, 1e9])
+@pytest.mark.parametrize("distance", [1e3, 1e6, 9e7])
 @pytest.mark.parametrize("pbc", [(False, False, False), (True, False, False), (True, True, False)])
 def test_fragments_far_apart(pbc, distance):
     """An evaporated atom neither hangs nor aborts the search, as it does vesin's cell list by itself."""
@@ -124,6 +125,32 @@ def test_fragments_far_apart(pbc, distance):
     apart = set(pairs(search(positions, cell, pbc, 4.0)))
     assert apart == {p for p in together if (p[0] < 2) == (p[1] < 2)}
     assert apart
+
+
+@pytest.mark.parametrize("pbc", [False, True])
+def test_atoms_at_the_largest_coordinate(pbc):
+    cell = np.diag([0.2, 30, 30]) * pbc
+    positions = np.array([[0, 0, 0], [0, 1.5, 0], [0, 0, 1.0]])
+    near = len(search(positions, cell, [pbc] * 3, 4.0).source)
+    moved = positions - [0.9 * MAX_COORDINATE, 0, 0]
+    assert len(search(moved, cell, [pbc] * 3, 4.0).source) == near > 0
+
+
+@pytest.mark.parametrize("value", [1e306, -2e8, np.nan, np.inf])
+@pytest.mark.parametrize("find", [neighbor_list, torch_search])
+def test_coordinates_beyond_the_search_are_refused(value, find):
+    """vesin divides by zero at 1e306, and finds too few neighbours when cell vectors are counted beyond 2**31."""
+    reason = "beyond 1e[+]08 Angstrom" if np.isfinite(value) else "not finite"
+    with pytest.raises(ValueError, match=rf"position of atom 1 is {reason}: \[0.0, 0.0, .*\]; correct"):
+        find([[0, 0, 0], [0, 0, value]], np.zeros((3, 3)), [False] * 3, 4.0)
+
+
+@pytest.mark.parametrize("find", [neighbor_list, torch_search])
+def test_cell_vectors_beyond_the_search_are_refused(find):
+    """With a single vector of 1e8 Angstrom vesin's cell list does not end."""
+    with pytest.raises(ValueError, match=r"component -1e\+08, beyond 1e\+06 Angstrom; correct it"):
+        find(np.zeros((1, 3)), np.diag([5, 5, -1e8]), [True] * 3, 4.0)
+    find(np.zeros((1, 3)), np.diag([5, 5, 1e300]), [True, True, False], 4.0)  # ignored
 
 
 def test_very_flat_cells():

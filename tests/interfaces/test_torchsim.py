@@ -150,6 +150,9 @@ def test_charge_and_spin():
         own(system)
     system.charge, system.mult = None, system.total_spin
     assert torch.equal(own(system)["energy"], results["energy"])
+    system.net_charge = system.total_charge
+    with pytest.warns(UserWarning, match="extras of the state: not used, .*: net_charge; a total charge"):
+        own(system)
     own.charge_spin = (-1, 4)
     assert own(state([second], own))["energy"].item() == pytest.approx(results["energy"][1].item(), abs=1e-12)
 

@@ -1,5 +1,6 @@
 """Published files: found or named with their source; the page of the documentation agrees with the code."""
 
+import gzip
 import re
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import typer
 
 from bench_cases import command, saved_model
 from dpa4.cli import app
+from dpa4.data import unpacking
 from dpa4.leaderboards import files
+from dpa4.leaderboards.discovery import read_entries, read_summary
 from dpa4.leaderboards.metrics import combined_performance_score
 from dpa4.leaderboards.submission import read_metadata
 
@@ -73,3 +76,32 @@ def test_published_scores_of_the_documentation_fit_together():
         score, *metrics = map(float, row)
         # half a unit of the last digit in each: 0.0005 (0.5 + 0.2 + 0.67) + 0.0005
         assert combined_performance_score(*metrics) == pytest.approx(score, abs=0.0012)
+
+
+def test_published_files_are_limited_while_they_are_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(unpacking, "ALWAYS_ALLOWED", 2**16)
+    path = tmp_path / "bomb.json.gz"
+    path.write_bytes(gzip.compress(b"[" + b" " * 2**22 + b"]"))
+    for read in (files.read_json, read_summary, lambda p: list(read_entries(p))):
+        with pytest.raises(
+            ValueError, match=r"bomb.json.gz cannot be read: it unpacks to more than [\d,]+ bytes"
+        ):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"nothing", "BadGzipFile"),
+        (gzip.compress(b'{"a": 1}')[:-9], "EOFError"),
+        (gzip.compress(b"{"), "JSONDecodeError"),
+        (gzip.compress(b"[" * 10**5), "RecursionError"),
+        (gzip.compress(b"\xff\xfe\xfd"), "UnicodeDecodeError"),
+    ],
+)
+def test_damaged_published_files_are_named(tmp_path, content, reason):
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(content)
+    for read in (files.read_json, lambda p: list(read_entries(p))):
+        with pytest.raises(ValueError, match=f"^{path} cannot be read: {reason}: "):
+            read(path)

@@ -187,7 +187,7 @@ def test_reference_by_columns_and_under_the_first_names(tmp_path):
     with pytest.raises(ValueError, match="lacks kappa_tot_avg or kappa_TOT_ave; it has material_id"):
         kappa.read_reference(tmp_path / "other.json.gz")
     (tmp_path / "broken.json.gz").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="cannot be read as JSON"):
+    with pytest.raises(ValueError, match="broken.json.gz cannot be read: BadGzipFile"):
         kappa.read_reference(tmp_path / "broken.json.gz")
 
 

@@ -7,13 +7,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dpa4.data.coverage import Coverage
 from dpa4.model import DPA4, Bridging, ModelConfig
 from dpa4.model.presets import PRESETS, preset
 from dpa4.model.shapes import check_size, shapes_of
 from dpa4.potential import fingerprint_of, model_card
 from dpa4.potential.checkpoint import (
-    add_coverage,
     convert,
     load_potential,
     read_checkpoint,
@@ -277,10 +275,6 @@ def test_the_digest_is_that_of_the_content_and_the_card_shows_it(saved):
     assert digest is not None and f"{digest[:16]}, matches weights and options" in model_card(saved).text
     rewrite(saved)
     assert read_checkpoint(saved).digest == digest  # the order in the file does not matter
-    coverage = Coverage(4.0, ("H",), {("H", "H"): 0.74})
-    add_coverage(saved, coverage)
-    assert read_checkpoint(saved).digest not in (digest, None)
-    assert read_checkpoint(saved).coverage == coverage
 
 
 def test_files_without_a_digest_are_read(saved):
@@ -290,14 +284,6 @@ def test_files_without_a_digest_are_read(saved):
     assert read_checkpoint(saved).digest is None
     assert "digest" not in model_card(saved).sections["Provenance"]
     load_potential(saved)
-
-
-def test_no_coverage_is_added_to_an_edited_file(saved):
-    rewrite(saved, {"provenance": "{}"})
-    before = saved.read_bytes()
-    with pytest.raises(ValueError, match="the digest differs"):
-        add_coverage(saved, Coverage(4.0, ("H",), {}))
-    assert saved.read_bytes() == before
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

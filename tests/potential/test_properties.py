@@ -204,8 +204,13 @@ def test_embeddings_see_charge_but_no_labels():
     neutral.info = {"charge": 0, "spin": 1}
     one, two = embeddings(potential, [charged, neutral])
     assert np.abs(one - two).max() > 1e-4
-    with pytest.raises(ValueError, match="structure 0 has no charge and spin"):
+    with pytest.raises(ValueError, match="structure 0: the model is conditioned on charge and spin without"):
         embeddings(potential, [molecule()])
+    for atoms in (charged, neutral):
+        atoms.info["net_charge"] = 1
+    with pytest.warns(UserWarning, match="^not used, .*: net_charge;") as caught:
+        embeddings(potential, [charged, neutral])
+    assert len(caught) == 1
 
 
 def test_embeddings_refusals(tmp_path):

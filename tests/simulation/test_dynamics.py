@@ -433,7 +433,7 @@ def test_refusals(tmp_path):
         run(copper(1), EMT(), tmp_path / "cold", steps=5, ensemble="nvt", temperature=0)
     with pytest.raises(ValueError, match=r"timestep = 1.0, but .* holds results with timestep = 0.5; choose"):
         run(copper(1), EMT(), tmp_path, steps=5, timestep=1, resume=True)
-    with pytest.raises(ValueError, match="the elements of the structure, .* are not those of the run"):
+    with pytest.raises(ValueError, match="the structure is not that of the run in .*: elements"):
         run(copper(2), EMT(), tmp_path, steps=5, resume=True)
     restart = tmp_path / "restart.json"
     state = json.loads(restart.read_text())

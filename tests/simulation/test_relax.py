@@ -350,3 +350,33 @@ def test_arguments(tmp_path):
         ValueError, match="structure 0: cell = full needs a cell periodic along all three axes"
     ):
         relax_all([molecule()], EMT(), tmp_path, cell="full", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("cell", [[1.0]]), ("positions", None), ("positions", [[0, 0, float("nan")]] * 4), ("energy", "x"),
+     ("bytes", -1), ("bytes", None), ("steps", ...), ("id", "7")],
+)  # fmt: skip
+@pytest.mark.usefixtures("no_figures")
+def test_damaged_records_are_refused(tmp_path, name, value):
+    relax_all([bulk("Cu", cubic=True)], EMT(), tmp_path, steps=0, progress=False)
+    file = tmp_path / "relax.jsonl"
+    record = json.loads(file.read_text()) | {name: value}
+    if value is ...:
+        del record[name]
+    file.write_text(json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match=r"relax.jsonl is damaged.*start without resume"):
+        relax_all([bulk("Cu", cubic=True)], EMT(), tmp_path, steps=0, progress=False, resume=True)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_relaxed_structures_that_are_lost(tmp_path):
+    relax_all([bulk("Cu", cubic=True)], EMT(), tmp_path, steps=0, progress=False)
+    file = tmp_path / "relaxed.xyz"
+    content = file.read_bytes()[:-10]
+    file.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"relaxed.xyz is damaged: it has \d+ bytes, relax.jsonl says at least"
+    ):
+        relax_all([bulk("Cu", cubic=True)], EMT(), tmp_path, steps=0, progress=False, resume=True)
+    assert file.read_bytes() == content

@@ -37,6 +37,7 @@ def batch(
         has_forces=torch.tensor(has_forces),
         has_virial=torch.tensor(has_virial),
         weight=torch.full((b,), weight, dtype=torch.float64),
+        max_force=torch.zeros(n, dtype=torch.float64),
     )
 
 

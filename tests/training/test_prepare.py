@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from pathlib import Path
 
 import ase.io
@@ -105,6 +106,17 @@ def test_arbitrary_reference_energies_are_told_in_output_and_model_card(tmp_path
     assert "arbitrary" not in text and not any("arbitrary" in key for key in preparation.provenance)
 
 
+def test_reference_energies_of_another_method_are_warned_of(tmp_path):
+    given = {e: FREE_ATOMS[e] for e in ("H", "C", "O")}
+    with pytest.warns(
+        UserWarning, match=r"the energies are -\S+ eV/atom from the reference energies in the med"
+    ):
+        prepared(tmp_path, MOLECULES, reference_energies=given | {"O": -430.0, "C": -155.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared(tmp_path, MOLECULES, reference_energies=given)
+
+
 @pytest.fixture
 def data(tmp_path):
     images = argon(20)
@@ -130,7 +142,10 @@ def test_implausible_labels_are_listed_and_no_frame_is_dropped(data):
     with pytest.warns(UserWarning) as caught:
         found, text = run_of(images, path)
     warned = [str(w.message) for w in caught if "train.xyz, frame 6" in str(w.message)]
-    assert len(warned) == 3 and "1 of 20 energies are left out of the fit of reference energies" in warned[2]
+    assert (
+        len(warned) == 3
+        and "the fit of reference energies leaves out 1 of 20 energies far from the others" in warned[2]
+    )
     assert text.index("Data") < text.index("Implausible labels") < text.index("reference energies (eV)")
     assert "1e+05 eV/Å" in text and re.search(r"\+2[45]\d\d eV/atom", text)
     assert len(found.train.dataset) + len(found.validation.dataset) == 20

@@ -35,7 +35,8 @@ def batch_of(structures, missing: str = "", seed: int = 0) -> Batch:
         return torch.tensor([letter not in missing or i % 2 == 1 for i in range(b)])
 
     e, f, v = map(known, "efv")
-    return Batch(graph, random(b), random(n, 3), random(b, 3, 3), e, f, v, random(b).abs() + 0.5)
+    weight, bound = random(b).abs() + 0.5, random(n).clamp(min=0)
+    return Batch(graph, random(b), random(n, 3), random(b, 3, 3), e, f, v, weight, bound)
 
 
 def step_of(potential, loss=None):
@@ -115,10 +116,9 @@ def test_padding_of_batches():
     assert (graph.num_atoms, graph.num_edges) == (rounded_up(n + 1, 5), rounded_up(batch.graph.num_edges, 5))
     assert (graph.structure.diff() >= 0).all() and (graph.destination.diff() >= 0).all()
     assert torch.equal(graph.structure[n:], torch.full((graph.num_atoms - n,), b))  # the rest is empty
-    lengths = {
-        name: len(t) for name, t in zip(padded._fields[1:], padded[1:], strict=True) if name != "forces"
-    }
-    assert set(lengths.values()) == {8} and len(padded.forces) == graph.num_atoms
+    lengths = {name: len(t) for name, t in zip(padded._fields[1:], padded[1:], strict=True)}
+    assert {lengths.pop("forces"), lengths.pop("max_force")} == {graph.num_atoms}
+    assert set(lengths.values()) == {8}
     assert not any(t[b:].any() for t in (padded.has_energy, padded.has_forces, padded.has_virial))
     assert not padded.weight[b:].any()
     for old, new in zip(batch[1:], padded[1:], strict=True):

@@ -168,7 +168,7 @@ def test_override_that_is_not_yaml(run_file):
         ("null", "null"),
         ("a: b", "a: b"),
         ("[x]", "[x]"),
-        ("~/run", "~/run"),
+        ("a~/run", "a~/run"),
         (" run ", "run"),
         ("'two words # no comment'", "two words # no comment"),
     ],
@@ -178,6 +178,12 @@ def test_texts_of_overrides_are_used_as_they_are_typed(run_file, typed, name):
     if name not in ("null", "[x]"):  # no file, and a list of one file
         assert load_run_config(run_file, [f"data.train={typed}"]).data.train == (Path(name),)
         assert load_run_config(run_file, [f"data.keys.energy={typed}"]).data.keys.energy == name
+
+
+def test_the_home_folder_in_overrides(run_file):
+    config = load_run_config(run_file, ["output=~/run", "data.train=[~/a.xyz, b.xyz]", "data.validation=~"])
+    assert config.output == Path.home() / "run"
+    assert config.data.train == (Path.home() / "a.xyz", Path("b.xyz"))
 
 
 def test_lists_of_texts_and_absent_texts_in_overrides(run_file):

@@ -389,6 +389,30 @@ def test_the_same_data_in_another_file_go_on(argon_file, copied_run, tmp_path, f
     assert_same_run(finished_run.folder, copied_run)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("config", "{}", "its configuration is not valid"),
+        ("config", 5, "its entry config is 5"),
+        ("data", {}, "does not say training, validation of its data"),
+        ("data", {"training": 1}, "must be texts"),
+        ("history", [5], "its entry history has 5"),
+        ("history", 5, "its entry history is 5"),
+        ("provenance", {"training data": ""}, "does not say validation data of its data"),
+        ("undetermined", [1], "must be texts"),
+        ("first_epoch", -1, "its entry first_epoch is -1"),
+        ("coverage", "x", "not a description of training data"),
+    ],
+)
+def test_states_with_a_damaged_entry_about_their_data(finished_run, tmp_path, name, value, message):
+    path = tmp_path / "last.pt"
+    state = load_state(finished_run.folder / "last.pt")
+    assert name in state
+    save_state(state | {name: value}, path)
+    with pytest.raises(ValueError, match=rf"^cannot resume from .*last.pt: .*{message}"):
+        load_state(path)
+
+
 def test_resume_on_new_data(copied_run, tmp_path):
     """Energies of the reference stay, the best score starts anew, coverage and provenance are the union."""
     far = Atoms("Ar2", [(0, 0, 0), (0, 0, 3.9)])

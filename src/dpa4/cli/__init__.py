@@ -1,7 +1,5 @@
 """The dpa4 command line; each command is a thin layer over a library function."""
 
-import typer
-
 from dpa4.cli.bench import bench
 from dpa4.cli.crystal import elastic, eos, phonon
 from dpa4.cli.dynamics import md
@@ -9,14 +7,14 @@ from dpa4.cli.embed import embed
 from dpa4.cli.lammps import lammps
 from dpa4.cli.models import convert, info
 from dpa4.cli.neb import neb
-from dpa4.cli.options import exit_after_signal, prepare_terminal
+from dpa4.cli.options import Commands, exit_after_signal, prepare_terminal
 from dpa4.cli.pair_curves import pairs
 from dpa4.cli.relax import relax
 from dpa4.cli.report import report
 from dpa4.cli.screen import screen
 from dpa4.cli.training import evaluate_command, init, train
 
-app = typer.Typer(
+app = Commands(
     help="Train and run DPA4 interatomic potentials. Units: eV and Angstrom.",
     no_args_is_help=True,
     add_completion=False,

@@ -7,6 +7,7 @@ import typer
 
 from dpa4.cli.options import (
     Branch,
+    Commands,
     Device,
     Dtype,
     Fmax,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from dpa4.leaderboards import DiscoveryScore
     from dpa4.simulation.runs.store import RunState
 
-bench = typer.Typer(
+bench = Commands(
     help="Published benchmarks: Matbench Discovery and SPICE-MACE-OFF. After Ctrl-C, the same command continues.",
     no_args_is_help=True,
 )

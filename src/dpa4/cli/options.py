@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer.core import TyperCommand
 
 from dpa4.output import tolerate_any_encoding
 
@@ -50,6 +51,31 @@ Keys = Annotated[
     typer.Option("--key", help="Name of a label in the data, as energy=dft_energy; may be repeated."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")]
+
+
+class Command(TyperCommand):
+    """Command whose paths may begin with ~, which a shell leaves as it is in ``--output=~/run``."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Replace the home folder in every path and list of paths, then run the command."""
+        ctx.params = {name: _expanded(value) for name, value in ctx.params.items()}
+        return super().invoke(ctx)
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, Path):
+        from dpa4.system import user_path
+
+        return user_path(value)
+    return [_expanded(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+class Commands(typer.Typer):
+    """Group of commands of the class ``Command``."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[..., Any]:
+        """Return a decorator that adds a command."""
+        return super().command(name, cls=Command, **options)
 
 
 class ModelOptions(TypedDict, total=False):
@@ -153,22 +179,18 @@ def _print(label: str, style: str, message: object) -> None:
     Console(stderr=True).print(Text.assemble((label, style), f" {message}"), soft_wrap=True)
 
 
-def read_structures(file: Path, index: str = ":") -> "list[Atoms]":
-    """Read the structures of a file in any format ASE supports.
-
-    Args:
-        file: The file.
-        index: ASE's index string; ":" selects all images, "-1" the last one.
+def read_structures(file: Path, last: bool = False) -> "list[Atoms]":
+    """Read the structures of a file, or the last one, in any format of ``dpa4.data.read_atoms``.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If ASE cannot read the file, or the file contains no structure.
+        ValueError: If the file cannot be read or contains no structure.
     """
     from dpa4.data import read_images
 
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
-    found = read_images(file, index)
+    found = read_images(file, last)
     if not found:
         raise ValueError(f"there is no structure in {file}")
     return found
@@ -176,7 +198,7 @@ def read_structures(file: Path, index: str = ":") -> "list[Atoms]":
 
 def last_image(file: Path) -> "Atoms":
     """Read the last structure of a file; formats and errors are those of ``read_structures``."""
-    return read_structures(file, "-1")[0]
+    return read_structures(file, last=True)[0]
 
 
 def label_keys(keys: list[str] | None) -> "LabelKeys":

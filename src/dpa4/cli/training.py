@@ -65,12 +65,14 @@ def evaluate_command(
     branch: Branch = None,
 ) -> None:
     """Compare predictions with labels; write an error table, parity plots and predictions as extxyz."""
-    from dpa4.data import read_frames
+    from dpa4.data import read_frames, warn_of_implausible_labels, without_isolated_atoms
     from dpa4.training import evaluate
 
     with user_errors():
         potential = eager_potential(model, device, dtype, branch)
         frames = read_frames(data, label_keys(keys))
+        if implausible := warn_of_implausible_labels(without_isolated_atoms(frames)):
+            console.print(implausible)
         table = evaluate(potential, frames, max_atoms=max_atoms, output=output, device=potential.device)
     if table.rows:
         console.print(table.to_rich())

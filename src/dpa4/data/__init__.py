@@ -1,11 +1,15 @@
 """Structures with labels: reading, checking, summarising and batching."""
 
 from dpa4.data.charge_spin import charges_and_spins
-from dpa4.data.coverage import Coverage, CoverageCollector, coverage_of
+from dpa4.data.coverage import Coverage, coverage_of, shortest_distances
 from dpa4.data.dataset import Batch, EpochBatches, FrameDataset
 from dpa4.data.frame import Frame, digest
 from dpa4.data.labels import LabelKeys, frame_from_atoms
-from dpa4.data.plausibility import implausible_labels, warn_of_implausible_labels
+from dpa4.data.plausibility import (
+    implausible_labels,
+    warn_of_implausible_labels,
+    warn_of_reference_energies,
+)
 from dpa4.data.readers import read_atoms, read_frames, read_images
 from dpa4.data.references import (
     is_isolated_atom,
@@ -26,7 +30,6 @@ from dpa4.data.writers import with_results, write_structures
 __all__ = [
     "Batch",
     "Coverage",
-    "CoverageCollector",
     "EpochBatches",
     "Frame",
     "FrameDataset",
@@ -45,10 +48,12 @@ __all__ = [
     "read_frames",
     "read_images",
     "reference_energies",
+    "shortest_distances",
     "summarize",
     "undetermined_elements",
     "undetermined_text",
     "warn_of_implausible_labels",
+    "warn_of_reference_energies",
     "with_results",
     "without_isolated_atoms",
     "write_structures",

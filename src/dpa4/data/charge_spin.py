@@ -125,6 +125,11 @@ def unused_names(entries: Mapping[Any, Any]) -> set[str]:
     return set(charge_spin_entries(entries)) - set(NAMES)
 
 
+def is_look_alike(name: str) -> bool:
+    """Return whether a name looks like that of a charge or a spin, but is not read."""
+    return name not in NAMES and _looks_alike(name)
+
+
 def warn_of_unused(names: Iterable[str], origin: str = "") -> None:
     """Warn that entries that look like a charge or a spin are not used."""
     warnings.warn(
@@ -153,9 +158,7 @@ def _same(first: Any, second: Any) -> bool:
 def _stated(entries: Mapping[str, Any], names: Sequence[str], origin: str) -> int | None:
     """The value that one or several names agree on; None if there is none."""
     found = {
-        name: _single(whole_numbers(entries[name], name, origin), name, origin)
-        for name in names
-        if entries.get(name) is not None
+        name: _whole_number(entries[name], name, origin) for name in names if entries.get(name) is not None
     }
     if len(set(found.values())) > 1:
         both = ", ".join(f"{name} = {value}" for name, value in found.items())
@@ -163,7 +166,11 @@ def _stated(entries: Mapping[str, Any], names: Sequence[str], origin: str) -> in
     return next(iter(found.values()), None)
 
 
-def _single(values: NDArray[np.int64], name: str, origin: str) -> int:
+def _whole_number(value: Any, name: str, origin: str) -> int:
+    # The usual case, quickly, because a calculator asks in every step.
+    if type(value) is int and (name in CHARGE_NAMES or value >= 1) and abs(value) < 2**31:
+        return value
+    values = whole_numbers(value, name, origin)
     if values.size != 1:
         raise ValueError(f"{_prefix(origin)}{name} must be one number, got {values.size}")
     return int(values.item())

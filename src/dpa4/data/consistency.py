@@ -1,4 +1,4 @@
-"""Factors between labels and their finite differences: energies against forces, energies against stress.
+"""Factors between labels and their finite differences: energies, forces, stress, and the stiffness of bonds.
 
 Two similar frames of the same atoms are related by E_b - E_a = -F . d - V : e, exact to the third order in the
 displacement d of the atoms and the strain e of the cell, with the means F of the forces and V of the virials. See
@@ -22,12 +22,14 @@ _MOLECULES = 256  # frames of the same molecule that are searched for similar on
 _CELLS = 128  # the same for cells, whose comparison takes longer
 _ATOMS = 16  # atoms that decide about the similarity of large structures
 _DISPLACEMENT = 0.35  # Angstrom, root mean square over the atoms; beyond this the third order is not small
-_STRAINED_DISPLACEMENT = (
-    0.1  # Angstrom; the same for pairs with different cells, whose strain energy is small
-)
-_STRAIN = 0.06
+_STRAINED_DISPLACEMENT = 0.1  # Angstrom; the same for pairs with different cells
+_STRAIN = 0.06  # largest strain of a pair, by component
 _NO_STRAIN = 1e-6
 _FEWEST = 6  # pairs
+_STIFFNESS = 33.0  # eV/Angstrom^2, of bonds of hydrogen to C, N and O; single ones have 25 to 50
+_BOND = 1.3  # Angstrom, longest bond of hydrogen
+_STRETCH = 0.01  # Angstrom, smallest change of a bond length
+_FEWEST_BONDS = 20
 _SPREAD = 2.5  # largest ratio of the upper to the lower quartile
 
 
@@ -42,10 +44,9 @@ class Factor(NamedTuple):
     atoms: float  # mean number of atoms
     volume: float  # mean, Angstrom^3; 0 without a cell
 
-    @property
-    def differs(self) -> bool:
-        """Clearly different from 1: not by the noise of the finite differences."""
-        return not 1 / 1.6 < self.value < 1.6 and not (self.lower < 1.3 and self.upper > 1 / 1.3)
+    def differs(self, limit: float = 1.6) -> bool:
+        """Return whether the factor is beyond a limit, and clearly so: not by the noise of the finite differences."""
+        return not 1 / limit < self.value < limit and not (self.lower < 1.3 and self.upper > 1 / 1.3)
 
 
 class _Pair(NamedTuple):
@@ -64,7 +65,8 @@ def energy_and_stress_factors(
     """Factors of the energies and of the virials of one file; None if similar frames are too few or disagree.
 
     The energy factor is E_b - E_a over the work of the forces, for pairs with the same cell. The stress factor is the
-    virial over the energy difference upon strain.
+    virial over the energy difference upon strain. If it is inconsistent and no cells are equal, the energy factor is
+    E_b - E_a over the work of forces and stress.
 
     Args:
         frames: Frames of one file. Energies or forces far outside of the others must not be among them.
@@ -73,14 +75,56 @@ def energy_and_stress_factors(
     pairs = list(_similar_pairs(frames, max_frames))
     rigid = _closest([p for p in pairs if p.strain < _NO_STRAIN])
     energy = _factor(rigid, [p.energy for p in rigid], [p.work for p in rigid])
-    scale = energy.value if energy is not None and energy.differs else 1.0
+    scale = energy.value if energy is not None and energy.differs() else 1.0
     strained = [
         p
         for p in pairs
         if p.strain >= _NO_STRAIN and p.strain_energy and p.displacement < _STRAINED_DISPLACEMENT
     ]
     residual = [p.energy / scale - p.work for p in strained]
-    return energy, _factor(strained, [p.strain_energy for p in strained], residual)
+    stress = _factor(strained, [p.strain_energy for p in strained], residual)
+    if energy is None and stress is None:  # no two cells are equal, and the energies may be the reason
+        energy = _factor(strained, [p.energy for p in strained], [p.work + p.strain_energy for p in strained])
+    return energy, stress
+
+
+def stiffness_factor(frames: Sequence[Frame], max_frames: int = 512) -> Factor | None:
+    """Stiffness of the bonds of H to C, N and O over the usual one; None if there are too few bonds or they disagree.
+
+    The stiffness is the change of the force on hydrogen along its bond over that of the length of the bond, between
+    frames of the same molecule. It does not depend on energies, and hardly on the molecule.
+
+    Args:
+        frames: Frames of one file. Forces far outside of the others must not be among them.
+        max_frames: Number of frames to use, those of the most frequent atoms first.
+    """
+    ratios, weights, first = [], [], None
+    for group in _groups(frames, max_frames):
+        lengths, forces = _hydrogen_bonds(group)
+        change, force = np.diff(lengths, axis=0), np.diff(forces, axis=0)
+        valid = (np.maximum(lengths[1:], lengths[:-1]) < _BOND) & (np.abs(change) > _STRETCH)
+        ratios.append(-force[valid] / change[valid] / _STIFFNESS)
+        weights.append(np.abs(change[valid]))
+        if valid.any() and first is None:
+            first = group[int(np.argwhere(valid)[0, 0])]
+    if first is None or sum(map(len, ratios)) < _FEWEST_BONDS:
+        return None
+    return _summary(np.concatenate(ratios), np.concatenate(weights), (first, first), [first])
+
+
+def _hydrogen_bonds(group: Sequence[Frame]) -> tuple[Vectors, Vectors]:
+    """Length of the bond of each H to the nearest C, N or O, and the force on H along it, both (frames, H)."""
+    numbers = group[0].atomic_numbers
+    hydrogen, partners = np.flatnonzero(numbers == 1)[:_ATOMS], np.flatnonzero(np.isin(numbers, (6, 7, 8)))
+    if not len(hydrogen) or not len(partners):
+        return np.zeros((len(group), 0)), np.zeros((len(group), 0))
+    positions = np.array([frame.positions for frame in group])
+    forces = np.array([frame.forces for frame in group])[:, hydrogen]
+    # The partner is that of the first frame. If the bond breaks, its length leaves it out.
+    first = np.linalg.norm(positions[0, hydrogen, None] - positions[0, partners], axis=-1)
+    bonds = positions[:, hydrogen] - positions[:, partners[first.argmin(axis=1)]]
+    lengths = np.linalg.norm(bonds, axis=-1)
+    return lengths, (forces * bonds).sum(axis=-1) / np.maximum(lengths, 1e-3)
 
 
 def _closest(pairs: Sequence[_Pair]) -> list[_Pair]:
@@ -95,10 +139,18 @@ def _factor(
 ) -> Factor | None:
     upper, lower = np.array(numerators), np.array(denominators)
     weights = np.sqrt(np.abs(upper * lower))
-    weights = np.minimum(weights, 4 * np.median(weights[weights > 0], axis=0)) if weights.any() else weights
-    if len(pairs) < _FEWEST or np.count_nonzero(weights) < _FEWEST:
+    if np.count_nonzero(weights) < _FEWEST:
         return None
+    weights = np.minimum(weights, 4 * np.median(weights[weights > 0]))
     ratios = np.divide(upper, lower, out=np.zeros_like(upper), where=weights > 0)
+    example = pairs[int(weights.argmax())]
+    return _summary(ratios, weights, (example.first, example.second), [p.first for p in pairs])
+
+
+def _summary(
+    ratios: Vectors, weights: Vectors, example: tuple[Frame, Frame], frames: Sequence[Frame]
+) -> Factor | None:
+    """Weighted quartiles of ratios; None if they disagree."""
     order = np.argsort(ratios)
     sums = np.cumsum(weights[order])
     first, median, third = (
@@ -106,32 +158,36 @@ def _factor(
     )
     if first * third <= 0 or not 1 / _SPREAD < third / first < _SPREAD:
         return None
-    example = pairs[int(weights.argmax())]
     return Factor(
         value=median,
         lower=first,
         upper=third,
-        pairs=len(pairs),
-        example=(example.first.origin, example.second.origin),
-        atoms=float(np.mean([len(p.first) for p in pairs])),
-        volume=float(np.mean([abs(np.linalg.det(p.first.cell)) for p in pairs])),
+        pairs=len(ratios),
+        example=(example[0].origin, example[1].origin),
+        atoms=float(np.mean([len(frame) for frame in frames])),
+        volume=float(np.mean([abs(np.linalg.det(frame.cell)) for frame in frames])),
     )
 
 
-def _similar_pairs(frames: Iterable[Frame], max_frames: int) -> Iterator[_Pair]:
-    """Pairs of each frame and the most similar one of the same atoms, in the same order, with energy and forces."""
-    groups: dict[tuple[bytes, bytes], list[Frame]] = defaultdict(list)
+def _groups(frames: Iterable[Frame], max_frames: int) -> Iterator[list[Frame]]:
+    """Frames with forces, grouped by atoms in the same order, charge and spin; the largest group first."""
+    groups: dict[tuple[bytes, bytes, str], list[Frame]] = defaultdict(list)
     for frame in frames:
-        if frame.energy is not None and frame.forces is not None and len(frame) > 1:
-            groups[frame.atomic_numbers.tobytes(), frame.pbc.tobytes()].append(frame)
-    left = max_frames
+        if frame.forces is not None and len(frame) > 1:
+            state = str(dict(frame.charge_spin)) if frame.charge_spin else ""
+            groups[frame.atomic_numbers.tobytes(), frame.pbc.tobytes(), state].append(frame)
     for group in sorted(groups.values(), key=len, reverse=True):
-        periodic = group[0].pbc.any()
-        group = group[: min(_CELLS if periodic else _MOLECULES, left)]
-        left -= len(group)
+        group = group[: min(_CELLS if group[0].pbc.any() else _MOLECULES, max_frames)]
+        max_frames -= len(group)
         if len(group) < 2:
             return
-        compare = _compare_cells if periodic else _compare_molecules
+        yield group
+
+
+def _similar_pairs(frames: Iterable[Frame], max_frames: int) -> Iterator[_Pair]:
+    """Pairs of each frame and the most similar one, with energy and forces."""
+    for group in _groups([frame for frame in frames if frame.energy is not None], max_frames):
+        compare = _compare_cells if group[0].pbc.any() else _compare_molecules
         for i, k in _nearest(group):
             pair = compare(group[i], group[k])
             if pair.displacement <= _DISPLACEMENT and pair.strain <= _STRAIN:

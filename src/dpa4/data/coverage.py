@@ -1,22 +1,22 @@
 """Coverage of training data: the elements, and the shortest distance between atoms of each pair of elements."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
 import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
-from numpy.typing import NDArray
 from rich.progress import track
 
 from dpa4.data.dataset import FrameDataset
-from dpa4.data.frame import Frame
 from dpa4.data.summary import elements_in
-from dpa4.graph import Graph
 from dpa4.parsing import parse_json, shown
 
 _SIZE = len(chemical_symbols)
+
+MAX_STRUCTURES = 100_000
+"""Largest number of structures whose distances are searched, which takes a minute or two."""
 _SYMBOLS = frozenset(chemical_symbols[1:])
 
 ElementPair = tuple[str, str]  # chemical symbols, the one with the smaller atomic number first
@@ -99,66 +99,32 @@ def _length(name: str, value: object) -> float:
     return float(value)
 
 
-class CoverageCollector:
-    """Collects the coverage of structures from their graphs, which may be added in any order.
+def shortest_distances(dataset: FrameDataset, limit: int = MAX_STRUCTURES) -> dict[ElementPair, float]:
+    """Shortest distance between atoms of each pair of elements within the cutoff, in Angstrom.
 
-    One thread may add graphs while another thread reads the coverage.
-
-    Args:
-        frames: The structures.
-        cutoff: Cutoff of the graphs, in Angstrom.
-    """
-
-    def __init__(self, frames: Sequence[Frame], cutoff: float):
-        self.cutoff = cutoff
-        self._elements = tuple(elements_in(frames))
-        self._seen = np.zeros(len(frames), dtype=bool)
-        self._squared = np.full((_SIZE, _SIZE), np.inf)  # shortest squared distance, by atomic numbers
-
-    def add(self, index: int, graph: Graph) -> None:
-        """Add the graph of structure ``index``; a structure that was added before is skipped."""
-        if self._seen[index]:
-            return
-        numbers, ends = graph.atomic_numbers, (graph.source, graph.destination)
-        squared = graph.edge_vectors().square().sum(1).numpy()
-        np.minimum.at(self._squared, (numbers[ends[0]].numpy(), numbers[ends[1]].numpy()), squared)
-        self._seen[index] = True  # last, because another thread may read
-
-    @property
-    def complete(self) -> bool:
-        """True if every structure was added."""
-        return bool(self._seen.all())
-
-    @property
-    def missing(self) -> NDArray[np.int64]:
-        """Indices of the structures that were not added yet."""
-        return np.flatnonzero(~self._seen)
-
-    @property
-    def coverage(self) -> Coverage:
-        """Coverage of all structures.
-
-        Until every structure was added, the distances are unknown: the shortest distances in a part of the data
-        would be too long.
-        """
-        if not self.complete:
-            return Coverage(self.cutoff, self._elements)
-        shortest = {}
-        for pair in combinations_with_replacement(self._elements, 2):
-            found = self._squared[atomic_numbers[pair[0]], atomic_numbers[pair[1]]]
-            if np.isfinite(found):
-                shortest[pair] = float(np.sqrt(found))
-        return Coverage(self.cutoff, self._elements, shortest)
-
-
-def coverage_of(dataset: FrameDataset, collector: CoverageCollector | None = None) -> Coverage:
-    """Coverage of a data set. With a collector, only the graphs that it lacks are built.
+    Of more than ``limit`` structures only an evenly spaced part is searched.
 
     Raises:
         ValueError: If a structure has no neighbour list.
     """
-    collector = collector or CoverageCollector(dataset.frames, dataset.cutoff)
-    missing = collector.missing.tolist()
-    for index in track(missing, "looking for close atoms", disable=len(missing) <= 2000):
-        collector.add(index, dataset.graph(index))
-    return collector.coverage
+    indices = np.unique(
+        np.linspace(0, len(dataset) - 1, min(len(dataset), limit)).round().astype(int)
+    ).tolist()
+    squared = np.full((_SIZE, _SIZE), np.inf)  # by atomic numbers
+    for index in track(indices, "looking for close atoms", disable=len(indices) <= 2000):
+        graph = dataset.graph(index)
+        numbers = graph.atomic_numbers.numpy()
+        ends = numbers[graph.source.numpy()], numbers[graph.destination.numpy()]
+        np.minimum.at(squared, ends, graph.edge_vectors().square().sum(1).numpy())
+    shortest = {}
+    for pair in combinations_with_replacement(elements_in(dataset.frames), 2):
+        found = squared[atomic_numbers[pair[0]], atomic_numbers[pair[1]]]
+        if np.isfinite(found):
+            shortest[pair] = float(np.sqrt(found))
+    return shortest
+
+
+def coverage_of(dataset: FrameDataset, shortest: Mapping[ElementPair, float]) -> Coverage:
+    """Coverage of a data set with these `shortest_distances`, which are unknown if only a part was searched."""
+    known = len(dataset) <= MAX_STRUCTURES
+    return Coverage(dataset.cutoff, tuple(elements_in(dataset.frames)), shortest if known else None)

@@ -69,7 +69,6 @@ class FrameDataset:
         cutoff: float,
         charge_spin: Sequence[tuple[int, int]] | None = None,
         cache_bytes: int = CACHE_BYTES,
-        observe: Callable[[int, Graph], None] | None = None,
     ):
         """Create a data set; no graph is built yet.
 
@@ -79,13 +78,10 @@ class FrameDataset:
             charge_spin: Charge and multiplicity of each frame, from ``charges_and_spins``; None: neutral singlets.
             cache_bytes: Size limit of the graphs cached in memory. The first graphs stay cached: evicting the
                 least recently used ones would evict every graph before its next use, one epoch later.
-            observe: Called with the index and the graph of a structure whenever a graph is built, in the
-                thread that builds it.
         """
         self.frames = list(frames)
         self.cutoff = cutoff
         self.charge_spin = charge_spin
-        self.observe = observe
         self._free_bytes = cache_bytes
         self._graphs: dict[int, Graph] = {}
         self._num_edges: NDArray[np.int64] | None = None
@@ -123,8 +119,6 @@ class FrameDataset:
             )
         except ValueError as error:
             raise ValueError(f"{_name(frame, index)}: {error}") from error
-        if self.observe is not None:
-            self.observe(index, graph)
         size = sum(t.nbytes for t in graph)
         if size <= self._free_bytes:
             self._graphs[index] = graph
@@ -194,7 +188,7 @@ class EpochBatches:
         max_edges: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
-        extend: Callable[[Batch, int, int], Batch] = lambda batch, epoch, number: batch,
+        extend: Callable[[Batch, int, int], Batch] | None = None,
     ):
         """Set the size of batches: ``batch_size``, or ``max_atoms`` and/or ``max_edges``.
 
@@ -264,7 +258,8 @@ class EpochBatches:
 
         def make(item: tuple[int, list[int]]) -> Batch:
             number, indices = item
-            batch = self.extend(self.dataset.batch(indices), epoch, number)
+            batch = self.dataset.batch(indices)
+            batch = batch if self.extend is None else self.extend(batch, epoch, number)
             return batch.pin_memory() if pin else batch
 
         return _prefetched(make, list(enumerate(self.indices(epoch)))[start:])

@@ -1,4 +1,4 @@
-"""Frame: one structure and its reference labels."""
+"""Frame: one structure and its reference labels; checks of structures that were read."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from ase.data import chemical_symbols
 from numpy.typing import NDArray
+
+from dpa4.graph.lattice import check_positions, periodic_lattice
+
+_HEAVIEST = len(chemical_symbols) - 1  # atomic number of the last element
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +41,8 @@ class Frame:
 
 
 def file_of(origin: str) -> str:
-    """File of a structure, from the origin of the structure, such as "train.xyz" from "train.xyz, frame 12"."""
-    return origin.rpartition(", ")[0] or origin
+    """File of a structure, such as "train.xyz" from the origin "train.xyz, frame 12"; "" if there is none."""
+    return origin.rpartition(", ")[0]
 
 
 def digest(frames: Iterable[Frame]) -> str:
@@ -48,3 +54,28 @@ def digest(frames: Iterable[Frame]) -> str:
             found.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
         found.update(repr((len(frame), frame.charge_spin, frame.energy, float(frame.weight))).encode())
     return found.hexdigest()
+
+
+def check_structure(
+    atomic_numbers: NDArray, positions: NDArray[np.float64], cell: NDArray[np.float64], origin: str
+) -> None:
+    """Check that every atom is of an element, and that positions and cell are in the range of neighbour searches.
+
+    Args:
+        atomic_numbers: Atomic numbers (N,).
+        positions: Atom positions (N, 3), in Angstrom.
+        cell: Cell vectors as rows (3, 3), in Angstrom.
+        origin: Source of the structure, for messages.
+
+    Raises:
+        ValueError: If not; the message names the source and the first atom concerned.
+    """
+    if len(other := np.flatnonzero((atomic_numbers < 1) | (atomic_numbers > _HEAVIEST))):
+        atom, number = int(other[0]), int(atomic_numbers[other[0]])
+        what = "is a ghost or dummy atom (X)" if number == 0 else f"has the atomic number {number}"
+        raise ValueError(f"{origin}: atom {atom} {what}, not an atom of an element; remove or replace it")
+    try:
+        check_positions(torch.from_numpy(np.asarray(positions, dtype=np.float64)))
+        periodic_lattice(cell, np.ones(3, dtype=bool))
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error

@@ -1,9 +1,11 @@
 """Conversion of ASE structures to ``Frame``: names, units and signs of the labels."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isclose
 from numbers import Real
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +14,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from numpy.typing import NDArray
 
 from dpa4.data.charge_spin import charge_spin_entries
-from dpa4.data.frame import Frame
+from dpa4.data.frame import Frame, check_structure
 
 # Entries of a label, in "results" of a calculator, "info" or "arrays". Entries of one group are the same quantity and
 # must agree; a later group is searched only if the groups before have no entry.
@@ -122,8 +124,36 @@ def frame_from_atoms(atoms: Atoms, keys: LabelKeys = USUAL_KEYS, group: str = ""
     )
 
 
+def has_reference_labels(atoms: Atoms) -> bool:
+    """Return whether a structure has an entry REF_*."""
+    entries = [entry.split(".", 1) for groups in REFERENCE.values() for group in groups for entry in group]
+    return any(
+        (atoms.info if place == "info" else atoms.arrays).get(key) is not None for place, key in entries
+    )
+
+
+def warn_of_two_sources(path: Path, frames: Sequence[Frame], references: Sequence[bool]) -> None:
+    """Warn if some structures of a file have labels under REF_* and others under plain names.
+
+    The latter may be structures without labels in a file of predictions.
+
+    Args:
+        path: The file, for the message.
+        frames: Structures of the file.
+        references: Whether each structure has an entry REF_*.
+    """
+    pairs = zip(frames, references, strict=True)
+    plain = [f for f, known in pairs if not (known or f.energy is f.forces is f.virial is None)]
+    if plain and any(references):
+        warnings.warn(
+            f"{path}: {sum(references)} structures have labels under REF_*, but {len(plain)} under plain names, such "
+            f"as {plain[0].origin}; if these are predictions, remove them or name the labels in data.keys",
+            stacklevel=3,
+        )
+
+
 def checked_frame(frame: Frame) -> Frame:
-    """Return the frame if it has atoms and all its numbers are finite.
+    """Return the frame if it has atoms of elements and all its numbers are finite and in range.
 
     Raises:
         ValueError: If not; the message names the frame and the problem.
@@ -136,6 +166,7 @@ def checked_frame(frame: Frame) -> Frame:
             where = np.argwhere(~np.isfinite(value))[0]
             row = f" of atom {where[0]}" if name in ("positions", "forces") else ""
             raise ValueError(f"{frame.origin}: {name}{row} not finite; correct or remove the structure")
+    check_structure(frame.atomic_numbers, frame.positions, frame.cell, frame.origin)
     return frame
 
 
@@ -202,10 +233,20 @@ class _Search:
         plain = self._find_all({name: PLAIN[name] for name in unnamed})
         if not existing:
             return plain
-        common = [name for name in plain if name in reference]
+        known = reference | named
+        twins = plain | {name: twin for name in named if (twin := self._twin(name))}
+        common = [name for name in known if name in twins]
         if plain and not common:
-            raise self._mixed(next(iter(named.values()), _Label(*existing[0])), next(iter(plain.values())))
-        return plain if all(_agree(n, plain[n].value, reference[n].value) for n in common) else {}
+            one = next(iter(known.values()), _Label(*existing[0]))
+            raise self._mixed(one, next(iter(plain.values())))
+        return plain if all(_agree(name, twins[name].value, known[name].value) for name in common) else {}
+
+    def _twin(self, name: str) -> _Label | None:
+        """Label under a plain name beside one that the user has named; None if it has no single value."""
+        try:
+            return self._find(name, PLAIN[name])
+        except ValueError:
+            return None
 
     def _find_all(self, groups_by_name: Mapping[str, Sequence[Sequence[str]]]) -> dict[str, _Label]:
         found = {name: self._find(name, groups) for name, groups in groups_by_name.items()}
@@ -270,7 +311,8 @@ def _numbers(value: Any, shape: tuple[int, ...], name: str, origin: str) -> NDAr
         return np.array(value, dtype=np.float64).reshape(shape)
     except (TypeError, ValueError):
         expected = f"numbers of shape {shape}" if shape else "a number"
-        raise ValueError(f"{name} of {origin} must be {expected}, got {value!r}") from None
+        got = " ".join(repr(value).split())[:200]
+        raise ValueError(f"{name} of {origin} must be {expected}, got {got}") from None
 
 
 def _virial(atoms: Atoms, name: str, value: Any, keys: LabelKeys, origin: str) -> NDArray[np.float64] | None:

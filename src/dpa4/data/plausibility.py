@@ -5,7 +5,7 @@ The rules and their limits are in docs/data.md, "Implausible labels".
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpa4.data.composition_fit import element_counts, fit_composition
-from dpa4.data.consistency import Factor, energy_and_stress_factors
+from dpa4.data.consistency import Factor, energy_and_stress_factors, stiffness_factor
 from dpa4.data.frame import Frame, file_of
 
 Values = NDArray[np.float64]
@@ -27,6 +27,7 @@ HUGE_VIRIAL = 1000.0  # eV/atom
 USUAL_VIRIAL = (
     20.0  # eV/atom; a larger median of a file is implausible: 200 GPa at 16 cubic Angstrom per atom
 )
+USUAL_BINDING = 20.0  # eV/atom; a larger median distance from the reference energies is implausible
 COMPARED_FRAMES = 4096  # of all files together, for finite differences
 
 _HARTREE, _RYDBERG = units.Hartree, units.Rydberg
@@ -48,6 +49,14 @@ ENERGY_FACTORS = {
     "energies and forces in atomic units": 1 / units.Bohr,
     "positions in bohr": units.Bohr,
 }
+# Stiffness of bonds of hydrogen over the usual one.
+FORCE_FACTORS = {
+    "kcal/mol": 1 / _KCAL,
+    "kJ/mol": 1 / _KJ,
+    "Hartree/bohr": units.Bohr / _HARTREE,
+    "Hartree": 1 / _HARTREE,
+}
+UNUSUAL_STIFFNESS = 5.0  # factor; protons between two atoms are softer, units differ by 20 or more
 # Virial over the energy difference upon strain.
 STRESS_FACTORS = {
     "stress in GPa": 1 / units.GPa,
@@ -82,13 +91,16 @@ class _Maxima(NamedTuple):
         return max(float(np.median(self.values[self.labelled])), 1e-3)
 
     def outside(self, large: float, huge: float) -> NDArray[np.bool_]:
-        """Values eight robust standard deviations above the others on a logarithmic scale, from large to huge."""
+        """Values eight robust standard deviations above the others on a logarithmic scale, from large to huge.
+
+        Values below ten times the median are never outside.
+        """
         if not self.labelled.any():
             return np.zeros(len(self.values), dtype=bool)
         logarithms = np.log(np.maximum(self.values[self.labelled], large / 1000))
         centre = np.median(logarithms)
         spread = 1.4826 * np.median(np.abs(logarithms - centre))
-        limit = min(max(np.log(large), centre + 8 * spread), np.log(huge))
+        limit = max(min(max(np.log(large), centre + 8 * spread), np.log(huge)), centre + np.log(10.0))
         return self.values > np.exp(limit)
 
 
@@ -125,6 +137,27 @@ def warn_of_implausible_labels(frames: Sequence[Frame]) -> Table | None:
     return table
 
 
+def warn_of_reference_energies(frames: Sequence[Frame], energies: Mapping[str, float]) -> None:
+    """Warn if the energies are far from the reference energies, as those of another method or unit are.
+
+    Args:
+        frames: Structures without free atoms, with elements for which there are reference energies.
+        energies: Reference energy of each element, in eV.
+    """
+    labelled = [frame for frame in frames if frame.energy is not None]
+    if not labelled:
+        return
+    counts = element_counts(labelled, list(energies))
+    totals = np.array([frame.energy for frame in labelled], dtype=np.float64)
+    usual = float(np.median((totals - counts @ np.array(list(energies.values()))) / counts.sum(axis=1)))
+    if abs(usual) > USUAL_BINDING:
+        warnings.warn(
+            f"the energies are {usual:+.4g} eV/atom from the reference energies in the median of the training data, "
+            "much more than bonds are worth; are both of the same method and in eV?",
+            stacklevel=2,
+        )
+
+
 def _energy_deviations(frames: Sequence[Frame]) -> Values:
     """Deviations from the fit by composition, in eV/atom, of energies that are far from it; 0 for all others."""
     labelled = np.array([frame.energy is not None for frame in frames], dtype=bool)
@@ -145,43 +178,61 @@ def _in_file(frames: Sequence[Frame], deviations: Values, compared: int) -> Iter
         compared: Number of structures that are compared with similar ones.
     """
     forces = _maxima([frame.forces for frame in frames])
-    virials = _maxima([None if f.virial is None else f.virial / len(f) for f in frames])
-    exploded = forces.outside(LARGE_FORCE, HUGE_FORCE)
-    wild = exploded | (deviations != 0)
+    exploded, far = forces.outside(LARGE_FORCE, HUGE_FORCE), deviations != 0
+    if far.any():
+        yield _energy_finding(frames, deviations)
+    if exploded.any():
+        advice = "a calculation that failed, or atoms too close"
+        yield _explosion("forces", "force", "eV/Å", frames, forces, exploded, advice)
+    # Single wrong energies disturb the comparison; if most are far from other files, their unit is in question.
+    wild = exploded | far if far.mean() < 0.5 else exploded
     sane = [frame for frame, bad in zip(frames, wild, strict=True) if not bad]
     energy, stress = energy_and_stress_factors(sane, compared)
-    if deviations.any():
-        worst = int(np.abs(deviations).argmax())
-        yield Finding(
-            "energy",
-            int(np.count_nonzero(deviations)),
-            f"{deviations[worst]:+.4g} eV/atom",
-            frames[worst].origin,
-            f"the energy is {deviations[worst]:+.4g} eV/atom away from those of other structures with this "
-            "composition; look for a calculation that failed, or another method or unit",
-        )
-    if exploded.any():
-        yield _explosion(
-            "forces",
-            "force",
-            "eV/Å",
-            frames,
-            forces,
-            exploded,
-            "a calculation that failed, or atoms too close",
-        )
-    if energy is not None and energy.differs:
-        change = f"energies change by {energy.value:.4g} times the work of the forces"
-        causes = ENERGY_FACTORS | {"energies per atom": 1 / energy.atoms}
-        yield _unit_finding("energy", len(frames), energy, change, causes, "the forces have the wrong sign")
+    stiffness = stiffness_factor(sane, compared)
+    if energy is not None and energy.differs():
+        yield _energy_unit_finding(len(frames), energy, stiffness)
         stress = None  # its factor would be that of energies or forces
-    yield from _stress_findings(frames, virials, stress)
+    elif stiffness is not None and stiffness.differs(UNUSUAL_STIFFNESS):
+        yield _stiffness_finding(frames, stiffness, "forces" if energy is None else "energies and forces")
+    yield from _stress_findings(frames, stress)
 
 
-def _stress_findings(frames: Sequence[Frame], virials: _Maxima, factor: Factor | None) -> Iterator[Finding]:
+def _energy_finding(frames: Sequence[Frame], deviations: Values) -> Finding:
+    """Finding of energies far from those of other structures."""
+    worst = int(np.abs(deviations).argmax())
+    size = f"{deviations[worst]:+.4g} eV/atom"
+    text = (
+        f"the energy is {size} away from those of other structures with this composition; look for a calculation "
+        "that failed, or another method or unit"
+    )
+    return Finding("energy", int(np.count_nonzero(deviations)), size, frames[worst].origin, text)
+
+
+def _energy_unit_finding(structures: int, energy: Factor, stiffness: Factor | None) -> Finding:
+    """Finding of energies that do not agree with the forces; the stiffness tells which of both are wrong."""
+    change = f"energies change by {energy.value:.4g} times the work of the forces"
+    causes = ENERGY_FACTORS | {"energies per atom": 1 / energy.atoms}
+    if stiffness is not None:
+        wrong_forces = not _similar(abs(stiffness.value), 1.0, UNUSUAL_STIFFNESS)
+        causes = {name: f for name, f in causes.items() if ("forces" in name) == wrong_forces}
+    return _unit_finding("energy", structures, energy, change, causes, "the forces have the wrong sign")
+
+
+def _stiffness_finding(frames: Sequence[Frame], factor: Factor, labels: str) -> Finding:
+    """Finding of bonds of hydrogen that are much softer or stiffer than usual."""
+    change = f"bonds of H to C, N and O are {factor.value:.4g} times as stiff as usual, by their forces"
+    causes = {f"{labels} in {unit}": value for unit, value in FORCE_FACTORS.items()}
+    count = sum(frame.forces is not None for frame in frames)
+    return _unit_finding(
+        "forces", count, factor, change, causes, "the forces have the wrong sign", tolerance=1.5
+    )
+
+
+def _stress_findings(frames: Sequence[Frame], factor: Factor | None) -> Iterator[Finding]:
     """Stress in other units or with the wrong sign, by finite differences or else by its size."""
+    virials = _maxima([None if f.virial is None else f.virial / len(f) for f in frames])
     count = int(virials.labelled.sum())
-    if factor is not None and factor.differs:
+    if factor is not None and factor.differs():
         causes = dict(STRESS_FACTORS)
         if factor.volume:
             causes["a virial under the name of a stress"] = -factor.volume
@@ -224,20 +275,30 @@ def _explosion(
 
 
 def _unit_finding(
-    label: str, structures: int, factor: Factor, observation: str, causes: dict[str, float], sign: str
+    label: str,
+    structures: int,
+    factor: Factor,
+    observation: str,
+    causes: dict[str, float],
+    sign: str,
+    tolerance: float = 1.25,
 ) -> Finding:
     """Finding of a factor between a label and its finite difference."""
-    text = f"{observation} ({factor.pairs} pairs of similar structures); {_cause(factor, causes, sign)}"
+    text = f"{observation} ({factor.pairs} pairs of similar structures); {_cause(factor, causes, sign, tolerance)}"
     return Finding(label, structures, f"factor {factor.value:.4g}", factor.example[0], text)
 
 
-def _cause(factor: Factor, causes: dict[str, float], sign: str) -> str:
+def _cause(factor: Factor, causes: dict[str, float], sign: str, tolerance: float) -> str:
     """Known causes of a factor, the sign included, as the end of a sentence."""
     value = abs(factor.value)
     if _similar(value, 1.0):
         return sign
     low, high = sorted((abs(factor.lower), abs(factor.upper)))
-    near = [n for n, f in causes.items() if low / 1.03 < abs(f) < high * 1.03 and 0.8 < value / abs(f) < 1.25]
+    near = [
+        n
+        for n, f in causes.items()
+        if low / 1.03 < abs(f) < high * 1.03 and _similar(value, abs(f), tolerance)
+    ]
     if same := [name for name in near if factor.value * causes[name] > 0]:
         return f"this is the factor of {' or '.join(same)}"
     if near:
@@ -250,5 +311,5 @@ def _maxima(labels: Sequence[Values | None]) -> _Maxima:
     return _Maxima(np.array(values), np.array([label is not None for label in labels], dtype=bool))
 
 
-def _similar(first: float, second: float) -> bool:
-    return 1 / 1.6 < first / second < 1.6
+def _similar(first: float, second: float, tolerance: float = 1.6) -> bool:
+    return 1 / tolerance < first / second < tolerance

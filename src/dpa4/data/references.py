@@ -95,11 +95,12 @@ def undetermined_elements(
 
 def undetermined_text(undetermined: Sequence[str]) -> str:
     """Explain that reference energies are arbitrary, and how to determine them."""
+    names = ", ".join(undetermined)
     return (
-        f"the reference energies of {', '.join(undetermined)} are arbitrary: the compositions of the training "
-        "structures do not determine them, so energy differences between compositions mean nothing. Add a free atom "
-        "of every element (config_type=IsolatedAtom), structures of other compositions, or energies as a map in "
-        "data.reference_energies"
+        f"the reference energies of {names} are arbitrary: the compositions of the training structures do not "
+        "determine them, so energy differences between compositions mean nothing. Add a free atom of every element "
+        f"of the model (config_type=IsolatedAtom), or structures with other proportions of {names}, or give the "
+        "energies as a map in data.reference_energies"
     )
 
 
@@ -151,9 +152,9 @@ def _least_squares(frames: Sequence[Frame], elements: Sequence[str]) -> dict[str
     if fit.outliers.any():
         worst = int(np.abs(fit.deviations).argmax())
         warnings.warn(
-            f"{fit.outliers.sum()} of {len(frames)} energies are left out of the fit of reference energies, because "
-            f"they are far from the others: in {frames[worst].origin} by {fit.deviations[worst]:+.4g} eV/atom; the "
-            "structures stay in the training data",
+            f"the fit of reference energies leaves out {fit.outliers.sum()} of {len(frames)} energies far from the "
+            f"others, such as that of {frames[worst].origin} ({fit.deviations[worst]:+.4g} eV/atom); the structures "
+            "stay in the training data",
             stacklevel=3,
         )
     return dict(zip(elements, fit.energies.tolist(), strict=True))

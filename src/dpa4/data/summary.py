@@ -50,12 +50,15 @@ def check_labels(frames: Sequence[Frame], weights: Mapping[str, float], part: st
     Raises:
         ValueError: If a target has no label in any frame; the message lists the labels found.
     """
-    counts = label_counts(frames)
+    # A weight of zero hides the labels of a structure from training; validation errors have no weights.
+    used = [frame for frame in frames if frame.weight or part == "validation"]
+    counts = label_counts(used)
     for name, weight in weights.items():
         if weight and not counts[name]:
+            hidden = f", {len(frames) - len(used)} with config_weight = 0" if len(used) < len(frames) else ""
             raise ValueError(
                 f"training.{name}_weight = {weight:g}, but no {part} structure has a label for {name} "
-                f"(found {_labels(frames, ', ')}); add the label, name it in data.keys, or set the weight to 0"
+                f"(found {_labels(used, ', ')}{hidden}); add the label, name it in data.keys, or set the weight to 0"
             )
 
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from dpa4.data.labels import PREDICTED_ENERGY
 from dpa4.output import naming
+from dpa4.system import user_path
 
 LABEL = re.compile(
     r"REF_.*|(.*_)?(energy|energies|forces?|stress|stresses|virials?)(_per_atom|_std)?|" + PREDICTED_ENERGY,
@@ -87,7 +88,7 @@ def write_structures(
     """
     frames = [images] if isinstance(images, Atoms) else images
     if isinstance(target, str | Path):
-        path = Path(target)
+        path = user_path(target)
         with naming(path), path.open("a" if append else "w", encoding="utf-8", newline="\n") as file:
             write_structures(file, frames)
         return

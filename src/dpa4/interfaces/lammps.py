@@ -20,7 +20,7 @@ from ase.data import atomic_numbers
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
-from dpa4.system import require, stop_requests
+from dpa4.system import require, stop_requests, user_path
 
 FIX = "dpa4"
 MARKER = "fix dpa4 all external pf/callback 1 1"
@@ -255,7 +255,7 @@ def run_lammps(
 
             finished = run_lammps("in.lmp", DPA4Calculator("run/best.safetensors"), ["Si", "O"])
     """
-    fix, before, after = _split(Path(script))
+    fix, before, after = _split(user_path(script))
     options = [part for name, value in (variables or {}).items() for part in ("-var", name, value)]
     lmp = open_lammps(*options, *arguments)
     try:

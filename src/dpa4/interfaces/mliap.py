@@ -15,6 +15,7 @@ from ase import Atoms
 from ase.data import atomic_numbers
 from torch import Tensor
 
+from dpa4.data.charge_spin import unused_names, warn_of_unused
 from dpa4.execution.limits import KEEP_NOTHING, KEEP_POLICIES, MAX_COMPARED_ATOMS, can_be_compiled
 from dpa4.graph import Graph, build_graph, first_atoms
 from dpa4.interfaces.loading import Model, charge_spin_of, load_model
@@ -75,6 +76,8 @@ class DPA4MLIAP:
         self._compile = compile
         self._numbers = torch.tensor([atomic_numbers[e] for e in self.element_types])
         pair = charge_spin_of(self.potential, Atoms(info=info))
+        if self.potential.config.charge_spin and (unused := unused_names(info or {})):
+            warn_of_unused(unused, "info")
         self._charge_spin = torch.tensor([pair])
         atom = build_graph(self._numbers[:1], [[0.0] * 3], torch.eye(3), [False] * 3, 1.0, pair)
         self.potential.check(atom)

@@ -10,7 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpa4.data.charge_spin import CHARGE_NAMES, SPIN_NAMES, whole_numbers
+from dpa4.data.charge_spin import (
+    CHARGE_NAMES,
+    SPIN_NAMES,
+    is_look_alike,
+    warn_of_unused,
+    whole_numbers,
+)
 from dpa4.execution.evaluator import Evaluator
 from dpa4.graph import Graph, build_graph, collate, neighbor_list_torch
 from dpa4.interfaces.coverage_monitor import CoverageMonitor
@@ -94,6 +100,7 @@ class DPA4Model(ModelInterface):
         self._evaluator = Evaluator(self.potential, compile)
         self.last_graph: Graph | None = None  # of the latest call; saves a neighbour search after it
         self._monitor = CoverageMonitor([self.potential.coverage], self._device)
+        self._unused: set[str] = set()  # extras of states that were warned of
         # Atomic numbers and charge_spin that passed the check.
         self._checked: tuple[Tensor, Tensor] | None = None
 
@@ -206,7 +213,16 @@ class DPA4Model(ModelInterface):
                     f"the extras {', '.join(found)} of the state disagree; remove all but one of them"
                 )
             columns.append(torch.from_numpy(found[first]))
+        self._warn_of_unused(state)
         return torch.stack(columns, dim=1).to(self._device)
+
+    def _warn_of_unused(self, state: Any) -> None:
+        """Warn once of extras that look like a charge or a spin, but are not read."""
+        extras = {*vars(state), *(getattr(state, "system_extras", None) or {})}
+        unused = {name for name in extras if is_look_alike(name)} - self._unused
+        self._unused |= unused
+        if unused:
+            warn_of_unused(unused, "extras of the state")
 
     def _default(self, index: int, extra: str, systems: int) -> Tensor:
         """Charge (0) or multiplicity (1) of systems without the extra, (B,) int64."""

@@ -12,6 +12,7 @@ from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE
 from numpy.typing import NDArray
 
+from dpa4.graph.lattice import right_handed
 from dpa4.simulation.runs.store import ItemInterrupted, Record
 from dpa4.system import require
 
@@ -177,7 +178,9 @@ def _phono3py(
         warnings.simplefilter("ignore")  # about the automatic primitive cell, which is intended
         phonons = phono3py(
             phonopy_atoms(
-                symbols=atoms.get_chemical_symbols(), cell=atoms.cell.array, positions=atoms.positions
+                symbols=atoms.get_chemical_symbols(),
+                cell=right_handed(atoms.cell.array),
+                positions=atoms.positions,
             ),
             supercell_matrix=fc3_supercell,
             phonon_supercell_matrix=fc2_supercell,

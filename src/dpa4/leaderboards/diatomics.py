@@ -23,6 +23,7 @@ from dpa4.leaderboards.diatomics_metrics import (
 )
 from dpa4.output import new_figure, save_figure, write_csv, write_json
 from dpa4.simulation.runs.store import Record, Records, RunState, read_settings, run_items
+from dpa4.system import user_path
 
 DISTANCES = np.geomspace(0.1, 6.0, 119)  # Angstrom
 HEAVIEST = 92
@@ -125,7 +126,7 @@ def run_diatomics(
         raise ValueError(f"{wrong[0]!r} is not an element from H to U")
     fingerprint = {"model": model, **fingerprint_of_calculator(calculator)}
     settings = {"task": "diatomics", **fingerprint, "distances": DISTANCES.tolist()}
-    with Records(Path(output), settings) as records:
+    with Records(user_path(output), settings) as records:
         return run_items(
             ((e, e) for e in elements),
             len(elements),
@@ -149,7 +150,7 @@ def score_diatomics(output: str | Path, reference: Mapping[str, Curve] | None = 
         FileNotFoundError: If the folder holds no run.
         ValueError: If a curve has fewer than five points in its window.
     """
-    folder = Path(output)
+    folder = user_path(output)
     with Records(folder, read_settings(folder)) as kept:
         records = list(kept)
     curves = {r["id"]: _curve(r) for r in records if "error" not in r}

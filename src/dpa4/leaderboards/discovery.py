@@ -4,7 +4,6 @@ The structures are relaxed by ``dpa4.simulation.screen``.
 """
 
 import csv
-import gzip
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from dpa4.leaderboards.metrics import StabilityMetrics, discovery_metrics, mean_
 from dpa4.output import new_figure, save_figure, write_csv, write_json
 from dpa4.simulation.runs.shards import FinishedScreening
 from dpa4.simulation.runs.store import Record, Records, RunState, run_items
-from dpa4.system import require
+from dpa4.system import require, user_path
 
 PREDICTION = "e_form_per_atom"  # column of the predicted formation energy, eV/atom
 DECIMALS = 4  # of energies per atom in discovery.csv, as on the leaderboard
@@ -80,7 +79,7 @@ def score_structures(
         ValueError: If a structure is not in the WBM test set or occurs twice, a file cannot be read, or the folder
             holds scores of other settings.
     """
-    folder = Path(output)
+    folder = user_path(output)
     require("pymatgen.entries.compatibility", "bench")
     summary = read_summary(files.locate(data, files.WBM_SUMMARY))
     corrector = _Corrector(read_references(files.locate(data, files.MP_REFERENCES)))
@@ -145,7 +144,7 @@ def read_summary(path: Path) -> dict[str, WBMRow]:
         "e_above_hull_mp2020_corrected_ppd_mp",
         "unique_prototype",
     )
-    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+    with files.open_published(path) as file:
         reader = csv.DictReader(file)
         if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
             raise ValueError(f"{path} lacks the columns {', '.join(missing)}; it has {reader.fieldnames}")
@@ -168,7 +167,7 @@ def read_references(path: Path) -> dict[str, float]:
 
 def read_entries(path: Path) -> Iterator[Record]:
     """Yield the DFT entries of a file: ``material_id`` and ``computed_structure_entry``."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
+    with files.open_published(path) as file:
         yield from map(json.loads, file)
 
 

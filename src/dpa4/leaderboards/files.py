@@ -2,8 +2,15 @@
 
 import gzip
 import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
+
+from dpa4.data.unpacking import open_text, reason
+from dpa4.system import user_path
 
 
 class PublishedFile(NamedTuple):
@@ -62,8 +69,8 @@ def locate(folder: str | Path, file: PublishedFile) -> Path:
     Raises:
         FileNotFoundError: If the file is missing; the message says where to get it and where to save it.
     """
-    path = Path(folder) / file.path
-    for candidate in (path, Path(folder) / path.name):
+    path = user_path(folder) / file.path
+    for candidate in (path, user_path(folder) / path.name):
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(
@@ -71,15 +78,27 @@ def locate(folder: str | Path, file: PublishedFile) -> Path:
     )
 
 
+@contextmanager
+def open_published(path: Path) -> Iterator[TextIO]:
+    """Open a text file, compressed if its name ends in .gz, .bz2 or .xz; errors while it is read name the file.
+
+    Raises:
+        ValueError: If the content is damaged, malformed or unpacks to more than ``unpacked_limit``.
+    """
+    try:
+        with open_text(path) as file:
+            yield file
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, RecursionError) as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path} cannot be read: {reason(error)}") from error
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file, compressed with gzip if its name ends in .gz.
 
     Raises:
-        ValueError: If the content is not JSON.
+        ValueError: If the content is damaged, is not JSON or unpacks to more than ``unpacked_limit``.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            return json.load(file)
-    except (ValueError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    with open_published(path) as file:
+        return json.load(file)

@@ -17,7 +17,7 @@ from dpa4.leaderboards.conductivity import conductivity, relax_symmetric, space_
 from dpa4.leaderboards.metrics import FAILED_SRME, mean_with_failures, sre, srme
 from dpa4.output import new_figure, save_figure, write_csv, write_json
 from dpa4.simulation.runs.store import Record, Records, RunState, read_settings, run_items
-from dpa4.system import require
+from dpa4.system import require, user_path
 
 Array = NDArray[np.float64]
 
@@ -132,7 +132,7 @@ def run_kappa(
             return record
         return record | conductivity(atoms, calculator, **cells, displacement=displacement, stopped=stopped)
 
-    with Records(Path(output), settings) as records:
+    with Records(user_path(output), settings) as records:
         return run_items(crystals, len(crystals), compute, records, title="conductivities", progress=progress)
 
 
@@ -149,7 +149,7 @@ def score_kappa(output: str | Path, reference: Mapping[str, ReferenceKappa]) -> 
         FileNotFoundError: If the folder holds no run.
         ValueError: If the modes of a material differ from the reference and cannot be compared.
     """
-    folder = Path(output)
+    folder = user_path(output)
     settings = read_settings(folder)
     with Records(folder, settings) as records:
         rows = [

@@ -14,6 +14,7 @@ from dpa4.leaderboards.metrics import log_mean
 from dpa4.output import new_figure, save_figure, write_csv, write_json
 from dpa4.potential import Potential, fingerprint_of
 from dpa4.simulation.runs.store import Record, Records, RunState, read_settings, run_items
+from dpa4.system import user_path
 from dpa4.training.evaluation import label_pairs, predict
 
 BATCH = "batch"
@@ -109,7 +110,7 @@ def run_spice(
 
     atoms = np.array([len(frame) for frame in frames])
     batches = pack(range(len(frames)), [Budget("atoms", atoms, max_atoms)])
-    with Records(Path(output), settings) as records:
+    with Records(user_path(output), settings) as records:
         items = ((f"{BATCH} {number}", indices) for number, indices in enumerate(batches))
         return run_items(items, len(batches), compute, records, title="errors", progress=progress)
 
@@ -123,7 +124,7 @@ def score_spice(output: str | Path) -> SpiceScore:
         FileNotFoundError: If the folder holds no run.
         ValueError: If a batch failed, or the error of a subset is zero, which has no logarithm.
     """
-    folder = Path(output)
+    folder = user_path(output)
     rows: list[Record] = []
     with Records(folder, read_settings(folder)) as records:
         for record in records:

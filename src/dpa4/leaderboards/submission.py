@@ -25,6 +25,7 @@ from dpa4.parsing import read_yaml
 from dpa4.potential.checkpoint import read_checkpoint
 from dpa4.simulation.runs.shards import FinishedScreening
 from dpa4.simulation.runs.store import Record, Records, read_settings
+from dpa4.system import user_path
 
 MAX_NEIGHBORS = "missing"  # the number of neighbours is not limited
 REQUIRED = {
@@ -111,9 +112,9 @@ def write_submission(
         FileNotFoundError: If a task is not finished.
         ValueError: If the folders belong to different models or to other tasks.
     """
-    stored = read_checkpoint(Path(model), branch)
+    stored = read_checkpoint(user_path(model), branch)
     key = str(metadata["model_key"])
-    folder = Path(output) / "models" / "dpa4" / key
+    folder = user_path(output) / "models" / "dpa4" / key
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"{(date or datetime.date.today()).isoformat()}-"
     runs = {"discovery": discovery, "kappa": kappa, "diatomics": diatomics}
@@ -174,7 +175,7 @@ def _check_same_model(settings: Mapping[str, Record], fingerprint: str | None) -
 
 
 def _summary(task: str, folder: Path | None) -> Record:
-    path = Path(folder or "") / "summary.json"
+    path = user_path(folder or "") / "summary.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; finish the task with dpa4 bench {task}")
     return json.loads(path.read_text(encoding="utf-8"))

@@ -236,6 +236,11 @@ class ModelConfig(BaseModel):
             )
 
     @property
+    def has_pair_bridging(self) -> bool:
+        """True if the model has a window per pair of elements."""
+        return isinstance(self.bridging, PairBridging)
+
+    @property
     def degrees(self) -> tuple[int, ...]:
         """Degree of each block."""
         return self.l_schedule if self.l_schedule is not None else (self.lmax,) * self.n_blocks

@@ -23,8 +23,15 @@ BOHR = 0.5291772109  # Angstrom
 AMPLITUDES = (0.18175, 0.50986, 0.28022, 0.028171)
 EXPONENTS = (3.1998, 0.94229, 0.4029, 0.20162)
 
+OUTER = 0.9
+"""Upper end of the window of a pair, relative to the shortest distance in the training data.
+
+The margin is for structures that are a little hotter than the data: C-H bonds in a trajectory of 1,200 K are
+compressed to 0.9 of the shortest ones at 300 K.
+"""
+
 INNER = 0.8
-"""Lower end of the window of a pair relative to its upper end."""
+"""Lower end of a window relative to its upper end."""
 
 UNSEEN = 0.75
 """Upper end of the window of a pair without data, relative to the sum of the covalent radii."""
@@ -53,14 +60,14 @@ def zbl_pair_energy(length: Tensor, z_i: Tensor, z_j: Tensor) -> Tensor:
     return COULOMB * z_i * z_j / length * screening
 
 
-def pair_windows(
+def pair_bridging(
     shortest: Mapping[tuple[str, str], float], elements: tuple[str, ...], cutoff: float
 ) -> PairBridging:
     """Choose the window of every pair of elements from the distances in the training data.
 
-    The window of a pair ends at its shortest distance in the data, so the potential is the network alone wherever
-    there are data. A pair without data ends at `UNSEEN` times the sum of the covalent radii. A single pair of atoms
-    that nearly coincide must not open a hole, so no window ends below `LOWEST` times that sum.
+    A window ends at `OUTER` times the shortest distance of the pair in the data, so the potential is the network
+    alone wherever there are data. Without data it ends at `UNSEEN` times the sum of the covalent radii. No window
+    ends below `LOWEST` times that sum: a single structure with two atoms that nearly coincide must not open a hole.
 
     Args:
         shortest: Shortest distance of each pair of elements in the training data, in Angstrom.
@@ -71,8 +78,8 @@ def pair_windows(
     for name, (a, b) in pair_names(elements).items():
         radii = float(covalent_radii[atomic_numbers[a]] + covalent_radii[atomic_numbers[b]])
         found = shortest.get((a, b), shortest.get((b, a)))
-        end = UNSEEN * radii if found is None else max(found, LOWEST * radii)
-        outer[name] = round(min(end, 0.95 * cutoff), 6)
+        end = UNSEEN * radii if found is None else max(OUTER * found, LOWEST * radii)
+        outer[name] = round(min(end, OUTER * cutoff), 6)
     return PairBridging(outer=outer, inner=INNER)
 
 

@@ -14,6 +14,7 @@ from dpa4.model.shapes import shapes_of
 from dpa4.ops import available
 from dpa4.ops.layout import EdgeLayout
 from dpa4.potential.checkpoint import read_checkpoint
+from dpa4.system import user_path
 
 UNITS = "energy eV, length Å, forces eV/Å, virial eV (-dE/dstrain), stress eV/Å³ (tensile positive)"
 _DESCRIBED = ("elements", "cutoff")  # fields with their own lines, not listed as switches
@@ -61,7 +62,7 @@ def model_card(source: str | Path, branch: str | None = None) -> ModelCard:
         FileNotFoundError: If ``source`` looks like a file and does not exist.
         ValueError: If the file cannot be read, or ``source`` is neither a file nor a preset.
     """
-    path = Path(source)
+    path = user_path(source)
     if not path.is_file() and not path.suffix and len(path.parts) == 1:
         return _preset_card(str(source))
     stored = read_checkpoint(path, branch)

@@ -41,6 +41,7 @@ from dpa4.potential.verification import (
     listed,
     weight_problems,
 )
+from dpa4.system import user_path
 
 FORMAT = "dpa4"
 FORMAT_VERSION = 1
@@ -79,7 +80,7 @@ def save_potential(
         FileNotFoundError: If the folder of ``path`` does not exist.
         ValueError: If the name does not end in ``.safetensors``, or a weight is not finite.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.suffix != SUFFIX:
         raise ValueError(
             f"checkpoints end in {SUFFIX}, got {path.name!r}; `dpa4 convert` writes deepmd-kit's .pt"
@@ -102,21 +103,6 @@ def save_potential(
     if potential.coverage is not None:
         metadata["coverage"] = potential.coverage.to_json()
     _write(path, metadata, tensors)
-
-
-def add_coverage(path: Path, coverage: Coverage) -> None:
-    """Add the coverage of the training data to a native checkpoint that contains no distances yet.
-
-    Raises:
-        ValueError: If the checkpoint is damaged or was edited.
-    """
-    with _named(path):
-        metadata, tensors = _read_tensors(path)
-        stored = _coverage(metadata)
-        if stored is not None and stored.shortest is not None:
-            return
-        _verified_digest(metadata, tensors)
-    _write(path, metadata | {"coverage": coverage.to_json()}, tensors)
 
 
 def _write(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
@@ -172,7 +158,7 @@ def convert(
         ValueError: If the file cannot be read, the suffix of ``target`` is unknown, or deepmd-kit has no
             model with the same results.
     """
-    source, target = Path(source), Path(target)
+    source, target = user_path(source), user_path(target)
     if target.suffix not in (SUFFIX, ".pt"):
         raise ValueError(f"cannot convert to {target.name!r}; the target must end in {SUFFIX} or .pt")
     check_writable(target)
@@ -189,7 +175,7 @@ def convert(
 
 def read_checkpoint(path: str | Path, branch: str | None = None) -> Checkpoint:
     """Read a native or deepmd-kit checkpoint; arguments and errors as in `load_potential`."""
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     with open(path, "rb") as file:

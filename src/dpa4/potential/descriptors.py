@@ -21,6 +21,7 @@ from dpa4.data import (
 from dpa4.data.charge_spin import charge_spin_entries
 from dpa4.output import atomic_write, check_writable
 from dpa4.potential.potential import Potential
+from dpa4.system import user_path
 
 
 def embeddings(
@@ -92,7 +93,7 @@ def write_embeddings(
         FileNotFoundError: If the folder does not exist.
         ValueError: If the suffix is not one of these, or as in ``embeddings``.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.suffix not in (".npz", ".xyz", ".extxyz"):
         raise ValueError(f"embeddings are written to .npz, .xyz or .extxyz, got {path.name!r}")
     check_writable(path)

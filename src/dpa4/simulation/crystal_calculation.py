@@ -80,6 +80,7 @@ class Calculation:
             title: Text beside the progress bar.
 
         Raises:
+            BlockingIOError: If another process is working in the folder.
             RuntimeError: If a part failed; raised once all other parts are done.
             Stopped: After Ctrl-C.
             ValueError: If the folder holds results of other settings.

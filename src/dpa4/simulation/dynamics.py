@@ -36,7 +36,7 @@ from dpa4.simulation.restart import (
 )
 from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.store import check_settings
-from dpa4.system import stop_requests
+from dpa4.system import stop_requests, user_path
 
 Ensemble = Literal["nve", "langevin", "nvt", "npt"]
 CellMotion = Literal["volume", "full"]
@@ -161,7 +161,7 @@ def run_md(
         "seed": seed,
     }
     _check_arguments(settings | {"steps": steps})
-    folder = Path(output)
+    folder = user_path(output)
     state = read_restart(folder) if resume else None
     with OutputFolder(folder):
         run = _Run(atoms, calculator, folder, settings | fingerprint_of_calculator(calculator), state)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from dpa4.output import new_figure, save_figure, write_csv, write_json
 from dpa4.simulation.crystal_calculation import Calculation, relax_part
 from dpa4.simulation.runs.store import Record
+from dpa4.system import user_path
 
 VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")
 FRACTIONS = (-1.0, -0.5, 0.5, 1.0)  # in units of the largest strain
@@ -123,7 +124,7 @@ def elastic_tensor(
     """
     if not 0 < strain <= 0.1:
         raise ValueError(f"strain must be positive and at most 0.1, got {strain}")
-    folder = Path(output)
+    folder = user_path(output)
     settings = {"strain": strain, "relax_first": relax_first, "fmax": fmax}
     run = Calculation(folder, atoms, calculator, settings, resume=resume, progress=progress)
     start = run.relaxed(atoms, fmax=fmax, steps=steps) if relax_first else atoms.copy()

@@ -14,6 +14,7 @@ from dpa4.data import with_results, write_structures
 from dpa4.output import atomic_write, new_figure, save_figure, write_csv, write_json
 from dpa4.simulation.crystal_calculation import Calculation, relax_part, structure, structure_record
 from dpa4.simulation.runs.store import Record
+from dpa4.system import user_path
 
 COLUMNS = ("volume_A3", "energy_eV", "pressure_GPa", "a_A", "b_A", "c_A")
 
@@ -98,7 +99,7 @@ def equation_of_state(
         raise ValueError(f"points must be at least 5, one more than the curve has parameters, got {points}")
     if not 0 < span < 1:
         raise ValueError(f"span must be a fraction of the volume between 0 and 1, got {span}")
-    folder = Path(output)
+    folder = user_path(output)
     settings = {"points": points, "span": span, "shape": shape, "relax_first": relax_first, "fmax": fmax}
     run = Calculation(folder, atoms, calculator, settings, resume=resume, progress=progress)
     start = run.relaxed(atoms, fmax=fmax, steps=steps) if relax_first else atoms.copy()

@@ -1,5 +1,6 @@
 """Minimum energy paths and barriers with ASE's climbing-image nudged elastic band (NEB) method."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +10,16 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.geometry import find_mic
-from ase.io import iread
 from ase.mep import NEB, idpp_interpolate
 from ase.optimize import FIRE
 from ase.utils.forcecurve import fit_raw
 from numpy.typing import NDArray
 
-from dpa4.data import with_results, write_structures
+from dpa4.data import read_images, with_results, write_structures
 from dpa4.output import CsvLog, OutputFolder, atomic_write, new_figure, rows_until, save_figure
 from dpa4.simulation.relax import relax
 from dpa4.simulation.runs.progress import progress_bar
-from dpa4.system import stop_requests
+from dpa4.system import stop_requests, user_path
 
 COLUMNS = ("step", "climbing", "max_force_eV_per_A", "barrier_eV", "highest_image")
 BEFORE_CLIMBING = 4.0  # in units of fmax: largest force at which the highest image starts to climb
@@ -101,6 +101,7 @@ def run_neb(
         Forward and reverse barrier, reaction energy and convergence.
 
     Raises:
+        BlockingIOError: If another process is working in ``output``.
         FileExistsError: If ``output`` already holds a path and ``resume`` is not set.
         FileNotFoundError: If there is no path to resume.
         KeyboardInterrupt: After Ctrl-C during the relaxation of the ends, when there is no path to save yet.
@@ -117,7 +118,7 @@ def run_neb(
             print(result.barrier, result.reverse_barrier)  # eV
     """
     _check(start, end, images, fmax, steps, spring)
-    folder = Path(output)
+    folder = user_path(output)
     file = folder / PATH
     known = _read_path(file, start, images) if resume else None
     if not resume and file.exists():
@@ -137,7 +138,7 @@ def _relax_band(
 ) -> Barrier:
     """Relax a band with FIRE, first without and then with a climbing image, and write all files."""
     log_file = folder / "neb.csv"
-    rows = rows_until(log_file, COLUMNS, steps) if resume else []
+    rows = rows_until(log_file, COLUMNS, sys.maxsize) if resume else []
     done = int(rows[-1]["step"]) if rows else 0
     band.climb = bool(rows) and rows[-1]["climbing"] == "1"
     log = CsvLog(log_file, COLUMNS, done - 1 if rows else None)  # the last row is written again
@@ -317,11 +318,11 @@ def _read_path(file: Path, start: Atoms, images: int) -> list[Atoms]:
 
     Raises:
         FileNotFoundError: If there is no path.
-        ValueError: If the path has other atoms or another number of images.
+        ValueError: If the file cannot be read, or the path has other atoms or another number of images.
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no path to resume: {file} does not exist")
-    path: list[Atoms] = list(iread(file))
+    path = read_images(file)
     if len(path) != images + 2:
         raise ValueError(
             f"images = {images}, but the path to resume has {len(path) - 2} between its ends; use this number"

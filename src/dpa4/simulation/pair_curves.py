@@ -21,7 +21,7 @@ from dpa4.output import save_figure, write_csv, write_json
 from dpa4.potential import Potential, expand_energy, fingerprint_of
 from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.store import Records
-from dpa4.system import stop_requests
+from dpa4.system import stop_requests, user_path
 
 COMPUTED = ("energy", "force", "curvature")
 COLUMNS = ("pair", "distance_A", "energy_eV", "force_eV_per_A", "curvature_eV_per_A2")
@@ -227,6 +227,7 @@ def scan_pairs(
         Curves and diagnoses.
 
     Raises:
+        BlockingIOError: If another process is working in ``output``.
         ValueError: If an element is not in the potential, a pair is excluded from it, ``start`` or ``step`` does not
             fit below the cutoff, or the folder holds curves of another model or of other distances.
 
@@ -241,7 +242,7 @@ def scan_pairs(
     requested = {"-".join(pair): pair for pair in (element_pairs(potential) if pairs is None else pairs)}
     # "dimer" was the name of the command; folders of earlier versions have it.
     settings = {"task": "dimer", **fingerprint_of(potential), "start": float(start), "step": float(step)}
-    folder = Path(output)
+    folder = user_path(output)
     with Records(folder, settings, "pairs") as records, stop_requests() as stopped:
         missing = [pair for name, pair in requested.items() if name not in records.done]
         with progress_bar("pair", len(requested), len(requested) - len(missing), progress) as bar:

@@ -11,11 +11,12 @@ from ase.calculators.calculator import Calculator
 from numpy.typing import NDArray
 
 from dpa4.data.charge_spin import charge_and_spin
+from dpa4.graph.lattice import right_handed
 from dpa4.interfaces.loading import reads_charge_spin
 from dpa4.output import atomic_write, new_figure, save_figure, write_csv, write_json
 from dpa4.simulation.crystal_calculation import Calculation
 from dpa4.simulation.runs.store import Record
-from dpa4.system import require
+from dpa4.system import require, user_path
 
 IMAGINARY = -0.05  # THz; lower frequencies exceed the numerical noise of acoustic modes at Gamma
 BAND_POINTS = 101  # per line of the path
@@ -131,7 +132,7 @@ def phonons(
     if not 0 <= max_temperature < np.inf:
         raise ValueError(f"max_temperature must be at least 0 K, got {max_temperature}")
     multiples = tuple(supercell) if supercell is not None else supercell_of_length(atoms, min_length)
-    folder = Path(output)
+    folder = user_path(output)
     settings = {
         "supercell": list(multiples), "displacement": displacement, "symprec": symprec, "relax_first": relax_first,
         "fmax": fmax,
@@ -181,11 +182,13 @@ def _check(atoms: Atoms, supercell: Sequence[int] | None, *, conditioned: bool, 
 
 
 def _phonopy(atoms: Atoms, multiples: Sequence[int], displacement: float, symprec: float) -> Any:
-    """Create the Phonopy object and its displacements."""
+    """Create the Phonopy object and its displacements; phonopy needs right-handed cells."""
     from phonopy import Phonopy
     from phonopy.structure.atoms import PhonopyAtoms
     from phonopy.structure.cells import guess_primitive_matrix
 
+    atoms = atoms.copy()
+    atoms.set_cell(right_handed(atoms.cell.array))
     cell = PhonopyAtoms(
         symbols=atoms.get_chemical_symbols(),
         cell=atoms.cell.array,

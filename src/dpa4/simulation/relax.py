@@ -19,8 +19,8 @@ from dpa4.data import write_structures
 from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
 from dpa4.output import CsvLog, cut_back, flush_to_disk, new_figure, save_figure
 from dpa4.simulation.runs.progress import progress_bar
-from dpa4.simulation.runs.store import Records
-from dpa4.system import require, stop_requests
+from dpa4.simulation.runs.store import Record, Records
+from dpa4.system import require, stop_requests, user_path
 
 CellChange = Literal["fixed", "full", "volume", "shape", "xy", "z"]
 
@@ -123,7 +123,8 @@ def relax(
     check_relaxation(fmax, steps, cell, pressure, tuple(CELLS))
     check_periodicity(atoms, cell)
     if trajectory is not None:
-        Path(trajectory).unlink(missing_ok=True)
+        trajectory = user_path(trajectory)
+        trajectory.unlink(missing_ok=True)
     constraints = atoms.constraints
     if symmetry:
         _keep_symmetry(atoms, cell, symprec)
@@ -195,12 +196,13 @@ def relax_all(
         interrupted.
 
     Raises:
+        BlockingIOError: If another process is working in ``output``.
         FileNotFoundError: If there is nothing to resume.
         ImportError: If ``symmetry`` is set and spglib is not installed.
         ValueError: As for ``relax``, with the number of the structure in the message; or if model, options or
-            structures differ from those of the call to resume.
+            structures differ from those of the call to resume, or a file of it is damaged.
     """
-    folder = Path(output)
+    folder = user_path(output)
     relaxed, finished = folder / "relaxed.xyz", folder / "relax.jsonl"
     if resume and not finished.is_file():
         raise FileNotFoundError(f"there is no relaxation to resume in {folder}: {finished} does not exist")
@@ -246,19 +248,44 @@ def _restored(structures: Sequence[Atoms], records: Records, relaxed: Path) -> l
         Results of the finished structures.
 
     Raises:
-        ValueError: If the structures differ from those of the earlier call.
+        ValueError: If the structures differ from those of the earlier call, or a record or the file of relaxed
+            structures is damaged.
     """
+    expected = [str(number) for number in range(len(records))]
+    if list(records.names) != expected or records.done != set(expected[: len(records.done)]):
+        raise ValueError(f"{records.path} is damaged: its structures are not 0, 1, ...; start without resume")
     for record, atoms in zip_longest(records, structures[: len(records)]):
-        if atoms is None or record["formula"] != atoms.get_chemical_formula():
+        if atoms is None or record.get("formula") != atoms.get_chemical_formula():
             raise ValueError(
                 f"the structures are not those of the relaxation to resume in {relaxed.parent}; give the same ones "
                 "in the same order"
             )
+        _check_record(record, len(atoms), records.path)
         atoms.set_cell(record["cell"])
         atoms.set_positions(record["positions"], apply_constraint=False)
     done = [records[str(number)] for number in range(len(records.done))]
     cut_back(relaxed, done[-1]["bytes"] if done else 0, records.path)
     return [Relaxation(**{field.name: record[field.name] for field in fields(Relaxation)}) for record in done]
+
+
+def _check_record(record: Record, num_atoms: int, path: Path) -> None:
+    """Check that a record can be what `relax_all` wrote.
+
+    Raises:
+        ValueError: If an entry is absent or has another type, shape or range.
+    """
+    shapes: dict[str, tuple[int, ...]] = {"cell": (3, 3), "positions": (num_atoms, 3)}
+    shapes |= dict.fromkeys(("initial_energy", "energy", "max_force"), ())
+    for name, shape in shapes.items():
+        try:
+            value = np.array(record.get(name), dtype=np.float64)
+        except (ValueError, TypeError):
+            value = np.array(np.nan)
+        if value.shape != shape or not np.isfinite(value).all():
+            raise ValueError(f"{path} is damaged ({name} of structure {record['id']}); start without resume")
+    size = record.get("bytes")
+    if not isinstance(size, int) or size < 0 or any(field.name not in record for field in fields(Relaxation)):
+        raise ValueError(f"{path} is damaged (structure {record['id']}); start without resume")
 
 
 def _plot(results: Sequence[Relaxation], sizes: Sequence[int], fmax: float, path: Path) -> None:

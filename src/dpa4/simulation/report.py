@@ -20,7 +20,7 @@ from dpa4.output import atomic_write, check_writable, read_csv
 from dpa4.potential import Potential, load_potential, model_card
 from dpa4.potential.card import ModelCard
 from dpa4.simulation.pair_curves import Diagnosis, diagnose, draw_pairs, element_pairs, pair_curves
-from dpa4.system import choose_device
+from dpa4.system import choose_device, user_path
 from dpa4.training.logs import ERROR_UNITS
 
 MAX_PAIRS = 60  # in the report; `dpa4 pairs` has no limit
@@ -92,8 +92,9 @@ def write_report(
         FileNotFoundError: If a folder does not exist.
         ValueError: If the folder is not the output folder of a training run, or a file in it is damaged.
     """
-    folder = Path(run)
-    for given in (folder, *([Path(evaluation)] if evaluation is not None else [])):
+    folder = user_path(run)
+    evaluation = None if evaluation is None else user_path(evaluation)
+    for given in (folder, *([evaluation] if evaluation is not None else [])):
         if not given.is_dir():
             raise FileNotFoundError(f"there is no folder {given}")
     names = ("best.safetensors", "last.safetensors", "train.csv", "run.yaml")
@@ -101,16 +102,16 @@ def write_report(
         raise ValueError(
             f"{folder} is not an output folder of a training run: it has none of {', '.join(names)}"
         )
-    file = folder / "report.html" if output is None else Path(output)
+    file = folder / "report.html" if output is None else user_path(output)
     check_writable(file)
     model = next((folder / name for name in names[:2] if (folder / name).is_file()), None)
     card = None if model is None else model_card(model)
     validations = _validations(folder)
-    table = None if evaluation is None else _error_table(Path(evaluation) / "errors.json")
+    table = None if evaluation is None else _error_table(evaluation / "errors.json")
     sections = {
         "Summary": _summary(card, validations, table),
         "Learning curve": _learning_curve(folder, validations),
-        "Errors": _errors(model, None if evaluation is None else Path(evaluation), table),
+        "Errors": _errors(model, evaluation, table),
         "Pair curves": _pair_curves(model, pairs, device, progress),
         "Model": _model(card),
         "Configuration": _configuration(folder),

@@ -1,7 +1,6 @@
 """Restart files of molecular dynamics: writing, and reading with a check of every entry."""
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +10,7 @@ from ase import Atoms
 from ase.io.jsonio import encode
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
+from dpa4.data.charge_spin import NAMES, charge_spin_entries
 from dpa4.output import atomic_write
 
 RESTART = "restart.json"
@@ -18,7 +18,6 @@ THERMO = "thermo.csv"
 TRAJECTORY = "trajectory.xyz"
 FORMAT = 3
 _MAX_STEP = 10**15
-_IN_INFO = re.compile("charge|spin|multiplicity", re.IGNORECASE)
 
 Vector = tuple[float, float, float]
 Box = tuple[Vector, Vector, Vector]
@@ -53,9 +52,9 @@ def system_of(atoms: Atoms) -> dict[str, Any]:
         "box": atoms.cell.array.tolist(),
         "constraints": [json.loads(encode(c.todict())) for c in atoms.constraints],
         "charge and spin": {
-            str(key): json.loads(encode(value))
-            for key, value in atoms.info.items()
-            if _IN_INFO.search(str(key))
+            name: json.loads(encode(value))
+            for name, value in charge_spin_entries(atoms.info).items()
+            if name in NAMES
         },
     }
 
@@ -76,8 +75,8 @@ def check_system(atoms: Atoms, state: Restart, folder: Path) -> None:
         same = _close(value, found) if name in ("masses", "box") else value == found
         if not same:
             raise ValueError(
-                f"the {name} of the structure, {_short(value)}, are not those of the run in {folder}, "
-                f"{_short(found)}; continue with the structure of that run, or choose another folder"
+                f"the structure is not that of the run in {folder}: {name} {_short(value)} instead of "
+                f"{_short(found)}; continue with the structure of the run, or choose another folder"
             )
 
 

@@ -18,7 +18,7 @@ from dpa4.simulation.flight import Flight, Job, Outcome, count_fragments, one_li
 from dpa4.simulation.relax import check_periodicity, check_relaxation
 from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.shards import Shard, join_shards
-from dpa4.system import stop_requests
+from dpa4.system import stop_requests, user_path
 
 if TYPE_CHECKING:
     from dpa4.interfaces.torchsim import DPA4Model
@@ -132,12 +132,12 @@ def screen(
             print(result.counts)  # for example {"converged": 981, "unconverged": 19}
     """
     options = _Options(fmax, steps, cell, pressure, max_edges)
-    paths = [Path(source) for source in sources]
+    paths = [user_path(source) for source in sources]
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"no such file or directory: {path}")
     model.compute_forces = model.compute_stress = True
-    folder = Path(output)
+    folder = user_path(output)
     settings = {
         **fingerprint_of(model.potential),
         "files": [[str(path), path.stat().st_size] for path in paths],

@@ -28,6 +28,7 @@ from dpa4.data.charge_spin import is_number
 from dpa4.data.labels import PREDICTED_ENERGY
 from dpa4.output import OutputFolder, atomic_write, write_csv
 from dpa4.potential import Potential
+from dpa4.system import user_path
 from dpa4.training.plots import plot_parity
 
 TOTAL = "all"
@@ -170,7 +171,7 @@ def evaluate(
     frames: Sequence[Frame],
     *,
     max_atoms: int = 2000,
-    output: Path | None = None,
+    output: str | Path | None = None,
     device: str | torch.device = "cpu",
 ) -> ErrorTable:
     """Compare the predictions of a potential with labels; structures without labels are only predicted.
@@ -186,13 +187,15 @@ def evaluate(
         MAE, RMSE and largest error per group and quantity, in the units of ``QUANTITIES``.
 
     Raises:
+        BlockingIOError: If another process is working in the folder.
         ValueError: If there is no structure, or an element, charge or spin is outside the model.
     """
     if not frames:
         raise ValueError("there are no structures to evaluate")
     check_elements(frames, potential.elements)
-    with nullcontext() if output is None else OutputFolder(output):
-        return _evaluate(potential.to(device), frames, max_atoms, output)
+    folder = None if output is None else user_path(output)
+    with nullcontext() if folder is None else OutputFolder(folder):
+        return _evaluate(potential.to(device), frames, max_atoms, folder)
 
 
 def _evaluate(

@@ -17,10 +17,10 @@ from dpa4.graph import Graph, collate
 from dpa4.model.config import ModelConfig, PairBridging
 
 # Bound of the force between two atoms: FLOOR + STEEPNESS * exp((R - r) / LENGTH), with the sum R of their covalent
-# radii. Bonds of diatomic molecules stay below it at all distances, also the strongest one, N2 with 13 eV/Angstrom.
-FLOOR = 3.0  # eV/Angstrom
+# radii. Diatomic molecules stay well below it at all distances, also N2, the strongest one, with 13 eV/Angstrom.
+FLOOR = 8.0  # eV/Angstrom
 STEEPNESS = 12.0  # eV/Angstrom
-LENGTH = 0.25  # Angstrom
+LENGTH = 0.2  # Angstrom
 
 Array = NDArray[np.float64]
 
@@ -49,7 +49,7 @@ class Fragments:
             a, b = (atomic_numbers[e] for e in name.split("-"))
             self.shortest[a, b] = self.shortest[b, a] = end * (1 + config.bridging.inner) / 2
 
-    def extend(self, batch: Batch, epoch: int, number: int) -> Batch:
+    def __call__(self, batch: Batch, epoch: int, number: int) -> Batch:
         """Append fragments to batch ``number`` of an epoch."""
         random = np.random.default_rng((self.seed, epoch, number))
         made = [self._fragment(size, random) for size in self.SIZES]

@@ -44,7 +44,7 @@ class Loss(NamedTuple):
     virial: float
     kind: LossKind = "mae"
     huber_delta: float = 0.01
-    bound: float = 1.0
+    bound: float = 0.5
 
     def __call__(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss, a float64 scalar, and its detached, unweighted terms by name."""

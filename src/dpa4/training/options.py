@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from ase.data import chemical_symbols
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -18,6 +19,9 @@ from pydantic import (
 from dpa4.model.config import Bridging, ModelConfig
 from dpa4.model.presets import PRESETS, preset
 from dpa4.potential.precision import Precision
+from dpa4.system import user_path
+
+UserPath = Annotated[Path, AfterValidator(user_path)]
 
 
 def unknown_option(key: str, allowed: Iterable[str]) -> str:
@@ -88,11 +92,11 @@ class KeyOptions(_Section):
 class DataOptions(_Section):
     """Structures, labels and reference energies."""
 
-    train: tuple[Path, ...] = Field(
+    train: tuple[UserPath, ...] = Field(
         min_length=1,
         description="Training file, or list of files: extxyz, ASE database, .aselmdb, deepmd folder.",
     )
-    validation: tuple[Path, ...] = Field(
+    validation: tuple[UserPath, ...] = Field(
         (), description="Validation file or list of files; [] splits the training data."
     )
     validation_fraction: float = Field(
@@ -246,5 +250,5 @@ class RunConfig(_Section):
     )
     data: DataOptions = Field(description="Structures with energies, forces and, if periodic, stress.")
     training: TrainingOptions = Field(default_factory=TrainingOptions, description="Options of the fit.")
-    output: Path = Field(Path("run"), description="Folder for the model, checkpoints, logs and plots.")
+    output: UserPath = Field(Path("run"), description="Folder for the model, checkpoints, logs and plots.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one.")

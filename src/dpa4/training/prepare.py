@@ -11,7 +11,7 @@ import yaml
 from rich.console import Console
 
 from dpa4.data import (
-    CoverageCollector,
+    Coverage,
     EpochBatches,
     Frame,
     FrameDataset,
@@ -20,23 +20,29 @@ from dpa4.data import (
     check_elements,
     check_labels,
     check_trained,
+    coverage_of,
     digest,
     read_frames,
     reference_energies,
+    shortest_distances,
     summarize,
     undetermined_elements,
     undetermined_text,
     warn_of_implausible_labels,
+    warn_of_reference_energies,
     without_isolated_atoms,
 )
 from dpa4.data.summary import elements_in
 from dpa4.model import ModelConfig
 from dpa4.model.shapes import check_size
+from dpa4.model.short_range import pair_bridging
 from dpa4.parsing import parse_yaml
 from dpa4.potential import Potential
 from dpa4.system import choose_device
+from dpa4.training.fragments import Fragments
 from dpa4.training.loss import Loss
 from dpa4.training.options import RunConfig, TrainingOptions
+from dpa4.training.repulsion import overlapping_pairs, without_repulsion
 
 DEFAULT_VIRIAL_WEIGHT = 5.0
 
@@ -46,7 +52,7 @@ class Preparation(NamedTuple):
 
     potential: Potential
     train: EpochBatches
-    coverage: CoverageCollector  # of the training data
+    coverage: Coverage  # of the training data
     validation: EpochBatches | None
     loss: Loss
     provenance: dict[str, str]  # for the checkpoints
@@ -101,29 +107,44 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
             soft_wrap=True,
         )
     pairs = charges_and_spins([*frames, *validation], model.charge_spin, model.default_charge_spin)
+    train = FrameDataset(frames, model.cutoff, pairs and pairs[: len(frames)])
+    valid = FrameDataset(validation, model.cutoff, pairs and pairs[len(frames) :])
+    shortest = shortest_distances(train)
+    coverage = coverage_of(train, shortest)
+    console.print(f"closest atoms of the training data: {coverage.text}", highlight=False, markup=False)
+    if state is None and config.model.bridging == "auto":
+        bridging = pair_bridging(shortest, model.elements, model.cutoff)
+        model = model.model_copy(update={"bridging": bridging})
+    if overlap := overlapping_pairs(model, shortest):
+        console.print(
+            f"the repulsion of nuclei reaches into the training data for {', '.join(overlap)}; the network learns "
+            "the difference",
+            style="yellow",
+            soft_wrap=True,
+        )
+
     if state is None:
-        energies = reference_energies(config.data.reference_energies, read, model.elements)
-        undetermined = undetermined_elements(config.data.reference_energies, read, model.elements)
+        fitted = without_repulsion(read, model, shortest)
+        energies = reference_energies(config.data.reference_energies, fitted, model.elements)
+        undetermined = undetermined_elements(config.data.reference_energies, fitted, model.elements)
     else:
         stored = state["potential"]["reference_energies"].tolist()
         energies = dict(zip(model.elements, stored, strict=False))
         undetermined = state.get("undetermined", ())
     values = (f"{e} {v:.4f}{' (arbitrary)' if e in undetermined else ''}" for e, v in energies.items())
     console.print("reference energies (eV): " + ", ".join(values))
+    warn_of_reference_energies(frames, energies)
     if undetermined:
         console.print(undetermined_text(undetermined), style="yellow", highlight=False, soft_wrap=True)
 
     torch.manual_seed(options.seed)
     potential = Potential(model, energies).to(device)
     _describe(config, potential, device, console)
-
-    coverage = CoverageCollector(frames, model.cutoff)
-    train = FrameDataset(frames, model.cutoff, pairs and pairs[: len(frames)], observe=coverage.add)
-    valid = FrameDataset(validation, model.cutoff, pairs and pairs[len(frames) :])
     budget = batch_budget(options)
+    extend = Fragments(model, elements_in(frames), options.seed) if model.has_pair_bridging else None
     return Preparation(
         potential=potential,
-        train=EpochBatches(train, **budget, seed=options.seed, shuffle=True),
+        train=EpochBatches(train, **budget, seed=options.seed, shuffle=True, extend=extend),
         coverage=coverage,
         validation=EpochBatches(valid, **budget, seed=options.seed, shuffle=False) if validation else None,
         loss=loss,

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from dpa4.model.config import ModelConfig
 from dpa4.model.presets import preset
 from dpa4.parsing import parse_yaml, read_yaml, shown
+from dpa4.system import user_path
 from dpa4.training.options import ModelOptions, RunConfig, unknown_option
 
 
@@ -31,7 +32,7 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfi
         ValueError: If the file is not YAML, an override is malformed, or an option is unknown or not allowed. For
             faulty options, the message has one line each with the option, its value and the allowed values.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"run file {path} does not exist; `dpa4 init` writes a starting file")
     values = read_yaml(path)

@@ -5,15 +5,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
+from dpa4.data import Coverage
+from dpa4.model import ModelConfig
 from dpa4.output import write_torch
 from dpa4.parsing import shown
+from dpa4.potential.deepmd.options import first_problem
 from dpa4.potential.pytorch_file import load_pytorch
 from dpa4.potential.verification import check_values, differences, listed
 
 STATE_FORMAT = 1
 STATE = "last.pt"  # in the output folder
+DATA = ("training", "validation")
+PROVENANCE = ("training data", "validation data")
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
@@ -82,6 +88,39 @@ def _check_entries(state: dict[str, Any]) -> None:
             raise ValueError(f"its entry {shown(name)} is {shown(value)}, not a tensor")
     if "cpu" not in state["random"]:
         raise ValueError("it has no entry random.cpu")
+    _check_origin(state)
+
+
+def _check_origin(state: dict[str, Any]) -> None:
+    """Check the entries about model and data, which states of earlier versions lack."""
+    if "config" not in state:
+        return
+    try:
+        ModelConfig.model_validate_json(_entry(state, "config", str))
+    except ValidationError as error:
+        raise ValueError(f"its configuration is not valid: {first_problem(error)}") from None
+    for name in ("coverage", "earlier_coverage"):
+        if state.get(name) is not None:
+            Coverage.from_json(_entry(state, name, str))
+    if _entry(state, "first_epoch", int) < 0:
+        raise ValueError(f"its entry first_epoch is {shown(state['first_epoch'])}, not a number of epochs")
+    texts = [*_entry(state, "undetermined", list)]
+    for entry in (
+        _entry(state, "data", dict),
+        _entry(state, "provenance", dict),
+        *_entry(state, "history", list),
+    ):
+        if not isinstance(entry, dict):
+            raise ValueError(f"its entry history has {shown(entry)}")
+        texts += [*entry, *entry.values()]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("its entries undetermined, data, provenance and history must be texts")
+    for entry, names in (
+        (state["data"], DATA),
+        *((h, PROVENANCE) for h in (state["provenance"], *state["history"])),
+    ):
+        if missing := [name for name in names if name not in entry]:
+            raise ValueError(f"it does not say {', '.join(missing)} of its data")
 
 
 def _entry(state: dict[str, Any], name: str, kind: Any) -> Any:

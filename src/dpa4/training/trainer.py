@@ -25,7 +25,6 @@ from dpa4.parsing import first_line
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import save_potential
 from dpa4.system import keep_freed_memory, stop_requests
-from dpa4.training.coverage import RunCoverage
 from dpa4.training.ema import MovingAverage
 from dpa4.training.evaluation import error_table, predict
 from dpa4.training.logs import ERROR_COLUMNS, TERMS, RunLog
@@ -136,7 +135,7 @@ class Trainer:
         options = config.training
         self.config, self.console, self.preparation = config, console, preparation
         self.potential, self.loss = preparation.potential, preparation.loss
-        self.coverage = RunCoverage(preparation, config.output, console)
+        self.potential.coverage = preparation.coverage
         self.potential.precision = options.precision
         self.device = self.potential.device
         keep_freed_memory(self.device)
@@ -185,7 +184,6 @@ class Trainer:
         with stop_requests() as stopped, self.log:
             last_tick = last_plot = self._clock()
             for batch in self._batches():
-                self.coverage.update()
                 self._train_on(batch)
                 now = self._clock()
                 self.seconds, last_tick = self.seconds + now - last_tick, now
@@ -374,7 +372,6 @@ class Trainer:
             "data": self.preparation.data,
             "history": self.history,
             "coverage": self.potential.coverage.to_json() if self.potential.coverage else None,
-            "earlier_coverage": self.coverage.earlier.to_json() if self.coverage.earlier else None,
             "provenance": self.preparation.provenance,
             "first_epoch": self.first_epoch,
             "potential": self.potential.state_dict(),
@@ -393,6 +390,10 @@ class Trainer:
             ValueError: If the state belongs to another model or optimiser or, without ``new_data``, to other data.
         """
         changed = changed_options(state["options"], self.preparation.run_text)
+        if (
+            "config" not in state
+        ):  # of an earlier version, in which models had no repulsion unless an option said so
+            changed = [c for c in changed if c != "model.bridging: None -> auto"]
         fixed = [c for c in changed if c.startswith(("model.", "training.optimizer", "training.ema_decay"))]
         if fixed:
             raise ValueError(
@@ -429,7 +430,8 @@ class Trainer:
         for name in _COUNTERS:
             setattr(self, name, state[name])
         self.history, self.first_epoch = state.get("history", []), state.get("first_epoch", 0)
-        self.coverage.earlier = _coverage(state.get("earlier_coverage"))
+        if coverage := state.get("coverage"):  # absent in states of earlier versions; includes earlier data
+            self.potential.coverage = self.preparation.coverage.union(Coverage.from_json(coverage))
         self.sums.copy_(state["sums"])
         # States of earlier versions counted every step for every term.
         self.labelled = state.get("labelled", dict.fromkeys(_TARGETS, self.summed))
@@ -443,7 +445,6 @@ class Trainer:
         self.first_epoch = self.epoch
         self.best_score, self.stale = math.inf, 0
         self.history = [*self.history, state["provenance"] | {"until step": str(self.step)}]
-        self.coverage.earlier = _coverage(state["coverage"])
         self.console.print(
             f"new {' and '.join(others)} data: the model keeps its elements and reference energies, the best score "
             "starts anew"
@@ -466,10 +467,6 @@ class Trainer:
     def _finish(self, stopped: bool) -> Path:
         folder = self.config.output
         plot_learning_curve(folder)
-        known = self.potential.coverage
-        self.coverage.finish(stopped and self.step < self.total)
-        if self.potential.coverage is not known:
-            self.save_state()
         if stopped and self.step < self.total:
             self.console.print(f"stopped after step {self.step}; continue with --resume")
         elif self._exhausted():
@@ -480,10 +477,6 @@ class Trainer:
         path = best if best.is_file() else folder / "last.safetensors"
         self.console.print(f"model: {path}", markup=False)
         return path
-
-
-def _coverage(text: str | None) -> Coverage | None:
-    return None if text is None else Coverage.from_json(text)
 
 
 def _optimizer(config: RunConfig, potential: Potential) -> torch.optim.Optimizer:

@@ -29,6 +29,7 @@ from dpa4.potential.verification import (
     check_values,
     listed,
 )
+from dpa4.system import user_path
 
 NEWEST_FORMAT = 1.2  # newest readable format of the descriptor, written by deepmd-kit 3.2.0
 
@@ -64,7 +65,7 @@ def read_deepmd(path: str | Path, branch: str | None = None) -> DeepmdModel:
         ValueError: If the file is damaged, is not a DPA4 checkpoint, uses an unsupported option or a format newer
             than 1.2; also if the branch is unknown, or missing where there are several.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     outer = load_pytorch(path)

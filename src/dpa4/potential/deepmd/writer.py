@@ -16,6 +16,7 @@ from dpa4.output import write_torch
 from dpa4.potential.deepmd.names import deepmd_name
 from dpa4.potential.deepmd.options import config_to_deepmd
 from dpa4.potential.potential import Potential
+from dpa4.system import user_path
 
 _MODEL = "model.Default."
 _ATOMIC = f"{_MODEL}atomic_model."
@@ -32,7 +33,7 @@ def export_deepmd(potential: Potential, path: str | Path) -> None:
         FileNotFoundError: If the folder of ``path`` does not exist.
         ValueError: If the name does not end in ``.pt``, or deepmd-kit has no model with the same results.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.suffix != ".pt":
         raise ValueError(f"deepmd-kit checkpoints end in .pt, got {path.name!r}")
     write_torch(path, {"model": deepmd_state(potential)})

@@ -230,11 +230,18 @@ class FinishedScreening:
 
 
 def _read_marker(path: Path) -> dict[str, Any]:
-    marker = json.loads(path.read_text(encoding="utf-8"))
-    if marker["format"] != FORMAT:
+    try:
+        marker = json.loads(path.read_bytes())
+        found = marker["format"]
+        known = isinstance(marker["settings"], dict) and isinstance(marker["total"], int | None)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); choose another folder") from None
+    if found != FORMAT:
         raise ValueError(
-            f"{path} has format {marker['format']}; this version reads format {FORMAT}; choose another folder"
+            f"{path} has format {found}; this version reads format {FORMAT}; choose another folder"
         )
+    if not known:
+        raise ValueError(f"{path} is damaged (settings or total); choose another folder")
     return marker
 
 

@@ -60,9 +60,13 @@ class Records:
         self.done: set[str] = set()
         self.path = folder / f"{name}.jsonl"
         try:
-            if anew and self.path.exists():
-                (folder / SETTINGS).unlink(missing_ok=True)
-                self.path.unlink()
+            if anew:
+                self.path.unlink(missing_ok=True)
+                own = (folder / SETTINGS).exists() and read_settings(folder).get("task") == settings.get(
+                    "task"
+                )
+                if own and not any(folder.glob("*.jsonl")):  # other results have the settings, too
+                    (folder / SETTINGS).unlink()
             if (folder / SETTINGS).exists():
                 check_settings(settings, read_settings(folder), folder)
             else:
