@@ -41,10 +41,14 @@ def state(tmp_path):
         ("potential", {3: torch.zeros(1)}, "its entry 3 is <Tensor>, not a tensor"),
         (
             "potential",
-            {"model.x": torch.tensor([1.0, float("inf")])},
+            {"reference_energies": torch.zeros(2), "model.x": torch.tensor([1.0, float("inf")])},
             "model.x is not finite: 1 of its 2 values",
         ),
-        ("potential", {"model.x": torch.tensor([1])}, "model.x has values of type int64"),
+        (
+            "potential",
+            {"reference_energies": torch.zeros(2), "model.x": torch.tensor([1])},
+            "model.x has values of type int64",
+        ),
     ],
 )
 def test_malformed_entries_are_refused_by_name(state, tmp_path, entry, value, message):
