@@ -1,6 +1,7 @@
 """Fixtures for all tests. Each test process has one thread: the suite runs in two processes on shared processors."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -22,19 +23,33 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Compiler cache of this session, empty at the start and shared by its processes."""
+    """Folder of traces and compiled code of this session, shared by its processes.
+
+    At the start it holds the C++ kernels alone, which would take 20 seconds.
+    """
+    from dpa4 import code_cache
+    from dpa4.ops import available
+
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiler"
+    available.cpp_compiled()
+    libraries = list(code_cache.folder().glob("*.so*"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
-        yield folder
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+        for file in libraries:
+            shutil.copy2(file, code_cache.folder() / file.name)
+        yield code_cache.folder()
 
 
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
-    """Compiler cache without traces or code of earlier tests; returns its folder."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    return tmp_path
+    """Cache without traces or code of earlier tests; returns its folder."""
+    from dpa4 import code_cache
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    return code_cache.folder()
 
 
 @pytest.fixture(autouse=True)

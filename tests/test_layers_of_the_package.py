@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "dpa4"
 LAYERS = [
-    "_lazy", "system", "output", "parsing", "graph", "data", "ops", "tracing", "model", "potential", "execution",
-    "training", "interfaces", "simulation", "leaderboards", "cli",
+    "_lazy", "system", "output", "parsing", "code_cache", "graph", "data", "ops", "tracing", "model", "potential",
+    "execution", "training", "interfaces", "simulation", "leaderboards", "cli",
 ]  # fmt: skip
 """Lowest first; a module imports from its own layer and from those before it."""
 OPTIONAL = [
@@ -146,6 +146,12 @@ def test_a_cycle_is_found():
 
 def test_no_module_reads_environment_variables():
     found = {module_name(path): environment_reads(path.read_text()) for path in SOURCES}
+    # Variables of others: the user's cache folder, and PyTorch's.
+    assert set(re.findall(r'"([A-Z]\w*_[A-Z_]+)"', (PACKAGE / "code_cache.py").read_text())) == {
+        "XDG_CACHE_HOME",
+        "TORCHINDUCTOR_CACHE_DIR",
+    }
+    del found["dpa4.code_cache"]
     assert {name: reads for name, reads in found.items() if reads} == {}
 
 

@@ -14,6 +14,7 @@ from dpa4.model.config import Bridging
 from dpa4.potential import Potential
 from dpa4.simulation import DPA4MLIAP
 from helpers import assert_close, molecule, random_potential
+from settings import SETTINGS
 
 CUTOFF = 3.0
 
@@ -258,6 +259,26 @@ def test_single_precision():
     prediction = expected(atoms, potential)
     assert_equal(found, prediction, 1e-5)
     assert np.abs(found[2] - prediction.forces.numpy()).max() > 1e-12
+
+
+def compute_under(context):
+    """Method `compute_forces` that is called under a setting of PyTorch."""
+    compute = DPA4MLIAP.compute_forces
+
+    def wrapped(self, data):
+        with context():
+            compute(self, data)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_of_pytorch_do_not_change_results(setting, monkeypatch):
+    atoms, potential = cell(), random_potential(cutoff=CUTOFF, channels=16, n_blocks=1).float()
+    before = run(atoms, halves(atoms, 1), 1, potential, dtype="float32")
+    monkeypatch.setattr(DPA4MLIAP, "compute_forces", compute_under(SETTINGS[setting]))
+    found = run(atoms, halves(atoms, 1), 1, potential, dtype="float32")
+    assert all(np.array_equal(one, other) for one, other in zip(before[:4], found[:4], strict=True))
 
 
 def test_compiled_code_for_one_of_several_ranks(compilations):

@@ -245,3 +245,32 @@ def test_a_second_derivative_outside_of_training():
         (first,) = torch.autograd.grad(stack.to(dtype)(z, None), z, g.to(dtype), create_graph=True)
         second += torch.autograd.grad(first, z, c.to(dtype))
     assert deviation(*second) < 1e-5  # of the other kernels, which training uses
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_operands_are_checked_before_a_launch(layers):
+    """The kernels receive bare addresses. Tensors that the operators make pass; others are refused."""
+    weights = {b: so2_stack.pack(*weights_of(stack_of(layers)), b) for b in (False, True)}
+    x = torch.zeros(1, 70, WIDTH)
+    for keep in (False, True):
+        y, *kept = so2_stack._new_value(x, weights[False], keep)
+        *us, maxima = kept or [y]
+        so2_stack._check("so2_value", x, y, us, maxima, weights[False])
+    forward = "so2_value", x, y, us, maxima, weights[False]
+    backward = "so2_vjp", x, y, us, maxima, weights[True]
+    so2_stack._check(*backward)
+    for name, x, y, us, maxima, (streams, scales) in (forward, backward):
+        wrong = [
+            (x.double(), y, us, maxima, (streams, scales)),
+            (x, y[:, 1:], us, maxima, (streams, scales)),
+            (x, y, [*us, x], maxima, (streams, scales)),
+            (x, y, us, maxima, (streams[:, 1:], scales)),
+            (x, y, us, maxima, (streams.float(), scales)),
+            (x, y, us, maxima, (streams, scales[1:])),
+        ]
+        if us:
+            wrong += [(x, y, [u[:70] for u in us], maxima, (streams, scales))]
+            wrong += [(x, y, us, maxima[:70], (streams, scales))]
+        for operands in wrong:
+            with pytest.raises(ValueError, match=f"{name} needs"):
+                so2_stack._check(name, *operands)

@@ -132,3 +132,36 @@ def test_products_of_one_sign_on_a_device():
     x, w = (np.abs(t) for t in operands((700, 2, 768), (2, 768, 192)))
     y = precise_matmul(torch.from_numpy(x).cuda().transpose(0, 1), torch.from_numpy(w).cuda())
     assert relative_error(y.cpu().numpy(), x.transpose(1, 0, 2), w) < TOLERANCE
+
+
+def refused(name: str, *arguments) -> str:
+    """Message with which a launcher refuses its operands."""
+    from dpa4.ops.triton import edge_products, segments
+
+    module = segments if name.startswith("segment") else edge_products
+    try:
+        getattr(module, name)(*arguments)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@needs_triton
+def test_operands_are_checked_before_a_launch(interpreter):
+    """The kernels receive bare addresses, and sizes from the shape of some of the operands."""
+    a, x, g = torch.randn(5, 2, 3, 4), torch.randn(4, 4, 32), torch.randn(5, 3, 32)
+    index, offsets = torch.tensor([0, 1, 1, 2, 2]), torch.tensor([0, 1, 3, 5, 5])
+    good = {
+        "edge_matmul": (a, x, index),
+        "scatter_matmul": (a, g, index, offsets),
+        "edge_outer": (g, x, index, 2),
+        "segment_sum": (g, index, offsets),
+        "segment_max": (g, g[0], index, offsets),
+    }
+    for name, arguments in good.items():
+        assert interpreter(refused, name, *arguments) == ""
+        for i, t in enumerate(arguments):
+            if isinstance(t, torch.Tensor) and i:
+                for wrong in (t[None], t.half() if t.is_floating_point() else t.int()):
+                    own = *arguments[:i], wrong, *arguments[i + 1 :]
+                    assert f"{name} needs" in interpreter(refused, name, *own), (name, i)

@@ -2,6 +2,10 @@
 
 import json
 import operator
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dpa4.tracing.stage import Recipe, Stage, graph_of, recipe_of, symbolic_sizes
+from dpa4.tracing.trace import Trace, TracedStage
 
 SIZES = {"node": 1001, "edge": 5003}
 
@@ -75,3 +80,38 @@ def test_operators_of_python_are_known():
     graph.output([y])
     module = fx.GraphModule({}, graph_of(recipe_of(graph, {}, {})))
     assert torch.equal(module(torch.ones(2))[0], torch.full((2,), 3.0))
+
+
+def test_text_that_someone_else_wrote_is_not_executed(tmp_path):
+    """A trace is a program: it is read only if this user stored it."""
+    file = tmp_path / "trace.json"
+    planted = "raise SystemExit('the text of another user ran')\ndef forward(self):\n    return []\n"
+    written = Trace([TracedStage(Recipe(planted, [], [], {}), [])] * 3, [[True], [True]], None, {})
+    file.write_text(json.dumps(written))
+    assert Trace.read(file) is None
+    written.write(file)
+    assert Trace.read(file) == written
+    file.chmod(0o666)
+    assert Trace.read(file) is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_compiler_reads_nothing_from_the_temporary_folder(tmp_path):
+    """Headers included, which PyTorch by default compiles into a folder of predictable name there."""
+    program = """
+import sys; sys.path.insert(0, sys.argv[1])
+from test_stage import Stage, recipe, torch
+stage = Stage(recipe(), [(0, 0), (0, 1)])
+print(stage.compile()(torch.ones(7, 4, dtype=torch.float64), torch.ones(5, dtype=torch.float64))[0].shape)
+"""
+    folders = {name: tmp_path / name for name in ("temporary", "caches")}
+    for folder in folders.values():
+        folder.mkdir(mode=0o700)
+    environment = os.environ | {"TMPDIR": str(folders["temporary"]), "XDG_CACHE_HOME": str(folders["caches"])}
+    del environment["TORCHINDUCTOR_CACHE_DIR"]
+    command = [sys.executable, "-c", program, str(Path(__file__).parent)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == "torch.Size([14, 2])\n"
+    assert list((folders["caches"] / "dpa4" / "inductor").rglob("*.so"))
+    assert not list(folders["temporary"].rglob("torchinductor_*"))

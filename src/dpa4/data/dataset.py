@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dpa4.data.frame import Frame
 from dpa4.graph import Graph, build_graph, collate
+from dpa4.system import own_settings
 
 CACHE_BYTES = 4 * 1024**3  # limit of the graphs that a data set caches in memory; others are rebuilt
 PREFETCH = 3  # batches prepared ahead
@@ -125,6 +126,7 @@ class FrameDataset:
             self._free_bytes -= size
         return graph
 
+    @own_settings
     def batch(self, indices: Sequence[int]) -> Batch:
         """Join structures and their labels into one batch."""
         frames = [self.frames[i] for i in indices]

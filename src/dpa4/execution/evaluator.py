@@ -8,7 +8,7 @@ from dpa4.execution import limits
 from dpa4.execution.padding import replayed_size
 from dpa4.graph import Graph, first_atoms
 from dpa4.potential.potential import Potential, Prediction
-from dpa4.system import keep_freed_memory
+from dpa4.system import Lock, keep_freed_memory, own_settings
 
 _log = logging.getLogger(__name__)
 
@@ -29,21 +29,25 @@ class Evaluator:
         compile: True to compile, False not to; None compiles on a GPU in float32.
     """
 
+    @own_settings
     def __init__(self, potential: Potential, compile: bool | None):
         self.potential = potential.eval()
         keep_freed_memory(potential.device)
         if compile is None:
             compile = limits.compiles_by_default(potential.device, potential.dtype)
         self._compile = compile
+        self._lock = Lock()
         self._keeps_results = True  # false once a variant that stores intermediates has deviated
         self._compared: set[int] = set()  # indices of the policies that were compared with eager mode
         self._call: Callable[[Graph], Prediction] = potential.__call__
 
+    @own_settings
     def __call__(self, graph: Graph) -> Prediction:
-        """Compute the prediction for a graph on the device."""
-        if self._compile and limits.can_be_compiled(graph):
-            self._prepare(graph)
-        return self._call(graph) if graph.num_structures == 1 else self.potential(graph)
+        """Compute the prediction for a graph on the device; other threads wait."""
+        with self._lock:
+            if self._compile and limits.can_be_compiled(graph):
+                self._prepare(graph)
+            return self._call(graph) if graph.num_structures == 1 else self.potential(graph)
 
     def _prepare(self, graph: Graph) -> None:
         """Compile the variant for the size of a graph and compare it with eager mode, unless done before."""

@@ -18,6 +18,7 @@ from vesin import NeighborList
 from dpa4.graph.cell_list import candidate_pairs
 from dpa4.graph.graph import Graph
 from dpa4.graph.lattice import check_cutoff, check_positions, completed, periodic_lattice
+from dpa4.system import own_settings
 
 MIN_DISTANCE = 1e-5  # Angstrom; closer atoms are the same atom entered twice
 SEARCH_MARGIN = 1 + 1e-6  # enlarges the radius of a search, whose rounding differs from the formula here
@@ -124,6 +125,7 @@ def neighbor_list_torch(
     return source, destination, shift[keep]
 
 
+@own_settings
 def build_graph(
     atomic_numbers: ArrayLike,
     positions: ArrayLike,

@@ -11,6 +11,7 @@ from torch import Tensor
 from dpa4.graph.graph import Graph
 from dpa4.graph.lattice import check_cutoff
 from dpa4.graph.neighbors import build_graph, within_cutoff
+from dpa4.system import own_settings
 
 SKIN = 0.5  # Angstrom
 ROUNDING = 1e-9  # Angstrom, far above rounding errors of the bound; with a smaller skin every step searches
@@ -46,6 +47,7 @@ class SkinnedNeighbors:
         self.searches = 0  # number of searches so far
         self._last: _Search | None = None
 
+    @own_settings
     def graph(
         self,
         atomic_numbers: Any,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
+from ase.outputs import Properties
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
@@ -19,7 +20,7 @@ from dpa4.interfaces.coverage_monitor import CoverageMonitor
 from dpa4.interfaces.loading import Model, charge_spin_of, load_model
 from dpa4.potential import Potential, fingerprint_of
 from dpa4.potential.precision import Precision
-from dpa4.system import choose_device
+from dpa4.system import Lock, choose_device, own_settings
 
 Results = dict[str, Any]
 
@@ -45,6 +46,9 @@ class DPA4Calculator(Calculator):
     Several models form a committee. The results are then means over the models. ``energy_std``, ``forces_std`` and
     ``stress_std`` are the standard deviations over the M models (normalised by M, not M - 1).
 
+    Several threads may use one calculator; they take turns. ASE's methods return the results for the structure of the
+    thread. The attribute ``results`` holds those of the last calculation of any thread.
+
     Models conditioned on charge and spin read the total charge from ``atoms.info["charge"]`` and the multiplicity
     2S + 1 from ``atoms.info["spin"]``; docs/conventions.md lists further names. Changing either triggers a new
     calculation.
@@ -64,6 +68,7 @@ class DPA4Calculator(Calculator):
     # ASE's initial charges and magnetic moments of single atoms do not influence the results.
     ignored_changes = {"initial_charges", "initial_magmoms"}
 
+    @own_settings
     def __init__(
         self,
         model: Model | Sequence[Model],
@@ -98,6 +103,7 @@ class DPA4Calculator(Calculator):
             ValueError: If an argument is not allowed or a checkpoint cannot be read.
         """
         super().__init__()
+        self._lock = Lock()
         if not 0 <= neighbor_skin < np.inf:
             raise ValueError(f"neighbor_skin must be a distance >= 0 in Angstrom, got {neighbor_skin}")
         models = [model] if isinstance(model, str | Path | Potential) else list(model)
@@ -135,6 +141,20 @@ class DPA4Calculator(Calculator):
             changes.append("info")
         return changes
 
+    def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:
+        """Return a result for a structure, computed if necessary; ASE calls this method.
+
+        Other threads wait, so that each gets the result for its own structure.
+        """
+        with self._lock:
+            return super().get_property(name, atoms, allow_calculation)
+
+    def calculate_properties(self, atoms: Atoms, properties: Sequence[str]) -> Properties:
+        """Return several results for a structure; other threads wait."""
+        with self._lock:
+            return super().calculate_properties(atoms, properties)
+
+    @own_settings
     def calculate(
         self,
         atoms: Atoms | None = None,
@@ -154,7 +174,12 @@ class DPA4Calculator(Calculator):
             ValueError: If the structure is empty; if an element, the charge or the spin is not supported by a model;
                 if a position is not finite or atoms coincide; or if a periodic axis has no cell vector.
         """
-        super().calculate(atoms, properties, system_changes)
+        with self._lock:
+            super().calculate(atoms, properties, system_changes)
+            self._calculate(properties)
+
+    def _calculate(self, properties: Sequence[str]) -> None:
+        """Set the results for `atoms` of this calculator."""
         if len(self.atoms) == 0:
             raise ValueError("the structure has no atoms")
         with_stress = self.compute_stress and bool(self.atoms.pbc.all())

@@ -12,11 +12,13 @@ from dpa4.data.charge_spin import charge_and_spin
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import load_potential
 from dpa4.potential.precision import Precision
+from dpa4.system import own_settings
 
 Model = str | Path | Potential
 """Checkpoint file or potential."""
 
 
+@own_settings
 def load_model(
     model: Model, device: torch.device, dtype: str, precision: Precision, branch: str | None
 ) -> Potential:

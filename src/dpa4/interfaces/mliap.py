@@ -21,7 +21,7 @@ from dpa4.graph import Graph, build_graph, first_atoms
 from dpa4.interfaces.loading import Model, charge_spin_of, load_model
 from dpa4.model.ghosts import Domain
 from dpa4.ops.incidence import Incidence
-from dpa4.system import keep_freed_memory
+from dpa4.system import keep_freed_memory, own_settings
 
 
 class DPA4MLIAP:
@@ -44,6 +44,7 @@ class DPA4MLIAP:
             lmp.file("in.lmp")
     """
 
+    @own_settings
     def __init__(
         self,
         model: Model,
@@ -88,6 +89,7 @@ class DPA4MLIAP:
     def compute_gradients(self, data: Any) -> None:
         """Do nothing; `compute_forces` computes energies and forces together."""
 
+    @own_settings
     def compute_forces(self, data: Any) -> None:
         """Pass energies and pair forces to LAMMPS, which calls this method in every step.
 
@@ -105,7 +107,10 @@ class DPA4MLIAP:
                 "this LAMMPS cannot exchange features of ghost atoms; use a version of July 2025 or later with "
                 "ML-IAP and Kokkos, run with '-k on -sf kk'. On one rank, 'dpa4 lammps' needs neither"
             )
-        with torch.autograd.set_multithreading_enabled(False):  # the backward pass calls MPI
+        with (
+            torch.enable_grad(),
+            torch.autograd.set_multithreading_enabled(False),
+        ):  # backward passes call MPI
             self._compute(data)
 
     def _compute(self, data: Any) -> None:

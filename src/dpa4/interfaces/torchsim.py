@@ -22,7 +22,7 @@ from dpa4.graph import Graph, build_graph, collate, neighbor_list_torch
 from dpa4.interfaces.coverage_monitor import CoverageMonitor
 from dpa4.interfaces.loading import Model, load_model
 from dpa4.potential.precision import Precision
-from dpa4.system import choose_device, require
+from dpa4.system import Lock, choose_device, own_settings, require
 
 require("torch_sim", "torchsim")
 from torch_sim.models.interface import ModelInterface  # noqa: E402
@@ -59,6 +59,7 @@ class DPA4Model(ModelInterface):
             results = model(state)
     """
 
+    @own_settings
     def __init__(
         self,
         model: Model,
@@ -90,6 +91,7 @@ class DPA4Model(ModelInterface):
             ValueError: If an argument is not allowed or the checkpoint cannot be read.
         """
         super().__init__()
+        self._lock = Lock()
         self._device = choose_device(device)
         self._dtype = torch.float64
         self._compute_forces, self._compute_stress = compute_forces, compute_stress
@@ -137,6 +139,7 @@ class DPA4Model(ModelInterface):
         neighbors = 4 / 3 * math.pi * self.cutoff**3 / 1000
         return {"memory_scales_with": "n_atoms_x_density", "max_memory_scaler": max_edges / neighbors}
 
+    @own_settings
     def forward(self, state: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Evaluate all systems of a state at once.
 
@@ -156,8 +159,9 @@ class DPA4Model(ModelInterface):
         if isinstance(state, dict):  # allowed by TorchSim 0.3
             state = SimState(**state)
         periodic = torch.as_tensor(state.pbc, dtype=torch.bool).cpu().expand(3)
-        graph = self._graph(state, periodic)
-        prediction = self._evaluator(graph)
+        with self._lock:  # graph and checks are stored between calls
+            graph = self._graph(state, periodic)
+            prediction = self._evaluator(graph)
         results = {"energy": prediction.energy, "energies": prediction.atomic_energies}
         if self._compute_forces:
             results["forces"] = prediction.forces

@@ -41,7 +41,7 @@ from dpa4.potential.verification import (
     listed,
     weight_problems,
 )
-from dpa4.system import user_path
+from dpa4.system import float32_by_default, own_settings, user_path
 
 FORMAT = "dpa4"
 FORMAT_VERSION = 1
@@ -65,6 +65,7 @@ class Checkpoint:
     digest: str | None = None  # verified digest of the content; None for files that have none
 
 
+@own_settings
 def save_potential(
     potential: Potential, path: str | Path, provenance: Mapping[str, str] | None = None
 ) -> None:
@@ -113,6 +114,8 @@ def _write(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor
         temporary.write_bytes(save(dict(tensors), content | {"digest": digest_of(content, tensors)}))
 
 
+@own_settings
+@float32_by_default()
 def load_potential(
     path: str | Path,
     *,
@@ -141,6 +144,8 @@ def load_potential(
     return _assemble(stored, dtype or stored.dtype).to(device)
 
 
+@own_settings
+@float32_by_default()
 def convert(
     source: str | Path, target: str | Path, branch: str | None = None, *, drop_bridging: bool = False
 ) -> None:
@@ -173,6 +178,8 @@ def convert(
         save_potential(potential, target, stored.provenance | parent)
 
 
+@own_settings
+@float32_by_default()
 def read_checkpoint(path: str | Path, branch: str | None = None) -> Checkpoint:
     """Read a native or deepmd-kit checkpoint; arguments and errors as in `load_potential`."""
     path = user_path(path)

@@ -21,9 +21,10 @@ from dpa4.data import (
 from dpa4.data.charge_spin import charge_spin_entries
 from dpa4.output import atomic_write, check_writable
 from dpa4.potential.potential import Potential
-from dpa4.system import user_path
+from dpa4.system import own_settings, user_path
 
 
+@own_settings
 def embeddings(
     potential: Potential, structures: Sequence[Atoms], *, max_atoms: int = 2000, progress: bool = False
 ) -> list[NDArray[Any]]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from dpa4.graph import Graph
-from dpa4.potential.potential import Potential
+from dpa4.potential.potential import Potential, recordable
+from dpa4.system import own_settings
 
 
 class Expansion(NamedTuple):
@@ -17,6 +18,7 @@ class Expansion(NamedTuple):
     product: Tensor  # (N, 3), Hessian times displacement
 
 
+@own_settings
 def expand_energy(potential: Potential, graph: Graph, vector: Tensor) -> Expansion:
     """Compute energy, forces and the product of the Hessian with a vector in one forward pass.
 
@@ -54,6 +56,7 @@ def hessian_vector_product(potential: Potential, graph: Graph, vector: Tensor) -
     return expand_energy(potential, graph, vector).product
 
 
+@own_settings
 def hessian(potential: Potential, graph: Graph) -> Tensor:
     """Hessian of the energy of one small structure, computed column by column.
 
@@ -84,7 +87,7 @@ class _Differentiated:
                 "a compiled potential does not support second derivatives; load it again and do not compile it"
             )
         potential.check(graph)
-        self.graph = graph = potential.without_excluded(graph)
+        self.graph = graph = potential.without_excluded(recordable(graph))
         with torch.enable_grad():
             self._vectors = graph.edge_vectors().detach().requires_grad_()
             atomic = potential.atomic_energies(graph, self._vectors)

@@ -17,6 +17,7 @@ from dpa4.model.short_range import short_range
 from dpa4.ops.incidence import Incidence
 from dpa4.ops.segments import segment_sum
 from dpa4.potential.precision import Precision
+from dpa4.system import float32_by_default, own_settings
 
 
 class Prediction(NamedTuple):
@@ -46,6 +47,8 @@ class Potential(nn.Module):
     excluded: Tensor
     species_of: Tensor
 
+    @own_settings
+    @float32_by_default()
     def __init__(self, config: ModelConfig, reference_energies: Mapping[str, float] | None = None):
         """Build a potential with freshly initialised weights.
 
@@ -117,6 +120,7 @@ class Potential(nn.Module):
         finally:
             self.precision = before
 
+    @own_settings
     def _apply(self, fn: Any, recurse: bool = True) -> "Potential":
         """Move or cast the network; reference energies stay float64."""
         energies = self.reference_energies
@@ -124,6 +128,7 @@ class Potential(nn.Module):
         self.reference_energies = energies.to(self.reference_energies.device)
         return self
 
+    @own_settings
     def check(self, graph: Graph) -> None:
         """Refuse a graph that the model cannot describe.
 
@@ -146,33 +151,39 @@ class Potential(nn.Module):
                     f"got charge {charge.tolist()}, spin {spin.tolist()}"
                 )
 
+    @own_settings
     def forward(self, graph: Graph) -> Prediction:
         """Compute energy, forces and virial of a graph on the device of the model."""
         return self.of_edges(self.without_excluded(graph))
 
+    @own_settings
     def of_edges(self, graph: Graph) -> Prediction:
         """Compute `forward` for a graph without excluded pairs, without waiting for the device."""
+        graph = recordable(graph)
         ends = _ends(graph)
         atomic, vectors, gradient = self._differentiated(graph, ends)
         atomic = atomic if self.training else atomic.detach()
         return self._assemble(graph, ends, atomic, vectors, gradient)
 
+    @own_settings
     def atomic_virials(self, graph: Graph) -> Tensor:
         """Virial of each atom, (N, 3, 3) in eV: half of the contribution of each edge that ends or starts at it.
 
         The sum of the atomic virials is the virial of `forward`. An atomic virial need not be symmetric.
         """
-        graph = self.without_excluded(graph)
+        graph = self.without_excluded(recordable(graph))
         source, destination = ends = _ends(graph)
         _, vectors, gradient = self._differentiated(graph, ends)
         virial = gradient[:, :, None] * -vectors[:, None, :]
         return 0.5 * (segment_sum(virial, source) + segment_sum(virial, destination))
 
+    @own_settings
     def atomic_energies(self, graph: Graph, vectors: Tensor) -> Tensor:
         """Energy of each atom, (N,) in eV, as a differentiable function of the edge vectors (E, 3).
 
         In training mode it is also differentiable with respect to the parameters.
         """
+        graph = recordable(graph)
         return self._atomic_energies(graph, vectors, _ends(graph))
 
     def _differentiated(self, graph: Graph, ends: "Ends") -> tuple[Tensor, Tensor, Tensor]:
@@ -182,6 +193,7 @@ class Potential(nn.Module):
             atomic = self._atomic_energies(graph, vectors, ends)
             return atomic, vectors.detach(), self._gradient(atomic, vectors)
 
+    @own_settings
     def domain_energies(
         self,
         atomic_numbers: Tensor,
@@ -210,6 +222,7 @@ class Potential(nn.Module):
         charge_spin = graph.charge_spin[graph.structure]
         return self.domain_energies(graph.atomic_numbers, vectors, *ends, charge_spin)
 
+    @own_settings
     def descriptor(self, graph: Graph) -> Tensor:
         """Invariant features of every atom, (N, channels), the input of the energy network."""
         graph = self.without_excluded(graph)
@@ -249,6 +262,11 @@ class Potential(nn.Module):
 
 Ends = tuple[Incidence, Incidence]
 """Sources and destinations of the edges."""
+
+
+def recordable(graph: Graph) -> Graph:
+    """Copy the tensors of a graph that were created in inference mode; autograd refuses to save them."""
+    return Graph(*(t.clone() if t.is_inference() else t for t in graph))
 
 
 def _ends(graph: Graph) -> Ends:

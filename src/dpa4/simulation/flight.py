@@ -27,7 +27,7 @@ from torch import Tensor
 from dpa4.data import with_results
 from dpa4.graph import Graph, build_graph
 from dpa4.simulation.relax import CELLS
-from dpa4.system import require
+from dpa4.system import own_settings, require
 
 if TYPE_CHECKING:
     from dpa4.interfaces.torchsim import DPA4Model
@@ -176,6 +176,7 @@ class Flight:
             fmax, include_cell_forces=self._cell_relaxes
         )
 
+    @own_settings
     def relax(self, jobs: list[Job], charge_spin: tuple[int, int]) -> None:
         """Relax structures of one periodicity, charge and spin multiplicity.
 

@@ -21,7 +21,7 @@ from dpa4.output import save_figure, write_csv, write_json
 from dpa4.potential import Potential, expand_energy, fingerprint_of
 from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.store import Records
-from dpa4.system import stop_requests, user_path
+from dpa4.system import own_settings, stop_requests, user_path
 
 COMPUTED = ("energy", "force", "curvature")
 COLUMNS = ("pair", "distance_A", "energy_eV", "force_eV_per_A", "curvature_eV_per_A2")
@@ -367,6 +367,7 @@ def _curves(potential: Potential, pairs: Sequence[ElementPair], distances: Array
         yield PairCurve(pair, distances, energy - energy[-1], force, curvature)
 
 
+@own_settings
 def _dimers(potential: Potential, numbers: NDArray[np.int64], distances: Array) -> Graph:
     """Build the graph of S isolated pairs of atoms along x, on the device of the potential.
 
@@ -397,6 +398,7 @@ def _dimers(potential: Potential, numbers: NDArray[np.int64], distances: Array) 
     ).to(potential.device)
 
 
+@own_settings
 def _evaluate(potential: Potential, graph: Graph) -> Array:
     """Energy, force and curvature (S, 3) of S pairs of atoms along x."""
     outward = torch.zeros_like(graph.positions)

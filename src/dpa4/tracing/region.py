@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
+from dpa4 import code_cache
 from dpa4.ops import second_order
 from dpa4.ops.second_order import Maybe
+from dpa4.system import float32_by_default
 from dpa4.tracing.sizes import COUNTED, INDEX_LIMIT, MIN_SIZE
-from dpa4.tracing.stage import Function, Stage
+from dpa4.tracing.stage import ONE_AT_A_TIME, Function, Stage
 from dpa4.tracing.trace import Kind, Trace, from_structure, trace
 
 Axis = Literal[
@@ -84,13 +86,11 @@ class RegionCode:
         return [s for program in self.programs.values() for s in (program.constants, *program.stages)]
 
     def folder(self, device: torch.device, kind: Any) -> Path | None:
-        """Folder of a program in the compiler's cache, None without ``origin``; ``kind`` identifies the program."""
-        from torch._inductor.runtime.cache_dir_utils import cache_dir
-
+        """Folder of a program in the cache, None without ``origin``; ``kind`` identifies the program."""
         if self.origin is None:
             return None
         text = repr([_surroundings(device), self.origin, self.name, self.axes, self.data, kind])
-        return Path(cache_dir()) / "dpa4" / hashlib.sha256(text.encode()).hexdigest()
+        return code_cache.folder() / hashlib.sha256(text.encode()).hexdigest()
 
 
 def _surroundings(device: torch.device) -> list[Any]:
@@ -99,7 +99,7 @@ def _surroundings(device: torch.device) -> list[Any]:
         machine: list[Any] = [torch.cuda.get_device_name(device)]
     else:
         machine = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
-    return [torch.__version__, torch.get_default_dtype(), *machine, _digest_of_sources()]
+    return [torch.__version__, *machine, _digest_of_sources()]
 
 
 @cache
@@ -256,15 +256,7 @@ class _Program:
             t if t is None else tuple(t.shape[a != "static" :]) for t, a in zip(inputs, axes, strict=True)
         ]
         folder = region.code.folder(kind.device, [region.eager.__qualname__, region.names, kind, shapes])
-        file = folder and folder / "trace.json"
-        if file is not None and file.exists():
-            found = Trace.read(file)
-        else:
-            region.code.before_trace()
-            function = partial(region.called_with, spec)
-            found = trace(function, inputs, axes, kind, self.mask, self.last_mask)
-            if file is not None:
-                found.write(file)
+        found = self._trace(partial(region.called_with, spec), inputs, axes, kind, folder)
         self.exists, self.elements = found.exists, found.elements
         self.out_spec = pytree.tree_structure(from_structure(found.results))
         self.constants, *self.stages = [
@@ -274,6 +266,26 @@ class _Program:
         hoisted = [False] * len(self.constants.recipe.results)  # no derivatives with respect to constants
         self.num_inputs = len(inputs) + len(hoisted)
         self.mask, self.last_mask = self.mask + hoisted, self.last_mask + hoisted
+
+    def _trace(
+        self,
+        function: Callable[[Sequence[Maybe]], Any],
+        inputs: list[Maybe],
+        axes: Sequence[str],
+        kind: Kind,
+        folder: Path | None,
+    ) -> Trace:
+        """Read the trace from a folder of the cache, or trace the function and store the trace there."""
+        file = folder and folder / "trace.json"
+        lock = code_cache.locked(file) if file else nullcontext()
+        with ONE_AT_A_TIME, float32_by_default(), lock:
+            if file is not None and (stored := Trace.read(file)) is not None:
+                return stored
+            self.code.before_trace()
+            found = trace(function, inputs, axes, kind, self.mask, self.last_mask)
+            if file is not None:
+                found.write(file)
+            return found
 
     def run(self, stage: int, groups: Sequence[Sequence[Maybe]]) -> tuple[list[Maybe], list[Tensor]]:
         """Run a stage, see `dpa4.ops.second_order.FourStages.run`."""

@@ -1,24 +1,27 @@
 """Stages of compiled regions: straight-line code on tensors, stored as text that any process can compile.
 
-Compiled code is stored in a file in the compiler's cache folder. Another process may therefore compile a stage, and
-later runs load it without tracing (docs/adr/0016).
+Compiled code is stored in a file of `dpa4.code_cache`. Another process may therefore compile a stage, and later runs
+load it without tracing (docs/adr/0016).
 """
 
 import inspect
 import logging
 import math
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch._inductor
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from dpa4.output import atomic_write
+from dpa4 import code_cache
+from dpa4.system import float32_by_default
+
+code_cache.confine_inductor()  # before functions import the compiler, which opens its cache at once
 
 Function = Callable[..., Sequence[Tensor]]
 
@@ -31,7 +34,11 @@ _OPTIONS = {
     "pattern_matcher": False,  # slow, and no pattern matches here
     "size_asserts": False,  # take more time on the host than some kernels on the device
     "alignment_asserts": False,
+    "cpp_cache_precompile_headers": False,  # they would be read from a folder that other users can create
 }
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held while a thread traces or compiles; the compiler is not made for several threads."""
 
 _NAMES = {"torch": torch, "device": torch.device, "inf": math.inf, "nan": math.nan}
 """Global names that the text of a stage may use."""
@@ -136,6 +143,8 @@ class _OpRecorder:
 
 def compile_recipe(recipe: Recipe) -> Any:
     """Compile a stage to a ``CompiledArtifact`` of the compiler."""
+    import torch._inductor
+
     graph = fx.GraphModule({}, graph_of(recipe))
     mode = FakeTensorMode(shape_env=ShapeEnv())
     sizes = symbolic_sizes(mode, recipe.sizes)
@@ -151,10 +160,24 @@ def compile_to_file(recipe: Recipe, file: Path) -> Function:
     """Compile a stage and store it in a file; if that is impossible, only return it."""
     function = compile_recipe(recipe)
     try:
-        with atomic_write(file) as own:
+        with code_cache.write(file) as own:
             function.save(path=str(own), format="binary")
     except (OSError, RuntimeError, AssertionError) as error:  # the next run will compile it again
         _log.info("compiled code cannot be stored in %s: %s", file, error)
+    return function
+
+
+def _loaded(file: Path) -> Function | None:
+    """Load compiled code from a file; None if that is impossible."""
+    import torch._inductor
+
+    if code_cache.read(file) is None:
+        return None
+    try:
+        function: Function = torch._inductor.CompiledArtifact.load(path=str(file), format="binary")
+    except Exception as error:  # written by another version
+        _log.info("compiled code in %s cannot be loaded and is compiled again: %r", file, error)
+        return None
     return function
 
 
@@ -177,20 +200,16 @@ class Stage:
         self.empty = not recipe.results
 
     def is_cached(self) -> bool:
-        """Return whether the compiled code exists as a file."""
-        return self.file is not None and self.file.exists()
+        """Return whether the compiled code exists as a file that is intact."""
+        return self.file is not None and code_cache.read(self.file) is not None
 
     def compile(self) -> Function:
         """Load the compiled code from its file, or compile it."""
-        if self.file is None:
-            return compile_recipe(self.recipe)
-        if self.file.exists():
-            try:
-                loaded: Function = torch._inductor.CompiledArtifact.load(path=str(self.file), format="binary")
-                return loaded
-            except Exception as error:  # written by another version, or damaged
-                _log.info("compiled code in %s cannot be loaded and is compiled again: %r", self.file, error)
-        return compile_to_file(self.recipe, self.file)
+        with ONE_AT_A_TIME, float32_by_default():
+            if self.file is None:
+                return compile_recipe(self.recipe)
+            with code_cache.locked(self.file):
+                return _loaded(self.file) or compile_to_file(self.recipe, self.file)
 
     def outline(self) -> Function:
         """Function that returns uninitialised results of the right shapes, for tracing."""

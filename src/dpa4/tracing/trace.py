@@ -22,8 +22,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
+from dpa4 import code_cache
 from dpa4.ops.second_order import Maybe
-from dpa4.output import atomic_write
 from dpa4.tracing.sizes import COUNTED, HINTS, INDEX_LIMIT
 from dpa4.tracing.stage import Place, Recipe, recipe_of, symbolic_sizes
 
@@ -58,17 +58,18 @@ class Trace(NamedTuple):
     elements: dict[str, int]  # by axis: the most elements per entry of the axis that any tensor has
 
     @classmethod
-    def read(cls, file: Path) -> "Trace":
-        """Read a trace from a file."""
-        stages, *others = json.loads(file.read_text())
+    def read(cls, file: Path) -> "Trace | None":
+        """Read a trace from a file of `dpa4.code_cache`; None if there is none that is intact."""
+        if (text := code_cache.read(file)) is None:
+            return None
+        stages, *others = json.loads(text)
         return cls(
             [TracedStage(Recipe.read(r), [(g, i) for g, i in sources]) for r, sources in stages], *others
         )
 
     def write(self, file: Path) -> None:
-        """Write the trace to a file atomically; creates the folder."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as own:
+        """Write the trace to a file of `dpa4.code_cache`; creates the folder."""
+        with code_cache.write(file) as own:
             own.write_text(json.dumps(self), encoding="utf-8")
 
 

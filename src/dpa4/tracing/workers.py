@@ -19,6 +19,7 @@ from typing import IO, Any
 import torch
 
 import dpa4.ops  # noqa: F401
+from dpa4 import code_cache
 from dpa4.tracing.stage import Recipe, Stage, compile_to_file
 
 _Tasks = queue.PriorityQueue[tuple[int, int, Stage | None]]
@@ -139,5 +140,7 @@ def serve(start: dict[str, Any]) -> None:
     inductor.compile_threads = start["compile_threads"]
     for line in sys.stdin:
         recipe, file = json.loads(line)
-        compile_to_file(Recipe.read(recipe), Path(file))
+        with code_cache.locked(Path(file)):
+            if code_cache.read(Path(file)) is None:  # another process may have compiled it by now
+                compile_to_file(Recipe.read(recipe), Path(file))
         print("compiled", file=answers, flush=True)

@@ -28,7 +28,7 @@ from dpa4.data.charge_spin import is_number
 from dpa4.data.labels import PREDICTED_ENERGY
 from dpa4.output import OutputFolder, atomic_write, write_csv
 from dpa4.potential import Potential
-from dpa4.system import user_path
+from dpa4.system import own_settings, user_path
 from dpa4.training.plots import plot_parity
 
 TOTAL = "all"
@@ -103,6 +103,7 @@ class ErrorTable(NamedTuple):
             temporary.write_text(text, encoding="utf-8")
 
 
+@own_settings
 def predict(potential: Potential, batches: Iterable[Batch]) -> list[FramePrediction]:
     """Predict energy, forces and virial of every structure, in the order of the batches.
 
@@ -166,6 +167,7 @@ def error_table(frames: Sequence[Frame], predictions: Sequence[FramePrediction])
     return ErrorTable(tuple(rows))
 
 
+@own_settings
 def evaluate(
     potential: Potential,
     frames: Sequence[Frame],

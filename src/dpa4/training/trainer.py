@@ -24,7 +24,7 @@ from dpa4.output import (
 from dpa4.parsing import first_line
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import save_potential
-from dpa4.system import keep_freed_memory, stop_requests
+from dpa4.system import float32_by_default, keep_freed_memory, own_settings, stop_requests
 from dpa4.training.ema import MovingAverage
 from dpa4.training.evaluation import error_table, predict
 from dpa4.training.logs import ERROR_COLUMNS, TERMS, RunLog
@@ -47,6 +47,9 @@ _TARGETS = {"energy": "energy per atom", "forces": "forces", "virial": "virial p
 _COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds")
 
 
+@own_settings
+@float32_by_default()
+@torch.enable_grad()
 def train(
     config: RunConfig, *, resume: bool = False, new_data: bool = False, console: Console | None = None
 ) -> Path:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpa4.ops.cpp.build import call, pointers
+from dpa4.ops.cpp.build import Argument, call, pointer
 from dpa4.ops.layout import EdgeLayout
+from dpa4.ops.operands import Operand, check_count
 
 
 class _Stack(ctypes.Structure):
@@ -28,48 +29,105 @@ class _Stack(ctypes.Structure):
 
 def value(out: list[Tensor], x: Tensor, *shared: Any) -> None:
     *weights, _ = shared
-    gated = len(weights[1])
+    stack = _StackCall("so2_value", x, weights)
+    gated = stack.gated
     # out: y, the products of the gated layers and, if it is kept, the input of the last layer.
-    _call("value", x, weights, [x, out[0], out[1 : gated + 1], _one(out[gated + 1 :])])
+    y, us, kept = out[0], out[1 : gated + 1], out[gated + 1 :]
+    stack.run(
+        stack.read("x", [x], 1)[0],
+        stack.written("y", [y], 1)[0],
+        stack.written("the products", us, gated),
+        _first(stack.written("the input of the last layer", kept, 0, 1)),
+    )
 
 
 def vjp(out: list[Tensor], a: Tensor, us: list[Tensor], *shared: Any) -> None:
     *weights, _ = shared
+    stack = _StackCall("so2_vjp", a, weights)
     # out: the gradient of x, and those of the results of the gated layers if they are kept.
-    _call("vjp", a, weights, [a, us, out[0], out[1:]])
+    stack.run(
+        stack.read("a", [a], 1)[0],
+        stack.read("us", us, stack.gated),
+        stack.written("the gradient of x", out[:1], 1)[0],
+        stack.written("the gradients of the layers", out[1:], 0, stack.gated),
+    )
 
 
 def tangent(out: list[Tensor], d: Tensor, us: list[Tensor], *weights: Any) -> None:
-    gated = len(us)
+    stack = _StackCall("so2_tangent", d, weights)
+    gated = stack.gated
     # out: the change of y, those of the products, and that of the input of the last layer if there are gated layers.
-    _call("tangent", d, weights, [d, us, out[0], out[1 : gated + 1], _one(out[gated + 1 :])])
+    stack.run(
+        stack.read("d", [d], 1)[0],
+        stack.read("us", us, gated),
+        stack.written("the change of y", out[:1], 1)[0],
+        stack.written("the changes of the products", out[1 : gated + 1], gated),
+        _first(stack.written("the change of the last input", out[gated + 1 :], int(gated > 0))),
+    )
 
 
 def joint(out: list[Tensor], b: Tensor, *arguments: Any) -> None:
-    lists, weights = arguments[:5], arguments[5:]  # xs, us, grads, ds, vs; then the weights
-    matrices = len(weights[0])
+    (xs, us, grads, ds, vs), weights = arguments[:5], arguments[5:]
+    stack = _StackCall("so2_joint", b, weights)
+    gated, ends = stack.gated, 1 + (stack.gated > 0)  # ends: the first and the last layer
     # out: the gradient of x and, if xs is not empty, those of matrices and gates.
-    _call("joint", b, weights, [b, *lists, out[0], out[1 : matrices + 1], out[matrices + 1 :]])
+    of_matrices, of_gates = out[1 : 1 + len(weights[0])], out[1 + len(weights[0]) :]
+    stack.run(
+        stack.read("b", [b], 1)[0],
+        stack.read("xs", xs, 0, ends),
+        stack.read("us", us, gated),
+        stack.read("grads", grads, *((gated + 1,) if ds else (0,))),
+        stack.read("ds", ds, 0, ends),
+        stack.read("vs", vs, *((gated,) if ds else (0,))),
+        stack.written("the gradient of x", out[:1], 1)[0],
+        *(stack.weights(of_matrices, of_gates) if xs else (None, None)),
+    )
 
 
-def _one(tensors: list[Tensor]) -> Tensor | None:
-    return tensors[0] if tensors else None
+def _first(operands: list[Operand]) -> Operand | None:
+    return operands[0] if operands else None
 
 
-def _call(
-    stage: str, x: Tensor, weights: Sequence[Any], arguments: Sequence[Tensor | list[Tensor] | None]
-) -> None:
-    matrices, gates, _, lmax, mmax = weights
-    focuses, edges, width = x.shape
-    # C++ gets bare addresses, so copies and arrays of addresses must have names here that live until it returns.
-    of_matrices, of_gates, *held = (_contiguous(a) for a in (matrices, gates, *arguments))
-    sizes = (focuses, edges, len(gates) + 1, lmax, mmax, width // EdgeLayout(lmax, mmax).total)
-    addresses = [pointers(of_matrices), pointers(of_gates)]
-    stack = _Stack(*sizes, torch.get_num_threads(), *addresses)
-    call("so2_stack.cpp", f"so2_{stage}", x.dtype, stack, held)
+class _StackCall:
+    """Call of a stage on features x (F, E, W); describes the operands.
 
+    Attributes:
+        gated: Number of gated layers, all but the last.
+    """
 
-def _contiguous(a: Any) -> Any:
-    if isinstance(a, list):
-        return [t.contiguous() for t in a]
-    return a if a is None else a.contiguous()
+    def __init__(self, stage: str, x: Tensor, weights: Sequence[Any]):
+        matrices, gates, _, lmax, mmax = weights
+        self.stage, self.dtype = stage, x.dtype
+        self.gated, self.layout = len(gates), EdgeLayout(lmax, mmax)
+        self.channels = x.shape[2] // self.layout.total
+        self.shape = *x.shape[:2], self.channels * self.layout.total
+        self.operands = self.weights([w.contiguous() for w in matrices], [w.contiguous() for w in gates])
+
+    def run(self, *arguments: Argument) -> None:
+        """Call the stage with its arguments after the weights."""
+        focuses, edges, _ = self.shape
+        sizes = focuses, edges, self.gated + 1, *self.layout, self.channels, torch.get_num_threads()
+        stack = _Stack(*sizes, *(pointer(self.stage, operands) for operands in self.operands))
+        call("so2_stack.cpp", self.stage, self.dtype, stack, arguments)
+
+    def read(self, name: str, tensors: Sequence[Tensor], *counts: int) -> list[Operand]:
+        """Edge features that the stage reads; their number must be one of ``counts``."""
+        return self.written(name, [t.contiguous() for t in tensors], *counts)
+
+    def written(self, name: str, tensors: Sequence[Tensor], *counts: int) -> list[Operand]:
+        """Edge features that the stage writes; their number must be one of ``counts``."""
+        check_count(self.stage, name, tensors, counts)
+        return [Operand(name, t, self.shape, self.dtype) for t in tensors]
+
+    def weights(
+        self, matrices: Sequence[Tensor], gates: Sequence[Tensor]
+    ) -> tuple[list[Operand], list[Operand]]:
+        """Matrices of all layers and gates, or their gradients."""
+        f, c, lmax = self.shape[0], self.channels, self.layout.lmax
+        widths = [count * c for _, count in self.layout.orders()] * (self.gated + 1)
+        check_count(self.stage, "the matrices", matrices, [len(widths)])
+        check_count(self.stage, "the gates", gates, [self.gated])
+        return (
+            [Operand("a matrix", w, (f, n, n), self.dtype) for w, n in zip(matrices, widths, strict=True)],
+            [Operand("a gate", w, (f, c, lmax * c), self.dtype) for w in gates],
+        )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dpa4.ops.cpp.build import call
+from dpa4.ops.operands import Operand
 
 
 class _Sizes(ctypes.Structure):
@@ -23,6 +24,14 @@ def sparse_product(a: Tensor, b: Tensor, indices: Sequence[Tensor], scale: Tenso
         scale: Coefficient of each term, (T,), in the dtype of the factors.
         out: Result, (n, G, c).
     """
-    sizes = _Sizes(*a.shape[:2], b.shape[1], out.shape[1], a.shape[2], len(scale), torch.get_num_threads())
-    call("edges.cpp", "bilinear", a.dtype, sizes, [*indices, scale, a, b, out])
+    (items, of_a, width), of_b, of_result, terms = a.shape, b.shape[1], out.shape[1], len(scale)
+    sizes = _Sizes(items, of_a, of_b, of_result, width, terms, torch.get_num_threads())
+    arguments = [
+        *(Operand("an index of the terms", index, (terms,), torch.int32) for index in indices),
+        Operand("scale", scale, (terms,), a.dtype),
+        Operand("a", a, (items, of_a, width), a.dtype),
+        Operand("b", b, (items, of_b, width), a.dtype),
+        Operand("out", out, (items, of_result, width), a.dtype),
+    ]
+    call("edges.cpp", "bilinear", a.dtype, sizes, arguments)
     return out

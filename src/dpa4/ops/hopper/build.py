@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dpa4.output import atomic_write
+from dpa4 import code_cache
 
 _SHARED_MEMORY_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
@@ -54,18 +54,16 @@ def _module(source: Path, device: int) -> ctypes.c_void_p:
 
 
 def _code(source: Path) -> bytes:
-    """Machine code for Hopper GPUs, cached in a file in Inductor's cache folder."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir  # imported here, since it imports Triton
-
+    """Machine code for Hopper GPUs, kept in the cache."""
     text = source.read_bytes()
     digest = hashlib.sha256(text + str(torch.version.cuda).encode()).hexdigest()[:32]
-    file = Path(cache_dir()) / "dpa4" / f"{source.stem}-{digest}.cubin"
-    if not file.exists():
-        code = compile_cuda(text, source.name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as path:
-            path.write_bytes(code)
-    return file.read_bytes()
+    file = code_cache.folder() / f"{source.stem}-{digest}.cubin"
+    with code_cache.locked(file):
+        if (code := code_cache.read(file)) is None:
+            code = compile_cuda(text, source.name)
+            with code_cache.write(file) as path:
+                path.write_bytes(code)
+    return code
 
 
 def compile_cuda(text: bytes, name: str) -> bytes:

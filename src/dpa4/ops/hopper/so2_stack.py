@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dpa4.ops.hopper.build import Kernel
 from dpa4.ops.layout import EdgeLayout
+from dpa4.ops.operands import Operand, check, check_count
 from dpa4.ops.registration import register
 
 LAYOUT, CHANNELS = EdgeLayout(lmax=3, mmax=1), 64
@@ -223,6 +224,7 @@ def _launch(
     edges, (streams, scales) = x.shape[1], weights
     if edges == 0:
         return
+    _check(name, x, y, us, maxima, weights)
     with torch.cuda.device_of(x):
         device = torch.cuda.current_device()
         blocks = min(-(-edges // EDGES), torch.cuda.get_device_properties(device).multi_processor_count)
@@ -231,16 +233,37 @@ def _launch(
         _kernel(name, device)(blocks, [x, y, pointers, maxima, streams, scales, *sizes])
 
 
+def _check(
+    name: str, x: Tensor, y: Tensor, us: Sequence[Tensor], maxima: Tensor, weights: Sequence[Tensor]
+) -> None:
+    """Compare the operands of a kernel with what it expects, see `dpa4.ops.operands.check`."""
+    edges, (streams, scales), backward = x.shape[1], weights, name == "so2_vjp"
+    layers, rows, gates = len(scales), edges + PADDING, len(scales) - 1
+    check_count(name, "the products", us, [gates] if backward else [0, gates])
+    operands = [
+        *(Operand("an edge tensor", t, (1, edges, _WIDTH), torch.float32) for t in (x, y)),
+        *(Operand("a product", u, (rows, _WIDTH), torch.float32) for u in us),
+        *([Operand("the largest entries", maxima, (rows, gates), torch.float32)] if us else []),
+        Operand("the streams", streams, (2, _stream_length(layers, backward)), torch.float16),
+        Operand("the scales", scales, (layers, 4), torch.float32),
+    ]
+    check(name, x.device, operands)
+
+
+def _stream_length(layers: int, backward: bool) -> int:
+    """Entries of each of the two streams: two float16 parts of every weight, divided between them."""
+    c = CHANNELS
+    product = ((LAYOUT.lmax + 1) * c) ** 2 + 2 * (LAYOUT.lmax * c) ** 2
+    return layers * product + (layers - 1) * LAYOUT.lmax * c * c * (1 + backward)
+
+
 # The operators. Tracing calls the functions `_new_...`, which return uninitialised results.
 
 
 def _new_pack(matrices: list[Tensor], gates: list[Tensor], backward: bool) -> list[Tensor]:
-    c, layers = CHANNELS, len(matrices) // 2
-    product = ((LAYOUT.lmax + 1) * c) ** 2 + 2 * (LAYOUT.lmax * c) ** 2
-    # Two float16 parts of every weight, divided between two streams.
-    size = layers * product + len(gates) * LAYOUT.lmax * c * c * (1 + backward)
+    layers = len(matrices) // 2
     return [
-        matrices[0].new_empty((2, size), dtype=torch.float16),
+        matrices[0].new_empty((2, _stream_length(layers, backward)), dtype=torch.float16),
         matrices[0].new_empty((layers, 4)),
     ]
 

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpa4.ops.operands import Operand, check
+
 SMALLEST = 16
 """Smallest side of a tile of tensor cores."""
 
@@ -134,6 +136,8 @@ def edge_matmul(a: Tensor, x: Tensor, index: Tensor) -> Tensor:
     E, H, M, K = a.shape
     C = x.shape[2] // H
     out = a.new_empty(E, M, H * C)
+    operands = [Operand("x", x, (len(x), K, H * C), a.dtype), Operand("index", index, (E,), torch.int64)]
+    check("edge_matmul", a.device, operands)
     block_m, block_k, block_c = _tile(M, 16), _tile(K, 32), _tile(C, 64)
     if out.numel() > 0:
         with torch.cuda.device_of(a):
@@ -149,6 +153,12 @@ def edge_outer(g: Tensor, x: Tensor, index: Tensor, heads: int) -> Tensor:
     E, M = g.shape[:2]
     K, H, C = x.shape[1], heads, x.shape[2] // heads
     out = g.new_empty(E, H, M, K)
+    operands = [
+        Operand("g", g, (E, M, H * C), g.dtype),
+        Operand("x", x, (len(x), K, H * C), g.dtype),
+        Operand("index", index, (E,), torch.int64),
+    ]
+    check("edge_outer", g.device, operands)
     block_m, block_k, block_c = _tile(M, 16), _tile(K, 32), _tile(C, 64)
     if out.numel() > 0:
         with torch.cuda.device_of(g):
@@ -167,6 +177,12 @@ def scatter_matmul(a: Tensor, g: Tensor, order: Tensor | None, offsets: Tensor) 
     H, M, K = a.shape[1:]
     N, C = offsets.shape[0] - 1, g.shape[2] // H
     out = a.new_empty(N, K, H * C)
+    operands = [
+        Operand("g", g, (len(a), M, H * C), a.dtype),
+        Operand("offsets", offsets, (N + 1,), torch.int64),
+        *([] if order is None else [Operand("order", order, (len(a),), torch.int64)]),
+    ]
+    check("scatter_matmul", a.device, operands)
     block_r, block_k, block_c = 128 // a.itemsize, _tile(K, 32), _tile(C, 64)
     if a.numel() == 0:
         return out.zero_()

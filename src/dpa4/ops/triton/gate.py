@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpa4.ops.layout import EdgeLayout
+from dpa4.ops.operands import Operand, check
 
 
 @triton.jit
@@ -300,6 +301,11 @@ def _launch(
     c = weight.shape[1]
     if num_edges == 0:
         return
+    operands = [
+        *(Operand("an edge tensor", t, (n_focus, num_edges, layout.total * c), weight.dtype) for t in edges),
+        Operand("gates", weight, (n_focus, c, layout.lmax * c), weight.dtype),
+    ]
+    check("gate", weight.device, operands)
     block_e, warps = tile
     with torch.cuda.device_of(weight):
         kernel[(triton.cdiv(num_edges, block_e), n_focus)](

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpa4.ops.operands import Operand, check
+
 
 @triton.jit
 def _reduce(
@@ -59,6 +61,12 @@ def _reduced(x: Tensor, start: Tensor | None, order: Tensor | None, offsets: Ten
     x = x.contiguous()
     num_nodes = offsets.shape[0] - 1
     out = x.new_empty(num_nodes, *x.shape[1:])
+    operands = [
+        Operand("offsets", offsets, (num_nodes + 1,), torch.int64),
+        *([] if order is None else [Operand("order", order, (len(x),), torch.int64)]),
+        *([] if start is None else [Operand("start", start, x.shape[1:], x.dtype)]),
+    ]
+    check("segment_sum" if start is None else "segment_max", x.device, operands)
     if x.numel() == 0 or num_nodes == 0:
         return out.zero_() if start is None else out.copy_(start)
     width = out.numel() // num_nodes

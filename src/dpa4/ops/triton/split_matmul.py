@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpa4.ops.operands import Operand, check
 from dpa4.ops.weights import SplitWeight
 
 
@@ -61,6 +62,7 @@ def matmul_into(
     if x.stride(-1) != 1:
         x = x.contiguous()
     (n_batch, rows, inner), columns = x.shape, y.shape[-1]
+    _check(y, x, weight, add)
     tile = default_tile(columns) if tile is None else tile
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns), n_batch)
     with torch.cuda.device_of(x):  # Triton launches on the current device
@@ -71,6 +73,24 @@ def matmul_into(
             BLOCK_E=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
+
+
+def _check(y: Tensor, x: Tensor, weight: SplitWeight, add: Tensor | None) -> None:
+    """Compare the operands of `matmul_into` with what the kernel expects, see `dpa4.ops.operands.check`."""
+    (n_batch, rows, inner), columns = x.shape, y.shape[-1]
+    halves = Operand("the parts of w", weight.halves, (2, n_batch, columns, inner), torch.float16)
+    check(
+        "matmul",
+        x.device,
+        [halves, Operand("the scale of w", weight.scale, (n_batch, columns), torch.float32)],
+    )
+    for name, t in (("x", x), ("y", y), ("add", y if add is None else add)):
+        like = x if name == "x" else y
+        if (t.dtype, t.shape[:2], t.stride()) != (torch.float32, (n_batch, rows), like.stride()):
+            raise ValueError(
+                f"matmul needs {name} as float32 rows {(n_batch, rows)} with strides {like.stride()}, got "
+                f"{t.dtype} {tuple(t.shape)} with strides {t.stride()}"
+            )
 
 
 def split_into(results: Sequence[SplitWeight], weights: Sequence[Tensor], plus_one: Sequence[bool]) -> None:
