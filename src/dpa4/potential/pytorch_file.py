@@ -28,8 +28,7 @@ def load_pytorch(path: Path) -> Any:
         )
     _check_archive(path)
     try:
-        with open(path, "rb") as file:  # given a path, torch.load reads some names as safetensors
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(_rewritten(path), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"cannot read {path}: it is damaged, or holds Python objects besides tensors, which are not read "
@@ -73,6 +72,19 @@ def _check_archive(path: Path) -> None:
         raise ValueError(
             f"cannot read {path}: it is damaged, the checksum of its part {damaged!r} is wrong; copy it again"
         )
+
+
+def _rewritten(path: Path) -> io.BytesIO:
+    """Copy of an archive with new headers.
+
+    PyTorch trusts other headers than Python's library does. Where they disagree, it returns uninitialised memory.
+    """
+    copy = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as clean:
+        for entry in archive.infolist():
+            clean.writestr(entry.filename, archive.read(entry))
+    copy.seek(0)
+    return copy
 
 
 def _check_storages(archive: zipfile.ZipFile) -> None:
