@@ -136,7 +136,7 @@ class _Inert:
         pass
 
 
-class _StorageFinder(pickle.Unpickler):
+class _StorageFinder(pickle._Unpickler):  # in Python: the one in C allocates whatever a file says
     """Finds the storages that a file of ``torch.save`` refers to, without making anything else of it."""
 
     def __init__(self, file: io.BytesIO):
