@@ -139,7 +139,10 @@ def _work(target: Target, seed: int, folder: Path, numbers: list[int], connectio
 
 def judge(target: Target, rng: random.Random, folder: Path) -> tuple[str, str]:
     """Make and read one mutated file; return "refused", "accepted" or "fault", and the text of the fault."""
-    path = target.make(rng, folder)
+    try:
+        path = target.make(rng, folder)
+    except Exception as error:
+        return "fault", f"the mutation failed: {type(error).__name__}: {error!s:.300}"
     try:
         result = target.read(path)
     except TRANSLATED as error:
@@ -148,7 +151,10 @@ def judge(target: Target, rng: random.Random, folder: Path) -> tuple[str, str]:
     except BaseException as error:
         kind = "out of memory" if isinstance(error, MemoryError) else "traceback"
         return "fault", f"{kind}: {type(error).__name__}: {error!s:.300}"
-    fault = target.accept(result, path)
+    try:
+        fault = target.accept(result, path)
+    except Exception as error:
+        fault = f"read without an error, then {type(error).__name__}: {error!s:.300}"
     return ("fault", fault) if fault else ("accepted", "")
 
 

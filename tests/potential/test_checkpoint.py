@@ -384,7 +384,15 @@ def test_the_published_models_and_larger_ones_are_within_the_limits():
 
 @pytest.mark.parametrize("name", [*PRESETS])
 def test_shapes_are_those_of_the_network(name):
-    config = preset(name, elements=("H", "C"), charge_spin=True, mlp_bias=name == "mini", basis="gaussian")
+    config = preset(
+        name,
+        elements=("H", "C"),
+        n_blocks=1,
+        channels=16,
+        charge_spin=True,
+        mlp_bias=name == "mini",
+        basis="gaussian",
+    )
     assert shapes_of(config) == {key: value.shape for key, value in DPA4(config).state_dict().items()}
 
 

@@ -1,8 +1,10 @@
 """Files of ``torch.save`` that anybody may have written."""
 
+import io
 import pickle
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,8 +28,7 @@ def load_pytorch(path: Path) -> Any:
         )
     _check_archive(path)
     try:
-        with open(path, "rb") as file:  # given a path, torch.load reads some names as safetensors
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(_rewritten(path), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"cannot read {path}: it is damaged, or holds Python objects besides tensors, which are not read "
@@ -52,6 +53,8 @@ def _check_archive(path: Path) -> None:
             packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
             frozen = any(entry.filename.endswith("/constants.pkl") for entry in entries)
             damaged = None if frozen or packed or unpacked > size else archive.testzip()
+            if damaged is None and not (frozen or packed or unpacked > size):
+                _check_storages(archive)
     except Exception as error:  # a damaged archive raises errors of many kinds
         raise ValueError(
             f"cannot read {path}: it is damaged, incomplete or not a PyTorch checkpoint ({first_line(error)})"
@@ -69,3 +72,80 @@ def _check_archive(path: Path) -> None:
         raise ValueError(
             f"cannot read {path}: it is damaged, the checksum of its part {damaged!r} is wrong; copy it again"
         )
+
+
+def _rewritten(path: Path) -> io.BytesIO:
+    """Copy of an archive with new headers.
+
+    PyTorch trusts other headers than Python's library does. Where they disagree, it returns uninitialised memory.
+    """
+    copy = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as clean:
+        for entry in archive.infolist():
+            clean.writestr(entry.filename, archive.read(entry))
+    copy.seek(0)
+    return copy
+
+
+def _check_storages(archive: zipfile.ZipFile) -> None:
+    """Compare the lengths of the tensors' data with the entries that hold them.
+
+    PyTorch leaves memory uninitialised where an entry is too short.
+
+    Raises:
+        ValueError: If an entry has another length.
+    """
+    sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+    (name,) = [name for name in sizes if name.endswith("/data.pkl")]
+    finder = _StorageFinder(io.BytesIO(archive.read(name)))
+    finder.load()
+    for _, kind, key, _, count in finder.found:
+        stored = sizes[f"{name.removesuffix('.pkl')}/{key}"]
+        itemsize = _ITEM_SIZES[kind.__name__]
+        if stored != count * itemsize:
+            raise ValueError(f"part data/{key} has {stored} bytes instead of {count * itemsize}")
+
+
+_ITEM_SIZES = {
+    "UntypedStorage": 1,
+    "BoolStorage": 1,
+    "ByteStorage": 1,
+    "CharStorage": 1,
+    "ShortStorage": 2,
+    "HalfStorage": 2,
+    "BFloat16Storage": 2,
+    "IntStorage": 4,
+    "FloatStorage": 4,
+    "LongStorage": 8,
+    "DoubleStorage": 8,
+    "ComplexFloatStorage": 8,
+    "ComplexDoubleStorage": 16,
+}
+
+
+class _Inert:
+    """Replacement for every class and function that a pickle names, so that none of them runs."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+class _StorageFinder(pickle._Unpickler):  # in Python: the one in C allocates whatever a file says
+    """Finds the storages that a file of ``torch.save`` refers to, without making anything else of it."""
+
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file)
+        self.found: list[Any] = []
+
+    def find_class(self, module: str, name: str) -> Any:
+        # A class of storages or tensors that is called would return uninitialised memory.
+        return SimpleNamespace(__name__=name) if name.endswith(("Storage", "Tensor")) else _Inert
+
+    def persistent_load(self, pid: Any) -> None:
+        self.found.append(pid)

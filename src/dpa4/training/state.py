@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from dpa4.data import Coverage
 from dpa4.model import ModelConfig
 from dpa4.output import write_torch
-from dpa4.parsing import shown
+from dpa4.parsing import parse_yaml, shown
 from dpa4.potential.deepmd.options import first_problem
 from dpa4.potential.pytorch_file import load_pytorch
 from dpa4.potential.verification import check_values, differences, listed
@@ -40,7 +41,7 @@ def load_state(path: Path) -> dict[str, Any]:
     state = load_pytorch(path)
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path} is not a training state; resuming needs the last.pt of the run")
-    if state["format"] != STATE_FORMAT:
+    if not isinstance(state["format"], int) or state["format"] != STATE_FORMAT:
         raise ValueError(
             f"{path} is a training state of format {shown(state['format'])}; this version reads format {STATE_FORMAT}"
         )
@@ -71,13 +72,16 @@ def check_fits(state: dict[str, Any], potential: Mapping[str, Tensor], path: Pat
 
 def _check_entries(state: dict[str, Any]) -> None:
     for name in ("step", "epoch", "batch", "stale", "summed"):
-        value = _entry(state, name, int)
-        if isinstance(value, bool) or not 0 <= value < 2**62:
-            raise ValueError(f"its entry {name} is {shown(value)}, not a number of steps")
+        _check_steps(name, _entry(state, name, int))
+    if "labelled" in state:
+        for name, steps in _entry(state, "labelled", dict).items():
+            _check_steps(f"labelled.{shown(name)}", steps)
     for name in ("best_score", "seconds"):
-        if math.isnan(_entry(state, name, int | float)):
-            raise ValueError(f"its entry {name} is not a number")
-    _entry(state, "options", str)
+        value = _entry(state, name, int | float)
+        if not (abs(value) < 2**62 or value == math.inf):
+            raise ValueError(f"its entry {name} is {shown(value)}, not a number")
+    if not isinstance(parse_yaml(_entry(state, "options", str), "its entry options"), dict):
+        raise ValueError(f"its entry options is {shown(state['options'])}, not a map of options")
     _entry(state, "optimizer", dict)
     _entry(state, "average", list | None)
     _entry(state, "sums", Tensor)
@@ -87,7 +91,14 @@ def _check_entries(state: dict[str, Any]) -> None:
             raise ValueError(f"its entry {shown(name)} is {shown(value)}, not a tensor")
     if "cpu" not in state["random"]:
         raise ValueError("it has no entry random.cpu")
+    if state["potential"].get("reference_energies", torch.zeros(())).dim() != 1:
+        raise ValueError("its entry potential.reference_energies is not one energy per element")
     _check_origin(state)
+
+
+def _check_steps(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
+        raise ValueError(f"its entry {name} is {shown(value)}, not a number of steps")
 
 
 def _check_origin(state: dict[str, Any]) -> None:
