@@ -2,7 +2,7 @@
 
 Data rarely contain two or three atoms alone. Without any constraint a network may predict arbitrarily deep holes for
 them, and simulations find such holes: at high temperature, in collisions, or when a molecule falls apart. A few atoms
-per batch are enough to prevent this (docs/adr/0022).
+per batch are enough to prevent this (docs/adr/0023).
 """
 
 from collections.abc import Sequence
