@@ -98,6 +98,7 @@ def test_published_files_are_limited_while_they_are_unpacked(tmp_path, monkeypat
         (gzip.compress(b"[" * 10**5), "RecursionError"),
         (gzip.compress(b"\xff\xfe\xfd"), "UnicodeDecodeError"),
     ],
+    ids=["no gzip", "cut", "JSON cut", "deep JSON", "no text"],  # a compressed file holds the time
 )
 def test_damaged_published_files_are_named(tmp_path, content, reason):
     path = tmp_path / "a.json.gz"

@@ -30,7 +30,7 @@ The margin is for structures that are a little hotter than the data: C-H bonds i
 compressed to 0.9 of the shortest ones at 300 K.
 """
 
-INNER = 0.8
+INNER = 0.7
 """Lower end of a window relative to its upper end."""
 
 UNSEEN = 0.75
