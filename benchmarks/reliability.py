@@ -87,14 +87,15 @@ def compressed(potential: Potential, frames: list[Atoms], count: int, seed: int 
     return np.array(ratios)
 
 
-def collision(model: DPA4Calculator, atoms: Atoms, energy: float, seed: int, reach: float = 0.01) -> dict:
+def collision(model: DPA4Calculator, atoms: Atoms, energy: float, seed: int) -> dict:
     """Shoot a random atom of a crystal, or a copy of the molecule, head-on at another atom.
 
     The equations of motion are integrated by the fourth-order scheme of Yoshida, with steps in which no atom moves by
-    more than ``reach`` (Angstrom) on its way and none is accelerated by more than that.
+    more than 0.03 Angstrom (in a crystal 0.01) at its speed, or by its acceleration.
     """
     random = np.random.default_rng(seed)
     velocity = np.zeros((len(atoms), 3))
+    reach = 0.01 if atoms.pbc.any() else 0.03
     if atoms.pbc.any():
         first = random.integers(len(atoms))
         apart = atoms.get_distances(first, range(len(atoms)), mic=True, vector=True)
@@ -108,7 +109,7 @@ def collision(model: DPA4Calculator, atoms: Atoms, energy: float, seed: int, rea
         target = own.positions[random.integers(len(own))]
         direction = random.normal(size=3)
         direction /= np.linalg.norm(direction)
-        other.positions += target - direction * 6.0 - other.positions[random.integers(len(other))]
+        other.positions += target - direction * 4.0 - other.positions[random.integers(len(other))]
         atoms = own + other
         moving, mass = list(range(len(own), len(atoms))), other.get_masses().sum()
         velocity = np.zeros((len(atoms), 3))
@@ -120,7 +121,7 @@ def collision(model: DPA4Calculator, atoms: Atoms, energy: float, seed: int, rea
     w1 = 1 / (2 - 2 ** (1 / 3))
     drifts = (w1 / 2, (1 - w1) / 2, (1 - w1) / 2, w1 / 2)
     kicks = (w1, 1 - 2 * w1, w1)
-    while travelled < 9.0:
+    while travelled < 6.0:
         speed = np.linalg.norm(velocity, axis=1).max()
         pull = (np.linalg.norm(atoms.get_forces(), axis=1) / masses[:, 0]).max()
         step = min(reach / speed, np.sqrt(2 * reach / max(pull, 1e-9)) / 4)
@@ -178,9 +179,12 @@ def nve(
     """Drift of the total energy in eV/atom/ps, by a straight line, and its largest deviation in eV/atom."""
     atoms = atoms.copy()
     atoms.calc = model
-    MaxwellBoltzmannDistribution(atoms, temperature_K=2 * temperature, rng=np.random.default_rng(0))
+    random = np.random.default_rng(0)
+    MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=random)
+    Langevin(atoms, timestep * units.fs, temperature_K=temperature, friction=0.02 / units.fs, rng=random).run(
+        1000
+    )
     Stationary(atoms)
-    VelocityVerlet(atoms, timestep * units.fs).run(500)  # half of the kinetic energy becomes potential energy
     dynamics, energies = VelocityVerlet(atoms, timestep * units.fs), []
     started, total = time.monotonic(), round(1000 * ps / timestep)
     for _ in range(total // 10):

@@ -107,7 +107,7 @@ def test_a_whole_report(trained):
     words = found.words
     assert "trainable parameters" in words["model"] and "closest atoms" in words["model"]
     assert "validation score" in words["model"] and "score" in words["learning-curve"]
-    assert "options" not in words["model"]  # they are the configuration
+    assert "split_seed" not in words["model"]  # they are the configuration
     assert "<b>&" in words["errors"] and "meV/Å" in words["errors"]
     table = json.loads((trained / "eval" / "errors.json").read_text())
     assert {row["group"] for row in table} == {"all", "plain", "<b>&"}
