@@ -34,7 +34,8 @@ from helpers import (
     small_potential,
 )
 
-WINDOWS = PairBridging(outer=dict.fromkeys(["H-H", "H-C", "H-O", "C-C", "C-O", "O-O"], 1.5), inner=0.6)
+PAIRS = ["H-H", "H-C", "H-O", "C-C", "C-O", "O-O"]
+WINDOWS = PairBridging(outer=dict.fromkeys(PAIRS, 1.5), frozen=0.6, full=dict.fromkeys(PAIRS, 0.6))
 GENERATIONS = {
     "S2 grid": {"ffn_on": "s2", "n_blocks": 1, "lmax": 1},
     "SO(3) grid": {"message_node_so3": True, "ffn_on": "so3", "ffn_grid": 1, "so3_readout": "mlp"},

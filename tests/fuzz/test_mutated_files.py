@@ -92,7 +92,7 @@ def file_maker(name: str, content: Callable[[random.Random], bytes]) -> Make:
 def test_native_checkpoints(tmp_path):
     path = tmp_path / "original.safetensors"
     windows = dict.fromkeys(pair_names(("H", "C", "O")), 0.7)
-    bridging = PairBridging(outer=windows, inner=0.6)
+    bridging = PairBridging(outer=windows, frozen=0.6, full=dict.fromkeys(windows, 0.1))
     save_potential(tiny_potential(bridging=bridging), path, {"data": "water.xyz"})
     original, same = path.read_bytes(), fingerprint_of(load_potential(path))
     with safe_open(path, "pt") as file:

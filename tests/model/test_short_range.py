@@ -7,13 +7,23 @@ from ase import Atoms
 from ase.data import atomic_numbers, covalent_radii
 
 from dpa4.model.config import ModelConfig, PairBridging, pair_names
-from dpa4.model.short_range import INNER, LOWEST, OUTER, UNSEEN, PairRange, pair_bridging, zbl_pair_energy
+from dpa4.model.short_range import (
+    FROZEN,
+    FULL,
+    FULL_FAR,
+    LOWEST,
+    OUTER,
+    UNSEEN,
+    PairRange,
+    pair_bridging,
+    zbl_pair_energy,
+)
 from dpa4.ops.incidence import Incidence
 from helpers import graph_of, molecule, random_potential
 
 ELEMENTS = ("H", "C", "O")
 ENDS = {"H-H": 0.9, "H-C": 1.0, "H-O": 0.8, "C-C": 1.4, "C-O": 1.3, "O-O": 1.2}
-WINDOWS = PairBridging(outer=ENDS, inner=0.75)
+WINDOWS = PairBridging(outer=ENDS, frozen=0.75, full={name: 0.6 * end for name, end in ENDS.items()})
 
 
 def pair(name: str, distance: float) -> Atoms:
@@ -41,8 +51,11 @@ def test_windows_end_below_the_data():
     shortest = {("H", "C"): 1.0, ("C", "O"): 0.1}
     found = pair_bridging(shortest, ELEMENTS, 4.0)
     radii = {e: covalent_radii[atomic_numbers[e]] for e in ELEMENTS}
-    assert found.inner == INNER and found.outer.keys() == pair_names(ELEMENTS).keys()
+    assert found.frozen == FROZEN and found.full.keys() == found.outer.keys() == pair_names(ELEMENTS).keys()
     assert found.outer["H-C"] == pytest.approx(OUTER)
+    assert found.full["H-C"] == pytest.approx(FULL * OUTER)  # the radii add up to 1.07 Angstrom
+    far = pair_bridging({("H", "H"): 1.3}, ELEMENTS, 4.0)
+    assert far.full["H-H"] == pytest.approx(FULL_FAR * OUTER * 1.3)
     assert found.outer["C-O"] == pytest.approx(
         LOWEST * (radii["C"] + radii["O"])
     )  # atoms that nearly coincide
@@ -59,21 +72,22 @@ def test_the_network_sees_the_true_length_above_and_a_fixed_one_below(name):
     length, energy = of_pair(name, above)
     assert torch.allclose(length, torch.from_numpy(above), atol=1e-12) and not energy.any()
     below = np.linspace(0.01, 0.75 * end, 7)
-    length, energy = of_pair(name, below)
+    length, _ = of_pair(name, below)
     # The softening of lengths, 1e-7 Angstrom, is 5e-11 of the shortest one.
     assert torch.allclose(length, torch.full((7,), 0.875 * end, dtype=torch.float64), rtol=1e-9)
+    below = np.linspace(0.01, 0.6 * end, 7)
+    _, energy = of_pair(name, below)
     assert torch.allclose(energy, zbl(name, below), rtol=1e-9)
 
 
 def test_the_window_is_smooth_and_monotonic():
     """Third differences of length and energy are continuous at both ends, so they have three derivatives there."""
     end, step = ENDS["C-C"], 2e-3
-    distances = np.arange(0.7 * end, 1.05 * end, step)
+    distances = np.arange(0.55 * end, 1.05 * end, step)
     length, energy = of_pair("C-C", distances)
     assert (length.diff() >= -1e-12).all() and (energy.diff() <= 1e-12).all()
-    for values, scale in ((length, end), (energy, float(energy.max()))):
+    for values, scale, width in ((length, end, 0.25 * end), (energy, float(energy.max()), 0.4 * end)):
         third = values.diff(n=3) / step**3
-        width = 0.25 * end
         # A jump of the third derivative would be of the order of scale / width^3; between neighbouring points the
         # fourth derivative, at most 900 scale / width^4, changes it by far less.
         assert float(third.diff().abs().max()) < 1000 * scale / width**4 * step
@@ -120,8 +134,19 @@ def test_parts_and_dtype_of_the_network_leave_the_windows_exact():
 
 
 def test_windows_are_checked():
-    incomplete = PairBridging(outer={name: end for name, end in ENDS.items() if name != "C-O"}, inner=0.8)
-    with pytest.raises(ValueError, match=r"one entry per pair of elements; missing or unknown: \['C-O'\]"):
-        ModelConfig(elements=ELEMENTS, bridging=incomplete)
-    with pytest.raises(ValueError, match="between 0 and cutoff = 1.25 Angstrom, got .*C-C: 1.4"):
-        ModelConfig(elements=ELEMENTS, cutoff=1.25, bridging=WINDOWS)
+    def config(outer: dict[str, float], full: dict[str, float], cutoff: float = 4.0) -> ModelConfig:
+        bridging = PairBridging(outer=outer, frozen=0.8, full=full)
+        return ModelConfig(elements=ELEMENTS, cutoff=cutoff, bridging=bridging)
+
+    half = {name: 0.5 * end for name, end in ENDS.items()}
+    assert config(ENDS, half).has_pair_bridging
+    with pytest.raises(
+        ValueError, match=r"outer needs one entry per pair of elements; .* unknown: \['C-O'\]"
+    ):
+        config({name: end for name, end in ENDS.items() if name != "C-O"}, half)
+    with pytest.raises(ValueError, match=r"full needs one entry per pair .* unknown: \['Si-Si'\]"):
+        config(ENDS, half | {"Si-Si": 1.0})
+    with pytest.raises(ValueError, match="outer must be between 0 and the cutoff, got .*C-C: 1.4 of 1.25"):
+        config(ENDS, half, cutoff=1.25)
+    with pytest.raises(ValueError, match="full must be between 0 and bridging.outer, got .*H-H: 0.9 of 0.9"):
+        config(ENDS, ENDS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from dpa4.model.config import PairBridging, pair_names
 from dpa4.model.presets import PRESETS, preset
 from dpa4.model.so2 import FusedSO2Stack
 from dpa4.ops import available
@@ -150,3 +151,12 @@ def test_unknown_names_are_told_apart_from_missing_files(tmp_path):
         model_card("papr-air")
     with pytest.raises(FileNotFoundError, match="there is no checkpoint .*absent.safetensors"):
         model_card(tmp_path / "absent.safetensors")
+
+
+def test_windows_of_many_elements_are_cut():
+    elements = ("H", "C", "N", "O", "Si")
+    ends = {name: 0.5 + k / 10 for k, name in enumerate(pair_names(elements))}
+    assert PairBridging(outer=ends, frozen=0.7, full=ends).text == (
+        "repulsion of nuclei from H-H 0.500, H-C 0.600, H-N 0.700, H-O 0.800, H-Si 0.900, C-C 1.000, C-N 1.100, "
+        "C-O 1.200, C-Si 1.300, N-N 1.400, N-O 1.500, N-Si 1.600 Å and 3 more pairs inwards, alone from 0.7 of that"
+    )

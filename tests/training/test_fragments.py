@@ -12,11 +12,9 @@ from dpa4.training.loss import Loss
 from helpers import molecule
 
 ELEMENTS = ("H", "C", "O")
-CONFIG = ModelConfig(
-    elements=ELEMENTS,
-    cutoff=4.0,
-    bridging=PairBridging(outer=dict.fromkeys(pair_names(ELEMENTS), 1.0), inner=0.8),
-)
+PAIRS = pair_names(ELEMENTS)
+WINDOWS = PairBridging(outer=dict.fromkeys(PAIRS, 1.0), frozen=0.8, full=dict.fromkeys(PAIRS, 0.5))
+CONFIG = ModelConfig(elements=ELEMENTS, cutoff=4.0, bridging=WINDOWS)
 
 
 @pytest.fixture

@@ -57,8 +57,8 @@ def pair_names(elements: Sequence[str]) -> dict[str, tuple[str, str]]:
 class PairBridging(BaseModel):
     """ZBL bridging with a window per pair of elements, which ends where the training data begin.
 
-    Above its window a pair is described by the network alone. Below, the network sees a fixed distance, and the
-    analytic nuclear repulsion takes over. See docs/theory.md, "ZBL bridging".
+    Above its window a pair is described by the network alone. Within, the analytic nuclear repulsion sets in, and the
+    network sees distances that change less and less. See docs/theory.md, "ZBL bridging".
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,7 +66,20 @@ class PairBridging(BaseModel):
     outer: Mapping[str, float] = Field(
         description="Upper end of the window of every pair of elements, such as C-H: 0.81, in Angstrom."
     )
-    inner: float = Field(gt=0, lt=1, description="Lower end of every window, as a fraction of its upper end.")
+    frozen: float = Field(
+        gt=0, lt=1, description="Below this fraction of the upper end the network sees a fixed distance."
+    )
+    full: Mapping[str, float] = Field(
+        description="Distance of every pair of elements below which the repulsion is complete, in Angstrom."
+    )
+
+    @property
+    def text(self) -> str:
+        """Upper ends in ascending order, such as "H-O 0.669, C-C 1.038 Å"; at most twelve pairs."""
+        ascending = sorted(self.outer.items(), key=lambda entry: entry[1])
+        ends = ", ".join(f"{name} {end:.3f}" for name, end in ascending[:12])
+        more = f" and {len(ascending) - 12} more pairs" if len(ascending) > 12 else ""
+        return f"repulsion of nuclei from {ends} Å{more} inwards, alone from {self.frozen:g} of that"
 
 
 class ModelConfig(BaseModel):
@@ -221,19 +234,27 @@ class ModelConfig(BaseModel):
                 f"bridging.r_outer must be below cutoff = {self.cutoff}, got {self.bridging.r_outer}"
             )
         if isinstance(self.bridging, PairBridging):
-            self._check_windows(self.bridging.outer)
+            self._check_windows(self.bridging)
         return self
 
-    def _check_windows(self, outer: Mapping[str, float]) -> None:
+    def _check_windows(self, bridging: PairBridging) -> None:
         pairs = pair_names(self.elements)
-        if wrong := sorted(outer.keys() ^ pairs.keys()):
-            raise ValueError(
-                f"bridging.outer needs one entry per pair of elements; missing or unknown: {shown(wrong)}"
-            )
-        if wrong := [f"{name}: {end}" for name, end in outer.items() if not 0 < end < self.cutoff]:
-            raise ValueError(
-                f"bridging.outer must be between 0 and cutoff = {self.cutoff:g} Angstrom, got {shown(wrong)}"
-            )
+        for option, distances, limits in (
+            ("outer", bridging.outer, dict.fromkeys(pairs, self.cutoff)),
+            ("full", bridging.full, bridging.outer),
+        ):
+            if wrong := sorted(distances.keys() ^ pairs.keys()):
+                raise ValueError(
+                    f"bridging.{option} needs one entry per pair of elements; missing or unknown: {shown(wrong)}"
+                )
+            wrong = [
+                f"{name}: {r} of {limits[name]:g}"
+                for name, r in distances.items()
+                if not 0 < r < limits[name]
+            ]
+            if wrong:
+                limit = "the cutoff" if option == "outer" else "bridging.outer"
+                raise ValueError(f"bridging.{option} must be between 0 and {limit}, got {shown(wrong)}")
 
     @property
     def has_pair_bridging(self) -> bool:

@@ -30,8 +30,15 @@ The margin is for structures that are a little hotter than the data: C-H bonds i
 compressed to 0.9 of the shortest ones at 300 K.
 """
 
-INNER = 0.7
-"""Lower end of a window relative to its upper end."""
+FROZEN = 0.7
+"""Distance below which the network sees a fixed length, relative to the upper end of the window."""
+
+FULL, FULL_FAR = 0.5, 0.7
+"""Distance below which the repulsion is complete, relative to the upper end of the window.
+
+Within the sum of the covalent radii, a repulsion that sets in faster would be steeper than that of bare nuclei. Pairs
+whose window ends farther out, such as H-H in molecules, have a weak repulsion there, which must set in early.
+"""
 
 UNSEEN = 0.75
 """Upper end of the window of a pair without data, relative to the sum of the covalent radii."""
@@ -74,13 +81,14 @@ def pair_bridging(
         elements: Chemical symbols of the elements of the model.
         cutoff: Cutoff of the model, in Angstrom.
     """
-    outer = {}
+    outer, full = {}, {}
     for name, (a, b) in pair_names(elements).items():
         radii = float(covalent_radii[atomic_numbers[a]] + covalent_radii[atomic_numbers[b]])
         found = shortest.get((a, b), shortest.get((b, a)))
         end = UNSEEN * radii if found is None else max(OUTER * found, LOWEST * radii)
         outer[name] = round(min(end, OUTER * cutoff), 6)
-    return PairBridging(outer=outer, inner=INNER)
+        full[name] = round((FULL if outer[name] < radii else FULL_FAR) * outer[name], 6)
+    return PairBridging(outer=outer, frozen=FROZEN, full=full)
 
 
 class NetworkAlone(nn.Module):
@@ -150,37 +158,40 @@ class PairRange(NetworkAlone):
         """Return the vectors (E, 3), frozen in their windows, and the energies of the centres, (n,) in eV."""
         row = self.row[atomic_numbers]
         pair = row[destination.index] * len(self.windows) + row[source.index]
-        inner, width, amplitude, screening = self.windows.flatten(0, 1)[pair].unbind(-1)
+        frozen, full, outer, amplitude, screening = self.windows.flatten(0, 1)[pair].unbind(-1)
         length = softened_length(vectors)
-        t = ((length - inner) / width).clamp(0, 1)
-        t4 = t**4
-        opened = t4 * (35 + t * (-84 + t * (70 - 20 * t)))
-        # The slope of the frozen length is `opened`. At t = 1 the length is the true one.
-        frozen = inner + width * (0.5 + t * t4 * (7 + t * (-14 + t * (10 - 2.5 * t))))
-        frozen = torch.where(t < 1, frozen, length)
+        width = outer - frozen
+        t = ((length - frozen) / width).clamp(0, 1)
+        # The slope of the length that the network sees is the smooth step; at t = 1 the length is the true one.
+        seen = frozen + width * (0.5 + t**5 * (7 + t * (-14 + t * (10 - 2.5 * t))))
+        seen = torch.where(t < 1, seen, length)
+        t = ((length - full) / (outer - full)).clamp(0, 1)
+        step = t**4 * (35 + t * (-84 + t * (70 - 20 * t)))
         x = length * screening
         screened = sum(
             (a * torch.exp(-b * x) for a, b in zip(AMPLITUDES, EXPONENTS, strict=True)), torch.zeros_like(x)
         )
-        energy = amplitude / length * screened * (1 - opened)
-        return vectors * (frozen / length)[:, None], segment_sum(energy, destination)
+        energy = amplitude / length * screened * (1 - step)
+        return vectors * (seen / length)[:, None], segment_sum(energy, destination)
 
 
 def _windows(elements: tuple[str, ...], bridging: PairBridging) -> Tensor:
-    """Constants of every ordered pair of elements, (T, T, 4) float64.
+    """Constants of every ordered pair of elements, (T, T, 5) float64.
 
-    These are the lower end and the width of the window in Angstrom, half of the Coulomb energy of the bare nuclei at
-    1 Angstrom in eV, and the inverse screening length in 1/Angstrom.
+    These are the distances below which the length is fixed and the repulsion is complete and the upper end of the
+    window, in Angstrom, half of the Coulomb energy of the bare nuclei at 1 Angstrom in eV, and the inverse screening
+    length in 1/Angstrom.
     """
     z = torch.tensor([atomic_numbers[e] for e in elements], dtype=torch.float64)
-    outer = torch.empty(len(z), len(z), dtype=torch.float64)
+    outer, full = (torch.empty(len(z), len(z), dtype=torch.float64) for _ in range(2))
     for name, (a, b) in pair_names(elements).items():
         i, j = elements.index(a), elements.index(b)
         outer[i, j] = outer[j, i] = bridging.outer[name]
+        full[i, j] = full[j, i] = bridging.full[name]
     charge = z**0.23
     screening = (charge[:, None] + charge) / (0.88534 * BOHR)
     amplitude = 0.5 * COULOMB * z[:, None] * z
-    return torch.stack([bridging.inner * outer, (1 - bridging.inner) * outer, amplitude, screening], dim=-1)
+    return torch.stack([bridging.frozen * outer, full, outer, amplitude, screening], dim=-1)
 
 
 def short_range(config: ModelConfig) -> NetworkAlone:

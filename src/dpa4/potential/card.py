@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpa4.model import ModelConfig
+from dpa4.model.config import PairBridging
 from dpa4.model.presets import preset
 from dpa4.model.shapes import shapes_of
 from dpa4.ops import available
@@ -108,6 +109,8 @@ def _preset_card(name: str) -> ModelCard:
 
 def _sections(config: ModelConfig, parameters: int) -> dict[str, dict[str, str]]:
     switches = {key: value for key, value in config.model_dump().items() if key not in _DESCRIBED}
+    if isinstance(config.bridging, PairBridging):
+        switches["bridging"] = config.bridging.text
     default = {key: type(config).model_fields[key].get_default(call_default_factory=True) for key in switches}
     return {
         "Model": {

@@ -47,7 +47,7 @@ class Fragments:
         self.shortest = {}
         for name, end in config.bridging.outer.items():
             a, b = (atomic_numbers[e] for e in name.split("-"))
-            self.shortest[a, b] = self.shortest[b, a] = end * (1 + config.bridging.inner) / 2
+            self.shortest[a, b] = self.shortest[b, a] = end * (1 + config.bridging.frozen) / 2
 
     def __call__(self, batch: Batch, epoch: int, number: int) -> Batch:
         """Append fragments to batch ``number`` of an epoch."""
