@@ -32,6 +32,7 @@ from dpa4.data import (
     warn_of_reference_energies,
     without_isolated_atoms,
 )
+from dpa4.data.coverage import ElementPair
 from dpa4.data.summary import elements_in
 from dpa4.model import ModelConfig
 from dpa4.model.shapes import check_size
@@ -77,10 +78,51 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
     """
     device = choose_device(config.device)
     options = config.training
+    data = _read(config, console)
+    frames, validation = data.train, data.validation
+    model = _model(config, data, state, console)
+    pairs = charges_and_spins([*frames, *validation], model.charge_spin, model.default_charge_spin)
+    train = FrameDataset(frames, model.cutoff, pairs and pairs[: len(frames)])
+    valid = FrameDataset(validation, model.cutoff, pairs and pairs[len(frames) :])
+    shortest = shortest_distances(train)
+    coverage = coverage_of(train, shortest)
+    console.print(f"closest atoms of the training data: {coverage.text}", highlight=False, markup=False)
+    model = _with_windows(config, model, shortest, state, console)
+    energies, undetermined = _reference_energies(config, model, data, shortest, state, console)
+
+    torch.manual_seed(options.seed)
+    potential = Potential(model, energies).to(device)
+    _describe(config, potential, device, console)
+    budget = batch_budget(options)
+    extend = Fragments(model, elements_in(frames), options.seed) if model.has_pair_bridging else None
+    return Preparation(
+        potential=potential,
+        train=EpochBatches(train, **budget, seed=options.seed, shuffle=True, extend=extend),
+        coverage=coverage,
+        validation=EpochBatches(valid, **budget, seed=options.seed, shuffle=False) if validation else None,
+        loss=data.loss,
+        provenance=_provenance(config, frames, validation, undetermined),
+        undetermined=undetermined,
+        data={"training": digest(frames), "validation": digest(validation)},
+        run_text=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
+    )
+
+
+class _Data(NamedTuple):
+    """Structures of a run, and the loss that their labels allow."""
+
+    read: Sequence[Frame]  # training files, with free atoms and the part that is split off
+    train: Sequence[Frame]
+    validation: Sequence[Frame]
+    loss: Loss
+
+
+def _read(config: RunConfig, console: Console) -> _Data:
+    """Read the data, check them, and print a summary."""
     keys = LabelKeys(**config.data.keys.model_dump())
     read = read_frames(config.data.train, keys)
     frames = _without_isolated_atoms(read, "data.train", config.data.train)
-    loss = _loss(options, frames, console)
+    loss = _loss(config.training, frames, console)
     weights = {"energy": loss.energy, "forces": loss.forces, "virial": loss.virial}
     check_labels(frames, weights)
     if config.data.validation:
@@ -95,26 +137,38 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
         check_trained(validation, frames)
     if table := warn_of_implausible_labels([*frames, *validation]):
         console.print(table)
+    return _Data(read, frames, validation, loss)
 
-    model = _model(config, elements_in([*read, *validation]), state)
+
+def _model(config: RunConfig, data: _Data, state: Mapping[str, Any] | None, console: Console) -> ModelConfig:
+    """Configuration of the model: that of the state if there is one, else from the options and the data."""
+    elements = elements_in([*data.read, *data.validation])
+    if state is None or "config" not in state:  # the states of earlier versions lack it
+        model = config.model.build(elements)
+    else:
+        model = ModelConfig.model_validate_json(state["config"])
     check_size(model)
-    check_elements([*read, *validation], model.elements)
-    if untrained := sorted(set(elements_in(read)) - set(elements_in(frames))):
+    check_elements([*data.read, *data.validation], model.elements)
+    if untrained := sorted(set(elements_in(data.read)) - set(elements_in(data.train))):
         console.print(
             f"no structure to train on contains {', '.join(untrained)}: of these elements the model knows the free "
             "atom only",
             style="yellow",
             soft_wrap=True,
         )
-    pairs = charges_and_spins([*frames, *validation], model.charge_spin, model.default_charge_spin)
-    train = FrameDataset(frames, model.cutoff, pairs and pairs[: len(frames)])
-    valid = FrameDataset(validation, model.cutoff, pairs and pairs[len(frames) :])
-    shortest = shortest_distances(train)
-    coverage = coverage_of(train, shortest)
-    console.print(f"closest atoms of the training data: {coverage.text}", highlight=False, markup=False)
+    return model
+
+
+def _with_windows(
+    config: RunConfig,
+    model: ModelConfig,
+    shortest: Mapping[ElementPair, float],
+    state: Mapping[str, Any] | None,
+    console: Console,
+) -> ModelConfig:
+    """Add the windows of the repulsion to the model of a new run. A run to resume has those of its state."""
     if state is None and config.model.bridging == "auto":
-        bridging = pair_bridging(shortest, model.elements, model.cutoff)
-        model = model.model_copy(update={"bridging": bridging})
+        model = model.model_copy(update={"bridging": pair_bridging(shortest, model.elements, model.cutoff)})
     if overlap := overlapping_pairs(model, shortest):
         console.print(
             f"the repulsion of nuclei reaches into the training data for {', '.join(overlap)}; the network learns "
@@ -122,9 +176,20 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
             style="yellow",
             soft_wrap=True,
         )
+    return model
 
+
+def _reference_energies(
+    config: RunConfig,
+    model: ModelConfig,
+    data: _Data,
+    shortest: Mapping[ElementPair, float],
+    state: Mapping[str, Any] | None,
+    console: Console,
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Reference energies of a new run or of the state, and the elements for which they are arbitrary; prints both."""
     if state is None:
-        fitted = without_repulsion(read, model, shortest)
+        fitted = without_repulsion(data.read, model, shortest)
         energies = reference_energies(config.data.reference_energies, fitted, model.elements)
         undetermined = undetermined_elements(config.data.reference_energies, fitted, model.elements)
     else:
@@ -133,33 +198,10 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
         undetermined = state.get("undetermined", ())
     values = (f"{e} {v:.4f}{' (arbitrary)' if e in undetermined else ''}" for e, v in energies.items())
     console.print("reference energies (eV): " + ", ".join(values))
-    warn_of_reference_energies(frames, energies)
+    warn_of_reference_energies(data.train, energies)
     if undetermined:
         console.print(undetermined_text(undetermined), style="yellow", highlight=False, soft_wrap=True)
-
-    torch.manual_seed(options.seed)
-    potential = Potential(model, energies).to(device)
-    _describe(config, potential, device, console)
-    budget = batch_budget(options)
-    extend = Fragments(model, elements_in(frames), options.seed) if model.has_pair_bridging else None
-    return Preparation(
-        potential=potential,
-        train=EpochBatches(train, **budget, seed=options.seed, shuffle=True, extend=extend),
-        coverage=coverage,
-        validation=EpochBatches(valid, **budget, seed=options.seed, shuffle=False) if validation else None,
-        loss=loss,
-        provenance=_provenance(config, frames, validation, undetermined),
-        undetermined=tuple(undetermined),
-        data={"training": digest(frames), "validation": digest(validation)},
-        run_text=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
-    )
-
-
-def _model(config: RunConfig, elements: Sequence[str], state: Mapping[str, Any] | None) -> ModelConfig:
-    """Configuration of the model: that of the state if there is one, else from the options and the data."""
-    if state is None or "config" not in state:  # the states of earlier versions lack it
-        return config.model.build(elements)
-    return ModelConfig.model_validate_json(state["config"])
+    return energies, tuple(undetermined)
 
 
 def split(
