@@ -91,11 +91,10 @@ def collision(model: DPA4Calculator, atoms: Atoms, energy: float, seed: int) -> 
     """Shoot a random atom of a crystal, or a copy of the molecule, head-on at another atom.
 
     The equations of motion are integrated by the fourth-order scheme of Yoshida, with steps in which no atom moves by
-    more than 0.03 Angstrom (in a crystal 0.01) at its speed, or by its acceleration.
+    more than 0.02 Angstrom and 0.03 of the shortest distance at its speed, or by its acceleration.
     """
     random = np.random.default_rng(seed)
     velocity = np.zeros((len(atoms), 3))
-    reach = 0.01 if atoms.pbc.any() else 0.03
     if atoms.pbc.any():
         first = random.integers(len(atoms))
         apart = atoms.get_distances(first, range(len(atoms)), mic=True, vector=True)
@@ -123,6 +122,9 @@ def collision(model: DPA4Calculator, atoms: Atoms, energy: float, seed: int) -> 
     kicks = (w1, 1 - 2 * w1, w1)
     while travelled < 6.0:
         speed = np.linalg.norm(velocity, axis=1).max()
+        distance = atoms.get_all_distances(mic=True) + np.diag(np.full(len(atoms), np.inf))
+        closest = min(closest, float(distance.min()))
+        reach = min(0.02, 0.03 * float(distance.min()))
         pull = (np.linalg.norm(atoms.get_forces(), axis=1) / masses[:, 0]).max()
         step = min(reach / speed, np.sqrt(2 * reach / max(pull, 1e-9)) / 4)
         for drift, kick in zip(drifts, (*kicks, None), strict=True):
@@ -134,8 +136,6 @@ def collision(model: DPA4Calculator, atoms: Atoms, energy: float, seed: int) -> 
         worst = max(worst, abs(total - start) / energy) if np.isfinite(total) else np.nan
         if not np.isfinite(total):
             break
-        distance = atoms.get_all_distances(mic=True)
-        closest = min(closest, float(distance[~np.eye(len(atoms), dtype=bool)].min()))
     return {"energy": energy, "closest": closest, "largest change of the energy": worst}
 
 
