@@ -10,7 +10,7 @@ import torch
 from ase import Atoms
 
 from dpa4.graph import build_graph
-from dpa4.model.config import Bridging
+from dpa4.model.config import Bridging, PairBridging, pair_names
 from dpa4.potential import Potential
 from dpa4.simulation import DPA4MLIAP
 from helpers import assert_close, molecule, random_potential
@@ -181,10 +181,13 @@ def assert_equal(found, prediction, tolerance: float = 1e-12) -> None:
         assert_close(actual, expected, tolerance)
 
 
+PAIRS = pair_names(("H", "C", "O"))
+WINDOWS = PairBridging(outer=dict.fromkeys(PAIRS, 1.6), frozen=0.7, full=dict.fromkeys(PAIRS, 0.8))
 BRIDGED = {"bridging": Bridging(r_inner=0.9, r_outer=1.5)}
 MODELS = {
     "default": {},
     "bridging": BRIDGED,
+    "windows per pair": {"bridging": WINDOWS},
     "elements as seed": {"use_env_seed": False},
     "elements as seed, bridging": {"use_env_seed": False, **BRIDGED},
     "falling degrees": {"l_schedule": (2, 1, 0), "n_blocks": 3},

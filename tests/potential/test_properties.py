@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from dpa4.cli import app
 from dpa4.graph import collate
-from dpa4.model.config import Bridging
+from dpa4.model.config import Bridging, PairBridging, pair_names
 from dpa4.potential import (
     embeddings,
     expand_energy,
@@ -87,6 +87,10 @@ def test_atomic_virials_of_a_batch():
 
 SO3 = {"message_node_so3": True, "ffn_on": "so3", "ffn_grid": 1, "so3_readout": "mlp", "lmax": 1}
 ZBL = {"bridging": Bridging(r_inner=0.95, r_outer=1.4), "excluded_pairs": (("C", "O"),)}
+PAIRS = pair_names(("H", "C", "O"))
+WINDOWS = {
+    "bridging": PairBridging(outer=dict.fromkeys(PAIRS, 1.5), frozen=0.7, full=dict.fromkeys(PAIRS, 0.8))
+}
 
 
 @cache
@@ -95,7 +99,7 @@ def known_hessian(structure) -> torch.Tensor:
     return hessian(random_potential(), graph_of(structure()))
 
 
-@pytest.mark.parametrize("options", [{}, SO3, ZBL])
+@pytest.mark.parametrize("options", [{}, SO3, ZBL, WINDOWS])
 @pytest.mark.parametrize("structure", [molecule, crystal])
 def test_hessian_is_the_derivative_of_the_forces(structure, options):
     potential, atoms, h = random_potential(**options), structure(), 1e-4
