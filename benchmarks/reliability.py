@@ -28,7 +28,7 @@ from dpa4.model.short_range import zbl_pair_energy
 from dpa4.potential import Potential
 from dpa4.simulation.pair_curves import pair_curves
 
-CURVATURE = 300.0
+CURVATURE = 1000.0
 """Bound of the curvature of a pair in eV/Angstrom^2, to which 10 times the curvature of ZBL is added."""
 
 Array = NDArray[np.float64]
