@@ -132,7 +132,7 @@ def test_a_cut_file_is_not_used(base, length):
 
 
 def test_a_file_without_its_digest_is_not_used(base):
-    """As after a process that was killed between the two."""
+    """A process that is killed between the two writes leaves such a file."""
     file = write()
     (digest,) = file.parent.glob("file.sha256")
     digest.write_text("")

@@ -82,6 +82,11 @@ def clamp_length(length: Tensor, bridging: Bridging) -> Tensor:
     return torch.where(length >= bridging.r_outer, length, inner)
 
 
+def smooth_step(t: Tensor) -> Tensor:
+    """Polynomial from 0 at t = 0 to 1 at t = 1, with three vanishing derivatives at both ends."""
+    return t**4 * (35 + t * (-84 + t * (70 - 20 * t)))
+
+
 def openness(length: Tensor, destination: Incidence, bridging: Bridging) -> Tensor:
     """Freeze gate of each node as a source, (N,): zero if a neighbour is within r_inner.
 
@@ -89,7 +94,7 @@ def openness(length: Tensor, destination: Incidence, bridging: Bridging) -> Tens
     factors. Gradients thus stay finite where a factor is exactly zero; the derivative of such a factor is zero.
     """
     t = ((length - bridging.r_inner) / (bridging.r_outer - bridging.r_inner)).clamp(0, 1)
-    switch = t**4 * (35 + t * (-84 + t * (70 - 20 * t)))
+    switch = smooth_step(t)
     gates_open = switch > 0
     log_product = segment_sum(torch.where(gates_open, switch, 1.0).log(), destination)
     closed = segment_sum((~gates_open).to(length.dtype), destination) > 0

@@ -12,7 +12,7 @@ from ase.data import atomic_numbers, chemical_symbols, covalent_radii
 from torch import Tensor, nn
 
 from dpa4.model.config import ModelConfig, PairBridging, pair_names
-from dpa4.model.edges import softened_length
+from dpa4.model.edges import smooth_step, softened_length
 from dpa4.model.radial import envelope
 from dpa4.ops.incidence import Incidence
 from dpa4.ops.segments import segment_sum
@@ -61,10 +61,13 @@ def zbl_pair_energy(length: Tensor, z_i: Tensor, z_j: Tensor) -> Tensor:
     z_i, z_j = z_i.to(length.dtype), z_j.to(length.dtype)
     length = length.clamp(min=1e-10)
     x = length * (z_i**0.23 + z_j**0.23) / (0.88534 * BOHR)
-    screening = sum(
-        (a * torch.exp(-b * x) for a, b in zip(AMPLITUDES, EXPONENTS, strict=True)), torch.zeros_like(x)
-    )
-    return COULOMB * z_i * z_j / length * screening
+    return COULOMB * z_i * z_j / length * universal_screening(x)
+
+
+def universal_screening(x: Tensor) -> Tensor:
+    """Screening of the Coulomb energy at reduced distances x, of any shape."""
+    terms = (a * torch.exp(-b * x) for a, b in zip(AMPLITUDES, EXPONENTS, strict=True))
+    return sum(terms, torch.zeros_like(x))
 
 
 def pair_bridging(
@@ -166,12 +169,7 @@ class PairRange(NetworkAlone):
         seen = frozen + width * (0.5 + t**5 * (7 + t * (-14 + t * (10 - 2.5 * t))))
         seen = torch.where(t < 1, seen, length)
         t = ((length - full) / (outer - full)).clamp(0, 1)
-        step = t**4 * (35 + t * (-84 + t * (70 - 20 * t)))
-        x = length * screening
-        screened = sum(
-            (a * torch.exp(-b * x) for a, b in zip(AMPLITUDES, EXPONENTS, strict=True)), torch.zeros_like(x)
-        )
-        energy = amplitude / length * screened * (1 - step)
+        energy = amplitude / length * universal_screening(length * screening) * (1 - smooth_step(t))
         return vectors * (seen / length)[:, None], segment_sum(energy, destination)
 
 
