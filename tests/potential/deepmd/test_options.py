@@ -155,7 +155,10 @@ def test_values_outside_our_range_are_refused_by_name():
             {"descriptor": {"type": "se_e2_a"}, "fitting_net": {}, "type_map": ["H"]},
             "with descriptor 'se_e2_a'",
         ),
-        (params() | {"type": "linear_ener"}, "not a DPA4 model but one of type 'linear_ener'"),
+        (
+            params() | {"type": "linear_ener"},
+            "linear_ener model of the types None; supported: the sum of a DPA4 model and",
+        ),
         (params() | {"type_map": []}, "its model has no type_map"),
         ({"type": "pairtab"}, "of type 'pairtab' with descriptor 'none'"),
     ],
