@@ -157,7 +157,7 @@ def test_values_outside_our_range_are_refused_by_name():
         ),
         (
             params() | {"type": "linear_ener"},
-            "linear_ener model of the types None; supported: the sum of a DPA4 model and",
+            "linear_ener model of the types None; supported: the sum",
         ),
         (params() | {"type_map": []}, "its model has no type_map"),
         ({"type": "pairtab"}, "of type 'pairtab' with descriptor 'none'"),

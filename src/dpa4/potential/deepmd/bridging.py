@@ -67,7 +67,7 @@ def _parts(model_params: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[
     networks = [part for part in parts if _is_dpa4(part)]
     repulsions = [part for part in parts if part.get("type") == _REPULSION]
     if not len(networks) == len(repulsions) == 1 or len(models) != 2:
-        found = [part.get("type", "standard") for part in parts] if parts else models
+        found = [part.get("type", "standard") for part in parts] or model_params.get("models")
         raise ValueError(
             f"it is a linear_ener model of the types {shown(found)}; supported: the sum of a DPA4 model and an "
             "inner_potential (ZBL)"
