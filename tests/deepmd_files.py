@@ -1,9 +1,11 @@
-"""Other layouts of a deepmd-kit checkpoint, made from one in the ordinary layout."""
+"""Other layouts of a deepmd-kit checkpoint, made from one in the ordinary layout; energies to compare."""
 
 import copy
 import re
 
 import torch
+
+from helpers import graph_of, molecule
 
 _LINEAR = r"(.*\.(?:env_seed_embedding\.\w+|radial_embedding\.net\.\d+|charge_spin_embedding\.mix_layer))"
 
@@ -67,3 +69,8 @@ def parameter_names(state: dict) -> list[str]:
     buffers = r".*\.(min_nbor_dist|out_bias|out_std|dens_force_rmsd|bias_atom_e|case_embd)|.*\.(wigner_calc|gie)\..*"
     other = re.compile(f"{derived}|{buffers}|_extra_state")
     return [name for name in state if not other.fullmatch(name)]
+
+
+def energies_of(potential) -> torch.Tensor:
+    """Energies of the atoms of a molecule."""
+    return potential(graph_of(molecule())).atomic_energies

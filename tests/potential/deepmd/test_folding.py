@@ -6,16 +6,13 @@ import pytest
 import torch
 from torch.nn import functional
 
+from deepmd_files import energies_of
 from dpa4.potential.deepmd.writer import deepmd_state
 from helpers import graph_of, molecule, random_potential
 
 DESCRIPTOR = "model.Default.atomic_model.descriptor."
 FITTING = "model.Default.atomic_model.fitting_net."
 NETWORK = f"{FITTING}filter_layers.networks.0."
-
-
-def energies_of(potential):
-    return potential(graph_of(molecule())).atomic_energies
 
 
 # LoRA

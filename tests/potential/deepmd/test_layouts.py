@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepmd_files import as_june_2026, as_pt_expt, parameter_names
+from deepmd_files import as_june_2026, as_pt_expt, energies_of, parameter_names
 from dpa4.potential import model_card
 from dpa4.potential.checkpoint import convert, load_potential, read_checkpoint
 from dpa4.potential.deepmd.layouts import is_derived
@@ -19,10 +19,6 @@ GENERATION_3 = "reference/fixtures-gen3"
 MODEL = "model.Default."
 ATOMIC = f"{MODEL}atomic_model."
 SEED = f"{ATOMIC}descriptor.env_seed_embedding."
-
-
-def energies_of(potential):
-    return potential(graph_of(molecule())).atomic_energies
 
 
 def refused(load, content, message, **options):

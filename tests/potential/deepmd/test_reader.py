@@ -9,21 +9,18 @@ import pytest
 import torch
 from torch.nn import functional
 
+from deepmd_files import energies_of
 from dpa4.graph import build_graph
 from dpa4.model import ModelConfig
 from dpa4.potential.checkpoint import load_potential, read_checkpoint
 from dpa4.potential.deepmd.writer import deepmd_state
 from dpa4.potential.potential import Potential
-from helpers import SHARED, graph_of, molecule, shared
+from helpers import SHARED, shared
 
 FIXTURES = SHARED / "reference" / "fixtures"
 DESCRIPTOR = "model.Default.atomic_model.descriptor."
 FITTING = "model.Default.atomic_model.fitting_net."
 NETWORK = f"{FITTING}filter_layers.networks.0."
-
-
-def energies_of(potential):
-    return potential(graph_of(molecule())).atomic_energies
 
 
 # Whole models of the reference
