@@ -35,17 +35,33 @@ def is_list(value: Any) -> TypeGuard[list | tuple]:
     return isinstance(value, list | tuple)
 
 
-FLAG = Kind(lambda value: isinstance(value, bool), "true and false")
+def is_flag(value: Any) -> TypeGuard[bool]:
+    """Return whether a value is true or false."""
+    return isinstance(value, bool)
+
+
+def _list_of(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: is_list(value) and all(kind(entry) for entry in value)
+
+
+FLAG = Kind(is_flag, "true and false")
+FLAGS = Kind(_list_of(is_flag), "lists of true and false")
+FLAG_OR_FLAGS = Kind(
+    lambda value: is_flag(value) or _list_of(is_flag)(value), "true, false, and lists of these"
+)
 WHOLE = Kind(is_whole, "whole numbers")
+WHOLES = Kind(_list_of(is_whole), "lists of whole numbers")
+WHOLE_OR_WHOLES = Kind(
+    lambda value: is_whole(value) or _list_of(is_whole)(value), "whole numbers, and lists of these"
+)
 NUMBER = Kind(is_number, "numbers")
 TEXT = Kind(lambda value: isinstance(value, str), "texts")
-WHOLES = Kind(lambda value: is_list(value) and all(is_whole(v) for v in value), "lists of whole numbers")
 OUTPUT_BIAS = Kind(
     lambda value: value is None or isinstance(value, str | Mapping),
     "a map of outputs, the name of a table, or null",
 )
 ENERGIES = Kind(
-    lambda value: value is None or (is_list(value) and all(v is None or is_number(v) for v in value)),
+    lambda value: value is None or _list_of(lambda entry: entry is None or is_number(entry))(value),
     "a list of energies or null",
 )
 
