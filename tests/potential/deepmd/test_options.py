@@ -208,7 +208,7 @@ def test_options_of_another_type_are_refused_by_name(option, value):
         ({"pair_exclude_types": 0}, "pair_exclude_types = 0"),
         (
             {"pair_exclude_types": [[0, 1]], "descriptor": {"exclude_types": [[0, 2]]}},
-            "exclude_types = .*0, 2",
+            r"exclude_types = \[\(0, 2\)\]",
         ),
         ({"atom_exclude_types": False}, "model.atom_exclude_types = False"),
         ({"bridging_method": True}, "model.bridging_method = True"),
