@@ -25,10 +25,10 @@ from mutations import VALUES, mutated_bytes, mutated_value
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from deepmd_files import as_pt_expt, parameter_names
+from deepmd_files import as_pt_expt, composed_form, parameter_names
 from dpa4.data import read_frames
 from dpa4.data.coverage import Coverage
-from dpa4.model.config import PairBridging, pair_names
+from dpa4.model.config import Bridging, PairBridging, pair_names
 from dpa4.potential import fingerprint_of, model_card
 from dpa4.potential.checkpoint import load_potential, save_potential
 from dpa4.potential.deepmd.layouts import is_derived
@@ -176,11 +176,15 @@ def mutated_tensor(rng: random.Random, tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("layout", "seed"), [("pt", 77), ("pt_expt", 94)])
 def test_deepmd_checkpoints(tmp_path, layout, seed):
-    """Both layouts. In the second, the file has averages too, and these are read."""
-    potential = tiny_potential()
+    """Both layouts. In the second, the averages are read, and the options have their composed form and vacuum_ref."""
+    potential = tiny_potential(bridging=Bridging(smooth_cutoff=False) if layout == "pt_expt" else None)
     state = deepmd_state(potential)
     ema = {"decay": 0.999, "model": {}, "validation_state": {}}
     if layout == "pt_expt":
+        params = state["_extra_state"]["model_params"]
+        params["fitting_net"]["vacuum_ref"] = True
+        params["preset_out_bias"] = {"energy": [-13.25, None, -2041.75]}
+        state["_extra_state"]["model_params"] = composed_form(params)
         state = as_pt_expt(state)
         ema["model"] = {
             name.removeprefix("model.Default."): state[name]

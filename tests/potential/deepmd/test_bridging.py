@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from deepmd_files import energies_of
+from deepmd_files import composed_form, energies_of
 from dpa4.model import Bridging
 from dpa4.potential.deepmd.bridging import concise_form
 from dpa4.potential.deepmd.options import config_from_deepmd
@@ -69,9 +69,7 @@ def test_a_composed_checkpoint_has_the_energies_of_the_concise_one(load):
     state = deepmd_state(potential)
     changed = copy.deepcopy(state)
     params = changed["_extra_state"]["model_params"]
-    part = {key: value for key, value in params.items() if not key.startswith("bridging") and key != "info"}
-    repulsion = {"type": "inner_potential", "mode": "ZBL", "r_inner": 0.5, "r_outer": 0.8}
-    changed["_extra_state"]["model_params"] = composed(part, repulsion, info=params["info"])
+    changed["_extra_state"]["model_params"] = composed_form(params)
     imported = load(changed)
     assert imported.config == potential.config
     assert torch.equal(energies_of(imported), energies_of(potential))
@@ -181,9 +179,7 @@ def test_format_1_3_with_bridging_is_refused(load, form):
     state = deepmd_state(random_potential(bridging=Bridging(smooth_cutoff=False)))
     state[VERSION] = torch.tensor(1.3, dtype=torch.float64)
     if form == "composed":
-        params = state["_extra_state"]["model_params"]
-        part = {key: value for key, value in params.items() if not key.startswith("bridging")}
-        state["_extra_state"]["model_params"] = composed(part, {"type": "inner_potential"})
+        state["_extra_state"]["model_params"] = composed_form(state["_extra_state"]["model_params"])
     with pytest.raises(
         ValueError, match="has format 1.3 and its model ZBL bridging; .* up to format 1.2, others up to 1.3"
     ):
