@@ -7,6 +7,7 @@ import torch
 
 from deepmd_files import composed_form, energies_of
 from dpa4.model import Bridging
+from dpa4.potential.checkpoint import convert, load_potential
 from dpa4.potential.deepmd.bridging import concise_form
 from dpa4.potential.deepmd.options import config_from_deepmd
 from dpa4.potential.deepmd.writer import deepmd_state
@@ -64,7 +65,7 @@ def test_concise_models_are_returned_as_they_are():
     assert concise_form(model) is model
 
 
-def test_a_composed_checkpoint_has_the_energies_of_the_concise_one(load):
+def test_a_composed_checkpoint_has_the_energies_of_the_concise_one(load, tmp_path):
     potential = random_potential(bridging=Bridging(smooth_cutoff=False))
     state = deepmd_state(potential)
     changed = copy.deepcopy(state)
@@ -73,6 +74,10 @@ def test_a_composed_checkpoint_has_the_energies_of_the_concise_one(load):
     imported = load(changed)
     assert imported.config == potential.config
     assert torch.equal(energies_of(imported), energies_of(potential))
+    convert(tmp_path / "model.pt", tmp_path / "exported.pt")
+    exported = torch.load(tmp_path / "exported.pt", weights_only=True)["model"]
+    assert exported["_extra_state"]["model_params"]["bridging_method"] == "ZBL"
+    assert torch.equal(energies_of(load_potential(tmp_path / "exported.pt")), energies_of(potential))
 
 
 @pytest.mark.parametrize(
@@ -166,12 +171,15 @@ def test_radii_of_the_descriptor_agree_with_the_model():
 LATER = {"inner_clamp_f_inner": 0.26, "inner_clamp_f_outer": 0.8, "inner_clamp_scale": "covalent"}
 
 
-def test_format_1_3_without_bridging_is_read(potential, state, load):
+def test_format_1_3_without_bridging_is_read(potential, state, load, tmp_path):
     state[VERSION] = torch.tensor(1.3, dtype=torch.float64)
     params = state["_extra_state"]["model_params"]
     params |= {"bridging_fraction_inner": 0.26, "bridging_fraction_outer": 0.8}
     params["descriptor"] |= LATER
     assert torch.equal(energies_of(load(state)), energies_of(potential))
+    convert(tmp_path / "model.pt", tmp_path / "exported.pt")  # as format 1.2, with the same results
+    assert torch.load(tmp_path / "exported.pt", weights_only=True)["model"][VERSION].item() == 1.2
+    assert torch.equal(energies_of(load_potential(tmp_path / "exported.pt")), energies_of(potential))
 
 
 @pytest.mark.parametrize("form", ["concise", "composed"])
