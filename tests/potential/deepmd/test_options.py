@@ -225,7 +225,7 @@ def test_export_refuses_switches_newer_than_the_release(option):
 
 def test_export_names_all_switches_newer_than_the_release_at_once():
     config = ModelConfig(elements=("H",), edge_norm=[False, True, True], env_exp=5, basis="gaussian/fix")
-    message = "with edge_norm = [False, True, True] and env_exp = 5 and basis = 'gaussian/fix'; the version after 3.2.0 can"
+    message = "[False, True, True] and env_exp = 5 and basis = 'gaussian/fix'; the version after 3.2.0 can"
     with pytest.raises(ValueError, match=re.escape(message)):
         config_to_deepmd(config, "float32")
 
