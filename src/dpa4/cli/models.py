@@ -15,6 +15,10 @@ def convert(
     drop_bridging: Annotated[
         bool, typer.Option(help="Leave out a bridging per pair of elements, which deepmd-kit lacks.")
     ] = False,
+    ema: Annotated[
+        bool,
+        typer.Option("--ema", help="Read the averaged weights that a deepmd-kit checkpoint may also hold."),
+    ] = False,
 ) -> None:
     """Convert between deepmd-kit checkpoints and native files."""
     from dpa4 import potential
@@ -22,8 +26,10 @@ def convert(
     with user_errors():
         if target.exists():
             raise FileExistsError(f"{target} exists; choose another name or remove it")
-        potential.convert(source, target, branch, drop_bridging=drop_bridging)
+        provenance = potential.convert(source, target, branch, drop_bridging=drop_bridging, ema=ema)
     console.print(f"wrote {target}")
+    if averages := provenance.get("averaged weights"):
+        console.print(f"averaged weights: {averages}")
 
 
 def info(
