@@ -33,7 +33,6 @@ def data(accuracy, argon_file, tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.xfail(reason="until the model has the switches of generation 3")
 def test_every_recipe_is_a_valid_run_file(accuracy, tmp_path):
     for recipe in accuracy.RECIPES:
         job = accuracy.Job("acac", recipe, 3, 40, ("model.lmax=2",))
