@@ -69,6 +69,21 @@ def triton_dtype(dtype: torch.dtype) -> bool:
     return dtype in _TRITON_DTYPES
 
 
+GATE_CHANNELS = 128
+"""Largest number of channels of a focus for the Triton kernels of gates: a program holds the square of the weights of
+a degree in registers and in 96 KiB of shared memory, which every GPU since Ampere has."""
+
+
+def triton_gate(u: Tensor, channels: int) -> bool:
+    """Return whether the Triton kernels of gates support products u of layers with ``channels`` (per focus)."""
+    return triton_gate_width(channels) and triton(u)
+
+
+def triton_gate_width(channels: int) -> bool:
+    """Return whether the Triton kernels of gates support a number of channels (per focus)."""
+    return channels <= GATE_CHANNELS
+
+
 def split_product(x: Tensor) -> bool:
     """Return whether matrix products with x use tensor cores with split operands, at float32 accuracy."""
     return x.is_cuda and x.dtype == torch.float32
