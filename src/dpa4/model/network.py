@@ -22,8 +22,8 @@ MAX_EDGES = {"cpu": 16_384, "cuda": 262_144}
 On a GPU the limit bounds the memory, and parts of this size keep the device busy; wider networks have fewer edges."""
 
 EDGE_WIDTH = 1024
-"""Largest width of an edge (`ModelConfig.edge_widths`) for which MAX_EDGES applies on a GPU: a tensor on edges then has
-at most 1 GiB in float32. The presets mini, neo, air, plus and paper-plus have 224 to 832, pro has 2,048."""
+"""Largest width of an edge (`ModelConfig.edge_widths`) for which MAX_EDGES applies on a GPU: a tensor on edges then
+has at most 1 GiB in float32. The preset plus has a width of 832, pro of 2,048."""
 
 
 def max_edges(config: ModelConfig) -> dict[str, int]:

@@ -106,6 +106,10 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
+WHOLE_STACK = f"one focus of {so2_stack.CHANNELS} channels, degree {so2_stack.LAYOUT.lmax}, order {so2_stack.LAYOUT.mmax}"
+"""Shape that `whole_stack_shape` requires, for messages."""
+
+
 def whole_stack_shape(layout: EdgeLayout, n_focus: int, channels: int, layers: int) -> bool:
     """Return whether the CUDA kernels for whole stacks of SO(2) layers support a shape of the network.
 

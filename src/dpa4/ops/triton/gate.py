@@ -227,8 +227,8 @@ def _gate_joint(
 
 # Launches; arguments and results are those of the functions of the same name in `dpa4.ops.gate`. A tile such as
 # (16, 2) stands for 16 edges and 2 warps per program. Tiles were tuned on an H200 for at most 64 channels; the
-# measurement was not kept. The weights of a degree with 128 channels are four times as large: in float32, fewer than 8
-# warps would move 30 to 70 KiB per thread to slow memory (according to the assembler).
+# measurement was not kept. The weights of a degree with 128 channels are four times as large: in float32, fewer than
+# 8 warps would move 30 to 70 KiB per thread to slow memory (according to the assembler).
 
 
 _WIDE = 64  # channels above which the tile is _WIDE_TILE
