@@ -106,7 +106,10 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-WHOLE_STACK = f"one focus of {so2_stack.CHANNELS} channels, degree {so2_stack.LAYOUT.lmax}, order {so2_stack.LAYOUT.mmax}"
+WHOLE_STACK = (
+    f"one focus of {so2_stack.CHANNELS} channels, degree {so2_stack.LAYOUT.lmax}, order {so2_stack.LAYOUT.mmax}, "
+    f"1 to {so2_stack.MAX_GATES + 1} layers"
+)
 """Shape that `whole_stack_shape` requires, for messages."""
 
 

@@ -213,7 +213,8 @@ def _stacks(config: ModelConfig) -> str:
     """Shapes of the stacks of SO(2) layers."""
     foci = "one focus" if config.n_focus == 1 else f"{config.n_focus} foci"
     degrees = "-".join(str(l) for l in sorted({min(config.degrees), max(config.degrees)}))
-    return f"{foci} of {config.focus_width} channels, degree {degrees}, order {config.mmax}, {config.mixing_layers} layers"
+    shape = f"degree {degrees}, order {config.mmax}, {config.mixing_layers} layers"
+    return f"{foci} of {config.focus_width} channels, {shape}"
 
 
 def cpu_kernels(config: ModelConfig) -> dict[str, str]:
