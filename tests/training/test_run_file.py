@@ -110,6 +110,10 @@ def test_faults_name_option_value_and_what_is_allowed(run_file, override, messag
             r"training\.epochs = 2 or training\.steps = 3; set one to null",
         ),
         (
+            ["training.optimizer=adamw", "training.adam_for_basis=true"],
+            r"training\.adam_for_basis = true is an option of hybrid_muon, .*training\.optimizer = adamw",
+        ),
+        (
             ["training.batch_size=2", "training.max_atoms=3"],
             r"training\.batch_size = 2 cannot be combined with .*max_atoms",
         ),

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from dpa4.model import ModelConfig
 from dpa4.model.config import PairBridging
+from dpa4.model.network import max_edges
 from dpa4.model.presets import preset
 from dpa4.model.shapes import shapes_of
 from dpa4.ops import available
@@ -182,18 +183,46 @@ def gpu_kernels(config: ModelConfig, triton: str | None) -> dict[str, str]:
     return {
         "Triton": triton or "not installed; without it no model runs on a GPU",
         "edges and nodes": "Triton kernels",
-        "SO(2) layers": "; ".join(unsupported(config)) or "fused, Triton kernels",
-        "energies and forces on H100, H200": "one CUDA kernel for all SO(2) layers of a block"
-        if has_whole_stacks(config)
-        else "as above; the CUDA kernel for whole stacks has another size",
+        "SO(2) layers": "; ".join(unsupported(config)) or "fused, " + _gates(config),
+        "energies and forces on H100, H200": _on_hopper(config),
+        "edges at once": f"{max_edges(config)['cuda']:,}; more are computed in parts, without a CUDA graph",
         "with --dtype float64": f"sums over edges by a Triton kernel, else {in_float64}",
     }
+
+
+def _gates(config: ModelConfig) -> str:
+    """Kernels of the fused SO(2) layers."""
+    if available.triton_gate_width(config.focus_width):
+        return "Triton kernels"
+    return (
+        f"Triton kernels; gates in plain operations ({config.focus_width} channels of a focus, at most "
+        f"{available.GATE_CHANNELS})"
+    )
+
+
+def _on_hopper(config: ModelConfig) -> str:
+    """Kernels of the SO(2) layers on Hopper GPUs, outside of training."""
+    if has_whole_stacks(config):
+        return "one CUDA kernel for all SO(2) layers of a block"
+    if unsupported(config):
+        return "as above"
+    return f"as above; the CUDA kernel for whole stacks is for {available.WHOLE_STACK}, not for {_stacks(config)}"
+
+
+def _stacks(config: ModelConfig) -> str:
+    """Shapes of the stacks of SO(2) layers."""
+    foci = "one focus" if config.n_focus == 1 else f"{config.n_focus} foci"
+    degrees = "-".join(str(l) for l in sorted({min(config.degrees), max(config.degrees)}))
+    shape = f"degree {degrees}, order {config.mmax}, {config.mixing_layers} layers"
+    return f"{foci} of {config.focus_width} channels, {shape}"
 
 
 def cpu_kernels(config: ModelConfig) -> dict[str, str]:
     """Lines of the model card about the CPU of this machine."""
     focus = {"channels of a focus": config.focus_width}
     widths = {"channels": config.channels} | focus
+    if config.ffn_neurons:
+        widths["channels of the feed-forward networks"] = config.ffn_neurons
     if config.n_atten_head > 1:
         widths["channels of an attention head"] = config.focus_width // config.n_atten_head
     switches = [f"{name} = True" for name in _plain_switches(config)]

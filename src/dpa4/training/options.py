@@ -147,6 +147,11 @@ class TrainingOptions(_Section):
     )
 
     optimizer: Literal["hybrid_muon", "adamw"] = Field("hybrid_muon", description="hybrid_muon or adamw.")
+    adam_for_basis: bool = Field(
+        False,
+        description="hybrid_muon: AdamW instead of Muon for the two matrices that multiply the radial basis, as in "
+        "published runs of generation 3.",
+    )
     weight_decay: float = Field(1e-3, ge=0, le=1e3, description="Decoupled weight decay of matrices.")
     schedule: Literal["wsd", "cosine"] = Field(
         "wsd", description="Learning rate: wsd (warm-up, stable, cosine decay) or cosine (warm-up, decay)."
@@ -227,6 +232,11 @@ class TrainingOptions(_Section):
             raise ValueError(
                 f"training.batch_size = {self.batch_size} cannot be combined with training.max_atoms or "
                 "training.max_edges; set training.batch_size to null"
+            )
+        if self.adam_for_basis and self.optimizer != "hybrid_muon":
+            raise ValueError(
+                f"training.adam_for_basis = true is an option of hybrid_muon, not of training.optimizer = "
+                f"{self.optimizer}; remove it or choose hybrid_muon"
             )
         if self.final_learning_rate > self.learning_rate:
             raise ValueError(
