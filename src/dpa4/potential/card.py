@@ -10,7 +10,7 @@ from rich.text import Text
 
 from dpa4.model import ModelConfig
 from dpa4.model.config import PairBridging
-from dpa4.model.presets import preset
+from dpa4.model.presets import closest_preset, generation, preset
 from dpa4.model.shapes import shapes_of
 from dpa4.ops import available
 from dpa4.ops.layout import EdgeLayout
@@ -19,6 +19,8 @@ from dpa4.system import user_path
 
 UNITS = "energy eV, length Å, forces eV/Å, virial eV (-dE/dstrain), stress eV/Å³ (tensile positive)"
 _DESCRIBED = ("elements", "cutoff")  # fields with their own lines, not listed as switches
+_FEW_CHANGES = 3
+"""Largest number of options by which a model may differ from a preset that its card names."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,10 @@ def _sections(config: ModelConfig, parameters: int) -> dict[str, dict[str, str]]
     default = {key: type(config).model_fields[key].get_default(call_default_factory=True) for key in switches}
     return {
         "Model": {
-            "trainable parameters": f"{parameters:,}",
+            "generation": str(generation(config)),
+            "version": _version(config),
+            "parameters": f"{parameters:,}",
+            "trainable parameters": _trainable(config, parameters),
             "elements": f"{len(config.elements)}: {' '.join(config.elements)}",
             "cutoff": f"{config.cutoff:g} Å",
             "units": UNITS,
@@ -126,6 +131,21 @@ def _sections(config: ModelConfig, parameters: int) -> dict[str, dict[str, str]]
         "On a GPU": gpu_kernels(config, available.triton_version()),
         "On this CPU": cpu_kernels(config),
     }
+
+
+def _version(config: ModelConfig) -> str:
+    """Name of the preset with the options of a model, or of the closest one and the differences."""
+    name, changed = closest_preset(config)
+    if not changed:
+        return name
+    if len(changed) > _FEW_CHANGES:
+        return "none, no preset is close"
+    return f"none; {name} with {', '.join(f'{key} = {_show(value)}' for key, value in changed.items())}"
+
+
+def _trainable(config: ModelConfig, parameters: int) -> str:
+    fixed = config.n_radial if config.basis.endswith("/fix") else 0
+    return f"{parameters - fixed:,}" + (f"; {fixed} centres of the radial basis are fixed" if fixed else "")
 
 
 def _show(value: Any) -> str:
