@@ -6,6 +6,7 @@ import pytest
 
 from dpa4.model import DPA4
 from dpa4.model.presets import ALL_ELEMENTS, PRESETS, preset
+from dpa4.model.switches import EdgeNorm
 from dpa4.potential.deepmd.options import config_from_deepmd
 from helpers import shared
 
@@ -53,7 +54,8 @@ def test_elements_default_to_the_118_of_the_published_models():
 
 def test_elements_and_overrides_replace_the_published_values():
     config = preset("air", elements=("H", "O"), cutoff=5.0, edge_norm=False)
-    assert (config.elements, config.cutoff, config.edge_norm, config.channels) == (("H", "O"), 5.0, False, 64)
+    assert (config.elements, config.cutoff, config.channels) == (("H", "O"), 5.0, 64)
+    assert config.edge_norm == EdgeNorm(False, False, False)
 
 
 def test_unknown_names_get_a_suggestion_and_the_list():

@@ -12,7 +12,7 @@ from dpa4.model.config import ModelConfig, auto_width
 from dpa4.model.edges import EdgeGeometry, Edges, Neighborhood, in_parts
 from dpa4.model.ghosts import WHOLE, Domain
 from dpa4.model.layers import Linear
-from dpa4.model.radial import BesselBasis, GaussianBasis, RadialFeatures, RadialNetwork
+from dpa4.model.radial import RadialFeatures, RadialNetwork, radial_basis
 from dpa4.model.seed import ChargeSpinEmbedding, ElementSeed, Embedding, EnvironmentSeed, Unconditioned
 from dpa4.ops.incidence import Incidence
 from dpa4.ops.segments import gather
@@ -62,11 +62,15 @@ class DPA4(nn.Module):
         self.block_autocast: torch.dtype | None = None
         self.max_edges = dict(MAX_EDGES)
         self.geometry = EdgeGeometry(config)
-        basis = BesselBasis if config.basis == "bessel" else GaussianBasis
-        self.basis = basis(config.n_radial, config.cutoff, config.env_exp[0])
+        self.basis = radial_basis(config)
         hidden = [width or c for width in config.radial_mlp]
         self.radial = RadialNetwork(
-            config.n_radial, hidden, lmax + 1, c, norm=config.edge_norm, weighted=not config.pre_release
+            config.n_radial,
+            hidden,
+            lmax + 1,
+            c,
+            norm=config.edge_norm.radial,
+            weighted=not config.pre_release,
         )
         self.types = Embedding(len(config.elements), c, padding=True)
         self.charge_spin = ChargeSpinEmbedding(c) if config.charge_spin else Unconditioned()

@@ -113,7 +113,7 @@ def _sections(config: ModelConfig, parameters: int) -> dict[str, dict[str, str]]
     switches = {key: value for key, value in config.model_dump().items() if key not in _DESCRIBED}
     if isinstance(config.bridging, PairBridging):
         switches["bridging"] = config.bridging.text
-    default = {key: type(config).model_fields[key].get_default(call_default_factory=True) for key in switches}
+    default = ModelConfig(elements=config.elements).model_dump()
     return {
         "Model": {
             "generation": str(generation(config)),

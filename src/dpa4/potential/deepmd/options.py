@@ -1,11 +1,13 @@
 """Translation between the ``model_params`` of a deepmd-kit checkpoint and ``ModelConfig``.
 
-Every option of deepmd-kit 3.2.0 is translated, ignored because it does not influence the results of a trained model,
-or refused by name (docs/models.md, "What is not supported"). Absent options have deepmd-kit's defaults.
+Every option of deepmd-kit 3.2.0 and of the presets of version 20260911 is translated, ignored because it does not
+influence the results of a trained model, or refused by name (docs/models.md, "What is not supported"). Absent options
+have deepmd-kit's defaults.
 """
 
 import math
 from collections.abc import Mapping
+from dataclasses import astuple
 from typing import Any
 
 from pydantic import ValidationError
@@ -27,6 +29,7 @@ _DESCRIPTOR_SAME = {
     "basis": "basis_type",
     "radial_mlp": "radial_mlp",
     "env_exp": "env_exp",
+    "edge_norm": "edge_norm",
     "use_env_seed": "use_env_seed",
     "kmax": "kmax",
     "n_focus": "n_focus",
@@ -44,7 +47,7 @@ _DESCRIPTOR_SAME = {
 }
 # Options translated one by one in _descriptor_fields.
 _DESCRIPTOR_TRANSLATED = frozenset(
-    "type lmax n_blocks l_schedule mmax m_schedule edge_norm mixing_layers so2_layers radial_so2_rank "
+    "type lmax n_blocks l_schedule mmax m_schedule mixing_layers so2_layers radial_so2_rank "
     "grid_mlp grid_branch s2_activation ffn_so3_grid lebedev_quadrature precision add_chg_spin_ebd "
     "default_chg_spin exclude_types".split()
 )
@@ -235,6 +238,7 @@ def config_to_deepmd(config: ModelConfig, precision: str) -> dict[str, Any]:
     Raises:
         ValueError: If deepmd-kit has no model with the same results.
     """
+    _require_released(config)
     bridging = config.bridging
     if isinstance(bridging, PairBridging):
         raise ValueError(
@@ -263,7 +267,6 @@ def config_to_deepmd(config: ModelConfig, precision: str) -> dict[str, Any]:
             "l_schedule": None if schedule is None else list(schedule),
             "mmax": min(config.mmax, config.degrees[0]),
             "m_schedule": None,
-            "edge_norm": config.edge_norm,
             "mixing_layers": config.mixing_layers,
             "radial_so2_rank": config.radial_so2_rank,
             "grid_mlp": mlp,
@@ -302,6 +305,25 @@ def config_to_deepmd(config: ModelConfig, precision: str) -> dict[str, Any]:
         "bridging_r_outer": 0.8 if bridging is None else bridging.r_outer,
         "info": {"observed_type": list(config.elements)},
     }
+
+
+def _require_released(config: ModelConfig) -> None:
+    """Refuse switches that no release of deepmd-kit can read.
+
+    Raises:
+        ValueError: If there is such a switch.
+    """
+    newer = {
+        "edge_norm": len(set(astuple(config.edge_norm))) > 1,
+        "env_exp": config.env_exp.basis is None,
+        "basis": config.basis.endswith("/fix"),
+    }
+    values = config.model_dump(mode="json")
+    if found := [f"{option} = {shown(values[option])}" for option, is_newer in newer.items() if is_newer]:
+        raise ValueError(
+            f"deepmd-kit 3.2.0 cannot read models with {' and '.join(found)}; the version after 3.2.0 can (its "
+            "source since September 2026), but dpa4 writes files for 3.2.0 only"
+        )
 
 
 def _unsupported(option: str, value: object, supported: str) -> ValueError:
@@ -360,10 +382,9 @@ def _descriptor_fields(descriptor: Mapping[str, Any]) -> dict[str, Any]:
             fields[option] = fields[option].lower()
     fields |= _degrees(descriptor)
 
-    edge_norm = descriptor.get("edge_norm", True)
-    if not isinstance(edge_norm, bool):
-        raise _unsupported("descriptor.edge_norm", edge_norm, "one value, true or false, for all its uses")
-    fields["edge_norm"] = edge_norm
+    fields.setdefault(
+        "edge_norm", True
+    )  # the default of deepmd-kit, and its behaviour before the option existed
     fields["mixing_layers"] = descriptor.get("so2_layers", descriptor.get("mixing_layers", 4))
     if fields.get("radial_so2_mode", "degree_channel") == "degree_channel":
         fields["radial_so2_rank"] = _whole("radial_so2_rank", descriptor.get("radial_so2_rank", 1), 1)
@@ -372,9 +393,8 @@ def _descriptor_fields(descriptor: Mapping[str, Any]) -> dict[str, Any]:
     if on_so2:
         raise _unsupported("descriptor.s2_activation", [on_so2, on_s2], "[false, true] and [false, false]")
     fields["ffn_on"] = "so3" if descriptor.get("ffn_so3_grid", False) else "s2" if on_s2 else "degrees"
-    quadrature = descriptor.get("lebedev_quadrature")
-    if fields["ffn_on"] == "s2" and quadrature is not None and not _pair("lebedev_quadrature", quadrature)[1]:
-        raise _unsupported("descriptor.lebedev_quadrature", quadrature, "true (S2 grids of Lebedev points)")
+    if (quadrature := descriptor.get("lebedev_quadrature")) is not None:
+        _pair("lebedev_quadrature", quadrature)  # both grids of deepmd-kit are exact, as is ours
     if fields.get("message_node_so3", False):
         fields["message_grid"] = _grid_operation(descriptor, 1)
     if fields["ffn_on"] != "degrees":

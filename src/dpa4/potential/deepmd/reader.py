@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dpa4.model import ModelConfig
+from dpa4.model.config import float32
 from dpa4.model.shapes import shapes_of
 from dpa4.parsing import first_line, shown
 from dpa4.potential.deepmd.names import deepmd_name
@@ -101,6 +102,8 @@ def _parse(outer: Mapping[str, Any], branch: str | None, size: int) -> DeepmdMod
             "Update dpa4"
         )
     config = config_from_deepmd(params, version)
+    # deepmd-kit holds the cutoff of the edge weight in float32. The own field is set only if that changes it.
+    config = config.model_copy(update={"float32_cutoff": float32(config.cutoff) != config.cutoff})
     check_number_of_layers(config, len(tensors))
     types = len(config.elements)
     energies = _pop(tensors, "out_bias", (1, types, 1)).double()[0, :, 0]
