@@ -44,6 +44,47 @@ def test_presets_show_the_published_size():
     assert line(text, "preset") == "paper-air"
 
 
+def test_generation_version_and_parameters_of_presets():
+    text = model_card("DPA4-mini-v20260911").text
+    assert line(text, "generation") == "3"
+    assert line(text, "version") == "dpa4-mini-v20260911"
+    assert line(text, "parameters") == "655,052"
+    assert line(text, "trainable parameters") == "655,036; 16 centres of the radial basis are fixed"
+    assert line(model_card("paper-neo").text, "generation") == "1"
+    assert line(model_card("nano").text, "version") == "nano"
+
+
+@pytest.mark.parametrize(
+    ("options", "generation", "published"),
+    [
+        ({}, "2", "dpa4-nano-v20260820"),
+        ({"edge_norm": False, "cutoff": 4.5}, "2", "none; nano with cutoff = 4.5"),
+        ({"channels": 8, "n_radial": 4, "lmax": 2, "radial_mlp": [8]}, "2", "none, no preset is close"),
+        (
+            {"n_radial": 6, "basis": "bessel/fix"},
+            "3",
+            "none; dpa4-nano-v20260820 with n_radial = 6, basis = bessel/fix",
+        ),
+    ],
+)
+def test_generation_version_and_parameters_of_own_and_imported_models(
+    tmp_path, options, generation, published
+):
+    own, exported = tmp_path / "model.safetensors", tmp_path / "model.pt"
+    potential = Potential(preset("dpa4-nano-v20260820", ("H", "O"), **options), {})
+    save_potential(potential, own)
+    files = [own]
+    if generation == "2":  # the release of deepmd-kit has the switches
+        export_deepmd(potential, exported)
+        files.append(exported)
+    count = sum(p.numel() for p in potential.parameters())
+    fixed = "; 6 frequencies of the radial basis are fixed" if generation == "3" else ""
+    for text in (model_card(file).text for file in files):
+        assert (line(text, "generation"), line(text, "version")) == (generation, published)
+        assert line(text, "parameters") == f"{count:,}"
+        assert line(text, "trainable parameters") == f"{count - 6 * bool(fixed):,}{fixed}"
+
+
 def test_files_show_parameters_energies_units_and_provenance(saved):
     text = model_card(saved).text
     parameters = sum(p.numel() for p in random_potential(fitting=(24, 40)).parameters())

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ase.data import chemical_symbols
 
 from dpa4.model.config import ModelConfig
+from dpa4.model.switches import EdgeNorm
 from dpa4.parsing import shown
 
 ALL_ELEMENTS: tuple[str, ...] = tuple(chemical_symbols[1:])  # H to Og: the 118 of the published models
@@ -120,8 +121,8 @@ def _hint(name: str) -> str:
     return (f"did you mean {close[0]!r}? " if close else "") + f"Available: {NAMES}"
 
 
-# Fields that belong to the data or the user rather than to a published architecture.
-_FREE = frozenset(("elements", "bridging", "excluded_pairs"))
+# Fields that belong to the data, the user or the import rather than to a published architecture.
+_FREE = frozenset(("elements", "bridging", "excluded_pairs", "float32_cutoff"))
 
 
 class Match(NamedTuple):
@@ -146,11 +147,8 @@ def closest_preset(config: ModelConfig) -> Match:
 
 def generation(config: ModelConfig) -> int:
     """Return the generation of published models, 1, 2 or 3, that introduced the switches of a model."""
-    if (
-        isinstance(config.edge_norm, tuple)
-        or isinstance(config.env_exp, int)
-        or config.basis.endswith("/fix")
-    ):
+    one_edge_norm = config.edge_norm in (EdgeNorm(True, True, True), EdgeNorm(False, False, False))
+    if not one_edge_norm or config.env_exp.basis is None or config.basis.endswith("/fix"):
         return 3
     on_so3 = config.message_node_so3 or config.ffn_on == "so3" or config.so3_readout != "none"
     return 2 if on_so3 else 1

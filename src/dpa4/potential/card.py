@@ -11,7 +11,7 @@ from rich.text import Text
 from dpa4.model import ModelConfig
 from dpa4.model.config import PairBridging
 from dpa4.model.presets import closest_preset, generation, preset
-from dpa4.model.shapes import shapes_of
+from dpa4.model.shapes import ParameterCount, count_parameters
 from dpa4.ops import available
 from dpa4.ops.layout import EdgeLayout
 from dpa4.potential.checkpoint import read_checkpoint
@@ -69,9 +69,8 @@ def model_card(source: str | Path, branch: str | None = None) -> ModelCard:
     if not path.is_file() and not path.suffix and len(path.parts) == 1:
         return _preset_card(str(source))
     stored = read_checkpoint(path, branch)
-    parameters = sum(weight.numel() for weight in stored.weights.values())
     energies = zip(stored.config.elements, stored.reference_energies.tolist(), strict=True)
-    sections = _sections(stored.config, parameters)
+    sections = _sections(stored.config)
     sections["Model"] |= {
         "precision": str(stored.dtype).removeprefix("torch."),
         "reference energies": ", ".join(f"{element} {energy:.6f}" for element, energy in energies) + " eV",
@@ -100,8 +99,7 @@ def _preset_card(name: str) -> ModelCard:
         config = preset(name)
     except ValueError as error:
         raise ValueError(f"{name!r} is neither a file nor a preset: {error}") from None
-    parameters = sum(shape.numel() for shape in shapes_of(config).values())
-    sections = _sections(config, parameters)
+    sections = _sections(config)
     sections["Provenance"] = {
         "preset": name,
         "source": "published architecture, arXiv:2606.02419; no weights",
@@ -109,7 +107,8 @@ def _preset_card(name: str) -> ModelCard:
     return ModelCard(f"DPA4 preset {name}", sections)
 
 
-def _sections(config: ModelConfig, parameters: int) -> dict[str, dict[str, str]]:
+def _sections(config: ModelConfig) -> dict[str, dict[str, str]]:
+    parameters = count_parameters(config)
     switches = {key: value for key, value in config.model_dump().items() if key not in _DESCRIBED}
     if isinstance(config.bridging, PairBridging):
         switches["bridging"] = config.bridging.text
@@ -118,7 +117,7 @@ def _sections(config: ModelConfig, parameters: int) -> dict[str, dict[str, str]]
         "Model": {
             "generation": str(generation(config)),
             "version": _version(config),
-            "parameters": f"{parameters:,}",
+            "parameters": f"{parameters.total:,}",
             "trainable parameters": _trainable(config, parameters),
             "elements": f"{len(config.elements)}: {' '.join(config.elements)}",
             "cutoff": f"{config.cutoff:g} Å",
@@ -143,9 +142,12 @@ def _version(config: ModelConfig) -> str:
     return f"none; {name} with {', '.join(f'{key} = {_show(value)}' for key, value in changed.items())}"
 
 
-def _trainable(config: ModelConfig, parameters: int) -> str:
-    fixed = config.n_radial if config.basis.endswith("/fix") else 0
-    return f"{parameters - fixed:,}" + (f"; {fixed} centres of the radial basis are fixed" if fixed else "")
+def _trainable(config: ModelConfig, parameters: ParameterCount) -> str:
+    text = f"{parameters.trainable:,}"
+    if fixed := parameters.total - parameters.trainable:
+        kind = "centres" if config.basis.startswith("gaussian") else "frequencies"
+        text += f"; {fixed} {kind} of the radial basis are fixed"
+    return text
 
 
 def _show(value: Any) -> str:

@@ -75,7 +75,7 @@ def default_config_text(train: str = "train.xyz", name: str = "mini") -> str:
     body = _commented(RunConfig.model_validate({"model": {"preset": name}, "data": {"train": train}}))
     at = next(i for i, line in enumerate(body) if line.startswith("data:")) - 2
     extra = ["  # Any other option of the model may be added, for example:"]
-    if start.edge_norm is True:
+    if start.edge_norm.radial:
         extra = [
             "  # The published models were trained with true; with false, energies are smoother at the cutoff.",
             "  edge_norm: false",

@@ -10,8 +10,8 @@ from dpa4.potential.deepmd.options import (
     FITTING_TYPES,
     MODEL_TYPES,
     config_from_deepmd,
-    config_to_deepmd,
     irrelevant_options,
+    model_section,
     precision_of,
 )
 
@@ -44,7 +44,7 @@ def read_model_section(section: Mapping[str, Any]) -> InputModel:
     if name is not None and not isinstance(name, str):
         raise ValueError(f"model.preset = {shown(name)} must be the name of a preset")
     own = {key: value for key, value in section.items() if key != "preset"}
-    base = config_to_deepmd(preset(name), "float32") if name else {}
+    base = model_section(preset(name), "float32") if name else {}
     complete = (
         base
         | own

@@ -239,6 +239,11 @@ def config_to_deepmd(config: ModelConfig, precision: str) -> dict[str, Any]:
         ValueError: If deepmd-kit has no model with the same results.
     """
     _require_released(config)
+    return model_section(config, precision)
+
+
+def model_section(config: ModelConfig, precision: str) -> dict[str, Any]:
+    """``model_params`` as in `config_to_deepmd`, also of models that only unreleased versions of deepmd-kit read."""
     bridging = config.bridging
     if isinstance(bridging, PairBridging):
         raise ValueError(
