@@ -140,10 +140,12 @@ def _model(model: InputModel) -> Options:
 def _network_in_training(model: InputModel, report: Report) -> Options:
     """Options of the model section that influence the training only."""
     given = dict(model.irrelevant)
-    options: Options = {"precision": "fast" if given.pop("descriptor.use_amp", True) else "high"}
-    if options["precision"] == "fast":
+    mixed = given.pop("descriptor.use_amp", None)
+    options: Options = {"precision": "high" if mixed is False else "fast"}
+    if mixed is not False:
+        value = "True (default)" if mixed is None else shown(mixed)
         remark = "bfloat16 on GPUs in deepmd-kit; set training.precision to high for training on a CPU"
-        report.differences.append(Difference("model.descriptor.use_amp", "True", remark))
+        report.differences.append(Difference("model.descriptor.use_amp", value, remark))
     if (compiled := given.pop("use_compile", None)) is not None:
         options["compile"] = compiled
     if model.bits == 64:
