@@ -142,6 +142,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
+def printable(text: str) -> str:
+    """Escape line breaks and control characters, with which a file could draw on the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def first_line(error: Exception) -> str:
     """First line of the message of an error of another package, at most 200 characters."""
     return (str(error).strip() or type(error).__name__).split("\n")[0][:200]

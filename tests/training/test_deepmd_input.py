@@ -272,7 +272,7 @@ CASES = [
      {"optimizer": "adamw", "weight_decay": 0.01}, []),
     ("optimizer", {"type": "Adam", "weight_decay": None}, {"optimizer": "adamw", "weight_decay": 0},
      ["optimizer.adam_beta2"]),
-    ("optimizer", {"type": "LKF", "weight_decay": None}, {"optimizer": "hybrid_muon"}, ["optimizer.type"]),
+    ("optimizer", {"type": "LKF"}, {"optimizer": "hybrid_muon"}, ["optimizer.type", "optimizer.weight_decay"]),
     ("optimizer", {"momentum": 0.9, "magma_muon": True, "muon_mode": "2d"}, {},
      ["optimizer.momentum", "optimizer.muon_mode"]),
     # learning rate
@@ -287,8 +287,11 @@ CASES = [
     (LR, {"stop_lr": None}, {"final_learning_rate": 1e-8}, ["learning_rate.stop_lr"]),
     (LR, {"warmup_ratio": None, "warmup_steps": 100}, {"warmup_fraction": 0}, ["learning_rate.warmup_steps"]),
     (LR, {"warmup_ratio": None}, {"warmup_fraction": 0}, []),
+    (LR, {"warmup_steps": 3}, {"warmup_fraction": 0}, ["learning_rate.warmup_ratio", "learning_rate.warmup_steps"]),
+    (LR, {"stop_lr_ratio": 0.1}, {"final_learning_rate": 1e-6}, ["learning_rate.stop_lr_ratio"]),
     # length and loop
     (T, {"num_epochs": None, "numb_epoch": 2.5}, {"epochs": 3}, ["training.numb_epoch"]),
+    (T, {"numb_epoch": 2}, {"epochs": 2}, ["training.num_epochs"]),
     (T, {"numb_steps": 50}, {"steps": 50, "epochs": None}, ["training.num_epochs"]),
     (T, {"num_epochs": None}, {"steps": None, "epochs": None}, ["training.numb_steps"]),
     (T, {"gradient_max_norm": 0, "enable_ema": False}, {"gradient_clip": None, "ema_decay": None}, []),
@@ -389,6 +392,16 @@ def test_data_that_are_not_read_or_not_left_out_are_listed(convert):
     assert sorted(differences) == [
         f"training.training_data.{key}" for key in ("auto_prob", "min_pair_dist", "systems")
     ]
+
+
+def test_names_of_options_cannot_add_lines_to_the_run_file(convert, tmp_path):
+    run, differences = convert(changed("training", **{"a\noutput: elsewhere\x07": 1}))
+    assert [*differences] == ["training.a\\noutput: elsewhere\\x07"] and str(run.output) == "run"
+
+
+def test_a_refusal_has_one_line(convert):
+    with pytest.raises(ValueError, match="the run file is not valid: training.seed = 'x': .*; training.log_interval"):
+        convert(changed("training", seed="x", disp_freq=0))
 
 
 def test_inputs_in_yaml(convert, tmp_path):

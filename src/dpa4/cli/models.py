@@ -26,11 +26,14 @@ def convert(
 ) -> None:
     """Convert between deepmd-kit checkpoints and native files, or a training input of deepmd-kit to a run file."""
     from dpa4 import potential
+    from dpa4.training.deepmd_input import INPUT_SUFFIXES
 
     with user_errors():
         if target.exists():
             raise FileExistsError(f"{target} exists; choose another name or remove it")
-        if source.suffix in (".json", ".yaml", ".yml"):
+        if source.suffix in INPUT_SUFFIXES:
+            if branch or drop_bridging:
+                raise ValueError(f"--branch and --drop-bridging are for models; {source} is a training input")
             _convert_input(source, target)
         else:
             potential.convert(source, target, branch, drop_bridging=drop_bridging)

@@ -14,6 +14,7 @@ from dpa4.model.presets import closest_preset, generation, preset
 from dpa4.model.shapes import ParameterCount, count_parameters
 from dpa4.ops import available
 from dpa4.ops.layout import EdgeLayout
+from dpa4.parsing import printable
 from dpa4.potential.checkpoint import read_checkpoint
 from dpa4.system import user_path
 
@@ -84,14 +85,9 @@ def model_card(source: str | Path, branch: str | None = None) -> ModelCard:
     if stored.digest is not None:
         origin["digest"] = f"{stored.digest[:16]}, matches weights and options"
     sections["Provenance"] = origin | {
-        _printable(label): _printable(value) for label, value in stored.provenance.items()
+        printable(label): printable(value) for label, value in stored.provenance.items()
     }
     return ModelCard(f"DPA4 potential {path.name}", sections)
-
-
-def _printable(text: str) -> str:
-    """Escape line breaks and control characters, with which a file could draw on the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _preset_card(name: str) -> ModelCard:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from dpa4.model.presets import closest_preset, preset
 from dpa4.output import atomic_write, check_writable
-from dpa4.parsing import read_json, read_yaml, shown
+from dpa4.parsing import printable, read_json, read_yaml, shown
 from dpa4.potential.deepmd.inputs import InputModel, read_model_section
 from dpa4.potential.deepmd.options import check_plain
 from dpa4.system import user_path
@@ -37,7 +37,7 @@ class TranslatedInput:
 
     def text(self, source: str) -> str:
         """Run file, whose head names the source and lists the differences."""
-        lines = [f"# Translated by dpa4 from the deepmd-kit input {source}."]
+        lines = [f"# Translated by dpa4 from the deepmd-kit input {printable(source)}."]
         if self.differences:
             lines.append("# Different from deepmd-kit, or not translated:")
         for option, value, remark in self.differences:
@@ -80,13 +80,14 @@ def translate_input(source: Path) -> TranslatedInput:
     """Translate a training input of deepmd-kit; arguments and errors as in `convert_input`."""
     if not source.is_file():
         raise FileNotFoundError(f"there is no input {source}")
-    values = read_json(source) if source.suffix == ".json" else read_yaml(source)
+    values = read_json(source) if source.suffix == INPUT_SUFFIXES[0] else read_yaml(source)
     try:
         check_plain(values)
         translated = _translate(_without_comments(values), source.parent)
         checked_run_config(translated.options, "the run file")
     except ValueError as error:
-        raise ValueError(f"cannot translate {source}: {error}") from None
+        reason = "; ".join(line.strip() for line in str(error).splitlines()).replace(":;", ":")
+        raise ValueError(f"cannot translate {source}: {reason}") from None
     return translated
 
 

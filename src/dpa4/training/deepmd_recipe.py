@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from dpa4.parsing import shown
+from dpa4.parsing import printable, shown
 
 Options = dict[str, Any]
 
@@ -74,7 +74,7 @@ class Section:
 
     def differs(self, key: str, value: object, remark: str) -> None:
         """Report a value that has no exact counterpart."""
-        self._report.differences.append(Difference(self._prefix + key, shown(value), remark))
+        self._report.differences.append(Difference(self._prefix + printable(key), shown(value), remark))
 
     def expect(self, remark: str, **usual: Any) -> None:
         """Read keys of which only one value has a counterpart; report any other value, with a remark."""
@@ -179,14 +179,10 @@ def optimizer(section: Section) -> Options:
     kind = section.take("type", "Adam")
     name = str(kind).lower()
     options: Options = {"optimizer": "hybrid_muon" if name == "hybridmuon" else "adamw"}
-    fixed = "fixed here"
     if name == "hybridmuon":
         options["weight_decay"] = float(section.number("weight_decay", 1e-3))
-        section.expect(fixed + " to 0.95", momentum=0.95)
-        section.expect(fixed + " to 0", lr_adjust=0.0)
-        section.expect(fixed + " to 0.18", lr_adjust_coeff=0.18)
-        section.expect(fixed + " to slice", muon_mode="slice")
-        section.expect(fixed + " to true", enable_gram=True, magma_muon=True)
+        for key, value in _FIXED_OF_MUON.items():
+            section.expect(f"always {value} here", **{key: value})
         section.unused(("flash_muon",))
         beta2 = 0.95
     elif name in ("adam", "adamw"):
@@ -194,12 +190,23 @@ def optimizer(section: Section) -> Options:
         beta2 = 0.999
     else:
         section.differs("type", kind, "hybrid_muon is used instead; change training.optimizer")
+        section.close()
         return {"optimizer": "hybrid_muon"}
-    section.expect(fixed + " to 0.9", adam_beta1=0.9)
+    section.expect("always 0.9 here", adam_beta1=0.9)
     if (found := section.number("adam_beta2", beta2)) != 0.95:
-        section.differs("adam_beta2", found, fixed + " to 0.95")
+        section.differs("adam_beta2", found, "always 0.95 here")
     section.close()
     return options
+
+
+_FIXED_OF_MUON = {
+    "momentum": 0.95,
+    "lr_adjust": 0.0,
+    "lr_adjust_coeff": 0.18,
+    "muon_mode": "slice",
+    "enable_gram": True,
+    "magma_muon": True,
+}
 
 
 def schedule(section: Section, steps: int | None) -> Options:
@@ -233,12 +240,16 @@ def _final_rate(section: Section, peak: float) -> float:
     if last is None and ratio is None:
         section.differs("stop_lr", None, "absent; training.final_learning_rate is set to 1e-8")
         return min(1e-8, float(peak))
+    if last is not None and ratio is not None:
+        section.differs("stop_lr_ratio", ratio, "not used beside stop_lr")
     return float(peak * ratio if last is None else last)
 
 
 def _warmup(section: Section, steps: int | None) -> Options:
     count, ratio = section.number("warmup_steps", 0), section.number("warmup_ratio", 0.0)
-    factor = section.number("warmup_start_factor", 0.0)
+    factor = {"warmup_factor": float(section.number("warmup_start_factor", 0.0))}
+    if count and ratio:
+        section.differs("warmup_ratio", ratio, "not used beside warmup_steps")
     if count and not steps:
         section.differs(
             "warmup_steps",
@@ -246,11 +257,11 @@ def _warmup(section: Section, steps: int | None) -> Options:
             "the number of steps of an epoch is not known before training; set training.warmup_fraction to the share "
             "of all steps",
         )
-        return {"warmup_fraction": 0.0}
+        return {"warmup_fraction": 0.0} | factor
     fraction = float(count / steps if count and steps else ratio)
     if steps and int(fraction * steps) < count:  # rounded down
         fraction = math.nextafter(fraction, 1.0)
-    return {"warmup_fraction": fraction} | ({"warmup_factor": float(factor)} if fraction else {})
+    return {"warmup_fraction": fraction} | factor
 
 
 def _exponential(section: Section, options: Options, steps: int | None) -> None:
@@ -264,7 +275,8 @@ def _exponential(section: Section, options: Options, steps: int | None) -> None:
             "needs the number of steps; set training.final_learning_rate to the learning rate at the end",
         )
     elif rate is not None and steps:
-        end = options["learning_rate"] * rate ** ((1 - options["warmup_fraction"]) * steps / max(every, 1))
+        decays = max(0.0, (1 - options["warmup_fraction"]) * steps / max(every, 1))
+        end = options["learning_rate"] * rate**decays
         if end < options["final_learning_rate"]:
             section.differs(
                 "decay_rate", rate, "would reach stop_lr before the last step; here it is reached there"
@@ -278,22 +290,22 @@ def _exponential(section: Section, options: Options, steps: int | None) -> None:
 
 def length(section: Section) -> Options:
     """Number of steps or epochs, from the section training."""
-    steps = next((n for key in ("numb_steps", "stop_batch") if (n := section.number(key)) is not None), None)
-    epochs = {key: n for key in _EPOCHS if (n := section.number(key)) is not None}
-    if steps is not None:
-        for key, value in epochs.items():
-            section.differs(key, value, "not used beside numb_steps")
-        return {"steps": steps}
-    if not epochs:
+    given = {key: n for key in _LENGTHS if (n := section.number(key)) is not None}
+    if not given:
         section.differs("numb_steps", None, "absent; the run takes 200 epochs, set training.steps or epochs")
         return {}
-    key, value = next(iter(epochs.items()))
-    if value != round(value):
+    (key, value), *others = given.items()
+    for other, number in others:
+        section.differs(other, number, f"not used beside {key}")
+    if _LENGTHS[key] == "epochs" and value != round(value):
         section.differs(key, value, "only whole epochs here, rounded up")
-    return {"epochs": math.ceil(value)}
+        value = math.ceil(value)
+    return {_LENGTHS[key]: value}
 
 
-_EPOCHS = ("numb_epoch", "num_epoch", "numb_epochs", "num_epochs")
+_LENGTHS = {"numb_steps": "steps", "stop_batch": "steps"} | dict.fromkeys(
+    ("numb_epoch", "num_epoch", "numb_epochs", "num_epochs"), "epochs"
+)
 
 
 def batches(section: Section) -> Options:
