@@ -4,6 +4,7 @@ The model section is translated by the importer of checkpoints (`dpa4.potential.
 here, or has no counterpart, is listed; nothing is dropped silently. Keys that begin with an underscore are comments.
 """
 
+import os
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -235,7 +236,8 @@ def _problem(path: str) -> str | None:
     for mark, kind in ((".lmdb", "LMDB"), (".hdf5", "HDF5"), (".h5", "HDF5")):
         if path.partition("#")[0].endswith(mark):
             return f"{kind} data of deepmd-kit are not read here; write them as folders (npy) or extended XYZ"
-    return None if user_path(path).exists() else "does not exist; correct the path in the run file"
+    # Unlike the function of pathlib, this one is false for a name that no file can have.
+    return None if os.path.exists(user_path(path)) else "does not exist; correct the path in the run file"
 
 
 def _loop(training: Section) -> Options:
