@@ -190,6 +190,15 @@ def test_entries_of_the_input_have_precedence_over_the_preset(convert):
     assert run.model.build(()) == preset("dpa4-mini-v20260911", ("Cu",), bridging=bridging, **changes)
 
 
+def test_a_composed_model_with_bridging_and_preset(convert):
+    network = {"type": "dpa4", "preset": "dpa4-mini-v20260820", "descriptor": {"rcut": 5.0}}
+    repulsion = {"type": "inner_potential", "mode": "ZBL", "r_inner": 0.4, "r_outer": 0.7}
+    model = {"type": "linear_ener", "weights": "sum", "type_map": ["Cu"], "models": [network, repulsion]}
+    run, _ = convert(INPUT | {"model": model})
+    bridging = {"r_inner": 0.4, "r_outer": 0.7, "smooth_cutoff": False}
+    assert run.model.build(()) == preset("dpa4-mini-v20260820", ("Cu",), cutoff=5.0, bridging=bridging)
+
+
 def test_a_model_without_preset_is_that_of_the_importer(convert):
     complete = INPUT["model"] | {
         "descriptor": INPUT["model"]["descriptor"] | {"type": "dpa4"},
@@ -211,6 +220,11 @@ def test_a_model_without_preset_is_that_of_the_importer(convert):
         ("model", {"preset": "dpa4-max-v20260820"}, "max exists as dpa4-max-v20260901"),
         ("model", {"preset": 3}, "model.preset = 3 must be the name of a preset"),
         ("model", {"model_dict": {}}, "an input with several branches cannot be translated"),
+        (
+            "model",
+            {"descriptor": None},
+            "it is not a DPA4 model but one of type 'SeZM' with descriptor 'none'",
+        ),
         ("model", {"descriptor": [1]}, r"model.descriptor = \[1\] must be a map of options"),
         (
             "model.fitting_net",
@@ -308,6 +322,7 @@ CASES = [
      ["model.descriptor.precision", "model.descriptor.trainable"]),
     ("model.fitting_net", {"atom_ener": [None, 1.0]}, {}, ["model.fitting_net.atom_ener"]),
     ("model", {"preset_out_bias": {"energy": [-1.0, None]}}, {}, ["model.preset_out_bias"]),
+    ("model.fitting_net", {"vacuum_ref": True}, {}, []),  # no effect without preset_out_bias, in deepmd-kit either
 ]  # fmt: skip
 
 
@@ -364,6 +379,14 @@ def test_a_given_decay_rate_becomes_the_final_learning_rate(convert):
     assert run.training.final_learning_rate == 1e-3 / 4 and [*differences] == ["learning_rate.decay_rate"]
 
 
+def test_the_reference_of_an_isolated_atom_is_listed(convert):
+    values = changed("model", preset_out_bias={"energy": [-2.0, -1.0]})
+    values["model"]["fitting_net"]["vacuum_ref"] = True
+    run, differences = convert(values)
+    assert run.data.reference_energies == {"O": -2.0, "H": -1.0}
+    assert [*differences] == ["model.fitting_net.vacuum_ref"]
+
+
 def test_energies_of_all_elements_become_reference_energies(convert):
     run, differences = convert(changed("model", preset_out_bias={"energy": [-2.0, -1]}))
     assert run.data.reference_energies == {"O": -2.0, "H": -1.0} and differences == {}
@@ -400,7 +423,9 @@ def test_names_of_options_cannot_add_lines_to_the_run_file(convert, tmp_path):
 
 
 def test_a_refusal_has_one_line(convert):
-    with pytest.raises(ValueError, match="the run file is not valid: training.seed = 'x': .*; training.log_interval"):
+    with pytest.raises(
+        ValueError, match="the run file is not valid: training.seed = 'x': .*; training.log_interval"
+    ):
         convert(changed("training", seed="x", disp_freq=0))
 
 

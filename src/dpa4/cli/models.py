@@ -23,6 +23,10 @@ def convert(
     drop_bridging: Annotated[
         bool, typer.Option(help="Leave out a bridging per pair of elements, which deepmd-kit lacks.")
     ] = False,
+    ema: Annotated[
+        bool,
+        typer.Option("--ema", help="Read the averaged weights that a deepmd-kit checkpoint may also hold."),
+    ] = False,
 ) -> None:
     """Convert between deepmd-kit checkpoints and native files, or a training input of deepmd-kit to a run file."""
     from dpa4 import potential
@@ -32,12 +36,16 @@ def convert(
         if target.exists():
             raise FileExistsError(f"{target} exists; choose another name or remove it")
         if source.suffix in INPUT_SUFFIXES:
-            if branch or drop_bridging:
-                raise ValueError(f"--branch and --drop-bridging are for models; {source} is a training input")
+            if branch or drop_bridging or ema:
+                raise ValueError(
+                    f"{source} is a training input; --branch, --drop-bridging and --ema are for models"
+                )
             _convert_input(source, target)
-        else:
-            potential.convert(source, target, branch, drop_bridging=drop_bridging)
-            console.print(f"wrote {target}")
+            return
+        provenance = potential.convert(source, target, branch, drop_bridging=drop_bridging, ema=ema)
+    console.print(f"wrote {target}")
+    if averages := provenance.get("averaged weights"):
+        console.print(f"averaged weights: {averages}")
 
 
 def _convert_input(source: Path, target: Path) -> None:

@@ -19,7 +19,7 @@ from dpa4.model.presets import closest_preset, preset
 from dpa4.output import atomic_write, check_writable
 from dpa4.parsing import printable, read_json, read_yaml, shown
 from dpa4.potential.deepmd.inputs import InputModel, read_model_section
-from dpa4.potential.deepmd.options import check_plain
+from dpa4.potential.deepmd.option_types import check_plain
 from dpa4.system import user_path
 from dpa4.training import deepmd_recipe as recipe
 from dpa4.training.deepmd_recipe import Difference, Options, Report, Section
@@ -123,7 +123,7 @@ def _translate(values: Any, folder: Path) -> TranslatedInput:
     whole.close()
     sections = {
         "model": _model(model),
-        "data": data | _reference_energies(section, model, report),
+        "data": data | _reference_energies(model, report),
         "training": options,
     }
     return TranslatedInput(sections, tuple(report.differences), tuple(report.unused))
@@ -168,20 +168,25 @@ _ONLY_IN_TRAINING: dict[str, tuple[Any, str]] = {
 }
 
 
-def _reference_energies(section: Mapping[str, Any], model: InputModel, report: Report) -> Options:
+def _reference_energies(model: InputModel, report: Report) -> Options:
     """Option reference_energies, if the input gives the energies of all elements."""
-    atom_ener = section.get("fitting_net", {}).get("atom_ener") or []
-    if any(energy is not None for energy in atom_ener):
-        remark = "energies of free atoms are set in data.reference_energies"
-        report.differences.append(Difference("model.fitting_net.atom_ener", shown(atom_ener), remark))
-    fixed = section.get("preset_out_bias")
+    own = "the network's energy of a free atom is not subtracted here"
+    if model.atom_energies is not None:
+        remark = f"{own}; set data.reference_energies to the energies of free atoms"
+        report.differences.append(
+            Difference("model.fitting_net.atom_ener", shown(model.atom_energies), remark)
+        )
+    if model.vacuum_reference:
+        report.differences.append(Difference("model.fitting_net.vacuum_ref", "True", own))
+    elif model.vacuum_reference is not None:
+        report.unused.append(
+            "model.fitting_net.vacuum_ref = True"
+        )  # deepmd-kit switches it off without a bias
+    fixed = model.irrelevant.get("preset_out_bias")
     energies = fixed.get("energy") if isinstance(fixed, Mapping) else None
-    if (
-        isinstance(energies, list)
-        and len(energies) == len(model.config.elements)
-        and all(map(_is_number, energies))
-    ):
-        return {"reference_energies": dict(zip(model.config.elements, map(float, energies), strict=True))}
+    elements = model.config.elements
+    if isinstance(energies, list) and len(energies) == len(elements) and all(map(_is_number, energies)):
+        return {"reference_energies": dict(zip(elements, map(float, energies), strict=True))}
     if fixed is not None:
         remark = "set data.reference_energies to the energies of all elements; without, they are fitted"
         report.differences.append(Difference("model.preset_out_bias", shown(fixed), remark))
