@@ -1,6 +1,7 @@
 """The model card describes a checkpoint or preset."""
 
 import io
+import json
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -18,7 +19,7 @@ from dpa4.potential import Potential
 from dpa4.potential.card import cpu_kernels, has_whole_stacks, model_card, unsupported
 from dpa4.potential.checkpoint import save_potential
 from dpa4.potential.deepmd.writer import export_deepmd
-from helpers import random_potential
+from helpers import random_potential, shared
 
 
 @pytest.fixture
@@ -83,6 +84,23 @@ def test_generation_version_and_parameters_of_own_and_imported_models(
         assert (line(text, "generation"), line(text, "version")) == (generation, published)
         assert line(text, "parameters") == f"{count:,}"
         assert line(text, "trainable parameters") == f"{count - 6 * bool(fixed):,}{fixed}"
+
+
+@pytest.mark.parametrize(
+    ("fixture", "generation", "published", "fixed"),
+    [
+        ("E_june2026_mini", "2", "none; dpa4-mini-v20260820 with channels = 16", 0),
+        ("E_v0901_neo", "3", "dpa4-neo-v20260901", 0),
+        ("E_v0911_mini", "3", "dpa4-mini-v20260911", 16),
+    ],
+)
+def test_checkpoints_of_deepmd_are_recognised(fixture, generation, published, fixed):
+    folder = shared(f"reference/fixtures-gen3/{fixture}")
+    count = json.loads((folder / "meta.json").read_text())["n_params"]
+    text = model_card(folder / "model_f32.pt").text
+    assert (line(text, "generation"), line(text, "version")) == (generation, published)
+    assert line(text, "parameters") == f"{count:,}"
+    assert line(text, "trainable parameters").split(";")[0] == f"{count - fixed:,}"
 
 
 def test_files_show_parameters_energies_units_and_provenance(saved):
