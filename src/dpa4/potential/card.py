@@ -12,7 +12,7 @@ from dpa4.model import ModelConfig
 from dpa4.model.config import PairBridging
 from dpa4.model.network import max_edges
 from dpa4.model.presets import closest_preset, generation, preset
-from dpa4.model.shapes import ParameterCount, count_parameters, shapes_of
+from dpa4.model.shapes import ParameterCount, count_parameters
 from dpa4.ops import available
 from dpa4.ops.layout import EdgeLayout
 from dpa4.parsing import printable
