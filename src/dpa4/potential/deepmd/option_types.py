@@ -35,33 +35,29 @@ def is_list(value: Any) -> TypeGuard[list | tuple]:
     return isinstance(value, list | tuple)
 
 
-def is_flag(value: Any) -> TypeGuard[bool]:
-    """Return whether a value is true or false."""
-    return isinstance(value, bool)
+def _are_flags(value: Any, count: int) -> bool:
+    return is_list(value) and len(value) == count and all(isinstance(entry, bool) for entry in value)
 
 
-def _list_of(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: is_list(value) and all(kind(entry) for entry in value)
-
-
-FLAG = Kind(is_flag, "true and false")
-FLAGS = Kind(_list_of(is_flag), "lists of true and false")
-FLAG_OR_FLAGS = Kind(
-    lambda value: is_flag(value) or _list_of(is_flag)(value), "true, false, and lists of these"
-)
+FLAG = Kind(lambda value: isinstance(value, bool), "true and false")
 WHOLE = Kind(is_whole, "whole numbers")
-WHOLES = Kind(_list_of(is_whole), "lists of whole numbers")
-WHOLE_OR_WHOLES = Kind(
-    lambda value: is_whole(value) or _list_of(is_whole)(value), "whole numbers, and lists of these"
-)
 NUMBER = Kind(is_number, "numbers")
 TEXT = Kind(lambda value: isinstance(value, str), "texts")
+WHOLES = Kind(lambda value: is_list(value) and all(is_whole(v) for v in value), "lists of whole numbers")
+EDGE_NORM = Kind(
+    lambda value: isinstance(value, bool) or _are_flags(value, 3), "true, false, and lists of three of these"
+)
+SANDWICH_NORM = Kind(lambda value: _are_flags(value, 4), "lists of four truth values")
+EXPONENTS = Kind(
+    lambda value: is_whole(value) or (is_list(value) and len(value) == 2 and all(map(is_whole, value))),
+    "whole numbers, and lists of two of these",
+)
 OUTPUT_BIAS = Kind(
     lambda value: value is None or isinstance(value, str | Mapping),
     "a map of outputs, the name of a table, or null",
 )
 ENERGIES = Kind(
-    lambda value: value is None or _list_of(lambda entry: entry is None or is_number(entry))(value),
+    lambda value: value is None or (is_list(value) and all(v is None or is_number(v) for v in value)),
     "a list of energies or null",
 )
 

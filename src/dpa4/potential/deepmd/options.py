@@ -21,15 +21,15 @@ from dpa4.potential.deepmd.bridging import (
     concise_form,
 )
 from dpa4.potential.deepmd.option_types import (
+    EDGE_NORM,
     ENERGIES,
+    EXPONENTS,
     FLAG,
-    FLAG_OR_FLAGS,
-    FLAGS,
     NUMBER,
     OUTPUT_BIAS,
+    SANDWICH_NORM,
     TEXT,
     WHOLE,
-    WHOLE_OR_WHOLES,
     WHOLES,
     Kind,
     check_kinds,
@@ -75,12 +75,7 @@ _DESCRIPTOR_KINDS = (
     | dict.fromkeys(("channels", "n_radial", "kmax", "n_focus", "focus_dim", "n_atten_head"), WHOLE)
     | dict.fromkeys(("ffn_blocks", "ffn_neurons", "readout_layers", "mixing_layers", "so2_layers"), WHOLE)
     | dict.fromkeys(("use_env_seed", "message_node_so3", "ffn_so3_grid", "layer_scale", "mlp_bias"), FLAG)
-    | {
-        "add_chg_spin_ebd": FLAG,
-        "edge_norm": FLAG_OR_FLAGS,
-        "sandwich_norm": FLAGS,
-        "env_exp": WHOLE_OR_WHOLES,
-    }
+    | {"add_chg_spin_ebd": FLAG, "edge_norm": EDGE_NORM, "env_exp": EXPONENTS, "sandwich_norm": SANDWICH_NORM}
 )
 # Options translated one by one in _descriptor_fields.
 _DESCRIPTOR_TRANSLATED = frozenset(
@@ -215,6 +210,24 @@ def config_from_deepmd(model_params: Mapping[str, Any], version: float = 1.2) ->
         raise ValueError(f"its options are not a supported model: {first_problem(error)}") from error
 
 
+def irrelevant_options(model_params: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries without influence on the results of a trained model, by their path, such as "descriptor.seed"."""
+    sections = {
+        "": (model_params, {**_MODEL_IRRELEVANT, **dict.fromkeys(_MODEL_ADDED)}),
+        "descriptor.": (
+            model_params.get("descriptor", {}),
+            {**_DESCRIPTOR_IRRELEVANT, **dict.fromkeys(_DESCRIPTOR_ADDED)},
+        ),
+        "fitting_net.": (model_params.get("fitting_net", {}), _FITTING_IRRELEVANT),
+    }
+    return {
+        prefix + option: value
+        for prefix, (section, irrelevant) in sections.items()
+        for option, value in section.items()
+        if option in irrelevant
+    }
+
+
 def has_vacuum_reference(model_params: Mapping[str, Any]) -> bool:
     """Return whether the energy of an isolated atom is exactly its bias (``fitting_net.vacuum_ref``).
 
@@ -283,6 +296,11 @@ def config_to_deepmd(config: ModelConfig, precision: str) -> dict[str, Any]:
         ValueError: If deepmd-kit has no model with the same results.
     """
     _require_released(config)
+    return model_section(config, precision)
+
+
+def model_section(config: ModelConfig, precision: str) -> dict[str, Any]:
+    """``model_params`` as in `config_to_deepmd`, also of models that only unreleased versions of deepmd-kit read."""
     bridging = config.bridging
     if isinstance(bridging, PairBridging):
         raise ValueError(
@@ -315,7 +333,7 @@ def config_to_deepmd(config: ModelConfig, precision: str) -> dict[str, Any]:
             "radial_so2_rank": config.radial_so2_rank,
             "grid_mlp": mlp,
             "grid_branch": branch,
-            "s2_activation": [False, config.ffn_on == "s2"],
+            "s2_activation": [False, config.ffn_on != "degrees"],  # the SO(3) grid has precedence
             "ffn_so3_grid": config.ffn_on == "so3",
             "lebedev_quadrature": True,
             "precision": precision,
@@ -419,9 +437,7 @@ def _descriptor_fields(descriptor: Mapping[str, Any]) -> dict[str, Any]:
             fields[option] = fields[option].lower()
     fields |= _degrees(descriptor)
 
-    fields.setdefault(
-        "edge_norm", True
-    )  # the default of deepmd-kit, and its behaviour before the option existed
+    fields.setdefault("edge_norm", True)  # as in deepmd-kit, also before the option existed
     fields["mixing_layers"] = descriptor.get("so2_layers", descriptor.get("mixing_layers", 4))
     if fields.get("radial_so2_mode", "degree_channel") == "degree_channel":
         fields["radial_so2_rank"] = whole("radial_so2_rank", descriptor.get("radial_so2_rank", 1), 1)
