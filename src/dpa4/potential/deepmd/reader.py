@@ -28,13 +28,8 @@ from dpa4.potential.deepmd.folding import (
 from dpa4.potential.deepmd.layouts import STATISTICS, Branch, is_derived, read_branch, with_averages
 from dpa4.potential.deepmd.names import deepmd_name
 from dpa4.potential.deepmd.option_types import check_plain, is_list, is_whole, unsupported
-from dpa4.potential.deepmd.options import (
-    config_from_deepmd,
-    has_atom_energies,
-    has_vacuum_reference,
-    precision_of,
-)
-from dpa4.potential.deepmd.vacuum import isolated_atom_energies
+from dpa4.potential.deepmd.options import config_from_deepmd, precision_of
+from dpa4.potential.deepmd.vacuum import has_atom_energies, has_vacuum_reference, isolated_atom_energies
 from dpa4.potential.pytorch_file import load_pytorch
 from dpa4.potential.verification import (
     check_number_of_layers,
