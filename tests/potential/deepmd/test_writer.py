@@ -11,7 +11,7 @@ import torch
 
 from dpa4.model import Bridging
 from dpa4.model.presets import preset
-from dpa4.potential.checkpoint import load_potential
+from dpa4.potential.checkpoint import convert, load_potential
 from dpa4.potential.deepmd.writer import deepmd_state, export_deepmd
 from dpa4.potential.potential import Potential
 from helpers import SHARED, graph_of, molecule, random_potential, randomize
@@ -68,6 +68,20 @@ def test_export_and_import_are_inverse(tmp_path, dtype):
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
+@pytest.mark.parametrize(("cutoff", "rounded"), [(4.2, True), (4.5, False)])
+def test_imported_models_have_the_cutoff_that_float32_holds(tmp_path, cutoff, rounded):
+    """deepmd-kit weighs edges with a cutoff in float32; a model of this package has all digits."""
+    own = random_potential(cutoff=cutoff, edge_norm=True)
+    export_deepmd(own, tmp_path / "model.pt")
+    convert(tmp_path / "model.pt", tmp_path / "model.safetensors")
+    for name in ("model.pt", "model.safetensors"):
+        imported = load_potential(tmp_path / name)
+        assert imported.config == own.config.model_copy(update={"float32_cutoff": rounded})
+        graph = graph_of(molecule(), cutoff)
+        difference = float((imported(graph).forces - own(graph).forces).abs().max())
+        assert 1e-7 < difference < 1e-5 if rounded else difference == 0
+
+
 def test_smooth_repulsion_cannot_be_exported(tmp_path):
     potential = random_potential(bridging=Bridging(smooth_cutoff=True))
     with pytest.raises(ValueError, match="bridging.smooth_cutoff = True has no counterpart in deepmd-kit"):
@@ -96,11 +110,15 @@ def deepmd_python():
 def exported_potentials():
     """One potential of each generation and several with rarer switches, all weights random."""
     elements = ("H", "C", "O")
-    for name in ("paper-neo", "nano", "mini", "neo"):
+    # The last six, all with norms on edges, are the presets of version 20260820 of deepmd-kit.
+    for name in ("paper-neo", "nano", "mini", "neo", "air", "plus", "pro"):
         torch.manual_seed(1)
-        potential = Potential(preset(name, elements), {"H": -13.6, "C": -1029.5, "O": -2041.25}).double()
+        config = preset(name, elements, edge_norm=True)
+        potential = Potential(config, {"H": -13.6, "C": -1029.5, "O": -2041.25}).double()
         randomize(potential.model, scale=0.05)
         yield name, potential.eval()
+    yield "cutoff that float32 rounds", random_potential(cutoff=4.2, float32_cutoff=True, edge_norm=True)
+    yield "norms before", random_potential(sandwich_norm=(True, False, True, False), edge_norm=True)
     yield "bridging", random_potential(bridging=Bridging(smooth_cutoff=False))
     yield "no bridging, biases", random_potential(mlp_bias=True, layer_scale=True, n_focus=2, edge_norm=True)
     yield (
