@@ -553,6 +553,8 @@ def test_an_output_folder_with_files_is_not_overwritten(argon_file, tmp_path):
 def test_resume_refuses_another_model_and_names_other_changes(argon_file, copied_run):
     with pytest.raises(ValueError, match=r"cannot be resumed .* training\.optimizer: hybrid_muon -> adamw"):
         run(argon_file, copied_run, resume=True, steps=14, optimizer="adamw")
+    with pytest.raises(ValueError, match=r"cannot be resumed .* training\.adam_for_basis: False -> True"):
+        run(argon_file, copied_run, resume=True, steps=14, adam_for_basis=True)
     values = options(argon_file, copied_run)
     values["model"] = MODEL | {"lmax": 2}
     with pytest.raises(ValueError, match=r"cannot be resumed .* model\.lmax: None -> 2"):
@@ -560,6 +562,28 @@ def test_resume_refuses_another_model_and_names_other_changes(argon_file, copied
     _, text = run(argon_file, copied_run, resume=True, steps=14)
     assert "changed since the checkpoint: training.steps: 13 -> 14" in text
     assert load_state(copied_run / "last.pt")["step"] == 14
+
+
+def test_a_state_from_before_the_option_for_the_basis_goes_on_without_it(argon_file, copied_run):
+    state = load_state(copied_run / "last.pt")
+    text = state["options"].replace("  adam_for_basis: false\n", "")
+    assert text != state["options"]
+    save_state(state | {"options": text}, copied_run / "last.pt")
+    with pytest.raises(ValueError, match=r"cannot be resumed .* training\.adam_for_basis: None -> True"):
+        run(argon_file, copied_run, resume=True, adam_for_basis=True)
+    _, printed = run(argon_file, copied_run, resume=True)
+    assert "resumed after step 13" in printed and "adam_for_basis" not in printed
+
+
+def test_a_run_with_adam_for_the_basis_resumes_exactly(argon_file, tmp_path, monkeypatch):
+    limits = {"steps": 4, "validation_interval": 2, "adam_for_basis": True}
+    run(argon_file, tmp_path / "whole", **limits)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            run(argon_file, tmp_path / "part", **limits)
+    run(argon_file, tmp_path / "part", resume=True, **limits)
+    assert_same_run(tmp_path / "whole", tmp_path / "part")
 
 
 def test_numbers_that_are_not_finite_stop_the_run_and_lose_nothing(

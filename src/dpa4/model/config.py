@@ -9,6 +9,7 @@ from ase.data import atomic_numbers
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from dpa4.model.switches import EdgeNorm, EdgeNormOption, EnvelopeExponents, EnvelopeOption
+from dpa4.ops.layout import EdgeLayout
 from dpa4.parsing import shown
 
 MAX_DEGREE = 10
@@ -291,6 +292,12 @@ class ModelConfig(BaseModel):
     def focus_width(self) -> int:
         """Channels of one focus stream."""
         return self.focus_dim or self.channels
+
+    @property
+    def edge_widths(self) -> tuple[int, ...]:
+        """Numbers that a block stores for each edge, all focus streams together, by block."""
+        rows = (EdgeLayout(degree, min(self.mmax, degree)).total for degree in self.degrees)
+        return tuple(self.n_focus * self.focus_width * count for count in rows)
 
 
 def float32(value: float) -> float:

@@ -19,7 +19,17 @@ from dpa4.ops.segments import gather
 
 MAX_EDGES = {"cpu": 16_384, "cuda": 262_144}
 """Edges processed at once, by type of device. On a CPU, edge features of this size stay in the cache (docs/adr/0012).
-On a GPU the limit bounds the memory, and parts of this size keep the device busy."""
+On a GPU the limit bounds the memory, and parts of this size keep the device busy; wider networks have fewer edges."""
+
+EDGE_WIDTH = 1024
+"""Largest width of an edge (`ModelConfig.edge_widths`) for which MAX_EDGES applies on a GPU: a tensor on edges then
+has at most 1 GiB in float32. The preset plus has a width of 832, pro of 2,048."""
+
+
+def max_edges(config: ModelConfig) -> dict[str, int]:
+    """Highest number of edges that a network processes at once, by type of device."""
+    share = min(1.0, EDGE_WIDTH / max(config.edge_widths))
+    return MAX_EDGES | {"cuda": int(MAX_EDGES["cuda"] * share)}
 
 
 class EnergyNetwork(nn.Module):
@@ -60,7 +70,7 @@ class DPA4(nn.Module):
         c, lmax = config.channels, config.degrees[0]
         self.config, self.lmax = config, lmax
         self.block_autocast: torch.dtype | None = None
-        self.max_edges = dict(MAX_EDGES)
+        self.max_edges = max_edges(config)
         self.geometry = EdgeGeometry(config)
         self.basis = radial_basis(config)
         hidden = [width or c for width in config.radial_mlp]

@@ -210,6 +210,24 @@ def config_from_deepmd(model_params: Mapping[str, Any], version: float = 1.2) ->
         raise ValueError(f"its options are not a supported model: {first_problem(error)}") from error
 
 
+def irrelevant_options(model_params: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries without influence on the results of a trained model, by their path, such as "descriptor.seed"."""
+    sections = {
+        "": (model_params, {**_MODEL_IRRELEVANT, **dict.fromkeys(_MODEL_ADDED)}),
+        "descriptor.": (
+            model_params.get("descriptor", {}),
+            {**_DESCRIPTOR_IRRELEVANT, **dict.fromkeys(_DESCRIPTOR_ADDED)},
+        ),
+        "fitting_net.": (model_params.get("fitting_net", {}), _FITTING_IRRELEVANT),
+    }
+    return {
+        prefix + option: value
+        for prefix, (section, irrelevant) in sections.items()
+        for option, value in section.items()
+        if option in irrelevant
+    }
+
+
 def has_vacuum_reference(model_params: Mapping[str, Any]) -> bool:
     """Return whether the energy of an isolated atom is exactly its bias (``fitting_net.vacuum_ref``).
 
@@ -278,6 +296,11 @@ def config_to_deepmd(config: ModelConfig, precision: str) -> dict[str, Any]:
         ValueError: If deepmd-kit has no model with the same results.
     """
     _require_released(config)
+    return model_section(config, precision)
+
+
+def model_section(config: ModelConfig, precision: str) -> dict[str, Any]:
+    """``model_params`` as in `config_to_deepmd`, also of models that only unreleased versions of deepmd-kit read."""
     bridging = config.bridging
     if isinstance(bridging, PairBridging):
         raise ValueError(
@@ -310,7 +333,7 @@ def config_to_deepmd(config: ModelConfig, precision: str) -> dict[str, Any]:
             "radial_so2_rank": config.radial_so2_rank,
             "grid_mlp": mlp,
             "grid_branch": branch,
-            "s2_activation": [False, config.ffn_on == "s2"],
+            "s2_activation": [False, config.ffn_on != "degrees"],  # the SO(3) grid has precedence
             "ffn_so3_grid": config.ffn_on == "so3",
             "lebedev_quadrature": True,
             "precision": precision,
