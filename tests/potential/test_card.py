@@ -163,10 +163,10 @@ ULTRA = {"channels": 128, "lmax": 6, "n_blocks": 10, "n_focus": 3, "radial_so2_r
 def test_the_card_tells_what_wide_models_get(monkeypatch):
     monkeypatch.setattr(available, "cpp_missing", lambda: None)
     hopper = "energies and forces on H100, H200"
-    other = "is for one focus of 64 channels, degree 3, order 1, not for"
+    other = "is for one focus of 64 channels, degree 3, order 1, 1 to 9 layers, not for"
     for switches, shape, edges in (
-        (MAX, "2 foci of 96 channels, degree 6, order 1", "73,584; "),
-        (ULTRA, "3 foci of 128 channels, degree 6, order 1", "36,792; "),
+        (MAX, "2 foci of 96 channels, degree 6, order 1, 4 layers", "73,584; "),
+        (ULTRA, "3 foci of 128 channels, degree 6, order 1, 4 layers", "36,792; "),
     ):
         config = preset("plus", ("H",), **switches)
         lines = gpu_kernels(config, "3.6.0")
@@ -232,7 +232,7 @@ def test_checkpoints_of_deepmd_kit_have_a_card(saved):
 
 
 def test_the_terminal_shows_the_same_lines(saved):
-    console = Console(width=200, file=io.StringIO())
+    console = Console(width=300, file=io.StringIO())
     console.print(model_card(saved))
     shown = console.file.getvalue()
     for row in model_card(saved).text.splitlines()[2:]:
