@@ -1,6 +1,7 @@
 """The model card describes a checkpoint or preset."""
 
 import io
+import json
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -18,7 +19,7 @@ from dpa4.potential import Potential
 from dpa4.potential.card import cpu_kernels, gpu_kernels, has_whole_stacks, model_card, unsupported
 from dpa4.potential.checkpoint import save_potential
 from dpa4.potential.deepmd.writer import export_deepmd
-from helpers import random_potential
+from helpers import random_potential, shared
 
 
 @pytest.fixture
@@ -42,6 +43,64 @@ def test_presets_show_the_published_size():
     assert line(text, "trainable parameters") == "2,762,885"
     assert line(text, "elements").startswith("118: H He Li")
     assert line(text, "preset") == "paper-air"
+
+
+def test_generation_version_and_parameters_of_presets():
+    text = model_card("DPA4-mini-v20260911").text
+    assert line(text, "generation") == "3"
+    assert line(text, "version") == "dpa4-mini-v20260911"
+    assert line(text, "parameters") == "655,052"
+    assert line(text, "trainable parameters") == "655,036; 16 centres of the radial basis are fixed"
+    assert line(model_card("paper-neo").text, "generation") == "1"
+    assert line(model_card("nano").text, "version") == "nano"
+
+
+@pytest.mark.parametrize(
+    ("options", "generation", "published"),
+    [
+        ({}, "2", "dpa4-nano-v20260820"),
+        ({"edge_norm": False, "cutoff": 4.5}, "2", "none; nano with cutoff = 4.5"),
+        ({"channels": 8, "n_radial": 4, "lmax": 2, "radial_mlp": [8]}, "2", "none, no preset is close"),
+        (
+            {"n_radial": 6, "basis": "bessel/fix"},
+            "3",
+            "none; dpa4-nano-v20260820 with n_radial = 6, basis = bessel/fix",
+        ),
+    ],
+)
+def test_generation_version_and_parameters_of_own_and_imported_models(
+    tmp_path, options, generation, published
+):
+    own, exported = tmp_path / "model.safetensors", tmp_path / "model.pt"
+    potential = Potential(preset("dpa4-nano-v20260820", ("H", "O"), **options), {})
+    save_potential(potential, own)
+    files = [own]
+    if generation == "2":  # the release of deepmd-kit has the switches
+        export_deepmd(potential, exported)
+        files.append(exported)
+    count = sum(p.numel() for p in potential.parameters())
+    fixed = "; 6 frequencies of the radial basis are fixed" if generation == "3" else ""
+    for text in (model_card(file).text for file in files):
+        assert (line(text, "generation"), line(text, "version")) == (generation, published)
+        assert line(text, "parameters") == f"{count:,}"
+        assert line(text, "trainable parameters") == f"{count - 6 * bool(fixed):,}{fixed}"
+
+
+@pytest.mark.parametrize(
+    ("fixture", "generation", "published", "fixed"),
+    [
+        ("E_june2026_mini", "2", "none; dpa4-mini-v20260820 with channels = 16", 0),
+        ("E_v0901_neo", "3", "dpa4-neo-v20260901", 0),
+        ("E_v0911_mini", "3", "dpa4-mini-v20260911", 16),
+    ],
+)
+def test_checkpoints_of_deepmd_are_recognised(fixture, generation, published, fixed):
+    folder = shared(f"reference/fixtures-gen3/{fixture}")
+    count = json.loads((folder / "meta.json").read_text())["n_params"]
+    text = model_card(folder / "model_f32.pt").text
+    assert (line(text, "generation"), line(text, "version")) == (generation, published)
+    assert line(text, "parameters") == f"{count:,}"
+    assert line(text, "trainable parameters").split(";")[0] == f"{count - fixed:,}"
 
 
 def test_files_show_parameters_energies_units_and_provenance(saved):

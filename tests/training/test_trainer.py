@@ -28,6 +28,8 @@ from safetensors.torch import load_file
 
 from dpa4 import output
 from dpa4.data import read_frames
+from dpa4.model import DPA4
+from dpa4.model.presets import preset
 from dpa4.output import CsvLog, read_csv
 from dpa4.potential.checkpoint import load_potential
 from dpa4.training import trainer as trainer_module
@@ -101,6 +103,25 @@ def test_variants_run_and_resume(argon_file, tmp_path, monkeypatch, training):
             run(argon_file, tmp_path / "part", **training)
     run(argon_file, tmp_path / "part", resume=True, **training)
     assert_same_run(tmp_path / "whole", tmp_path / "part")
+
+
+@pytest.mark.parametrize(("optimizer", "basis"), [("hybrid_muon", "gaussian"), ("adamw", "bessel")])
+def test_a_fixed_basis_is_neither_trained_nor_averaged(argon_file, tmp_path, optimizer, basis):
+    """Gradients, weight decay and the moving average leave it alone. A trained basis and other weights move."""
+
+    def trained(basis: str) -> list[dict[str, torch.Tensor]]:
+        folder = tmp_path / basis.replace("/", "-")
+        settings = options(argon_file, folder, optimizer=optimizer, steps=3, ema_decay=0.5, weight_decay=10)
+        settings["model"] = MODEL | {"basis": basis}
+        train(RunConfig.model_validate(settings), console=SILENT)
+        return [load_file(folder / f"{name}.safetensors") for name in ("best", "last")]
+
+    name = "model.basis.frequencies"
+    start = DPA4(preset("nano", ("Ar",), cutoff=4.0, n_radial=6, basis=basis)).basis.frequencies
+    for free, fixed in zip(trained(basis), trained(f"{basis}/fix"), strict=True):
+        assert not torch.equal(free[name], start)
+        assert torch.equal(fixed[name], start)
+        assert not torch.equal(fixed["model.radial.last.weight"], free["model.radial.last.weight"])
 
 
 @pytest.mark.slow

@@ -11,15 +11,18 @@ from rich.text import Text
 from dpa4.model import ModelConfig
 from dpa4.model.config import PairBridging
 from dpa4.model.network import max_edges
-from dpa4.model.presets import preset
-from dpa4.model.shapes import shapes_of
+from dpa4.model.presets import closest_preset, generation, preset
+from dpa4.model.shapes import ParameterCount, count_parameters
 from dpa4.ops import available
 from dpa4.ops.layout import EdgeLayout
+from dpa4.parsing import printable
 from dpa4.potential.checkpoint import read_checkpoint
 from dpa4.system import user_path
 
 UNITS = "energy eV, length Å, forces eV/Å, virial eV (-dE/dstrain), stress eV/Å³ (tensile positive)"
 _DESCRIBED = ("elements", "cutoff")  # fields with their own lines, not listed as switches
+_FEW_CHANGES = 3
+"""Largest number of options by which a model may differ from a preset that its card names."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,8 @@ def model_card(source: str | Path, branch: str | None = None) -> ModelCard:
     if not path.is_file() and not path.suffix and len(path.parts) == 1:
         return _preset_card(str(source))
     stored = read_checkpoint(path, branch)
-    parameters = sum(weight.numel() for weight in stored.weights.values())
     energies = zip(stored.config.elements, stored.reference_energies.tolist(), strict=True)
-    sections = _sections(stored.config, parameters)
+    sections = _sections(stored.config)
     sections["Model"] |= {
         "precision": str(stored.dtype).removeprefix("torch."),
         "reference energies": ", ".join(f"{element} {energy:.6f}" for element, energy in energies) + " eV",
@@ -84,14 +86,9 @@ def model_card(source: str | Path, branch: str | None = None) -> ModelCard:
     if stored.digest is not None:
         origin["digest"] = f"{stored.digest[:16]}, matches weights and options"
     sections["Provenance"] = origin | {
-        _printable(label): _printable(value) for label, value in stored.provenance.items()
+        printable(label): printable(value) for label, value in stored.provenance.items()
     }
     return ModelCard(f"DPA4 potential {path.name}", sections)
-
-
-def _printable(text: str) -> str:
-    """Escape line breaks and control characters, with which a file could draw on the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _preset_card(name: str) -> ModelCard:
@@ -99,8 +96,7 @@ def _preset_card(name: str) -> ModelCard:
         config = preset(name)
     except ValueError as error:
         raise ValueError(f"{name!r} is neither a file nor a preset: {error}") from None
-    parameters = sum(shape.numel() for shape in shapes_of(config).values())
-    sections = _sections(config, parameters)
+    sections = _sections(config)
     sections["Provenance"] = {
         "preset": name,
         "source": "published architecture, arXiv:2606.02419; no weights",
@@ -108,14 +104,18 @@ def _preset_card(name: str) -> ModelCard:
     return ModelCard(f"DPA4 preset {name}", sections)
 
 
-def _sections(config: ModelConfig, parameters: int) -> dict[str, dict[str, str]]:
+def _sections(config: ModelConfig) -> dict[str, dict[str, str]]:
+    parameters = count_parameters(config)
     switches = {key: value for key, value in config.model_dump().items() if key not in _DESCRIBED}
     if isinstance(config.bridging, PairBridging):
         switches["bridging"] = config.bridging.text
     default = ModelConfig(elements=config.elements).model_dump()
     return {
         "Model": {
-            "trainable parameters": f"{parameters:,}",
+            "generation": str(generation(config)),
+            "version": _version(config),
+            "parameters": f"{parameters.total:,}",
+            "trainable parameters": _trainable(config, parameters),
             "elements": f"{len(config.elements)}: {' '.join(config.elements)}",
             "cutoff": f"{config.cutoff:g} Å",
             "units": UNITS,
@@ -127,6 +127,24 @@ def _sections(config: ModelConfig, parameters: int) -> dict[str, dict[str, str]]
         "On a GPU": gpu_kernels(config, available.triton_version()),
         "On this CPU": cpu_kernels(config),
     }
+
+
+def _version(config: ModelConfig) -> str:
+    """Name of the preset with the options of a model, or of the closest one and the differences."""
+    name, changed = closest_preset(config)
+    if not changed:
+        return name
+    if len(changed) > _FEW_CHANGES:
+        return "none, no preset is close"
+    return f"none; {name} with {', '.join(f'{key} = {_show(value)}' for key, value in changed.items())}"
+
+
+def _trainable(config: ModelConfig, parameters: ParameterCount) -> str:
+    text = f"{parameters.trainable:,}"
+    if fixed := parameters.total - parameters.trainable:
+        kind = "centres" if config.basis.startswith("gaussian") else "frequencies"
+        text += f"; {fixed} {kind} of the radial basis are fixed"
+    return text
 
 
 def _show(value: Any) -> str:

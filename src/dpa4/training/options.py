@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from dpa4.model.config import Bridging, ModelConfig
-from dpa4.model.presets import PRESETS, preset
+from dpa4.model.presets import NAMES, preset
 from dpa4.potential.precision import Precision
 from dpa4.system import user_path
 
@@ -47,7 +47,7 @@ class ModelOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    preset: str = Field("mini", description=f"Published model to start from: {', '.join(PRESETS)}.")
+    preset: str = Field("mini", description=f"Published model to start from: {NAMES}.")
     elements: Literal["auto"] | tuple[str, ...] = Field(
         "auto",
         description="Chemical symbols the model knows; auto: all of the training and validation data.",
@@ -153,8 +153,10 @@ class TrainingOptions(_Section):
         "published runs of generation 3.",
     )
     weight_decay: float = Field(1e-3, ge=0, le=1e3, description="Decoupled weight decay of matrices.")
-    schedule: Literal["wsd", "cosine"] = Field(
-        "wsd", description="Learning rate: wsd (warm-up, stable, cosine decay) or cosine (warm-up, decay)."
+    schedule: Literal["wsd", "cosine", "exp"] = Field(
+        "wsd",
+        description="Learning rate: wsd (warm-up, stable, cosine decay), cosine (warm-up, decay) or exp (warm-up, "
+        "exponential decay).",
     )
     learning_rate: PositiveFloat = Field(
         4e-3,
@@ -242,6 +244,10 @@ class TrainingOptions(_Section):
             raise ValueError(
                 f"training.final_learning_rate = {self.final_learning_rate} must be at most "
                 f"training.learning_rate = {self.learning_rate}"
+            )
+        if self.schedule == "exp" and not self.final_learning_rate:
+            raise ValueError(
+                "training.schedule = exp needs training.final_learning_rate above 0, got 0; set it to 1e-6, say"
             )
         if isinstance(self.virial_weight, float) and self.virial_weight < 0:
             raise ValueError(f"training.virial_weight must be >= 0 or auto, got {self.virial_weight}")

@@ -118,6 +118,11 @@ def test_model_and_fitting_options_are_translated(options, expected):
         ("descriptor", "eps", 1e-5),
         ("descriptor", "use_spin", [True, False, False]),
         ("descriptor", "s2_activation", [True, True]),
+        ("descriptor", "edge_norm", [False, True]),
+        ("descriptor", "edge_norm", 1),
+        ("descriptor", "env_exp", True),
+        ("descriptor", "env_exp", [7, 5, 3]),
+        ("descriptor", "sandwich_norm", True),
         ("descriptor", "radial_so2_rank", 0),
         ("descriptor", "m_schedule", [1, 0, 1]),
         ("descriptor", "n_blocks", 0),
@@ -149,12 +154,8 @@ def test_unknown_options_are_refused():
 def test_values_outside_our_range_are_refused_by_name():
     with pytest.raises(ValueError, match="not a supported model: n_radial: .*greater than 0.*value 0"):
         config_from_deepmd(params({"n_radial": 0}))
-    with pytest.raises(
-        ValueError, match=r"edge_norm must be true, false, or .* three .*, got \[True, False\]"
-    ):
-        config_from_deepmd(params({"edge_norm": [True, False]}))
-    with pytest.raises(ValueError, match="env_exp must be a positive whole number.*, got True"):
-        config_from_deepmd(params({"env_exp": True}))
+    with pytest.raises(ValueError, match="not a supported model: env_exp: .* positive whole number.*, got 0"):
+        config_from_deepmd(params({"env_exp": 0}))
     with pytest.raises(ValueError, match="basis: .*'bessel/fix' or 'gaussian/fix' .value 'bessel/free'"):
         config_from_deepmd(params({"basis_type": "bessel/free"}))
     with pytest.raises(ValueError, match="not a supported model: r_inner: .*greater than 0.*value -1"):
@@ -170,7 +171,10 @@ def test_values_outside_our_range_are_refused_by_name():
             {"descriptor": {"type": "se_e2_a"}, "fitting_net": {}, "type_map": ["H"]},
             "with descriptor 'se_e2_a'",
         ),
-        (params() | {"type": "linear_ener"}, "not a DPA4 model but one of type 'linear_ener'"),
+        (
+            params() | {"type": "linear_ener"},
+            "linear_ener model of the types None; supported: the sum",
+        ),
         (params() | {"type_map": []}, "its model has no type_map"),
         ({"type": "pairtab"}, "of type 'pairtab' with descriptor 'none'"),
     ],
@@ -225,7 +229,7 @@ def test_export_refuses_switches_newer_than_the_release(option):
 
 def test_export_names_all_switches_newer_than_the_release_at_once():
     config = ModelConfig(elements=("H",), edge_norm=[False, True, True], env_exp=5, basis="gaussian/fix")
-    message = "with edge_norm = [False, True, True] and env_exp = 5 and basis = 'gaussian/fix'; the version after 3.2.0 can"
+    message = "[False, True, True] and env_exp = 5 and basis = 'gaussian/fix'; the version after 3.2.0 can"
     with pytest.raises(ValueError, match=re.escape(message)):
         config_to_deepmd(config, "float32")
 
