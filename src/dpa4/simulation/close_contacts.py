@@ -15,7 +15,7 @@ from dpa4.potential import Potential
 from dpa4.simulation.pair_curves import Curve
 
 CURVATURE = 1000.0
-"""Bound of the curvature of a pair in eV/Angstrom^2, to which 10 times the curvature of the bare repulsion is added."""
+"""Bound of the curvature of a pair in eV/Angstrom^2; 10 times the curvature of the bare repulsion is added to it."""
 
 STEEPNESS = 10.0
 """Largest ratio of a force or curvature to that of the bare repulsion."""

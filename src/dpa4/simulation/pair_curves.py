@@ -187,16 +187,14 @@ def diagnose(curve: Curve) -> Diagnosis:
         return Diagnosis(curve.name, None, None, None, None, None, ("not finite",))
     directions = np.sign(f[np.abs(f) > FORCE_FLOOR])
     flips = int((directions[1:] != directions[:-1]).sum())
-    lowest, change, h = int(e.argmin()), np.diff(e), np.diff(r)
+    lowest, change = int(e.argmin()), np.diff(e)
     excess = float(np.abs(change).sum() - (e[0] - e[lowest]) - (e[-1] - e[lowest]))
-    # Trapezoidal rule with end correction. It is exact for cubic forces, so a steep wall does not count as a jump.
-    integral = h * (f[1:] + f[:-1]) / 2 + h**2 * (k[1:] - k[:-1]) / 12
-    jumps = np.abs(change + integral)
+    jumps, allowed = mismatch(r, e, f, k)
     flags = {
         "no wall": f[0] < FORCE_FLOOR or e[0] < WALL,
         "several wells": flips > 1,
         "spike": excess > SPIKE,
-        "jump": bool((jumps > JUMP + JUMP_SHARE * np.abs(change)).any()),
+        "jump": bool((jumps > allowed).any()),
     }
     return Diagnosis(
         pair=curve.name,
@@ -207,6 +205,14 @@ def diagnose(curve: Curve) -> Diagnosis:
         largest_jump=float(jumps.max(initial=0.0)),
         flags=tuple(name for name, found in flags.items() if found),
     )
+
+
+def mismatch(distance: Array, energy: Array, force: Array, curvature: Array) -> tuple[Array, Array]:
+    """Mismatch of energy and force in every step of a curve, and its tolerance; both (n - 1,) in eV."""
+    change, h = np.diff(energy), np.diff(distance)
+    # Trapezoidal rule with end correction. It is exact for cubic forces, so a steep wall does not count as a jump.
+    integral = h * (force[1:] + force[:-1]) / 2 + h**2 * (curvature[1:] - curvature[:-1]) / 12
+    return np.abs(change + integral), JUMP + JUMP_SHARE * np.abs(change)
 
 
 def scan_pairs(

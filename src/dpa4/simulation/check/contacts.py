@@ -15,13 +15,24 @@ from dpa4.simulation.check.result import CheckResult, Figure
 from dpa4.simulation.close_contacts import (
     CURVATURE,
     STEEPNESS,
+    WALL_OF_DATA,
+    WALL_OF_RADII,
     bare_repulsion,
     excess_curvature,
     repels_below,
     wall_distance,
 )
 from dpa4.simulation.clusters import cluster_forces
-from dpa4.simulation.pair_curves import SPIKE, WALL, Curve, Diagnosis, PairCurve, diagnose, element_pairs
+from dpa4.simulation.pair_curves import (
+    SPIKE,
+    WALL,
+    Curve,
+    Diagnosis,
+    PairCurve,
+    diagnose,
+    element_pairs,
+    mismatch,
+)
 
 SHORTEST = 0.2
 """Shortest distance of a scan, in Angstrom."""
@@ -29,8 +40,8 @@ SHORTEST = 0.2
 PAIR_DEPTH, TRIPLE_DEPTH = 15.0, 25.0
 """Largest depths in eV: the strongest bonds are those of CO, 11 eV, and CO2, 17 eV in all."""
 
-LARGE_SPIKE = 1.0
-"""Excess variation of a curve that is a failure, in eV."""
+PARTS, LEVELS = 5, 4
+"""Parts into which a step is divided where energy and force disagree, and how often that is repeated."""
 
 TRIPLES = 500
 PAIRS_AT_ONCE, TRIPLES_AT_ONCE = 64, 32
@@ -39,11 +50,13 @@ NAMED = 6  # curves named in a remark
 
 Array = NDArray[np.float64]
 Progress = Callable[[str], None]
+Values = tuple[Array, Array, Array, Array]
+"""Distances, energies, forces and curvatures of a curve."""
 
 
 @dataclass(frozen=True)
 class TripleCurve:
-    """Energy of three atoms whose distances shrink together, as a function of the shortest; fields as in ``PairCurve``.
+    """Energy of three atoms whose distances grow together, over the shortest one; fields as in ``PairCurve``.
 
     Attributes:
         elements: Chemical symbols.
@@ -85,7 +98,7 @@ class Shape:
             not self.wall
             or not self.excess <= CURVATURE
             or not (d.depth or 0.0) <= depth
-            or not (d.excess_variation or 0.0) <= LARGE_SPIKE
+            or "jump" in d.flags
         )
 
 
@@ -104,13 +117,9 @@ def scan_all_pairs(
     grid, shapes = distances(potential.config.cutoff), []
     shortest = potential.coverage.shortest if potential.coverage else None
     for first in range(0, len(pairs), PAIRS_AT_ONCE):
-        for pair, energy, force in _pair_values(potential, pairs[first : first + PAIRS_AT_ONCE], grid):
-            curve = PairCurve(pair, grid, energy - energy[-1], force, _curvature(force, grid))
-            shapes.append(
-                _shape(
-                    curve, repels_below(curve, wall_distance(pair, shortest)), excess_curvature(curve, pair)
-                )
-            )
+        for curve in _pair_curves(potential, pairs[first : first + PAIRS_AT_ONCE], grid):
+            repels = repels_below(curve, wall_distance(curve.pair, shortest))
+            shapes.append(_shape(curve, repels, excess_curvature(curve, curve.pair)))
         report(f"pairs: {len(shapes)} of {len(pairs)}")
     return shapes
 
@@ -124,8 +133,8 @@ def scan_triples(
 ) -> list[Shape]:
     """Compute and diagnose the curves of random triples of atoms that are compressed, all lengths alike.
 
-    Two sides have 0.8 to 1.6 times the sum of the covalent radii of their atoms, relative to each other, and the angle
-    is random. Every element is used about equally often. Triples with an excluded pair are left out.
+    Two sides have 0.8 to 1.6 times the sum of the covalent radii of their atoms, relative to each other, and a random
+    angle. Every element is used about equally often. Triples with an excluded pair are left out.
     """
     random = np.random.default_rng(seed)
     grid, shapes = distances(potential.config.cutoff), []
@@ -186,29 +195,25 @@ def drawn_lines(shapes: Sequence[Shape], depth: float) -> list[Line]:
 def _judged(
     what: str, shapes: Sequence[Shape], tested: str, depth: float, strongest: str, remark: str = ""
 ) -> list[CheckResult]:
-    walls = [s for s in shapes if not s.wall]
-    wells = [s for s in shapes if (s.diagnosis.force_flips or 0) > 1]
-    spikes = [s for s in shapes if not (s.diagnosis.excess_variation or 0.0) <= SPIKE]
+    walls = [s.curve.name for s in shapes if not s.wall]
+    wells = [s.curve.name for s in shapes if (s.diagnosis.force_flips or 0) > 1]
+    jumps = [s.curve.name for s in shapes if "jump" in s.diagnosis.flags]
     broken = sum("not finite" in s.diagnosis.flags for s in shapes)
-    deep, jagged, curved = (
-        sorted(shapes, key=key, reverse=True)[:NAMED]
-        for key in (
-            _depth,
-            lambda s: s.diagnosis.excess_variation or 0.0,
-            lambda s: np.nan_to_num(s.excess, nan=np.inf),
-        )
-    )
-    curved = [s for s in curved if not s.excess <= CURVATURE] or curved[:1]
-    join = ", ".join
+    deep = [f"{s.curve.name} {_depth(s):.3g} eV" for s in _largest(shapes, _depth) if _depth(s) > depth]
+    largest = _largest(shapes, _excess)
+    curved = [
+        f"{s.curve.name} {s.excess:.3g} eV/Å² at {s.at:.2f} Å"
+        for s in [s for s in largest if not s.excess <= CURVATURE] or largest[:1]
+    ]
     return [
         CheckResult(
             f"{what}: wall",
             tested,
             (Figure(len(walls), "without a wall", 0), Figure(broken, "not finite", 0)),
-            f"{SHORTEST:g} Å apart, the energy is {WALL:g} eV or more above free atoms, and the force is repulsive at all "
-            "distances below 0.8 of the shortest in the training data (unknown: 0.6 of the sum of the covalent radii); "
-            "otherwise atoms fall into each other",
-            join(filter(None, (remark, _listed([s.curve.name for s in walls])))),
+            f"{SHORTEST:g} Å apart, the energy is {WALL:g} eV or more above free atoms, and the force is repulsive "
+            f"below {WALL_OF_DATA:g} of the shortest distance in the training data (unknown: below {WALL_OF_RADII:g} "
+            "of the sum of the covalent radii); otherwise atoms fall into each other",
+            "; ".join(filter(None, (remark, _listed(walls)))),
         ),
         CheckResult(
             f"{what}: wells",
@@ -218,38 +223,43 @@ def _judged(
                 Figure(len(wells), "with several wells", 0, severe=False),
             ),
             f"{strongest}; several wells are rare where electronic states do not cross",
-            _listed(
-                [f"{s.curve.name} {_depth(s):.3g} eV" for s in deep if _depth(s) > depth]
-                or [s.curve.name for s in wells]
-            ),
+            _listed(deep or wells),
         ),
         CheckResult(
             f"{what}: spikes",
             tested,
             (
-                Figure(
-                    max((s.diagnosis.excess_variation or 0.0 for s in shapes), default=0.0), "eV", LARGE_SPIKE
-                ),
-                Figure(len(spikes), f"above {SPIKE:g} eV", 0, severe=False),
+                Figure(len(jumps), "where energy and force disagree", 0),
+                Figure(max(map(_variation, shapes), default=0.0), "eV of barriers", SPIKE, severe=False),
             ),
-            "variation of the energy beyond that of a single well; 1 eV is a barrier that stops or breaks dynamics",
-            _listed([f"{s.curve.name} {s.diagnosis.excess_variation:.3g} eV" for s in jagged if s in spikes]),
+            "a step in which the force is not the slope of the energy hides a spike; barriers are the variation of "
+            "the energy beyond that of a single well, which free atoms rarely have",
+            _listed(
+                jumps or [f"{s.curve.name} {_variation(s):.3g} eV" for s in _largest(shapes, _variation)]
+            ),
         ),
         CheckResult(
             f"{what}: curvature",
             tested,
-            (
-                Figure(
-                    max((s.excess for s in shapes), default=0.0, key=lambda x: np.nan_to_num(x, nan=np.inf)),
-                    "eV/Å²",
-                    CURVATURE,
-                ),
-            ),
-            f"above {STEEPNESS:g} times the bare repulsion of nuclei; the stiffest bond, N2, has 143 eV/Å², and at 1,000 a "
-            "time step of 0.5 fs is unstable for hydrogen",
-            _listed([f"{s.curve.name} {s.excess:.3g} at {s.at:.2f} Å" for s in curved]),
+            (Figure(max(map(_excess, shapes), default=0.0), "eV/Å²", CURVATURE),),
+            f"above {STEEPNESS:g} times the bare repulsion of nuclei; the stiffest bond, N2, has 143 eV/Å², and at "
+            "1,000 a time step of 0.5 fs is unstable for hydrogen",
+            _listed(curved),
         ),
     ]
+
+
+def _variation(shape: Shape) -> float:
+    return shape.diagnosis.excess_variation or 0.0
+
+
+def _excess(shape: Shape) -> float:
+    """Largest excess curvature; infinite for a curve that is not finite."""
+    return float(np.nan_to_num(shape.excess, nan=np.inf))
+
+
+def _largest(shapes: Sequence[Shape], measure: Callable[[Shape], float]) -> list[Shape]:
+    return sorted(shapes, key=measure, reverse=True)[:NAMED]
 
 
 def _depth(shape: Shape) -> float:
@@ -287,16 +297,57 @@ def _shape(curve: Curve, repels: bool, excess: Array) -> Shape:
 # --- curves
 
 
-def _pair_values(
-    potential: Potential, pairs: Sequence[ElementPair], grid: Array
-) -> Iterator[tuple[ElementPair, Array, Array]]:
-    """Yield energies and forces along the distance of some pairs."""
-    numbers = np.array([[atomic_numbers[e] for e in pair] for pair in pairs]).repeat(len(grid), axis=0)
-    positions = np.zeros((len(numbers), 2, 3))
-    positions[:, 1, 0] = np.tile(grid, len(pairs))
-    energies, forces = cluster_forces(potential, numbers, positions)
-    split = (len(pairs), len(grid))
-    yield from zip(pairs, energies.reshape(split), forces[:, 1, 0].reshape(split), strict=True)
+def _scan(potential: Potential, atoms: Sequence[Sequence[str]], shapes: Array, grid: Array) -> list[Values]:
+    """Scan clusters whose lengths all grow together.
+
+    Steps in which energy and force disagree are divided, so that the curves are resolved where they are steep.
+
+    Args:
+        potential: The potential.
+        atoms: Chemical symbols of the n atoms of every cluster.
+        shapes: Positions (S, n, 3) for the distance 1.
+        grid: Distances (m,), in Angstrom.
+
+    Returns:
+        For every cluster distances, energies relative to the longest distance, forces along the distance, curvatures.
+    """
+    numbers = np.array([[atomic_numbers[e] for e in elements] for elements in atoms])
+
+    def points(which: NDArray[np.int64], distance: Array) -> Array:
+        energies, forces = cluster_forces(potential, numbers[which], shapes[which] * distance[:, None, None])
+        return np.stack([distance, energies, (forces * shapes[which]).sum((1, 2))], axis=1)
+
+    every = np.arange(len(atoms))
+    found = list(points(every.repeat(len(grid)), np.tile(grid, len(atoms))).reshape(len(atoms), len(grid), 3))
+    for _ in range(LEVELS):
+        added = [_between(values) for values in found]
+        if not any(map(len, added)):
+            break
+        which, distance = every.repeat([len(d) for d in added]), np.concatenate(added)
+        new = points(which, distance)
+        for k in every:
+            merged = np.concatenate([found[k], new[which == k]])
+            found[k] = merged[merged[:, 0].argsort()]
+    return [(r, e - e[-1], f, _curvature(f, r)) for r, e, f in (values.T for values in found)]
+
+
+def _between(values: Array) -> Array:
+    """Distances inside the steps of a curve in which energy and force disagree."""
+    r, e, f = values.T
+    if not np.isfinite(values).all():
+        return np.empty(0)
+    difference, allowed = mismatch(r, e, f, _curvature(f, r))
+    steps = np.flatnonzero(difference > allowed)
+    return (r[steps, None] + np.diff(r)[steps, None] * np.arange(1, PARTS) / PARTS).ravel()
+
+
+def _pair_curves(potential: Potential, pairs: Sequence[ElementPair], grid: Array) -> Iterator[PairCurve]:
+    """Yield the curves of some pairs."""
+    # Only the second atom moves, so that the force along the distance is its own.
+    shapes = np.zeros((len(pairs), 2, 3))
+    shapes[:, 1, 0] = 1.0
+    for pair, values in zip(pairs, _scan(potential, pairs, shapes, grid), strict=True):
+        yield PairCurve(pair, *values)
 
 
 def _random_triple(
@@ -316,16 +367,12 @@ def _random_triple(
 def _triple_curves(
     potential: Potential, triples: Sequence[tuple[tuple[str, str, str], Array]], grid: Array
 ) -> Iterator[TripleCurve]:
-    numbers = np.array([[atomic_numbers[e] for e in elements] for elements, _ in triples]).repeat(
-        len(grid), axis=0
-    )
+    """Yield the curves of some triples, given by their elements and positions."""
     shapes = np.array([positions for _, positions in triples])
-    positions = (shapes[:, None] * grid[:, None, None]).reshape(-1, 3, 3)
-    energies, forces = cluster_forces(potential, numbers, positions)
-    along = (forces.reshape(len(triples), len(grid), 3, 3) * shapes[:, None]).sum((2, 3))
-    for (elements, shape), energy, force in zip(triples, energies.reshape(along.shape), along, strict=True):
+    scans = _scan(potential, [elements for elements, _ in triples], shapes, grid)
+    for (elements, shape), values in zip(triples, scans, strict=True):
         a, b, c = _sides(shape)
-        yield TripleCurve(elements, (a, b, c), grid, energy - energy[-1], force, _curvature(force, grid))
+        yield TripleCurve(elements, (a, b, c), *values)
 
 
 def _sides(positions: Array) -> list[float]:

@@ -66,8 +66,8 @@ def check_crossing(potential: Potential, structures: Structures, elements: Seque
         (Figure(energy, "eV", ENERGY_JUMP), Figure(force, "eV/Å", FORCE_JUMP)),
         "a jump heats or cools dynamics at every crossing; energies of float32 are accurate to about 1e-6 eV",
         place,
-        f"the repulsion of the model ends abruptly at the cutoff, by up to {known:.2g} eV a pair, as in deepmd-kit; the "
-        "figures are without it"
+        f"the repulsion of the model ends abruptly at the cutoff, by up to {known:.2g} eV a pair, as in deepmd-kit; "
+        "the figures are without it"
         if known > ENERGY_JUMP
         else "",
     )

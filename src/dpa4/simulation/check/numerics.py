@@ -1,14 +1,13 @@
 """Checks of numbers: finite, the same in every precision, compiled, on a GPU, alone and in a batch."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
 from dpa4.execution import limits
 from dpa4.execution.evaluator import Evaluator
 from dpa4.graph import Graph, collate
-from dpa4.ops.segments import segment_sum
 from dpa4.potential import Potential, Prediction
 from dpa4.simulation.check.result import CheckResult, Figure
 
@@ -186,5 +185,5 @@ def _largest(values: torch.Tensor) -> float:
     return float(values.abs().max()) if values.numel() else 0.0
 
 
-def _worst(values: "object") -> float:
+def _worst(values: Iterable[float]) -> float:
     return float(torch.tensor(list(values), dtype=torch.float64).max())  # unlike Python's max, propagates NaN

@@ -1,6 +1,6 @@
 """Checks of symmetry and of derivatives, in float64."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ DIRECTIONS = 4
 
 Structures = Mapping[str, Atoms]
 Array = NDArray[np.float64]
+Operation = Callable[[Atoms, np.random.Generator], tuple[Atoms, Array, NDArray[np.int64]]]
 
 
 def check_symmetry(potential: Potential, structures: Structures, seed: int = 0) -> list[CheckResult]:
@@ -43,8 +44,8 @@ def check_symmetry(potential: Potential, structures: Structures, seed: int = 0) 
                 Figure(_worst(e for e, _ in found.values()), "eV/atom", SYMMETRY_TOLERANCE),
                 Figure(_worst(f for _, f in found.values()), "eV/Å", SYMMETRY_TOLERANCE),
             ),
-            "exact for every DPA4 model; float64 rounds at 1e-16, sums amplify it; relative to the larger of 1 and the "
-            "largest force",
+            "exact for every DPA4 model; float64 rounds at 1e-16, sums amplify it; relative to the larger of 1 and "
+            "the largest force",
             f"largest: {max(found, key=lambda name: found[name])}",
         )
         for name, found in deviations.items()
@@ -132,13 +133,13 @@ def _derivative(name: str, unit: str, deviations: Mapping[str, float], along: st
         name,
         f"{len(deviations)} structures, {DIRECTIONS} random {along} each, finite differences in float64",
         (Figure(_worst(deviations.values()), unit, DERIVATIVE_TOLERANCE),),
-        f"energies of float64 round at 1e-13 eV, which a step of {STEP:g} Å turns into 1e-9; relative to the larger of 1 "
-        "and the largest value",
+        f"energies of float64 round at 1e-13 eV, which a step of {STEP:g} Å turns into 1e-9; relative to the "
+        "larger of 1 and the largest value",
         f"largest: {max(deviations, key=deviations.__getitem__)}",
     )
 
 
-def _slope(potential: Potential, moved: "object") -> float:
+def _slope(potential: Potential, moved: Callable[[float], Atoms]) -> float:
     """Derivative of the energy at zero by central differences of fourth order, per Angstrom."""
     graphs = collate([graph_of(potential, moved(k * STEP)) for k in (-2, -1, 1, 2)])
     energies = bound_energies(potential, graphs, potential(graphs))
@@ -146,7 +147,7 @@ def _slope(potential: Potential, moved: "object") -> float:
     return float((weights * energies).sum()) / (12 * STEP)
 
 
-# --- symmetry operations: a copy, the matrix by which its forces are those of the original, and the order of its atoms
+# --- symmetry operations: a copy, the matrix that transforms its forces, and the order of its atoms
 
 
 def _rotated(atoms: Atoms, random: np.random.Generator) -> tuple[Atoms, Array, NDArray[np.int64]]:
@@ -177,7 +178,7 @@ def _permuted(atoms: Atoms, random: np.random.Generator) -> tuple[Atoms, Array, 
 
 
 def _deviations(
-    potential: Potential, structures: Structures, random: np.random.Generator, operation: "object"
+    potential: Potential, structures: Structures, random: np.random.Generator, operation: Operation
 ) -> dict[str, tuple[float, float]]:
     """Deviation of the energy per atom and of the forces of every structure from those of its copy."""
     found = {}

@@ -1,4 +1,4 @@
-"""Built-in structures of a check: molecules, clusters, crystal, slab and isolated atom of the model's own elements."""
+"""Built-in structures of a check: molecules, clusters, crystal, slab and isolated atom of a model's elements."""
 
 from collections.abc import Sequence
 
@@ -83,7 +83,7 @@ def built_in_structures(
 
 
 def cluster(elements: Sequence[str], random: np.random.Generator) -> Atoms:
-    """Build a random cluster whose atoms are at 0.95 to 1.2 times the sum of their covalent radii from a neighbour."""
+    """Build a random cluster whose atoms are 0.95 to 1.2 times the sum of their covalent radii from a neighbour."""
     radii = [float(covalent_radii[atomic_numbers[e]]) for e in elements]
     positions = [np.zeros(3)]
     while len(positions) < len(elements):
