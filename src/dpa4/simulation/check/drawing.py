@@ -53,7 +53,7 @@ def draw(drawing: Drawing) -> Any:
     if len(drawing.inside):
         right.loglog(drawing.inside, np.maximum(drawing.response, 1e-6), marker="o", markersize=4, color=GOOD)
         right.axhline(drawing.limit, color=BAD, linestyle="--", linewidth=1)
-        right.text(drawing.inside[0], 1.2 * drawing.limit, "tolerance", color=BAD, fontsize=8)
+        right.text(drawing.inside[0], 0.9 * drawing.limit, "tolerance", color=BAD, fontsize=8, va="top")
     right.set_xlabel("distance of a shell from the cutoff (Å)", fontsize=9)
     right.set_ylabel("change of force per displacement (eV/Å²)", fontsize=9)
     for axis in (left, middle, right):

@@ -20,8 +20,6 @@ GPU_TOLERANCE = 1e-9
 FLOAT32_ENERGY, FLOAT32_FORCE = 1e-5, 1e-4
 FAST_ENERGY = 0.02
 
-RELATIVE = "energies without those of free atoms, relative to the larger of 1 and the largest value"
-
 
 def predict(potential: Method, graphs: Graphs, device: torch.device | None = None) -> dict[str, Prediction]:
     """Compute every structure alone; results on the CPU."""
@@ -71,7 +69,8 @@ def check_against(
         method: Function that predicts a graph on the device of the potential.
         graphs: Structures.
         reference: Their predictions.
-        tolerances: Largest deviation of energies per atom and of forces, see `RELATIVE`.
+        tolerances: Largest deviation of energies per atom and of forces, each relative to the
+            larger of 1 and the largest value.
         reason: Reason for the tolerances.
         severe: Exceeding the tolerances is a failure, otherwise a warning.
     """
@@ -100,7 +99,7 @@ def check_batch(potential: Potential, graphs: Graphs, reference: Reference) -> C
         found,
         reference,
         (BATCH_TOLERANCE, BATCH_TOLERANCE),
-        f"structures of a batch do not see each other; float64 rounds at 1e-16, sums amplify it; {RELATIVE}",
+        f"structures of a batch do not see each other; float64 rounds at 1e-16, sums amplify it",
         True,
     )
 
@@ -113,7 +112,7 @@ def check_compiled(
 ) -> CheckResult:
     """Compare compiled code with eager mode, both in float32; the potential stays compiled."""
     allowed = limits.TOLERANCES[torch.float32]
-    reason = f"rounding of float32, fused in another order; {RELATIVE}"
+    reason = f"rounding of float32, fused in another order"
     evaluator = Evaluator(potential, compile=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -10,6 +10,12 @@ from dpa4.simulation.check.result import ModelCheck
 from dpa4.system import user_path
 
 
+EXPLANATION = (
+    "Deviations of energies, forces and virials are relative to the larger of 1 and the largest value; energies are "
+    "those without free atoms. A warning is something to know, not a fault."
+)
+
+
 def write_check(check: ModelCheck, output: str | Path) -> Path:
     """Write the results of a check as one HTML page, which replaces an earlier one.
 
@@ -25,7 +31,7 @@ def write_check(check: ModelCheck, output: str | Path) -> Path:
     draw(check.drawing).savefig(drawn, dpi=110, format="png")
     caption = "Curves of pairs and triples, and response near the cutoff; red curves fail"
     sections = {
-        "Verdict": f"<p>{html.escape(check.summary)}.</p>\n{_results(check)}",
+        "Verdict": f"<p>{html.escape(check.summary)}.</p>\n<p>{EXPLANATION}</p>\n{_results(check)}",
         "Curves": f"<p>{caption}.</p>\n{html.image(drawn.getvalue(), caption)}",
         "Versions": html.name_table({"time of the check": f"{check.seconds:.0f} s"}) + html.versions(),
     }

@@ -44,7 +44,8 @@ class Figure:
         """The limit in words; empty without one."""
         if self.limit is None:
             return ""
-        return f"≤ {_short(self.limit)} {self.unit}" + ("" if self.severe else " (else warn)")
+        limit = f"≤ {_short(self.limit)} {self.unit}" if self.limit else "0"
+        return limit + ("" if self.severe else " (else warn)")
 
 
 @dataclass(frozen=True)
