@@ -127,7 +127,7 @@ def scan_all_pairs(
 def scan_triples(
     potential: Potential,
     elements: Sequence[str],
-    count: int = TRIPLES,
+    count: int,
     seed: int = 0,
     report: Progress = lambda text: None,
 ) -> list[Shape]:

@@ -129,7 +129,7 @@ def _abrupt_end(potential: Potential, a: int, b: int) -> tuple[float, float]:
     length = torch.tensor([potential.config.cutoff], dtype=torch.float64, requires_grad=True)
     energy = zbl_pair_energy(length, torch.tensor(int(a)), torch.tensor(int(b)))
     (slope,) = torch.autograd.grad(energy.sum(), length)
-    return 1.001 * float(energy), 1.001 * abs(float(slope))
+    return 1.001 * float(energy.detach()), 1.001 * abs(float(slope))
 
 
 def _stretched(crystal: Atoms, cutoff: float, gap: float) -> Atoms:

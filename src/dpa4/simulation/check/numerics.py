@@ -99,7 +99,7 @@ def check_batch(potential: Potential, graphs: Graphs, reference: Reference) -> C
         found,
         reference,
         (BATCH_TOLERANCE, BATCH_TOLERANCE),
-        f"structures of a batch do not see each other; float64 rounds at 1e-16, sums amplify it",
+        "structures of a batch do not see each other; float64 rounds at 1e-16, sums amplify it",
         True,
     )
 
@@ -112,7 +112,7 @@ def check_compiled(
 ) -> CheckResult:
     """Compare compiled code with eager mode, both in float32; the potential stays compiled."""
     allowed = limits.TOLERANCES[torch.float32]
-    reason = f"rounding of float32, fused in another order"
+    reason = "rounding of float32, fused in another order"
     evaluator = Evaluator(potential, compile=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -9,7 +9,6 @@ from dpa4.simulation.check.drawing import draw
 from dpa4.simulation.check.result import ModelCheck
 from dpa4.system import user_path
 
-
 EXPLANATION = (
     "Deviations of energies, forces and virials are relative to the larger of 1 and the largest value; energies are "
     "those without free atoms. A warning is something to know, not a fault."

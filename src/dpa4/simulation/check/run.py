@@ -85,7 +85,7 @@ def check_model(
         pairs = contacts.scan_all_pairs(single, chosen, report)
         results += contacts.check_pairs(pairs, len(element_pairs(single)))
         report("triples", 1)
-        triples = contacts.scan_triples(single, chosen, report=report)
+        triples = contacts.scan_triples(single, chosen, contacts.TRIPLES, report=report)
         results += contacts.check_triples(triples, pairs)
         report("compilation", 1)
         if compile:
@@ -145,7 +145,7 @@ def _gpu(
 ) -> CheckResult:
     potential = load_model(model, device, "float64", "high", branch)
     tolerance = numerics.GPU_TOLERANCE
-    reason = f"float64 rounds at 1e-16, sums in another order amplify it"
+    reason = "float64 rounds at 1e-16, sums in another order amplify it"
     return numerics.check_against(
         "GPU and CPU, float64", potential, potential, graphs, reference, (tolerance, tolerance), reason
     )
@@ -155,9 +155,9 @@ def _precisions(
     single: Potential, graphs: dict[str, Graph], reference: dict[str, Prediction]
 ) -> list[CheckResult]:
     """Compare float32 at both precisions with float64."""
-    reason = f"well below the errors of any model, 1 meV/atom and 10 meV/Å"
+    reason = "well below the errors of any model, 1 meV/atom and 10 meV/Å"
     high = numerics.check_against('float32, "high"', single, single, graphs, reference, FLOAT32, reason)
-    reason = f"bfloat16 rounds at 0.4 %; for screening, not for energy conservation"
+    reason = "bfloat16 rounds at 0.4 %; for screening, not for energy conservation"
     with single.at_precision("fast"):
         fast = numerics.check_against(
             'float32, "fast"', single, single, graphs, reference, FAST, reason, severe=False
