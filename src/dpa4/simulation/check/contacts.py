@@ -40,8 +40,11 @@ SHORTEST = 0.2
 PAIR_DEPTH, TRIPLE_DEPTH = 15.0, 25.0
 """Largest depths in eV: the strongest bonds are those of CO, 11 eV, and CO2, 17 eV in all."""
 
-PARTS, LEVELS = 5, 4
-"""Parts into which a step is divided where energy and force disagree, and how often that is repeated."""
+PARTS, LEVELS, STEPS = 5, 4, 6
+"""Parts into which a step is divided where energy and force disagree, repetitions, and steps of a curve each time."""
+
+JUMP_WIDTH = 1e-3
+"""Width of a step, in Angstrom, in which a disagreement is a jump rather than a feature that is not resolved."""
 
 TRIPLES = 500
 PAIRS_AT_ONCE, TRIPLES_AT_ONCE = 64, 32
@@ -88,18 +91,14 @@ class Shape:
     curve: Curve
     diagnosis: Diagnosis
     wall: bool
+    jump: bool
     excess: float  # largest excess curvature, eV/Angstrom^2; NaN if the curve is not finite
     at: float  # its distance
 
     def failed(self, depth: float) -> bool:
         """Return whether one of the failures of the checks applies to the curve."""
         d = self.diagnosis
-        return (
-            not self.wall
-            or not self.excess <= CURVATURE
-            or not (d.depth or 0.0) <= depth
-            or "jump" in d.flags
-        )
+        return not self.wall or not self.excess <= CURVATURE or not (d.depth or 0.0) <= depth or self.jump
 
 
 def distances(cutoff: float) -> Array:
@@ -197,7 +196,7 @@ def _judged(
 ) -> list[CheckResult]:
     walls = [s.curve.name for s in shapes if not s.wall]
     wells = [s.curve.name for s in shapes if (s.diagnosis.force_flips or 0) > 1]
-    jumps = [s.curve.name for s in shapes if "jump" in s.diagnosis.flags]
+    jumps = [s.curve.name for s in shapes if s.jump]
     broken = sum("not finite" in s.diagnosis.flags for s in shapes)
     deep = [f"{s.curve.name} {_depth(s):.3g} eV" for s in _largest(shapes, _depth) if _depth(s) > depth]
     largest = _largest(shapes, _excess)
@@ -289,9 +288,16 @@ def _shape(curve: Curve, repels: bool, excess: Array) -> Shape:
         curve,
         diagnosis,
         repels and not {"no wall", "not finite"} & {*diagnosis.flags},
+        finite and _jumps(curve),
         float(excess.max()) if finite else float("nan"),
         float(curve.distance[at]),
     )
+
+
+def _jumps(curve: Curve) -> bool:
+    """Return whether energy and force disagree in a step that is too narrow for a feature of a smooth energy."""
+    difference, allowed = mismatch(curve.distance, curve.energy, curve.force, curve.curvature)
+    return bool(((difference > allowed) & (np.diff(curve.distance) < JUMP_WIDTH)).any())
 
 
 # --- curves
@@ -332,12 +338,13 @@ def _scan(potential: Potential, atoms: Sequence[Sequence[str]], shapes: Array, g
 
 
 def _between(values: Array) -> Array:
-    """Distances inside the steps of a curve in which energy and force disagree."""
+    """Distances inside the steps of a curve in which energy and force disagree most."""
     r, e, f = values.T
     if not np.isfinite(values).all():
         return np.empty(0)
     difference, allowed = mismatch(r, e, f, _curvature(f, r))
-    steps = np.flatnonzero(difference > allowed)
+    worst = (difference - allowed).argsort()[-STEPS:]
+    steps = worst[difference[worst] > allowed[worst]]
     return (r[steps, None] + np.diff(r)[steps, None] * np.arange(1, PARTS) / PARTS).ravel()
 
 
