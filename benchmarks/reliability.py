@@ -6,24 +6,30 @@
     python benchmarks/reliability.py hot MODEL FRAMES.xyz --ps 100   # 3,000 K in a box, looking for holes
     python benchmarks/reliability.py nve MODEL FRAME.xyz --ps 100    # drift of the total energy at 300 K
 
+"hot" and "nve" take hours on a CPU; with --state FOLDER an interrupted run continues.
+
 Collisions and hot dynamics take one structure of each ``config_type`` of the file.
 """
 
 import argparse
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import ase.io
 import numpy as np
 import torch
 from ase import Atoms, units
+from ase.geometry import find_mic
 from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
 from ase.md.verlet import VelocityVerlet
+from ase.optimize import FIRE
 from numpy.typing import NDArray
 
 from dpa4 import DPA4Calculator, load_potential
-from dpa4.graph import build_graph
+from dpa4.execution.evaluator import Evaluator
+from dpa4.graph import Graph, build_graph, collate
 from dpa4.model.short_range import zbl_pair_energy
 from dpa4.potential import Potential
 from dpa4.simulation.pair_curves import pair_curves
@@ -91,7 +97,7 @@ def collision(model: DPA4Calculator, atoms: Atoms, energy: float, seed: int) -> 
     """Shoot a random atom of a crystal, or a copy of the molecule, head-on at another atom.
 
     The equations of motion are integrated by the fourth-order scheme of Yoshida, with steps in which no atom moves by
-    more than 0.02 Angstrom and 0.03 of the shortest distance at its speed, or by its acceleration.
+    more than 0.015 Angstrom and 0.02 of the shortest distance at its speed, or by its acceleration.
     """
     random = np.random.default_rng(seed)
     velocity = np.zeros((len(atoms), 3))
@@ -124,7 +130,7 @@ def collision(model: DPA4Calculator, atoms: Atoms, energy: float, seed: int) -> 
         speed = np.linalg.norm(velocity, axis=1).max()
         distance = atoms.get_all_distances(mic=True) + np.diag(np.full(len(atoms), np.inf))
         closest = min(closest, float(distance.min()))
-        reach = min(0.02, 0.03 * float(distance.min()))
+        reach = min(0.015, 0.02 * float(distance.min()))
         pull = (np.linalg.norm(atoms.get_forces(), axis=1) / masses[:, 0]).max()
         step = min(reach / speed, np.sqrt(2 * reach / max(pull, 1e-9)) / 4)
         for drift, kick in zip(drifts, (*kicks, None), strict=True):
@@ -139,65 +145,175 @@ def collision(model: DPA4Calculator, atoms: Atoms, energy: float, seed: int) -> 
     return {"energy": energy, "closest": closest, "largest change of the energy": worst}
 
 
-def hot(model: DPA4Calculator, atoms: Atoms, ps: float, temperature: float, seed: int = 0) -> dict:
-    """Langevin dynamics in a periodic box, at a temperature where molecules fall apart and meet again."""
+class Progress:
+    """State of a long run in a file, from which an interrupted run is continued."""
+
+    def __init__(self, folder: Path | None, name: str):
+        self.path = folder / f"{name}.npz" if folder else None
+
+    def load(self) -> dict[str, Array]:
+        """Return the arrays saved last, none at the start."""
+        if self.path is None or not self.path.exists():
+            return {}
+        with np.load(self.path) as stored:
+            return dict(stored)
+
+    def save(self, **arrays: Array) -> None:
+        """Replace the arrays of the file."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(".part.npz")
+            np.savez(partial, **arrays)
+            partial.replace(self.path)
+
+
+def boxed(atoms: Atoms) -> Atoms:
+    """Return a copy in a periodic box, with 3.5 Angstrom around a molecule."""
     atoms = atoms.copy()
     if not atoms.pbc.any():
         atoms.center(vacuum=3.5)
         atoms.pbc = True
-    atoms.calc = model
-    start = atoms.get_potential_energy()
-    MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=np.random.default_rng(seed))
-    dynamics = Langevin(
-        atoms,
-        0.5 * units.fs,
-        temperature_K=temperature,
-        friction=0.01 / units.fs,
-        rng=np.random.default_rng(seed),
+    return atoms
+
+
+def hot(
+    potential: Potential,
+    structures: dict[str, Atoms],
+    ps: float,
+    temperature: float,
+    progress: Progress,
+    device: str,
+) -> Iterator[tuple[str, dict]]:
+    """Langevin dynamics of many periodic boxes at once, at a temperature where molecules fall apart and meet again.
+
+    Splitting BAOAB, 0.5 fs, friction 0.01/fs. Yields one result per box.
+    """
+    boxes = [boxed(atoms) for atoms in structures.values()]
+    sizes = [len(atoms) for atoms in boxes]
+    evaluate = Evaluator(potential.to(device), compile=None)
+    ends = np.cumsum(sizes)[:-1]
+    starts = np.concatenate([[0], ends])
+    search, skin = {}, 1.0  # graph with pairs up to cutoff + skin, and the positions at that time
+
+    def calculate(positions: Array) -> tuple[Array, Array]:
+        if not search or np.linalg.norm(positions - search["positions"], axis=1).max() > skin / 2:
+            parts = zip(boxes, np.split(positions, ends), strict=True)
+            cutoff = potential.config.cutoff + skin  # the network does not see edges beyond its own cutoff
+            graphs = [build_graph(a.numbers, r, a.cell.array, a.pbc, cutoff) for a, r in parts]
+            search.update(graph=merged(graphs).to(device), positions=positions)
+        moved = torch.from_numpy(positions).to(device)
+        prediction = evaluate(search["graph"]._replace(positions=moved))
+        atomic = prediction.atomic_energies.double().cpu().numpy()
+        return np.add.reduceat(atomic, starts), prediction.forces.double().cpu().numpy()
+
+    random, step, friction = np.random.default_rng(0), 0.5 * units.fs, 0.01 / units.fs
+    masses = np.concatenate([a.get_masses() for a in boxes])[:, None]
+    thermal = np.sqrt(units.kB * temperature / masses)
+    positions = np.concatenate([a.positions for a in boxes])
+    first, forces = calculate(positions)
+    velocities = thermal * random.normal(size=positions.shape)
+    done, lowest, hottest = 0, np.zeros(len(boxes)), np.zeros(len(boxes))
+    closest = np.full(len(boxes), np.inf)
+    if stored := progress.load():
+        positions, velocities, lowest, closest, hottest = (
+            stored[n] for n in ("positions", "velocities", "lowest", "closest", "hottest")
+        )
+        done = int(stored["done"])
+        random = np.random.default_rng(done)
+        forces = calculate(positions)[1]
+    decay, last = np.exp(-friction * step), round(2000 * ps)
+    for number in range(done + 1, last + 1):
+        velocities = velocities + 0.5 * step * forces / masses
+        positions = positions + 0.5 * step * velocities
+        velocities = decay * velocities + np.sqrt(1 - decay**2) * thermal * random.normal(
+            size=positions.shape
+        )
+        positions = positions + 0.5 * step * velocities
+        energies, forces = calculate(positions)
+        velocities = velocities + 0.5 * step * forces / masses
+        lowest = np.minimum(lowest, (energies - first) / sizes)
+        kinetic = np.array([k.mean() for k in np.split(masses * velocities**2, ends)])
+        hottest = np.maximum(hottest, kinetic / units.kB)
+        if number % 20 == 0:
+            near = zip(boxes, np.split(positions, ends), strict=True)
+            closest = np.minimum(closest, [shortest_distance(a, r) for a, r in near])
+        if number % 4000 == 0 or number == last:
+            progress.save(
+                positions=positions,
+                velocities=velocities,
+                lowest=lowest,
+                closest=closest,
+                hottest=hottest,
+                done=np.array(number),
+            )
+            print(f"{number / 2000} ps, hottest {hottest.max():.0f} K, lowest {lowest.min():.2f}", flush=True)
+    for name, *values in zip(structures, lowest, closest, hottest, strict=True):
+        labels = ("lowest energy per atom", "closest", "hottest")
+        yield name, {"ps": ps} | dict(zip(labels, map(float, values), strict=True))
+
+
+def merged(graphs: list[Graph]) -> Graph:
+    """Return one structure with the atoms of all, in a unit cell of 1 Angstrom with shifts to match.
+
+    A single structure is replayed as a CUDA graph, a batch is not.
+    """
+    batch = collate(graphs)
+    shift = torch.cat([g.shift @ g.cell[0] for g in graphs])
+    return batch._replace(
+        cell=torch.eye(3, dtype=torch.float64)[None],
+        shift=shift,
+        structure=torch.zeros_like(batch.structure),
+        charge_spin=batch.charge_spin[:1],
     )
-    lowest, closest, hottest, steps = 0.0, np.inf, 0.0, 0
-    eye = np.eye(len(atoms), dtype=bool)
-    for steps in range(1, round(ps * 2000) + 1):
-        dynamics.run(1)
-        lowest = min(lowest, (atoms.get_potential_energy() - start) / len(atoms))
-        hottest = max(hottest, atoms.get_temperature())
-        if steps % 20 == 0:
-            closest = min(closest, float(atoms.get_all_distances(mic=True)[~eye].min()))
-        if not hottest < 20 * temperature:
-            break
-    return {
-        "ps": steps / 2000,
-        "lowest energy per atom": lowest,
-        "closest": closest,
-        "hottest": hottest,
-    }
+
+
+def shortest_distance(atoms: Atoms, positions: Array) -> float:
+    """Shortest distance in a box of atoms at other positions, Angstrom."""
+    vectors = (positions[:, None] - positions)[np.triu_indices(len(positions), 1)]
+    return float(find_mic(vectors, atoms.cell, atoms.pbc)[1].min())
 
 
 def nve(
-    model: DPA4Calculator, atoms: Atoms, ps: float, timestep: float = 1.0, temperature: float = 300.0
+    model: DPA4Calculator, atoms: Atoms, ps: float, progress: Progress, temperature: float = 300.0
 ) -> dict:
-    """Drift of the total energy in eV/atom/ps, by a straight line, and its largest deviation in eV/atom."""
+    """Drift of the total energy in 1 fs steps, by a straight line, and its largest deviation.
+
+    The structure is relaxed and thermalised for 5 ps before.
+    """
     atoms = atoms.copy()
     atoms.calc = model
-    random = np.random.default_rng(0)
-    MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=random)
-    Langevin(atoms, timestep * units.fs, temperature_K=temperature, friction=0.02 / units.fs, rng=random).run(
-        1000
-    )
-    Stationary(atoms)
-    dynamics, energies = VelocityVerlet(atoms, timestep * units.fs), []
-    started, total = time.monotonic(), round(1000 * ps / timestep)
-    for _ in range(total // 10):
+    total, energies = round(1000 * ps), []
+    if stored := progress.load():
+        atoms.positions, energies = stored["positions"], list(stored["energies"])
+        atoms.set_velocities(stored["velocities"])
+    else:
+        FIRE(atoms, logfile=None).run(fmax=0.1, steps=500)
+        random = np.random.default_rng(0)
+        MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=random)
+        Langevin(atoms, 0.5 * units.fs, temperature_K=temperature, friction=0.02 / units.fs, rng=random).run(
+            2000
+        )
+        Stationary(atoms)
+    dynamics, started, before = VelocityVerlet(atoms, units.fs), time.monotonic(), len(energies)
+    while len(energies) < total // 10:
         dynamics.run(10)
         energies.append(atoms.get_total_energy() / len(atoms))
-    times = 0.01 * timestep * np.arange(1, len(energies) + 1)
-    drift, _ = np.polyfit(times, energies, 1)
+        if len(energies) % 200 == 0:
+            velocities = atoms.get_velocities()
+            progress.save(positions=atoms.positions, velocities=velocities, energies=np.array(energies))
+            line(f"{len(energies) // 100} ps", fitted(energies) | {"K": atoms.get_temperature()})
+    steps = 10 * (len(energies) - before)
+    speed = 1e3 * (time.monotonic() - started) / max(steps, 1)
+    return fitted(energies) | {"K": atoms.get_temperature(), "ms per step": speed}
+
+
+def fitted(energies: list[float]) -> dict:
+    """Slope of a straight line through energies per atom, one per 10 fs, and their range."""
+    drift, _ = np.polyfit(0.01 * np.arange(len(energies)), energies, 1)
     return {
-        "ps": float(times[-1]),
-        "K": atoms.get_temperature(),
+        "ps": 0.01 * len(energies),
         "drift ueV/atom/ps": 1e6 * float(drift),
         "largest deviation meV/atom": 1e3 * float(np.ptp(energies)),
-        "ms per step": 1e3 * (time.monotonic() - started) / total,
     }
 
 
@@ -232,6 +348,10 @@ def main() -> None:
     parser.add_argument("--ps", type=float, default=100.0)
     parser.add_argument("--temperature", type=float, default=3000.0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--state", type=Path, help="folder of states, to continue hot and nve")
+    parser.add_argument(
+        "--part", default="0/1", help="i/n: only every n-th collision, beginning with the i-th"
+    )
     options = parser.parse_args()
     frames = ase.io.read(options.frames, ":") if options.frames else []
     chosen = {n: a for n, a in one_of_each(frames).items() if not options.only or n in options.only}
@@ -247,22 +367,27 @@ def main() -> None:
         )
     elif options.test == "collisions":
         model, random = DPA4Calculator(options.model, device=options.device), np.random.default_rng(1)
-        worst = 0.0
+        worst, (part, parts) = 0.0, map(int, options.part.split("/"))
         for number in range(options.collisions):
             name = list(chosen)[number % len(chosen)]
             energy = float(np.exp(random.uniform(np.log(10), np.log(500))))
+            if number % parts != part:
+                continue
             found = collision(model, chosen[name].copy(), energy, number)
             worst = max(worst, found["largest change of the energy"])
             line(f"{number} {name}", found)
-        line(f"{options.collisions} collisions", {"largest change of the energy": worst})
+        line(
+            f"part {options.part} of {options.collisions} collisions", {"largest change of the energy": worst}
+        )
     elif options.test == "hot":
-        model = DPA4Calculator(options.model, device=options.device)
-        for name, atoms in chosen.items():
-            line(name, hot(model, atoms, options.ps, options.temperature))
+        potential, progress = load_potential(options.model), Progress(options.state, "hot")
+        results = hot(potential, chosen, options.ps, options.temperature, progress, options.device)
+        for name, found in results:
+            line(name, found)
     else:
         model = DPA4Calculator(options.model, device=options.device)
         for name, atoms in chosen.items():
-            line(name, nve(model, atoms, options.ps))
+            line(name, nve(model, atoms, options.ps, Progress(options.state, name)))
 
 
 if __name__ == "__main__":

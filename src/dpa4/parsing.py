@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 MAX_FILE = 1_000_000
-"""Largest YAML file, in bytes."""
+"""Largest file of options, in bytes."""
 
 MAX_VALUES = 20_000
 """Largest number of values in YAML; the parser needs two seconds for so many."""
@@ -72,17 +72,25 @@ def read_yaml(path: Path) -> Any:
         ValueError: If the file is larger than ``MAX_FILE``, or is not UTF-8 or not valid YAML.
         OSError: If the file cannot be read.
     """
+    return parse_yaml(_read_text(path, "YAML"), str(path))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; errors as in `read_yaml`."""
+    return parse_json(_read_text(path, "JSON"), str(path))
+
+
+def _read_text(path: Path, kind: str) -> str:
     if (size := path.stat().st_size) > MAX_FILE:
         raise ValueError(
-            f"{path} has {size:,} bytes; a YAML file of options may have at most {MAX_FILE:,}. Is it another file?"
+            f"{path} has {size:,} bytes; a {kind} file of options may have at most {MAX_FILE:,}. Is it another file?"
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not text in UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); save it as UTF-8"
         ) from None
-    return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, what: str) -> Any:
@@ -132,6 +140,11 @@ def shown(value: object) -> str:
     """
     text = _short.repr(value)
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def printable(text: str) -> str:
+    """Escape line breaks and control characters, with which a file could draw on the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error: Exception) -> str:

@@ -116,8 +116,12 @@ def test_convert_to_deepmd_and_back_keeps_the_energy(trained):
     assert "exists; choose another name" in run("convert", model, there, ok=False)
 
 
-def test_info_of_a_preset():
+def test_presets_in_commands(tmp_path):
     assert "2,762,885" in run("info", "paper-air")
+    assert "281,122,208" in run("info", "DPA4-Ultra-v20260911")
+    run("init", tmp_path / "run.yaml", "--preset", "dpa4-neo-v20260911")
+    assert "  preset: dpa4-neo-v20260911\n" in (tmp_path / "run.yaml").read_text()
+    assert "exists as dpa4-max-v20260901" in run("info", "dpa4-max-v20260820", ok=False).replace("\n", " ")
 
 
 @pytest.mark.parametrize(

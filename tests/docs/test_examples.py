@@ -8,6 +8,7 @@ from ase import Atoms
 from ase.io import write
 
 from dpa4.potential import save_potential
+from dpa4.training import convert_input
 from helpers import crystal, molecule, random_potential
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,3 +64,19 @@ def test_blocks_run_one_after_another(folder, page, capsys):
         exec(compile(block, f"{page}, block {number}", "exec"), known)
     printed = capsys.readouterr().out
     assert ("nan" in printed) == (page == "docs/torchsim.md")  # the stress of molecules
+
+
+def test_the_training_input_of_deepmd_becomes_the_run_file_of_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("train", "valid"):
+        (tmp_path / "water" / folder).mkdir(parents=True)
+    section = (
+        (ROOT / "docs/training.md").read_text(encoding="utf-8").partition("## Coming from deepmd-kit")[2]
+    )
+    source, run = (
+        re.findall(rf"^```{kind}\n(.*?)^```", section, re.MULTILINE | re.DOTALL)[0]
+        for kind in ("json", "yaml")
+    )
+    Path("input.json").write_text(source, encoding="utf-8")
+    convert_input("input.json", "run.yaml")
+    assert Path("run.yaml").read_text(encoding="utf-8") == run

@@ -13,7 +13,8 @@ from pydantic import BaseModel
 
 from dpa4.cli import app
 from dpa4.model import DPA4, ModelConfig
-from dpa4.model.presets import PRESETS, preset
+from dpa4.model.presets import DEEPMD_PRESETS, PRESETS, preset
+from dpa4.model.shapes import count_parameters
 from dpa4.training import RunConfig, load_run_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,6 +133,27 @@ def test_presets_and_their_parameter_counts():
         assert tuple(map(int, (channels, n_focus, n_blocks, mixing_layers, lmax))) == sizes
         assert rank == ("none" if config.radial_so2_mode == "none" else str(config.radial_so2_rank))
         assert int(count.replace(",", "")) == sum(p.numel() for p in DPA4(config).parameters())
+
+
+def test_presets_of_deepmd_and_their_parameter_counts():
+    heading = "grade | channels | n_focus | n_blocks | mixing_layers | lmax | rank"
+    (header,) = [line for line in text("docs/models.md").splitlines() if line.startswith(f"| {heading} |")]
+    versions = [cell.strip() for cell in header.split("|")[8:-1]]
+    documented = set()
+    for grade, channels, n_focus, n_blocks, mixing_layers, lmax, rank, *counts in table(
+        "docs/models.md", heading
+    ):
+        for version, count in zip(versions, counts, strict=True):
+            if count == "–":
+                continue
+            name = f"dpa4-{grade}-{version}"
+            documented.add(name)
+            config = preset(name)
+            sizes = (config.channels, config.n_focus, config.n_blocks, config.mixing_layers, config.lmax)
+            assert tuple(map(int, (channels, n_focus, n_blocks, mixing_layers, lmax))) == sizes
+            assert rank == ("none" if config.radial_so2_mode == "none" else str(config.radial_so2_rank))
+            assert int(count.replace(",", "")) == count_parameters(config).total
+    assert documented == set(DEEPMD_PRESETS)
 
 
 @pytest.mark.parametrize("path", DOCS, ids=IDS)

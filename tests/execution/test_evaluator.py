@@ -15,7 +15,9 @@ from dpa4.execution.evaluator import Evaluator
 from dpa4.execution.limits import MAX_REPLAYED_ATOMS
 from dpa4.execution.padding import Buffers, pad, replayed_size, rounded_up
 from dpa4.graph import build_graph, collate, first_atoms
-from dpa4.model.presets import preset
+from dpa4.model import DPA4
+from dpa4.model.network import MAX_EDGES, max_edges
+from dpa4.model.presets import PRESETS, preset
 from dpa4.potential import Potential
 from dpa4.simulation import DPA4Calculator
 from helpers import crystal, graph_of, molecule, random_potential, randomize
@@ -35,7 +37,30 @@ def test_what_is_replayed_keeps_its_results():
     assert all(kept.last in (MAX_REPLAYED_ATOMS, 0) for kept in limits.KEEP_POLICIES)
     assert replayed_size(4096) == rounded_up(4097) <= MAX_REPLAYED_ATOMS
     assert replayed_size(MAX_REPLAYED_ATOMS) is None
-    assert [limits.keep_policy(n) for n in (1, 2048, 2049, 4224, 4225)] == [0, 0, 1, 1, 2]
+    assert [limits.keep_policy(n, limits.KEEP_POLICIES) for n in (1, 2048, 2049, 4224, 4225)] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+    ]
+
+
+def test_wide_and_deep_models_keep_the_results_of_fewer_atoms():
+    for name in PRESETS:
+        config = preset(name)
+        limited = name in ("pro", "paper-pro")
+        assert (tuple(limits.keep_policies(config)) != limits.KEEP_POLICIES) == limited, name
+        assert (max_edges(config) != MAX_EDGES) == limited, name
+    ultra = preset("plus", channels=128, lmax=6, n_blocks=10, n_focus=3)
+    small, medium, large = limits.keep_policies(ultra)
+    assert ultra.edge_widths == (3 * 128 * 19,) * 10
+    assert small == (4224 * 1024 // 7296, 2048 * 4 * 1024 // 72960) and medium == (small.last, 0)
+    assert large == limits.KEEP_POLICIES[2]
+    assert max_edges(ultra) == {"cpu": MAX_EDGES["cpu"], "cuda": 262_144 * 1024 // 7296}
+    assert DPA4(preset("pro", ("H",), n_blocks=1)).max_edges["cuda"] == 262_144 // 2
+    (one, *_) = limits.keep_policies(ultra.model_copy(update={"n_blocks": 1}))
+    assert one.everywhere <= one.last
 
 
 @pytest.mark.parametrize("structure", [molecule, crystal])

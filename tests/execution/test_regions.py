@@ -43,6 +43,14 @@ GENERATIONS = {
     "bridging": {"n_blocks": 1, "bridging": Bridging(r_inner=0.8, r_outer=1.4)},
     "bridging of pairs": {"n_blocks": 1, "bridging": WINDOWS},
 }
+GENERATIONS["generation 3"] = {
+    "n_blocks": 1,
+    "n_focus": 2,
+    "basis": "gaussian/fix",
+    "env_exp": 5,
+    "edge_norm": (False, True, True),
+    "sandwich_norm": (True, False, True, False),
+}
 GENERATIONS["everything"] = {**GENERATIONS["SO(3) grid"], **GENERATIONS["foci"], **GENERATIONS["bridging"]}
 # With 16 channels, compiled code contains the C++ kernels; the others have 8 channels and plain operations.
 GENERATIONS["everything, C++"] = {**GENERATIONS["everything"], "channels": 16}
@@ -155,6 +163,23 @@ def test_potential_and_its_parameter_gradients(compilations, name, split, traini
     for graph in graphs:
         for quantity, deviation in compare_with_eager(potential, graph).items():
             assert deviation < 1e-11, quantity  # float64, sums in another order
+
+
+def test_a_fixed_basis_has_no_derivative_in_compiled_code(compilations):
+    """Of all regions only the one with the basis is compiled, which saves time."""
+    options = GENERATIONS["generation 3"] | {"n_focus": 1}
+    potential = small_potential(**options).train()
+    compile_potential(potential)
+    for module in (potential.model, *potential.model.blocks):
+        for method in [name for name, entry in vars(module).items() if isinstance(entry, Region)]:
+            if method != "input_features":
+                del module.__dict__[method]
+    for quantity, deviation in compare_with_eager(potential, batches(1)[0]).items():
+        assert deviation < 1e-11, quantity
+    assert len(compilations) > 0
+    potential(batches(1)[0]).forces.square().mean().backward()
+    assert potential.model.basis.frequencies.grad is None
+    assert potential.model.radial.hidden[0].weight.grad is not None
 
 
 def test_potential_compiles_once_for_ten_batches(compilations):

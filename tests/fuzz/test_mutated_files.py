@@ -31,6 +31,7 @@ from dpa4.model.config import PairBridging, pair_names
 from dpa4.potential import fingerprint_of, model_card
 from dpa4.potential.checkpoint import load_potential, save_potential
 from dpa4.potential.deepmd.writer import deepmd_state
+from dpa4.training import convert_input
 from dpa4.training.run_file import default_config_text, load_run_config
 from dpa4.training.state import STATE_FORMAT, check_fits, load_state
 from helpers import graph_of, molecule, random_potential
@@ -316,6 +317,55 @@ def test_run_files(tmp_path):
         return None if config.model_dump_json() else "empty"
 
     check(Target(file_maker("run.yaml", content), load_run_config, accept), tmp_path, 78)
+
+
+def test_training_inputs_of_deepmd(tmp_path):
+    original = {
+        "model": {
+            "preset": "dpa4-nano-v20260911",
+            "type_map": ["O", "H"],
+            "descriptor": {
+                "rcut": 5.0,
+                "edge_norm": [False, True, True],
+                "env_exp": 5,
+                "sel": 100,
+                "use_amp": True,
+            },
+            "fitting_net": {"neuron": [0], "atom_ener": [None, None]},
+            "bridging_method": "ZBL",
+            "preset_out_bias": {"energy": [-2.0, -1.0]},
+        },
+        "learning_rate": {
+            "type": "exp",
+            "start_lr": 1e-3,
+            "stop_lr": 1e-6,
+            "decay_rate": 0.9,
+            "warmup_steps": 100,
+        },
+        "loss": {"type": "ener", "loss_func": "mse", "use_huber": True, "huber_delta": [0.1, 0.2, 0.3]},
+        "optimizer": {"type": "HybridMuon", "weight_decay": 0.001, "momentum": 0.95},
+        "training": {
+            "training_data": {"systems": ["a", "b.hdf5#c"], "batch_size": "auto:32", "sys_probs": [0.5, 0.5]},
+            "validation_data": {"systems": "c", "numb_btch": 3},
+            "numb_steps": 1000,
+            "seed": 3,
+        },
+    }
+    text = json.dumps(original)
+
+    def content(rng: random.Random) -> bytes:
+        if rng.random() < 0.4:
+            return mutated_bytes(rng, text.encode())
+        return json.dumps(mutated_value(rng, original)).encode("utf-8", "surrogatepass")
+
+    def translate(path: Path) -> object:
+        return convert_input(path, path.with_suffix(".yaml"))
+
+    def accept(translated: object, path: Path) -> str | None:
+        load_run_config(path.with_suffix(".yaml"))
+        return None
+
+    check(Target(file_maker("input.json", content), translate, accept), tmp_path, 79)
 
 
 # Data

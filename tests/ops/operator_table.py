@@ -563,6 +563,10 @@ STACKS = {  # (lmax, mmax, c channels, F foci, layers, E edges)
     "as pro": (5, 1, 64, 2, 2, 33),
     "small": (1, 1, 16, 1, 2, 3),
 }
+WIDE_STACKS = {  # one gated layer of the largest published models, with few edges
+    "as max": (6, 1, 96, 2, 2, 5),
+    "as ultra": (6, 1, 128, 3, 2, 3),
+}
 FUSED = {  # edges below, at and above multiples of the 64 of a block, and more blocks than multiprocessors
     f"{layers} layers, {edges} edges": (3, 1, 64, 1, layers, edges)
     for layers in (1, 2, 4, 5)
@@ -707,8 +711,13 @@ INTERPRETED_GATES = ("degree 0", "degree 2", "order 2, four foci", "order 0", "o
 def stack_operator(training: bool) -> Operator:
     """SO(2) stack, differentiated by the features; in training, second derivatives include the weights."""
     backends = {
-        "plain": Backend(STACK_SUMS),
-        "cpp": Backend(STACK_SUMS, STAGES, supports=lambda lmax, mmax, c, *_: c % 16 == 0),
+        "plain": Backend(STACK_SUMS, quick=tuple(STACKS)),
+        "cpp": Backend(
+            STACK_SUMS,
+            STAGES,
+            tuple(STACKS) if training else None,
+            supports=lambda lmax, mmax, c, *_: c % 16 == 0,
+        ),
         # Other sizes are too large for the interpreter.
         "triton": Backend(
             {SINGLE: (2e-6, 1e-5)},
@@ -720,8 +729,9 @@ def stack_operator(training: bool) -> Operator:
     }
     large = {"many edges": (3, 1, 64, 1, 4, 5000)}
     last = None if training else 1
+    sizes = STACKS | WIDE_STACKS
     return Operator(
-        stack, stack_formula, stack_cases(training), STACKS, backends, large, order=2, first=1, last=last
+        stack, stack_formula, stack_cases(training), sizes, backends, large, order=2, first=1, last=last
     )
 
 
@@ -730,7 +740,7 @@ OPERATORS |= {
         gates,
         gates_formula,
         gate_cases,
-        STACKS,
+        STACKS | WIDE_STACKS,
         {
             "plain": Backend({DOUBLE: (1e-13,), SINGLE: (3e-6,)}),
             "triton": Backend({SINGLE: (3e-6,), HALF: (4e-3,)}, GATE_KERNELS, INTERPRETED_GATES),

@@ -1,6 +1,7 @@
 """The model card describes a checkpoint or preset."""
 
 import io
+import json
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -11,14 +12,14 @@ from rich.console import Console
 from dpa4.model.config import PairBridging, pair_names
 from dpa4.model.presets import PRESETS, preset
 from dpa4.model.so2 import FusedSO2Stack
-from dpa4.ops import available
+from dpa4.ops import available, gate
 from dpa4.ops.available import triton_version
 from dpa4.ops.hopper import trial
 from dpa4.potential import Potential
-from dpa4.potential.card import cpu_kernels, has_whole_stacks, model_card, unsupported
+from dpa4.potential.card import cpu_kernels, gpu_kernels, has_whole_stacks, model_card, unsupported
 from dpa4.potential.checkpoint import save_potential
 from dpa4.potential.deepmd.writer import export_deepmd
-from helpers import random_potential
+from helpers import random_potential, shared
 
 
 @pytest.fixture
@@ -42,6 +43,64 @@ def test_presets_show_the_published_size():
     assert line(text, "trainable parameters") == "2,762,885"
     assert line(text, "elements").startswith("118: H He Li")
     assert line(text, "preset") == "paper-air"
+
+
+def test_generation_version_and_parameters_of_presets():
+    text = model_card("DPA4-mini-v20260911").text
+    assert line(text, "generation") == "3"
+    assert line(text, "version") == "dpa4-mini-v20260911"
+    assert line(text, "parameters") == "655,052"
+    assert line(text, "trainable parameters") == "655,036; 16 centres of the radial basis are fixed"
+    assert line(model_card("paper-neo").text, "generation") == "1"
+    assert line(model_card("nano").text, "version") == "nano"
+
+
+@pytest.mark.parametrize(
+    ("options", "generation", "published"),
+    [
+        ({}, "2", "dpa4-nano-v20260820"),
+        ({"edge_norm": False, "cutoff": 4.5}, "2", "none; nano with cutoff = 4.5"),
+        ({"channels": 8, "n_radial": 4, "lmax": 2, "radial_mlp": [8]}, "2", "none, no preset is close"),
+        (
+            {"n_radial": 6, "basis": "bessel/fix"},
+            "3",
+            "none; dpa4-nano-v20260820 with n_radial = 6, basis = bessel/fix",
+        ),
+    ],
+)
+def test_generation_version_and_parameters_of_own_and_imported_models(
+    tmp_path, options, generation, published
+):
+    own, exported = tmp_path / "model.safetensors", tmp_path / "model.pt"
+    potential = Potential(preset("dpa4-nano-v20260820", ("H", "O"), **options), {})
+    save_potential(potential, own)
+    files = [own]
+    if generation == "2":  # the release of deepmd-kit has the switches
+        export_deepmd(potential, exported)
+        files.append(exported)
+    count = sum(p.numel() for p in potential.parameters())
+    fixed = "; 6 frequencies of the radial basis are fixed" if generation == "3" else ""
+    for text in (model_card(file).text for file in files):
+        assert (line(text, "generation"), line(text, "version")) == (generation, published)
+        assert line(text, "parameters") == f"{count:,}"
+        assert line(text, "trainable parameters") == f"{count - 6 * bool(fixed):,}{fixed}"
+
+
+@pytest.mark.parametrize(
+    ("fixture", "generation", "published", "fixed"),
+    [
+        ("E_june2026_mini", "2", "none; dpa4-mini-v20260820 with channels = 16", 0),
+        ("E_v0901_neo", "3", "dpa4-neo-v20260901", 0),
+        ("E_v0911_mini", "3", "dpa4-mini-v20260911", 16),
+    ],
+)
+def test_checkpoints_of_deepmd_are_recognised(fixture, generation, published, fixed):
+    folder = shared(f"reference/fixtures-gen3/{fixture}")
+    count = json.loads((folder / "meta.json").read_text())["n_params"]
+    text = model_card(folder / "model_f32.pt").text
+    assert (line(text, "generation"), line(text, "version")) == (generation, published)
+    assert line(text, "parameters") == f"{count:,}"
+    assert line(text, "trainable parameters").split(";")[0] == f"{count - fixed:,}"
 
 
 def test_files_show_parameters_energies_units_and_provenance(saved):
@@ -95,6 +154,44 @@ def test_the_card_tells_which_kernels_this_cpu_has_for_the_model(monkeypatch):
     monkeypatch.setattr("dpa4.ops.available.cpp_missing", lambda: "no compiler")
     assert on_cpu() == ("plain operations (no compiler)",) * 2
     assert "On this CPU" in model_card("mini").text
+
+
+MAX = {"channels": 96, "lmax": 6, "n_blocks": 8, "n_focus": 2, "radial_so2_rank": 4}
+ULTRA = {"channels": 128, "lmax": 6, "n_blocks": 10, "n_focus": 3, "radial_so2_rank": 4, "ffn_on": "s2"}
+
+
+def test_the_card_tells_what_wide_models_get(monkeypatch):
+    monkeypatch.setattr(available, "cpp_missing", lambda: None)
+    hopper = "energies and forces on H100, H200"
+    other = "is for one focus of 64 channels, degree 3, order 1, not for"
+    for switches, shape, edges in (
+        (MAX, "2 foci of 96 channels, degree 6, order 1", "73,584; "),
+        (ULTRA, "3 foci of 128 channels, degree 6, order 1", "36,792; "),
+    ):
+        config = preset("plus", ("H",), **switches)
+        lines = gpu_kernels(config, "3.6.0")
+        assert lines["SO(2) layers"] == "fused, Triton kernels"
+        assert lines[hopper].endswith(f"{other} {shape}") and lines["edges at once"].startswith(edges)
+        assert set(cpu_kernels(config).values()) == {"C++ kernels", "C++ kernels, all layers at once"}
+    lines = gpu_kernels(preset("plus", ("H",), channels=256), "3.6.0")
+    assert lines["SO(2) layers"] == (
+        "fused, Triton kernels; gates in plain operations (256 channels of a focus, at most 128)"
+    )
+    lines = gpu_kernels(preset("paper-air"), "3.6.0")
+    assert lines[hopper] == "one CUDA kernel for all SO(2) layers of a block"
+    assert lines["edges at once"].startswith("262,144; ")
+    assert "feed-forward networks 40" in cpu_kernels(preset("mini", ffn_neurons=40))["edges, nodes and grids"]
+
+
+@pytest.mark.parametrize("channels", [96, 128, 129, 256])
+def test_gates_have_the_kernels_of_the_card(channels, monkeypatch):
+    """The launch is recorded; the tensors are on the CPU."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(available, "triton", lambda x: True)
+    u, weights = torch.zeros(1, 2, 4 * channels), torch.zeros(1, channels, channels)
+    found = gate._kernels(u, weights) is not None
+    fused = gpu_kernels(preset("nano", channels=channels), "3.6.0")["SO(2) layers"]
+    assert found == (fused == "fused, Triton kernels") == (channels <= 128)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -396,6 +396,27 @@ def test_routes_by_type_are_the_reference_routes_by_name(name, overrides):
         assert route == rule_by_name(theirs, parameters[key].shape), f"{key} = {theirs}"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({}, {"radial.hidden.0.weight", "seed.basis_in.weight"}),
+        ({"radial_mlp": (8, 8), "mlp_bias": True}, {"radial.hidden.0.weight", "seed.basis_in.weight"}),
+        ({"radial_mlp": ()}, {"radial.last.weight", "seed.basis_in.weight"}),
+        ({"use_env_seed": False}, {"radial.hidden.0.weight"}),
+    ],
+)
+def test_adam_for_basis_moves_the_matrices_that_multiply_the_basis(overrides, expected):
+    model = DPA4(preset("nano", elements=("H", "O"), **overrides))
+    before, after = parameter_routes(model), parameter_routes(model, adam_for_basis=True)
+    assert {name for name in before if before[name] != after[name]} == expected
+    assert {before[name] for name in expected} == {"muon"} and {after[name] for name in expected} == {"adamw"}
+    theirs = {"radial_embedding.net.0.matrix", "env_seed_embedding.rbf_proj_layer1.matrix"}
+    assert {deepmd_name(name, model.config).partition("descriptor.")[2] for name in expected} <= theirs
+    (adamw,) = (g for g in parameter_groups(model, adam_for_basis=True) if g["route"] == "adamw")
+    named = {id(p): name for name, p in model.named_parameters()}
+    assert expected <= {named[id(p)] for p in adamw["params"]}
+
+
 def test_groups_partition_the_trainable_parameters():
     model = DPA4(preset("nano", elements=("H",)))
     model.types.table.requires_grad_(False)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dpa4.model.presets import preset
 from dpa4.training.options import RunConfig, TrainingOptions
 from dpa4.training.run_file import default_config_text, load_run_config
 
@@ -23,6 +24,15 @@ def test_the_starting_file_is_the_default_with_a_smooth_cutoff(tmp_path):
     default = {"model": {"edge_norm": False}, "data": {"train": "some/train.xyz"}}
     assert config == RunConfig.model_validate(default)
     assert config.data.train == (Path("some/train.xyz"),)
+
+
+def test_the_starting_file_of_a_preset(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(default_config_text(name="dpa4-neo-v20260911"))
+    model = load_run_config(path).model
+    assert model.build(["H"]) == preset("dpa4-neo-v20260911", ("H",))
+    with pytest.raises(ValueError, match="unknown preset 'neon'"):
+        default_config_text(name="neon")
 
 
 def test_the_starting_file_names_and_explains_every_option():
@@ -91,6 +101,10 @@ def test_numbers_of_yaml_1_1_that_would_be_strings(run_file):
             "training.final_learning_rate=1",
             r"training\.final_learning_rate = 1\.0 must be at most .* = 0\.004",
         ),
+        (
+            "training={schedule: exp, final_learning_rate: 0}",
+            r"training\.schedule = exp needs training\.final_learning_rate above 0",
+        ),
         ("data.train=[]", r"data\.train = \[\]: list should have at least 1 item"),
         ("data.train=null", r"data\.train = None: input should be a list"),
         ("device=gpu", r"device = 'gpu': input should be 'auto', 'cpu' or 'cuda'"),
@@ -108,6 +122,10 @@ def test_faults_name_option_value_and_what_is_allowed(run_file, override, messag
         (
             ["training.epochs=2", "training.steps=3"],
             r"training\.epochs = 2 or training\.steps = 3; set one to null",
+        ),
+        (
+            ["training.optimizer=adamw", "training.adam_for_basis=true"],
+            r"training\.adam_for_basis = true is an option of hybrid_muon, .*training\.optimizer = adamw",
         ),
         (
             ["training.batch_size=2", "training.max_atoms=3"],

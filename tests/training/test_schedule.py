@@ -44,5 +44,12 @@ def test_decay_longer_than_the_steps_after_the_warm_up_starts_there():
     assert [schedule(s) for s in (5, 6, 8, 10)] == pytest.approx([5 / 6, 1.0, 0.5, 0.0])
 
 
+def test_exponential_decay():
+    schedule = Schedule("exp", 1e-2, 1e-6, total_steps=110, warmup_steps=10, warmup_factor=0.5)
+    assert [schedule(s) for s in (0, 10, 35, 60, 110, 150)] == pytest.approx(
+        [5e-3, 1e-2, 1e-3, 1e-4, 1e-6, 1e-6]
+    )
+
+
 def test_a_single_step_without_warm_up():
     assert Schedule("cosine", 1.0, 0.5, total_steps=1)(0) == 1.0

@@ -28,6 +28,8 @@ from safetensors.torch import load_file
 
 from dpa4 import output
 from dpa4.data import read_frames
+from dpa4.model import DPA4
+from dpa4.model.presets import preset
 from dpa4.output import CsvLog, read_csv
 from dpa4.potential.checkpoint import load_potential
 from dpa4.training import trainer as trainer_module
@@ -101,6 +103,25 @@ def test_variants_run_and_resume(argon_file, tmp_path, monkeypatch, training):
             run(argon_file, tmp_path / "part", **training)
     run(argon_file, tmp_path / "part", resume=True, **training)
     assert_same_run(tmp_path / "whole", tmp_path / "part")
+
+
+@pytest.mark.parametrize(("optimizer", "basis"), [("hybrid_muon", "gaussian"), ("adamw", "bessel")])
+def test_a_fixed_basis_is_neither_trained_nor_averaged(argon_file, tmp_path, optimizer, basis):
+    """Gradients, weight decay and the moving average leave it alone. A trained basis and other weights move."""
+
+    def trained(basis: str) -> list[dict[str, torch.Tensor]]:
+        folder = tmp_path / basis.replace("/", "-")
+        settings = options(argon_file, folder, optimizer=optimizer, steps=3, ema_decay=0.5, weight_decay=10)
+        settings["model"] = MODEL | {"basis": basis}
+        train(RunConfig.model_validate(settings), console=SILENT)
+        return [load_file(folder / f"{name}.safetensors") for name in ("best", "last")]
+
+    name = "model.basis.frequencies"
+    start = DPA4(preset("nano", ("Ar",), cutoff=4.0, n_radial=6, basis=basis)).basis.frequencies
+    for free, fixed in zip(trained(basis), trained(f"{basis}/fix"), strict=True):
+        assert not torch.equal(free[name], start)
+        assert torch.equal(fixed[name], start)
+        assert not torch.equal(fixed["model.radial.last.weight"], free["model.radial.last.weight"])
 
 
 @pytest.mark.slow
@@ -532,6 +553,8 @@ def test_an_output_folder_with_files_is_not_overwritten(argon_file, tmp_path):
 def test_resume_refuses_another_model_and_names_other_changes(argon_file, copied_run):
     with pytest.raises(ValueError, match=r"cannot be resumed .* training\.optimizer: hybrid_muon -> adamw"):
         run(argon_file, copied_run, resume=True, steps=14, optimizer="adamw")
+    with pytest.raises(ValueError, match=r"cannot be resumed .* training\.adam_for_basis: False -> True"):
+        run(argon_file, copied_run, resume=True, steps=14, adam_for_basis=True)
     values = options(argon_file, copied_run)
     values["model"] = MODEL | {"lmax": 2}
     with pytest.raises(ValueError, match=r"cannot be resumed .* model\.lmax: None -> 2"):
@@ -539,6 +562,28 @@ def test_resume_refuses_another_model_and_names_other_changes(argon_file, copied
     _, text = run(argon_file, copied_run, resume=True, steps=14)
     assert "changed since the checkpoint: training.steps: 13 -> 14" in text
     assert load_state(copied_run / "last.pt")["step"] == 14
+
+
+def test_a_state_from_before_the_option_for_the_basis_goes_on_without_it(argon_file, copied_run):
+    state = load_state(copied_run / "last.pt")
+    text = state["options"].replace("  adam_for_basis: false\n", "")
+    assert text != state["options"]
+    save_state(state | {"options": text}, copied_run / "last.pt")
+    with pytest.raises(ValueError, match=r"cannot be resumed .* training\.adam_for_basis: None -> True"):
+        run(argon_file, copied_run, resume=True, adam_for_basis=True)
+    _, printed = run(argon_file, copied_run, resume=True)
+    assert "resumed after step 13" in printed and "adam_for_basis" not in printed
+
+
+def test_a_run_with_adam_for_the_basis_resumes_exactly(argon_file, tmp_path, monkeypatch):
+    limits = {"steps": 4, "validation_interval": 2, "adam_for_basis": True}
+    run(argon_file, tmp_path / "whole", **limits)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            run(argon_file, tmp_path / "part", **limits)
+    run(argon_file, tmp_path / "part", resume=True, **limits)
+    assert_same_run(tmp_path / "whole", tmp_path / "part")
 
 
 def test_numbers_that_are_not_finite_stop_the_run_and_lose_nothing(

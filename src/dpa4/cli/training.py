@@ -22,6 +22,9 @@ from dpa4.cli.options import (
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("run.yaml"),
     train: Annotated[str, typer.Option(help="Path of the training data to enter in the file.")] = "train.xyz",
+    preset: Annotated[
+        str, typer.Option(help="Published model to start from, as listed in docs/models.md.")
+    ] = "mini",
 ) -> None:
     """Write a commented configuration file for a training run."""
     from dpa4.training import default_config_text
@@ -29,7 +32,7 @@ def init(
     with user_errors():
         if path.exists():
             raise FileExistsError(f"{path} exists; choose another name or remove it")
-        path.write_text(default_config_text(train), encoding="utf-8")
+        path.write_text(default_config_text(train, preset), encoding="utf-8")
     console.print(f"wrote {path}; edit it, then run: dpa4 train {path}")
 
 

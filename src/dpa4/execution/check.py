@@ -37,7 +37,7 @@ def probe(potential: Potential, graph: Graph) -> dict[str, list[Tensor]]:
     prediction = potential(graph)
     found = {"energy": [prediction.energy.detach()], "forces": [prediction.forces.detach()]}
     if potential.training and graph.num_edges:
-        parameters = list(potential.parameters())
+        parameters = [p for p in potential.parameters() if p.requires_grad]
         loss = prediction.forces.square().mean()
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         zipped = zip(gradients, parameters, strict=True)

@@ -37,6 +37,7 @@ class Evaluator:
             compile = limits.compiles_by_default(potential.device, potential.dtype)
         self._compile = compile
         self._lock = Lock()
+        self._policies = limits.keep_policies(potential.config)
         self._keeps_results = True  # false once a variant that stores intermediates has deviated
         self._compared: set[int] = set()  # indices of the policies that were compared with eager mode
         self._call: Callable[[Graph], Prediction] = potential.__call__
@@ -58,7 +59,7 @@ class Evaluator:
         atoms = graph.num_atoms
         if graph.positions.is_cuda and graph.num_structures == 1:
             atoms = replayed_size(atoms) or atoms
-        policy = limits.keep_policy(atoms) if self._keeps_results else limits.KEEP_NOTHING
+        policy = limits.keep_policy(atoms, self._policies) if self._keeps_results else limits.KEEP_NOTHING
         if policy in self._compared:
             return
         start = time.monotonic()
@@ -80,7 +81,7 @@ class Evaluator:
         if found is None:
             return
         regions.keep_results(
-            self.potential, limits.KEEP_POLICIES[0 if self._keeps_results else limits.KEEP_NOTHING]
+            self.potential, self._policies[0 if self._keeps_results else limits.KEEP_NOTHING]
         )
         self._compared.add(policy)
         _log.info(
@@ -97,7 +98,7 @@ class Evaluator:
         from dpa4.execution.precompile import Mode, precompile
         from dpa4.execution.trial import require_agreement
 
-        regions.keep_results(self.potential, limits.KEEP_POLICIES[policy])
+        regions.keep_results(self.potential, self._policies[policy])
         precompile(self.potential, [Mode(False, self.potential.precision)], graph)
         self.potential(graph)  # compiles whatever this graph needs
         return require_agreement(self.potential, first_atoms(graph, limits.MAX_COMPARED_ATOMS))

@@ -2,14 +2,17 @@
 
 Sizes are numbers of atoms or edges unless stated otherwise. Measurements are in benchmarks/LOG.md and in docs/adr.
 Some limits belong to lower layers: the edges processed at once, which are limited in eager mode as well
-(`dpa4.model.network.MAX_EDGES`), and the sizes of traced code (`dpa4.tracing.sizes`).
+(`dpa4.model.network.max_edges`), and the sizes of traced code (`dpa4.tracing.sizes`).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from dpa4.graph import Graph
+from dpa4.model import ModelConfig
+from dpa4.model.network import EDGE_WIDTH
 from dpa4.potential.potential import Potential
 from dpa4.tracing.sizes import MIN_SIZE
 
@@ -67,10 +70,21 @@ and saves a sixth of the time (43.6 and 37.0 ms for 4,096 atoms on one H200)."""
 KEEP_NOTHING = len(KEEP_POLICIES) - 1
 """Index of the policy that keeps no intermediates."""
 
+_BLOCKS = 4
+"""Largest number of blocks of width EDGE_WIDTH for which KEEP_POLICIES apply: 11 GiB for the preset plus."""
 
-def keep_policy(atoms: int) -> int:
+
+def keep_policies(config: ModelConfig) -> list[KeepPolicy]:
+    """Return KEEP_POLICIES for a model: wider and deeper models keep the intermediate results of fewer atoms."""
+    widths = config.edge_widths
+    last = min(1.0, EDGE_WIDTH / widths[-1])
+    everywhere = min(last, EDGE_WIDTH * _BLOCKS / sum(widths))
+    return [KeepPolicy(int(p.last * last), int(p.everywhere * everywhere)) for p in KEEP_POLICIES]
+
+
+def keep_policy(atoms: int, policies: Sequence[KeepPolicy]) -> int:
     """Index of the policy for a number of atoms."""
-    small = KEEP_POLICIES[0]
+    small = policies[0]
     return (atoms > small.everywhere) + (atoms > small.last)
 
 

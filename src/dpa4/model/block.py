@@ -114,8 +114,9 @@ class Block(nn.Module):
         self.size = (lmax + 1) ** 2
         self.conv_norm_in = norm(conv_in)
         self.conv = SO2Convolution(config, lmax)
-        # Without edge_norm small messages must stay small, so that they vanish smoothly at the cutoff.
-        self.conv_norm_out = norm(conv_out, 1e-5 if config.edge_norm else 1.0)
+        # Without a norm of the radial features small messages must stay small, so that they vanish smoothly at the
+        # cutoff.
+        self.conv_norm_out = norm(conv_out, 1e-5 if config.edge_norm.radial else 1.0)
         self.ffn_norms_in = nn.ModuleList(norm(ffn_in) for _ in range(count))
         self.ffns = nn.ModuleList(feed_forward(config, lmax) for _ in range(count))
         self.ffn_norms_out = nn.ModuleList(norm(ffn_out) for _ in range(count))

@@ -1,5 +1,6 @@
 """Options of a DPA4 model: one frozen, validated object that every checkpoint stores."""
 
+import struct
 from collections.abc import Mapping, Sequence
 from itertools import combinations_with_replacement
 from typing import Annotated, Literal
@@ -7,6 +8,8 @@ from typing import Annotated, Literal
 from ase.data import atomic_numbers
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+from dpa4.model.switches import EdgeNorm, EdgeNormOption, EnvelopeExponents, EnvelopeOption
+from dpa4.ops.layout import EdgeLayout
 from dpa4.parsing import shown
 
 MAX_DEGREE = 10
@@ -17,7 +20,6 @@ MAX_GRID = 400
 Degree = Annotated[int, Field(le=MAX_DEGREE)]
 Charge = Annotated[int, Field(ge=-100, le=99)]  # limits of `dpa4.model.seed.ChargeSpinEmbedding`
 Multiplicity = Annotated[int, Field(ge=0, le=99)]
-Exponent = Annotated[PositiveInt, Field(le=64)]
 Width = Annotated[int, Field(ge=0, le=4096)]
 GridOperation = Literal["glu", "mlp"] | Annotated[PositiveInt, Field(le=64)]
 
@@ -122,20 +124,25 @@ class ModelConfig(BaseModel):
     )
 
     n_radial: PositiveInt = Field(16, le=512, description="Radial basis functions.")
-    basis: Literal["bessel", "gaussian"] = Field("bessel", description="Radial basis.")
+    basis: Literal["bessel", "gaussian", "bessel/fix", "gaussian/fix"] = Field(
+        "bessel", description="Radial basis; with /fix its frequencies or centres are not trained."
+    )
     radial_mlp: tuple[Width, ...] = Field(
         (0,), max_length=16, description="Hidden widths of the radial network; 0 means channels."
     )
-    env_exp: tuple[Exponent, Exponent] = Field(
-        (7, 5), description="Exponents p of the cutoff envelopes of the radial basis and of the edge weight."
+    env_exp: EnvelopeOption = Field(
+        EnvelopeExponents(7, 5),
+        description="Exponents p of the cutoff envelopes of the radial basis and of the edge weight; a single "
+        "number is that of the edge weight and leaves the radial basis without an envelope.",
     )
     use_env_seed: bool = Field(
         True, description="Initialise nodes from their environment (FiLM and l > 0 features)."
     )
-    edge_norm: bool = Field(
-        False,
-        description="Normalise radial features, FiLM logits and messages per edge. Published models use true; false "
-        "keeps the curvature smooth at the cutoff.",
+    edge_norm: EdgeNormOption = Field(
+        EdgeNorm(False, False, False),
+        description="Normalise radial features, FiLM logits and focus scalars: true, false, or one of these for "
+        "each. Published models use true or [false, true, true]; radial features without a norm keep the curvature "
+        "smooth at the cutoff.",
     )
 
     mixing_layers: int = Field(4, ge=0, le=32, description="SO(2) layers per convolution.")
@@ -193,6 +200,11 @@ class ModelConfig(BaseModel):
     pre_release: bool = Field(
         False, description="Degree normalisation and radial features of checkpoints of format below 1.1."
     )
+    float32_cutoff: bool = Field(
+        False,
+        description="Round the cutoff of the edge weight to float32, as deepmd-kit does; set for imported models "
+        "with a cutoff that this changes.",
+    )
 
     @field_validator("elements")
     @classmethod
@@ -225,6 +237,11 @@ class ModelConfig(BaseModel):
         if self.n_atten_head and self.focus_width % self.n_atten_head:
             raise ValueError(
                 f"model.n_atten_head = {self.n_atten_head} must divide the focus width {self.focus_width}"
+            )
+        if self.pre_release and self.env_exp.basis is None:
+            raise ValueError(
+                f"model.env_exp = {self.env_exp.weight} with model.pre_release = True leaves the radial features "
+                "without an envelope, so that the energy jumps at the cutoff; name two exponents, such as [7, 5]"
             )
         for pair in self.excluded_pairs:
             if missing := [e for e in pair if e not in self.elements]:
@@ -267,9 +284,25 @@ class ModelConfig(BaseModel):
         return self.l_schedule if self.l_schedule is not None else (self.lmax,) * self.n_blocks
 
     @property
+    def weight_cutoff(self) -> float:
+        """Cutoff of the edge weight, in Angstrom."""
+        return float32(self.cutoff) if self.float32_cutoff else self.cutoff
+
+    @property
     def focus_width(self) -> int:
         """Channels of one focus stream."""
         return self.focus_dim or self.channels
+
+    @property
+    def edge_widths(self) -> tuple[int, ...]:
+        """Numbers that a block stores for each edge, all focus streams together, by block."""
+        rows = (EdgeLayout(degree, min(self.mmax, degree)).total for degree in self.degrees)
+        return tuple(self.n_focus * self.focus_width * count for count in rows)
+
+
+def float32(value: float) -> float:
+    """Return the number of type float32 that is nearest to a value."""
+    return struct.unpack("f", struct.pack("f", value))[0]
 
 
 def auto_width(channels: int) -> int:

@@ -64,7 +64,9 @@ class SO2Convolution(nn.Module):
             lmax, self.mmax, width, focus, config.mixing_layers, config.mlp_bias, config.layer_scale
         )
         self.focus = (
-            FocusCompetition(width, focus, config.edge_norm, config.mlp_bias) if focus > 1 else SingleFocus()
+            FocusCompetition(width, focus, config.edge_norm.focus, config.mlp_bias)
+            if focus > 1
+            else SingleFocus()
         )
         heads = config.n_atten_head
         self.attention = EnvelopeGatedAttention(width, focus, heads) if heads else EnvelopeSum()

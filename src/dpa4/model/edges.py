@@ -244,7 +244,7 @@ class EdgeGeometry(nn.Module):
         super().__init__()
         lmax = config.degrees[0]
         self.wigner = WignerRows(lmax, min(config.mmax, lmax))
-        self.cutoff, self.exponent = config.cutoff, config.env_exp[1]
+        self.cutoff, self.exponent = config.weight_cutoff, config.env_exp.weight
         zones = config.bridging if isinstance(config.bridging, Bridging) else None
         self.short_range = FullRange() if zones is None else FrozenCore(zones)
         self.degree_floor = SOFTENING if config.pre_release else 0.25

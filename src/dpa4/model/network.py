@@ -12,14 +12,24 @@ from dpa4.model.config import ModelConfig, auto_width
 from dpa4.model.edges import EdgeGeometry, Edges, Neighborhood, in_parts
 from dpa4.model.ghosts import WHOLE, Domain
 from dpa4.model.layers import Linear
-from dpa4.model.radial import BesselBasis, GaussianBasis, RadialFeatures, RadialNetwork
+from dpa4.model.radial import RadialFeatures, RadialNetwork, radial_basis
 from dpa4.model.seed import ChargeSpinEmbedding, ElementSeed, Embedding, EnvironmentSeed, Unconditioned
 from dpa4.ops.incidence import Incidence
 from dpa4.ops.segments import gather
 
 MAX_EDGES = {"cpu": 16_384, "cuda": 262_144}
 """Edges processed at once, by type of device. On a CPU, edge features of this size stay in the cache (docs/adr/0012).
-On a GPU the limit bounds the memory, and parts of this size keep the device busy."""
+On a GPU the limit bounds the memory, and parts of this size keep the device busy; wider networks have fewer edges."""
+
+EDGE_WIDTH = 1024
+"""Largest width of an edge (`ModelConfig.edge_widths`) for which MAX_EDGES applies on a GPU: a tensor on edges then
+has at most 1 GiB in float32. The preset plus has a width of 832, pro of 2,048."""
+
+
+def max_edges(config: ModelConfig) -> dict[str, int]:
+    """Highest number of edges that a network processes at once, by type of device."""
+    share = min(1.0, EDGE_WIDTH / max(config.edge_widths))
+    return MAX_EDGES | {"cuda": int(MAX_EDGES["cuda"] * share)}
 
 
 class EnergyNetwork(nn.Module):
@@ -60,13 +70,17 @@ class DPA4(nn.Module):
         c, lmax = config.channels, config.degrees[0]
         self.config, self.lmax = config, lmax
         self.block_autocast: torch.dtype | None = None
-        self.max_edges = dict(MAX_EDGES)
+        self.max_edges = max_edges(config)
         self.geometry = EdgeGeometry(config)
-        basis = BesselBasis if config.basis == "bessel" else GaussianBasis
-        self.basis = basis(config.n_radial, config.cutoff, config.env_exp[0])
+        self.basis = radial_basis(config)
         hidden = [width or c for width in config.radial_mlp]
         self.radial = RadialNetwork(
-            config.n_radial, hidden, lmax + 1, c, norm=config.edge_norm, weighted=not config.pre_release
+            config.n_radial,
+            hidden,
+            lmax + 1,
+            c,
+            norm=config.edge_norm.radial,
+            weighted=not config.pre_release,
         )
         self.types = Embedding(len(config.elements), c, padding=True)
         self.charge_spin = ChargeSpinEmbedding(c) if config.charge_spin else Unconditioned()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dpa4.model.config import ModelConfig
 from dpa4.model.layers import Linear, RMSNorm
 from dpa4.ops.segments import pick
 from dpa4.ops.split_matmul import precise_matmul
@@ -33,37 +34,62 @@ def envelope(length: Tensor, cutoff: float, exponent: int) -> Tensor:
     return u**4 * series
 
 
-class BesselBasis(nn.Module):
-    """Bessel basis sin(w_n r) / r times the envelope, with learned frequencies w_n that start at n pi / rc."""
+class RadialBasis(nn.Module):
+    """Functions of the edge length, times the cutoff envelope unless ``exponent`` is None.
 
-    def __init__(self, n_radial: int, cutoff: float, exponent: int):
+    Args:
+        frequencies: Frequencies or centres at the start of training, (n_radial,).
+        cutoff: Cutoff of the envelope, in Angstrom.
+        exponent: Exponent of the envelope; None: no envelope.
+        trained: Train the frequencies or centres.
+    """
+
+    def __init__(self, frequencies: Tensor, cutoff: float, exponent: int | None, trained: bool):
         super().__init__()
-        self.frequencies = nn.Parameter(
-            pi / cutoff * torch.arange(1, n_radial + 1, dtype=torch.get_default_dtype())
-        )
+        # Both bases have the same parameter name, and a basis that is not trained is in the checkpoint as well.
+        self.frequencies = nn.Parameter(frequencies, requires_grad=trained)
         self.cutoff, self.exponent = cutoff, exponent
 
     def forward(self, length: Tensor) -> Tensor:
         """Evaluate the basis at lengths (E,) in Angstrom: (E, n_radial)."""
         r = length[:, None]
-        return torch.sin(self.frequencies * r) / r * envelope(r, self.cutoff, self.exponent)
+        functions = self.functions(r)
+        return functions if self.exponent is None else functions * envelope(r, self.cutoff, self.exponent)
+
+    def functions(self, r: Tensor) -> Tensor:
+        """Evaluate the functions without the envelope at lengths (E, 1): (E, n_radial)."""
+        raise NotImplementedError
 
 
-class GaussianBasis(nn.Module):
-    """Gaussian basis of fixed width times the envelope, with learned centres that start evenly spaced on [0, rc]."""
+class BesselBasis(RadialBasis):
+    """Bessel basis sin(w_n r) / r; the frequencies w_n start at n pi / rc."""
 
-    def __init__(self, n_radial: int, cutoff: float, exponent: int):
-        super().__init__()
-        # Centres; both bases have the same parameter name.
-        self.frequencies = nn.Parameter(torch.linspace(0, cutoff, n_radial))
+    def __init__(self, n_radial: int, cutoff: float, exponent: int | None, trained: bool = True):
+        frequencies = pi / cutoff * torch.arange(1, n_radial + 1, dtype=torch.get_default_dtype())
+        super().__init__(frequencies, cutoff, exponent, trained)
+
+    def functions(self, r: Tensor) -> Tensor:
+        """Evaluate the functions without the envelope at lengths (E, 1): (E, n_radial)."""
+        return torch.sin(self.frequencies * r) / r
+
+
+class GaussianBasis(RadialBasis):
+    """Gaussian basis of fixed width; the centres start evenly spaced on [0, rc]."""
+
+    def __init__(self, n_radial: int, cutoff: float, exponent: int | None, trained: bool = True):
+        super().__init__(torch.linspace(0, cutoff, n_radial), cutoff, exponent, trained)
         self.width = cutoff / max(n_radial - 1, 1)
-        self.cutoff, self.exponent = cutoff, exponent
 
-    def forward(self, length: Tensor) -> Tensor:
-        """Evaluate the basis at lengths (E,) in Angstrom: (E, n_radial)."""
-        r = length[:, None]
-        gaussian = torch.exp(-0.5 * ((r - self.frequencies) / self.width).square())
-        return gaussian * envelope(r, self.cutoff, self.exponent)
+    def functions(self, r: Tensor) -> Tensor:
+        """Evaluate the functions without the envelope at lengths (E, 1): (E, n_radial)."""
+        return torch.exp(-0.5 * ((r - self.frequencies) / self.width).square())
+
+
+def radial_basis(config: ModelConfig) -> RadialBasis:
+    """Build the radial basis of a configuration."""
+    family, _, suffix = config.basis.partition("/")
+    basis = BesselBasis if family == "bessel" else GaussianBasis
+    return basis(config.n_radial, config.cutoff, config.env_exp.basis, trained=suffix != "fix")
 
 
 class RadialFeatures(NamedTuple):

@@ -106,8 +106,8 @@ class EnvironmentSeed(nn.Module):
         self.pair_out = Linear(hidden, width, bias)
         self.output = Linear(width * self.axes, 2 * c)
         nn.init.zeros_(self.output.weight)  # scale and shift start as the identity
-        self.scale_norm = RMSNorm(1, c) if config.edge_norm else nn.Identity()
-        self.shift_norm = RMSNorm(1, c) if config.edge_norm else nn.Identity()
+        self.scale_norm = RMSNorm(1, c) if config.edge_norm.film else nn.Identity()
+        self.shift_norm = RMSNorm(1, c) if config.edge_norm.film else nn.Identity()
         self.scale_strength = nn.Parameter(torch.full((1,), math.log(0.01)))
         self.shift_strength = nn.Parameter(torch.full((1,), math.log(0.01)))
 

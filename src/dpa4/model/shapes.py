@@ -1,7 +1,7 @@
-"""Shapes of the parameters of a network, found without allocating them."""
+"""Shapes and number of the parameters of a network, found without allocating them."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from dpa4.model.constants import without_constants
 from dpa4.model.network import DPA4
 
 MAX_PARAMETERS = 1_000_000_000
-"""Forty times the largest preset; its training state alone would have 16 GB."""
+"""Over three times the largest preset; its training state alone would have 16 GB."""
 
 
 def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
@@ -21,13 +21,29 @@ def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
         return {name: parameter.shape for name, parameter in DPA4(config).state_dict().items()}
 
 
+class ParameterCount(NamedTuple):
+    """Number of parameters of a network."""
+
+    total: int
+    trainable: int  # without fixed frequencies or centres of the radial basis
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Count the parameters of a network. No memory is allocated for them."""
+    with without_constants(), _ParametersOnMeta():
+        parameters = list(DPA4(config).parameters())
+    return ParameterCount(
+        sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    )
+
+
 def check_size(config: ModelConfig) -> None:
     """Refuse a network with more than ``MAX_PARAMETERS`` parameters before it is built.
 
     Raises:
         ValueError: If the network is too large.
     """
-    count = sum(shape.numel() for shape in shapes_of(config).values())
+    count = count_parameters(config).total
     if count > MAX_PARAMETERS:
         raise ValueError(
             f"the model has {count:,} parameters, at most {MAX_PARAMETERS:,} are supported; lower model.channels = "

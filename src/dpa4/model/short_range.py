@@ -198,4 +198,4 @@ def short_range(config: ModelConfig) -> NetworkAlone:
         return NetworkAlone()
     if isinstance(config.bridging, PairBridging):
         return PairRange(config.elements, config.bridging)
-    return ZoneBridging(config.cutoff, config.env_exp[1] if config.bridging.smooth_cutoff else None)
+    return ZoneBridging(config.cutoff, config.env_exp.weight if config.bridging.smooth_cutoff else None)

@@ -69,6 +69,21 @@ def triton_dtype(dtype: torch.dtype) -> bool:
     return dtype in _TRITON_DTYPES
 
 
+GATE_CHANNELS = 128
+"""Largest number of channels of a focus for the Triton kernels of gates: a program holds the square of the weights of
+a degree in registers and in 96 KiB of shared memory, which every GPU since Ampere has."""
+
+
+def triton_gate(u: Tensor, channels: int) -> bool:
+    """Return whether the Triton kernels of gates support products u of layers with ``channels`` (per focus)."""
+    return triton_gate_width(channels) and triton(u)
+
+
+def triton_gate_width(channels: int) -> bool:
+    """Return whether the Triton kernels of gates support a number of channels (per focus)."""
+    return channels <= GATE_CHANNELS
+
+
 def split_product(x: Tensor) -> bool:
     """Return whether matrix products with x use tensor cores with split operands, at float32 accuracy."""
     return x.is_cuda and x.dtype == torch.float32
@@ -89,6 +104,13 @@ def triton_version() -> str | None:
 def is_hopper(device: torch.device) -> bool:
     """Return whether a device is a Hopper GPU (H100, H200)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+WHOLE_STACK = (
+    f"one focus of {so2_stack.CHANNELS} channels, degree {so2_stack.LAYOUT.lmax}, order {so2_stack.LAYOUT.mmax}, "
+    f"1 to {so2_stack.MAX_GATES + 1} layers"
+)
+"""Shape that `whole_stack_shape` requires, for messages."""
 
 
 def whole_stack_shape(layout: EdgeLayout, n_focus: int, channels: int, layers: int) -> bool:

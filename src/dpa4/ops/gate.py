@@ -28,7 +28,7 @@ from dpa4.ops.layout import EdgeLayout
 
 def value(x: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout) -> Tensor:
     """Compute y = x + u sigma(u), (F, E, W)."""
-    if (kernels := _kernels(u)) is not None:
+    if (kernels := _kernels(u, gates)) is not None:
         return kernels.value(x, u, gates, layout)
     sigma = _logits(u, gates).sigmoid_()
     y = torch.empty_like(u)
@@ -50,7 +50,7 @@ def vjp(a: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout, sums: bool) -> 
     Returns:
         a D, (F, E, W), and p of the degrees above zero, (F, E, lmax C), or None. The gradient of G is s^T p.
     """
-    if (kernels := _kernels(u)) is not None:
+    if (kernels := _kernels(u, gates)) is not None:
         return kernels.vjp(a, u, gates, layout, sums)
     sigma = _logits(u, gates).sigmoid_()
     p = _contract(a, u, layout).mul_(_slope(sigma))
@@ -60,7 +60,7 @@ def vjp(a: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout, sums: bool) -> 
 
 def tangent(d: Tensor, v: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout) -> Tensor:
     """Compute the change of y if x changes by d and u by v, to first order; all of them (F, E, W)."""
-    if (kernels := _kernels(u)) is not None:
+    if (kernels := _kernels(u, gates)) is not None:
         return kernels.tangent(d, v, u, gates, layout)
     sigma = _logits(u, gates).sigmoid_()
     change = _logits(v, gates).mul_(_slope(sigma))
@@ -80,7 +80,7 @@ def joint(
         The derivative with respect to u, (F, E, W); a D, (F, E, W); q and p, (F, E, lmax C). The derivative with
         respect to G is s^T q + v_0^T p, with v_0 the first row of v.
     """
-    if (kernels := _kernels(u)) is not None:
+    if (kernels := _kernels(u, gates)) is not None:
         return kernels.joint(b, v, a, u, gates, layout)
     c = u.shape[-1] // layout.total
     sigma = _logits(u, gates).sigmoid_()
@@ -110,7 +110,7 @@ def undo(
 
     If ``overwrite`` is true, the results may be written to the memory of x and d.
     """
-    if (kernels := _kernels(u)) is not None:
+    if (kernels := _kernels(u, gates)) is not None:
         return kernels.undo(x, d, v, u, gates, layout, overwrite)
     x = x - value(torch.zeros_like(x), u, gates, layout)
     if d is None or v is None:
@@ -118,9 +118,9 @@ def undo(
     return x, d - tangent(torch.zeros_like(d), v, u, gates, layout)
 
 
-def _kernels(u: Tensor) -> Any:
-    """Module of the Triton kernels if they support u, else None."""
-    if not available.triton(u):
+def _kernels(u: Tensor, gates: Tensor) -> Any:
+    """Module of the Triton kernels if they support u and the number of channels, else None."""
+    if not available.triton_gate(u, gates.shape[1]):
         return None
     # Imported here, since a machine without a GPU may have no Triton.
     from dpa4.ops.triton import gate

@@ -10,15 +10,19 @@ from rich.text import Text
 
 from dpa4.model import ModelConfig
 from dpa4.model.config import PairBridging
-from dpa4.model.presets import preset
-from dpa4.model.shapes import shapes_of
+from dpa4.model.network import max_edges
+from dpa4.model.presets import closest_preset, generation, preset
+from dpa4.model.shapes import ParameterCount, count_parameters
 from dpa4.ops import available
 from dpa4.ops.layout import EdgeLayout
+from dpa4.parsing import printable
 from dpa4.potential.checkpoint import read_checkpoint
 from dpa4.system import user_path
 
 UNITS = "energy eV, length Å, forces eV/Å, virial eV (-dE/dstrain), stress eV/Å³ (tensile positive)"
 _DESCRIBED = ("elements", "cutoff")  # fields with their own lines, not listed as switches
+_FEW_CHANGES = 3
+"""Largest number of options by which a model may differ from a preset that its card names."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,8 @@ def model_card(source: str | Path, branch: str | None = None) -> ModelCard:
     if not path.is_file() and not path.suffix and len(path.parts) == 1:
         return _preset_card(str(source))
     stored = read_checkpoint(path, branch)
-    parameters = sum(weight.numel() for weight in stored.weights.values())
     energies = zip(stored.config.elements, stored.reference_energies.tolist(), strict=True)
-    sections = _sections(stored.config, parameters)
+    sections = _sections(stored.config)
     sections["Model"] |= {
         "precision": str(stored.dtype).removeprefix("torch."),
         "reference energies": ", ".join(f"{element} {energy:.6f}" for element, energy in energies) + " eV",
@@ -83,14 +86,9 @@ def model_card(source: str | Path, branch: str | None = None) -> ModelCard:
     if stored.digest is not None:
         origin["digest"] = f"{stored.digest[:16]}, matches weights and options"
     sections["Provenance"] = origin | {
-        _printable(label): _printable(value) for label, value in stored.provenance.items()
+        printable(label): printable(value) for label, value in stored.provenance.items()
     }
     return ModelCard(f"DPA4 potential {path.name}", sections)
-
-
-def _printable(text: str) -> str:
-    """Escape line breaks and control characters, with which a file could draw on the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _preset_card(name: str) -> ModelCard:
@@ -98,8 +96,7 @@ def _preset_card(name: str) -> ModelCard:
         config = preset(name)
     except ValueError as error:
         raise ValueError(f"{name!r} is neither a file nor a preset: {error}") from None
-    parameters = sum(shape.numel() for shape in shapes_of(config).values())
-    sections = _sections(config, parameters)
+    sections = _sections(config)
     sections["Provenance"] = {
         "preset": name,
         "source": "published architecture, arXiv:2606.02419; no weights",
@@ -107,14 +104,18 @@ def _preset_card(name: str) -> ModelCard:
     return ModelCard(f"DPA4 preset {name}", sections)
 
 
-def _sections(config: ModelConfig, parameters: int) -> dict[str, dict[str, str]]:
+def _sections(config: ModelConfig) -> dict[str, dict[str, str]]:
+    parameters = count_parameters(config)
     switches = {key: value for key, value in config.model_dump().items() if key not in _DESCRIBED}
     if isinstance(config.bridging, PairBridging):
         switches["bridging"] = config.bridging.text
-    default = {key: type(config).model_fields[key].get_default(call_default_factory=True) for key in switches}
+    default = ModelConfig(elements=config.elements).model_dump()
     return {
         "Model": {
-            "trainable parameters": f"{parameters:,}",
+            "generation": str(generation(config)),
+            "version": _version(config),
+            "parameters": f"{parameters.total:,}",
+            "trainable parameters": _trainable(config, parameters),
             "elements": f"{len(config.elements)}: {' '.join(config.elements)}",
             "cutoff": f"{config.cutoff:g} Å",
             "units": UNITS,
@@ -126,6 +127,24 @@ def _sections(config: ModelConfig, parameters: int) -> dict[str, dict[str, str]]
         "On a GPU": gpu_kernels(config, available.triton_version()),
         "On this CPU": cpu_kernels(config),
     }
+
+
+def _version(config: ModelConfig) -> str:
+    """Name of the preset with the options of a model, or of the closest one and the differences."""
+    name, changed = closest_preset(config)
+    if not changed:
+        return name
+    if len(changed) > _FEW_CHANGES:
+        return "none, no preset is close"
+    return f"none; {name} with {', '.join(f'{key} = {_show(value)}' for key, value in changed.items())}"
+
+
+def _trainable(config: ModelConfig, parameters: ParameterCount) -> str:
+    text = f"{parameters.trainable:,}"
+    if fixed := parameters.total - parameters.trainable:
+        kind = "centres" if config.basis.startswith("gaussian") else "frequencies"
+        text += f"; {fixed} {kind} of the radial basis are fixed"
+    return text
 
 
 def _show(value: Any) -> str:
@@ -182,18 +201,46 @@ def gpu_kernels(config: ModelConfig, triton: str | None) -> dict[str, str]:
     return {
         "Triton": triton or "not installed; without it no model runs on a GPU",
         "edges and nodes": "Triton kernels",
-        "SO(2) layers": "; ".join(unsupported(config)) or "fused, Triton kernels",
-        "energies and forces on H100, H200": "one CUDA kernel for all SO(2) layers of a block"
-        if has_whole_stacks(config)
-        else "as above; the CUDA kernel for whole stacks has another size",
+        "SO(2) layers": "; ".join(unsupported(config)) or "fused, " + _gates(config),
+        "energies and forces on H100, H200": _on_hopper(config),
+        "edges at once": f"{max_edges(config)['cuda']:,}; more are computed in parts, without a CUDA graph",
         "with --dtype float64": f"sums over edges by a Triton kernel, else {in_float64}",
     }
+
+
+def _gates(config: ModelConfig) -> str:
+    """Kernels of the fused SO(2) layers."""
+    if available.triton_gate_width(config.focus_width):
+        return "Triton kernels"
+    return (
+        f"Triton kernels; gates in plain operations ({config.focus_width} channels of a focus, at most "
+        f"{available.GATE_CHANNELS})"
+    )
+
+
+def _on_hopper(config: ModelConfig) -> str:
+    """Kernels of the SO(2) layers on Hopper GPUs, outside of training."""
+    if has_whole_stacks(config):
+        return "one CUDA kernel for all SO(2) layers of a block"
+    if unsupported(config):
+        return "as above"
+    return f"as above; the CUDA kernel for whole stacks is for {available.WHOLE_STACK}, not for {_stacks(config)}"
+
+
+def _stacks(config: ModelConfig) -> str:
+    """Shapes of the stacks of SO(2) layers."""
+    foci = "one focus" if config.n_focus == 1 else f"{config.n_focus} foci"
+    degrees = "-".join(str(l) for l in sorted({min(config.degrees), max(config.degrees)}))
+    shape = f"degree {degrees}, order {config.mmax}, {config.mixing_layers} layers"
+    return f"{foci} of {config.focus_width} channels, {shape}"
 
 
 def cpu_kernels(config: ModelConfig) -> dict[str, str]:
     """Lines of the model card about the CPU of this machine."""
     focus = {"channels of a focus": config.focus_width}
     widths = {"channels": config.channels} | focus
+    if config.ffn_neurons:
+        widths["channels of the feed-forward networks"] = config.ffn_neurons
     if config.n_atten_head > 1:
         widths["channels of an attention head"] = config.focus_width // config.n_atten_head
     switches = [f"{name} = True" for name in _plain_switches(config)]

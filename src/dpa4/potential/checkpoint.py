@@ -122,6 +122,7 @@ def load_potential(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | Literal["float32", "float64"] | None = None,
     branch: str | None = None,
+    ema: bool = False,
 ) -> Potential:
     """Load a potential in evaluation mode from a native or deepmd-kit checkpoint.
 
@@ -131,24 +132,32 @@ def load_potential(
         dtype: Floating-point type of the network, float32 or float64; by default that of the file. Energies are
             always float64.
         branch: Branch of a multitask model of deepmd-kit.
+        ema: Load the averaged weights of a deepmd-kit checkpoint that has them in its entry ``ema``, instead of the
+            weights of the last step. Native checkpoints and separate ``_ema`` files hold one set of weights.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file cannot be read, or is not a supported DPA4 model, or the dtype is another one.
+        ValueError: If the file cannot be read, or is not a supported DPA4 model, or the dtype is another one; also
+            if ``ema`` is true and the file has no such entry.
     """
     if isinstance(dtype, str):
         dtype = {"float32": torch.float32, "float64": torch.float64}.get(dtype, dtype)
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"dtype must be float32 or float64, got {dtype!r}")
-    stored = read_checkpoint(path, branch)
+    stored = read_checkpoint(path, branch, ema=ema)
     return _assemble(stored, dtype or stored.dtype).to(device)
 
 
 @own_settings
 @float32_by_default()
 def convert(
-    source: str | Path, target: str | Path, branch: str | None = None, *, drop_bridging: bool = False
-) -> None:
+    source: str | Path,
+    target: str | Path,
+    branch: str | None = None,
+    *,
+    drop_bridging: bool = False,
+    ema: bool = False,
+) -> dict[str, str]:
     """Convert a checkpoint to the format given by the suffix of ``target``: .safetensors, or .pt for deepmd-kit.
 
     Args:
@@ -157,6 +166,10 @@ def convert(
         branch: Branch of a multitask model of deepmd-kit.
         drop_bridging: Leave out the bridging, which some models of this package have and deepmd-kit lacks. The
             network alone is unreliable where atoms are closer than in the training data.
+        ema: Convert the averaged weights of a deepmd-kit checkpoint, see `load_potential`.
+
+    Returns:
+        Provenance of the model that was read, texts by label.
 
     Raises:
         FileNotFoundError: If there is no such file, or the folder of ``target`` does not exist.
@@ -167,7 +180,7 @@ def convert(
     if target.suffix not in (SUFFIX, ".pt"):
         raise ValueError(f"cannot convert to {target.name!r}; the target must end in {SUFFIX} or .pt")
     check_writable(target)
-    stored = read_checkpoint(source, branch)
+    stored = read_checkpoint(source, branch, ema=ema)
     if drop_bridging:
         stored = replace(stored, config=stored.config.model_copy(update={"bridging": None}))
     potential = _assemble(stored, stored.dtype)
@@ -176,11 +189,12 @@ def convert(
         export_deepmd(potential, target)
     else:
         save_potential(potential, target, stored.provenance | parent)
+    return stored.provenance
 
 
 @own_settings
 @float32_by_default()
-def read_checkpoint(path: str | Path, branch: str | None = None) -> Checkpoint:
+def read_checkpoint(path: str | Path, branch: str | None = None, *, ema: bool = False) -> Checkpoint:
     """Read a native or deepmd-kit checkpoint; arguments and errors as in `load_potential`."""
     path = user_path(path)
     if not path.is_file():
@@ -188,10 +202,17 @@ def read_checkpoint(path: str | Path, branch: str | None = None) -> Checkpoint:
     with open(path, "rb") as file:
         start = file.read(9)
     if start[8:9] == b"{":  # safetensors: eight bytes of header length, then JSON
+        if ema:
+            raise ValueError(
+                f"cannot read averaged weights from {path}: a native checkpoint holds one set of weights; leave out "
+                "--ema (Python: ema=True)"
+            )
         return _read_native(path, branch)
     if start[:2] in (b"PK", b"\x80\x02"):  # the present and the earlier format of torch.save
-        model = read_deepmd(path, branch)
+        model = read_deepmd(path, branch, ema=ema)
         kind = f"deepmd-kit checkpoint, descriptor format {model.version:g}"
+        if model.runtime != "pt":
+            kind += f", runtime {model.runtime}"
         return Checkpoint(
             model.config, model.weights, model.reference_energies, model.dtype, model.provenance, kind
         )

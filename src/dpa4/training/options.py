@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from dpa4.model.config import Bridging, ModelConfig
-from dpa4.model.presets import PRESETS, preset
+from dpa4.model.presets import NAMES, preset
 from dpa4.potential.precision import Precision
 from dpa4.system import user_path
 
@@ -47,7 +47,7 @@ class ModelOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    preset: str = Field("mini", description=f"Published model to start from: {', '.join(PRESETS)}.")
+    preset: str = Field("mini", description=f"Published model to start from: {NAMES}.")
     elements: Literal["auto"] | tuple[str, ...] = Field(
         "auto",
         description="Chemical symbols the model knows; auto: all of the training and validation data.",
@@ -147,9 +147,16 @@ class TrainingOptions(_Section):
     )
 
     optimizer: Literal["hybrid_muon", "adamw"] = Field("hybrid_muon", description="hybrid_muon or adamw.")
+    adam_for_basis: bool = Field(
+        False,
+        description="hybrid_muon: AdamW instead of Muon for the two matrices that multiply the radial basis, as in "
+        "published runs of generation 3.",
+    )
     weight_decay: float = Field(1e-3, ge=0, le=1e3, description="Decoupled weight decay of matrices.")
-    schedule: Literal["wsd", "cosine"] = Field(
-        "wsd", description="Learning rate: wsd (warm-up, stable, cosine decay) or cosine (warm-up, decay)."
+    schedule: Literal["wsd", "cosine", "exp"] = Field(
+        "wsd",
+        description="Learning rate: wsd (warm-up, stable, cosine decay), cosine (warm-up, decay) or exp (warm-up, "
+        "exponential decay).",
     )
     learning_rate: PositiveFloat = Field(
         4e-3,
@@ -228,10 +235,19 @@ class TrainingOptions(_Section):
                 f"training.batch_size = {self.batch_size} cannot be combined with training.max_atoms or "
                 "training.max_edges; set training.batch_size to null"
             )
+        if self.adam_for_basis and self.optimizer != "hybrid_muon":
+            raise ValueError(
+                f"training.adam_for_basis = true is an option of hybrid_muon, not of training.optimizer = "
+                f"{self.optimizer}; remove it or choose hybrid_muon"
+            )
         if self.final_learning_rate > self.learning_rate:
             raise ValueError(
                 f"training.final_learning_rate = {self.final_learning_rate} must be at most "
                 f"training.learning_rate = {self.learning_rate}"
+            )
+        if self.schedule == "exp" and not self.final_learning_rate:
+            raise ValueError(
+                "training.schedule = exp needs training.final_learning_rate above 0, got 0; set it to 1e-6, say"
             )
         if isinstance(self.virial_weight, float) and self.virial_weight < 0:
             raise ValueError(f"training.virial_weight must be >= 0 or auto, got {self.virial_weight}")

@@ -8,7 +8,7 @@ from dpa4.model.attention import EnvelopeGatedAttention, FocusCompetition
 from dpa4.model.block import Block
 from dpa4.model.grid import MessageNodeProduct
 from dpa4.model.layers import ChannelLinear, DegreeLinear, EquivariantRMSNorm, FocusLinear, Linear, RMSNorm
-from dpa4.model.radial import BesselBasis, GaussianBasis
+from dpa4.model.radial import BesselBasis, GaussianBasis, RadialNetwork
 from dpa4.model.seed import Embedding, EnvironmentSeed
 from dpa4.model.so2 import DegreeProduct, SO2Linear, SO2Stack
 from dpa4.training.muon import Route, block_shape
@@ -37,15 +37,31 @@ ROUTES: dict[type[nn.Module], dict[str, Route]] = {
 }
 
 
-def parameter_routes(model: nn.Module) -> dict[str, Route]:
+def basis_matrices(model: nn.Module) -> set[str]:
+    """Names of the matrices that multiply the radial basis: of the radial network and of the environment seed."""
+    names = set()
+    for path, module in model.named_modules():
+        if isinstance(module, RadialNetwork):
+            names.add(f"{path}.hidden.0.weight" if len(module.hidden) else f"{path}.last.weight")
+        elif isinstance(module, EnvironmentSeed):
+            names.add(f"{path}.basis_in.weight")
+    return names
+
+
+def parameter_routes(model: nn.Module, *, adam_for_basis: bool = False) -> dict[str, Route]:
     """Optimiser route of every parameter, by the name of the parameter.
 
     A weight with the route muon that is not a matrix (fewer than two axes longer than one) is moved to adam.
+
+    Args:
+        model: The network.
+        adam_for_basis: Whether the matrices of `basis_matrices` have the route adamw instead of muon.
 
     Raises:
         ValueError: If ``ROUTES`` has no entry for a parameter and the type of its module.
     """
     routes: dict[str, Route] = {}
+    moved = basis_matrices(model) if adam_for_basis else set()
     for name, parameter in model.named_parameters():
         path, _, own = name.rpartition(".")
         owner = model.get_submodule(path)
@@ -58,19 +74,25 @@ def parameter_routes(model: nn.Module) -> dict[str, Route]:
                 f"parameter {name} of a {type(owner).__name__} has no optimiser route; "
                 "add it to dpa4.training.routing.ROUTES"
             )
-        routes[name] = "adam" if route == "muon" and block_shape(parameter.shape) is None else route
+        if route == "muon" and block_shape(parameter.shape) is None:
+            route = "adam"
+        routes[name] = "adamw" if name in moved else route
     return routes
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, *, adam_for_basis: bool = False) -> list[dict[str, Any]]:
     """Parameter groups for ``HybridMuon``, with each trainable parameter once, in the order of the model.
+
+    Args:
+        model: The network.
+        adam_for_basis: As in `parameter_routes`.
 
     Raises:
         ValueError: As ``parameter_routes``.
     """
     parameters = dict(model.named_parameters())
     groups: dict[Route, list[nn.Parameter]] = {"muon": [], "adam": [], "adamw": []}
-    for name, route in parameter_routes(model).items():
+    for name, route in parameter_routes(model, adam_for_basis=adam_for_basis).items():
         if parameters[name].requires_grad:
             groups[route].append(parameters[name])
     grouped = [id(p) for group in groups.values() for p in group]

@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -45,23 +45,42 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfi
         if not equals or not key:
             raise ValueError(f"override {override!r} must look like training.learning_rate=5e-4")
         _set(values, key.strip(), _override(key.strip(), text.strip(), f"override {override!r}"))
+    return checked_run_config(values, str(path))
+
+
+def checked_run_config(values: Mapping[str, Any], what: str) -> RunConfig:
+    """Check the options of a run.
+
+    Raises:
+        ValueError: If an option is unknown or not allowed; ``what`` is the name of the options in the message.
+    """
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{path} is not valid:\n" + _faults(error)) from None
+        raise ValueError(f"{what} is not valid:\n" + _faults(error)) from None
 
 
-def default_config_text(train: str = "train.xyz") -> str:
-    """Commented run file to start from. Its comments are the descriptions of the fields, so they cannot drift."""
+def default_config_text(train: str = "train.xyz", name: str = "mini") -> str:
+    """Commented run file to start from. Its comments are the descriptions of the fields, so they cannot drift.
+
+    Args:
+        train: Path of the training data.
+        name: Name of a preset.
+
+    Raises:
+        ValueError: If there is no such preset.
+    """
+    start = preset(name, elements=("H",))
     head = ["# Training run of dpa4. Energies are in eV, lengths in Angstrom. null means: not set.", ""]
-    body = _commented(RunConfig.model_validate({"data": {"train": train}}))
+    body = _commented(RunConfig.model_validate({"model": {"preset": name}, "data": {"train": train}}))
     at = next(i for i, line in enumerate(body) if line.startswith("data:")) - 2
-    extra = [
-        "  # The published models were trained with true; with false, energies are smoother at the cutoff.",
-        "  edge_norm: false",
-        "  # Any other option of the model may be added, for example:",
-    ]
-    start = preset("mini", elements=("H",))
+    extra = ["  # Any other option of the model may be added, for example:"]
+    if start.edge_norm.radial:
+        extra = [
+            "  # The published models were trained with true; with false, energies are smoother at the cutoff.",
+            "  edge_norm: false",
+            *extra,
+        ]
     for name in ("cutoff", "channels", "lmax"):
         extra.append(
             f"  # {name}: {_scalar(getattr(start, name))}  # {ModelConfig.model_fields[name].description}"

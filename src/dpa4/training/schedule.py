@@ -9,10 +9,10 @@ class Schedule(NamedTuple):
 
     After a linear warm-up from ``warmup_factor * peak`` to ``peak``, ``"cosine"`` decays at once, while ``"wsd"``
     (warm-up, stable, decay) stays at the peak and decays over the last ``decay_fraction`` of *all* steps. Both decay
-    to ``final`` along half a cosine.
+    to ``final`` along half a cosine. ``"exp"`` decays at once by the same factor in every step.
     """
 
-    kind: Literal["wsd", "cosine"]
+    kind: Literal["wsd", "cosine", "exp"]
     peak: float
     final: float
     total_steps: int
@@ -29,4 +29,6 @@ class Schedule(NamedTuple):
             decay = max(1, min(int(self.decay_fraction * self.total_steps), decay))
         progress = (step - self.total_steps + decay) / max(decay, 1)
         progress = min(max(progress, 0.0), 1.0)
+        if self.kind == "exp":
+            return self.peak * (self.final / self.peak) ** progress
         return self.final + 0.5 * (self.peak - self.final) * (1 + math.cos(math.pi * progress))

@@ -44,6 +44,7 @@ T = TypeVar("T")
 
 PLOT_SECONDS = 60.0  # between learning curves; drawing one takes half a second
 _TARGETS = {"energy": "energy per atom", "forces": "forces", "virial": "virial per atom"}
+_FIXED = ("model.", "training.optimizer", "training.adam_for_basis", "training.ema_decay")  # on resume
 _COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds")
 
 
@@ -393,11 +394,13 @@ class Trainer:
             ValueError: If the state belongs to another model or optimiser or, without ``new_data``, to other data.
         """
         changed = changed_options(state["options"], self.preparation.run_text)
+        # States of earlier versions lack the option.
+        changed = [c for c in changed if c != "training.adam_for_basis: None -> False"]
         if (
             "config" not in state
         ):  # of an earlier version, in which models had no repulsion unless an option said so
             changed = [c for c in changed if c != "model.bridging: None -> auto"]
-        fixed = [c for c in changed if c.startswith(("model.", "training.optimizer", "training.ema_decay"))]
+        fixed = [c for c in changed if c.startswith(_FIXED)]
         if fixed:
             raise ValueError(
                 f"{self.config.output / STATE} cannot be resumed with other options: {'; '.join(fixed)}. "
@@ -485,7 +488,7 @@ class Trainer:
 
 def _optimizer(config: RunConfig, potential: Potential) -> torch.optim.Optimizer:
     options = config.training
-    groups = parameter_groups(potential.model)
+    groups = parameter_groups(potential.model, adam_for_basis=options.adam_for_basis)
     if options.optimizer == "hybrid_muon":
         return HybridMuon(groups, options.learning_rate, weight_decay=options.weight_decay)
     for group in groups:

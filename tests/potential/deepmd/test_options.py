@@ -1,5 +1,8 @@
 """Options of deepmd-kit's models: each is translated, has no influence, or is refused by name."""
 
+import itertools
+import re
+
 import pytest
 
 from dpa4.model import Bridging, ModelConfig
@@ -43,6 +46,13 @@ def test_absent_options_have_the_defaults_of_deepmd_kit():
         ),
         ({"lebedev_quadrature": None}, {}),
         ({"lebedev_quadrature": [False, True]}, {}),
+        ({"lebedev_quadrature": [True, False]}, {}),
+        ({"lebedev_quadrature": False}, {}),
+        ({"edge_norm": [False, True, True]}, {"edge_norm": [False, True, True]}),
+        ({"edge_norm": [False] * 3}, {"edge_norm": False}),
+        ({"env_exp": 5, "basis_type": "Gaussian/FIX"}, {"env_exp": 5, "basis": "gaussian/fix"}),
+        ({"env_exp": [7, 5], "basis_type": "bessel/fix"}, {"basis": "bessel/fix"}),
+        ({"sandwich_norm": [True, False, True, False]}, {"sandwich_norm": (True, False, True, False)}),
         ({"lebedev_quadrature": False, "ffn_so3_grid": True}, {"ffn_on": "so3"}),
         ({"radial_so2_mode": "none", "radial_so2_rank": 3}, {"radial_so2_mode": "none"}),
         ({"radial_so2_rank": 3}, {"radial_so2_rank": 3}),
@@ -108,9 +118,11 @@ def test_model_and_fitting_options_are_translated(options, expected):
         ("descriptor", "eps", 1e-5),
         ("descriptor", "use_spin", [True, False, False]),
         ("descriptor", "s2_activation", [True, True]),
-        ("descriptor", "lebedev_quadrature", False),
-        ("descriptor", "lebedev_quadrature", [True, False]),
-        ("descriptor", "edge_norm", [False, True, True]),
+        ("descriptor", "edge_norm", [False, True]),
+        ("descriptor", "edge_norm", 1),
+        ("descriptor", "env_exp", True),
+        ("descriptor", "env_exp", [7, 5, 3]),
+        ("descriptor", "sandwich_norm", True),
         ("descriptor", "radial_so2_rank", 0),
         ("descriptor", "m_schedule", [1, 0, 1]),
         ("descriptor", "n_blocks", 0),
@@ -142,6 +154,10 @@ def test_unknown_options_are_refused():
 def test_values_outside_our_range_are_refused_by_name():
     with pytest.raises(ValueError, match="not a supported model: n_radial: .*greater than 0.*value 0"):
         config_from_deepmd(params({"n_radial": 0}))
+    with pytest.raises(ValueError, match="not a supported model: env_exp: .* positive whole number.*, got 0"):
+        config_from_deepmd(params({"env_exp": 0}))
+    with pytest.raises(ValueError, match="basis: .*'bessel/fix' or 'gaussian/fix' .value 'bessel/free'"):
+        config_from_deepmd(params({"basis_type": "bessel/free"}))
     with pytest.raises(ValueError, match="not a supported model: r_inner: .*greater than 0.*value -1"):
         config_from_deepmd(params(bridging_method="zbl", bridging_r_inner=-1))
     with pytest.raises(ValueError, match="not a supported model: elements: .*'Foo'"):
@@ -155,7 +171,10 @@ def test_values_outside_our_range_are_refused_by_name():
             {"descriptor": {"type": "se_e2_a"}, "fitting_net": {}, "type_map": ["H"]},
             "with descriptor 'se_e2_a'",
         ),
-        (params() | {"type": "linear_ener"}, "not a DPA4 model but one of type 'linear_ener'"),
+        (
+            params() | {"type": "linear_ener"},
+            "linear_ener model of the types None; supported: the sum",
+        ),
         (params() | {"type_map": []}, "its model has no type_map"),
         ({"type": "pairtab"}, "of type 'pairtab' with descriptor 'none'"),
     ],
@@ -195,3 +214,27 @@ def test_models_of_another_kind_are_named(model, message):
 def test_options_survive_the_way_there_and_back(options):
     config = ModelConfig(elements=("H", "C", "O"), **options)
     assert config_from_deepmd(config_to_deepmd(config, "float64")) == config
+
+
+@pytest.mark.parametrize(
+    "option", ({"edge_norm": [False, True, True]}, {"env_exp": 5}, {"basis": "bessel/fix"})
+)
+def test_export_refuses_switches_newer_than_the_release(option):
+    (name, value), *_ = option.items()
+    with pytest.raises(
+        ValueError, match=re.escape(f"deepmd-kit 3.2.0 cannot read models with {name} = {value!r}")
+    ):
+        config_to_deepmd(ModelConfig(elements=("H",), **option), "float32")
+
+
+def test_export_names_all_switches_newer_than_the_release_at_once():
+    config = ModelConfig(elements=("H",), edge_norm=[False, True, True], env_exp=5, basis="gaussian/fix")
+    message = "[False, True, True] and env_exp = 5 and basis = 'gaussian/fix'; the version after 3.2.0 can"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config_to_deepmd(config, "float32")
+
+
+@pytest.mark.parametrize("norms", list(itertools.product((False, True), repeat=4)))
+def test_every_combination_of_norms_survives_the_way_there_and_back(norms):
+    config = ModelConfig(elements=("H",), sandwich_norm=norms)
+    assert config_from_deepmd(config_to_deepmd(config, "float32")) == config

@@ -226,7 +226,13 @@ def _gate_joint(
 
 
 # Launches; arguments and results are those of the functions of the same name in `dpa4.ops.gate`. A tile such as
-# (16, 2) stands for 16 edges and 2 warps per program. Tiles were tuned on an H200; the measurement was not kept.
+# (16, 2) stands for 16 edges and 2 warps per program. Tiles were tuned on an H200 for at most 64 channels; the
+# measurement was not kept. The weights of a degree with 128 channels are four times as large: in float32, fewer than
+# 8 warps would move 30 to 70 KiB per thread to slow memory (according to the assembler).
+
+
+_WIDE = 64  # channels above which the tile is _WIDE_TILE
+_WIDE_TILE = (16, 8)
 
 
 def value(x: Tensor, u: Tensor, gates: Tensor, layout: EdgeLayout) -> Tensor:
@@ -306,7 +312,7 @@ def _launch(
         Operand("gates", weight, (n_focus, c, layout.lmax * c), weight.dtype),
     ]
     check("gate", weight.device, operands)
-    block_e, warps = tile
+    block_e, warps = tile if c <= _WIDE else _WIDE_TILE
     with torch.cuda.device_of(weight):
         kernel[(triton.cdiv(num_edges, block_e), n_focus)](
             *results, *edges, weight, num_edges, layout.lmax, layout.mmax, c, width,

@@ -79,7 +79,7 @@ def deepmd_name(name: str, config: ModelConfig) -> str:
         KeyError: If the name is not one of the network's parameters.
     """
     if match := re.fullmatch(r"radial\.(hidden|norms)\.(\d+)\.(weight|scale)|radial\.last\.weight", name):
-        stride = 3 if config.edge_norm else 2
+        stride = 3 if config.edge_norm.radial else 2
         layer = len(config.radial_mlp) if match[1] is None else int(match[2])
         leaf = f"{stride * layer + 1}.adam_scale" if match[1] == "norms" else f"{stride * layer}.matrix"
         return f"descriptor.radial_embedding.net.{leaf}"

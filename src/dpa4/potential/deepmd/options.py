@@ -1,22 +1,48 @@
 """Translation between the ``model_params`` of a deepmd-kit checkpoint and ``ModelConfig``.
 
-Every option of deepmd-kit 3.2.0 is translated, ignored because it does not influence the results of a trained model,
-or refused by name (docs/models.md, "What is not supported"). Absent options have deepmd-kit's defaults.
+Every option of deepmd-kit 3.2.0 and of the presets of version 20260911 is translated, ignored because it does not
+influence the results of a trained model, or refused by name (docs/models.md, "What is not supported"). Absent options
+have deepmd-kit's defaults.
 """
 
-import math
 from collections.abc import Mapping
+from dataclasses import astuple
 from typing import Any
 
 from pydantic import ValidationError
 
-from dpa4.model.config import MAX_BLOCKS, Bridging, GridOperation, ModelConfig, PairBridging
+from dpa4.model.config import GridOperation, ModelConfig, PairBridging
 from dpa4.parsing import shown
+from dpa4.potential.deepmd.bridging import (
+    BRIDGING_OF_DESCRIPTOR,
+    BRIDGING_OF_MODEL,
+    MODEL_TYPES,
+    bridging_of,
+    concise_form,
+)
+from dpa4.potential.deepmd.option_types import (
+    EDGE_NORM,
+    ENERGIES,
+    EXPONENTS,
+    FLAG,
+    NUMBER,
+    OUTPUT_BIAS,
+    SANDWICH_NORM,
+    TEXT,
+    WHOLE,
+    WHOLES,
+    Kind,
+    check_kinds,
+    is_list,
+    is_number,
+    is_one_of,
+    is_whole,
+    pair,
+    unsupported,
+    whole,
+    whole_numbers,
+)
 
-MAX_OPTIONS = 100_000
-"""Largest number of options of all branches of a checkpoint, entries of lists included."""
-
-MODEL_TYPES = ("dpa4", "sezm")
 FITTING_TYPES = ("dpa4_ener", "sezm_ener")
 
 # Our field -> option of the descriptor with the same meaning and the same default.
@@ -27,6 +53,7 @@ _DESCRIPTOR_SAME = {
     "basis": "basis_type",
     "radial_mlp": "radial_mlp",
     "env_exp": "env_exp",
+    "edge_norm": "edge_norm",
     "use_env_seed": "use_env_seed",
     "kmax": "kmax",
     "n_focus": "n_focus",
@@ -42,9 +69,17 @@ _DESCRIPTOR_SAME = {
     "so3_readout": "so3_readout",
     "readout_layers": "readout_layers",
 }
+# Types of these options; `ModelConfig` checks their values.
+_DESCRIPTOR_KINDS = (
+    {"rcut": NUMBER, "basis_type": TEXT, "radial_so2_mode": TEXT, "so3_readout": TEXT, "radial_mlp": WHOLES}
+    | dict.fromkeys(("channels", "n_radial", "kmax", "n_focus", "focus_dim", "n_atten_head"), WHOLE)
+    | dict.fromkeys(("ffn_blocks", "ffn_neurons", "readout_layers", "mixing_layers", "so2_layers"), WHOLE)
+    | dict.fromkeys(("use_env_seed", "message_node_so3", "ffn_so3_grid", "layer_scale", "mlp_bias"), FLAG)
+    | {"add_chg_spin_ebd": FLAG, "edge_norm": EDGE_NORM, "env_exp": EXPONENTS, "sandwich_norm": SANDWICH_NORM}
+)
 # Options translated one by one in _descriptor_fields.
 _DESCRIPTOR_TRANSLATED = frozenset(
-    "type lmax n_blocks l_schedule mmax m_schedule edge_norm mixing_layers so2_layers radial_so2_rank "
+    "type lmax n_blocks l_schedule mmax m_schedule mixing_layers so2_layers radial_so2_rank "
     "grid_mlp grid_branch s2_activation ffn_so3_grid lebedev_quadrature precision add_chg_spin_ebd "
     "default_chg_spin exclude_types".split()
 )
@@ -71,11 +106,18 @@ _DESCRIPTOR_FIXED: dict[str, tuple[Any, ...]] = {
 # Options without influence on a trained model: capacity of the neighbour search, training and compiler settings.
 _DESCRIPTOR_IRRELEVANT = {"sel": 256, "random_gamma": True, "use_amp": True, "trainable": True, "seed": None}
 # Entries that deepmd-kit adds when it builds a model; ignored as well.
-_DESCRIPTOR_ADDED = frozenset(("ntypes", "type_map", "inner_clamp_r_inner", "inner_clamp_r_outer"))
+_DESCRIPTOR_ADDED = frozenset(("ntypes", "type_map"))
 
 _FITTING_TRANSLATED = frozenset(
-    ("type", "neuron", "precision", "atom_ener", "dim_case_embd", "case_film_embd")
+    ("type", "neuron", "precision", "atom_ener", "dim_case_embd", "case_film_embd", "vacuum_ref")
 )
+_FITTING_KINDS = {
+    "neuron": WHOLES,
+    "atom_ener": ENERGIES,
+    "dim_case_embd": WHOLE,
+    "case_film_embd": FLAG,
+    "vacuum_ref": FLAG,
+}
 _FITTING_FIXED: dict[str, tuple[Any, ...]] = {
     "numb_fparam": (0,),
     "numb_aparam": (0,),
@@ -91,10 +133,8 @@ _FITTING_IRRELEVANT = {
     "seed": None,
 }
 
-_MODEL_TRANSLATED = frozenset(
-    "type type_map descriptor fitting_net pair_exclude_types bridging_method bridging_r_inner "
-    "bridging_r_outer".split()
-)
+_MODEL_TRANSLATED = frozenset(("type", "type_map", "descriptor", "fitting_net", "pair_exclude_types"))
+_MODEL_KINDS = {"preset_out_bias": OUTPUT_BIAS}
 _MODEL_FIXED: dict[str, tuple[Any, ...]] = {
     "atom_exclude_types": ([],),
     "use_srtab": (None, False),
@@ -122,25 +162,37 @@ def config_from_deepmd(model_params: Mapping[str, Any], version: float = 1.2) ->
     """Translate the ``model_params`` of one branch of a checkpoint.
 
     Args:
-        model_params: Model section of a single-task input of deepmd-kit.
+        model_params: Model section of a single-task input of deepmd-kit, with bridging in either form.
         version: Format version of the descriptor.
 
     Raises:
         ValueError: If the model is not a DPA4 energy model or uses an unsupported option; the message names the
             option and its value.
     """
+    model_params = concise_form(model_params)
     _require_dpa4(model_params)
     descriptor, fitting = model_params["descriptor"], model_params["fitting_net"]
-    _check_options(model_params, "model", _MODEL_TRANSLATED, _MODEL_FIXED, _MODEL_IRRELEVANT, _MODEL_ADDED)
+    check_kinds(model_params, "model", _MODEL_KINDS)
+    check_kinds(descriptor, "descriptor", _DESCRIPTOR_KINDS)
+    check_kinds(fitting, "fitting_net", _FITTING_KINDS)
+    _check_options(
+        model_params,
+        "model",
+        _MODEL_TRANSLATED | BRIDGING_OF_MODEL,
+        _MODEL_FIXED,
+        _MODEL_IRRELEVANT,
+        _MODEL_ADDED,
+    )
     _check_options(
         descriptor,
         "descriptor",
-        _DESCRIPTOR_TRANSLATED | set(_DESCRIPTOR_SAME.values()),
+        _DESCRIPTOR_TRANSLATED | set(_DESCRIPTOR_SAME.values()) | BRIDGING_OF_DESCRIPTOR,
         _DESCRIPTOR_FIXED,
         _DESCRIPTOR_IRRELEVANT,
         _DESCRIPTOR_ADDED,
     )
     _check_options(fitting, "fitting_net", _FITTING_TRANSLATED, _FITTING_FIXED, _FITTING_IRRELEVANT)
+    has_vacuum_reference(model_params)
     precision_of(model_params)
 
     elements = tuple(model_params["type_map"])
@@ -150,7 +202,7 @@ def config_from_deepmd(model_params: Mapping[str, Any], version: float = 1.2) ->
             elements=elements,
             fitting=fitting.get("neuron", [0]),
             excluded_pairs=tuple((elements[a], elements[b]) for a, b in excluded),
-            bridging=_bridging(model_params),
+            bridging=bridging_of(model_params),
             pre_release=version < 1.1,
             **_descriptor_fields(descriptor),
         )
@@ -158,27 +210,53 @@ def config_from_deepmd(model_params: Mapping[str, Any], version: float = 1.2) ->
         raise ValueError(f"its options are not a supported model: {first_problem(error)}") from error
 
 
-def check_plain(options: object) -> None:
-    """Check that options are nested maps and lists of texts, numbers, truth values and None.
+def irrelevant_options(model_params: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries without influence on the results of a trained model, by their path, such as "descriptor.seed"."""
+    sections = {
+        "": (model_params, {**_MODEL_IRRELEVANT, **dict.fromkeys(_MODEL_ADDED)}),
+        "descriptor.": (
+            model_params.get("descriptor", {}),
+            {**_DESCRIPTOR_IRRELEVANT, **dict.fromkeys(_DESCRIPTOR_ADDED)},
+        ),
+        "fitting_net.": (model_params.get("fitting_net", {}), _FITTING_IRRELEVANT),
+    }
+    return {
+        prefix + option: value
+        for prefix, (section, irrelevant) in sections.items()
+        for option, value in section.items()
+        if option in irrelevant
+    }
+
+
+def has_vacuum_reference(model_params: Mapping[str, Any]) -> bool:
+    """Return whether the energy of an isolated atom is exactly its bias (``fitting_net.vacuum_ref``).
+
+    deepmd-kit switches the option off unless ``preset_out_bias`` fixes the bias of the energy.
+
+    Args:
+        model_params: Model section in the concise form.
 
     Raises:
-        ValueError: If there is anything else, or more of it than any model has.
+        ValueError: If the option is combined with ``atom_ener``, or the bias has an unknown form.
     """
-    remaining = [(options, "model_params", 0)]
-    for count in range(MAX_OPTIONS + 1):
-        if not remaining:
-            return
-        value, name, depth = remaining.pop()
-        if depth > 20 or count == MAX_OPTIONS:
-            raise ValueError("its model_params are nested too deeply or have too many entries")
-        if isinstance(value, Mapping):
-            if any(not isinstance(key, str) for key in value):
-                raise ValueError(f"{name} has keys that are not texts: {shown(list(value))}")
-            remaining += [(entry, f"{name}.{key}", depth + 1) for key, entry in value.items()]
-        elif isinstance(value, list | tuple):
-            remaining += [(entry, name, depth + 1) for entry in value]
-        elif value is not None and not isinstance(value, str | int | float):
-            raise ValueError(f"{name:.200} has a value of type {type(value).__name__}, not a text or number")
+    fitting = model_params["fitting_net"]
+    if not fitting.get("vacuum_ref", False):
+        return False
+    fixed = model_params.get("preset_out_bias")
+    fixed = fixed.get("energy") if isinstance(fixed, Mapping) else fixed
+    if not isinstance(fixed, str | list | tuple | None):
+        raise unsupported("preset_out_bias.energy", fixed, "a list of energies, or the name of a table")
+    if fixed is None or (is_list(fixed) and all(value is None for value in fixed)):
+        return False
+    if has_atom_energies(fitting):
+        raise unsupported("fitting_net.atom_ener", fitting["atom_ener"], "null together with vacuum_ref")
+    return True
+
+
+def has_atom_energies(fitting: Mapping[str, Any]) -> bool:
+    """Return whether ``fitting_net.atom_ener`` fixes the energy of an element."""
+    energies = fitting.get("atom_ener")
+    return energies is not None and any(energy is not None for energy in energies)
 
 
 def first_problem(error: ValidationError) -> str:
@@ -202,7 +280,7 @@ def precision_of(model_params: Mapping[str, Any]) -> int:
     for section in ("descriptor", "fitting_net"):
         precision = str(model_params[section].get("precision", "float32")).lower()
         if precision not in _PRECISIONS:
-            raise _unsupported(f"{section}.precision", precision, "float32 and float64")
+            raise unsupported(f"{section}.precision", precision, "float32 and float64")
         bits.append(_PRECISIONS[precision])
     return max(bits)
 
@@ -217,6 +295,12 @@ def config_to_deepmd(config: ModelConfig, precision: str) -> dict[str, Any]:
     Raises:
         ValueError: If deepmd-kit has no model with the same results.
     """
+    _require_released(config)
+    return model_section(config, precision)
+
+
+def model_section(config: ModelConfig, precision: str) -> dict[str, Any]:
+    """``model_params`` as in `config_to_deepmd`, also of models that only unreleased versions of deepmd-kit read."""
     bridging = config.bridging
     if isinstance(bridging, PairBridging):
         raise ValueError(
@@ -245,12 +329,11 @@ def config_to_deepmd(config: ModelConfig, precision: str) -> dict[str, Any]:
             "l_schedule": None if schedule is None else list(schedule),
             "mmax": min(config.mmax, config.degrees[0]),
             "m_schedule": None,
-            "edge_norm": config.edge_norm,
             "mixing_layers": config.mixing_layers,
             "radial_so2_rank": config.radial_so2_rank,
             "grid_mlp": mlp,
             "grid_branch": branch,
-            "s2_activation": [False, config.ffn_on == "s2"],
+            "s2_activation": [False, config.ffn_on != "degrees"],  # the SO(3) grid has precedence
             "ffn_so3_grid": config.ffn_on == "so3",
             "lebedev_quadrature": True,
             "precision": precision,
@@ -286,15 +369,31 @@ def config_to_deepmd(config: ModelConfig, precision: str) -> dict[str, Any]:
     }
 
 
-def _unsupported(option: str, value: object, supported: str) -> ValueError:
-    return ValueError(f"{option} = {shown(value)} is not supported; supported: {supported}")
+def _require_released(config: ModelConfig) -> None:
+    """Refuse switches that no release of deepmd-kit can read.
+
+    Raises:
+        ValueError: If there is such a switch.
+    """
+    newer = {
+        "edge_norm": len(set(astuple(config.edge_norm))) > 1,
+        "env_exp": config.env_exp.basis is None,
+        "basis": config.basis.endswith("/fix"),
+    }
+    values = config.model_dump(mode="json")
+    if found := [f"{option} = {shown(values[option])}" for option, is_newer in newer.items() if is_newer]:
+        raise ValueError(
+            f"deepmd-kit 3.2.0 cannot read models with {' and '.join(found)}; the version after 3.2.0 can (its "
+            "source since September 2026), but dpa4 writes files for 3.2.0 only"
+        )
 
 
 def _require_dpa4(model_params: Mapping[str, Any]) -> None:
     model_type = str(model_params.get("type", "standard"))
-    sections = [model_params.get(name) for name in ("descriptor", "fitting_net")]
-    descriptor_type, fitting_type = (
-        str(section.get("type", "")) if isinstance(section, Mapping) else "none" for section in sections
+    sections = [(model_params.get("descriptor"), "dpa4"), (model_params.get("fitting_net"), "dpa4_ener")]
+    descriptor_type, fitting_type = (  # deepmd-kit's defaults in a model of type dpa4
+        str(section.get("type", default)) if isinstance(section, Mapping) else "none"
+        for section, default in sections
     )
     if model_type.lower() not in MODEL_TYPES or descriptor_type.lower() not in MODEL_TYPES:
         raise ValueError(
@@ -302,14 +401,11 @@ def _require_dpa4(model_params: Mapping[str, Any]) -> None:
             "only models and descriptors of type 'dpa4' (or 'SeZM') can be read"
         )
     if fitting_type.lower() not in FITTING_TYPES:
-        raise _unsupported("fitting_net.type", fitting_type, "'dpa4_ener', the energy model")
-    if not (types := model_params.get("type_map")):
+        raise unsupported("fitting_net.type", fitting_type, "'dpa4_ener', the energy model")
+    if (types := model_params.get("type_map")) in (None, [], ()):
         raise ValueError("its model has no type_map, so the elements are unknown")
-    if not isinstance(types, list | tuple) or not all(isinstance(element, str) for element in types):
-        raise _unsupported("type_map", types, "a list of chemical symbols")
-    atom_ener = model_params["fitting_net"].get("atom_ener")
-    if not isinstance(atom_ener, list | tuple | None):
-        raise _unsupported("fitting_net.atom_ener", atom_ener, "a list of energies")
+    if not is_list(types) or not all(isinstance(element, str) for element in types):
+        raise unsupported("type_map", types, "a list of chemical symbols")
 
 
 def _check_options(
@@ -329,44 +425,39 @@ def _check_options(
                 f"{section}.{option} = {shown(value)} is not an option of a known DPA4 format; it may change the "
                 "results, so the model is refused"
             )
-        value = value.lower() if isinstance(value, str) else value
-        if value not in fixed[option] and not (value is None and fixed[option][0] in ("none", [])):
-            raise _unsupported(f"{section}.{option}", value, repr(fixed[option][0]))
+        if not is_one_of(value, fixed[option]) and not (value is None and fixed[option][0] in ("none", [])):
+            raise unsupported(f"{section}.{option}", value, repr(fixed[option][0]))
 
 
 def _descriptor_fields(descriptor: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of ``ModelConfig`` that follow from the options of the descriptor."""
     fields = {ours: descriptor[theirs] for ours, theirs in _DESCRIPTOR_SAME.items() if theirs in descriptor}
     for option in ("basis", "radial_so2_mode", "so3_readout"):
-        if isinstance(fields.get(option), str):
+        if option in fields:
             fields[option] = fields[option].lower()
     fields |= _degrees(descriptor)
 
-    edge_norm = descriptor.get("edge_norm", True)
-    if not isinstance(edge_norm, bool):
-        raise _unsupported("descriptor.edge_norm", edge_norm, "one value, true or false, for all its uses")
-    fields["edge_norm"] = edge_norm
+    fields.setdefault("edge_norm", True)  # as in deepmd-kit, also before the option existed
     fields["mixing_layers"] = descriptor.get("so2_layers", descriptor.get("mixing_layers", 4))
     if fields.get("radial_so2_mode", "degree_channel") == "degree_channel":
-        fields["radial_so2_rank"] = _whole("radial_so2_rank", descriptor.get("radial_so2_rank", 1), 1)
+        fields["radial_so2_rank"] = whole("radial_so2_rank", descriptor.get("radial_so2_rank", 1), 1)
 
-    on_so2, on_s2 = _pair("s2_activation", descriptor.get("s2_activation", [False, True]))
+    on_so2, on_s2 = pair("s2_activation", descriptor.get("s2_activation", [False, True]))
     if on_so2:
-        raise _unsupported("descriptor.s2_activation", [on_so2, on_s2], "[false, true] and [false, false]")
+        raise unsupported("descriptor.s2_activation", [on_so2, on_s2], "[false, true] and [false, false]")
     fields["ffn_on"] = "so3" if descriptor.get("ffn_so3_grid", False) else "s2" if on_s2 else "degrees"
-    quadrature = descriptor.get("lebedev_quadrature")
-    if fields["ffn_on"] == "s2" and quadrature is not None and not _pair("lebedev_quadrature", quadrature)[1]:
-        raise _unsupported("descriptor.lebedev_quadrature", quadrature, "true (S2 grids of Lebedev points)")
+    if (quadrature := descriptor.get("lebedev_quadrature")) is not None:
+        pair("lebedev_quadrature", quadrature)  # both grids of deepmd-kit are exact, as is ours
     if fields.get("message_node_so3", False):
         fields["message_grid"] = _grid_operation(descriptor, 1)
     if fields["ffn_on"] != "degrees":
         fields["ffn_grid"] = _grid_operation(descriptor, 2)
 
-    fields["charge_spin"] = bool(descriptor.get("add_chg_spin_ebd", False))
+    fields["charge_spin"] = descriptor.get("add_chg_spin_ebd", False)
     default = descriptor.get("default_chg_spin")
     if fields["charge_spin"] and default is not None:
-        if not isinstance(default, list | tuple) or not all(_is_number(value) for value in default):
-            raise _unsupported("descriptor.default_chg_spin", default, "charge and multiplicity")
+        if not is_list(default) or len(default) != 2 or not all(is_number(value) for value in default):
+            raise unsupported("descriptor.default_chg_spin", default, "charge and multiplicity")
         fields["default_charge_spin"] = tuple(int(value) for value in default)  # deepmd-kit truncates as well
     return fields
 
@@ -375,20 +466,20 @@ def _degrees(descriptor: Mapping[str, Any]) -> dict[str, Any]:
     """Fields lmax, n_blocks, l_schedule and mmax."""
     fields: dict[str, Any] = {}
     if (schedule := descriptor.get("l_schedule")) is not None:
-        degrees = _whole_numbers("l_schedule", schedule)
+        degrees = whole_numbers("l_schedule", schedule)
         fields["l_schedule"] = tuple(degrees)
     else:
-        lmax = _whole("lmax", descriptor.get("lmax", 3), 0)
-        blocks = _whole("n_blocks", descriptor.get("n_blocks", 3), 1)
+        lmax = whole("lmax", descriptor.get("lmax", 3), 0)
+        blocks = whole("n_blocks", descriptor.get("n_blocks", 3), 1)
         fields = {"lmax": lmax, "n_blocks": blocks}
         degrees = [lmax] * blocks
     mmax = descriptor.get("mmax", 1)
-    fields["mmax"] = degrees[0] if mmax is None else mmax
+    fields["mmax"] = degrees[0] if mmax is None else whole("mmax", mmax, 0)
     if (schedule := descriptor.get("m_schedule")) is not None:
-        orders = _whole_numbers("m_schedule", schedule)
+        orders = whole_numbers("m_schedule", schedule)
         fields["mmax"] = max(orders)
         if orders != [min(max(orders), degree) for degree in degrees]:
-            raise _unsupported(
+            raise unsupported(
                 "descriptor.m_schedule", orders, "one mmax, limited by the degree of each block"
             )
     return fields
@@ -397,17 +488,16 @@ def _degrees(descriptor: Mapping[str, Any]) -> dict[str, Any]:
 def _grid_operation(descriptor: Mapping[str, Any], which: int) -> GridOperation:
     """Operation on a grid; ``which`` is 1 for the message-node product and 2 for the feed-forward networks."""
 
-    def entry(option: str, default: int | bool) -> Any:
+    def entry(option: str, default: int | bool, kind: Kind) -> Any:
         value = descriptor.get(option, default)
-        if not isinstance(value, list | tuple):
-            return value
-        if len(value) != 3:
-            raise _unsupported(f"descriptor.{option}", value, "one value, or three")
-        return value[which]
+        values = value if is_list(value) else [value] * 3
+        if len(values) != 3 or not all(kind.matches(v) for v in values):
+            raise unsupported(f"descriptor.{option}", value, f"one value, or three: {kind.text}")
+        return values[which]
 
-    if branches := entry("grid_branch", 0):
+    if branches := entry("grid_branch", 0, WHOLE):
         return branches
-    return "mlp" if entry("grid_mlp", False) else "glu"
+    return "mlp" if entry("grid_mlp", False, FLAG) else "glu"
 
 
 def _grid_options(message: GridOperation, ffn: GridOperation) -> tuple[list[int], list[bool]]:
@@ -417,56 +507,28 @@ def _grid_options(message: GridOperation, ffn: GridOperation) -> tuple[list[int]
     return branch, [operation == "mlp" for operation in operations]
 
 
-def _bridging(model_params: Mapping[str, Any]) -> Bridging | None:
-    method = str(model_params.get("bridging_method", "none"))
-    if method.lower() == "none":
-        return None
-    if method.lower() != "zbl":
-        raise _unsupported("model.bridging_method", method, "'none' and 'ZBL'")
-    radii = [
-        model_params.get(f"bridging_r_{side}", default) for side, default in (("inner", 0.5), ("outer", 0.8))
-    ]
-    return Bridging(r_inner=radii[0], r_outer=radii[1], smooth_cutoff=False)
-
-
 def _excluded_pairs(model_params: Mapping[str, Any], types: int) -> list[tuple[int, int]]:
-    """Pairs of indices of elements that do not interact."""
-    descriptor = model_params["descriptor"]
-    excluded = model_params.get("pair_exclude_types") or descriptor.get("exclude_types") or []
-    indices = range(types)
-    if not isinstance(excluded, list | tuple) or not all(
-        isinstance(pair, list | tuple) and len(pair) == 2 and all(_is_whole(i) and i in indices for i in pair)
-        for pair in excluded
+    """Pairs of indices of elements that do not interact.
+
+    Raises:
+        ValueError: If an option is not a list of pairs, or model and descriptor name different pairs.
+    """
+    of_model = _pairs("pair_exclude_types", model_params.get("pair_exclude_types"), types)
+    own = _pairs("descriptor.exclude_types", model_params["descriptor"].get("exclude_types"), types)
+    if of_model and own and {frozenset(pair) for pair in of_model} != {frozenset(pair) for pair in own}:
+        raise unsupported("descriptor.exclude_types", own, f"pair_exclude_types of the model, {of_model}")
+    return of_model or own
+
+
+def _pairs(option: str, value: Any, types: int) -> list[tuple[int, int]]:
+    if value is None:
+        return []
+    if not is_list(value) or not all(
+        is_list(pair) and len(pair) == 2 and all(is_whole(i) and 0 <= i < types for i in pair)
+        for pair in value
     ):
-        raise _unsupported("pair_exclude_types", excluded, f"pairs of indices below {types}")
-    return [(pair[0], pair[1]) for pair in excluded]
-
-
-def _pair(option: str, value: Any) -> tuple[bool, bool]:
-    values = tuple(value) if isinstance(value, list | tuple) else (value, value)
-    if len(values) != 2 or not all(isinstance(v, bool) for v in values):
-        raise _unsupported(f"descriptor.{option}", value, "true, false, or a list of two of these")
-    return values
-
-
-def _whole(option: str, value: Any, lowest: int, highest: int = MAX_BLOCKS) -> int:
-    if not _is_whole(value) or not lowest <= value <= highest:
-        raise _unsupported(f"descriptor.{option}", value, f"whole numbers from {lowest} to {highest}")
-    return value
-
-
-def _whole_numbers(option: str, value: Any) -> list[int]:
-    if not isinstance(value, list | tuple) or not 1 <= len(value) <= MAX_BLOCKS:
-        raise _unsupported(f"descriptor.{option}", value, f"a list of 1 to {MAX_BLOCKS} whole numbers")
-    return [_whole(option, entry, 0) for entry in value]
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        raise unsupported(option, value, f"pairs of indices below {types}")
+    return [(pair[0], pair[1]) for pair in value]
 
 
 def _plain(value: Any) -> Any:

@@ -1,8 +1,7 @@
 """Reading deepmd-kit checkpoints of DPA4 models (docs/models.md, "Checkpoints of deepmd-kit").
 
-Only tensors and plain containers are read, never code. Three features have no counterpart in this package and are
-folded into weights and reference energies (docs/adr/0006): LoRA deltas, the task embedding of a multitask model, and
-the energy zero of ``atom_ener``.
+Only tensors and plain containers are read, never code. Features without a counterpart in this package are folded into
+weights and reference energies (docs/adr/0006 and 0024).
 """
 
 import math
@@ -14,31 +13,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dpa4.model import ModelConfig
+from dpa4.model.config import float32
 from dpa4.model.shapes import shapes_of
 from dpa4.parsing import first_line, shown
+from dpa4.potential.deepmd.bridging import concise_form
+from dpa4.potential.deepmd.folding import (
+    energy_of_zero_descriptor,
+    fold_lora,
+    fold_task_embedding,
+    hidden_widths,
+)
+from dpa4.potential.deepmd.layouts import STATISTICS, Branch, is_derived, read_branch, with_averages
 from dpa4.potential.deepmd.names import deepmd_name
-from dpa4.potential.deepmd.options import check_plain, config_from_deepmd, precision_of
+from dpa4.potential.deepmd.option_types import check_plain, is_list, is_whole, unsupported
+from dpa4.potential.deepmd.options import (
+    config_from_deepmd,
+    has_atom_energies,
+    has_vacuum_reference,
+    precision_of,
+)
+from dpa4.potential.deepmd.vacuum import isolated_atom_energies
 from dpa4.potential.pytorch_file import load_pytorch
 from dpa4.potential.verification import (
     check_number_of_layers,
     check_reference_energies,
-    check_stored,
     check_values,
     listed,
 )
 from dpa4.system import user_path
 
-NEWEST_FORMAT = 1.2  # newest readable format of the descriptor, written by deepmd-kit 3.2.0
-
-_NETWORK = "fitting_net.filter_layers.networks.0."
-_DERIVED = re.compile(  # index tables and constants that follow from the options
-    r"descriptor\.(version_tensor|mean|stddev|wigner_calc\..*|gie\..*)"
-    r"|.*\.(expand_index|balance_weight|m0_idx|pos_indices|neg_indices|kernel_compact_index|kernel_dense_index)"
-)
-_STATISTICS = ("out_std", "dens_force_rmsd")  # not used by energy models
+NEWEST_FORMAT = 1.3  # newest readable format of the descriptor
+NEWEST_BRIDGED_FORMAT = 1.2  # the same for models with bridging, whose formulas changed afterwards
 
 
 @dataclass(frozen=True)
@@ -50,20 +57,23 @@ class DeepmdModel:
     reference_energies: Tensor  # (T,) float64, eV
     dtype: torch.dtype  # type in which deepmd-kit would run the network
     version: float  # format version of the descriptor
+    runtime: str  # runtime of deepmd-kit that wrote the file, "pt" or "pt_expt"
     provenance: dict[str, str]
 
 
-def read_deepmd(path: str | Path, branch: str | None = None) -> DeepmdModel:
+def read_deepmd(path: str | Path, branch: str | None = None, *, ema: bool = False) -> DeepmdModel:
     """Read one model of a deepmd-kit checkpoint.
 
     Args:
-        path: File written by deepmd-kit's PyTorch backend (``.pt``).
+        path: File written by one of deepmd-kit's PyTorch runtimes (``.pt``).
         branch: Name or alias of a branch of a multitask model; required if there are several.
+        ema: Read the averages of the weights from the entry ``ema`` instead of the weights of the last step.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, is not a DPA4 checkpoint, uses an unsupported option or a format newer
-            than 1.2; also if the branch is unknown, or missing where there are several.
+        ValueError: If the file is damaged, is not a DPA4 checkpoint, uses an unsupported option or a newer format;
+            also if the branch is unknown, or missing where there are several, or averages are asked for and
+            missing.
     """
     path = user_path(path)
     if not path.is_file():
@@ -74,7 +84,7 @@ def read_deepmd(path: str | Path, branch: str | None = None) -> DeepmdModel:
             f"cannot read {path}: it holds a {type(outer).__name__}, not a deepmd-kit checkpoint"
         )
     try:
-        return _parse(outer, branch, path.stat().st_size)
+        return _parse(outer, branch, ema, path)
     except KeyError as error:
         raise ValueError(f"cannot read {path}: it has no entry {error.args[0]}") from error
     except ValueError as error:
@@ -86,55 +96,105 @@ def read_deepmd(path: str | Path, branch: str | None = None) -> DeepmdModel:
         ) from error
 
 
-def _parse(outer: Mapping[str, Any], branch: str | None, size: int) -> DeepmdModel:
+def _parse(outer: Mapping[str, Any], branch: str | None, ema: bool, path: Path) -> DeepmdModel:
     state = outer["model"] if isinstance(outer.get("model"), Mapping) else outer
     extra = state.get("_extra_state")
     if not isinstance(extra, Mapping) or not isinstance(extra.get("model_params"), Mapping):
         raise ValueError("it is not a deepmd-kit checkpoint: its _extra_state has no model_params")
     check_plain(extra["model_params"])
     params, name = select_branch(extra["model_params"], branch)
-    tensors = _tensors_of(state, name, size)
+    params = concise_form(params)
+    several = "model_dict" in extra["model_params"]
+    found, averages = _weights_to_read(outer, state, name, several, ema)
+    tensors = found.tensors
+    _check_tensors(tensors, path.stat().st_size)
     version = _version(tensors)
-    if version > NEWEST_FORMAT + 1e-9:
-        raise ValueError(
-            f"its descriptor has format {version:g}; this version of dpa4 reads formats up to {NEWEST_FORMAT}. "
-            "Update dpa4"
-        )
     config = config_from_deepmd(params, version)
+    if version > NEWEST_BRIDGED_FORMAT + 1e-9 and config.bridging is not None:
+        raise ValueError(
+            f"its descriptor has format {version:g} and its model ZBL bridging; models with bridging are read up to "
+            f"format {NEWEST_BRIDGED_FORMAT}, others up to {NEWEST_FORMAT}"
+        )
+    # deepmd-kit holds the cutoff of the edge weight in float32. The own field is set only if that changes it.
+    config = config.model_copy(update={"float32_cutoff": float32(config.cutoff) != config.cutoff})
     check_number_of_layers(config, len(tensors))
     types = len(config.elements)
     energies = _pop(tensors, "out_bias", (1, types, 1)).double()[0, :, 0]
     energies = energies + _pop(tensors, "fitting_net.bias_atom_e", (types, 1)).double()[:, 0]
     fold_lora(tensors)
     shift = fold_task_embedding(tensors, config.channels)
-    if any(value is not None for value in params["fitting_net"].get("atom_ener") or ()):
-        energies = energies - energy_of_zero_descriptor(tensors)  # the shift cancels in this difference
-    else:
-        energies = energies + shift
-    if params["fitting_net"].get("dim_case_embd", 0):
+    if params["fitting_net"].get("dim_case_embd", 0) > 0:
         config = config.model_copy(update={"fitting": hidden_widths(tensors)})
     weights = _own_names(tensors, config)
     check_values(weights.items())
+    if has_vacuum_reference(params):  # the shift cancels in this difference, and in the next
+        energies = energies - isolated_atom_energies(config, weights)
+    elif has_atom_energies(params["fitting_net"]):
+        energies = energies - energy_of_zero_descriptor(tensors)
+    else:
+        energies = energies + shift
     check_reference_energies(energies, config.elements)
-    provenance = {}
-    if "model_dict" in extra["model_params"]:
-        provenance["branch"] = name
-    if "ema" in outer:
-        provenance["averaged weights"] = (
-            "the checkpoint also holds an EMA of the weights, which is not imported"
-        )
-    infos = extra.get("train_infos")
-    if isinstance(infos, Mapping) and isinstance(step := infos.get("step"), int):
-        provenance["training steps"] = f"{step + 1:d}"
     dtype = torch.float64 if precision_of(params) == 64 else torch.float32
-    return DeepmdModel(config, weights, energies, dtype, version, provenance)
+    provenance = _provenance(extra, name if several else None, averages or _averages_in_file(outer, path))
+    if has_vacuum_reference(params):
+        provenance["isolated atoms"] = (
+            "their network energy is subtracted from the reference energies (vacuum_ref)"
+        )
+    return DeepmdModel(config, weights, energies, dtype, version, found.runtime, provenance)
+
+
+def _weights_to_read(
+    outer: Mapping[str, Any], state: Mapping[str, Any], name: str, several: bool, ema: bool
+) -> tuple[Branch, str | None]:
+    """Tensors of a branch and, if these are the averages, their description.
+
+    Raises:
+        ValueError: If averages are asked for and the file has none.
+    """
+    found = read_branch(state, name)
+    if not ema:
+        return found, None
+    if "ema" not in outer:
+        raise ValueError(
+            "it has no entry ema with averaged weights; leave out --ema (Python: ema=True). Separate files with _ema "
+            "in their names hold averages as ordinary weights"
+        )
+    return with_averages(found, outer["ema"], state, name if several else None)
+
+
+def _averages_in_file(outer: Mapping[str, Any], path: Path) -> str | None:
+    """Remark on averaged weights in a file whose ordinary weights are read; None if nothing is known of averages."""
+    if "ema" in outer:
+        return (
+            "not imported; the checkpoint also holds an EMA of the weights, which dpa4 convert --ema imports"
+        )
+    if re.search(r"_ema(?![a-z])", path.name):
+        return "imported; by its name, the file holds an EMA as its ordinary weights"
+    return None
+
+
+def _provenance(extra: Mapping[str, Any], branch: str | None, averages: str | None) -> dict[str, str]:
+    provenance = {} if branch is None else {"branch": branch}
+    if averages is not None:
+        provenance["averaged weights"] = averages
+    infos = extra.get("train_infos")
+    if isinstance(infos, Mapping) and is_whole(step := infos.get("step")):
+        provenance["training steps"] = f"{step + 1:d}"
+    return provenance
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], size: int) -> None:
+    """Refuse tensors with more values than a file of ``size`` bytes stores, and weights that are not finite."""
+    if (bytes_in_all := sum(value.numel() * value.element_size() for value in tensors.values())) > size:
+        raise ValueError(f"its tensors have {bytes_in_all:,} bytes, more than the file")
+    check_values((key, v) for key, v in tensors.items() if key not in STATISTICS and not is_derived(key))
 
 
 def _version(tensors: Mapping[str, Tensor]) -> float:
     """Format version of the descriptor.
 
     Raises:
-        ValueError: If the file has another value than a number.
+        ValueError: If the file has another value than a number, or a newer format.
     """
     stored = tensors.get("descriptor.version_tensor")
     if stored is None:
@@ -142,6 +202,11 @@ def _version(tensors: Mapping[str, Tensor]) -> float:
     if stored.numel() != 1 or not math.isfinite(version := float(stored)):
         raise ValueError(
             f"its descriptor has the format {shown(stored.flatten()[:3].tolist())}, not a number"
+        )
+    if version > NEWEST_FORMAT + 1e-9:
+        raise ValueError(
+            f"its descriptor has format {version:g}; this version of dpa4 reads formats up to {NEWEST_FORMAT}. "
+            "Update dpa4"
         )
     return version
 
@@ -174,9 +239,7 @@ def select_branch(params: Mapping[str, Any], branch: str | None) -> tuple[Mappin
     branches = params["model_dict"]
     if not isinstance(branches, Mapping) or not all(isinstance(s, Mapping) for s in branches.values()):
         raise ValueError(f"its model_dict is {shown(branches)}, not a map of models")
-    names = {
-        alias: name for name, section in branches.items() for alias in section.get("model_branch_alias") or []
-    }
+    names = {alias: name for name, section in branches.items() for alias in _aliases(name, section)}
     names |= {name: name for name in branches}
     chosen = branch if branch is not None else next(iter(branches)) if len(branches) == 1 else "Default"
     if chosen not in names:
@@ -185,33 +248,13 @@ def select_branch(params: Mapping[str, Any], branch: str | None) -> tuple[Mappin
     return branches[names[chosen]], names[chosen]
 
 
-def _tensors_of(state: Mapping[str, Any], branch: str, size: int) -> dict[str, Tensor]:
-    """Tensors of a branch, by their names below "atomic_model.".
-
-    Raises:
-        ValueError: If an entry is unknown, or a tensor cannot be used: weights that are not finite, or tensors with
-            more values than a file of ``size`` bytes stores.
-    """
-    prefix = f"model.{branch}."
-    own = {str(key)[len(prefix) :]: value for key, value in state.items() if str(key).startswith(prefix)}
-    own.pop("min_nbor_dist", None)
-    own.pop("inter_potential.atomic_numbers", None)
-    tensors = {}
-    for key, value in own.items():
-        if key.startswith("atomic_model.dens_fitting_net."):
-            raise ValueError(
-                "dens_fitting_net (direct forces and denoising) is not supported; supported: energy models"
-            )
-        if not key.startswith("atomic_model.") or not isinstance(value, Tensor):
-            raise ValueError(f"it has an unknown entry {prefix}{key}")
-        tensors[key.removeprefix("atomic_model.")] = value
-    for key, value in tensors.items():
-        check_stored(key, value)
-    if (bytes_in_all := sum(value.numel() * value.element_size() for value in tensors.values())) > size:
-        raise ValueError(f"its tensors have {bytes_in_all:,} bytes, more than the file")
-    used = {key: v for key, v in tensors.items() if key not in _STATISTICS and not _DERIVED.fullmatch(key)}
-    check_values(used.items())
-    return tensors
+def _aliases(branch: str, section: Mapping[str, Any]) -> list[str]:
+    aliases = section.get("model_branch_alias")
+    if aliases is None:
+        return []
+    if not is_list(aliases) or not all(isinstance(alias, str) for alias in aliases):
+        raise unsupported(f"{branch}.model_branch_alias", aliases, "a list of names")
+    return list(aliases)
 
 
 def _own_names(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -223,8 +266,8 @@ def _own_names(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
     shapes = shapes_of(config)
     names = {key: deepmd_name(key, config) for key in shapes}
     missing = [name for name in names.values() if name not in tensors]
-    known = {*names.values(), *_STATISTICS}
-    unknown = [key for key in tensors if key not in known and not _DERIVED.fullmatch(key)]
+    known = {*names.values(), *STATISTICS}
+    unknown = [key for key in tensors if key not in known and not is_derived(key)]
     if missing or unknown:
         found = [f"misses {name}" for name in missing] + [f"has the unknown entry {key}" for key in unknown]
         raise ValueError(f"it does not fit its options: it {listed(found)}")
@@ -234,92 +277,3 @@ def _own_names(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
                 f"{name} has shape {tuple(tensors[name].shape)}, its options require {tuple(shapes[key])}"
             )
     return {key: tensors[name].reshape(shapes[key]) for key, name in names.items()}
-
-
-def fold_lora(tensors: dict[str, Tensor]) -> None:
-    """Add low-rank deltas to their weights and remove them, in place.
-
-    The delta of a weight W[..., i, o] is s * sum_r A[..., r, i] * B[..., o, r], with the scaling s from the entry
-    ``lora_scaling``, or 1 without that entry.
-    """
-    for key in [key for key in tensors if re.search(r"\.A_(by_l|m0|m\.\d+)$", key)]:
-        module, suffix = key.rsplit(".A_", 1)
-        weight = f"{module}.weight" + ("" if suffix == "by_l" else f"_{suffix}")
-        partner = f"{module}.B_{suffix}"
-        if missing := [name for name in (weight, partner) if name not in tensors]:
-            raise ValueError(f"it has the LoRA entry {key} but lacks {', '.join(missing)}")
-        scaling = tensors.get(f"{module}.lora_scaling", torch.ones(())).double()
-        a, b, shape = tensors[key].shape, tensors[partner].shape, tensors[weight].shape
-        if min(len(a), len(b)) < 2 or (*a[:-2], a[-1], b[-2]) != tuple(shape) or a[:-2] != b[:-2]:
-            raise ValueError(f"the LoRA entries of {weight} do not fit its shape {tuple(shape)}")
-        delta = torch.einsum("...ri,...or->...io", tensors.pop(key).double(), tensors.pop(partner).double())
-        tensors[weight] = (tensors[weight].double() + scaling * delta).to(tensors[weight].dtype)
-    for key in [key for key in tensors if key.endswith(".lora_scaling")]:
-        del tensors[key]
-
-
-def fold_task_embedding(tensors: dict[str, Tensor], channels: int) -> float:
-    """Fold the embedding of a multitask branch into the weights and biases of the energy network.
-
-    The embedding is constant within a branch. As an additional input, it adds to the biases of the first layer. As
-    FiLM, it scales and shifts the input of every layer, x (1 + e^a tanh(gamma)) + e^b tanh(beta). Both change only
-    weights and biases. The last layer has no bias; there the shift is the same energy for every atom. The folded
-    tensors are float64.
-
-    Args:
-        tensors: Tensors of the branch, changed in place.
-        channels: Channels of the descriptor, the first inputs of the energy network.
-
-    Returns:
-        Energy to add to every atom, in eV.
-    """
-    code = tensors.pop("fitting_net.case_embd", None)
-    if code is None:
-        return 0.0
-    film = {
-        key: tensors.pop(key).double() for key in list(tensors) if key.startswith(f"{_NETWORK}case_film.")
-    }
-    film = {key.removeprefix(f"{_NETWORK}case_film."): value for key, value in film.items()}
-    layers = [f"{_NETWORK}hidden_layers.{k}.linear." for k in range(_num_hidden(tensors))]
-    matrices = [f"{layer}matrix" for layer in layers] + [f"{_NETWORK}output_layer.matrix"]
-    shifts = []
-    for t, name in enumerate(matrices):
-        matrix = tensors[name].double()
-        if film:
-            hidden = functional.silu(code.double() @ film["case_layer1.matrix"]) @ film["case_layer2.matrix"]
-            gamma, beta = (hidden @ film[f"projectors.{t}"]).tanh().chunk(2)
-            scale = 1 + film["adam_case_film_scale_strength_log"][t].exp() * gamma
-            shifts.append(film["adam_case_film_shift_strength_log"][t].exp() * beta @ matrix)
-            matrix = scale[:, None] * matrix
-        else:
-            width = channels if t == 0 else len(matrix)
-            shifts.append(code.double() @ matrix[width:] if t == 0 else matrix.new_zeros(matrix.shape[1]))
-            matrix = matrix[:width]
-        tensors[name] = matrix
-    for layer, shift in zip(layers, shifts, strict=False):
-        tensors[f"{layer}bias"] = tensors[f"{layer}bias"].double() + shift
-    return float(shifts[-1])
-
-
-def hidden_widths(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Hidden widths of the energy network. The matrix of a layer has twice its width, for value and gate."""
-    return tuple(
-        tensors[f"{_NETWORK}hidden_layers.{k}.linear.matrix"].shape[1] // 2
-        for k in range(_num_hidden(tensors))
-    )
-
-
-def energy_of_zero_descriptor(tensors: Mapping[str, Tensor]) -> float:
-    """Output of the energy network for a descriptor of zeros, the zero of energy with ``atom_ener``."""
-    if _num_hidden(tensors) == 0:
-        return 0.0
-    x = torch.zeros(len(tensors[f"{_NETWORK}hidden_layers.0.linear.matrix"]), dtype=torch.float64)
-    for k in range(_num_hidden(tensors)):
-        layer = f"{_NETWORK}hidden_layers.{k}.linear."
-        value, gate = (x @ tensors[f"{layer}matrix"].double() + tensors[f"{layer}bias"].double()).chunk(2)
-        x = value * functional.silu(gate)
-    return float(x @ tensors[f"{_NETWORK}output_layer.matrix"].double())
-
-
-def _num_hidden(tensors: Mapping[str, Tensor]) -> int:
-    return sum(key.startswith(f"{_NETWORK}hidden_layers.") and key.endswith(".matrix") for key in tensors)
