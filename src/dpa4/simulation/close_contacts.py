@@ -71,7 +71,7 @@ def excess_curvature(curve: Curve, pair: ElementPair) -> Array:
     return np.abs(curve.curvature) - STEEPNESS * np.abs(bare_repulsion(a, b, curve.distance)[1])
 
 
-def compressed(atoms: Atoms, scale: float, random: np.random.Generator) -> Atoms:
+def compress(atoms: Atoms, scale: float, random: np.random.Generator) -> Atoms:
     """Copy a structure with all lengths multiplied by a factor and atoms displaced by about 0.02 Angstrom."""
     atoms = atoms.copy()
     atoms.set_cell(atoms.cell * scale)
@@ -82,7 +82,7 @@ def compressed(atoms: Atoms, scale: float, random: np.random.Generator) -> Atoms
 def force_over_repulsion(potential: Potential, atoms: Atoms) -> float:
     """Largest force of a structure divided by the force of the bare repulsion at its shortest pair.
 
-    The ratio is NaN for a structure without a pair within the cutoff.
+    The ratio is NaN for a structure without a pair within the cutoff, infinite for forces that are not finite.
     """
     graph = build_graph(atoms.numbers, atoms.positions, atoms.cell, atoms.pbc, potential.config.cutoff)
     if not graph.num_edges:
@@ -92,4 +92,4 @@ def force_over_repulsion(potential: Potential, atoms: Atoms) -> float:
     ends = (int(atoms.numbers[graph.source[edge]]), int(atoms.numbers[graph.destination[edge]]))
     slope, _ = bare_repulsion(*ends, np.array([float(length[edge])]))
     largest = potential(graph.to(potential.device)).forces.norm(dim=1).max()
-    return float(largest) / abs(float(slope[0]))
+    return float(largest.nan_to_num(nan=torch.inf)) / abs(float(slope[0]))
