@@ -352,11 +352,23 @@ def test_errors_before_the_work(tmp_path):
         ((tmp_path / "model.safetensors", "-o", tmp_path / "absent" / "check.html"), "there is no folder"),
         ((tmp_path / "absent.pt",), "absent.pt"),
     ):
-        status, output = run(
-            *({"-o": 0} and arguments), *([] if "-o" in arguments else ["-o", tmp_path / "c.html"])
-        )
+        page = () if "-o" in arguments else ("-o", tmp_path / "c.html")
+        status, output = run(*arguments, *page)
         assert status == 1 and message in output.replace("\n", " "), output
     assert not (tmp_path / "c.html").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says that there is no GPU")
+def test_a_check_on_a_gpu_without_one(tmp_path):
+    save_potential(good(), tmp_path / "model.safetensors")
+    status, output = run(tmp_path / "model.safetensors", "-o", tmp_path / "c.html", "--gpu")
+    assert status == 1 and output.startswith("error:") and "cuda" in output.lower(), output
+
+
+@pytest.mark.gpu
+def test_a_check_on_a_gpu(quick):
+    found = check_model(good(), gpu=True, compile=False, progress=False)
+    assert found.passed and "GPU and CPU, float64" in verdicts([*found.results]), found.summary
 
 
 def test_from_python_with_charge_and_spin(quick, tmp_path):
