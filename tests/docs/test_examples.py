@@ -8,8 +8,8 @@ from ase import Atoms
 from ase.io import write
 
 from dpa4.potential import save_potential
-from dpa4.training import convert_input
 from dpa4.simulation.check import contacts
+from dpa4.training import convert_input
 from helpers import crystal, molecule, random_potential
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -46,7 +46,7 @@ PARTS, LEVELS, STEPS = 5, 4, 6
 JUMP_WIDTH = 1e-3
 """Width of a step, in Angstrom, in which a disagreement is a jump rather than a feature that is not resolved."""
 
-TRIPLES = 500
+TRIPLES = 250
 PAIRS_AT_ONCE, TRIPLES_AT_ONCE = 64, 32
 LARGEST_DRAWN = 150
 NAMED = 6  # curves named in a remark
