@@ -47,12 +47,17 @@ JUMP_WIDTH = 1e-3
 """Width of a step, in Angstrom, in which a disagreement is a jump rather than a feature that is not resolved."""
 
 TRIPLES = 250
+
+TRIPLE_WALL = 0.8
+"""Margin of the wall of a triple: one pair must outweigh the attraction of the other two."""
+
 PAIRS_AT_ONCE, TRIPLES_AT_ONCE = 64, 32
 LARGEST_DRAWN = 150
 NAMED = 6  # curves named in a remark
 
 Array = NDArray[np.float64]
-Progress = Callable[[str], None]
+Progress = Callable[[str, int], None]
+"""Function called with a text and the number of curves finished since the last call."""
 Values = tuple[Array, Array, Array, Array]
 """Distances, energies, forces and curvatures of a curve."""
 
@@ -109,7 +114,7 @@ def distances(cutoff: float) -> Array:
 
 
 def scan_all_pairs(
-    potential: Potential, elements: Sequence[str], report: Progress = lambda text: None
+    potential: Potential, elements: Sequence[str], report: Progress = lambda text, curves: None
 ) -> list[Shape]:
     """Compute and diagnose the curves of all pairs of some elements. Curvatures are differences of the forces."""
     pairs = [pair for pair in element_pairs(potential) if set(pair) <= set(elements)]
@@ -119,7 +124,7 @@ def scan_all_pairs(
         for curve in _pair_curves(potential, pairs[first : first + PAIRS_AT_ONCE], grid):
             repels = repels_below(curve, wall_distance(curve.pair, shortest))
             shapes.append(_shape(curve, repels, excess_curvature(curve, curve.pair)))
-        report(f"pairs: {len(shapes)} of {len(pairs)}")
+        report("pairs", len(shapes) - first)
     return shapes
 
 
@@ -128,7 +133,7 @@ def scan_triples(
     elements: Sequence[str],
     count: int,
     seed: int = 0,
-    report: Progress = lambda text: None,
+    report: Progress = lambda text, curves: None,
 ) -> list[Shape]:
     """Compute and diagnose the curves of random triples of atoms that are compressed, all lengths alike.
 
@@ -147,8 +152,10 @@ def scan_triples(
                 wall_distance(pair, shortest) / side
                 for pair, side in zip(curve.pairs, curve.sides, strict=True)
             ]
-            shapes.append(_shape(curve, repels_below(curve, 0.8 * min(walls)), _excess_of_triple(curve)))
-        report(f"triples: {len(shapes)} of {len(drawn)}")
+            shapes.append(
+                _shape(curve, repels_below(curve, TRIPLE_WALL * min(walls)), _excess_of_triple(curve))
+            )
+        report("triples", len(shapes) - first)
     return shapes
 
 

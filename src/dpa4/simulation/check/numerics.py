@@ -104,12 +104,7 @@ def check_batch(potential: Potential, graphs: Graphs, reference: Reference) -> C
     )
 
 
-def check_compiled(
-    potential: Potential,
-    graphs: Graphs,
-    reference: Reference,
-    report: Callable[[str], None] = lambda text: None,
-) -> CheckResult:
+def check_compiled(potential: Potential, graphs: Graphs, reference: Reference) -> CheckResult:
     """Compare compiled code with eager mode, both in float32; the potential stays compiled."""
     allowed = limits.TOLERANCES[torch.float32]
     reason = "rounding of float32, fused in another order"

@@ -60,7 +60,9 @@ def check_model(
     exact = load_model(model, torch.device("cpu"), "float64", "high", branch)
     chosen = _chosen(exact, elements)
     structures = built_in_structures(chosen, exact.config.charge_spin)
-    with progress_bar("check", 6, show=progress) as bar:
+    pairs_of_model = element_pairs(exact)
+    curves = sum(set(pair) <= set(chosen) for pair in pairs_of_model) + contacts.TRIPLES
+    with progress_bar("curves", curves, show=progress) as bar:
 
         def report(text: str, done: int = 0) -> None:
             bar.update(bar.task_ids[0], advance=done, status=text)
@@ -69,29 +71,26 @@ def check_model(
         results = [_opened(model, exact, branch)]
         graphs = {name: graph_of(exact, atoms) for name, atoms in structures.items()}
         finite, reference = numerics.check_finite(exact, graphs)
-        results.append(finite)
-        results.append(numerics.check_batch(exact, graphs, reference))
+        results += [finite, numerics.check_batch(exact, graphs, reference)]
         if gpu:
             results.append(_gpu(model, device, graphs, reference, branch))
         single = load_model(model, device, "float32", "high", branch)
         results += _precisions(single, graphs, reference)
-        report("symmetry and derivatives", 1)
+        report("symmetry and derivatives")
         results += _physics(exact, structures)
-        report("cutoff", 1)
-        results.append(cutoff.check_crossing(exact, structures, chosen))
+        report("cutoff")
         amplification, shells = cutoff.check_amplification(exact, structures)
-        results.append(amplification)
-        report("pairs", 1)
+        results += [cutoff.check_crossing(exact, structures, chosen), amplification]
+        report("pairs")
         pairs = contacts.scan_all_pairs(single, chosen, report)
-        results += contacts.check_pairs(pairs, len(element_pairs(single)))
-        report("triples", 1)
         triples = contacts.scan_triples(single, chosen, contacts.TRIPLES, report=report)
+        results += contacts.check_pairs(pairs, len(pairs_of_model))
         results += contacts.check_triples(triples, pairs)
-        report("compilation", 1)
         if compile:
+            report("compilation")
             eager = numerics.predict(single, graphs, device)
             results.append(numerics.check_compiled(single, graphs, eager))
-        report("", 1)
+        report("")
     drawing = Drawing(
         contacts.drawn_lines(pairs, contacts.PAIR_DEPTH),
         contacts.drawn_lines(triples, contacts.TRIPLE_DEPTH),
