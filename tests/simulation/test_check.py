@@ -366,6 +366,7 @@ def test_a_check_on_a_gpu_without_one(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_check_on_a_gpu(quick):
     found = check_model(good(), gpu=True, compile=False, progress=False)
     assert found.passed and "GPU and CPU, float64" in verdicts([*found.results]), found.summary
