@@ -236,7 +236,7 @@ def test_forces_and_virials_that_are_no_derivatives(structures):
 
 def test_cutoff_of_a_good_model(structures):
     assert cutoff.check_crossing(good(), structures, ELEMENTS).verdict == "pass"
-    result, shells = cutoff.check_amplification(good(), structures)
+    result, shells = cutoff.check_amplification(good(), structures, ELEMENTS)
     assert result.verdict == "pass" and len(shells) == len(cutoff.INSIDE)
 
 
@@ -256,7 +256,7 @@ def test_the_abrupt_end_of_an_imported_repulsion_is_a_warning(structures):
 
 def test_a_curvature_just_inside_the_cutoff_amplifies(structures):
     sharp = with_energy(lambda v: 1e-8 * torch.exp(-(((CUTOFF - length(v)) / 1e-6) ** 2)))
-    result, shells = cutoff.check_amplification(sharp, structures)
+    result, shells = cutoff.check_amplification(sharp, structures, ELEMENTS)
     assert result.verdict == "fail" and np.argmax(shells) < 3 and max(shells[5:]) < 1000
 
 

@@ -14,7 +14,7 @@ from dpa4.model.short_range import zbl_pair_energy
 from dpa4.potential import Potential
 from dpa4.simulation.check.numerics import bound_energies
 from dpa4.simulation.check.result import CheckResult, Figure
-from dpa4.simulation.check.structures import graph_of
+from dpa4.simulation.check.structures import cubic_crystal, graph_of, in_lowest_multiplicity
 from dpa4.simulation.close_contacts import CURVATURE
 
 GAP = 1e-6
@@ -74,12 +74,12 @@ def check_crossing(potential: Potential, structures: Structures, elements: Seque
 
 
 def check_amplification(
-    potential: Potential, structures: Structures, seed: int = 0
+    potential: Potential, structures: Structures, elements: Sequence[str], seed: int = 0
 ) -> tuple[CheckResult, list[float]]:
     """Displace all atoms by about 1e-7 Angstrom and compare the change of the forces with the displacement.
 
-    The crystal is also stretched until a whole shell of neighbours is just inside the cutoff, at 13 distances, where
-    models that normalise the features of edges are steepest.
+    An ideal crystal is also stretched until a whole shell of neighbours is just inside the cutoff, at 13 distances,
+    where models that normalise the features of edges are steepest.
 
     Returns:
         The result, and the change of the forces per displacement at the distances of `INSIDE`, in eV/Angstrom^2.
@@ -88,7 +88,7 @@ def check_amplification(
     found = {
         name: _response(potential, atoms, random) for name, atoms in structures.items() if len(atoms) > 1
     }
-    crystal = next(atoms for atoms in structures.values() if atoms.pbc.all())
+    crystal = cubic_crystal(elements)
     shells = [
         _response(potential, _stretched(crystal, potential.config.cutoff, gap), random) for gap in INSIDE
     ]
@@ -116,9 +116,8 @@ def _with_probe(atoms: Atoms, probe: str, distance: float) -> Atoms:
     length = np.linalg.norm(direction)
     direction = direction / length if length > 0 else np.array([0.6, 0.0, 0.8])
     joined = atoms + Atoms(probe, positions=[atoms.positions[end] + distance * direction])
-    charge = atoms.info["charge"]
-    joined.info |= {"charge": charge, "spin": 1 + int(joined.numbers.sum() - charge) % 2}
-    return joined
+    joined.info["charge"] = atoms.info["charge"]
+    return in_lowest_multiplicity(joined)
 
 
 def _abrupt_end(potential: Potential, a: int, b: int) -> tuple[float, float]:

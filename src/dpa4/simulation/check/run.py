@@ -79,7 +79,7 @@ def check_model(
         report("symmetry and derivatives")
         results += _physics(exact, structures)
         report("cutoff")
-        amplification, shells = cutoff.check_amplification(exact, structures)
+        amplification, shells = cutoff.check_amplification(exact, structures, chosen)
         results += [cutoff.check_crossing(exact, structures, chosen), amplification]
         report("pairs")
         pairs = contacts.scan_all_pairs(single, chosen, report)

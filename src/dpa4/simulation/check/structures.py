@@ -63,7 +63,7 @@ def built_in_structures(
     for group in _groups(elements):
         atoms = cluster(group, random)
         found[f"cluster {atoms.get_chemical_formula()}"] = atoms
-    crystal = _crystal(elements)
+    crystal = cubic_crystal(elements)
     found[f"crystal {crystal.get_chemical_formula()}"] = crystal
     slab = crystal.repeat((1, 1, 2))
     slab.center(vacuum=VACUUM, axis=2)
@@ -76,10 +76,14 @@ def built_in_structures(
         found[f"charged {name}"] = found[name].copy()
         found[f"charged {name}"].info["charge"] = 1
     found[f"atom {elements[0]}"] = Atoms(elements[0])
-    for atoms in found.values():
-        charge = atoms.info.setdefault("charge", 0)
-        atoms.info["spin"] = 1 + int(atoms.numbers.sum() - charge) % 2
-    return found
+    return {name: in_lowest_multiplicity(atoms) for name, atoms in found.items()}
+
+
+def in_lowest_multiplicity(atoms: Atoms) -> Atoms:
+    """Set the multiplicity of a structure to the lowest one for its charge, which is zero by default."""
+    charge = atoms.info.setdefault("charge", 0)
+    atoms.info["spin"] = 1 + int(atoms.numbers.sum() - charge) % 2
+    return atoms
 
 
 def cluster(elements: Sequence[str], random: np.random.Generator) -> Atoms:
@@ -101,6 +105,17 @@ def cluster(elements: Sequence[str], random: np.random.Generator) -> Atoms:
     return Atoms(list(elements), positions=np.array(positions))
 
 
+def cubic_crystal(elements: Sequence[str]) -> Atoms:
+    """Build a cubic crystal of known lattice constant, or of one or two elements at the distance of their radii."""
+    known = set(elements)
+    for name, (structure, length) in CRYSTALS.items():
+        if known.issuperset(Atoms(name).symbols):
+            return in_lowest_multiplicity(bulk(name, structure, a=length, cubic=True))
+    pair = (elements[0], elements[min(1, len(elements) - 1)])
+    distance = 1.2 * sum(float(covalent_radii[atomic_numbers[e]]) for e in pair)
+    return in_lowest_multiplicity(bulk("".join(pair), "rocksalt", a=2 * distance, cubic=True))
+
+
 def graph_of(potential: Potential, atoms: Atoms) -> Graph:
     """Build the graph of a structure with charge and spin, on the device of a potential."""
     state = charge_spin_of(potential, atoms)
@@ -115,14 +130,3 @@ def _groups(elements: Sequence[str]) -> list[list[str]]:
     count = min(MAX_CLUSTERS, -(-len(elements) // CLUSTER_ATOMS))
     chosen = np.linspace(0, len(elements), count * CLUSTER_ATOMS, endpoint=False).astype(int)
     return [[elements[k] for k in chosen[first::count]] for first in range(count)]
-
-
-def _crystal(elements: Sequence[str]) -> Atoms:
-    """Cubic crystal of known lattice constant, or of one or two elements at the distance of their radii."""
-    known = set(elements)
-    for name, (structure, length) in CRYSTALS.items():
-        if known.issuperset(Atoms(name).symbols):
-            return bulk(name, structure, a=length, cubic=True)
-    pair = (elements[0], elements[min(1, len(elements) - 1)])
-    distance = 1.2 * sum(float(covalent_radii[atomic_numbers[e]]) for e in pair)
-    return bulk("".join(pair), "rocksalt", a=2 * distance, cubic=True)
