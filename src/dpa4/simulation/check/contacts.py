@@ -40,7 +40,7 @@ SHORTEST = 0.2
 PAIR_DEPTH, TRIPLE_DEPTH = 15.0, 25.0
 """Largest depths in eV: the strongest bonds are those of CO, 11 eV, and CO2, 17 eV in all."""
 
-PARTS, LEVELS, STEPS = 5, 4, 6
+PARTS, LEVELS, STEPS = 5, 4, 4
 """Parts into which a step is divided where energy and force disagree, repetitions, and steps of a curve each time."""
 
 JUMP_WIDTH = 1e-3

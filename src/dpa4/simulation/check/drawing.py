@@ -63,8 +63,7 @@ def draw(drawing: Drawing) -> Any:
 
 
 def _draw_lines(axis: Any, lines: Sequence[Line], what: str, label: str) -> None:
-    failed = sum(line.failed for line in lines)
-    axis.set_title(f"{what}: {len(lines)} drawn, {failed} failed", fontsize=10)
+    axis.set_title(f"{what} (red: failed)", fontsize=10)
     for line in sorted(lines, key=lambda line: line.failed):
         colour = BAD if line.failed else GOOD
         axis.plot(line.distance, line.energy, color=colour, alpha=0.5, linewidth=0.9)
