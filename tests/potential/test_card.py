@@ -234,7 +234,7 @@ def test_checkpoints_of_deepmd_kit_have_a_card(saved):
 
 
 def test_the_terminal_shows_the_same_lines(saved):
-    console = Console(width=200, file=io.StringIO())
+    console = Console(width=300, file=io.StringIO())
     console.print(model_card(saved))
     shown = console.file.getvalue()
     for row in model_card(saved).text.splitlines()[2:]:

@@ -11,7 +11,7 @@ from rich.text import Text
 from dpa4.model import ModelConfig
 from dpa4.model.config import PairBridging
 from dpa4.model.network import max_edges
-from dpa4.model.presets import closest_preset, generation, preset
+from dpa4.model.presets import DEEPMD_PRESETS, closest_preset, generation, preset
 from dpa4.model.shapes import ParameterCount, count_parameters
 from dpa4.ops import available
 from dpa4.ops.layout import EdgeLayout
@@ -99,7 +99,7 @@ def _preset_card(name: str) -> ModelCard:
     sections = _sections(config)
     sections["Provenance"] = {
         "preset": name,
-        "source": "published architecture, arXiv:2606.02419; no weights",
+        "source": f"{'deepmd-kit' if name.lower() in DEEPMD_PRESETS else 'arXiv:2606.02419'}; no weights",
     }
     return ModelCard(f"DPA4 preset {name}", sections)
 
