@@ -107,7 +107,7 @@ def test_kernels_with_several_results(compilations, max_kept, calls):
 
 def test_whole_stacks_keep_only_what_their_derivative_takes(monkeypatch, empty_cache):
     """Trace with the kernels for Hopper GPUs, without one. The last block stores products; earlier ones recompute."""
-    monkeypatch.setattr(available, "whole_stack", lambda x, layers, layout: True)
+    monkeypatch.setattr(available, "whole_stack", lambda x, layers, layout, separate: True)
     potential = Potential(preset("paper-air", ("H", "C"), n_blocks=2)).float().eval()
     compile_potential(potential, kept=KEEP_POLICIES[1])
     for method in ("locate", "input_features", "read_out"):  # tracing the messages alone saves time

@@ -205,7 +205,8 @@ def test_models_with_whole_stacks_are_those_that_get_them(name, monkeypatch):
     for block in Potential(config).float().model.blocks:
         stack, conv = block.conv.stack, block.conv
         x = torch.empty(conv.n_focus, 3, stack.layout.total * conv.width)
-        found.add(available.whole_stack(x, len(stack.linears), stack.layout))
+        separate = config.symmetry == "O3"
+        found.add(available.whole_stack(x, len(stack.linears), stack.layout, separate))
     assert found == {has_whole_stacks(config)}
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from ase.data import atomic_numbers
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
-from dpa4.model.switches import EdgeNorm, EdgeNormOption, EnvelopeExponents, EnvelopeOption
+from dpa4.model.switches import EdgeNorm, EdgeNormOption, EnvelopeExponents, EnvelopeOption, Symmetry
 from dpa4.ops.layout import EdgeLayout
 from dpa4.parsing import shown
 
@@ -123,6 +123,12 @@ class ModelConfig(BaseModel):
         description="Highest frame order of the SO(3) grids (at most the block's degree).",
     )
 
+    symmetry: Symmetry = Field(
+        "SO3",
+        description="SO3: equivariant under rotations, as published models are; O3: also under reflections, so that "
+        "mirror images have equal energies, with half of the weights of orders above zero.",
+    )
+
     n_radial: PositiveInt = Field(16, le=512, description="Radial basis functions.")
     basis: Literal["bessel", "gaussian", "bessel/fix", "gaussian/fix"] = Field(
         "bessel", description="Radial basis; with /fix its frequencies or centres are not trained."
@@ -234,6 +240,12 @@ class ModelConfig(BaseModel):
                 f"model.kmax = {self.kmax} with lmax = {degrees[0]} needs grids of {size} coefficients, at most "
                 f"{MAX_GRID} are supported; choose a lower kmax"
             )
+        if self.symmetry == "O3" and self.so3_grids:
+            raise ValueError(
+                f"model.symmetry = O3 is not possible with {' and '.join(self.so3_grids)}: products on the SO(3) "
+                "grid tell mirror images apart; set message_node_so3 to false, ffn_on to s2 or degrees, and "
+                "so3_readout to none, or model.symmetry to SO3"
+            )
         if self.n_atten_head and self.focus_width % self.n_atten_head:
             raise ValueError(
                 f"model.n_atten_head = {self.n_atten_head} must divide the focus width {self.focus_width}"
@@ -282,6 +294,23 @@ class ModelConfig(BaseModel):
     def degrees(self) -> tuple[int, ...]:
         """Degree of each block."""
         return self.l_schedule if self.l_schedule is not None else (self.lmax,) * self.n_blocks
+
+    @property
+    def so3_grids(self) -> tuple[str, ...]:
+        """Options that put non-linearities on an SO(3) grid with several frames, which breaks mirror symmetry."""
+        on_grids = {
+            "message_node_so3": self.message_node_so3,
+            "ffn_on": self.ffn_on == "so3",
+            "so3_readout": self.so3_readout != "none" and self.degrees[-1] > 0,
+        }
+        return tuple(
+            f"model.{name} = {getattr(self, name)}" for name, on in on_grids.items() if on and self.kmax
+        )
+
+    @property
+    def has_mirror_symmetry(self) -> bool:
+        """True if mirror images have equal energies: by symmetry O3, or because all features are scalars."""
+        return self.symmetry == "O3" or max(self.degrees) == 0
 
     @property
     def weight_cutoff(self) -> float:

@@ -5,7 +5,7 @@ or a number where the long one is meant.
 """
 
 from dataclasses import astuple, dataclass
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import (
     Field,
@@ -20,6 +20,9 @@ from pydantic import (
 from dpa4.parsing import shown
 
 MAX_EXPONENT = 64
+
+Symmetry = Literal["SO3", "O3"]
+"""Group of the equivariance: SO3, rotations; O3, rotations and reflections (docs/theory.md, "Mirror symmetry")."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pydantic import (
 
 from dpa4.model.config import Bridging, ModelConfig
 from dpa4.model.presets import NAMES, preset
+from dpa4.model.switches import Symmetry
 from dpa4.potential.precision import Precision
 from dpa4.system import user_path
 
@@ -58,6 +59,13 @@ class ModelOptions(BaseModel):
         "in the training data; null: none; or r_inner and r_outer as in published models.",
     )
 
+    symmetry: Literal["auto"] | Symmetry = Field(
+        "auto",
+        description="O3: mirror images have equal energies; SO3: as in published models, symmetry under rotations "
+        "alone. auto: O3, or SO3 if the network has SO(3) grids (message_node_so3, ffn_on, so3_readout), which do "
+        "not allow O3.",
+    )
+
     @model_validator(mode="after")
     def _valid_overrides(self) -> "ModelOptions":
         for name in self.model_extra or {}:
@@ -77,7 +85,11 @@ class ModelOptions(BaseModel):
         """
         elements = tuple(found) if self.elements == "auto" else self.elements
         bridging = None if self.bridging == "auto" else self.bridging
-        return preset(self.preset, elements=elements, bridging=bridging, **(self.model_extra or {}))
+        options = {"elements": elements, "bridging": bridging} | (self.model_extra or {})
+        if self.symmetry != "auto":
+            return preset(self.preset, symmetry=self.symmetry, **options)
+        config = preset(self.preset, **options)
+        return config if config.so3_grids else config.model_copy(update={"symmetry": "O3"})
 
 
 class KeyOptions(_Section):

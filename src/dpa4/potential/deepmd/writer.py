@@ -71,12 +71,20 @@ def deepmd_weights(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[s
     renamed = {}
     for key, value in weights.items():
         name = deepmd_name(key, config)
+        if config.symmetry == "O3" and ".stack.linears." in key and ".weight_m." in key:
+            value = _with_zero_blocks(value, config.n_focus)
         if re.search(r"_(so2_norm|ffn_norms\.\d+)\.adam_scale$", name):
             value = value[:, None]
         elif re.search(r"_(so2_norm|ffn_norms\.\d+)\.bias$|\.adam_freqs$", name):
             value = value[None]
         renamed[name] = value.detach().cpu()
     return renamed
+
+
+def _with_zero_blocks(weight: Tensor, n_focus: int) -> Tensor:
+    """Weight of an order above zero with blocks V of zeros, (n c, F n c) to (n c, F 2 n c); see `SO2Linear`."""
+    u = weight.unflatten(1, (n_focus, -1))
+    return torch.cat([u, torch.zeros_like(u)], dim=2).flatten(1)
 
 
 def derived_buffers(config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
