@@ -89,8 +89,8 @@ class ModelConfig(BaseModel):
 
     Names follow the paper and the published input files. Every switch but ``symmetry`` (docs/adr/0025) is used by a
     published model or by an ablation of the paper; ``dpa4.model.presets`` holds the published combinations. The upper
-    limits are far above the published models (128 channels, 10 blocks, degree 6, 3 focus streams). They refuse damaged
-    files and slips of the pen before memory is allocated.
+    limits are far above the published models (128 channels, 10 blocks, degree 6, 3 focus streams). They refuse
+    damaged files and slips of the pen before memory is allocated.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
