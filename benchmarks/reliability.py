@@ -30,23 +30,17 @@ from numpy.typing import NDArray
 from dpa4 import DPA4Calculator, load_potential
 from dpa4.execution.evaluator import Evaluator
 from dpa4.graph import Graph, build_graph, collate
-from dpa4.model.short_range import zbl_pair_energy
 from dpa4.potential import Potential
+from dpa4.simulation.close_contacts import (
+    compress,
+    excess_curvature,
+    force_over_repulsion,
+    repels_below,
+    wall_distance,
+)
 from dpa4.simulation.pair_curves import pair_curves
 
-CURVATURE = 1000.0
-"""Bound of the curvature of a pair in eV/Angstrom^2, to which 10 times the curvature of ZBL is added."""
-
 Array = NDArray[np.float64]
-
-
-def zbl(a: int, b: int, r: Array) -> tuple[Array, Array]:
-    """Slope and curvature of the repulsion, eV/Angstrom and eV/Angstrom^2, at distances (n,)."""
-    length = torch.tensor(r, requires_grad=True)
-    energy = zbl_pair_energy(length, torch.tensor(a), torch.tensor(b)).sum()
-    (slope,) = torch.autograd.grad(energy, length, create_graph=True)
-    (curvature,) = torch.autograd.grad(slope.sum(), length)
-    return slope.detach().numpy(), curvature.numpy()
 
 
 def pairs(potential: Potential, step: float = 0.005) -> Iterator[dict]:
@@ -56,8 +50,7 @@ def pairs(potential: Potential, step: float = 0.005) -> Iterator[dict]:
     for curve in pair_curves(potential, start=0.1, step=step):
         a, b = (Atoms(e).numbers[0] for e in curve.pair)
         length = shortest.get(curve.pair, shortest.get(curve.pair[::-1], np.nan))
-        below = curve.distance < 0.8 * length
-        excess = np.abs(curve.curvature) - 10 * np.abs(zbl(a, b, curve.distance)[1])
+        excess = excess_curvature(curve, curve.pair)
         cutoff, free = potential.config.cutoff, [False] * 3
         close = [
             build_graph([a, b], [[0, 0, 0], [0, 0, r]], np.zeros((3, 3)), free, cutoff)
@@ -66,7 +59,7 @@ def pairs(potential: Potential, step: float = 0.005) -> Iterator[dict]:
         yield {
             "pair": curve.name,
             "shortest": length,
-            "monotonic": bool((curve.force[below] > 0).all()),
+            "monotonic": repels_below(curve, wall_distance(curve.pair, shortest)),
             "largest excess curvature": float(excess.max()),
             "at": float(curve.distance[excess.argmax()]),
             "lowest energy": float(curve.energy.min()),
@@ -78,18 +71,10 @@ def compressed(potential: Potential, frames: list[Atoms], count: int, seed: int 
     """Largest force of compressed structures divided by the force of ZBL at their shortest pair, (count,)."""
     random, ratios = np.random.default_rng(seed), []
     for _ in range(count):
-        atoms = frames[random.integers(len(frames))].copy()
-        scale = random.uniform(0.3, 1.0)
-        atoms.set_cell(atoms.cell * scale)
-        atoms.positions = scale * atoms.positions + random.normal(scale=0.02, size=(len(atoms), 3))
-        graph = build_graph(atoms.numbers, atoms.positions, atoms.cell, atoms.pbc, potential.config.cutoff)
-        length = graph.edge_vectors().norm(dim=1)
-        if not len(length):
-            continue
-        edge = int(length.argmin())
-        ends = (int(atoms.numbers[graph.source[edge]]), int(atoms.numbers[graph.destination[edge]]))
-        slope, _ = zbl(*ends, np.array([float(length[edge])]))
-        ratios.append(float(potential(graph).forces.norm(dim=1).max()) / abs(slope[0]))
+        atoms = frames[random.integers(len(frames))]
+        atoms = compress(atoms, random.uniform(0.3, 1.0), random)
+        ratios.append(force_over_repulsion(potential, atoms))
+    ratios = [ratio for ratio in ratios if not np.isnan(ratio)]
     return np.array(ratios)
 
 

@@ -8,6 +8,7 @@ from ase import Atoms
 from ase.io import write
 
 from dpa4.potential import save_potential
+from dpa4.simulation.check import contacts
 from dpa4.training import convert_input
 from helpers import crystal, molecule, random_potential
 
@@ -17,6 +18,7 @@ PAGES = (
     "docs/running.md",
     "docs/crystals.md",
     "docs/properties.md",
+    "docs/checking.md",
     "docs/torchsim.md",
     "docs/lammps.md",
     "docs/silicon.md",
@@ -28,6 +30,7 @@ SHORTER = {'"cuda"': '"cpu"', "relax_ends=True": "steps=2", "run 1000": "run 5"}
 def folder(tmp_path, monkeypatch):
     """Folder with the files that the pages name."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(contacts, "TRIPLES", 4)
     potential = random_potential(elements=("H", "C", "O", "Si"), n_blocks=1, lmax=1)
     for file in ("model.safetensors", "run/best.safetensors", "run/last.safetensors",
                  "demo-run/training/best.safetensors"):  # fmt: skip

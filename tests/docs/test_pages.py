@@ -95,6 +95,7 @@ def test_every_page_of_the_documentation_is_checked():
         "docs/crystals.md",
         "docs/bench.md",
         "docs/properties.md",
+        "docs/checking.md",
         "docs/torchsim.md",
     } <= {*IDS}
 
@@ -188,6 +189,7 @@ def test_options_of_commands_in_tables():
         "phonon": ("docs/crystals.md", "## Phonons"),
         "embed": ("docs/properties.md", "## Embeddings"),
         "pairs": ("docs/properties.md", "## Pair curves"),
+        "check": ("docs/checking.md", "## Options"),
         "neb": ("docs/properties.md", "## Barriers"),
         "screen": ("docs/torchsim.md", "## Screening"),
         "lammps": ("docs/lammps.md", "## Without compiling"),

@@ -19,6 +19,7 @@ from dpa4.cli import app
 from dpa4.data import Coverage, read_frames
 from dpa4.output import read_csv
 from dpa4.potential import load_potential, save_potential
+from dpa4.simulation import html as elements
 from dpa4.simulation import report, write_report
 from dpa4.training import evaluate, load_run_config, train
 from helpers import molecule, random_potential
@@ -128,10 +129,10 @@ def test_a_whole_report(trained):
 
 def test_tables_align_numbers_and_write_them_out():
     """Columns of numbers align right, headers included; errors of 13,519 meV are not written as 1.352e+04."""
-    text = report._table(["pair", "depth (eV)"], [["H-O", report._short(13519.25)], ["H-H", "-"]])
+    text = elements.table(["pair", "depth (eV)"], [["H-O", elements.short(13519.25)], ["H-H", "-"]])
     assert "<th>pair</th>" in text and '<th class="number">depth (eV)</th>' in text
     assert '<td class="number">13519</td>' in text and '<td class="number">-</td>' in text
-    assert [report._short(v) for v in (400, "400", 0.123456, -2586.24, None)] == [
+    assert [elements.short(v) for v in (400, "400", 0.123456, -2586.24, None)] == [
         "400", "400", "0.1235", "-2586", "None",
     ]  # fmt: skip
 

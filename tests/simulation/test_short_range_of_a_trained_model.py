@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from dpa4 import DPA4Calculator, load_potential
+from dpa4.simulation.close_contacts import CURVATURE
 from dpa4.training import load_run_config, train
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def frames():
 def test_every_pair_has_a_wall_without_spikes(script, model):
     for found in script.pairs(load_potential(model), step=0.02):
         assert found["monotonic"] and found["finite"], found
-        assert found["largest excess curvature"] < script.CURVATURE, found
+        assert found["largest excess curvature"] < CURVATURE, found
         assert found["lowest energy"] > -10, found
 
 

@@ -1,6 +1,7 @@
 """The dpa4 command line; each command is a thin layer over a library function."""
 
 from dpa4.cli.bench import bench
+from dpa4.cli.check import check
 from dpa4.cli.crystal import elastic, eos, phonon
 from dpa4.cli.dynamics import md
 from dpa4.cli.embed import embed
@@ -27,6 +28,7 @@ app.command()(train)
 app.command("eval")(evaluate_command)
 app.command()(convert)
 app.command()(info)
+app.command()(check)
 app.command()(md)
 app.command()(relax)
 app.command()(eos)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dpa4.interfaces.dispersion import with_dispersion
     from dpa4.interfaces.lammps import attach_lammps, open_lammps, run_lammps
     from dpa4.interfaces.mliap import DPA4MLIAP
+    from dpa4.simulation.check import CheckResult, ModelCheck, check_model, write_check
     from dpa4.simulation.crystal_calculation import Stopped
     from dpa4.simulation.dynamics import DynamicsResult, run_md
     from dpa4.simulation.elastic import Elasticity, Moduli, elastic_tensor
@@ -25,17 +26,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Barrier",
+    "CheckResult",
     "DPA4Calculator",
     "DPA4MLIAP",
     "DynamicsResult",
     "Elasticity",
     "EquationOfState",
+    "ModelCheck",
     "Moduli",
     "PairScan",
     "Phonons",
     "Relaxation",
     "Stopped",
     "attach_lammps",
+    "check_model",
     "elastic_tensor",
     "equation_of_state",
     "open_lammps",
@@ -47,6 +51,7 @@ __all__ = [
     "run_neb",
     "scan_pairs",
     "with_dispersion",
+    "write_check",
     "write_report",
 ]
 
@@ -54,17 +59,20 @@ _lazy.attach(
     __name__,
     {
         "Barrier": "dpa4.simulation.neb",
+        "CheckResult": "dpa4.simulation.check",
         "DPA4Calculator": "dpa4.interfaces.ase",
         "DPA4MLIAP": "dpa4.interfaces.mliap",
         "DynamicsResult": "dpa4.simulation.dynamics",
         "Elasticity": "dpa4.simulation.elastic",
         "EquationOfState": "dpa4.simulation.eos",
+        "ModelCheck": "dpa4.simulation.check",
         "Moduli": "dpa4.simulation.elastic",
         "PairScan": "dpa4.simulation.pair_curves",
         "Phonons": "dpa4.simulation.phonon",
         "Relaxation": "dpa4.simulation.relax",
         "Stopped": "dpa4.simulation.crystal_calculation",
         "attach_lammps": "dpa4.interfaces.lammps",
+        "check_model": "dpa4.simulation.check",
         "elastic_tensor": "dpa4.simulation.elastic",
         "equation_of_state": "dpa4.simulation.eos",
         "open_lammps": "dpa4.interfaces.lammps",
@@ -76,6 +84,7 @@ _lazy.attach(
         "run_neb": "dpa4.simulation.neb",
         "scan_pairs": "dpa4.simulation.pair_curves",
         "with_dispersion": "dpa4.interfaces.dispersion",
+        "write_check": "dpa4.simulation.check",
         "write_report": "dpa4.simulation.report",
     },
 )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations_with_replacement
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from dpa4.data.coverage import ElementPair
 from dpa4.graph import Graph
 from dpa4.output import save_figure, write_csv, write_json
 from dpa4.potential import Potential, expand_energy, fingerprint_of
+from dpa4.simulation.clusters import cluster_graph
 from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.store import Records
 from dpa4.system import own_settings, stop_requests, user_path
@@ -34,6 +35,21 @@ PER_PAGE = 12  # pairs per figure
 CPU_EDGES, GPU_EDGES = 256, 8192  # per batch; larger batches exceed the caches of a CPU
 
 Array = NDArray[np.float64]
+
+
+class Curve(Protocol):
+    """Energy, force and curvature of atoms along a line, with a name; fields as in ``PairCurve``."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def distance(self) -> Array: ...
+    @property
+    def energy(self) -> Array: ...
+    @property
+    def force(self) -> Array: ...
+    @property
+    def curvature(self) -> Array: ...
 
 
 @dataclass(frozen=True)
@@ -164,23 +180,21 @@ def pair_curves(
     return _curves(potential, element_pairs(potential) if pairs is None else pairs, distances)
 
 
-def diagnose(curve: PairCurve) -> Diagnosis:
+def diagnose(curve: Curve) -> Diagnosis:
     """Measure the shape of a pair curve and flag problems."""
     r, e, f, k = curve.distance, curve.energy, curve.force, curve.curvature
     if not (np.isfinite(e).all() and np.isfinite(f).all() and np.isfinite(k).all()):
         return Diagnosis(curve.name, None, None, None, None, None, ("not finite",))
     directions = np.sign(f[np.abs(f) > FORCE_FLOOR])
     flips = int((directions[1:] != directions[:-1]).sum())
-    lowest, change, h = int(e.argmin()), np.diff(e), np.diff(r)
+    lowest, change = int(e.argmin()), np.diff(e)
     excess = float(np.abs(change).sum() - (e[0] - e[lowest]) - (e[-1] - e[lowest]))
-    # Trapezoidal rule with end correction. It is exact for cubic forces, so a steep wall does not count as a jump.
-    integral = h * (f[1:] + f[:-1]) / 2 + h**2 * (k[1:] - k[:-1]) / 12
-    jumps = np.abs(change + integral)
+    jumps, allowed = mismatch(r, e, f, k)
     flags = {
         "no wall": f[0] < FORCE_FLOOR or e[0] < WALL,
         "several wells": flips > 1,
         "spike": excess > SPIKE,
-        "jump": bool((jumps > JUMP + JUMP_SHARE * np.abs(change)).any()),
+        "jump": bool((jumps > allowed).any()),
     }
     return Diagnosis(
         pair=curve.name,
@@ -191,6 +205,14 @@ def diagnose(curve: PairCurve) -> Diagnosis:
         largest_jump=float(jumps.max(initial=0.0)),
         flags=tuple(name for name, found in flags.items() if found),
     )
+
+
+def mismatch(distance: Array, energy: Array, force: Array, curvature: Array) -> tuple[Array, Array]:
+    """Mismatch of energy and force in every step of a curve, and its tolerance; both (n - 1,) in eV."""
+    change, h = np.diff(energy), np.diff(distance)
+    # Trapezoidal rule with end correction. It is exact for cubic forces, so a steep wall does not count as a jump.
+    integral = h * (force[1:] + force[:-1]) / 2 + h**2 * (curvature[1:] - curvature[:-1]) / 12
+    return np.abs(change + integral), JUMP + JUMP_SHARE * np.abs(change)
 
 
 def scan_pairs(
@@ -367,35 +389,17 @@ def _curves(potential: Potential, pairs: Sequence[ElementPair], distances: Array
         yield PairCurve(pair, distances, energy - energy[-1], force, curvature)
 
 
-@own_settings
 def _dimers(potential: Potential, numbers: NDArray[np.int64], distances: Array) -> Graph:
     """Build the graph of S isolated pairs of atoms along x, on the device of the potential.
-
-    A pair at the cutoff does not interact and gets no edges.
 
     Args:
         potential: Source of cutoff, default charge and spin, and device.
         numbers: Atomic numbers (S, 2).
         distances: Distances (S,), in Angstrom.
     """
-    atoms = torch.from_numpy(numbers)
-    positions = torch.zeros(2 * len(atoms), 3, dtype=torch.float64)
-    positions[1::2, 0] = torch.from_numpy(distances)
-    ends = torch.arange(2 * len(atoms)).view(-1, 2)[torch.from_numpy(distances < potential.config.cutoff)]
-    multiplicity = 1 + atoms.sum(dim=1) % 2
-    state = torch.stack([torch.zeros_like(multiplicity), multiplicity], dim=1)
-    if potential.config.default_charge_spin:
-        state[:] = torch.tensor(potential.config.default_charge_spin)
-    return Graph(
-        atomic_numbers=atoms.flatten(),
-        positions=positions,
-        cell=torch.zeros(len(atoms), 3, 3, dtype=torch.float64),
-        structure=torch.arange(len(atoms)).repeat_interleave(2),
-        source=ends.flip(1).flatten(),
-        destination=ends.flatten(),
-        shift=torch.zeros(ends.numel(), 3, dtype=torch.float64),
-        charge_spin=state,
-    ).to(potential.device)
+    positions = np.zeros((len(numbers), 2, 3))
+    positions[:, 1, 0] = distances
+    return cluster_graph(potential, numbers, positions)
 
 
 @own_settings

@@ -1,24 +1,20 @@
 """Report of a training run: one self-contained HTML page."""
 
-import base64
 import io
 import json
-import platform
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from html import escape
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
 
-from dpa4 import __version__
 from dpa4.data.coverage import ElementPair
 from dpa4.output import atomic_write, check_writable, read_csv
 from dpa4.potential import Potential, load_potential, model_card
 from dpa4.potential.card import ModelCard
+from dpa4.simulation import html
 from dpa4.simulation.pair_curves import Diagnosis, diagnose, draw_pairs, element_pairs, pair_curves
 from dpa4.system import choose_device, user_path
 from dpa4.training.logs import ERROR_UNITS
@@ -35,30 +31,6 @@ SUMMARY = (
     "step",
     "date",
 )
-
-STYLE = """
-:root { color-scheme: light dark; --line: #ddd; --soft: #f4f4f4; --bad: #a40000; }
-@media (prefers-color-scheme: dark) { :root { --line: #444; --soft: #222; --bad: #ff8a80; } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 0 auto; padding: 1em; }
-h2 { border-bottom: 1px solid var(--line); margin-top: 2em; }
-nav a { margin-right: 1em; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: 1em 0; }
-th, td { text-align: left; padding: 2px 16px 2px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td:first-child { white-space: nowrap; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-pre { background: var(--soft); padding: 1em; white-space: pre-wrap; font-size: 13px; }
-img { max-width: 100%; background: white; }
-.missing { color: var(--bad); }
-@media (max-width: 700px) { img { max-width: 200%; } }
-@media print {
-  nav { display: none; }
-  body { font-size: 9pt; max-width: none; padding: 0; }
-  h2, h3 { break-after: avoid; }
-  tr, img { break-inside: avoid; }
-  th, td { padding-right: 8px; }
-}
-"""
 
 
 def write_report(
@@ -115,24 +87,10 @@ def write_report(
         "Pair curves": _pair_curves(model, pairs, device, progress),
         "Model": _model(card),
         "Configuration": _configuration(folder),
-        "Versions": _versions(),
+        "Versions": html.versions(),
     }
-    ids = {title: title.lower().replace(" ", "-") for title in sections}
-    links = "\n".join(f'<a href="#{name}">{title}</a>' for title, name in ids.items())
-    body = "\n".join(
-        f'<section id="{ids[title]}">\n<h2>{title}</h2>\n{content}\n</section>'
-        for title, content in sections.items()
-    )
-    name = escape(folder.resolve().name)
-    text = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        # No script, and nothing from elsewhere, whatever the files of the run contain.
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">\n"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{name}: DPA4 training</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>DPA4 training run: {name}</h1>\n<nav>\n{links}\n</nav>\n{body}\n</body>\n</html>\n"
-    )
+    name = folder.resolve().name
+    text = html.page(f"{name}: DPA4 training", f"DPA4 training run: {name}", sections)
     with atomic_write(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return file
@@ -150,16 +108,16 @@ def _summary(
         lines |= {name: known[name] for name in SUMMARY if name in known}
     for label, row in validations.items():
         errors = [
-            f"{what} {_short(row[f'{what}_mae'])} {unit}"
+            f"{what} {html.short(row[f'{what}_mae'])} {unit}"
             for what, unit in ERROR_UNITS.items()
             if row.get(f"{what}_mae")
         ]
         lines[f"validation MAE, {label}"] = ", ".join(errors)
     if table:
         lines["test MAE"] = ", ".join(
-            f"{r['quantity']} {_short(r['mae'])} {r['unit']}" for r in table if r["group"] == "all"
+            f"{r['quantity']} {html.short(r['mae'])} {r['unit']}" for r in table if r["group"] == "all"
         )
-    return _name_table(lines) if lines else "<p>There is neither a model nor a validation result yet.</p>"
+    return html.name_table(lines) if lines else "<p>There is neither a model nor a validation result yet.</p>"
 
 
 def _validations(folder: Path) -> dict[str, dict[str, str]]:
@@ -175,18 +133,18 @@ def _validations(folder: Path) -> dict[str, dict[str, str]]:
 def _learning_curve(folder: Path, validations: dict[str, dict[str, str]]) -> str:
     parts = []
     if (folder / "learning_curve.png").is_file():
-        parts.append(_image((folder / "learning_curve.png").read_bytes(), "Learning curve"))
+        parts.append(html.image((folder / "learning_curve.png").read_bytes(), "Learning curve"))
     else:
-        parts.append(_missing("There is no learning_curve.png", "dpa4 train run.yaml --resume"))
+        parts.append(html.missing("There is no learning_curve.png", "dpa4 train run.yaml --resume"))
     if not validations:
         return "\n".join([*parts, "<p>The run has no validation data.</p>"])
-    rows = [["score", *(_short(row["score"]) for row in validations.values())]]
+    rows = [["score", *(html.short(row["score"]) for row in validations.values())]]
     for name in next(iter(validations.values())):
         what, _, kind = name.partition("_")
         values = [row[name] for row in validations.values()]
         if what in ERROR_UNITS and any(values):
-            rows.append([f"{what} {kind.upper()} ({ERROR_UNITS[what]})", *map(_short, values)])
-    return "\n".join([*parts, "<h3>Validation</h3>", _table(["", *validations], rows)])
+            rows.append([f"{what} {kind.upper()} ({ERROR_UNITS[what]})", *map(html.short, values)])
+    return "\n".join([*parts, "<h3>Validation</h3>", html.table(["", *validations], rows)])
 
 
 def _error_table(file: Path) -> list[dict[str, Any]] | None:
@@ -203,14 +161,16 @@ def _error_table(file: Path) -> list[dict[str, Any]] | None:
 def _errors(model: Path | None, evaluation: Path | None, table: list[dict[str, Any]] | None) -> str:
     command = f"dpa4 eval {model or 'best.safetensors'} test.xyz --output eval"
     if evaluation is None:
-        return _missing("No evaluation was given; pass its folder with --eval", command)
+        return html.missing("No evaluation was given; pass its folder with --eval", command)
     parts = (
-        [_missing(f"{evaluation} has no errors.json", command)] if table is None else [_error_tables(table)]
+        [html.missing(f"{evaluation} has no errors.json", command)]
+        if table is None
+        else [_error_tables(table)]
     )
     if (evaluation / "parity.png").is_file():
-        parts.append(_image((evaluation / "parity.png").read_bytes(), "Predictions against labels"))
+        parts.append(html.image((evaluation / "parity.png").read_bytes(), "Predictions against labels"))
     else:
-        parts.append(_missing(f"{evaluation} has no parity.png", command))
+        parts.append(html.missing(f"{evaluation} has no parity.png", command))
     return "\n".join(parts)
 
 
@@ -218,24 +178,24 @@ def _error_tables(table: list[dict[str, Any]]) -> str:
     """Table of the errors of all structures, followed by a table with a row for each group."""
     header = ["quantity", "unit", "values", "MAE", "RMSE", "largest"]
     names = ("quantity", "unit", "values", "mae", "rmse", "maximum")
-    parts = [_table(header, [[_short(r[n]) for n in names] for r in table if r["group"] == "all"])]
+    parts = [html.table(header, [[html.short(r[n]) for n in names] for r in table if r["group"] == "all"])]
     groups = list(dict.fromkeys(r["group"] for r in table if r["group"] != "all"))
     if groups:
         found = {
-            (r["group"], r["quantity"], kind): _short(r[kind]) for r in table for kind in ("mae", "rmse")
+            (r["group"], r["quantity"], kind): html.short(r[kind]) for r in table for kind in ("mae", "rmse")
         }
         columns = {(r["quantity"], kind): r["unit"] for r in table for kind in ("mae", "rmse")}
         header = [f"{quantity} {kind.upper()} ({unit})" for (quantity, kind), unit in columns.items()]
         rows = [[group, *(found.get((group, *column), "-") for column in columns)] for group in groups]
-        parts += ["<h3>By group</h3>", _table(["group", *header], rows)]
+        parts += ["<h3>By group</h3>", html.table(["group", *header], rows)]
     return "\n".join(parts)
 
 
 def _pair_curves(model: Path | None, compute: bool, device: str | torch.device, progress: bool) -> str:
     if model is None:
-        return _missing("There is no model yet", "dpa4 train run.yaml --resume")
+        return html.missing("There is no model yet", "dpa4 train run.yaml --resume")
     if not compute:
-        return _missing("Pair curves were switched off", f"dpa4 pairs {model}")
+        return html.missing("Pair curves were switched off", f"dpa4 pairs {model}")
     potential = load_potential(model, device=choose_device(device))
     pairs = _pairs_of_the_data(potential)
     chosen = pairs[:MAX_PAIRS]
@@ -252,12 +212,12 @@ def _pair_curves(model: Path | None, compute: bool, device: str | torch.device, 
             f"Only {MAX_PAIRS} of {len(pairs)} pairs are shown, with the shortest distances in the training data; "
             "for all pairs"
         )
-        parts.append(_missing(text, f"dpa4 pairs {model}"))
+        parts.append(html.missing(text, f"dpa4 pairs {model}"))
     for first in range(0, len(curves), PAIRS_OF_A_FIGURE):
         page = slice(first, first + PAIRS_OF_A_FIGURE)
         drawn = io.BytesIO()
         draw_pairs(curves[page], diagnoses[page]).savefig(drawn, dpi=115, format="png")
-        parts.append(_image(drawn.getvalue(), "Pair curves"))
+        parts.append(html.image(drawn.getvalue(), "Pair curves"))
     parts.append(_diagnoses(diagnoses))
     return "\n".join(parts)
 
@@ -276,85 +236,22 @@ def _diagnoses(diagnoses: Sequence[Diagnosis]) -> str:
     rows = []
     for d in diagnoses:
         values = (d.minimum, d.depth, d.force_flips, d.excess_variation)
-        rows.append([d.pair, *("-" if v is None else _short(v) for v in values), ", ".join(d.flags)])
-    return _table(header, rows)
+        rows.append([d.pair, *("-" if v is None else html.short(v) for v in values), ", ".join(d.flags)])
+    return html.table(header, rows)
 
 
 def _model(card: ModelCard | None) -> str:
     if card is None:
-        return _missing("There is no model yet", "dpa4 train run.yaml --resume")
+        return html.missing("There is no model yet", "dpa4 train run.yaml --resume")
     tables = []
     for title, lines in card.sections.items():
         own = {name: value for name, value in lines.items() if name != "options"}  # see Configuration
-        tables.append(f"<h3>{escape(title)}</h3>\n{_name_table(own)}")
+        tables.append(f"<h3>{escape(title)}</h3>\n{html.name_table(own)}")
     return "\n".join([f"<p>{escape(card.title)}</p>", *tables])
 
 
 def _configuration(folder: Path) -> str:
     file = folder / "run.yaml"
     if not file.is_file():
-        return _missing("There is no run.yaml", "dpa4 train run.yaml")
+        return html.missing("There is no run.yaml", "dpa4 train run.yaml")
     return f"<pre>{escape(file.read_text(encoding='utf-8'))}</pre>"
-
-
-def _versions() -> str:
-    return _name_table(
-        {
-            "report made": datetime.now(UTC).isoformat(timespec="seconds"),
-            "dpa4": __version__,
-            "PyTorch": torch.__version__,
-            "NumPy": version("numpy"),
-            "ASE": version("ase"),
-            "Python": platform.python_version(),
-            "system": platform.platform(),
-        }
-    )
-
-
-# --- HTML elements; each function escapes its text
-
-
-def _missing(what: str, command: str) -> str:
-    """Paragraph that says what is missing and which command creates it."""
-    return f'<p class="missing">{escape(what)}: <code>{escape(command)}</code></p>'
-
-
-def _image(png: bytes, text: str) -> str:
-    encoded = base64.b64encode(png).decode()
-    return f'<div class="wide"><img alt="{escape(text)}" src="data:image/png;base64,{encoded}"></div>'
-
-
-def _name_table(lines: dict[str, str]) -> str:
-    rows = "".join(f"<tr><th>{escape(a)}</th><td>{escape(b)}</td></tr>\n" for a, b in lines.items())
-    return f"<table>\n{rows}</table>"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    numeric = [
-        bool(rows) and all(_is_number(row[k]) or row[k] == "-" for row in rows) for k in range(len(header))
-    ]
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        kinds = [' class="number"' if number else "" for number in numeric]
-        return "".join(f"<{tag}{kind}>{escape(c)}</{tag}>" for kind, c in zip(kinds, cells, strict=True))
-
-    body = "".join(f"<tr>{line('td', row)}</tr>\n" for row in rows)
-    head = f"<thead><tr>{line('th', header)}</tr></thead>"
-    return f'<div class="wide"><table>\n{head}\n<tbody>\n{body}</tbody></table></div>'
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _short(value: Any) -> str:
-    """Text of a value; four significant digits for a number that is not an integer."""
-    text = str(value)
-    if not _is_number(text) or text.lstrip("-").isdecimal():
-        return text
-    number = float(text)
-    return f"{number:.4g}" if abs(number) < 1e4 else f"{number:.0f}"

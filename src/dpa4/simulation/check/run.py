@@ -1,0 +1,173 @@
+"""Check of a model: all checks, one after another."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from ase import Atoms
+
+from dpa4.graph import Graph
+from dpa4.interfaces.loading import Model, load_model
+from dpa4.potential import Potential, Prediction, model_card
+from dpa4.simulation.check import contacts, cutoff, numerics, physics
+from dpa4.simulation.check.drawing import Drawing
+from dpa4.simulation.check.result import CheckResult, ModelCheck
+from dpa4.simulation.check.structures import built_in_structures, graph_of
+from dpa4.simulation.close_contacts import CURVATURE
+from dpa4.simulation.pair_curves import element_pairs
+from dpa4.simulation.runs.progress import progress_bar
+from dpa4.system import choose_device, own_settings
+
+FLOAT32 = (numerics.FLOAT32_ENERGY, numerics.FLOAT32_FORCE)
+FAST = (numerics.FAST_ENERGY, numerics.limits.FAST_TOLERANCE)
+
+
+@own_settings
+def check_model(
+    model: Model,
+    *,
+    elements: Sequence[str] | None = None,
+    gpu: bool = False,
+    compile: bool = True,
+    branch: str | None = None,
+    progress: bool = True,
+) -> ModelCheck:
+    """Check numbers, symmetry, derivatives, cutoff and short range of a model.
+
+    `docs/checking.md` lists the checks and their tolerances. `write_check` writes the results as a page.
+
+    Args:
+        model: Checkpoint file, or a potential, which is copied.
+        elements: Elements of the structures, pairs and triples; None selects all elements of the model.
+        gpu: Also compute on a GPU, and scan pairs and triples there.
+        compile: Compile the model and compare; this takes a minute on a CPU.
+        branch: Branch of a multitask checkpoint of deepmd-kit.
+        progress: Show a progress bar on a terminal.
+
+    Raises:
+        FileNotFoundError: If the checkpoint does not exist.
+        ValueError: If the checkpoint cannot be read, an element is outside the model, or there is no GPU.
+
+    Example:
+        Failures of a model:
+
+            check = check_model("model.safetensors", elements=["Si", "O"])
+            print([result.name for result in check.results if result.verdict == "fail"])
+    """
+    start = time.monotonic()
+    device = choose_device("cuda") if gpu else torch.device("cpu")
+    exact = load_model(model, torch.device("cpu"), "float64", "high", branch)
+    chosen = _chosen(exact, elements)
+    structures = built_in_structures(chosen, exact.config.charge_spin)
+    pairs_of_model = element_pairs(exact)
+    curves = sum(set(pair) <= set(chosen) for pair in pairs_of_model) + contacts.TRIPLES
+    with progress_bar("curves", curves, show=progress) as bar:
+
+        def report(text: str, done: int = 0) -> None:
+            bar.update(bar.task_ids[0], advance=done, status=text)
+
+        report("numbers")
+        results = [_opened(model, exact, branch)]
+        graphs = {name: graph_of(exact, atoms) for name, atoms in structures.items()}
+        finite, reference = numerics.check_finite(exact, graphs)
+        results += [finite, numerics.check_batch(exact, graphs, reference)]
+        if gpu:
+            results.append(_gpu(model, device, graphs, reference, branch))
+        single = load_model(model, device, "float32", "high", branch)
+        results += _precisions(single, graphs, reference)
+        report("symmetry and derivatives")
+        results += _physics(exact, structures)
+        report("cutoff")
+        amplification, shells = cutoff.check_amplification(exact, structures, chosen)
+        results += [cutoff.check_crossing(exact, structures, chosen), amplification]
+        report("pairs")
+        pairs = contacts.scan_all_pairs(single, chosen, report)
+        triples = contacts.scan_triples(single, chosen, contacts.TRIPLES, report=report)
+        results += contacts.check_pairs(pairs, len(pairs_of_model))
+        results += contacts.check_triples(triples, pairs)
+        if compile:
+            report("compilation")
+            eager = numerics.predict(single, graphs, device)
+            results.append(numerics.check_compiled(single, graphs, eager))
+        report("")
+    drawing = Drawing(
+        contacts.drawn_lines(pairs, contacts.PAIR_DEPTH),
+        contacts.drawn_lines(triples, contacts.TRIPLE_DEPTH),
+        cutoff.INSIDE.tolist(),
+        shells,
+        CURVATURE,
+    )
+    name = "potential" if isinstance(model, Potential) else Path(model).name
+    return ModelCheck(name, tuple(results), time.monotonic() - start, drawing)
+
+
+def _chosen(potential: Potential, elements: Sequence[str] | None) -> list[str]:
+    """Elements to check, in the order of the model.
+
+    Raises:
+        ValueError: If an element is outside the model.
+    """
+    if unknown := [e for e in elements or () if e not in potential.elements]:
+        raise ValueError(
+            f"elements: {unknown[0]} is not in the model, which knows {', '.join(potential.elements)}"
+        )
+    return [e for e in potential.elements if elements is None or e in elements]
+
+
+def _opened(model: Model, potential: Potential, branch: str | None) -> CheckResult:
+    """Result of opening the file: the model card without warnings has no more to say."""
+    if isinstance(model, Potential):
+        detail = f"{sum(p.numel() for p in potential.parameters()):,} parameters"
+    else:
+        card = model_card(model, branch)
+        origin, known = card.sections["Provenance"], card.sections["Model"]
+        entries = {**known, **origin}
+        detail = ", ".join(
+            f"{key} {entries[key]}" for key in ("format", "digest", "trainable parameters") if key in entries
+        )
+    return CheckResult(
+        "file",
+        f"{len(potential.elements)} elements, cutoff {potential.config.cutoff:g} Å",
+        (),
+        "opens",
+        detail,
+    )
+
+
+def _gpu(
+    model: Model,
+    device: torch.device,
+    graphs: dict[str, Graph],
+    reference: dict[str, Prediction],
+    branch: str | None,
+) -> CheckResult:
+    potential = load_model(model, device, "float64", "high", branch)
+    tolerance = numerics.GPU_TOLERANCE
+    reason = "float64 rounds at 1e-16, sums in another order amplify it"
+    return numerics.check_against(
+        "GPU and CPU, float64", potential, potential, graphs, reference, (tolerance, tolerance), reason
+    )
+
+
+def _precisions(
+    single: Potential, graphs: dict[str, Graph], reference: dict[str, Prediction]
+) -> list[CheckResult]:
+    """Compare float32 at both precisions with float64."""
+    reason = "well below the errors of any model, 1 meV/atom and 10 meV/Å"
+    high = numerics.check_against('float32, "high"', single, single, graphs, reference, FLOAT32, reason)
+    reason = "bfloat16 rounds at 0.4 %; for screening, not for energy conservation"
+    with single.at_precision("fast"):
+        fast = numerics.check_against(
+            'float32, "fast"', single, single, graphs, reference, FAST, reason, severe=False
+        )
+    return [high, fast]
+
+
+def _physics(exact: Potential, structures: dict[str, Atoms]) -> list[CheckResult]:
+    several = {name: atoms for name, atoms in structures.items() if len(atoms) > 1}
+    return [
+        *physics.check_symmetry(exact, several),
+        physics.check_forces(exact, several),
+        physics.check_virial(exact, several),
+    ]
