@@ -214,7 +214,7 @@ class Step:
         self.batch = labelled(frames.graph, energy, forces).to(DEVICE)
         self.loss = Loss(energy=frames.atoms, forces=1, virial=0, kind="mse")
         keep_freed_memory(torch.device(DEVICE))
-        self.parameters = parameters = list(potential.parameters())
+        self.parameters = parameters = [p for p in potential.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, 1e-4, fused=CUDA)
         self.step: Callable[[Batch], object] = self.differentiate
         potential.precision = "fast" if bf16 else "high"

@@ -99,7 +99,7 @@ def labelled(graph: Graph, energy: torch.Tensor, forces: torch.Tensor) -> Batch:
 
 def replayed(potential: Potential, batch: Batch, optimizer: torch.optim.Optimizer):
     """Training step as replayed by the trainer: copy the batch, replay loss and gradients, run the optimizer."""
-    parameters = list(potential.parameters())
+    parameters = [p for p in potential.parameters() if p.requires_grad]
 
     def differentiate(batch: Batch):
         optimizer.zero_grad(set_to_none=True)
@@ -164,7 +164,7 @@ def train(base: dict, device: str, options: argparse.Namespace) -> None:
     potential = potential_of(options.model, device).train()
     graph = collate([structure(atoms, i) for i in range(frames)]).to(device)
     potential.precision = options.precision or "fast"
-    parameters = list(potential.parameters())
+    parameters = [p for p in potential.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, 1e-4, fused=device == "cuda")
     energy = torch.randn(frames, dtype=torch.float64, device=device)
     forces = torch.randn(graph.num_atoms, 3, dtype=torch.float64, device=device)

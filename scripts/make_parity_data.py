@@ -1,4 +1,4 @@
-"""Make tests/data/parity: ten small models with the energies and forces that deepmd-kit 3.2.0 computes.
+"""Make tests/data/parity: small models with the energies and forces that deepmd-kit 3.2.0 computes.
 
 Run ``OMP_NUM_THREADS=1 python scripts/make_parity_data.py REFERENCE_FOLDER`` in an environment with torch 2.13,
 deepmd-kit 3.2.0, numpy and safetensors; it takes about a minute. Where the compiled operators of deepmd-kit
@@ -6,13 +6,17 @@ deepmd-kit 3.2.0, numpy and safetensors; it takes about a minute. Where the comp
 called, never read: the script knows a few names of its Python interface and the names in its checkpoints.
 
 REFERENCE_FOLDER is the large collection of models with randomised weights (``fixtures/<name>/model_f32.pt``,
-``ref.npz`` and ``fixtures/index.json``). It is not part of the repository. For each model chosen:
+``ref.npz`` and ``fixtures/index.json``, likewise in ``fixtures-gen3``). It is not part of the repository. For each
+model chosen:
 
 1. deepmd-kit evaluates the model in float64. The numbers must be those of the collection to 1e-9.
 2. Weight tensors of at least 256 entries are rounded to ``float8_e5m2``, one byte per weight. The rounded values
    are exact in float32 and float64, so the stored model is a model like any other, only four times smaller.
 3. deepmd-kit evaluates the rounded model in float64, for a few structures of the collection: energies, forces,
    virial and descriptors, and for two models the gradients of the parameters.
+
+Three models have switches that no release of deepmd-kit reads (`NEWER`). For these, weights and results of the
+collection are copied unchanged.
 
 The last digit of a result of deepmd-kit can change from one process to the next and with the processor. A file
 whose model is the same and whose results agree to 1e-11 is therefore left as it is: running the script again changes
@@ -21,7 +25,8 @@ nothing.
 The choice: the published sizes mini and neo of generation 2 (SO(3) grid; neo has two foci), the switches of the
 largest model of generation 1 at 16 channels (S2 grid, two foci, lmax 5), and small models of 16 channels that differ
 from ``D_base`` in one option each: charge and spin, the SO(3) grid alone, the conventions of the first checkpoint
-format, two foci, no radial mixing (as in the published nano), and ZBL bridging.
+format, two foci, no radial mixing (as in the published nano), ZBL bridging, norms before convolution and
+feed-forward network, and each of the three newer switches.
 """
 
 import argparse
@@ -53,6 +58,7 @@ from parity_files import (  # noqa: E402
 
 STRUCTURES = ("nacl8", "ethanol", "fcc_prim", "prim2", "axis_cluster", "disconnected")
 MORE_STRUCTURES = {"D_zbl_atten": ("zbl_cluster", "dimer_OH_0.60")}  # closer than the bridging radii
+NEWER = ("E_edge_norm_FTF", "E_env_exp_5", "E_gauss_fix")
 GRADIENTS = {"D_base": "prim2", "C_mini": "ethanol"}
 INPUTS = ("pos", "cell", "pbc", "types", "Z")
 RESULTS = ("energy", "forces", "virial", "atom_energy", "descriptor")
@@ -175,12 +181,16 @@ def arrays_of(file: ParityFile) -> dict[tuple[str, ...], np.ndarray]:
     return found
 
 
-def reduced(fixtures: Path, name: str, charge_spin: list[float] | None) -> ParityFile:
+def reduced(fixtures: Path, name: str, entry: dict[str, Any]) -> ParityFile:
     """Round the weights of one model of the collection and evaluate it."""
     state = torch.load(fixtures / name / "model_f32.pt", map_location="cpu", weights_only=True)["model"]
+    charge_spin = entry.get("charge_spin")
     given = None if charge_spin is None else (int(charge_spin[0]), int(charge_spin[1]))
     structures = collected(fixtures, name)
     chosen = {label: structures[label] for label in STRUCTURES + MORE_STRUCTURES.get(name, ())}
+    if name in NEWER:
+        kept = {label: {k: structure[k] for k in INPUTS + RESULTS} for label, structure in chosen.items()}
+        return ParityFile(state, given, entry["n_params"], kept, {})
     original = Reference(state, given)
     for label, structure in chosen.items():
         check(name, label, original.evaluate(structure), structure)
@@ -202,12 +212,13 @@ def main() -> None:
     parser.add_argument("reference", type=Path, help="folder of the collection, with fixtures/index.json")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder to write to")
     arguments = parser.parse_args()
-    fixtures = arguments.reference / "fixtures"
-    index = json.loads((fixtures / "index.json").read_text())
+    folders = [arguments.reference / folder for folder in ("fixtures", "fixtures-gen3")]
+    indices = {folder: json.loads((folder / "index.json").read_text()) for folder in folders}
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name in NAMES:
         path = arguments.output / f"{name}.safetensors"
-        file = reduced(fixtures, name, index[name].get("charge_spin"))
+        fixtures = next(folder for folder, index in indices.items() if name in index)
+        file = reduced(fixtures, name, indices[fixtures][name])
         same = is_same(file, path)
         if not same:
             write_parity_file(file, path)

@@ -47,6 +47,17 @@ def as_pt_expt(state: dict) -> dict:
     return renamed
 
 
+def composed_form(params: dict) -> dict:
+    """Options of a model with ZBL bridging, written as a sum of the network and the repulsion."""
+    network = {
+        key: value for key, value in params.items() if not key.startswith("bridging_") and key != "info"
+    }
+    radii = {f"r_{side}": params[f"bridging_r_{side}"] for side in ("inner", "outer")}
+    repulsion = {"type": "inner_potential", "mode": "ZBL"} | radii
+    common = {key: params[key] for key in ("type_map", "info")}
+    return {"type": "linear_ener", "weights": "sum", "models": [network, repulsion]} | common
+
+
 def as_june_2026(state: dict) -> dict:
     """State dictionary with the extra entries and option names of June 2026."""
     changed = copy.deepcopy(state)

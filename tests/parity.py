@@ -142,12 +142,15 @@ def assert_float32(case: ParityCase, in_a_batch: bool = False) -> None:
     sizes and by up to 1.6e-6 eV/atom in the D series (measured: D_fit_24_40). The order of operations differs
     here, and in a cell of one atom all edges are rounded alike (1.1e-6 eV). Forces of two atoms at 0.4 Angstrom
     differ by 3.2e-5 eV/Angstrom on an Intel processor with AVX-512, by less than 3e-5 on an AMD processor.
+
+    In the E series, atoms have energies of up to 24 eV of both signs. Weights that are changed by as much as rounding
+    to float32 changes energies by up to 4e-5 eV in float64 (measured: E_v0901_neo), hence the factor there.
     """
-    narrow = ("D_", "E_edge", "E_env", "E_gauss", "E_sandwich", "E_product", "E_pt", "E_max", "E_ultra")
-    per_atom = 5e-6 if case.name.startswith(narrow) else 5e-7
+    per_atom = 5e-6 if case.name.startswith(("D_", "E_")) else 5e-7
     for deviation in deviations(case, torch.float32, in_a_batch):
         if deviation.quantity == "energy":
-            deviation.assert_at_most(per_atom * deviation.atoms + 1e-6)
+            scale = max(deviation.largest, 1.0) if case.name.startswith("E_") else 1.0
+            deviation.assert_at_most(per_atom * deviation.atoms * scale + 1e-6)
         elif deviation.quantity == "forces":
             deviation.assert_at_most(5e-5 * max(deviation.largest / 10, 1.0))
 

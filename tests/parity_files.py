@@ -26,6 +26,10 @@ NAMES = (
     "D_n_focus2",
     "D_radial_none",
     "D_zbl_atten",
+    "E_edge_norm_FTF",
+    "E_env_exp_5",
+    "E_gauss_fix",
+    "E_sandwich_TFTF",
     "G1_pro_narrow",
 )
 STORED_WEIGHT = torch.float8_e5m2  # every value of this type is exact in float32

@@ -9,14 +9,18 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from ase.io import read, write
 from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from deepmd_files import parameter_names
 from dpa4.cli import app
+from dpa4.potential import load_potential
+from dpa4.potential.deepmd.writer import deepmd_state
 from dpa4.simulation import DPA4Calculator
-from helpers import crystal, molecule, shared
+from helpers import crystal, molecule, random_potential, shared
 
 TINY = ["model.channels=8", "model.lmax=1", "model.n_blocks=1", "model.mixing_layers=1", "model.cutoff=4"]
 
@@ -100,6 +104,23 @@ def test_info_md_and_relax(trained):
         "relax", model, trained / "start.xyz", "-o", trained / "relax", "--steps", 3, "--device", "cpu"
     )
     assert "of 1 structures converged" in output
+
+
+def test_convert_says_which_weights_it_imported(tmp_path):
+    state = deepmd_state(random_potential())
+    means = {name.removeprefix("model.Default."): 0.5 * state[name] for name in parameter_names(state)}
+    torch.save({"model": state, "ema": {"decay": 0.99, "model": means}}, tmp_path / "model.pt")
+    torch.save({"model": state}, tmp_path / "plain.pt")
+    one_line = run("convert", tmp_path / "model.pt", tmp_path / "a.safetensors").replace("\n", " ")
+    assert "averaged weights: not imported; the checkpoint also holds an EMA of the weights" in one_line
+    one_line = run("convert", tmp_path / "model.pt", tmp_path / "b.safetensors", "--ema").replace("\n", " ")
+    assert "averaged weights: EMA of the weights, decay 0.99, imported" in one_line
+    weights = load_potential(tmp_path / "b.safetensors").model.types.table
+    table = "model.Default.atomic_model.descriptor.type_embedding.adam_type_embedding"
+    assert torch.equal(weights, 0.5 * state[table])
+    assert "averaged" not in run("convert", tmp_path / "plain.pt", tmp_path / "c.safetensors")
+    output = run("convert", tmp_path / "plain.pt", tmp_path / "d.safetensors", "--ema", ok=False)
+    assert "it has no entry ema" in output.replace("\n", " ") and not (tmp_path / "d.safetensors").exists()
 
 
 def test_convert_to_deepmd_and_back_keeps_the_energy(trained):

@@ -25,11 +25,13 @@ from mutations import VALUES, mutated_bytes, mutated_value
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
+from deepmd_files import as_pt_expt, composed_form, parameter_names
 from dpa4.data import read_frames
 from dpa4.data.coverage import Coverage
-from dpa4.model.config import PairBridging, pair_names
+from dpa4.model.config import Bridging, PairBridging, pair_names
 from dpa4.potential import fingerprint_of, model_card
 from dpa4.potential.checkpoint import load_potential, save_potential
+from dpa4.potential.deepmd.layouts import is_derived
 from dpa4.potential.deepmd.writer import deepmd_state
 from dpa4.training import convert_input
 from dpa4.training.run_file import default_config_text, load_run_config
@@ -173,12 +175,28 @@ def mutated_tensor(rng: random.Random, tensor: torch.Tensor) -> torch.Tensor:
     )()
 
 
-def test_deepmd_checkpoints(tmp_path):
-    potential = tiny_potential()
+@pytest.mark.parametrize(("layout", "seed"), [("pt", 77), ("pt_expt", 94)])
+def test_deepmd_checkpoints(tmp_path, layout, seed):
+    """Both layouts. In the second, the averages are read, and the options have their composed form and vacuum_ref."""
+    potential = tiny_potential(bridging=Bridging(smooth_cutoff=False) if layout == "pt_expt" else None)
     state = deepmd_state(potential)
-    buffer = io.BytesIO()
-    torch.save({"model": state}, buffer)
-    original = buffer.getvalue()
+    ema = {"decay": 0.999, "model": {}, "validation_state": {}}
+    if layout == "pt_expt":
+        params = state["_extra_state"]["model_params"]
+        params["fitting_net"]["vacuum_ref"] = True
+        params["preset_out_bias"] = {"energy": [-13.25, None, -2041.75]}
+        state["_extra_state"]["model_params"] = composed_form(params)
+        state = as_pt_expt(state)
+        ema["model"] = {
+            name.removeprefix("model.Default."): state[name]
+            for name in parameter_names(state)
+            if not is_derived(name.removeprefix("model.Default.atomic_model."))
+        }
+
+    def whole(changed: dict, averages: object = ema) -> dict:
+        return {"model": changed} | ({"ema": averages} if layout == "pt_expt" else {})
+
+    original = saved(whole(state))
     names = [key for key, value in state.items() if isinstance(value, torch.Tensor) and value.numel()]
 
     def entries(rng: random.Random) -> bytes:
@@ -212,7 +230,7 @@ def test_deepmd_checkpoints(tmp_path):
             "model_params": params,
             "train_infos": rng.choice(({}, {"step": 3}, None, [1], {"step": "x"})),
         }
-        return saved({"model": state | {"_extra_state": extra}})
+        return saved(whole(state | {"_extra_state": extra}))
 
     def weights(rng: random.Random) -> bytes:
         name, other = rng.sample(names, 2)
@@ -231,21 +249,35 @@ def test_deepmd_checkpoints(tmp_path):
                     f"{name.rpartition('.')[0]}.A_by_l": value,
                     f"{name.rpartition('.')[0]}.B_by_l": value,
                 },
+                lambda: {name.replace(".w", ".matrix"): value, f"{name}s": value},
             )
         )()
-        return saved({"model": state | changed})
+        return saved(whole(state | changed))
+
+    def averages(rng: random.Random) -> bytes:
+        if rng.random() < 0.5:
+            return saved(whole(state, mutated_value(rng, ema)))
+        name = rng.choice(sorted(ema["model"]))
+        return saved(
+            whole(state, ema | {"model": ema["model"] | {name: mutated_tensor(rng, state[names[0]])}})
+        )
 
     def content(rng: random.Random) -> bytes:
         kind = rng.random()
         if kind < 0.4:
             return mutated_bytes(rng, original, head=3000)
+        if layout == "pt_expt" and kind < 0.5:
+            return averages(rng)
         return (entries if kind < 0.6 else options if kind < 0.85 else weights)(rng)
+
+    def read(path: Path) -> object:
+        return load_potential(path, ema=layout == "pt_expt")
 
     def accept(potential: object, path: Path) -> str | None:
         model_card(path)
         return fault_of_energy(potential)
 
-    check(Target(file_maker("model.pt", content), load_potential, accept), tmp_path, 77)
+    check(Target(file_maker("model.pt", content), read, accept), tmp_path, seed)
 
 
 def saved(value: object) -> bytes:

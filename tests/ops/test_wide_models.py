@@ -19,10 +19,11 @@ from dpa4.graph import Graph, build_graph, first_atoms
 from dpa4.model import ModelConfig
 from dpa4.model.presets import preset
 from dpa4.ops import available
+from dpa4.ops.layout import EdgeLayout
 from dpa4.potential import Potential, Prediction
 from dpa4.potential.card import cpu_kernels, gpu_kernels, has_whole_stacks
 from helpers import randomize
-from operator_table import GATE_KERNELS, needs_cpp, needs_gpu, on_cpp, on_gpu, on_plain
+from operator_table import GATE_KERNELS, needs_cpp, needs_gpu, needs_triton, on_cpp, on_gpu, on_plain
 
 GENERATION_3: dict[str, Any] = {
     "edge_norm": [False, True, True],
@@ -102,6 +103,28 @@ def test_fast_paths_of_a_gpu(name, capsys):
     has_gates = available.triton_gate_width(potential.config.focus_width)
     assert (launched & set(GATE_KERNELS)) == (set(GATE_KERNELS) if has_gates else set())
     assert has_whole_stacks(potential.config) == ("so2_value" in launched)
+
+
+@pytest.mark.slow
+@needs_triton
+def test_gates_fit_into_the_shared_memory_of_every_gpu():
+    """The largest gate kernel, compiled for a GPU that need not be there; 99 KiB are the least since Ampere."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from dpa4.ops.triton import gate
+
+    c, (block_e, warps) = available.GATE_CHANNELS, gate._WIDE_TILE
+    layout = EdgeLayout(1, 1)
+    constants = {"LMAX": 1, "MMAX": 1, "C": c, "WIDTH": layout.total * c, "BLOCK_E": block_e, "BLOCK_C": c}
+    constants |= {"PRECISION": "tf32x3"}
+    names = gate._gate_joint.arg_names
+    kinds = {n: "constexpr" if n in constants else "i32" if n == "num_edges" else "*fp32" for n in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if kinds[n] == "*fp32"}
+    source = ASTSource(gate._gate_joint, kinds, constants, aligned)
+    kernel = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": warps})
+    assert 0 < kernel.metadata.shared <= 99 * 1024
 
 
 @pytest.mark.slow

@@ -163,15 +163,15 @@ ULTRA = {"channels": 128, "lmax": 6, "n_blocks": 10, "n_focus": 3, "radial_so2_r
 def test_the_card_tells_what_wide_models_get(monkeypatch):
     monkeypatch.setattr(available, "cpp_missing", lambda: None)
     hopper = "energies and forces on H100, H200"
-    other = "is for one focus of 64 channels, degree 3, order 1, not for"
+    other = "as above; the CUDA kernel for whole stacks has focus streams 1 (here "
     for switches, shape, edges in (
-        (MAX, "2 foci of 96 channels, degree 6, order 1", "73,584; "),
-        (ULTRA, "3 foci of 128 channels, degree 6, order 1", "36,792; "),
+        (MAX, "2), channels 64 (here 96), degree 3 (here 6)", "73,584; "),
+        (ULTRA, "3), channels 64 (here 128), degree 3 (here 6)", "36,792; "),
     ):
         config = preset("plus", ("H",), **switches)
         lines = gpu_kernels(config, "3.6.0")
         assert lines["SO(2) layers"] == "fused, Triton kernels"
-        assert lines[hopper].endswith(f"{other} {shape}") and lines["edges at once"].startswith(edges)
+        assert lines[hopper] == f"{other}{shape}" and lines["edges at once"].startswith(edges)
         assert set(cpu_kernels(config).values()) == {"C++ kernels", "C++ kernels, all layers at once"}
     lines = gpu_kernels(preset("plus", ("H",), channels=256), "3.6.0")
     assert lines["SO(2) layers"] == (
@@ -180,6 +180,8 @@ def test_the_card_tells_what_wide_models_get(monkeypatch):
     lines = gpu_kernels(preset("paper-air"), "3.6.0")
     assert lines[hopper] == "one CUDA kernel for all SO(2) layers of a block"
     assert lines["edges at once"].startswith("262,144; ")
+    assert gpu_kernels(preset("paper-air", mlp_bias=True), "3.6.0")[hopper] == "as above"
+    assert gpu_kernels(preset("paper-air", mixing_layers=10), "3.6.0")[hopper].endswith("1 to 9 (here 10)")
     assert "feed-forward networks 40" in cpu_kernels(preset("mini", ffn_neurons=40))["edges, nodes and grids"]
 
 
@@ -232,7 +234,7 @@ def test_checkpoints_of_deepmd_kit_have_a_card(saved):
 
 
 def test_the_terminal_shows_the_same_lines(saved):
-    console = Console(width=200, file=io.StringIO())
+    console = Console(width=300, file=io.StringIO())
     console.print(model_card(saved))
     shown = console.file.getvalue()
     for row in model_card(saved).text.splitlines()[2:]:

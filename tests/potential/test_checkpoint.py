@@ -173,7 +173,7 @@ def test_other_files_are_refused(tmp_path, saved):
     text = tmp_path / "notes.safetensors"
     text.write_text("not a checkpoint at all")
     with pytest.raises(
-        ValueError, match="neither a .safetensors checkpoint nor a PyTorch file of deepmd-kit"
+        ValueError, match="neither a .safetensors checkpoint nor a PyTorch checkpoint .* of deepmd-kit"
     ):
         load_potential(text)
     save_file({"weight": torch.zeros(3)}, text, {"format": "pt"})

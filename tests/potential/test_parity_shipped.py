@@ -1,4 +1,4 @@
-"""Numbers of deepmd-kit: the ten models in data/parity, on any checkout.
+"""Numbers of deepmd-kit: the models in data/parity, on any checkout.
 
 No test here is skipped: without the files, all fail.
 """

@@ -379,6 +379,14 @@ def test_a_given_decay_rate_becomes_the_final_learning_rate(convert):
     assert run.training.final_learning_rate == 1e-3 / 4 and [*differences] == ["learning_rate.decay_rate"]
 
 
+@pytest.mark.parametrize(("name", "expected"), [("v20260911", True), ("v20260901", False)])
+def test_the_optimiser_is_that_of_the_version_that_reads_the_model(convert, name, expected):
+    run, differences = convert(
+        INPUT | {"model": {"preset": f"dpa4-mini-{name}", "descriptor": {"use_amp": False}}}
+    )
+    assert run.training.adam_for_basis == expected and differences == {}
+
+
 def test_the_reference_of_an_isolated_atom_is_listed(convert):
     values = changed("model", preset_out_bias={"energy": [-2.0, -1.0]})
     values["model"]["fitting_net"]["vacuum_ref"] = True

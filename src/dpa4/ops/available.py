@@ -106,15 +106,8 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-WHOLE_STACK = (
-    f"one focus of {so2_stack.CHANNELS} channels, degree {so2_stack.LAYOUT.lmax}, order {so2_stack.LAYOUT.mmax}, "
-    f"1 to {so2_stack.MAX_GATES + 1} layers"
-)
-"""Shape that `whole_stack_shape` requires, for messages."""
-
-
-def whole_stack_shape(layout: EdgeLayout, n_focus: int, channels: int, layers: int) -> bool:
-    """Return whether the CUDA kernels for whole stacks of SO(2) layers support a shape of the network.
+def whole_stack_misfits(layout: EdgeLayout, n_focus: int, channels: int, layers: int) -> list[str]:
+    """Return what the CUDA kernels for whole stacks of SO(2) layers lack for a shape of the network; [] if nothing.
 
     Args:
         layout: Rows of the edge frame.
@@ -122,14 +115,19 @@ def whole_stack_shape(layout: EdgeLayout, n_focus: int, channels: int, layers: i
         channels: Channels per focus stream.
         layers: Layers of the stack, the last one included, which has no gate.
     """
-    return (
-        layout == so2_stack.LAYOUT
-        and (n_focus, channels) == (1, so2_stack.CHANNELS)
-        and 1 <= layers <= so2_stack.MAX_GATES + 1
-    )
+    supported = {
+        "focus streams": (1, n_focus),
+        "channels": (so2_stack.CHANNELS, channels),
+        "degree": (so2_stack.LAYOUT.lmax, layout.lmax),
+        "order": (so2_stack.LAYOUT.mmax, layout.mmax),
+    }
+    misfits = [f"{name} {own} (here {here})" for name, (own, here) in supported.items() if own != here]
+    if not 1 <= layers <= so2_stack.MAX_GATES + 1:
+        misfits.append(f"layers 1 to {so2_stack.MAX_GATES + 1} (here {layers})")
+    return misfits
 
 
 def whole_stack(x: Tensor, layers: int, layout: EdgeLayout) -> bool:
     """Return whether the CUDA kernels for whole stacks support features x (F, E, W); tried once per device."""
-    fits = whole_stack_shape(layout, x.shape[0], x.shape[2] // layout.total, layers)
+    fits = not whole_stack_misfits(layout, x.shape[0], x.shape[2] // layout.total, layers)
     return fits and x.dtype == torch.float32 and is_hopper(x.device) and trial.whole_stacks_work(x.device)

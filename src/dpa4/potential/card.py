@@ -11,7 +11,7 @@ from rich.text import Text
 from dpa4.model import ModelConfig
 from dpa4.model.config import PairBridging
 from dpa4.model.network import max_edges
-from dpa4.model.presets import closest_preset, generation, preset
+from dpa4.model.presets import DEEPMD_PRESETS, closest_preset, generation, preset
 from dpa4.model.shapes import ParameterCount, count_parameters
 from dpa4.ops import available
 from dpa4.ops.layout import EdgeLayout
@@ -99,7 +99,7 @@ def _preset_card(name: str) -> ModelCard:
     sections = _sections(config)
     sections["Provenance"] = {
         "preset": name,
-        "source": "published architecture, arXiv:2606.02419; no weights",
+        "source": f"{'deepmd-kit' if name.lower() in DEEPMD_PRESETS else 'arXiv:2606.02419'}; no weights",
     }
     return ModelCard(f"DPA4 preset {name}", sections)
 
@@ -177,14 +177,15 @@ def unsupported(config: ModelConfig) -> list[str]:
 
 def has_whole_stacks(config: ModelConfig) -> bool:
     """Return whether one kernel on Hopper GPUs computes all SO(2) layers of a block, for energies and forces."""
-    return not unsupported(config) and all(
-        available.whole_stack_shape(
-            EdgeLayout(degree, min(config.mmax, degree)),
-            config.n_focus,
-            config.focus_width,
-            config.mixing_layers,
-        )
-        for degree in config.degrees
+    return not unsupported(config) and not _misfits(config)
+
+
+def _misfits(config: ModelConfig) -> list[str]:
+    """Return what the CUDA kernels for whole stacks lack for any block of the model."""
+    shape = config.n_focus, config.focus_width, config.mixing_layers
+    layouts = [EdgeLayout(degree, min(config.mmax, degree)) for degree in config.degrees]
+    return list(
+        dict.fromkeys(text for layout in layouts for text in available.whole_stack_misfits(layout, *shape))
     )
 
 
@@ -224,15 +225,7 @@ def _on_hopper(config: ModelConfig) -> str:
         return "one CUDA kernel for all SO(2) layers of a block"
     if unsupported(config):
         return "as above"
-    return f"as above; the CUDA kernel for whole stacks is for {available.WHOLE_STACK}, not for {_stacks(config)}"
-
-
-def _stacks(config: ModelConfig) -> str:
-    """Shapes of the stacks of SO(2) layers."""
-    foci = "one focus" if config.n_focus == 1 else f"{config.n_focus} foci"
-    degrees = "-".join(str(l) for l in sorted({min(config.degrees), max(config.degrees)}))
-    shape = f"degree {degrees}, order {config.mmax}, {config.mixing_layers} layers"
-    return f"{foci} of {config.focus_width} channels, {shape}"
+    return f"as above; the CUDA kernel for whole stacks has {', '.join(_misfits(config))}"
 
 
 def cpu_kernels(config: ModelConfig) -> dict[str, str]:

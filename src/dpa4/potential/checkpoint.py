@@ -217,8 +217,8 @@ def read_checkpoint(path: str | Path, branch: str | None = None, *, ema: bool = 
             model.config, model.weights, model.reference_energies, model.dtype, model.provenance, kind
         )
     raise ValueError(
-        f"cannot read {path}: it is neither a {SUFFIX} checkpoint nor a PyTorch file of deepmd-kit, or it "
-        "was cut off"
+        f"cannot read {path}: it is neither a {SUFFIX} checkpoint nor a PyTorch checkpoint (.pt) of deepmd-kit, or "
+        "was cut off. Models frozen by deepmd-kit (.pb, .pth, .pt2, .dp, .hlo) cannot be read; use their checkpoint"
     )
 
 

@@ -51,7 +51,7 @@ def _check_archive(path: Path) -> None:
             entries = archive.infolist()
             unpacked = sum(entry.file_size for entry in entries)
             packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-            frozen = any(entry.filename.endswith("/constants.pkl") for entry in entries)
+            frozen = _frozen_kind([entry.filename for entry in entries])
             damaged = None if frozen or packed or unpacked > size else archive.testzip()
             if damaged is None and not (frozen or packed or unpacked > size):
                 _check_storages(archive)
@@ -61,7 +61,7 @@ def _check_archive(path: Path) -> None:
         ) from error
     if frozen:
         raise ValueError(
-            f"cannot read {path}: it is a frozen TorchScript model; use the checkpoint it was frozen from"
+            f"cannot read {path}: it is a frozen {frozen} model; use the checkpoint it was frozen from"
         )
     if packed or unpacked > size:
         raise ValueError(
@@ -72,6 +72,15 @@ def _check_archive(path: Path) -> None:
         raise ValueError(
             f"cannot read {path}: it is damaged, the checksum of its part {damaged!r} is wrong; copy it again"
         )
+
+
+def _frozen_kind(parts: list[str]) -> str | None:
+    """Kind of a compiled model, by the names of the parts of its archive; None for tensors and containers."""
+    if any(part.endswith("/constants.pkl") for part in parts):
+        return "TorchScript"
+    if any(part.endswith("/archive_format") or "data/aotinductor/" in part for part in parts):
+        return "AOTInductor (.pt2)"
+    return None
 
 
 def _rewritten(path: Path) -> io.BytesIO:
@@ -96,7 +105,10 @@ def _check_storages(archive: zipfile.ZipFile) -> None:
         ValueError: If an entry has another length.
     """
     sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
-    (name,) = [name for name in sizes if name.endswith("/data.pkl")]
+    pickles = [name for name in sizes if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError(f"it has {len(pickles)} parts named data.pkl instead of one")
+    (name,) = pickles
     finder = _StorageFinder(io.BytesIO(archive.read(name)))
     finder.load()
     for _, kind, key, _, count in finder.found:

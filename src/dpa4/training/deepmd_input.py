@@ -15,6 +15,7 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
+from dpa4.model import ModelConfig
 from dpa4.model.presets import closest_preset, preset
 from dpa4.output import atomic_write, check_writable
 from dpa4.parsing import printable, read_json, read_yaml, shown
@@ -112,7 +113,7 @@ def _translate(values: Any, folder: Path) -> TranslatedInput:
     options = (
         length
         | batches
-        | recipe.optimizer(optimizer)
+        | recipe.optimizer(optimizer, _is_of_september(model.config))
         | recipe.schedule(rate, length.get("steps"))
         | recipe.loss(loss)
         | _loop(training)
@@ -127,6 +128,11 @@ def _translate(values: Any, folder: Path) -> TranslatedInput:
         "training": options,
     }
     return TranslatedInput(sections, tuple(report.differences), tuple(report.unused))
+
+
+def _is_of_september(config: ModelConfig) -> bool:
+    """Return whether only versions of deepmd-kit from 11 September 2026 on have the radial basis of a model."""
+    return config.env_exp.basis is None or config.basis.endswith("/fix")
 
 
 def _model(model: InputModel) -> Options:

@@ -174,8 +174,14 @@ def _huber_delta(section: Section) -> float:
     return float(deltas[0])
 
 
-def optimizer(section: Section) -> Options:
-    """Options of the optimiser; the section is that of the input, or empty."""
+def optimizer(section: Section, adam_for_basis: bool) -> Options:
+    """Options of the optimiser.
+
+    Args:
+        section: The section optimizer of the input, or an empty one.
+        adam_for_basis: The version of deepmd-kit that reads the model moves the two matrices that multiply the radial
+            basis from Muon to Adam.
+    """
     kind = section.take("type", "Adam")
     name = str(kind).lower()
     options: Options = {"optimizer": "hybrid_muon" if name == "hybridmuon" else "adamw"}
@@ -184,6 +190,7 @@ def optimizer(section: Section) -> Options:
         for key, value in _FIXED_OF_MUON.items():
             section.expect(f"always {value} here", **{key: value})
         section.unused(("flash_muon",))
+        options |= {"adam_for_basis": True} if adam_for_basis else {}
         beta2 = 0.95
     elif name in ("adam", "adamw"):
         options["weight_decay"] = float(section.number("weight_decay", 1e-3 if name == "adamw" else 0.0))

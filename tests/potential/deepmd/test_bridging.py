@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from deepmd_files import energies_of
+from deepmd_files import composed_form, energies_of
 from dpa4.model import Bridging
+from dpa4.potential.checkpoint import convert, load_potential
 from dpa4.potential.deepmd.bridging import concise_form
 from dpa4.potential.deepmd.options import config_from_deepmd
 from dpa4.potential.deepmd.writer import deepmd_state
@@ -64,17 +65,19 @@ def test_concise_models_are_returned_as_they_are():
     assert concise_form(model) is model
 
 
-def test_a_composed_checkpoint_has_the_energies_of_the_concise_one(load):
+def test_a_composed_checkpoint_has_the_energies_of_the_concise_one(load, tmp_path):
     potential = random_potential(bridging=Bridging(smooth_cutoff=False))
     state = deepmd_state(potential)
     changed = copy.deepcopy(state)
     params = changed["_extra_state"]["model_params"]
-    part = {key: value for key, value in params.items() if not key.startswith("bridging") and key != "info"}
-    repulsion = {"type": "inner_potential", "mode": "ZBL", "r_inner": 0.5, "r_outer": 0.8}
-    changed["_extra_state"]["model_params"] = composed(part, repulsion, info=params["info"])
+    changed["_extra_state"]["model_params"] = composed_form(params)
     imported = load(changed)
     assert imported.config == potential.config
     assert torch.equal(energies_of(imported), energies_of(potential))
+    convert(tmp_path / "model.pt", tmp_path / "exported.pt")
+    exported = torch.load(tmp_path / "exported.pt", weights_only=True)["model"]
+    assert exported["_extra_state"]["model_params"]["bridging_method"] == "ZBL"
+    assert torch.equal(energies_of(load_potential(tmp_path / "exported.pt")), energies_of(potential))
 
 
 @pytest.mark.parametrize(
@@ -168,12 +171,15 @@ def test_radii_of_the_descriptor_agree_with_the_model():
 LATER = {"inner_clamp_f_inner": 0.26, "inner_clamp_f_outer": 0.8, "inner_clamp_scale": "covalent"}
 
 
-def test_format_1_3_without_bridging_is_read(potential, state, load):
+def test_format_1_3_without_bridging_is_read(potential, state, load, tmp_path):
     state[VERSION] = torch.tensor(1.3, dtype=torch.float64)
     params = state["_extra_state"]["model_params"]
     params |= {"bridging_fraction_inner": 0.26, "bridging_fraction_outer": 0.8}
     params["descriptor"] |= LATER
     assert torch.equal(energies_of(load(state)), energies_of(potential))
+    convert(tmp_path / "model.pt", tmp_path / "exported.pt")  # as format 1.2, with the same results
+    assert torch.load(tmp_path / "exported.pt", weights_only=True)["model"][VERSION].item() == 1.2
+    assert torch.equal(energies_of(load_potential(tmp_path / "exported.pt")), energies_of(potential))
 
 
 @pytest.mark.parametrize("form", ["concise", "composed"])
@@ -181,9 +187,7 @@ def test_format_1_3_with_bridging_is_refused(load, form):
     state = deepmd_state(random_potential(bridging=Bridging(smooth_cutoff=False)))
     state[VERSION] = torch.tensor(1.3, dtype=torch.float64)
     if form == "composed":
-        params = state["_extra_state"]["model_params"]
-        part = {key: value for key, value in params.items() if not key.startswith("bridging")}
-        state["_extra_state"]["model_params"] = composed(part, {"type": "inner_potential"})
+        state["_extra_state"]["model_params"] = composed_form(state["_extra_state"]["model_params"])
     with pytest.raises(
         ValueError, match="has format 1.3 and its model ZBL bridging; .* up to format 1.2, others up to 1.3"
     ):

@@ -80,8 +80,9 @@ def test_the_card_names_the_second_runtime(state, load, tmp_path):
     assert "pt_expt" not in model_card(tmp_path / "model.pt").text
 
 
-def test_an_exported_file_of_the_second_runtime_keeps_its_numbers(potential, state, load, tmp_path):
-    load(as_pt_expt(state))
+@pytest.mark.parametrize("change", [as_pt_expt, as_june_2026])
+def test_exported_files_keep_the_numbers_of_every_layout(potential, state, load, tmp_path, change):
+    load(change(state))
     convert(tmp_path / "model.pt", tmp_path / "exported.pt")
     stored = torch.load(tmp_path / "exported.pt", weights_only=True)["model"]
     assert stored.keys() == state.keys()
@@ -189,6 +190,13 @@ def test_averages_of_the_second_runtime(state, load, load_file):
         and "_networks.0" not in name and not name.endswith("_min_nbor_dist")
     }  # fmt: skip
     assert torch.equal(energies_of(load_file(content, ema=True)), expected)
+
+
+def test_exported_averages_are_ordinary_weights(state, load_file, tmp_path):
+    expected = energies_of(load_file(with_averages(state), ema=True))
+    convert(tmp_path / "model.pt", tmp_path / "exported.pt", ema=True)
+    assert "ema" not in torch.load(tmp_path / "exported.pt", weights_only=True)
+    assert torch.equal(energies_of(load_potential(tmp_path / "exported.pt")), expected)
 
 
 def test_the_card_and_the_converted_file_say_whose_weights_they_are(state, load_file, tmp_path):

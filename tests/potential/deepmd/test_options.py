@@ -146,6 +146,96 @@ def test_options_that_are_not_supported_are_named_with_their_value(section, opti
         config_from_deepmd(params(**options))
 
 
+EXACT = {
+    "flag": (
+        "use_env_seed",
+        "message_node_so3",
+        "ffn_so3_grid",
+        "layer_scale",
+        "mlp_bias",
+        "add_chg_spin_ebd",
+    ),
+    "whole number": (
+        *(
+            "channels",
+            "n_radial",
+            "kmax",
+            "n_focus",
+            "focus_dim",
+            "n_atten_head",
+            "ffn_blocks",
+            "ffn_neurons",
+        ),
+        *("readout_layers", "mixing_layers", "so2_layers", "lmax", "n_blocks", "mmax", "radial_so2_rank"),
+    ),
+    "number": ("rcut",),
+    "text": ("basis_type", "radial_so2_mode", "so3_readout"),
+    "list of numbers": ("radial_mlp", "l_schedule", "m_schedule"),
+    "flags": ("edge_norm", "sandwich_norm", "s2_activation", "lebedev_quadrature", "grid_mlp"),
+    "numbers": ("env_exp", "grid_branch"),
+}
+VALUES = {
+    "flag": (0, 1, "true", [True], [], {}, 1.0),
+    "whole number": (True, False, "2", 2.0, [2], [], {}),
+    "number": (True, "6.0", [6.0], []),
+    "text": (True, 1, ["bessel"], [], {}),
+    "list of numbers": (True, 4, "4", [True], [2.0], ["2"], [[2]]),
+    "flags": (0, 1, "true", [0, 1], [1, 1, 1, 1], [True, 1, True], [[True]], {}),
+    "numbers": (True, 5.0, "5", [7.0, 5.0], [True, True, True], ["7", "5"], [[1]], {}),
+}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [(option, value) for kind, options in EXACT.items() for option in options for value in VALUES[kind]],
+)
+def test_options_of_another_type_are_refused_by_name(option, value):
+    active = {"message_node_so3": True, "ffn_so3_grid": True}  # so that every option acts
+    with pytest.raises(ValueError, match=rf"descriptor.{option} = .* is not supported; supported: "):
+        config_from_deepmd(params(active | {option: value}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fitting": {"neuron": True}}, "fitting_net.neuron = True"),
+        ({"fitting": {"neuron": [24.0]}}, r"fitting_net.neuron = \[24.0\]"),
+        ({"fitting": {"dim_case_embd": [2]}}, r"fitting_net.dim_case_embd = \[2\]"),
+        ({"fitting": {"case_film_embd": 1}}, "fitting_net.case_film_embd = 1"),
+        ({"fitting": {"atom_ener": [True]}}, r"fitting_net.atom_ener = \[True\]"),
+        ({"fitting": {"atom_ener": {}}}, "fitting_net.atom_ener = {}"),
+        ({"fitting": {"numb_fparam": False}}, "fitting_net.numb_fparam = False"),
+        ({"descriptor": {"extra_node_l": False}}, "descriptor.extra_node_l = False"),
+        ({"descriptor": {"so2_norm": 0}}, "descriptor.so2_norm = 0"),
+        ({"descriptor": {"node_wise_s2": []}}, r"descriptor.node_wise_s2 = \[\]"),
+        ({"descriptor": {"glu_activation": 1}}, "descriptor.glu_activation = 1"),
+        ({"descriptor": {"exclude_types": [[True, 0]]}}, r"descriptor.exclude_types = \[\[True, 0\]\]"),
+        ({"pair_exclude_types": 0}, "pair_exclude_types = 0"),
+        (
+            {"pair_exclude_types": [[0, 1]], "descriptor": {"exclude_types": [[0, 2]]}},
+            r"exclude_types = \[\(0, 2\)\]",
+        ),
+        ({"atom_exclude_types": False}, "model.atom_exclude_types = False"),
+        ({"bridging_method": True}, "model.bridging_method = True"),
+        ({"bridging_method": "ZBL", "bridging_r_inner": "0.4"}, "model.bridging_r_inner = '0.4'"),
+        ({"bridging_method": "ZBL", "bridging_r_outer": [0.9]}, r"model.bridging_r_outer = \[0.9\]"),
+    ],
+)
+def test_no_option_is_taken_for_a_truth_value(options, message):
+    with pytest.raises(ValueError, match=f"{message} is not supported; supported: "):
+        config_from_deepmd(params(**options))
+
+
+def test_pairs_excluded_by_model_and_descriptor_may_be_the_same():
+    config = config_from_deepmd(params({"exclude_types": [[1, 0]]}, pair_exclude_types=[[0, 1]]))
+    assert config.excluded_pairs == (("H", "C"),)
+
+
+def test_sections_of_a_model_need_no_type():
+    section = {"type": "SeZM", "type_map": ["H", "C", "O"], "descriptor": {}, "fitting_net": {}}
+    assert config_from_deepmd(section) == config_from_deepmd(params())
+
+
 def test_unknown_options_are_refused():
     with pytest.raises(ValueError, match="descriptor.warp = 9 is not an option of a known DPA4 format"):
         config_from_deepmd(params({"warp": 9}))
@@ -177,6 +267,12 @@ def test_values_outside_our_range_are_refused_by_name():
         ),
         (params() | {"type_map": []}, "its model has no type_map"),
         ({"type": "pairtab"}, "of type 'pairtab' with descriptor 'none'"),
+        (
+            params({"type": "dpa4c"}),
+            "one of type 'dpa4' with descriptor 'dpa4c'; only models and descriptors of type 'dpa4' .or 'SeZM'. can",
+        ),
+        (params() | {"type": "dpa4c"}, "one of type 'dpa4c' with descriptor 'dpa4'"),
+        (params() | {"type": "standard"}, "one of type 'standard' with descriptor 'dpa4'"),
     ],
 )
 def test_models_of_another_kind_are_named(model, message):

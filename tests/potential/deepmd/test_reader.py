@@ -272,6 +272,34 @@ def test_frozen_models_are_recognised(tmp_path):
         load_potential(tmp_path / "frozen.pth")
 
 
+@pytest.mark.parametrize(
+    "parts", [["model/archive_format", "model/models/model.json"], ["data/aotinductor/model/wrapper.so"]]
+)
+def test_frozen_models_of_the_second_runtime_are_recognised(tmp_path, parts):
+    with zipfile.ZipFile(tmp_path / "frozen.pt2", "w") as archive:
+        for part in parts:
+            archive.writestr(part, b"pt2")
+    with pytest.raises(
+        ValueError, match="frozen.pt2: it is a frozen AOTInductor .* use the checkpoint it was"
+    ):
+        load_potential(tmp_path / "frozen.pt2")
+
+
+def test_other_archives_and_frozen_formats_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
+        archive.writestr("a.txt", b"text")
+    with pytest.raises(
+        ValueError, match="model.pt: .*not a PyTorch checkpoint .it has 0 parts named data.pkl"
+    ):
+        load_potential(tmp_path / "model.pt")
+    for start in (b"\x89HDF\r\n\x1a\n", b"\nS\n\x05Const", b"", b"{}"):
+        (tmp_path / "model.dp").write_bytes(start + bytes(20))
+        with pytest.raises(
+            ValueError, match="model.dp: it is neither .* Models frozen by deepmd-kit .* checkpoint$"
+        ):
+            load_potential(tmp_path / "model.dp")
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no checkpoint .*model.pt"):
         load_potential(tmp_path / "model.pt")

@@ -9,12 +9,11 @@ from dpa4.parsing import shown
 from dpa4.potential.deepmd.bridging import concise_form
 from dpa4.potential.deepmd.options import (
     config_from_deepmd,
-    has_atom_energies,
-    has_vacuum_reference,
     irrelevant_options,
     model_section,
     precision_of,
 )
+from dpa4.potential.deepmd.vacuum import has_atom_energies, has_vacuum_reference
 
 
 class InputModel(NamedTuple):

@@ -118,6 +118,22 @@ def whole_numbers(option: str, value: Any) -> list[int]:
     return [whole(option, entry, 0) for entry in value]
 
 
+def type_pairs(option: str, value: Any, types: int) -> list[tuple[int, int]]:
+    """Pairs of indices below ``types``; none for None.
+
+    Raises:
+        ValueError: If ``value`` is anything else.
+    """
+    if value is None:
+        return []
+    if not is_list(value) or not all(
+        is_list(pair) and len(pair) == 2 and all(is_whole(i) and 0 <= i < types for i in pair)
+        for pair in value
+    ):
+        raise unsupported(option, value, f"pairs of indices below {types}")
+    return [(pair[0], pair[1]) for pair in value]
+
+
 def check_plain(options: object) -> None:
     """Check that options are nested maps and lists of texts, numbers, truth values and None.
 

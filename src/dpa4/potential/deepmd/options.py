@@ -36,12 +36,13 @@ from dpa4.potential.deepmd.option_types import (
     is_list,
     is_number,
     is_one_of,
-    is_whole,
     pair,
+    type_pairs,
     unsupported,
     whole,
     whole_numbers,
 )
+from dpa4.potential.deepmd.vacuum import has_vacuum_reference
 
 FITTING_TYPES = ("dpa4_ener", "sezm_ener")
 
@@ -226,37 +227,6 @@ def irrelevant_options(model_params: Mapping[str, Any]) -> dict[str, Any]:
         for option, value in section.items()
         if option in irrelevant
     }
-
-
-def has_vacuum_reference(model_params: Mapping[str, Any]) -> bool:
-    """Return whether the energy of an isolated atom is exactly its bias (``fitting_net.vacuum_ref``).
-
-    deepmd-kit switches the option off unless ``preset_out_bias`` fixes the bias of the energy.
-
-    Args:
-        model_params: Model section in the concise form.
-
-    Raises:
-        ValueError: If the option is combined with ``atom_ener``, or the bias has an unknown form.
-    """
-    fitting = model_params["fitting_net"]
-    if not fitting.get("vacuum_ref", False):
-        return False
-    fixed = model_params.get("preset_out_bias")
-    fixed = fixed.get("energy") if isinstance(fixed, Mapping) else fixed
-    if not isinstance(fixed, str | list | tuple | None):
-        raise unsupported("preset_out_bias.energy", fixed, "a list of energies, or the name of a table")
-    if fixed is None or (is_list(fixed) and all(value is None for value in fixed)):
-        return False
-    if has_atom_energies(fitting):
-        raise unsupported("fitting_net.atom_ener", fitting["atom_ener"], "null together with vacuum_ref")
-    return True
-
-
-def has_atom_energies(fitting: Mapping[str, Any]) -> bool:
-    """Return whether ``fitting_net.atom_ener`` fixes the energy of an element."""
-    energies = fitting.get("atom_ener")
-    return energies is not None and any(energy is not None for energy in energies)
 
 
 def first_problem(error: ValidationError) -> str:
@@ -513,22 +483,11 @@ def _excluded_pairs(model_params: Mapping[str, Any], types: int) -> list[tuple[i
     Raises:
         ValueError: If an option is not a list of pairs, or model and descriptor name different pairs.
     """
-    of_model = _pairs("pair_exclude_types", model_params.get("pair_exclude_types"), types)
-    own = _pairs("descriptor.exclude_types", model_params["descriptor"].get("exclude_types"), types)
+    of_model = type_pairs("pair_exclude_types", model_params.get("pair_exclude_types"), types)
+    own = type_pairs("descriptor.exclude_types", model_params["descriptor"].get("exclude_types"), types)
     if of_model and own and {frozenset(pair) for pair in of_model} != {frozenset(pair) for pair in own}:
         raise unsupported("descriptor.exclude_types", own, f"pair_exclude_types of the model, {of_model}")
     return of_model or own
-
-
-def _pairs(option: str, value: Any, types: int) -> list[tuple[int, int]]:
-    if value is None:
-        return []
-    if not is_list(value) or not all(
-        is_list(pair) and len(pair) == 2 and all(is_whole(i) and 0 <= i < types for i in pair)
-        for pair in value
-    ):
-        raise unsupported(option, value, f"pairs of indices below {types}")
-    return [(pair[0], pair[1]) for pair in value]
 
 
 def _plain(value: Any) -> Any:

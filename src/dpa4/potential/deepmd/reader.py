@@ -28,13 +28,8 @@ from dpa4.potential.deepmd.folding import (
 from dpa4.potential.deepmd.layouts import STATISTICS, Branch, is_derived, read_branch, with_averages
 from dpa4.potential.deepmd.names import deepmd_name
 from dpa4.potential.deepmd.option_types import check_plain, is_list, is_whole, unsupported
-from dpa4.potential.deepmd.options import (
-    config_from_deepmd,
-    has_atom_energies,
-    has_vacuum_reference,
-    precision_of,
-)
-from dpa4.potential.deepmd.vacuum import isolated_atom_energies
+from dpa4.potential.deepmd.options import config_from_deepmd, precision_of
+from dpa4.potential.deepmd.vacuum import has_atom_energies, has_vacuum_reference, isolated_atom_energies
 from dpa4.potential.pytorch_file import load_pytorch
 from dpa4.potential.verification import (
     check_number_of_layers,
@@ -109,14 +104,7 @@ def _parse(outer: Mapping[str, Any], branch: str | None, ema: bool, path: Path) 
     tensors = found.tensors
     _check_tensors(tensors, path.stat().st_size)
     version = _version(tensors)
-    config = config_from_deepmd(params, version)
-    if version > NEWEST_BRIDGED_FORMAT + 1e-9 and config.bridging is not None:
-        raise ValueError(
-            f"its descriptor has format {version:g} and its model ZBL bridging; models with bridging are read up to "
-            f"format {NEWEST_BRIDGED_FORMAT}, others up to {NEWEST_FORMAT}"
-        )
-    # deepmd-kit holds the cutoff of the edge weight in float32. The own field is set only if that changes it.
-    config = config.model_copy(update={"float32_cutoff": float32(config.cutoff) != config.cutoff})
+    config = _config(params, version)
     check_number_of_layers(config, len(tensors))
     types = len(config.elements)
     energies = _pop(tensors, "out_bias", (1, types, 1)).double()[0, :, 0]
@@ -141,6 +129,22 @@ def _parse(outer: Mapping[str, Any], branch: str | None, ema: bool, path: Path) 
             "their network energy is subtracted from the reference energies (vacuum_ref)"
         )
     return DeepmdModel(config, weights, energies, dtype, version, found.runtime, provenance)
+
+
+def _config(params: Mapping[str, Any], version: float) -> ModelConfig:
+    """Configuration of a model.
+
+    Raises:
+        ValueError: If an option is not supported, or the model has the bridging of a newer format.
+    """
+    config = config_from_deepmd(params, version)
+    if version > NEWEST_BRIDGED_FORMAT + 1e-9 and config.bridging is not None:
+        raise ValueError(
+            f"its descriptor has format {version:g} and its model ZBL bridging; models with bridging are read up to "
+            f"format {NEWEST_BRIDGED_FORMAT}, others up to {NEWEST_FORMAT}"
+        )
+    # deepmd-kit holds the cutoff of the edge weight in float32. The own field is set only if that changes it.
+    return config.model_copy(update={"float32_cutoff": float32(config.cutoff) != config.cutoff})
 
 
 def _weights_to_read(
