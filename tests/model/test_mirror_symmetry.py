@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from pydantic import ValidationError
 from torch import Tensor
 
 from dpa4.model import ModelConfig
@@ -14,6 +13,7 @@ from dpa4.model.config import Bridging
 from dpa4.model.presets import PRESETS, preset
 from dpa4.model.shapes import shapes_of
 from dpa4.potential import Potential
+from dpa4.potential.deepmd.writer import parameter_of_so3
 from dpa4.potential.hessian import expand_energy
 from helpers import assert_close, crystal, graph_of, molecule, random_potential
 
@@ -26,6 +26,19 @@ ALLOWED = {
     "S2 grid, mlp": {"ffn_grid": "mlp", "mlp_bias": True, "layer_scale": True},
     "gates": {"ffn_on": "degrees", "sandwich_norm": (True, False, True, False)},
     "SO(3) grid of one frame": {"kmax": 0, "ffn_on": "so3", "message_node_so3": True, "so3_readout": "mlp"},
+    "SO(3) grids": {"kmax": 1, "ffn_on": "so3", "message_node_so3": True, "so3_readout": "glu"},
+    "SO(3) grids, mlp": {
+        "lmax": 3,
+        "kmax": 2,
+        "ffn_on": "so3",
+        "ffn_grid": "mlp",
+        "message_node_so3": True,
+        "message_grid": "mlp",
+        "so3_readout": "mlp",
+        "readout_layers": 2,
+        "mlp_bias": True,
+    },
+    "SO(3) grids, branches": {"ffn_on": "so3", "ffn_grid": 3, "message_node_so3": True, "message_grid": 2},
     "elementwise product": {"radial_so2_mode": "none", "n_atten_head": 0},
     "product of degrees": {"radial_so2_mode": "degree", "use_env_seed": False, "mmax": 0},
     "higher orders and two foci": {
@@ -109,18 +122,31 @@ def test_weights_of_orders_above_zero_are_half_as_many():
     assert {(of_so3[name].numel(), of_o3[name].numel()) for name in changed} == {(2 * 192**2, 192**2)}
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"message_node_so3": True}, "model.message_node_so3 = True"),
-        ({"ffn_on": "so3", "so3_readout": "glu"}, "model.ffn_on = so3 and model.so3_readout = glu"),
-    ],
-)
-def test_grids_with_several_frames_are_refused_by_name(options, named):
-    with pytest.raises(
-        ValidationError, match=f"model.symmetry = O3 is not possible with {named}: .*ffn_on to s2"
-    ):
-        ModelConfig(elements=("H",), symmetry="O3", **options)
+GRIDS = {
+    "feed-forward": {"ffn_on": "so3"},
+    "message-node product": {"message_node_so3": True, "message_grid": "mlp"},
+    "read-out": {"so3_readout": "mlp", "readout_layers": 2},
+}
+"""Options of models with a single kind of SO(3) grid each."""
+
+
+@pytest.mark.parametrize("options", GRIDS.values(), ids=GRIDS)
+def test_odd_frames_tell_mirror_images_apart(options):
+    """With V = 0, SO(3) grids with all frames break mirror symmetry. Zeros in odd frames restore the energies of O3."""
+    own = random_potential(symmetry="O3", **options)
+    energy, image = (graph_of(a) for a in (molecule(), mirrored(molecule())))
+    with_zeros = Potential(ModelConfig(**own.config.model_dump() | {"symmetry": "SO3"})).double().eval()
+    weights = {key: parameter_of_so3(key, w, own.config) for key, w in own.model.state_dict().items()}
+    with_zeros.model.load_state_dict(weights)
+    with_zeros.reference_energies.copy_(own.reference_energies)
+    assert_close(with_zeros(energy).energy, own(energy).energy)
+    assert_close(with_zeros(image).energy, own(energy).energy)
+    all_frames = random_potential(symmetry="SO3", **options)
+    with torch.no_grad():
+        for name, weight in all_frames.model.state_dict().items():
+            if ".weight_m." in name:
+                weight.unflatten(1, (own.config.n_focus, 2, -1))[:, :, 1].zero_()
+    assert float((all_frames(image).energy - all_frames(energy).energy).abs()) > 1e-9
 
 
 def test_published_models_have_the_symmetry_of_rotations():

@@ -8,14 +8,21 @@ from typing import Annotated, Literal
 from ase.data import atomic_numbers
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
-from dpa4.model.switches import EdgeNorm, EdgeNormOption, EnvelopeExponents, EnvelopeOption, Symmetry
+from dpa4.model.switches import (
+    EdgeNorm,
+    EdgeNormOption,
+    EnvelopeExponents,
+    EnvelopeOption,
+    Symmetry,
+    frame_orders,
+)
 from dpa4.ops.layout import EdgeLayout
 from dpa4.parsing import shown
 
 MAX_DEGREE = 10
 MAX_BLOCKS = 64
 MAX_GRID = 400
-"""Coefficients of a field on the grids, (lmax + 1)^2 (2 kmax + 1). The couplings of a grid have the cube of it."""
+"""Coefficients of a field on the grids, (lmax + 1)^2 times the number of frames. Couplings of a grid have the cube of it."""
 
 Degree = Annotated[int, Field(le=MAX_DEGREE)]
 Charge = Annotated[int, Field(ge=-100, le=99)]  # limits of `dpa4.model.seed.ChargeSpinEmbedding`
@@ -126,7 +133,8 @@ class ModelConfig(BaseModel):
     symmetry: Symmetry = Field(
         "SO3",
         description="SO3: equivariant under rotations, as published models are; O3: also under reflections, so that "
-        "mirror images have equal energies, with half of the weights of orders above zero.",
+        "mirror images have equal energies, with half of the weights of orders above zero, and with kmax + 1 "
+        "frames of the SO(3) grids instead of 2 kmax + 1.",
     )
 
     n_radial: PositiveInt = Field(16, le=512, description="Radial basis functions.")
@@ -235,16 +243,10 @@ class ModelConfig(BaseModel):
             )
         if self.kmax > degrees[0]:
             raise ValueError(f"model.kmax must be at most lmax = {degrees[0]}, got {self.kmax}")
-        if (size := (degrees[0] + 1) ** 2 * (2 * self.kmax + 1)) > MAX_GRID:
+        if (size := (degrees[0] + 1) ** 2 * len(frame_orders(self.kmax, self.symmetry))) > MAX_GRID:
             raise ValueError(
                 f"model.kmax = {self.kmax} with lmax = {degrees[0]} needs grids of {size} coefficients, at most "
                 f"{MAX_GRID} are supported; choose a lower kmax"
-            )
-        if self.symmetry == "O3" and self.so3_grids:
-            raise ValueError(
-                f"model.symmetry = O3 is not possible with {' and '.join(self.so3_grids)}: products on the SO(3) "
-                "grid tell mirror images apart; set message_node_so3 to false, ffn_on to s2 or degrees, and "
-                "so3_readout to none, or model.symmetry to SO3"
             )
         if self.n_atten_head and self.focus_width % self.n_atten_head:
             raise ValueError(
@@ -294,18 +296,6 @@ class ModelConfig(BaseModel):
     def degrees(self) -> tuple[int, ...]:
         """Degree of each block."""
         return self.l_schedule if self.l_schedule is not None else (self.lmax,) * self.n_blocks
-
-    @property
-    def so3_grids(self) -> tuple[str, ...]:
-        """Options that put non-linearities on an SO(3) grid with several frames, which breaks mirror symmetry."""
-        on_grids = {
-            "message_node_so3": self.message_node_so3,
-            "ffn_on": self.ffn_on == "so3",
-            "so3_readout": self.so3_readout != "none" and self.degrees[-1] > 0,
-        }
-        return tuple(
-            f"model.{name} = {getattr(self, name)}" for name, on in on_grids.items() if on and self.kmax
-        )
 
     @property
     def has_mirror_symmetry(self) -> bool:

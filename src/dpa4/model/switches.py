@@ -26,6 +26,13 @@ Symmetry = Literal["SO3", "O3"]
 """Group of the equivariance: SO3, rotations; O3, rotations and reflections (docs/theory.md, "Mirror symmetry")."""
 
 
+def frame_orders(kmax: int, symmetry: Symmetry) -> tuple[int, ...]:
+    """Frames of an SO(3) grid in their order: 0, -1, +1, -2, +2, ...; with symmetry O3 the even ones, 0, 1, 2, ..."""
+    if symmetry == "O3":
+        return tuple(range(kmax + 1))
+    return (0, *(sign * k for k in range(1, kmax + 1) for sign in (-1, 1)))
+
+
 @dataclass(frozen=True)
 class EdgeNorm:
     """Places where `edge_norm` puts a root-mean-square norm (docs/theory.md, "Normalisation")."""

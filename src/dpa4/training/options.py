@@ -59,11 +59,10 @@ class ModelOptions(BaseModel):
         "in the training data; null: none; or r_inner and r_outer as in published models.",
     )
 
-    symmetry: Literal["auto"] | Symmetry = Field(
-        "auto",
+    symmetry: Symmetry = Field(
+        "O3",
         description="O3: mirror images have equal energies; SO3: as in published models, symmetry under rotations "
-        "alone. auto: O3, or SO3 if the network has SO(3) grids (message_node_so3, ffn_on, so3_readout), which do "
-        "not allow O3.",
+        "alone.",
     )
 
     @model_validator(mode="after")
@@ -85,11 +84,8 @@ class ModelOptions(BaseModel):
         """
         elements = tuple(found) if self.elements == "auto" else self.elements
         bridging = None if self.bridging == "auto" else self.bridging
-        options = {"elements": elements, "bridging": bridging} | (self.model_extra or {})
-        if self.symmetry != "auto":
-            return preset(self.preset, symmetry=self.symmetry, **options)
-        config = preset(self.preset, **options)
-        return config if config.so3_grids else config.model_copy(update={"symmetry": "O3"})
+        options = {"elements": elements, "bridging": bridging, "symmetry": self.symmetry}
+        return preset(self.preset, **(options | (self.model_extra or {})))
 
 
 class KeyOptions(_Section):

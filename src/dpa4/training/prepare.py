@@ -333,8 +333,7 @@ def _describe(config: RunConfig, potential: Potential, device: torch.device, con
         f"{' '.join(model.elements)}; device {device}, precision {config.training.precision}",
         highlight=False,
     )
-    reason = f" (because of {' and '.join(model.so3_grids)})" if model.so3_grids else ""
-    console.print(f"symmetry {symmetry_text(model)}{reason}", highlight=False, soft_wrap=True)
+    console.print(f"symmetry {symmetry_text(model)}", highlight=False, soft_wrap=True)
 
 
 def _provenance(

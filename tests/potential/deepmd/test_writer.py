@@ -95,8 +95,15 @@ def test_export_and_import_are_inverse(tmp_path, dtype):
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
-def test_models_of_symmetry_o3_have_blocks_of_zeros_in_deepmd_kit(tmp_path):
-    potential = random_potential(symmetry="O3", n_focus=2, mmax=2, lmax=3, edge_norm=True)
+@pytest.mark.parametrize(
+    "grids",
+    [
+        {},
+        {"ffn_on": "so3", "message_node_so3": True, "so3_readout": "mlp", "mlp_bias": True},
+    ],
+)
+def test_models_of_symmetry_o3_have_zeros_in_deepmd_kit(tmp_path, grids):
+    potential = random_potential(symmetry="O3", n_focus=2, mmax=2, lmax=3, kmax=2, edge_norm=True, **grids)
     export_deepmd(potential, tmp_path / "model.pt")
     back = load_potential(tmp_path / "model.pt")
     assert back.config == potential.config.model_copy(update={"symmetry": "SO3"})
