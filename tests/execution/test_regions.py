@@ -41,7 +41,7 @@ GENERATIONS = {
     "SO(3) grid": {"message_node_so3": True, "ffn_on": "so3", "ffn_grid": 1, "so3_readout": "mlp"},
     "foci": {"n_focus": 2, "radial_so2_rank": 2},
     "bridging": {"n_blocks": 1, "bridging": Bridging(r_inner=0.8, r_outer=1.4)},
-    "bridging of pairs": {"n_blocks": 1, "bridging": WINDOWS},
+    "bridging of pairs, O3": {"n_blocks": 1, "bridging": WINDOWS, "symmetry": "O3"},
 }
 GENERATIONS["generation 3"] = {
     "n_blocks": 1,
@@ -137,7 +137,7 @@ def batches(count: int):
 
 # Evaluation with everything, but without parts, is in the test of constants.
 QUICK_CASES = (
-    ("bridging of pairs", False, True),
+    ("bridging of pairs, O3", False, True),
     ("S2 grid", False, True),
     ("S2 grid", False, False),
     ("everything, C++", True, True),

@@ -4,10 +4,12 @@ import io
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import ase.io
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -18,6 +20,7 @@ from dpa4.training.options import RunConfig
 from dpa4.training.prepare import Preparation, prepare
 from training_runs import MODEL, argon, options
 
+ON_THE_SPHERE = MODEL | {"message_node_so3": False, "ffn_on": "s2", "so3_readout": "none"}
 FREE_ATOMS = {"H": -13.0, "C": -1030.0, "O": -2040.0, "Fe": -500.0}
 
 
@@ -39,7 +42,12 @@ def free_atom(element: str) -> Atoms:
 
 
 def prepared(
-    folder: Path, train: list[Atoms], validation: list[Atoms] | None = None, **data
+    folder: Path,
+    train: list[Atoms],
+    validation: list[Atoms] | None = None,
+    state: dict[str, Any] | None = None,
+    model: dict[str, Any] = MODEL,
+    **data,
 ) -> tuple[Preparation, str]:
     ase.io.write(folder / "train.xyz", train, format="extxyz")
     data |= {"train": str(folder / "train.xyz")}
@@ -48,9 +56,9 @@ def prepared(
         data["validation"] = str(folder / "val.xyz")
     console = Console(file=io.StringIO(), width=1000)
     config = RunConfig.model_validate(
-        {"model": MODEL, "data": data, "output": str(folder / "run"), "device": "cpu"}
+        {"model": model, "data": data, "output": str(folder / "run"), "device": "cpu"}
     )
-    preparation = prepare(config, console)
+    preparation = prepare(config, console, state)
     return preparation, console.file.getvalue()
 
 
@@ -171,3 +179,20 @@ def test_charge_and_spin_are_checked_for_models_that_read_them(tmp_path):
         ValueError, match=r"train.xyz, frame 2: multiplicity must be a whole number, .* got 2.013"
     ):
         run_of(images, tmp_path / "train.xyz", charge_spin=True, default_charge_spin=[0, 1])
+
+
+def test_the_symmetry_is_told_with_its_reason(tmp_path):
+    of_rotations = (
+        "symmetry SO3: energies of mirror images may differ (because of model.message_node_so3 = True and"
+    )
+    assert of_rotations in prepared(tmp_path, MOLECULES)[1]
+    preparation, text = prepared(tmp_path, MOLECULES, model=ON_THE_SPHERE)
+    assert "symmetry O3: energies of mirror images are equal\n" in text
+    assert preparation.potential.config.symmetry == "O3"
+
+
+@pytest.mark.filterwarnings("ignore:the energies are")  # far from the reference energies of the state
+def test_runs_of_earlier_versions_keep_the_symmetry_of_rotations(tmp_path):
+    state = {"potential": {"reference_energies": torch.zeros(3, dtype=torch.float64)}}
+    preparation, _ = prepared(tmp_path, MOLECULES, state=state, model=ON_THE_SPHERE)
+    assert preparation.potential.config.symmetry == "SO3"

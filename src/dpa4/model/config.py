@@ -94,10 +94,10 @@ class PairBridging(BaseModel):
 class ModelConfig(BaseModel):
     """Architecture of one DPA4 model (arXiv:2606.02419).
 
-    Names follow the paper and the published input files. Every switch is used by a published model or by an
-    ablation of the paper; ``dpa4.model.presets`` holds the published combinations. The upper limits are far above
-    the published models (128 channels, 10 blocks, degree 6, 3 focus streams). They refuse damaged files and slips
-    of the pen before memory is allocated.
+    Names follow the paper and the published input files. Every switch but ``symmetry`` (docs/adr/0025) is used by a
+    published model or by an ablation of the paper; ``dpa4.model.presets`` holds the published combinations. The upper
+    limits are far above the published models (128 channels, 10 blocks, degree 6, 3 focus streams). They refuse
+    damaged files and slips of the pen before memory is allocated.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
