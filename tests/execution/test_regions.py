@@ -51,6 +51,7 @@ GENERATIONS["generation 3"] = {
     "edge_norm": (False, True, True),
     "sandwich_norm": (True, False, True, False),
 }
+GENERATIONS["SO(3) grid, O3"] = {**GENERATIONS["SO(3) grid"], "symmetry": "O3", "n_blocks": 1, "channels": 16}
 GENERATIONS["everything"] = {**GENERATIONS["SO(3) grid"], **GENERATIONS["foci"], **GENERATIONS["bridging"]}
 # With 16 channels, compiled code contains the C++ kernels; the others have 8 channels and plain operations.
 GENERATIONS["everything, C++"] = {**GENERATIONS["everything"], "channels": 16}
