@@ -132,7 +132,7 @@ GRIDS = {
 
 @pytest.mark.parametrize("options", GRIDS.values(), ids=GRIDS)
 def test_odd_frames_tell_mirror_images_apart(options):
-    """With V = 0, SO(3) grids with all frames break mirror symmetry. Zeros in odd frames restore the energies of O3."""
+    """With V = 0, all frames of an SO(3) grid break mirror symmetry. Zeros in odd frames have the energies of O3."""
     own = random_potential(symmetry="O3", **options)
     energy, image = (graph_of(a) for a in (molecule(), mirrored(molecule())))
     with_zeros = Potential(ModelConfig(**own.config.model_dump() | {"symmetry": "SO3"})).double().eval()

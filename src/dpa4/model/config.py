@@ -22,7 +22,7 @@ from dpa4.parsing import shown
 MAX_DEGREE = 10
 MAX_BLOCKS = 64
 MAX_GRID = 400
-"""Coefficients of a field on the grids, (lmax + 1)^2 times the number of frames. Couplings of a grid have the cube of it."""
+"""Coefficients of a field on the grids, (lmax + 1)^2 times the frames. The couplings of a grid have its cube."""
 
 Degree = Annotated[int, Field(le=MAX_DEGREE)]
 Charge = Annotated[int, Field(ge=-100, le=99)]  # limits of `dpa4.model.seed.ChargeSpinEmbedding`
