@@ -20,7 +20,6 @@ from dpa4.training.options import RunConfig
 from dpa4.training.prepare import Preparation, prepare
 from training_runs import MODEL, argon, options
 
-ON_THE_SPHERE = MODEL | {"message_node_so3": False, "ffn_on": "s2", "so3_readout": "none"}
 FREE_ATOMS = {"H": -13.0, "C": -1030.0, "O": -2040.0, "Fe": -500.0}
 
 
@@ -181,18 +180,16 @@ def test_charge_and_spin_are_checked_for_models_that_read_them(tmp_path):
         run_of(images, tmp_path / "train.xyz", charge_spin=True, default_charge_spin=[0, 1])
 
 
-def test_the_symmetry_is_told_with_its_reason(tmp_path):
-    of_rotations = (
-        "symmetry SO3: energies of mirror images may differ (because of model.message_node_so3 = True and"
-    )
-    assert of_rotations in prepared(tmp_path, MOLECULES)[1]
-    preparation, text = prepared(tmp_path, MOLECULES, model=ON_THE_SPHERE)
-    assert "symmetry O3: energies of mirror images are equal\n" in text
+def test_the_log_says_the_symmetry(tmp_path):
+    preparation, text = prepared(tmp_path, MOLECULES)
     assert preparation.potential.config.symmetry == "O3"
+    assert "symmetry O3: energies of mirror images are equal\n" in text
+    _, text = prepared(tmp_path, MOLECULES, model=MODEL | {"symmetry": "SO3"})
+    assert "symmetry SO3: energies of mirror images may differ\n" in text
 
 
 @pytest.mark.filterwarnings("ignore:the energies are")  # far from the reference energies of the state
 def test_runs_of_earlier_versions_keep_the_symmetry_of_rotations(tmp_path):
     state = {"potential": {"reference_energies": torch.zeros(3, dtype=torch.float64)}}
-    preparation, _ = prepared(tmp_path, MOLECULES, state=state, model=ON_THE_SPHERE)
+    preparation, _ = prepared(tmp_path, MOLECULES, state=state)
     assert preparation.potential.config.symmetry == "SO3"

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from dpa4.model.presets import preset
-from dpa4.training.options import ModelOptions, RunConfig, TrainingOptions
+from dpa4.training.options import RunConfig, TrainingOptions
 from dpa4.training.run_file import default_config_text, load_run_config
 
 
@@ -30,7 +30,7 @@ def test_the_starting_file_of_a_preset(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(default_config_text(name="dpa4-neo-v20260911"))
     model = load_run_config(path).model
-    assert model.build(["H"]) == preset("dpa4-neo-v20260911", ("H",))
+    assert model.build(["H"]) == preset("dpa4-neo-v20260911", ("H",), symmetry="O3")
     with pytest.raises(ValueError, match="unknown preset 'neon'"):
         default_config_text(name="neon")
 
@@ -221,24 +221,8 @@ def test_the_configuration_round_trips_through_plain_values(run_file):
     assert RunConfig.model_validate(yaml.safe_load(text)) == config
 
 
-@pytest.mark.parametrize(
-    ("model", "symmetry"),
-    [
-        ({"preset": "paper-neo"}, "O3"),
-        ({"preset": "paper-neo", "symmetry": "SO3"}, "SO3"),
-        ({"preset": "mini"}, "SO3"),  # has SO(3) grids
-        ({"preset": "mini", "message_node_so3": False, "ffn_on": "s2", "so3_readout": "none"}, "O3"),
-        ({"preset": "mini", "kmax": 0}, "O3"),
-    ],
-)
-def test_networks_have_mirror_symmetry_where_they_allow_it(model, symmetry):
-    assert ModelOptions(**model).build(["H"]).symmetry == symmetry
-
-
-def test_mirror_symmetry_is_refused_for_networks_that_break_it(tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text("model: {preset: mini, symmetry: O3}\ndata: {train: train.xyz}\n")
-    with pytest.raises(
-        ValueError, match=r"model\.symmetry = O3 is not possible with model\.message_node_so3 = True"
-    ):
-        load_run_config(file)
+def test_own_models_have_mirror_symmetry_unless_an_option_says_otherwise(run_file):
+    assert load_run_config(run_file).model.build(["H"]).symmetry == "O3"
+    assert load_run_config(run_file, ["model.symmetry=SO3"]).model.build(["H"]).symmetry == "SO3"
+    with pytest.raises(ValueError, match="model.symmetry = 'SU2': input should be 'SO3' or 'O3'"):
+        load_run_config(run_file, ["model.symmetry=SU2"])
