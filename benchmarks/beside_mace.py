@@ -24,6 +24,7 @@ import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,7 +182,7 @@ def errors_on(settings: Settings, path: Path, folder: Path, name: str) -> dict[s
 def errors_of_predictions(path: Path, predictions: Path) -> dict[str, float]:
     """MAE and RMSE of energy and forces in a file that MACE wrote; the names contain the units."""
     # Frames without a virial: MACE is not trained on stress here.
-    frames = [frame._replace(virial=None) for frame in read_frames(path)]
+    frames = [replace(frame, virial=None) for frame in read_frames(path)]
     predicted = [
         FramePrediction(
             float(atoms.info["MACE_energy"]), np.asarray(atoms.arrays["MACE_forces"]), np.zeros((3, 3))
