@@ -58,6 +58,14 @@ RECIPE = [
     "--forces_key=forces",
     "--plot=False",
 ]
+DESCRIBE = """
+import json, sys, torch
+model = torch.load(sys.argv[1], map_location="cpu", weights_only=False)
+number = sum(p.numel() for p in model.parameters() if p.requires_grad)
+device = torch.cuda.get_device_name() if sys.argv[2] == "cuda" else "cpu"
+print(json.dumps({"parameters": number, "torch": torch.__version__, "device": device}))
+"""
+"""Program for the other environment, the only one where MACE's model, just written there, is loaded."""
 TIME = r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}) INFO: "
 
 
@@ -154,13 +162,13 @@ def run_job(settings: Settings, name: str, seed: int, folder: Path) -> list[dict
     run([*command, "--restart_latest"], log)
     text = log.read_text(encoding="utf-8")
     version = re.search(r"MACE version: (\S+)", text)
-    parameters = re.search(r"[Nn]umber of parameters: (\d+)", text)
     structures = len(read_frames(train_file))
     batches = -(-round(structures * (1 - DATA_SETS[name].validation_fraction)) // BATCH)
     result: dict[str, Any] = {"data": name, "recipe": "mace", "seed": seed, "steps": epochs * batches}
     result |= {"epochs": epochs, "minutes": settings.minutes, "options": options, "extra": []}
-    result |= {"seconds": round(sum(seconds_of_epochs(text)), 1), "device": settings.device}
-    result |= {"parameters": int(parameters[1]) if parameters else None}
+    result |= {"seconds": round(sum(seconds_of_epochs(text)), 1)}
+    description = [settings.python, "-c", DESCRIBE, str(folder / "mace_stagetwo.model"), settings.device]
+    result |= json.loads(subprocess.run(description, capture_output=True, check=True).stdout)
     result |= {"version": f"mace-torch {version[1]}" if version else None}
     training = errors_on(settings, train_file, folder, "training")
     result |= {f"training {quantity}": value for quantity, value in training.items()}
@@ -221,7 +229,7 @@ def run_all(settings: Settings, jobs: Sequence[tuple[str, int]], output: Path, p
         for job in running:
             try:
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in job.result())
-            except (RuntimeError, OSError) as error:
+            except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
                 failed += 1
                 print(error, flush=True)
                 continue
