@@ -168,7 +168,8 @@ def run_job(settings: Settings, name: str, seed: int, folder: Path) -> list[dict
     result |= {"epochs": epochs, "minutes": settings.minutes, "options": options, "extra": []}
     result |= {"seconds": round(sum(seconds_of_epochs(text)), 1)}
     description = [settings.python, "-c", DESCRIBE, str(folder / "mace_stagetwo.model"), settings.device]
-    result |= json.loads(subprocess.run(description, capture_output=True, check=True).stdout)
+    described = subprocess.run(description, capture_output=True, check=True, text=True).stdout
+    result |= json.loads(described.splitlines()[-1])  # imports may print warnings first
     result |= {"version": f"mace-torch {version[1]}" if version else None}
     training = errors_on(settings, train_file, folder, "training")
     result |= {f"training {quantity}": value for quantity, value in training.items()}
