@@ -180,11 +180,11 @@ def run_job(settings: Settings, name: str, seed: int, folder: Path) -> list[dict
 
 
 def errors_on(settings: Settings, path: Path, folder: Path, name: str) -> dict[str, float]:
-    """Errors of MACE on a file, predicted in float64 so that total energies are not rounded."""
+    """Errors of MACE on a file, predicted in the precision of the training; float32 rounds energies to 1 meV."""
     output = folder / f"predictions-{name}.xyz"
     command = [settings.python, "-m", "mace.cli.eval_configs", f"--configs={path}", f"--output={output}"]
     options = [f"--model={folder / 'mace_stagetwo.model'}", f"--device={settings.device}", "--batch_size=16"]
-    run([*command, *options, "--default_dtype=float64"], folder / "evaluation.log")
+    run([*command, *options, f"--default_dtype={settings.dtype}"], folder / "evaluation.log")
     return errors_of_predictions(path, output)
 
 
