@@ -61,7 +61,7 @@ RECIPE = [
 DESCRIBE = """
 import json, sys, torch
 model = torch.load(sys.argv[1], map_location="cpu", weights_only=False)
-number = sum(p.numel() for p in model.parameters() if p.requires_grad)
+number = sum(p.numel() for p in model.parameters())  # all, since MACE saves them frozen
 device = torch.cuda.get_device_name() if sys.argv[2] == "cuda" else "cpu"
 print(json.dumps({"parameters": number, "torch": torch.__version__, "device": device}))
 """
