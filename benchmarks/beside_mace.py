@@ -38,7 +38,6 @@ from dpa4.output import tolerate_any_encoding
 from dpa4.training.evaluation import FramePrediction, error_table
 
 ISOLATED_ATOMS = {"acac": "acac/isolated_atoms.xyz", "3bpa": "3bpa/iso_atoms.xyz"}
-BATCH = 5
 TIMED_EPOCHS = 3
 RECIPE = [
     "--model=ScaleShiftMACE",
@@ -46,7 +45,7 @@ RECIPE = [
     "--max_L=2",
     "--correlation=3",
     "--r_max=5.0",
-    f"--batch_size={BATCH}",
+    "--batch_size=5",
     "--valid_batch_size=10",
     "--lr=0.01",
     "--amsgrad",
@@ -162,9 +161,13 @@ def run_job(settings: Settings, name: str, seed: int, folder: Path) -> list[dict
     run([*command, "--restart_latest"], log)
     text = log.read_text(encoding="utf-8")
     version = re.search(r"MACE version: (\S+)", text)
-    structures = len(read_frames(train_file))
-    batches = -(-round(structures * (1 - DATA_SETS[name].validation_fraction)) // BATCH)
-    result: dict[str, Any] = {"data": name, "recipe": "mace", "seed": seed, "steps": epochs * batches}
+    updates = re.search(r"Number of gradient updates: (\d+)", text)
+    result: dict[str, Any] = {
+        "data": name,
+        "recipe": "mace",
+        "seed": seed,
+        "steps": int(updates[1]) if updates else None,
+    }
     result |= {"epochs": epochs, "minutes": settings.minutes, "options": options, "extra": []}
     result |= {"seconds": round(sum(seconds_of_epochs(text)), 1)}
     description = [settings.python, "-c", DESCRIBE, str(folder / "mace_stagetwo.model"), settings.device]
