@@ -412,7 +412,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 _RELATIVE = {
     "energy": "energy per atom (meV/atom) mae",
     "forces": "forces (meV/Å) mae",
-    "stress": "stress (GPa) mae",
+    "stress": "stress (meV/Å³) mae",
     "seconds": "seconds",
 }
 """Quantities of a comparison of recipes."""
