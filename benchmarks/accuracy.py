@@ -90,7 +90,8 @@ for _molecule in ("aspirin", "ethanol"):
 BASE = ["model.cutoff=5.0", "training.log_interval=100"]
 
 _SCALAR_READOUT = ["model.message_node_so3=false", "model.so3_readout=none"]
-_GENERATION_1 = ["model.edge_norm=true", "model.ffn_on=s2", "model.ffn_grid=glu", *_SCALAR_READOUT]
+_S2_GRIDS = ["model.ffn_on=s2", "model.ffn_grid=glu", *_SCALAR_READOUT]
+_GENERATION_1 = ["model.edge_norm=true", *_S2_GRIDS]
 _EDGE_NORM = ["model.edge_norm=[false, true, true]"]
 _PRE_NORM = ["model.sandwich_norm=[true, false, true, false]"]
 _ONE_ENVELOPE = ["model.env_exp=5"]
@@ -114,6 +115,7 @@ RECIPES = {
     "fixed-gaussians": _FIXED_GAUSSIANS,
     "gaussians": ["model.basis=gaussian"],
     "paper-neo": ["model.preset=paper-neo"],
+<<<<<<< HEAD
     # less capacity
     "no-env-seed": ["model.use_env_seed=false"],
     "radial-8": ["model.n_radial=8"],
@@ -145,6 +147,12 @@ RECIPES = {
     "ladder-adamw": [*_LADDER, "training.optimizer=adamw"],
     "ladder-adamw-1e-3": [*_LADDER, "training.optimizer=adamw", "training.learning_rate=1e-3"],
     "ladder-cosine": [*_LADDER, "training.schedule=cosine"],
+=======
+    "so3": ["model.symmetry=SO3"],
+    "so3-s2": ["model.symmetry=SO3", *_S2_GRIDS],
+    "o3-so3grid": ["model.symmetry=O3"],
+    "o3-s2": ["model.symmetry=O3", *_S2_GRIDS],
+>>>>>>> main
 }
 """Overrides on the default run file by the name of the recipe; the v... recipes are switches, not sizes."""
 
@@ -160,6 +168,7 @@ EXPERIMENTS: dict[str, tuple[list[str], list[str]]] = {
         _BOTH,
         ["default", "generation-1", "generation-2", "v20260901", "v20260911"],
     ),
+    "symmetry": (_BOTH, ["so3", "so3-s2", "o3-so3grid", "o3-s2"]),
     "switches": (
         _BOTH,
         [

@@ -5,7 +5,7 @@ or a number where the long one is meant.
 """
 
 from dataclasses import astuple, dataclass
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import (
     Field,
@@ -21,6 +21,16 @@ from pydantic import (
 from dpa4.parsing import shown
 
 MAX_EXPONENT = 64
+
+Symmetry = Literal["SO3", "O3"]
+"""Group of the equivariance: SO3, rotations; O3, rotations and reflections (docs/theory.md, "Mirror symmetry")."""
+
+
+def frame_orders(kmax: int, symmetry: Symmetry) -> tuple[int, ...]:
+    """Frames of an SO(3) grid in their order: 0, -1, +1, -2, +2, ...; with symmetry O3 the even ones, 0, 1, 2, ..."""
+    if symmetry == "O3":
+        return tuple(range(kmax + 1))
+    return (0, *(sign * k for k in range(1, kmax + 1) for sign in (-1, 1)))
 
 
 @dataclass(frozen=True)
