@@ -99,7 +99,8 @@ _FIXED_GAUSSIANS = ["model.basis=gaussian/fix"]
 _ADAM = ["training.adam_for_basis=true"]
 _GENERATION_3 = [*_EDGE_NORM, *_PRE_NORM, *_ONE_ENVELOPE, *_FIXED_GAUSSIANS]
 _SUM = ["model.n_atten_head=0"]
-_LADDER = ["model.preset=paper-neo", "model.channels=32", "model.lmax=2", "model.mixing_layers=4"]
+_PAPER_NEO = ["model.preset=paper-neo", "model.symmetry=SO3"]
+_LADDER = [*_PAPER_NEO, "model.channels=32", "model.lmax=2", "model.mixing_layers=4"]
 
 RECIPES = {
     "default": [],  # generation 2 without edge_norm
@@ -115,7 +116,6 @@ RECIPES = {
     "fixed-gaussians": _FIXED_GAUSSIANS,
     "gaussians": ["model.basis=gaussian"],
     "paper-neo": ["model.preset=paper-neo"],
-<<<<<<< HEAD
     # less capacity
     "no-env-seed": ["model.use_env_seed=false"],
     "radial-8": ["model.n_radial=8"],
@@ -147,12 +147,10 @@ RECIPES = {
     "ladder-adamw": [*_LADDER, "training.optimizer=adamw"],
     "ladder-adamw-1e-3": [*_LADDER, "training.optimizer=adamw", "training.learning_rate=1e-3"],
     "ladder-cosine": [*_LADDER, "training.schedule=cosine"],
-=======
     "so3": ["model.symmetry=SO3"],
     "so3-s2": ["model.symmetry=SO3", *_S2_GRIDS],
     "o3-so3grid": ["model.symmetry=O3"],
     "o3-s2": ["model.symmetry=O3", *_S2_GRIDS],
->>>>>>> main
 }
 """Overrides on the default run file by the name of the recipe; the v... recipes are switches, not sizes."""
 
