@@ -263,7 +263,7 @@ def nve(
 ) -> dict:
     """Drift of the total energy in 1 fs steps, by a straight line, and its largest deviation.
 
-    The structure is relaxed and thermalised for 5 ps before.
+    The structure is relaxed and thermalised for 1 ps before.
     """
     atoms = atoms.copy()
     atoms.calc = model
