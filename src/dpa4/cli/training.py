@@ -57,7 +57,9 @@ def train(
 
 def evaluate_command(
     model: Model,
-    data: Annotated[list[Path], typer.Argument(help="Labelled structures.")],
+    data: Annotated[
+        list[Path], typer.Argument(help="Labelled structures: files, folders or patterns, as for data.train.")
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for table, plots and predictions.")
     ] = Path("eval"),
@@ -68,12 +70,15 @@ def evaluate_command(
     branch: Branch = None,
 ) -> None:
     """Compare predictions with labels; write an error table, parity plots and predictions as extxyz."""
-    from dpa4.data import read_frames, warn_of_implausible_labels, without_isolated_atoms
+    from dpa4.data import find_sources, read_frames, warn_of_implausible_labels, without_isolated_atoms
     from dpa4.training import evaluate
 
     with user_errors():
         potential = eager_potential(model, device, dtype, branch)
-        frames = read_frames(data, label_keys(keys))
+        sources = find_sources(data)
+        if sources.searched:
+            console.print(sources.text, soft_wrap=True)
+        frames = read_frames(sources, label_keys(keys))
         if implausible := warn_of_implausible_labels(without_isolated_atoms(frames)):
             console.print(implausible)
         table = evaluate(potential, frames, max_atoms=max_atoms, output=output, device=potential.device)

@@ -22,6 +22,7 @@ from dpa4.data import (
     check_trained,
     coverage_of,
     digest,
+    find_sources,
     read_frames,
     reference_energies,
     shortest_distances,
@@ -121,13 +122,13 @@ class _Data(NamedTuple):
 def _read(config: RunConfig, console: Console) -> _Data:
     """Read the data, check them, and print a summary."""
     keys = LabelKeys(**config.data.keys.model_dump())
-    read = read_frames(config.data.train, keys)
+    read = _frames_of("data.train", config.data.train, keys, console)
     frames = _without_isolated_atoms(read, "data.train", config.data.train)
     loss = _loss(config.training, frames, console)
     weights = {"energy": loss.energy, "forces": loss.forces, "virial": loss.virial}
     check_labels(frames, weights)
     if config.data.validation:
-        held_out = read_frames(config.data.validation, keys)
+        held_out = _frames_of("data.validation", config.data.validation, keys, console)
         validation = _without_isolated_atoms(held_out, "data.validation", config.data.validation)
     else:
         labels = [name for name, weight in weights.items() if weight]
@@ -139,6 +140,14 @@ def _read(config: RunConfig, console: Console) -> _Data:
     if table := warn_of_implausible_labels([*frames, *validation]):
         console.print(table)
     return _Data(read, frames, validation, loss)
+
+
+def _frames_of(option: str, paths: Sequence[Path], keys: LabelKeys, console: Console) -> list[Frame]:
+    """Read the files behind an option, and print how many they are if that does not follow from the option."""
+    sources = find_sources(paths)
+    if sources.searched:
+        console.print(f"{option}: {sources.text}", highlight=False, markup=False, soft_wrap=True)
+    return read_frames(sources, keys)
 
 
 def _model(config: RunConfig, data: _Data, state: Mapping[str, Any] | None, console: Console) -> ModelConfig:

@@ -1,0 +1,101 @@
+"""Electronic convergence and unfinished steps of VASP outputs, and what reading does with them."""
+
+import gzip
+
+import numpy as np
+import pytest
+
+from dpa4.data import read_frames
+from dpa4.data.convergence import ionic_steps
+from vasp_runs import write_run
+
+FILES = ["OUTCAR", "vasprun.xml"]
+REASON = "electronic loop not converged (60 of 60 steps)"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_converged_run(tmp_path, name):
+    images = write_run(tmp_path / "run", 3)
+    assert ionic_steps(tmp_path / "run" / name) == ({}, None)
+    frames = read_frames(tmp_path / "run" / name)
+    for frame, atoms in zip(frames, images, strict=True):
+        assert frame.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-7)
+        np.testing.assert_allclose(frame.forces, atoms.get_forces(), rtol=0, atol=1e-6)
+        stress = -atoms.get_volume() * atoms.get_stress(voigt=False)
+        np.testing.assert_allclose(frame.virial, stress, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(frame.positions, atoms.positions, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("pack", [False, True])
+def test_unconverged_steps_are_left_out_with_a_warning(tmp_path, name, pack):
+    images = write_run(tmp_path / "run", 4, unconverged=frozenset({0, 2}))
+    path = tmp_path / "run" / name
+    if pack:
+        packed = path.with_name(f"{name}.gz")
+        packed.write_bytes(gzip.compress(path.read_bytes()))
+        path = packed
+    assert ionic_steps(path) == ({0: REASON, 2: REASON}, None)
+    with pytest.warns(UserWarning) as caught:
+        frames = read_frames(path)
+    assert [str(w.message) for w in caught] == [f"left out: {path}, frames 0, 2: {REASON}"]
+    assert [f.energy for f in frames] == pytest.approx(
+        [images[k].get_potential_energy() for k in (1, 3)], abs=1e-7
+    )
+    assert [f.origin.rpartition(", ")[2] for f in frames] == ["frame 1", "frame 3"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_killed_run(tmp_path, name):
+    write_run(tmp_path / "run", 4, killed=True)
+    path = tmp_path / "run" / name
+    assert ionic_steps(path) == ({}, "the file ends within ionic step 4")
+    with pytest.warns(UserWarning, match=f"^left out: {path}: the file ends within ionic step 4$"):
+        assert len(read_frames(path)) == 3
+
+
+def test_last_step_before_the_kill_counts_if_it_is_complete(tmp_path):
+    write_run(tmp_path / "run", 2)
+    path = tmp_path / "run/vasprun.xml"
+    text = path.read_text()
+    for end in ("</calculation>", '<structure name="finalpos">'):
+        path.write_text(text.rpartition(end)[0])
+        assert ionic_steps(path) == ({}, None)
+        assert len(read_frames(path)) == 2
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_run_without_a_converged_step_is_an_error(tmp_path, name):
+    write_run(tmp_path / "run", 2, unconverged=frozenset({0, 1}))
+    with pytest.raises(
+        ValueError, match=f"{name} has no structure to use; .*{name}, frames 0, 1: electronic loop not"
+    ):
+        read_frames(tmp_path / "run" / name)
+
+
+def test_version_5_tells_by_the_number_of_steps_only(tmp_path):
+    """VASP 5 writes that EDIFF is reached although the loop has used all of its steps."""
+    write_run(tmp_path / "run", 3, unconverged=frozenset({1}))
+    path = tmp_path / "run/OUTCAR"
+    text = path.read_text().replace("EDIFF was not reached (unconverged)", "because EDIFF is reached")
+    path.write_text(text)
+    assert ionic_steps(path).unconverged == {}  # version 6, which converged in the very last step
+    path.write_text(text.replace("vasp.6.0.0", "vasp.5.4.4"))
+    assert ionic_steps(path).unconverged == {1: REASON}
+
+
+def test_one_electronic_step_is_no_loop(tmp_path):
+    write_run(tmp_path / "run", 2)
+    path = tmp_path / "run/vasprun.xml"
+    text = path.read_text()
+    path.write_text(text.replace('name="NELM">    60', 'name="NELM">     3'))
+    assert list(ionic_steps(path).unconverged) == [0, 1]
+    path.write_text(text.replace('name="NELM">    60', 'name="NELM">     1'))
+    assert ionic_steps(path).unconverged == {}
+
+
+def test_damaged_output_is_reported_by_its_reader(tmp_path):
+    for name in FILES:
+        (tmp_path / name).write_bytes(b"\xff\xfe\x00 no output")
+        with pytest.raises(ValueError, match=f"{name}.* cannot be read by ASE|{name}.* is not a text"):
+            read_frames(tmp_path / name)
