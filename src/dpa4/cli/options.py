@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 console = Console(markup=False)  # file names and options may contain square brackets
 
-Model = Annotated[Path, typer.Argument(help="Model file: .safetensors, or a deepmd-kit checkpoint (.pt).")]
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help="Model file: .safetensors, or a deepmd-kit checkpoint (.pt); hf:organisation/repository/file is one on "
+        "the Hugging Face hub."
+    ),
+]
 Branch = Annotated[str | None, typer.Option(help="Branch of a multitask deepmd-kit checkpoint.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto uses a GPU if there is one.")]
 Dtype = Annotated[

@@ -15,7 +15,7 @@ from dpa4.potential.precision import Precision
 from dpa4.system import own_settings
 
 Model = str | Path | Potential
-"""Checkpoint file or potential."""
+"""Checkpoint, named as for ``load_potential``, or potential."""
 
 
 @own_settings

@@ -14,11 +14,11 @@ from dpa4.model import ModelConfig
 from dpa4.output import write_torch
 from dpa4.parsing import parse_yaml, shown
 from dpa4.potential.deepmd.options import first_problem
+from dpa4.potential.model_file import STATE as STATE
 from dpa4.potential.pytorch_file import load_pytorch
 from dpa4.potential.verification import check_values, differences, listed
 
 STATE_FORMAT = 1
-STATE = "last.pt"  # in the output folder
 DATA = ("training", "validation")
 PROVENANCE = ("training data", "validation data")
 
