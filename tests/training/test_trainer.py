@@ -285,7 +285,7 @@ def test_folders_that_a_run_may_use(tmp_path, files, unused):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with nullcontext() if unused else pytest.raises(FileExistsError, match="is not empty"):
-        trainer_module._check_unused(tmp_path)
+        trainer_module.check_unused(tmp_path)
 
 
 def test_leftovers_of_killed_writes_are_removed_on_resume(argon_file, copied_run):

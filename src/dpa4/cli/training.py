@@ -46,13 +46,25 @@ def train(
     new_data: Annotated[
         bool, typer.Option("--new-data", help="With --resume: continue on other data than before.")
     ] = False,
+    dry: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Do ten steps and print the time and memory of the run; write nothing."
+        ),
+    ] = False,
 ) -> None:
     """Train a potential."""
-    from dpa4.training import load_run_config
+    from dpa4.training import dry_run, load_run_config
     from dpa4.training import train as run
 
     with user_errors():
-        run(load_run_config(config, set_ or []), resume=resume, new_data=new_data, console=console)
+        options = load_run_config(config, set_ or [])
+        if dry and (resume or new_data):
+            raise ValueError("--dry-run estimates a new run; leave out --resume and --new-data")
+        if dry:
+            console.print(dry_run(options, console))
+        else:
+            run(options, resume=resume, new_data=new_data, console=console)
 
 
 def evaluate_command(

@@ -96,7 +96,7 @@ def train(
     with OutputFolder(config.output):
         state = load_state(file) if resume else None
         if state is None:
-            _check_unused(config.output)
+            check_unused(config.output)
         else:
             remove_leftovers(config.output, LEFTOVERS_OF_SAFETENSORS)
         preparation = prepare(config, console, state)
@@ -110,7 +110,7 @@ def train(
         return trainer.run()
 
 
-def _check_unused(folder: Path) -> None:
+def check_unused(folder: Path) -> None:
     """Check that a folder can receive a new run.
 
     A run of an earlier version that was killed before its first state has left options and empty tables, which may
@@ -270,12 +270,14 @@ class Trainer:
     def _abort(self, record: Tensor) -> None:
         self.batch -= 1  # a resumed run repeats this step
         self.save()
-        values = ", ".join(f"{name} {v:.4g}" for name, v in zip(TERMS, record.tolist(), strict=True))
         raise FloatingPointError(
-            f"step {self.step + 1} (epoch {self.epoch}, batch {self.batch}) is not finite: {values}. "
-            f"The state before it is saved in {self.config.output / STATE}; look for wrong labels or "
-            "atoms too close in the data, or lower training.learning_rate"
+            f"{self._not_finite(record)}. The state before it is saved in {self.config.output / STATE}; look for "
+            "wrong labels or atoms too close in the data, or lower training.learning_rate"
         )
+
+    def _not_finite(self, record: Tensor) -> str:
+        values = ", ".join(f"{name} {v:.4g}" for name, v in zip(TERMS, record.tolist(), strict=True))
+        return f"step {self.step + 1} (epoch {self.epoch}, batch {self.batch}) is not finite: {values}"
 
     # --- compilation
 
