@@ -99,3 +99,21 @@ def test_damaged_output_is_reported_by_its_reader(tmp_path):
         (tmp_path / name).write_bytes(b"\xff\xfe\x00 no output")
         with pytest.raises(ValueError, match=f"{name}.* cannot be read by ASE|{name}.* is not a text"):
             read_frames(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "   ions per type =      400000000",
+            "400,000,000 atoms, k-points or bands are declared, more than the file can",
+        ),
+        ("   k-points  NKPTS = 99999999  NBANDS = 4\n", "99,999,999 atoms, k-points or bands"),
+    ],
+)
+def test_absurd_sizes_are_refused_before_memory_is_allocated(tmp_path, line, message):
+    write_run(tmp_path / "run", 1)
+    path = tmp_path / "run/OUTCAR"
+    path.write_text(path.read_text().replace("   ISPIN", f"{line}\n   ISPIN"))
+    with pytest.raises(ValueError, match=f"OUTCAR, frame 0 cannot be read by ASE: {message}"):
+        read_frames(path)

@@ -29,7 +29,9 @@ from dpa4.data.labels import (
     warn_of_two_sources,
 )
 from dpa4.data.sources import Sources, find_sources
-from dpa4.data.unpacking import archive_members, as_text, open_binary, reason
+from dpa4.data.unpacking import archive_members, as_text, open_binary, reason, size_limit
+
+_SHORTEST_LINE = 20  # bytes of the line of an atom, k-point or band in an OUTCAR
 
 
 class Skipped(NamedTuple):
@@ -273,6 +275,8 @@ def _read_file(path: Path, last: bool) -> Iterator[tuple[str, Atoms]]:
                 check_trajectory(file)
             elif name in POSCAR:
                 _check_counts(file)
+            elif name == OUTCAR:
+                _check_sizes(file, size_limit(path))
             # A format that needs the file itself gets an absolute path. ASE takes relative names such as postgres.dat
             # for addresses of databases.
             opened = (file if kind.isbinary else as_text(file)) if kind.acceptsfd else str(path.absolute())
@@ -307,6 +311,30 @@ def _check_counts(file: io.BufferedReader) -> None:
         raise ValueError(
             f"{declared:,} atoms are declared, but only {lines:,} lines follow; complete the file"
         )
+    file.seek(0)
+
+
+def _check_sizes(file: io.BufferedReader, size: int) -> None:
+    """Check that an OUTCAR can hold the atoms, k-points and bands that its head declares, and go back to the start.
+
+    ASE allocates memory for all of them first.
+
+    Args:
+        file: The file.
+        size: Number of bytes that it can have at most.
+
+    Raises:
+        ValueError: If a line for each would not fit.
+    """
+    names = (b"ions per type", b"NKPTS")
+    for line in takewhile(lambda line: b"Iteration" not in line, file):
+        if any(name in line for name in names):
+            largest = max((int(word[:20]) for word in line.split() if word.isdigit()), default=0)
+            if largest * _SHORTEST_LINE > size:
+                raise ValueError(
+                    f"{largest:,} atoms, k-points or bands are declared, more than the file can hold: "
+                    f"{line.strip()[:80].decode(errors='replace')!r}"
+                )
     file.seek(0)
 
 
