@@ -5,6 +5,7 @@ import io
 import ase.io
 import numpy as np
 import pytest
+import torch
 from ase.calculators.lj import LennardJones
 from rich.console import Console
 from typer.testing import CliRunner
@@ -77,6 +78,15 @@ def test_estimate_is_the_time_of_the_run(data):
     train(settings, console=SILENT)
     spent = float(read_csv(data.parent / "run/train.csv")[-1]["seconds"])
     assert 1 / 3 < found.steps * found.seconds_per_step / spent < 3
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(data):
+    given = options(data, "run", steps=100)
+    found = dry_run(RunConfig.model_validate(given | {"device": "cuda"}), SILENT)
+    assert found.device.startswith("cuda") and found.compilation > 0
+    assert 2**20 < found.memory < torch.cuda.get_device_properties(0).total_memory
+    assert 0 < found.seconds_per_step < 1
 
 
 def test_used_folder_and_faults_are_reported(data):
