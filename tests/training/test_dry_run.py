@@ -81,6 +81,7 @@ def test_estimate_is_the_time_of_the_run(data):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(data):
     given = options(data, "run", steps=100)
     found = dry_run(RunConfig.model_validate(given | {"device": "cuda"}), SILENT)
