@@ -71,6 +71,37 @@ def test_without_validation_data(data):
     assert (found.validations, found.seconds_per_validation) == (0, 0)
 
 
+def test_compilation_is_part_of_the_time(data, monkeypatch):
+    """With a stand-in for compiled steps, which says that it has spent 30 seconds."""
+    calls = []
+
+    class Compiled:
+        seconds = 0.0
+
+        def __init__(self, potential, differentiate, console):
+            self.differentiate = differentiate
+
+        def start(self, batches):
+            Compiled.seconds = 30.0
+
+        def step(self, batch):
+            calls.append("step")
+            return self.differentiate(batch)
+
+        def check_evaluation(self, batches):
+            calls.append("evaluation")
+
+        def run(self, work):
+            return work()
+
+    monkeypatch.setattr("dpa4.training.compilation.CompiledTraining", Compiled)
+    found = dry_run(config(data, steps=20, validation_interval=20, compile=True), SILENT)
+    assert calls == ["step"] * 10 + ["evaluation"]
+    assert found.compilation == 30
+    assert 30 < found.seconds < 60
+    assert found.seconds_per_step > 0
+
+
 @pytest.mark.slow
 def test_estimate_is_the_time_of_the_run(data):
     settings = config(data, steps=120, validation_interval=120)
