@@ -1,11 +1,13 @@
 """dpa4 data, and folders and patterns as data of the other commands."""
 
 import pytest
+from ase import units
+from ase.build import bulk
 from typer.testing import CliRunner
 
 from dpa4.cli import app
 from dpa4.data import read_frames
-from vasp_runs import write_run
+from vasp_runs import script, write_run
 
 TINY = ["model.channels=8", "model.lmax=1", "model.n_blocks=1", "model.mixing_layers=1", "model.cutoff=4"]
 
@@ -37,6 +39,20 @@ def test_collect(runs):
     assert shell.replace("same.xyz", "train.xyz") == output
     with open("train.xyz") as one, open("same.xyz") as two:
         assert one.read() == two.read()
+
+
+def test_collect_checks_the_units(tmp_path, monkeypatch):
+    """The energies of single calculations are in kcal/mol."""
+    monkeypatch.chdir(tmp_path)
+    for number in range(14):
+        atoms = bulk("Cu", cubic=True)
+        atoms.rattle(0.05, seed=number)
+        atoms = script.labelled(atoms)
+        atoms.calc.results["energy"] *= units.mol / units.kcal
+        script.write_run(tmp_path / "runs" / str(number), script.Run([atoms]))
+    output = run("data", "collect", "runs", "-o", "train.xyz")
+    assert "Implausible labels" in output and "energies in kcal/mol" in output
+    assert "wrote train.xyz: 14 structures" in output  # nothing is dropped or converted
 
 
 def test_collect_without_anything_to_collect(runs):

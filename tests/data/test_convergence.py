@@ -65,12 +65,31 @@ def test_last_step_before_the_kill_counts_if_it_is_complete(tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_run_without_a_converged_step_is_an_error(tmp_path, name):
-    write_run(tmp_path / "run", 2, unconverged=frozenset({0, 1}))
+def test_run_without_a_converged_step(tmp_path, name):
+    """An error alone, a warning among other runs."""
+    write_run(tmp_path / "1", 2, unconverged=frozenset({0, 1}), only=name)
+    path = tmp_path / "1" / name
+    lost = f"left out: {path}, frames 0, 1: {REASON}"
+    with pytest.raises(ValueError) as caught:
+        read_frames(path)
+    assert str(caught.value) == f"no structure to use in {path}; {lost}"
+    write_run(tmp_path / "2", 2, seed=5)
+    with pytest.warns(UserWarning) as warned:
+        assert len(read_frames(tmp_path)) == 2
+    assert [str(w.message) for w in warned] == [lost]
+
+
+def test_a_run_that_cannot_be_read_is_an_error_with_advice(tmp_path):
+    write_run(tmp_path / "1", 2)
+    (tmp_path / "2").mkdir()
+    (tmp_path / "2/OUTCAR").write_text(" vasp.6.0.0, killed before the first step\n")
+    advice = "; remove the file, or let dpa4 data collect leave out what is unusable"
     with pytest.raises(
-        ValueError, match=f"{name} has no structure to use; .*{name}, frames 0, 1: electronic loop not"
+        ValueError, match=f"2/OUTCAR, frame 0 cannot be read by ASE: .*Incomplete OUTCAR{advice}$"
     ):
-        read_frames(tmp_path / "run" / name)
+        read_frames(tmp_path)
+    with pytest.raises(ValueError, match="2/OUTCAR, frame 0 cannot be read by ASE: .*Incomplete OUTCAR$"):
+        read_frames(tmp_path / "2/OUTCAR")
 
 
 def test_version_5_tells_by_the_number_of_steps_only(tmp_path):

@@ -83,15 +83,22 @@ def read_frames(
     skipped: list[Skipped] = []
     found: set[str] = set()
     for path in sources.paths:
-        content = read_content(path, keys)
-        if not content.frames:
-            raise ValueError(f"{path} has no structure" + _because(content.skipped))
+        try:
+            content = read_content(path, keys)
+        except ValueError as error:
+            advice = "; remove the file, or let dpa4 data collect leave out what is unusable"
+            raise ValueError(f"{error}{advice if sources.searched else ''}") from error
+        if not (content.frames or content.skipped):
+            raise ValueError(f"{path} has no structure")
         if keys == USUAL_KEYS and content.referenced:
             warn_of_two_sources(path, content.frames, content.referenced)
         frames += content.frames
         skipped += content.skipped
         found |= content.names
-    check_keys(keys, found, ", ".join(map(str, sources.paths)))
+    names = ", ".join(map(str, sources.paths))
+    if skipped and not frames:
+        raise ValueError(f"no structure to use in {names}; left out: {'; '.join(skipped_lines(skipped, 3))}")
+    check_keys(keys, found, names)
     if skipped:
         warnings.warn(f"left out: {'; '.join(skipped_lines(skipped, 3))}", stacklevel=2)
     return frames
@@ -189,10 +196,6 @@ def _frames(numbers: Sequence[int]) -> str:
         return ""
     shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
     return f", frame{'s' if len(numbers) > 1 else ''} {shown}"
-
-
-def _because(skipped: Sequence[Skipped]) -> str:
-    return f" to use; {'; '.join(skipped_lines(skipped, 3))}" if skipped else ""
 
 
 def _without_name(message: str, path: Path) -> str:

@@ -25,8 +25,9 @@ class Sources(NamedTuple):
         """Number of files that are read and of those that are not, in one line."""
         names = list(dict.fromkeys(path.name for path in self.ignored))
         examples = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
-        ignored = f"; {len(self.ignored)} other files are not read ({examples})" if names else ""
-        return f"{len(self.paths)} data file{'s' if len(self.paths) != 1 else ''} found{ignored}"
+        found = f"{len(self.paths)} data file{'s' if len(self.paths) != 1 else ''} found"
+        others = "1 other file is" if len(self.ignored) == 1 else f"{len(self.ignored)} other files are"
+        return f"{found}; {others} not read ({examples})" if names else found
 
 
 def find_sources(entries: str | Path | Sequence[str | Path]) -> Sources:

@@ -350,7 +350,7 @@ def _provenance(
 ) -> dict[str, str]:
     def describe(paths: Sequence[Path], frames: Sequence[Frame]) -> str:
         return f"{len(frames)} structures" + (
-            f" of {', '.join(path.name for path in paths)}" if paths else ""
+            f" of {', '.join(path.name if path.exists() else str(path) for path in paths)}" if paths else ""
         )
 
     warning = {"arbitrary reference energies": undetermined_text(undetermined)} if undetermined else {}
