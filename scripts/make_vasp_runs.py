@@ -1,4 +1,4 @@
-"""Write a folder of runs in the layout of VASP: copper crystals and surfaces, computed with ASE's EMT potential.
+"""Write a folder of runs in the layout of VASP: copper crystals, surfaces and a free atom, with ASE's EMT potential.
 
 Run ``python scripts/make_vasp_runs.py runs``; it takes seconds. Each run is a folder with POSCAR, INCAR, OUTCAR and
 vasprun.xml, as ASE reads them. The numbers are those of the effective medium theory, not of VASP, and the files hold
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def runs() -> Iterator[tuple[str, Run]]:
-    """Yield folder and content of each run: crystals at four temperatures, strained crystals, two surfaces."""
+    """Yield folder and content of each run: hot and strained crystals, a free atom, two surfaces."""
     for seed, (name, temperature) in enumerate(TEMPERATURES.items()):
         crystal = bulk(ELEMENT, cubic=True, a=LATTICE * (1 + 1.8e-5 * temperature)) * (2, 2, 2)
         unconverged = frozenset({4}) if name == "1100K" else frozenset()
@@ -71,6 +71,7 @@ def runs() -> Iterator[tuple[str, Run]]:
         crystal.set_cell(crystal.cell.array @ (np.eye(3) + (strain + strain.T) / 2), scale_atoms=True)
         crystal.rattle(0.08, rng=rng)
         yield f"strained/{number:02d}", Run([labelled(crystal)])
+    yield f"isolated_atom/{ELEMENT}", Run([labelled(Atoms(ELEMENT, cell=[12, 12, 12]))])
     slabs: dict[str, Callable[..., Atoms]] = {"100": fcc100, "111": fcc111}
     for seed, (name, build) in enumerate(slabs.items()):
         slab = build(ELEMENT, (3, 3, 4), a=LATTICE, vacuum=6.0, periodic=True)

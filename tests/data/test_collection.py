@@ -86,6 +86,7 @@ def test_whatever_is_left_out_has_a_reason(tmp_path, monkeypatch):
     assert len(read_frames("train.xyz")) == 9
     text = text_of(found.table())
     assert max(map(len, text.splitlines())) <= 80
+    assert "runs/2/vasprun.xml" in text
     assert "all 5" in text and "E, F 8, S 8" in text
 
 
@@ -97,6 +98,13 @@ def test_long_lists_show_the_files_with_troubles(tmp_path):
     text = text_of(collect(find_sources(tmp_path), tmp_path / "train.xyz").table(), 200)
     assert "39.xyz" in text and "40.xyz" not in text and "55.xyz" in text
     assert "and 19 more files" in text
+
+
+def test_long_names_break_after_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "a_long_name/of_a_folder/of_runs", 1)
+    text = text_of(collect(find_sources("a_long_name"), tmp_path / "train.xyz").table())
+    assert "│ a_long_name/of_a_folder/" in text and "│ of_runs/vasprun.xml " in text
 
 
 def test_nothing_is_overwritten_and_nothing_empty_is_written(tmp_path):

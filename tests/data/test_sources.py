@@ -6,11 +6,11 @@ import shutil
 import ase.io
 import numpy as np
 import pytest
-from ase import units
+from ase import Atoms, units
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from dpa4.data import find_sources, implausible_labels, read_frames
+from dpa4.data import find_sources, implausible_labels, is_isolated_atom, read_frames
 from vasp_runs import script, write_run
 
 
@@ -132,6 +132,17 @@ def test_refused_entries(runs):
 
 def test_groups_of_runs_are_folders_that_are_no_numbers(runs):
     assert [f.group for f in read_frames("runs")] == ["bulk"] * 6 + ["700K"] * 3
+
+
+def test_free_atoms_in_a_folder_of_that_name(tmp_path):
+    """A run of VASP is periodic, so that only the name tells a free atom in a box from a crystal."""
+    for folder in ("isolated_atoms/Cu", "crystal/Cu"):
+        atoms = Atoms("Cu", cell=[9, 9, 9], pbc=True)
+        atoms.calc = SinglePointCalculator(atoms, energy=-0.2, forces=np.zeros((1, 3)), stress=np.zeros(6))
+        script.write_run(tmp_path / folder, script.Run([atoms]))
+    crystal, free = read_frames(tmp_path)
+    assert (crystal.group, free.group) == ("Cu", "isolated_atoms")
+    assert (is_isolated_atom(crystal), is_isolated_atom(free)) == (False, True)
 
 
 def test_labels_of_single_calculations_are_compared_with_each_other(tmp_path):

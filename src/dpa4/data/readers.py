@@ -28,6 +28,7 @@ from dpa4.data.labels import (
     label_names,
     warn_of_two_sources,
 )
+from dpa4.data.references import is_group_of_atoms
 from dpa4.data.sources import Sources, find_sources
 from dpa4.data.unpacking import archive_members, as_text, open_binary, reason, size_limit
 
@@ -171,13 +172,17 @@ def _steps(path: Path) -> Steps:
 def _group(path: Path) -> str:
     """Group of the structures of a file: its name or, for parts of a database and outputs of VASP, that of a folder.
 
-    Folders that only number the runs of VASP are passed over.
+    Folders that only number the runs of VASP are passed over. The folder isolated_atom is the group of runs in its
+    folders, one for each element.
     """
     if path.suffix == ".aselmdb" and len(list(path.absolute().parent.glob("*.aselmdb"))) > 1:
         return path.absolute().parent.name
     if vasp_output(path) is None:
         return path.stem
-    return next((name for name in reversed(path.absolute().parts[:-1]) if not name.isdecimal()), path.stem)
+    folders = path.absolute().parts[-2::-1]
+    if len(folders) > 1 and is_group_of_atoms(folders[1]):
+        return folders[1]
+    return next((name for name in folders if not name.isdecimal()), path.stem)
 
 
 def skipped_lines(skipped: Sequence[Skipped], limit: int) -> list[str]:
