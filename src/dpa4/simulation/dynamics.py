@@ -1,5 +1,6 @@
 """Molecular dynamics with ASE's integrators, with tables, plots and exact continuation after an interruption."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,6 +199,7 @@ class _Run:
         self.trajectory = folder / TRAJECTORY
         self.rng = np.random.default_rng(settings["seed"])
         self.step = 0
+        self.seconds, self.begun = 0.0, time.monotonic()  # of earlier calls; start of this one
         self.status = ""
         self.ensemble = settings["ensemble"]
         self.has_pressure = bool(atoms.pbc.all()) and "stress" in calculator.implemented_properties
@@ -260,6 +262,7 @@ class _Run:
             random=self.rng.bit_generator.state,
             baths=bath_state(self.integrator),
             trajectory_bytes=trajectory_bytes,
+            seconds=round(self.seconds + time.monotonic() - self.begun, 3),
         )
 
     def _columns(self) -> list[str]:
@@ -294,7 +297,7 @@ class _Run:
         """
         check_settings(self.settings, state.settings, self.folder)
         check_system(self.atoms, state, self.folder)
-        self.system, self.step = state.system, state.step
+        self.system, self.step, self.seconds = state.system, state.step, state.seconds
         self.atoms.set_cell(state.cell)
         self.atoms.set_positions(state.positions, apply_constraint=False)
         self.atoms.set_momenta(state.momenta, apply_constraint=False)

@@ -14,7 +14,7 @@ CONSERVED = "conserved_eV"  # energy of the structure and its baths; nvt and npt
 PRESSURE = "pressure_GPa"  # only if periodic along all three axes
 VOLUME, DENSITY = "volume_A3", "density_g_cm3"  # npt only
 THERMOSTATS = ("langevin", "nvt", "npt")
-WINDOWS = 20  # windows of the running mean in a run
+WINDOWS = 10  # windows of the running mean in a run
 RELAXATIONS = 100  # largest number of structures in a figure
 
 Array = NDArray[np.float64]
@@ -56,35 +56,37 @@ def draw_dynamics(table: Mapping[str, Array], num_atoms: int, settings: Mapping[
     panels = [(f"{what} energy,\nchange (meV/atom)", energy_change(table, num_atoms), None)]
     panels += [(label, table[name], baths.get(name)) for name, label in columns.items() if name in table]
     time = table["time_ps"]
-    figure = new_figure(8, 2.3 * len(panels))
+    shown: dict[str, Any] = {}
+    figure = new_figure(8, 2.2 * len(panels) + 0.4)
     axes = np.atleast_1d(figure.subplots(len(panels), 1, sharex=True))
     for axis, (label, values, bath) in zip(axes, panels, strict=True):
-        axis.plot(time, values, linewidth=0.8, alpha=0.5, color="C0")
-        if len(running := _running_mean(values)) > 1:
+        lines = {"every row of the table": axis.plot(time, values, linewidth=0.8, alpha=0.5, color="C0")[0]}
+        if len(running := _running_mean(values)):
             width = len(values) - len(running)
             middle = time[width // 2 : width // 2 + len(running)]
-            over = f"{short(time[width] - time[0])} ps"
-            axis.plot(middle, running, linewidth=1.8, color="C0", label=f"mean over {over}")
+            name = f"running mean over {time[width] - time[0]:.3g} ps"
+            lines[name] = axis.plot(middle, running, linewidth=1.8, color="C0")[0]
+        title = f"mean {short(values.mean())}, standard deviation {short(values.std())}"
         if bath is not None:
-            axis.axhline(bath, color="C3", linewidth=1.2, linestyle="--", label=f"set to {bath:g}")
+            lines["set point"] = axis.axhline(bath, color="C3", linewidth=1.2, linestyle="--")
+            title += f", set point {bath:g}"
         axis.set_ylabel(label)
         # A common offset of the numbers would hide how small the changes are.
         axis.ticklabel_format(axis="y", useOffset=False)
         axis.grid(alpha=0.3)
         if axis is not axes[0]:
-            spread = f"mean {short(values.mean())}, standard deviation {short(values.std())}"
-            axis.set_title(spread, fontsize=9, loc="right")
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), framealpha=0)
+            axis.set_title(title, fontsize=9, loc="right")
+        shown |= lines
+    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=3, fontsize=9)
     axes[-1].set_xlabel("time (ps)")
     axes[-1].margins(x=0.01)
     return figure
 
 
 def _running_mean(values: Array) -> Array:
-    """Means over windows of a twentieth of the values, one value apart; empty for fewer than 40 values."""
-    width = len(values) // WINDOWS
-    if width < 2:
+    """Means over windows of a tenth of the values, one value apart; empty for fewer than 20 values."""
+    width = len(values) // WINDOWS | 1  # odd, so that a window has a middle
+    if width < 3:
         return np.empty(0)
     return np.convolve(values, np.full(width, 1 / width), mode="valid")
 

@@ -32,6 +32,19 @@ SPIKE = 0.1  # eV; largest excess variation without a flag
 # Largest mismatch of energy and force without a flag: eV, plus a fraction of the change of energy.
 JUMP, JUMP_SHARE = 0.005, 0.02
 PHYSICAL = 12.0  # eV; largest energy in figures, above and below the separated atoms (carbon monoxide: 11.2)
+ADVICE = {
+    "not finite": "The model computes no number there. Do not use it; look for weights that are not finite with dpa4 "
+    "check.",
+    "no wall": "Atoms may fall into each other. Train with model.bridging: auto (the default), which adds the "
+    "repulsion of nuclei, or add structures with close contacts to the training data.",
+    "several wells": "Usual if the training data contain the elements in molecules and crystals only. If two such "
+    "atoms meet alone in your simulations (reactions, gases, sputtering), add isolated pairs and stretched bonds to "
+    "the training data.",
+    "spike": "The energy has a barrier that a bond of two atoms lacks. The same remedy as for several wells; inside "
+    "molecules, add structures with this pair at the distance of the barrier.",
+    "jump": "Energy and force contradict each other, so dynamics heats up or cools down. Compute the pair again with "
+    "--dtype float64. If the flag disappears, it was rounding; if it stays, run no dynamics with the model.",
+}
 PER_PAGE = 12  # pairs per figure
 CPU_EDGES, GPU_EDGES = 256, 8192  # per batch; larger batches exceed the caches of a CPU
 

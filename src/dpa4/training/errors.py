@@ -81,7 +81,7 @@ class WorstStructure(NamedTuple):
     forces_rmse: float | None  # meV/Angstrom
     forces_maximum: float | None  # largest error of a component, meV/Angstrom
     virial_rmse: float | None  # meV/atom
-    index: int  # among the evaluated structures
+    number: int  # among the evaluated structures, from 0
 
 
 class ErrorTable(NamedTuple):
@@ -179,33 +179,31 @@ def worst_structures(
     """
     totals = {row.quantity: row.rmse for row in table.rows if row.group == TOTAL}
     found = []
-    for index, (frame, prediction) in enumerate(zip(frames, predictions, strict=True)):
-        errors = {
-            name: 1e3 * (value - label) for name, (label, value) in label_pairs(frame, prediction).items()
-        }
+    for number, (frame, prediction) in enumerate(zip(frames, predictions, strict=True)):
+        pairs = label_pairs(frame, prediction)
+        errors = {name: 1e3 * (value - label) for name, (label, value) in pairs.items()}
         rmse = {name: float(np.sqrt(np.mean(errors[name] ** 2))) for name in _RANKED if name in errors}
         ratios = {name: e / totals[name] if totals[name] else 0.0 for name, e in rmse.items()}
         if not ratios:
             continue
         quantity = max(ratios, key=ratios.__getitem__)
         file = file_of(frame.origin) or frame.origin
-        entries = {
-            "rank": 0,
-            "file": file,
-            "frame": frame.origin.removeprefix(file).removeprefix(", ").removeprefix("frame "),
-            "group": frame.group,
-            "atoms": len(frame),
-            "quantity": quantity,
-            "ratio": ratios[quantity],
-            "energy_error": float(errors["energy per atom"][0]) if "energy per atom" in errors else None,
-            "forces_rmse": rmse.get("forces"),
-            "forces_maximum": float(np.abs(errors["forces"]).max(initial=0.0))
-            if "forces" in errors
-            else None,
-            "virial_rmse": rmse.get("virial per atom"),
-            "index": index,
-        }
-        found.append(WorstStructure(**entries))
+        energy, forces = errors.get("energy per atom"), errors.get("forces")
+        structure = WorstStructure(
+            rank=0,
+            file=file,
+            frame=frame.origin.removeprefix(file).removeprefix(", ").removeprefix("frame "),
+            group=frame.group,
+            atoms=len(frame),
+            quantity=quantity,
+            ratio=ratios[quantity],
+            energy_error=None if energy is None else float(energy[0]),
+            forces_rmse=rmse.get("forces"),
+            forces_maximum=None if forces is None else float(np.abs(forces).max(initial=0.0)),
+            virial_rmse=rmse.get("virial per atom"),
+            number=number,
+        )
+        found.append(structure)
     found.sort(key=lambda structure: -structure.ratio)
     return [structure._replace(rank=rank) for rank, structure in enumerate(found[:count], start=1)]
 
@@ -213,7 +211,7 @@ def worst_structures(
 def worst_table(structures: Sequence[WorstStructure]) -> Table:
     """Format structures with large errors as a table for a terminal of 80 columns."""
     table = _open_table("file, frame")
-    table.add_column("group", vertical="bottom")
+    table.add_column("group", vertical="bottom", overflow="fold")
     for head in ("atoms", "times\nRMSE", "energy\nmeV/atom", "forces\nRMSE\nmeV/Å", "forces\nmax\nmeV/Å"):
         table.add_column(head, justify="right", no_wrap=True, vertical="bottom")
     names = Counter(Path(file).name for file in {s.file for s in structures})
@@ -232,5 +230,5 @@ def worst_table(structures: Sequence[WorstStructure]) -> Table:
 
 def _open_table(first: str) -> Table:
     """Table without vertical lines, whose first column has a name."""
-    column = Column(first, vertical="bottom")
+    column = Column(first, vertical="bottom", overflow="fold")
     return Table(column, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)

@@ -156,11 +156,11 @@ def _write_worst(
     folder: Path,
 ) -> None:
     """Write the worst structures as worst.csv and, with predictions, labels and their place, as worst.xyz."""
-    columns = [name for name in WorstStructure._fields if name != "index"]
+    columns = [name for name in WorstStructure._fields if name != "number"]
     write_csv(folder / "worst.csv", columns, ({name: getattr(w, name) for name in columns} for w in worst))
     images = []
     for w in worst:
-        atoms = _predicted(frames[w.index], predictions[w.index])
+        atoms = _predicted(frames[w.number], predictions[w.number])
         atoms.info |= {"rank": w.rank, "file": w.file, "frame": w.frame, "times_rmse": round(w.ratio, 3)}
         images.append(atoms)
     with atomic_write(folder / "worst.xyz") as temporary:

@@ -14,7 +14,7 @@ from dpa4.training.logs import ERROR_UNITS
 Array = NDArray[np.float64]
 
 MANY = 2000  # points of a panel from which they are an image in an SVG file, not shapes
-GROUPS = 20  # colours of groups
+GROUPS = 18  # colours of groups
 OTHERS = "0.6"  # colour of the groups without one of their own
 PERCENTILES = ((50, ":"), (90, "-."), (99, "--"))
 
@@ -123,7 +123,9 @@ def _colour(number: int, count: int) -> str | tuple[float, ...]:
 
     if number >= count and count:
         return OTHERS
-    return f"C{number}" if count <= 10 else colormaps["tab20"](number)
+    if count <= 7:
+        return f"C{number}"  # before the grey of the cycle
+    return colormaps["tab20"](number if number < 14 else number + 2)  # without the greys
 
 
 def plot_learning_curve(folder: Path) -> None:
@@ -153,7 +155,10 @@ def draw_learning_curve(folder: Path) -> Any:
     _curve(lower[2], train, "gradient_norm")
     _curve(lower[3], train, "learning_rate", marker="")
     titles = ("training loss", "its terms, without weights", "gradient norm", "learning rate")
-    last = max([int(row["step"]) for row in [*train, *valid]], default=1)
+    if lower[1].lines:
+        low, high = lower[1].dataLim.intervaly
+        lower[1].set_ylim(low / 1.5, high * 8)  # room for the legend
+    last = max([step for row in [*train, *valid] if (step := _number(row, "step"))], default=1)
     for axis, title in zip(lower, titles, strict=True):
         axis.set_title(title, fontsize=10)
     for axis in (*upper, *lower):
@@ -174,7 +179,7 @@ def _errors(axis: Any, quantity: str, train: list[dict[str, str]], valid: list[d
     column = f"{quantity}_mae"
     _curve(axis, train, column, label="training", color="C0", linewidth=1, markersize=3)
     _curve(axis, valid, column, label="validation", color="C1", linewidth=2)
-    best = [row for row in valid if row["best"] == "1"][-1:]
+    best = [row for row in valid if row.get("best") == "1"][-1:]
     if points := _points(best, column):
         label = f"best model: {short(points[0][1])}"
         axis.plot(*points[0], "*", color="C3", markersize=12, label=label, zorder=4, clip_on=False)
@@ -188,15 +193,28 @@ def _curve(axis: Any, rows: list[dict[str, str]], column: str, **style: Any) -> 
         )
 
 
-def _points(rows: list[dict[str, str]], column: str) -> list[tuple[int, float]]:
-    """Step and value of the rows with a positive value, which a logarithmic scale can show."""
-    return [(int(r["step"]), float(r[column])) for r in rows if r.get(column) and float(r[column]) > 0]
+def _points(rows: list[dict[str, str]], column: str) -> list[tuple[float, float]]:
+    """Step and value of the rows with a positive value, which a logarithmic scale can show.
+
+    Entries that are not numbers, such as those of another program, are left out.
+    """
+    return [
+        (x, y) for r in rows if (x := _number(r, "step")) is not None and (y := _number(r, column) or 0) > 0
+    ]
+
+
+def _number(row: dict[str, str], column: str) -> float | None:
+    """Number in a column; None if there is none."""
+    try:
+        return float(row[column])
+    except (KeyError, ValueError):
+        return None
 
 
 def _time_axes(panels: Sequence[Any], train: list[dict[str, str]]) -> None:
     """Add the training time as a second axis above panels."""
-    seconds = [(int(row["step"]), float(row["seconds"])) for row in train if row.get("seconds")]
-    if not seconds or seconds[-1][1] <= 0:
+    seconds = _points(train, "seconds")
+    if not seconds:
         return
     unit, size = next(
         entry for entry in TIME_UNITS if seconds[-1][1] < entry[1] * 200 or entry is TIME_UNITS[-1]
