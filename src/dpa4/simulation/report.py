@@ -155,7 +155,9 @@ def _summary(
         lines[f"validation MAE, {label}"] = ", ".join(errors)
     if table:
         lines["test MAE"] = ", ".join(
-            f"{r['quantity']} {html.short(r['mae'])} {r['unit']}" for r in table if r["group"] == "all"
+            f"{r['quantity']} {html.short(r['mae'])} {r['unit']}"
+            for r in table
+            if r["group"] == "all" and r["quantity"] != "energy"
         )
     return html.name_table(lines) if lines else "<p>There is neither a model nor a validation result yet.</p>"
 
@@ -255,8 +257,13 @@ def _error_tables(table: list[dict[str, Any]]) -> str:
         found = {
             (r["group"], r["quantity"], kind): html.short(r[kind]) for r in table for kind in ("mae", "rmse")
         }
-        columns = {(r["quantity"], kind): r["unit"] for r in table for kind in ("mae", "rmse")}
-        header = [f"{quantity}\n{kind.upper()}\n({unit})" for (quantity, kind), unit in columns.items()]
+        # Energies of whole structures of different sizes do not compare, and the columns fill the page without them.
+        shown = [r for r in table if r["quantity"] != "energy"]
+        columns = {(r["quantity"], kind): r["unit"] for r in shown for kind in ("mae", "rmse")}
+        header = [
+            "\n".join((*quantity.split(maxsplit=1), kind.upper(), f"({unit})"))
+            for (quantity, kind), unit in columns.items()
+        ]
         rows = [[group, *(found.get((group, *column), "-") for column in columns)] for group in groups]
         parts += ["<h3>By group</h3>", html.table(["group", *header], rows)]
     return "\n".join(parts)

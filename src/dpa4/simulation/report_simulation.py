@@ -218,10 +218,8 @@ def _phonons(folder: Path) -> dict[str, str]:
         picture = html.picture(folder, name, title)
         sections[title] = picture or html.missing(f"{folder} has no {name}.png", command)
     if rows := read_csv(folder / "thermal.csv")[::10]:
-        header = [name.replace("_", " ") for name in rows[0]]
-        sections["Thermal properties"] += html.table(
-            header, [[*map(html.short, row.values())] for row in rows]
-        )
+        cells = [[html.short(row.get(name, "-")) for name in THERMAL] for row in rows]
+        sections["Thermal properties"] += html.table([*THERMAL.values()], cells)
     if (folder / SETTINGS).is_file():
         sections["Settings"] = _settings(read_settings(folder))
     return sections

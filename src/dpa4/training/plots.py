@@ -99,7 +99,7 @@ def _histogram(axis: Any, panel: ParityPanel) -> None:
     if not unit.startswith("m"):
         error, unit = 1e3 * error, f"m{unit}"
     largest = max(float(error.max()), 1e-9)
-    smallest = max(float(np.percentile(error, 1)), 1e-4 * largest)
+    smallest = max(float(error.min()), 1e-5 * largest)
     bins = np.geomspace(smallest, largest * 1.0001, min(50, max(15, error.size // 20)))
     axis.hist(error.clip(smallest), bins=bins, color="C0", alpha=0.6)
     for percent, style in PERCENTILES:
