@@ -284,7 +284,7 @@ def svg_of(figure: Any) -> bytes:
     _align_labels(figure)
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with rc_context({"svg.hashsalt": "dpa4"}):
-        figure.savefig(drawn, format="svg", metadata=nothing)
+        figure.savefig(drawn, format="svg", dpi=150, metadata=nothing)
     text = drawn.getvalue()
     for number, colour in enumerate(_DARK):
         text = text.replace(colour, f"var(--c{number})")
@@ -319,8 +319,11 @@ def plain_ticks(axis: Any) -> None:
 
 
 def plain_text(text: str) -> str:
-    """Escape a name for a figure, in which dollar signs would start a formula."""
-    return text.replace("$", r"\$")
+    """Escape a name for a figure.
+
+    Dollar signs would start a formula, and SVG files cannot hold control characters.
+    """
+    return "".join(c if c.isprintable() else " " for c in text).replace("$", r"\$")
 
 
 def _align_labels(figure: Any) -> None:

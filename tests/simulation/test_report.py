@@ -305,6 +305,11 @@ def test_damaged_tables_of_simulations_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"thermo.csv is damaged \(could not convert"):
         write_report(tmp_path)
     (tmp_path / "thermo.csv").unlink()
+    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "relax.csv").write_text("structure,converged\n0,True\n")
+    with pytest.raises(ValueError, match=r"relax.csv is damaged \('steps'\)"):
+        write_report(tmp_path)
+    (tmp_path / "relax.csv").unlink()
     (tmp_path / "phonon.json").write_text("[]")
     with pytest.raises(ValueError, match=r"phonon.json is damaged"):
         write_report(tmp_path)

@@ -1,6 +1,7 @@
 """Sections of the report of a simulation: molecular dynamics, relaxations, phonons."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,10 +61,13 @@ THERMAL = {
 
 def _dynamics(folder: Path) -> dict[str, str]:
     table, state = read_thermo(folder), read_restart(folder)
-    try:
-        count, figure = len(state.positions), draw_dynamics(table, len(state.positions), state.settings)
-    except KeyError as error:
-        raise ValueError(f"{folder} is damaged: {error} is missing; restore {THERMO}") from None
+    with _naming_damage(folder / THERMO):
+        return _dynamics_sections(table, state)
+
+
+def _dynamics_sections(table: Mapping[str, NDArray[np.float64]], state: Restart) -> dict[str, str]:
+    count = len(state.positions)
+    figure = draw_dynamics(table, count, state.settings)
     return {
         "Summary": _dynamics_summary(table, state),
         "Course": html.image(svg_of(figure), "Energy, temperature and pressure against time"),
@@ -150,6 +154,11 @@ def _standard_error(values: NDArray[np.float64]) -> float | None:
 
 
 def _relaxations(folder: Path) -> dict[str, str]:
+    with _naming_damage(folder / "relax.csv"):
+        return _relaxation_sections(folder)
+
+
+def _relaxation_sections(folder: Path) -> dict[str, str]:
     rows, settings = read_csv(folder / "relax.csv"), read_settings(folder)
     failed = [row for row in rows if row["converged"] != "True"]
     lines = {
@@ -226,6 +235,15 @@ def _phonons(folder: Path) -> dict[str, str]:
 
 
 # --- all
+
+
+@contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    """Name a file of results in errors about its entries."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or run the calculation again") from error
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
