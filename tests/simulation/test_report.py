@@ -422,3 +422,28 @@ def test_a_browser_runs_no_script_of_a_report(hostile, tmp_path):
     assert titles["control"] == "ran"  # the browser runs scripts
     for name in ("as it is", "without"):
         assert titles[name].endswith(": DPA4 training") and elements[name] <= ELEMENTS
+
+
+@pytest.mark.slow
+def test_figures_are_dark_on_a_dark_screen(trained, tmp_path):
+    """In Chromium, whose setting 0 is dark and 1 light."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("there is no Chromium")
+    from matplotlib.image import imread
+
+    figure = (trained / "eval" / "parity.svg").read_bytes()
+    (tmp_path / "page.html").write_text(elements.page("t", "t", {"Figure": elements.image(figure, "t")}))
+    brightness = []
+    for scheme in (0, 1):
+        shot = tmp_path / f"{scheme}.png"
+        command = [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+            f"--blink-settings=preferredColorScheme={scheme}", "--window-size=1100,800", f"--screenshot={shot}",
+        ]  # fmt: skip
+        subprocess.run(
+            [*command, (tmp_path / "page.html").as_uri()], capture_output=True, timeout=120, check=True
+        )
+        brightness.append(imread(shot)[300:700, 100:1000, :3].mean())
+    dark, light = brightness
+    assert dark < 0.3 and light > 0.8
