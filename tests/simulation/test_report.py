@@ -421,7 +421,7 @@ def test_a_browser_runs_no_script_of_a_report(hostile, tmp_path):
         elements[name] = Elements(dom).names
     assert titles["control"] == "ran"  # the browser runs scripts
     for name in ("as it is", "without"):
-        assert titles[name].endswith(": DPA4 training") and elements[name] <= ELEMENTS
+        assert titles[name].endswith(": DPA4 training run") and elements[name] <= ELEMENTS
 
 
 @pytest.mark.slow

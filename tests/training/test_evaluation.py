@@ -21,6 +21,8 @@ from dpa4.training.errors import worst_structures, worst_table
 from dpa4.training.evaluation import FILES, ErrorTable, FramePrediction, error_table, evaluate, predict
 from helpers import crystal, molecule, random_potential
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 def frame_of(atoms, group="", labels=None, **options):
     labels = labels or {}
@@ -173,7 +175,7 @@ def labelled(potential, atoms, group=""):
     return frame_of(atoms, group, labels)
 
 
-def test_a_perfect_potential_has_no_errors(potential, tmp_path):
+def test_a_perfect_potential_has_no_errors(potential, tmp_path, figures):
     frames = [
         labelled(potential, a, g) for a, g in ((molecule(1), "m"), (crystal(2), "c"), (molecule(3, 4), "m"))
     ]
@@ -240,7 +242,7 @@ def test_energies_of_parity_plots_are_relative_to_the_references(potential, tmp_
     figure.draw_without_rendering()  # names with dollar signs are no formulas
 
 
-def test_many_groups_share_the_last_colour(tmp_path):
+def test_many_groups_share_the_last_colour(tmp_path, figures):
     groups = [f"g{number}" for number in range(30) for _ in range(40 - number)]
     values = np.arange(float(len(groups)))
     panel = plots.ParityPanel("energy", "meV/atom", values, values + 1, np.arange(len(groups)))
