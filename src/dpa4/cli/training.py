@@ -81,9 +81,10 @@ def evaluate_command(
     dtype: Dtype = "float32",
     branch: Branch = None,
 ) -> None:
-    """Compare predictions with labels; write an error table, parity plots and predictions as extxyz."""
+    """Compare predictions with labels; write error tables, parity plots, predictions and the worst structures."""
     from dpa4.data import find_sources, read_frames, warn_of_implausible_labels, without_isolated_atoms
     from dpa4.training import evaluate
+    from dpa4.training.errors import worst_table
 
     with user_errors():
         potential = eager_potential(model, device, dtype, branch)
@@ -93,9 +94,13 @@ def evaluate_command(
         frames = read_frames(sources, label_keys(keys))
         if implausible := warn_of_implausible_labels(without_isolated_atoms(frames)):
             console.print(implausible)
-        table = evaluate(potential, frames, max_atoms=max_atoms, output=output, device=potential.device)
+        table = evaluate(
+            potential, frames, max_atoms=max_atoms, output=output, device=potential.device, model=model
+        )
     if table.rows:
-        console.print(table.to_rich())
-        console.print(f"table, plots and predictions are in {output}/")
+        console.print(table.to_rich(), highlight=False)
+        console.print("the structures with the largest errors, also in worst.xyz:", highlight=False)
+        console.print(worst_table(table.worst), highlight=False)
+        console.print(f"tables, plots and predictions are in {output}/")
     else:
         console.print(f"no structure has a label, so there are no errors; predictions are in {output}/")

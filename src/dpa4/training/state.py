@@ -85,6 +85,8 @@ def _check_entries(state: dict[str, Any]) -> None:
     _entry(state, "optimizer", dict)
     _entry(state, "average", list | None)
     _entry(state, "sums", Tensor)
+    if "errors" in state and _entry(state, "errors", Tensor).shape != (2, 3):
+        raise ValueError(f"its entry errors has the shape {tuple(state['errors'].shape)}, not (2, 3)")
     tensors = _entry(state, "potential", dict), _entry(state, "random", dict)
     for name, value in (entry for group in tensors for entry in group.items()):
         if not isinstance(name, str) or not isinstance(value, Tensor):
