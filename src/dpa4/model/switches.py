@@ -13,6 +13,7 @@ from pydantic import (
     PlainValidator,
     PositiveInt,
     Strict,
+    StrictBool,
     TypeAdapter,
     ValidationError,
 )
@@ -45,9 +46,10 @@ class EnvelopeExponents:
         raise TypeError("env_exp has two entries; test .basis or .weight")
 
 
-_NORMS = TypeAdapter(bool | tuple[bool, bool, bool])
-_Exponent = Annotated[PositiveInt, Field(le=MAX_EXPONENT)]
-_EXPONENTS = TypeAdapter(Annotated[_Exponent, Strict()] | tuple[_Exponent, _Exponent])
+# Strict, because 1 is not true, and true is not an exponent.
+_NORMS = TypeAdapter(StrictBool | tuple[StrictBool, StrictBool, StrictBool])
+_Exponent = Annotated[PositiveInt, Field(le=MAX_EXPONENT), Strict()]
+_EXPONENTS = TypeAdapter(_Exponent | tuple[_Exponent, _Exponent])
 
 
 def read_edge_norm(value: Any) -> EdgeNorm:
