@@ -1,4 +1,4 @@
-"""Make training data of liquid water for benchmarks/reliability.py: periodic boxes of 8 molecules, GFN2-xTB labels.
+"""Make training data of liquid water for benchmarks/reliability.py: droplets of 16 molecules, GFN2-xTB labels.
 
     OMP_NUM_THREADS=1 python benchmarks/water.py water.xyz            # needs tblite; some minutes
     dpa4 train run.yaml --set data.train=water.xyz ...
@@ -21,7 +21,8 @@ from ase.optimize import FIRE
 
 from dpa4.output import tolerate_any_encoding
 
-TRAJECTORIES, FRAMES = 12, 25
+TRAJECTORIES, FRAMES = 16, 25
+MOLECULES = 16
 INTERVAL = 10  # steps of 1 fs between frames
 MASS_OF_MOLECULE = 18.015 / 6.02214e23  # gram
 
@@ -40,25 +41,30 @@ def box(count: int, density: float, random: np.random.Generator) -> Atoms:
     return atoms
 
 
+def droplet(random: np.random.Generator) -> Atoms:
+    """The 16 molecules of a box that are closest to its centre."""
+    atoms = box(27, random.uniform(0.85, 1.15), random)
+    atoms.pbc = False
+    oxygen = atoms.positions[atoms.numbers == 8]
+    inner = np.argsort(np.linalg.norm(oxygen - atoms.cell.array.sum(0) / 2, axis=1))[:MOLECULES]
+    atoms.cell = None
+    return atoms[[3 * k + atom for k in inner for atom in range(3)]]
+
+
 def labelled(atoms: Atoms) -> Atoms:
-    """Copy with energy, forces and stress of the calculator."""
-    frame = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True)
-    results = {
-        "energy": atoms.get_potential_energy(),
-        "forces": atoms.get_forces(),
-        "stress": atoms.get_stress(),
-    }
+    """Copy with energy and forces of the calculator."""
+    frame = Atoms(atoms.numbers, atoms.positions)
+    results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
     frame.calc = SinglePointCalculator(frame, **results)
-    frame.info["config_type"] = "water-box"
     return frame
 
 
 def trajectory(seed: int) -> list[Atoms]:
-    """Frames of Langevin dynamics at 300 to 700 K, at a density of 0.85 to 1.15."""
+    """Frames of Langevin dynamics at 300 to 700 K."""
     from tblite.ase import TBLite
 
     random = np.random.default_rng(seed)
-    atoms = box(8, random.uniform(0.85, 1.15), random)
+    atoms = droplet(random)
     atoms.calc = TBLite(method="GFN2-xTB", accuracy=0.1, verbosity=0)
     FIRE(atoms, logfile=None).run(fmax=0.5, steps=60)
     temperature = random.uniform(300, 700)

@@ -83,6 +83,7 @@ def test_float64_compiled(compilations, name):
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", GENERATION_3)
 def test_float32_on_a_gpu(name, compiled):
