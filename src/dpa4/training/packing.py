@@ -2,7 +2,7 @@
 
 All weights of a group lie one after the other in a buffer, so that the number of kernels of an update does not grow
 with the number of weights. The buffers stay at their place in memory, so that the update can be recorded as a CUDA
-graph (docs/adr/0025).
+graph (docs/adr/0027).
 """
 
 from collections import defaultdict

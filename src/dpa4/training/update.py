@@ -1,4 +1,4 @@
-"""Everything in a training step that follows the gradients, without waiting for the device (docs/adr/0025)."""
+"""Everything in a training step that follows the gradients, without waiting for the device (docs/adr/0027)."""
 
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
