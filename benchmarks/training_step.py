@@ -54,7 +54,8 @@ def measured(source: Path, options: argparse.Namespace) -> list[dict[str, float]
         output = Path(folder) / "run"
         command = [sys.executable, __file__, str(options.data.resolve()), "--output", str(output)]
         command += ["--steps", str(options.steps), *(f"--set={text}" for text in options.overrides)]
-        subprocess.run(command, env=os.environ | {"PYTHONPATH": str(source.resolve())}, check=True)
+        path = os.pathsep.join([str(source.resolve()), os.environ.get("PYTHONPATH", "")])
+        subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True)
         with (output / "train.csv").open() as file:
             return [{name: float(value or 0) for name, value in row.items()} for row in csv.DictReader(file)]
 
