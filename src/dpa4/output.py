@@ -67,6 +67,34 @@ class OutputFolder:
             self._file.close()
 
 
+def check_start(resume: bool, overwrite: bool) -> None:
+    """Check that a run is not both continued and replaced.
+
+    Raises:
+        ValueError: If both are set.
+    """
+    if resume and overwrite:
+        raise ValueError(
+            "resume continues the earlier run and overwrite replaces it; give one of the two, not both"
+        )
+
+
+def already_holds(folder: Path, what: str) -> FileExistsError:
+    """Error about a folder with results of an earlier run."""
+    return FileExistsError(
+        f"{folder} already holds {what}; resume it, overwrite it (--overwrite), or choose another folder"
+    )
+
+
+def remove_files(folder: Path, *patterns: str) -> None:
+    """Remove files of an earlier run, by name or pattern; to be called while the folder is locked."""
+    for pattern in patterns:
+        for file in folder.glob(pattern):
+            if file.is_file():
+                with naming(file):
+                    file.unlink()
+
+
 def remove_leftovers(folder: Path, pattern: str = LEFTOVERS) -> None:
     """Remove the temporary files of killed processes; to be called while the folder is locked."""
     for leftover in folder.glob(pattern):

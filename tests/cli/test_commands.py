@@ -134,7 +134,7 @@ def test_convert_to_deepmd_and_back_keeps_the_energy(trained):
         atoms.calc = DPA4Calculator(path, device="cpu")
         energies.append(atoms.get_potential_energy())
     assert energies[0] == energies[1] == energies[2]
-    assert "exists; choose another name" in run("convert", model, there, ok=False)
+    assert "--overwrite" in run("convert", model, there, ok=False)
 
 
 def test_presets_in_commands(tmp_path):

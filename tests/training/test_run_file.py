@@ -170,6 +170,30 @@ def test_malformed_override(run_file, override):
         load_run_config(run_file, [override])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["training.steps=many", "output=x"], "training.steps = 'many': .* (override 'training.steps=many')"),
+        (["training.lerning_rate=1"], "'learning_rate'? (override 'training.lerning_rate=1')"),
+        (["training.epochs=2", "training.steps=9"], "(override 'training.epochs=2', 'training.steps=9')"),
+        (["model.channels=-1"], "(override 'model.channels=-1')"),
+        (["data.keys=energy"], "(override 'data.keys=energy')"),
+    ],
+)
+def test_faults_of_overrides_name_the_override(run_file, overrides, named):
+    with pytest.raises(ValueError) as caught:
+        load_run_config(run_file, overrides)
+    assert re.search(re.escape(named).replace(r"\.\*", ".*"), str(caught.value)), caught.value
+
+
+def test_faults_of_the_file_name_no_override(run_file):
+    run_file.write_text(run_file.read_text() + "device: tpu\n")
+    with pytest.raises(ValueError) as caught:
+        load_run_config(run_file, ["training.steps=many"])
+    lines = str(caught.value).splitlines()
+    assert [("override" in line, "tpu" in line) for line in lines[1:]] == [(True, False), (False, True)]
+
+
 def test_override_that_is_not_yaml(run_file):
     with pytest.raises(ValueError, match=r"override 'training.seed=\[' is not valid YAML"):
         load_run_config(run_file, ["training.seed=["])

@@ -13,10 +13,13 @@ from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
 from dpa4.output import (
     CsvLog,
     OutputFolder,
+    already_holds,
+    check_start,
     cut_back,
     flush_to_disk,
     new_figure,
     read_csv,
+    remove_files,
     rows_until,
     save_figure,
 )
@@ -91,6 +94,7 @@ def run_md(
     interval: int = 10,
     seed: int = 0,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> DynamicsResult:
     """Run molecular dynamics at constant energy, temperature or pressure.
@@ -128,6 +132,7 @@ def run_md(
         interval: Number of steps between rows of the table and frames of the trajectory.
         seed: Seed of the random numbers.
         resume: Continue the run in ``output``.
+        overwrite: Replace the run in ``output``.
         progress: Show a progress bar on a terminal.
 
     Returns:
@@ -135,7 +140,7 @@ def run_md(
 
     Raises:
         BlockingIOError: If another process is working in ``output``.
-        FileExistsError: If ``output`` already holds a run and ``resume`` is not set.
+        FileExistsError: If ``output`` already holds a run and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: If there is no run to resume.
         RuntimeError: If a step fails, usually because the time step is too long.
         ValueError: If an argument is not allowed, no atom can move, the ensemble cannot respect a constraint, the
@@ -161,9 +166,12 @@ def run_md(
         "seed": seed,
     }
     _check_arguments(settings | {"steps": steps})
+    check_start(resume, overwrite)
     folder = user_path(output)
     state = read_restart(folder) if resume else None
     with OutputFolder(folder):
+        if not (resume or overwrite):
+            _check_unused(folder)
         run = _Run(atoms, calculator, folder, settings | fingerprint_of_calculator(calculator), state)
         try:
             with stop_requests() as stopped, progress_bar("step", steps, run.step, progress) as bar:
@@ -174,6 +182,19 @@ def run_md(
         finally:
             run.log.close()
         return _finish(folder, run.step, run.step >= steps, len(atoms), ensemble)
+
+
+def _check_unused(folder: Path) -> None:
+    """Check that a folder can receive a new run.
+
+    Raises:
+        FileExistsError: If the folder already holds a run. A run of an earlier version that was killed before its
+            first restart file, with the initial structure at most, is none.
+    """
+    begun = len(read_csv(folder / THERMO)) > 1
+    orphan = (folder / TRAJECTORY).exists() and not (folder / THERMO).exists()
+    if begun or orphan or (folder / RESTART).exists():
+        raise already_holds(folder, "a run")
 
 
 class _Run:
@@ -217,7 +238,7 @@ class _Run:
             self._write_state(0)  # before the files that it speaks of, so that a killed run can be resumed
         self.log = CsvLog(folder / THERMO, self._columns(), self.step if begun else None)
         if not begun:
-            self.trajectory.unlink(missing_ok=True)
+            remove_files(folder, TRAJECTORY, "thermo.png")
             self._record()
             self.save()
 
@@ -265,16 +286,7 @@ class _Run:
         return columns
 
     def _start(self) -> None:
-        """Prepare the momenta of a new run.
-
-        Raises:
-            FileExistsError: If the folder already holds a run. A run of an earlier version that was killed before
-                its first restart file, with the initial structure at most, is none.
-        """
-        begun = len(read_csv(self.folder / THERMO)) > 1
-        orphan = self.trajectory.exists() and not (self.folder / THERMO).exists()
-        if begun or orphan or (self.folder / RESTART).exists():
-            raise FileExistsError(f"{self.folder} already holds a run; resume it or choose another folder")
+        """Prepare the momenta of a new run."""
         if not self.atoms.get_momenta().any():
             draw_momenta(self.atoms, self.settings["temperature"], self.rng)
         elif self.ensemble in ("nvt", "npt"):

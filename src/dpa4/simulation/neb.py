@@ -16,7 +16,17 @@ from ase.utils.forcecurve import fit_raw
 from numpy.typing import NDArray
 
 from dpa4.data import read_images, with_results, write_structures
-from dpa4.output import CsvLog, OutputFolder, atomic_write, new_figure, rows_until, save_figure
+from dpa4.output import (
+    CsvLog,
+    OutputFolder,
+    already_holds,
+    atomic_write,
+    check_start,
+    new_figure,
+    remove_files,
+    rows_until,
+    save_figure,
+)
 from dpa4.simulation.relax import relax
 from dpa4.simulation.runs.progress import progress_bar
 from dpa4.system import stop_requests, user_path
@@ -66,6 +76,7 @@ def run_neb(
     spring: float = 0.1,
     relax_ends: bool = False,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Barrier:
     """Find the minimum energy path between two structures and its energy barrier.
@@ -95,6 +106,7 @@ def run_neb(
             affects the path.
         relax_ends: Relax start and end first, to half of fmax.
         resume: Continue the run in ``output``.
+        overwrite: Replace the path in ``output``.
         progress: Show a progress bar on a terminal.
 
     Returns:
@@ -102,7 +114,7 @@ def run_neb(
 
     Raises:
         BlockingIOError: If another process is working in ``output``.
-        FileExistsError: If ``output`` already holds a path and ``resume`` is not set.
+        FileExistsError: If ``output`` already holds a path and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: If there is no path to resume.
         KeyboardInterrupt: After Ctrl-C during the relaxation of the ends, when there is no path to save yet.
         RuntimeError: If the relaxation of an end does not converge.
@@ -118,11 +130,12 @@ def run_neb(
             print(result.barrier, result.reverse_barrier)  # eV
     """
     _check(start, end, images, fmax, steps, spring)
+    check_start(resume, overwrite)
     folder = user_path(output)
     file = folder / PATH
     known = _read_path(file, start, images) if resume else None
-    if not resume and file.exists():
-        raise FileExistsError(f"{folder} already holds {file.name}; resume it or choose another folder")
+    if file.exists() and not (resume or overwrite):
+        raise already_holds(folder, file.name)
     with OutputFolder(folder):
         if known is None:
             ends = _ends(start, end)
@@ -130,6 +143,7 @@ def run_neb(
                 for name, atoms in zip(("start", "end"), ends, strict=True):
                     _relax(name, atoms, calculator, fmax / 2, steps)
             known = _interpolated(*ends, images)
+            remove_files(folder, PATH, "path.csv", "path.png")
         return _relax_band(_Band(known, calculator, spring), folder, fmax, steps, resume, progress)
 
 

@@ -83,6 +83,7 @@ def screen(
     rank: int = 0,
     world_size: int = 1,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Screening:
     """Relax the structures of many files with FIRE, in batches, and record the outcome of each structure.
@@ -111,6 +112,7 @@ def screen(
         rank: Index of this process, from 0. Each process relaxes every ``world_size``-th structure.
         world_size: Number of processes that share ``output``.
         resume: Continue an earlier call with the same files and settings, if there is one.
+        overwrite: Replace the screening in ``output``. Only for ``world_size`` 1.
         progress: Show a progress bar on a terminal.
 
     Returns:
@@ -118,7 +120,7 @@ def screen(
 
     Raises:
         FileNotFoundError: If a file does not exist.
-        FileExistsError: If ``output`` already holds a screening and ``resume`` is not set.
+        FileExistsError: If ``output`` already holds a screening and neither ``resume`` nor ``overwrite`` is set.
         ImportError: If TorchSim is not installed.
         BlockingIOError: If another process is working on the same shard.
         ValueError: If an argument is not allowed, there is no structure, or the files or settings differ from those
@@ -144,7 +146,7 @@ def screen(
         **asdict(options),
     }
     del settings["max_edges"]  # affects only the use of memory
-    shard = Shard(folder, COLUMNS, settings, rank, world_size, resume)
+    shard = Shard(folder, COLUMNS, settings, rank, world_size, resume, overwrite)
     total = 0
     try:
         with stop_requests() as stopped, progress_bar("structure", 0, show=progress) as bar:
