@@ -35,7 +35,7 @@ class Calculation:
         resume: Reuse the parts in the folder.
         overwrite: Replace the calculation in the folder.
         results: Names of the files with the final results, which ``overwrite`` removes.
-        progress: Show progress bars on a terminal.
+        progress: Show the progress.
 
     Raises:
         FileExistsError: If the folder holds a calculation and neither ``resume`` nor ``overwrite`` is set.

@@ -23,6 +23,7 @@ from dpa4.output import (
     rows_until,
     save_figure,
 )
+from dpa4.progress import ProgressBar
 from dpa4.simulation.integrators import bath_state, conserved_energy, make_integrator, set_bath_state
 from dpa4.simulation.momenta import degrees_of_freedom, draw_momenta, internal_momenta, temperature
 from dpa4.simulation.restart import (
@@ -37,7 +38,6 @@ from dpa4.simulation.restart import (
     system_of,
     write_restart,
 )
-from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.store import check_settings
 from dpa4.system import stop_requests, user_path
 
@@ -133,7 +133,7 @@ def run_md(
         seed: Seed of the random numbers.
         resume: Continue the run in ``output``.
         overwrite: Replace the run in ``output``.
-        progress: Show a progress bar on a terminal.
+        progress: Show the progress.
 
     Returns:
         Summary of the whole run, including steps before ``resume``.
@@ -174,7 +174,7 @@ def run_md(
             _check_unused(folder)
         run = _Run(atoms, calculator, folder, settings | fingerprint_of_calculator(calculator), state)
         try:
-            with stop_requests() as stopped, progress_bar("step", steps, run.step, progress) as bar:
+            with stop_requests() as stopped, ProgressBar("step", steps, run.step, progress) as bar:
                 while run.step < steps and not stopped:
                     run.advance()
                     bar.update(bar.task_ids[0], completed=run.step, status=run.status)

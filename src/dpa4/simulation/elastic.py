@@ -109,7 +109,7 @@ def elastic_tensor(
         steps: Maximum number of steps of each relaxation.
         resume: Continue the calculation in ``output``.
         overwrite: Replace the calculation in ``output``.
-        progress: Show progress bars on a terminal.
+        progress: Show the progress.
 
     Returns:
         Elastic tensor, stability and moduli.

@@ -79,7 +79,7 @@ def equation_of_state(
         steps: Maximum number of steps of each relaxation.
         resume: Continue the calculation in ``output``.
         overwrite: Replace the calculation in ``output``.
-        progress: Show progress bars on a terminal.
+        progress: Show the progress.
 
     Returns:
         Parameters of the equation of state.

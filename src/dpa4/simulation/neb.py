@@ -27,8 +27,8 @@ from dpa4.output import (
     rows_until,
     save_figure,
 )
+from dpa4.progress import ProgressBar
 from dpa4.simulation.relax import relax
-from dpa4.simulation.runs.progress import progress_bar
 from dpa4.system import stop_requests, user_path
 
 COLUMNS = ("step", "climbing", "max_force_eV_per_A", "barrier_eV", "highest_image")
@@ -107,7 +107,7 @@ def run_neb(
         relax_ends: Relax start and end first, to half of fmax.
         resume: Continue the run in ``output``.
         overwrite: Replace the path in ``output``.
-        progress: Show a progress bar on a terminal.
+        progress: Show the progress.
 
     Returns:
         Forward and reverse barrier, reaction energy and convergence.
@@ -158,7 +158,7 @@ def _relax_band(
     log = CsvLog(log_file, COLUMNS, done - 1 if rows else None)  # the last row is written again
     converged = False
     try:
-        with stop_requests() as stopped, progress_bar("step", steps, done, progress) as bar:
+        with stop_requests() as stopped, ProgressBar("step", steps, done, progress) as bar:
             while True:
                 phase = FIRE(band, logfile=None)
                 limit = fmax if band.climb else BEFORE_CLIMBING * fmax

@@ -110,7 +110,7 @@ def phonons(
         steps: Maximum number of steps of this relaxation.
         resume: Continue the calculation in ``output``.
         overwrite: Replace the calculation in ``output``.
-        progress: Show progress bars on a terminal.
+        progress: Show the progress.
 
     Returns:
         Range of frequencies, stability, zero-point energy and heat capacity.

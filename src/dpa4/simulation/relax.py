@@ -29,7 +29,7 @@ from dpa4.output import (
     save_figure,
 )
 from dpa4.parsing import first_line
-from dpa4.simulation.runs.progress import progress_bar
+from dpa4.progress import ProgressBar
 from dpa4.simulation.runs.store import Record, Records
 from dpa4.system import require, stop_requests, user_path
 
@@ -207,7 +207,7 @@ def relax_all(
         resume: Continue an earlier call with the same model, options and structures. Finished structures are not
             relaxed again, nor are those that could not be relaxed; an interrupted one continues from where it was.
         overwrite: Replace the results of an earlier call in ``output``.
-        progress: Show a progress bar on a terminal.
+        progress: Show the progress.
         **options: Options of ``relax``, applied to every structure.
 
     Returns:
@@ -235,7 +235,7 @@ def relax_all(
         results = _restored(structures, records, relaxed)
         done, total = len(results), len(structures)
         table = CsvLog(folder / "relax.csv", COLUMNS, done - 1 if resume else None)
-        with closing(table), progress_bar("structure", total, done, progress) as bar:
+        with closing(table), ProgressBar("structure", total, done, progress) as bar:
             task = bar.task_ids[0]
             for number, atoms in enumerate(structures[done:], start=done):
                 result = _relaxed_if_possible(

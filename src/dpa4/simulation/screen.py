@@ -14,9 +14,9 @@ from dpa4.data.writers import without_labels
 from dpa4.graph import build_graph
 from dpa4.interfaces.loading import charge_spin_of
 from dpa4.potential import fingerprint_of
+from dpa4.progress import ProgressBar
 from dpa4.simulation.flight import Flight, Job, Outcome, count_fragments, one_line
 from dpa4.simulation.relax import check_periodicity, check_relaxation
-from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.shards import Shard, join_shards
 from dpa4.system import stop_requests, user_path
 
@@ -113,7 +113,7 @@ def screen(
         world_size: Number of processes that share ``output``.
         resume: Continue an earlier call with the same files and settings, if there is one.
         overwrite: Replace the screening in ``output``. Only for ``world_size`` 1.
-        progress: Show a progress bar on a terminal.
+        progress: Show the progress.
 
     Returns:
         Number of structures by status, and whether the screening is finished.
@@ -149,7 +149,7 @@ def screen(
     shard = Shard(folder, COLUMNS, settings, rank, world_size, resume, overwrite)
     total = 0
     try:
-        with stop_requests() as stopped, progress_bar("structure", 0, show=progress) as bar:
+        with stop_requests() as stopped, ProgressBar("structure", 0, show=progress) as bar:
 
             def record(outcome: Outcome) -> None:
                 shard.record(*_recorded(outcome))

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dpa4.output import CsvLog
+from dpa4.progress import ProgressBar
 
 TERMS = ("energy", "forces", "virial", "loss", "gradient_norm")
 TRAIN_COLUMNS = ("step", "epoch", "learning_rate", *TERMS, "seconds")
@@ -16,7 +16,7 @@ VALID_COLUMNS = ("step", "epoch", "score", "best", *ERROR_COLUMNS)
 
 
 class RunLog:
-    """Progress bar and logs of one run; use as a context manager.
+    """Progress and logs of one run; use as a context manager.
 
     Args:
         folder: Folder for train.csv, valid.csv and the TensorBoard files.
@@ -36,17 +36,8 @@ class RunLog:
         self._tensorboard = _summary_writer(folder, resume_step) if tensorboard else None
         self._train = CsvLog(folder / "train.csv", TRAIN_COLUMNS, resume_step)
         self._valid = CsvLog(folder / "valid.csv", VALID_COLUMNS, resume_step)
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("train", total=total, completed=resume_step or 0, status="")
+        self._progress = ProgressBar("step", total, resume_step or 0, console=console)
+        self._task = self._progress.task_ids[0]
 
     def __enter__(self) -> "RunLog":
         self._progress.start()
@@ -65,7 +56,7 @@ class RunLog:
         self._valid.flush_to_disk()
 
     def step(self, step: int) -> None:
-        """Advance the progress bar."""
+        """Advance the progress."""
         self._progress.update(self._task, completed=step)
 
     def train(self, row: dict[str, Any]) -> None:
