@@ -195,6 +195,7 @@ class Trainer:
 
     # --- the loop
 
+    @own_settings  # the GPU of the run
     def run(self) -> Path:
         """Train to the last step, an early stop or a signal; return the path of the best model."""
         options, folder = self.config.training, self.config.output
