@@ -18,6 +18,7 @@ from dpa4.system import choose_device, own_settings, user_path
 from dpa4.training.options import RunConfig
 from helpers import molecule, small_potential
 
+ROOT = Path(__file__).resolve().parents[1]
 STEPS = """
 import json, resource, sys, torch
 from dpa4.system import keep_freed_memory
@@ -49,6 +50,16 @@ def test_pages_of_freed_tensors_are_used_again():
 def test_devices_other_than_cpu_and_cuda_are_refused(name):
     with pytest.raises(ValueError, match=f"device must be auto, cpu, cuda or.*cuda:1; got '{name}'"):
         choose_device(name)
+
+
+def test_the_command_for_an_extra_fits_the_installation(tmp_path, monkeypatch):
+    """pip finds extras in the metadata of an installed wheel; a checkout may not be installed at all."""
+    assert system.install_command("d3") == f"pip install --editable '{ROOT}[d3]'"
+    installed = tmp_path / "lib" / "site-packages" / "dpa4" / "system.py"
+    monkeypatch.setattr(system, "__file__", str(installed))
+    assert system.install_command("d3") == "pip install 'dpa4[d3]'"
+    with pytest.raises(ImportError, match=r"no_such_package is not installed; pip install 'dpa4\[d3\]'"):
+        system.require("no_such_package", "d3")
 
 
 def test_a_gpu_is_chosen_by_its_number(monkeypatch):

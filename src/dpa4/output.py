@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from html import escape
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -361,6 +362,20 @@ def _finite(content: Any) -> Any:
     if isinstance(content, np.ndarray | np.generic):
         return _finite(content.tolist())
     return None if isinstance(content, float) and not np.isfinite(content) else content
+
+
+# --- notebooks
+
+
+def html_table(title: str, sections: Mapping[str, Mapping[str, str]]) -> str:
+    """HTML table with a title and sections of labels and values, for ``_repr_html_``; all texts are escaped."""
+    left = 'style="text-align: left"'  # notebooks align to the right
+    rows = []
+    for section, lines in sections.items():
+        rows.append(f'<tr><th colspan="2" {left}>{escape(section)}</th></tr>')
+        for label, value in lines.items():
+            rows.append(f"<tr><td {left}>{escape(label)}</td><td {left}>{escape(value)}</td></tr>")
+    return f"<p><b>{escape(title)}</b></p><table>{''.join(rows)}</table>"
 
 
 # --- terminals

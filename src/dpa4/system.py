@@ -186,9 +186,19 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{module.partition('.')[0]} is not installed; pip install 'dpa4[{extra}]'"
-        ) from error
+        raise ImportError(f"{module.partition('.')[0]} is not installed; {install_command(extra)}") from error
+
+
+def install_command(extra: str) -> str:
+    """Command that installs an extra, for messages.
+
+    An installed wheel needs no source, since pip finds the extras in its metadata. In a checkout, which may not be
+    installed at all, the command names the folder.
+    """
+    checkout = Path(__file__).resolve().parents[2]
+    if (checkout / "pyproject.toml").is_file() and checkout.joinpath("src", "dpa4").is_dir():
+        return f"pip install --editable '{checkout}[{extra}]'"
+    return f"pip install 'dpa4[{extra}]'"
 
 
 caught_signals: list[int] = []

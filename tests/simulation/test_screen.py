@@ -308,7 +308,7 @@ def test_without_torchsim_the_module_can_be_imported_and_the_error_says_what_to_
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch_sim", None)
     module = importlib.import_module("dpa4.simulation.screen")
-    with pytest.raises(ImportError, match=r"torch_sim is not installed; pip install 'dpa4\[torchsim\]'"):
+    with pytest.raises(ImportError, match=r"torch_sim is not installed; pip install .*\[torchsim\]'"):
         module.screen([clusters(tmp_path, 1)], Watched(), tmp_path / "out")
 
 

@@ -201,7 +201,7 @@ def test_tensorboard(argon_file, tmp_path):
 
 def test_tensorboard_that_is_not_installed(argon_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ModuleNotFoundError, match=r"needs TensorBoard .* pip install 'dpa4\[tensorboard\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"needs TensorBoard .* pip install .*\[tensorboard\]'"):
         run(argon_file, tmp_path / "run", tensorboard=True)
 
 

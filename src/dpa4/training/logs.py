@@ -7,6 +7,7 @@ from rich.console import Console
 
 from dpa4.output import CsvLog
 from dpa4.progress import ProgressBar
+from dpa4.system import install_command
 
 TERMS = ("energy", "forces", "virial", "loss", "gradient_norm")
 TRAIN_COLUMNS = ("step", "epoch", "learning_rate", *TERMS, "seconds")
@@ -91,7 +92,7 @@ def _summary_writer(folder: Path, resume_step: int | None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"training.tensorboard = true needs TensorBoard ({error}); pip install 'dpa4[tensorboard]'"
+            f"training.tensorboard = true needs TensorBoard ({error}); {install_command('tensorboard')}"
         ) from None
     # Hides what the interrupted run logged after its last checkpoint.
     purge = None if resume_step is None else resume_step + 1
