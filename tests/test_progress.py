@@ -52,7 +52,7 @@ def test_a_notebook_gets_a_widget(monkeypatch):
             return None
 
         def clear_output(self, wait):
-            shown.append("cleared")
+            shown.append(bar.tasks[0].completed)
 
     modules = {"ipywidgets": types.ModuleType("ipywidgets"), "IPython": types.ModuleType("IPython")}
     modules["IPython.display"] = types.ModuleType("IPython.display")
@@ -61,8 +61,11 @@ def test_a_notebook_gets_a_widget(monkeypatch):
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(progress, "find_spec", lambda name: modules.get(name))
-    work(Console(force_jupyter=True))
-    assert isinstance(shown[0], Output) and "cleared" in shown
+    bar = ProgressBar("step", 10, console=Console(force_jupyter=True))
+    with bar:
+        bar.update(bar.task_ids[0], completed=10)
+    assert isinstance(shown[0], Output)
+    assert [entry for entry in shown if isinstance(entry, float | int)][-1] == 10
 
 
 def test_a_notebook_without_widgets_gets_lines(monkeypatch):

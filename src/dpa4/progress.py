@@ -75,6 +75,12 @@ class ProgressBar(Progress):
         super().advance(task_id, advance)
         self._print_line_if_due()
 
+    def stop(self) -> None:
+        """End the display; a widget, which rich leaves at its last refresh, shows the final state."""
+        if self.console.is_jupyter and not self.disable:
+            self.refresh()
+        super().stop()
+
     def _print_line_if_due(self) -> None:
         if self._prints_lines and self.get_time() >= self._next_line:
             self._next_line = self.get_time() + LINE_SECONDS
