@@ -39,6 +39,8 @@ def test_workflow_checks_builds_and_runs_slow_tests_at_night():
     assert ".ci/run" in commands["check"] and "make slow" in commands["slow"]
     assert "python -m build" in commands["wheel"] and "import dpa4" in commands["wheel"]
     assert "schedule" in workflow["jobs"]["slow"]["if"]
+    assert "schedule" in workflow["jobs"]["integrations"]["if"]
+    assert "tests/docs/test_integrations.py" in commands["integrations"]
     assert (ROOT / ".ci" / "run").is_file()
 
 

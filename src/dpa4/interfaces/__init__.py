@@ -12,14 +12,12 @@ if TYPE_CHECKING:
     from dpa4.interfaces.dispersion import with_dispersion
     from dpa4.interfaces.lammps import attach_lammps, open_lammps, run_lammps
     from dpa4.interfaces.mliap import DPA4MLIAP
-    from dpa4.interfaces.nvalchemi import DPA4Wrapper
     from dpa4.interfaces.torchsim import DPA4Model
 
 __all__ = [
     "DPA4Calculator",
     "DPA4MLIAP",
     "DPA4Model",
-    "DPA4Wrapper",
     "attach_lammps",
     "open_lammps",
     "run_lammps",
@@ -32,7 +30,6 @@ _lazy.attach(
         "DPA4Calculator": "dpa4.interfaces.ase",
         "DPA4MLIAP": "dpa4.interfaces.mliap",
         "DPA4Model": "dpa4.interfaces.torchsim",
-        "DPA4Wrapper": "dpa4.interfaces.nvalchemi",
         "attach_lammps": "dpa4.interfaces.lammps",
         "open_lammps": "dpa4.interfaces.lammps",
         "run_lammps": "dpa4.interfaces.lammps",

@@ -18,8 +18,6 @@ require("nvalchemi", "nvalchemi")
 from nvalchemi.data import AtomicData, Batch  # noqa: E402
 from nvalchemi.models.base import BaseModelMixin, ModelConfig  # noqa: E402
 
-Data = AtomicData | Batch
-
 
 class DPA4Wrapper(nn.Module, BaseModelMixin):
     """Model of the ALCHEMI Toolkit with energies, forces and stresses of a DPA4 potential.
@@ -97,7 +95,7 @@ class DPA4Wrapper(nn.Module, BaseModelMixin):
         return {"forces", "stress"}
 
     @own_settings
-    def forward(self, data: Data, **kwargs: Any) -> "OrderedDict[str, Tensor | None]":
+    def forward(self, data: AtomicData | Batch, **kwargs: Any) -> "OrderedDict[str, Tensor | None]":
         """Evaluate all structures at once.
 
         Args:
@@ -124,10 +122,12 @@ class DPA4Wrapper(nn.Module, BaseModelMixin):
             "stress": -prediction.virial / volume,
         }
         dtype = batch.positions.dtype
-        return OrderedDict((name, results[name].detach().to(dtype)) for name in sorted(self.output_data()))
+        return OrderedDict(
+            (name, results[name].detach().to(dtype)) for name in sorted(BaseModelMixin.output_data(self))
+        )
 
     @own_settings
-    def compute_embeddings(self, data: Data, **kwargs: Any) -> Data:
+    def compute_embeddings(self, data: AtomicData | Batch, **kwargs: Any) -> AtomicData | Batch:
         """Attach the invariant features of every atom, (N, C), as ``node_embeddings``."""
         batch = _as_batch(data)
         with self._lock, torch.no_grad():
@@ -174,5 +174,5 @@ class DPA4Wrapper(nn.Module, BaseModelMixin):
         return torch.stack(columns, dim=1).to(self.device)
 
 
-def _as_batch(data: Data) -> Batch:
+def _as_batch(data: AtomicData | Batch) -> Batch:
     return data if isinstance(data, Batch) else Batch.from_data_list([data])
