@@ -248,6 +248,33 @@ def test_messages_are_those_of_the_code():
             assert any(part in t for t in texts), f"{message!r}: no message with {part!r}"
 
 
+def test_quoted_messages_of_troubleshooting_are_those_of_the_code():
+    source = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "src/dpa4").rglob("*.py"))
+    for message, _ in table("docs/troubleshooting.md", "message | cause and remedy"):
+        if not message.startswith('"'):  # of PyTorch
+            assert all(part.strip() in source for part in message.split("…") if part.strip()), message
+    for part in ("compilation failed, so calculations continue in eager mode", "Angstrom apart"):
+        assert part in source and part in text("docs/troubleshooting.md").replace("\n", " ")
+
+
+def test_options_beside_those_of_other_programs_exist():
+    """Names of options and commands in the second column of the glossary."""
+    known = set(options(RunConfig.model_validate({"data": {"train": "train.xyz"}})))
+    known |= {f"model.{name}" for name in ModelConfig.model_fields}
+    content, found = text("docs/coming_from.md"), set()
+    for line in content.splitlines():
+        if line.startswith("| ") and not line.startswith("| |"):
+            names = re.findall(r"`([a-z_]+(?:\.[a-z_]+)*)`", line.split("|")[2])
+            found |= set(names) - {"best.safetensors", "with_dispersion"}
+    assert found <= known, found - known
+    assert len(found) > 35
+    assert {name for name in known if name.startswith("training.")} - found < {
+        "training.optimizer", "training.adam_for_basis", "training.weight_decay", "training.final_learning_rate",
+        "training.warmup_fraction", "training.warmup_factor", "training.decay_fraction", "training.huber_delta",
+        "training.log_interval", "training.tensorboard", "training.device",
+    }  # fmt: skip
+
+
 def test_page_of_benchmarks_is_short_and_the_log_is_newest_first():
     assert len(text("benchmarks/README.md").splitlines()) <= 100
     dates = re.findall(r"^## (\d{4}-\d\d-\d\d):", text("benchmarks/LOG.md"), re.MULTILINE)
