@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("docs", "examples", "benchmarks")
 DOCS = sorted([*ROOT.glob("*.md"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.md"))])
 IDS = [str(path.relative_to(ROOT)) for path in DOCS]
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+PROGRAM = typer.main.get_command(app)
+COMMANDS = PROGRAM.commands  # type: ignore[attr-defined]
+HELP = {"-h", "--help"}
+OPTIONS = HELP | {option for parameter in PROGRAM.params for option in parameter.opts}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -173,7 +176,7 @@ def test_commands_exist(path):
         if not line.startswith("dpa4 "):
             continue
         command, *arguments = shlex.split(line, comments=True)[1:]
-        if command == "--help":
+        if command in OPTIONS:
             continue
         assert command in COMMANDS, f"{path}: {line}"
         found = COMMANDS[command]
@@ -181,7 +184,7 @@ def test_commands_exist(path):
             command, *arguments = arguments
             assert command in found.commands, f"{path}: {line}"
             found = found.commands[command]
-        known = {option for parameter in found.params for option in parameter.opts} | {"--help"}
+        known = {option for parameter in found.params for option in parameter.opts} | HELP
         unknown = [a for a in arguments if a.startswith("-") and a.partition("=")[0] not in known]
         assert not unknown, f"{path}: {line}: {unknown}"
 
