@@ -12,6 +12,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import typer
 from ase.build import bulk
 from ase.io import read, write
 from safetensors import safe_open
@@ -204,6 +205,15 @@ def test_version_help_and_completion():
         env={"_DPA4_COMPLETE": "complete_bash", "COMP_WORDS": "dpa4 re", "COMP_CWORD": "1"},
     )
     assert result.output.split() == ["relax", "report"]
+
+
+def test_commands_that_continue_a_run_can_also_replace_it():
+    group = typer.main.get_command(app)
+    options = {name: {o for p in command.params for o in p.opts} for name, command in group.commands.items()}
+    assert sum("--resume" in found for found in options.values()) >= 8
+    assert {
+        name for name, found in options.items() if "--resume" in found and "--overwrite" not in found
+    } == set()
 
 
 def test_the_package_is_a_program(monkeypatch, capsys):

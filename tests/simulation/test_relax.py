@@ -369,7 +369,9 @@ class Refusing(Interrupting):
 
 def test_a_structure_that_cannot_be_relaxed_does_not_end_the_run(tmp_path):
     """The others are relaxed, and a resumed run goes on behind it."""
-    starts = [bulk("Cu", a=3.6), bulk("Ag"), squeezed(), bulk("Ag"), bulk("Cu", a=3.5)]
+    lost = bulk("Ag")
+    lost.positions[:] = np.nan
+    starts = [bulk("Cu", a=3.6), bulk("Ag"), squeezed(), lost, bulk("Cu", a=3.5)]
     options = {"fmax": 0.01, "progress": False}
     first = relax_all([a.copy() for a in starts], Refusing(), tmp_path, **options)
     assert [r.failure != "" for r in first] == [False, True, False] and first[2].interrupted

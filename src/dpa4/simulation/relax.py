@@ -299,14 +299,14 @@ def _relaxed_if_possible(atoms: Atoms, calculator: Calculator, **options: Any) -
 
 
 def _record(number: int, row: Mapping[str, Any], atoms: Atoms, relaxed: Path) -> Record:
-    """Record of a structure whose relaxation has begun; after a failure it has no energies and counts as done."""
-    record: Record = {"id": str(number), **row}
-    if row["failure"]:
-        record |= dict.fromkeys(("initial_energy", "energy", "max_force"))
+    """Record of a structure whose relaxation has begun; after a failure it has no numbers and counts as done."""
+    size = relaxed.stat().st_size if relaxed.is_file() else 0
+    record: Record = {"id": str(number), **row, "bytes": size}
+    if row["failure"]:  # its energies and positions may be NaN
+        return record | dict.fromkeys(("initial_energy", "energy", "max_force"))
     if row["interrupted"]:
         record["error"] = "interrupted"
-    size = relaxed.stat().st_size if relaxed.is_file() else 0
-    return record | {"cell": atoms.cell.array, "positions": atoms.positions, "bytes": size}
+    return record | {"cell": atoms.cell.array, "positions": atoms.positions}
 
 
 def _result(record: Record) -> Relaxation:
@@ -338,6 +338,8 @@ def _restored(structures: Sequence[Atoms], records: Records, relaxed: Path) -> l
                 "in the same order"
             )
         _check_record(record, len(atoms), records.path)
+        if record.get("failure"):
+            continue
         atoms.set_cell(record["cell"])
         atoms.set_positions(record["positions"], apply_constraint=False)
     done = [records[str(number)] for number in range(len(records.done))]
@@ -351,9 +353,10 @@ def _check_record(record: Record, num_atoms: int, path: Path) -> None:
     Raises:
         ValueError: If an entry is absent or has another type, shape or range.
     """
-    shapes: dict[str, tuple[int, ...]] = {"cell": (3, 3), "positions": (num_atoms, 3)}
     failure = record.get("failure", "")
+    shapes: dict[str, tuple[int, ...]] = {}
     if not failure:
+        shapes = {"cell": (3, 3), "positions": (num_atoms, 3)}
         shapes |= dict.fromkeys(("initial_energy", "energy", "max_force"), ())
     for name, shape in shapes.items():
         try:
