@@ -105,7 +105,7 @@ class DPA4Wrapper(nn.Module, BaseModelMixin):
         Returns:
             The active outputs among ``energy`` (B, 1) in eV, ``forces`` (N, 3) in eV/Angstrom, and ``stress``
             (B, 3, 3) in eV/Angstrom^3, positive under tension. The stress is NaN for structures that are not periodic
-            along all three axes. All tensors are detached and have the dtype of the positions.
+            along all three axes. All tensors are detached and have device and dtype of the positions.
 
         Raises:
             ValueError: If an element, a charge or a spin is not supported by the model; if a position is not finite
@@ -121,10 +121,8 @@ class DPA4Wrapper(nn.Module, BaseModelMixin):
             "forces": prediction.forces,
             "stress": -prediction.virial / volume,
         }
-        dtype = batch.positions.dtype
-        return OrderedDict(
-            (name, results[name].detach().to(dtype)) for name in sorted(BaseModelMixin.output_data(self))
-        )
+        active = sorted(BaseModelMixin.output_data(self))
+        return OrderedDict((name, results[name].detach().to(batch.positions)) for name in active)
 
     @own_settings
     def compute_embeddings(self, data: AtomicData | Batch, **kwargs: Any) -> AtomicData | Batch:
@@ -132,7 +130,7 @@ class DPA4Wrapper(nn.Module, BaseModelMixin):
         batch = _as_batch(data)
         with self._lock, torch.no_grad():
             graph, _ = self._graph(batch)
-            features = self.potential.descriptor(graph).to(batch.positions.dtype)
+            features = self.potential.descriptor(graph).to(batch.positions)
         if isinstance(data, Batch):
             data.add_key("node_embeddings", list(features.split(data.num_nodes_list)), overwrite=True)
         else:
@@ -142,15 +140,16 @@ class DPA4Wrapper(nn.Module, BaseModelMixin):
     def _graph(self, batch: Batch) -> tuple[Graph, Tensor]:
         """Graph of a batch, and whether each structure is periodic along all three axes (B,)."""
         count, device = batch.num_graphs, self.device
+        # A batch of molecules has neither of the two.
         cell, pbc = getattr(batch, "cell", None), getattr(batch, "pbc", None)
-        cell = torch.zeros(count, 3, 3, device=device) if cell is None else cell
-        pbc = torch.zeros(count, 3, dtype=torch.bool, device=device) if pbc is None else pbc
+        cell = torch.zeros(count, 3, 3) if cell is None else cell.detach()
+        pbc = (torch.zeros(count, 3, dtype=torch.bool) if pbc is None else pbc).to(device)
         graph = self._graphs.build(
-            batch.atomic_numbers.long(),
-            batch.positions.detach().double(),
-            cell.detach().double().contiguous(),
+            batch.atomic_numbers.to(device).long(),
+            batch.positions.detach().to(device).double(),
+            cell.to(device).double().contiguous(),
             pbc,
-            batch.batch_idx.long(),
+            batch.batch_idx.to(device).long(),
             self._charges_and_spins(batch),
         )
         return graph, pbc.all(dim=-1)
