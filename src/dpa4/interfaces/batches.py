@@ -1,5 +1,7 @@
 """Graphs of batches of structures for engines that hold many structures in tensors."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,13 +17,13 @@ class BatchGraphs:
     about elements, and once about short distances, that the training data did not contain.
 
     Args:
-        potential: The potential, on its device.
+        potentials: One or more potentials on one device. Edges reach to the largest cutoff.
     """
 
-    def __init__(self, potential: Potential):
-        self._potential = potential
-        self._cutoff = potential.config.cutoff
-        self._monitor = CoverageMonitor([potential.coverage], potential.device)
+    def __init__(self, potentials: Sequence[Potential]):
+        self._potentials = potentials
+        self._cutoff = max(potential.config.cutoff for potential in potentials)
+        self._monitor = CoverageMonitor([p.coverage for p in potentials], potentials[0].device)
         # Atomic numbers and charge_spin that passed the check.
         self._checked: tuple[Tensor, Tensor] | None = None
 
@@ -58,7 +60,8 @@ class BatchGraphs:
             graph = collate(graphs)._replace(charge_spin=charge_spin)
         known = self._checked
         if known is None or not (torch.equal(numbers, known[0]) and torch.equal(charge_spin, known[1])):
-            self._potential.check(graph)
+            for potential in self._potentials:
+                potential.check(graph)
             self._monitor.elements(numbers)
             self._checked = numbers.clone(), charge_spin
         self._monitor.look(graph)

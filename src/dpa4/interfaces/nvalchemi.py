@@ -78,7 +78,7 @@ class DPA4Wrapper(nn.Module, BaseModelMixin):
             supports_pbc=True,
         )
         self._evaluator = Evaluator(self.potential, compile)
-        self._graphs = BatchGraphs(self.potential)
+        self._graphs = BatchGraphs([self.potential])
 
     @property
     def device(self) -> torch.device:

@@ -101,7 +101,7 @@ class DPA4Model(ModelInterface):
         self.charge_spin = self.potential.config.default_charge_spin
         self._evaluator = Evaluator(self.potential, compile)
         self.last_graph: Graph | None = None  # of the latest call; saves a neighbour search after it
-        self._graphs = BatchGraphs(self.potential)
+        self._graphs = BatchGraphs([self.potential])
         self._unused: set[str] = set()  # extras of states that were warned of
 
     @ModelInterface.compute_forces.setter
