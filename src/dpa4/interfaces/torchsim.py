@@ -174,8 +174,9 @@ class DPA4Model(ModelInterface):
         positions, cell = state.positions.double(), state.row_vector_cell.double().contiguous()
         charge_spin = self._charges_and_spins(state, len(cell))
         pbc = periodic.expand(len(cell), 3)
-        self.last_graph = self._graphs.build(numbers, positions, cell, pbc, structure, charge_spin)
-        return self.last_graph
+        graph = self._graphs.build(numbers, positions, cell, pbc, structure, charge_spin)
+        self.last_graph = graph
+        return graph
 
     def _charges_and_spins(self, state: Any, systems: int) -> Tensor:
         """Charge and multiplicity of each system, (B, 2) int64."""
