@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
+from ase.db import connect
 from ase.stress import voigt_6_to_full_3x3_stress
 
+from dpa4.potential import fingerprint_of
 from dpa4.simulation import DPA4Calculator
 from helpers import crystal, graph_of, molecule, random_potential
 
@@ -323,3 +325,36 @@ def test_results_are_written_and_read_by_ase(tmp_path):
         assert again.get_potential_energy() == pytest.approx(atoms.get_potential_energy(), abs=1e-7)
         np.testing.assert_allclose(again.get_forces(), atoms.get_forces(), atol=1e-7)
         np.testing.assert_allclose(again.get_stress(), atoms.get_stress(), atol=1e-7)
+
+
+# --- records of a calculation
+
+
+def test_databases_keep_the_fingerprint_of_the_model(tmp_path):
+    potential = random_potential(n_blocks=1, lmax=1)
+    with connect(tmp_path / "a.db") as database:
+        database.write(attach(molecule(), potential))
+    (row,) = connect(tmp_path / "a.db").select()
+    expected = fingerprint_of(potential.double())
+    assert row.calculator == "dpa4"
+    assert row.calculator_parameters == expected | {"branch": None} and expected["dtype"] == "float64"
+    committee = attach(molecule(), [potential, random_potential(1, n_blocks=1, lmax=1)]).calc
+    first, second = committee.todict()["model"].split()
+    assert first == expected["model"] != second
+
+
+def test_the_branch_is_recorded(monkeypatch):
+    potential = random_potential(n_blocks=1, lmax=1)
+    monkeypatch.setattr("dpa4.interfaces.loading.load_potential", lambda *_, **__: potential)
+    calculator = DPA4Calculator("multitask.pt", device="cpu", branch="metals")
+    assert calculator.parameters["branch"] == "metals"
+    assert "metals" in calculator._repr_html_()
+
+
+def test_calculator_in_a_notebook():
+    potential = random_potential(n_blocks=1, lmax=1)
+    single, committee = (
+        DPA4Calculator(models, device="cpu")._repr_html_() for models in (potential, [potential, potential])
+    )
+    assert fingerprint_of(potential)["model"] in single and "float32" in single and "cpu" in single
+    assert "committee of 2 models" in committee and "Model 2" in committee

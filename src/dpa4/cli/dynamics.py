@@ -9,6 +9,7 @@ from dpa4.cli.options import (
     Model,
     ModelOptions,
     Output,
+    Overwrite,
     Resume,
     Skin,
     console,
@@ -48,6 +49,7 @@ def md(
     skin: Skin = 1.0,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     *,
     options: ModelOptions,
 ) -> None:
@@ -61,7 +63,7 @@ def md(
         result = run_md(
             atoms, calculator, output, steps=steps, ensemble=ensemble, temperature=temperature, timestep=timestep,
             friction=friction, tdamp=tdamp, pressure=pressure, pdamp=pdamp, cell=cell, interval=interval, seed=seed,
-            resume=resume,
+            resume=resume, overwrite=overwrite,
         )  # fmt: skip
     end = "finished" if result.finished else "stopped"
     how_to_continue = "" if result.finished else "; continue with --resume"

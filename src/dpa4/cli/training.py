@@ -12,6 +12,7 @@ from dpa4.cli.options import (
     Keys,
     MaxAtoms,
     Model,
+    Overwrite,
     console,
     eager_potential,
     label_keys,
@@ -25,14 +26,18 @@ def init(
     preset: Annotated[
         str, typer.Option(help="Published model to start from, as listed in docs/models.md.")
     ] = "mini",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Write a commented configuration file for a training run."""
+    from dpa4.output import atomic_write
     from dpa4.training import default_config_text
 
     with user_errors():
-        if path.exists():
-            raise FileExistsError(f"{path} exists; choose another name or remove it")
-        path.write_text(default_config_text(train, preset), encoding="utf-8")
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists; choose another name or replace it with --overwrite")
+        text = default_config_text(train, preset)
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     console.print(f"wrote {path}; edit it, then run: dpa4 train {path}")
 
 
@@ -52,6 +57,7 @@ def train(
             "--dry-run", help="Do ten steps and print the time and memory of the run; write nothing."
         ),
     ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train a potential."""
     from dpa4.training import dry_run, load_run_config
@@ -64,7 +70,7 @@ def train(
         if dry:
             console.print(dry_run(options, console))
         else:
-            run(options, resume=resume, new_data=new_data, console=console)
+            run(options, resume=resume, new_data=new_data, overwrite=overwrite, console=console)
 
 
 def evaluate_command(

@@ -15,12 +15,16 @@ from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
 from dpa4.output import (
     CsvLog,
     OutputFolder,
+    already_holds,
+    check_start,
     cut_back,
     flush_to_disk,
     read_csv,
+    remove_files,
     rows_until,
     save_figure,
 )
+from dpa4.progress import ProgressBar
 from dpa4.simulation.figures import (
     CONSERVED,
     DENSITY,
@@ -44,7 +48,6 @@ from dpa4.simulation.restart import (
     system_of,
     write_restart,
 )
-from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.store import check_settings
 from dpa4.system import stop_requests, user_path
 
@@ -98,6 +101,7 @@ def run_md(
     interval: int = 10,
     seed: int = 0,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> DynamicsResult:
     """Run molecular dynamics at constant energy, temperature or pressure.
@@ -135,14 +139,15 @@ def run_md(
         interval: Number of steps between rows of the table and frames of the trajectory.
         seed: Seed of the random numbers.
         resume: Continue the run in ``output``.
-        progress: Show a progress bar on a terminal.
+        overwrite: Replace the run in ``output``.
+        progress: Show the progress.
 
     Returns:
         Summary of the whole run, including steps before ``resume``.
 
     Raises:
         BlockingIOError: If another process is working in ``output``.
-        FileExistsError: If ``output`` already holds a run and ``resume`` is not set.
+        FileExistsError: If ``output`` already holds a run and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: If there is no run to resume.
         RuntimeError: If a step fails, usually because the time step is too long.
         ValueError: If an argument is not allowed, no atom can move, the ensemble cannot respect a constraint, the
@@ -168,12 +173,15 @@ def run_md(
         "seed": seed,
     }
     _check_arguments(settings | {"steps": steps})
+    check_start(resume, overwrite)
     folder = user_path(output)
     state = read_restart(folder) if resume else None
     with OutputFolder(folder):
+        if not (resume or overwrite):
+            _check_unused(folder)
         run = _Run(atoms, calculator, folder, settings | fingerprint_of_calculator(calculator), state)
         try:
-            with stop_requests() as stopped, progress_bar("step", steps, run.step, progress) as bar:
+            with stop_requests() as stopped, ProgressBar("step", steps, run.step, progress) as bar:
                 while run.step < steps and not stopped:
                     run.advance()
                     bar.update(bar.task_ids[0], completed=run.step, status=run.status)
@@ -181,6 +189,19 @@ def run_md(
         finally:
             run.log.close()
         return _finish(folder, run.step, run.step >= steps, len(atoms), settings)
+
+
+def _check_unused(folder: Path) -> None:
+    """Check that a folder can receive a new run.
+
+    Raises:
+        FileExistsError: If the folder already holds a run. A run of an earlier version that was killed before its
+            first restart file, with the initial structure at most, is none.
+    """
+    begun = len(read_csv(folder / THERMO)) > 1
+    orphan = (folder / TRAJECTORY).exists() and not (folder / THERMO).exists()
+    if begun or orphan or (folder / RESTART).exists():
+        raise already_holds(folder, "a run")
 
 
 class _Run:
@@ -225,7 +246,7 @@ class _Run:
             self._write_state(0)  # before the files that it speaks of, so that a killed run can be resumed
         self.log = CsvLog(folder / THERMO, self._columns(), self.step if begun else None)
         if not begun:
-            self.trajectory.unlink(missing_ok=True)
+            remove_files(folder, TRAJECTORY, "thermo.png")
             self._record()
             self.save()
 
@@ -274,16 +295,7 @@ class _Run:
         return columns
 
     def _start(self) -> None:
-        """Prepare the momenta of a new run.
-
-        Raises:
-            FileExistsError: If the folder already holds a run. A run of an earlier version that was killed before
-                its first restart file, with the initial structure at most, is none.
-        """
-        begun = len(read_csv(self.folder / THERMO)) > 1
-        orphan = self.trajectory.exists() and not (self.folder / THERMO).exists()
-        if begun or orphan or (self.folder / RESTART).exists():
-            raise FileExistsError(f"{self.folder} already holds a run; resume it or choose another folder")
+        """Prepare the momenta of a new run."""
         if not self.atoms.get_momenta().any():
             draw_momenta(self.atoms, self.settings["temperature"], self.rng)
         elif self.ensemble in ("nvt", "npt"):
