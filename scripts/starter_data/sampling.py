@@ -1,0 +1,287 @@
+"""Structures of one system and their GFN2-xTB labels. Only numpy, ASE and tblite are needed here."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from ase import Atoms, units
+from ase.md.langevin import Langevin
+from ase.optimize import LBFGS
+from numpy.typing import NDArray
+from tblite.ase import TBLite
+from tblite.interface import Calculator
+
+from starter_data.storage import DECIMALS, Frames, Molecule, System
+from starter_data.structures import (
+    Array,
+    Bonds,
+    Part,
+    arranged,
+    droplet,
+    fingerprint,
+    hydrogen_bonded,
+    is_duplicate,
+    joined_bonds,
+    proton_transferred,
+    rotatable,
+    stretched,
+    twisted,
+)
+
+Draws = Iterator[tuple[str, Array]]
+
+MAX_FORCE = 30.0  # eV/Angstrom
+MAX_ENERGY = (6.0, 0.4)  # eV and eV/atom above the lowest structure of the system
+MIN_GAP = 0.1  # eV; below it the closed-shell state is not the ground state and energies have kinks
+HYDROGEN_MASS = 4.0  # u; masses do not change the distribution, and heavy hydrogen allows a larger time step
+TIMESTEP = 2.0  # fs
+STRIDE = 8  # steps between two structures of a trajectory
+MULTIPLICITY = {"H": 2, "C": 3, "N": 4, "O": 3, "F": 2, "P": 4, "S": 3, "Cl": 2, "Br": 2}  # of the free atoms
+
+
+@dataclass
+class Sampler:
+    """Source of structures of one system, with the random numbers and the structures so far.
+
+    Attributes:
+        numbers: Atomic numbers.
+        bonds: Bonds of the molecules.
+        rng: Source of random numbers.
+        visited: Accepted structures, from which others are derived.
+    """
+
+    numbers: NDArray[np.int64]
+    bonds: Bonds
+    rng: np.random.Generator
+    visited: list[Array] = field(default_factory=list)
+
+    def relaxation(self, positions: Array, path: bool) -> Draws:
+        """Yield the end of a short relaxation and, with ``path``, also the start and a structure on the way."""
+        if path:
+            yield "conformer", positions
+        atoms = _dynamic(self.numbers, positions)
+        optimizer = LBFGS(atoms, logfile=None)
+        optimizer.run(fmax=0.02, steps=4)
+        if path:
+            yield "conformer", atoms.positions
+        optimizer.run(fmax=0.02, steps=20)
+        yield "conformer", atoms.positions
+
+    def dynamics(self, positions: Array, temperature: float, count: int) -> Draws:
+        """Yield structures of Langevin dynamics, one every ``STRIDE`` steps, the first after 40 fs."""
+        atoms = _dynamic(self.numbers, positions)
+        masses = np.where(self.numbers == 1, HYDROGEN_MASS, atoms.get_masses())
+        atoms.set_masses(masses)
+        # Twice the temperature, because half of the initial kinetic energy becomes potential energy.
+        speeds = np.sqrt(2 * units.kB * temperature / masses)[:, None] * self.rng.normal(size=(len(atoms), 3))
+        atoms.set_velocities(speeds)
+        run = Langevin(
+            atoms,
+            TIMESTEP * units.fs,
+            temperature_K=temperature,
+            friction=0.02 / units.fs,
+            rng=self.rng,
+            fixcm=False,
+        )
+        run.run(20 - STRIDE)
+        for _ in range(count):
+            run.run(STRIDE)
+            yield "dynamics-hot" if temperature > 800 else "dynamics", atoms.positions
+
+    def stretches(self, count: int) -> Draws:
+        """Yield visited structures with one bond stretched or compressed."""
+        for _ in range(count):
+            yield "bond", stretched(self._any(), self.bonds, self.rng)
+
+    def torsions(self, positions: Array, count: int) -> Draws:
+        """Yield a scan of one torsion in equal steps from a random angle."""
+        axes = rotatable(self.numbers, self.bonds)
+        if axes:
+            axis = axes[self.rng.integers(len(axes))]
+            start = self.rng.uniform(0, 2 * np.pi)
+            for step in range(count):
+                yield "torsion", twisted(positions, self.bonds, axis, start + 2 * np.pi * step / count)
+
+    def protons(self, count: int) -> Draws:
+        """Yield visited structures with a proton on its way to another atom."""
+        for _ in range(count):
+            moved = proton_transferred(self.numbers, self._any(), self.bonds, self.rng)
+            if moved is not None:
+                yield "proton", moved
+
+    def _any(self) -> Array:
+        return self.visited[self.rng.integers(len(self.visited))]
+
+
+def sample(
+    system: System, molecules: list[Molecule]
+) -> tuple[Frames | None, dict[str, float], dict[str, int]]:
+    """Create and label the structures of a system.
+
+    Returns:
+        The structures (None if there are none), seconds by kind, and numbers of dropped structures by reason.
+    """
+    rng = np.random.default_rng(list(system.name.encode()))
+    members = [molecules[k] for k in system.members]
+    numbers = np.concatenate([np.array(m.numbers) for m in members])
+    bonds = joined_bonds([(len(m.numbers), m.bonds) for m in members])
+    sampler = Sampler(numbers, bonds, rng)
+    plan = _plan_of_molecule if len(members) == 1 else _plan_of_cluster
+    kept: list[tuple[str, Array, float, Array, float]] = []
+    prints: list[Array] = []
+    seconds: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    for draws in plan(sampler, members):
+        start, kind = time.perf_counter(), "failed"
+        try:
+            for kind, positions in draws:
+                reason = _try(kind, positions, sampler, kept, prints)
+                if reason:
+                    dropped[reason] += 1
+                seconds[kind] += time.perf_counter() - start
+                start = time.perf_counter()
+        except (RuntimeError, ValueError, FloatingPointError, np.linalg.LinAlgError):
+            dropped["dynamics or relaxation failed"] += 1
+            seconds[kind] += time.perf_counter() - start
+    lowest = min((energy for _, _, energy, _, _ in kept), default=0.0)
+    low = [k for k in kept if k[2] - lowest <= MAX_ENERGY[0] + MAX_ENERGY[1] * len(numbers)]
+    dropped["energy too high"] += len(kept) - len(low)
+    if not low:
+        return None, dict(seconds), dict(dropped)
+    kinds, positions, energies, forces, gaps = zip(*low, strict=True)
+    frames = Frames(
+        numbers, np.array(positions), np.array(energies), np.array(forces), np.array(gaps), list(kinds)
+    )
+    return frames, dict(seconds), dict(+dropped)
+
+
+def label(numbers: NDArray[np.int64], positions: Array, uhf: int = 0) -> tuple[float, Array, float]:
+    """Energy (eV), forces (eV/Angstrom) and orbital gap (eV) by GFN2-xTB from a fresh, well converged calculation.
+
+    Raises:
+        RuntimeError: If the charges do not converge.
+    """
+    calculator = Calculator("GFN2-xTB", numbers, positions / units.Bohr, uhf=uhf)
+    calculator.set("verbosity", 0)
+    calculator.set("accuracy", 0.1)
+    result = calculator.singlepoint()
+    levels, filled = result.get("orbital-energies"), result.get("orbital-occupations")
+    empty = levels[filled < 1]
+    gap = (empty.min() - levels[filled >= 1].max()) * units.Hartree if len(empty) else np.inf
+    forces = -result.get("gradient") * units.Hartree / units.Bohr
+    return float(result.get("energy")) * units.Hartree, forces, float(gap)
+
+
+def free_atoms() -> dict[str, float]:
+    """Energies of the free atoms in eV in the multiplicities of their ground states."""
+    return {
+        symbol: label(Atoms(symbol).numbers, np.zeros((1, 3)), multiplicity - 1)[0]
+        for symbol, multiplicity in MULTIPLICITY.items()
+    }
+
+
+def _try(
+    kind: str, positions: Array, sampler: Sampler, kept: list[tuple[str, Array, float, Array, float]],
+    prints: list[Array],
+) -> str | None:  # fmt: skip
+    """Label a structure and keep it, or return the reason why not."""
+    positions = np.round(positions - positions.mean(axis=0), DECIMALS)
+    if not np.isfinite(positions).all():
+        return "dynamics or relaxation failed"
+    own = fingerprint(sampler.numbers, positions)
+    if is_duplicate(own, prints):
+        return "duplicate"
+    if own.min() < 0.4:
+        return "atoms closer than 0.4 Angstrom"
+    try:
+        energy, forces, gap = label(sampler.numbers, positions)
+    except RuntimeError:
+        return "charges not converged"
+    if not np.isfinite(forces).all() or np.abs(forces.sum(axis=0)).max() > 0.01:
+        return "forces do not add up to zero"
+    if np.linalg.norm(forces, axis=1).max() > MAX_FORCE:
+        return "force too large"
+    if gap < MIN_GAP:
+        return "gap too small"
+    kept.append((kind, positions, energy, forces, gap))
+    prints.append(own)
+    sampler.visited.append(positions)
+    return None
+
+
+def _dynamic(numbers: NDArray[np.int64], positions: Array) -> Atoms:
+    """Atoms with a calculator that starts from the charges of the last step; good enough to move atoms."""
+    atoms = Atoms(numbers, positions)
+    atoms.calc = TBLite(method="GFN2-xTB", accuracy=1.0, verbosity=0)
+    return atoms
+
+
+def _plan_of_molecule(sampler: Sampler, members: list[Molecule]) -> Iterator[Draws]:
+    """Kinds of structures of a molecule; small molecules, which are cheap and common, have more of each."""
+    (molecule,) = members
+    shapes = [np.array(c) for c in molecule.conformers]
+    more = 3 if len(molecule.numbers) <= 9 else 1
+    rng = sampler.rng
+    for number, shape in enumerate(shapes):
+        yield sampler.relaxation(shape, path=number == 0)
+    if not sampler.visited:
+        return
+    start = sampler.visited[-1]
+    if len(molecule.numbers) == 2:
+        scales = np.linspace(0.6, 2.4, 46)
+        yield (("bond", start * scale) for scale in scales)
+        return
+    for _ in range(more):
+        yield sampler.dynamics(sampler.visited[0], rng.uniform(300, 800), 5)
+        yield sampler.dynamics(start, rng.uniform(800, 2000), 5)
+    yield sampler.torsions(start, 4 * more)
+    yield sampler.stretches(4 * more)
+    yield sampler.protons(2 * more)
+
+
+def _plan_of_cluster(sampler: Sampler, members: list[Molecule]) -> Iterator[Draws]:
+    """Kinds of structures of a dimer or cluster."""
+    rng = sampler.rng
+    water = all(m.smiles == "O" for m in members)
+
+    def parts() -> list[Part]:
+        shapes = [np.array(m.conformers[rng.integers(len(m.conformers))]) for m in members]
+        return [
+            (np.array(m.numbers), s + rng.uniform(0.0, 0.05) * rng.normal(size=s.shape))
+            for m, s in zip(members, shapes, strict=True)
+        ]
+
+    def placed(kind: str, low: float, high: float) -> tuple[str, Array]:
+        return kind, arranged(parts(), rng.uniform(low, high), rng)[1]
+
+    def shared_protons(count: int) -> Draws:
+        for _ in range(count):
+            pair = hydrogen_bonded(*parts(), rng)
+            if pair is not None:
+                moved = proton_transferred(*pair, sampler.bonds, rng, reach=3.9)
+                yield "proton", pair[1] if moved is None else moved
+
+    pair = len(members) == 2
+    yield (placed("collision", 0.45, 0.7) for _ in range(2 if pair else 1))
+    yield (placed("contact", 0.7, 1.2) for _ in range(3))
+    if pair:
+        yield (placed("apart", 1.2, 2.5) for _ in range(2))
+        yield shared_protons(2)
+    start = droplet(parts()[0], len(members), rng)[1] if water else placed("contact", 0.8, 1.0)[1]
+    if water:
+        yield iter([("contact", start)])
+    relaxed: list[Array] = []
+    yield _remember(sampler.relaxation(start, path=False), relaxed)
+    for _ in range(3 if water else 1):
+        if relaxed:
+            yield sampler.dynamics(relaxed[-1], rng.uniform(100, 700), 4)
+    if not pair and sampler.visited:
+        yield sampler.protons(1)
+
+
+def _remember(draws: Draws, positions: list[Array]) -> Draws:
+    for kind, structure in draws:
+        positions.append(structure.copy())
+        yield kind, structure
