@@ -26,7 +26,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-for _library in ("OMP", "OPENBLAS", "MKL"):  # one thread for each process, set before the libraries are loaded
+for _library in (
+    "OMP",
+    "OPENBLAS",
+    "MKL",
+):  # one thread for each process, set before the libraries are loaded
     os.environ[f"{_library}_NUM_THREADS"] = "1"
 
 from starter_data.storage import Database, Molecule, System, read_molecules, write_molecules  # noqa: E402
@@ -55,7 +59,6 @@ _molecules: list[Molecule] = []  # of a worker process
 def make_molecules(path: Path, share: float, jobs: int) -> None:
     """Enumerate molecules and clusters and write them."""
     from rdkit import rdBase
-
     from starter_data import enumeration
     from starter_data.systems import systems
 
@@ -116,7 +119,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     steps = parser.add_subparsers(dest="step", required=True)
-    cores = len(os.sched_getaffinity(0))
+    cores = os.cpu_count() or 1
     step = steps.add_parser("molecules", help="enumerate molecules and clusters (rdkit)")
     step.add_argument("molecules", type=Path, help="file to write, .json.gz")
     step.add_argument(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from ase.data import chemical_symbols
 
-from starter_data.storage import DECIMALS, SPLITS, Database, Frames, Molecule, System
+from starter_data.storage import FORCE_DECIMALS, POSITION_DECIMALS, SPLITS, Database, Frames, Molecule, System
 
 PERCENTILES = (0, 1, 25, 50, 75, 99, 100)
 
@@ -35,7 +35,11 @@ temperature of 300 K. A model that is trained on these data has at best the accu
 
 
 def write_splits(
-    folder: Path, molecules: list[Molecule], systems: list[System], database: Database, atoms: dict[str, float]
+    folder: Path,
+    molecules: list[Molecule],
+    systems: list[System],
+    database: Database,
+    atoms: dict[str, float],
 ) -> str:
     """Write ``train.xyz.xz``, ``valid.xyz.xz``, ``test.xyz.xz`` and ``DATA_CARD.md``; return the text of the card."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,10 +74,9 @@ def extended_xyz(system: System, molecules: list[Molecule], frames: Frames) -> I
     for positions, energy, forces, kind in zip(
         frames.positions, frames.energies, frames.forces, frames.kinds, strict=True
     ):
-        rows = np.concatenate([positions, forces], axis=1).tolist()
         lines = [
-            symbol + "".join(f" {value:.{DECIMALS}f}" for value in row)
-            for symbol, row in zip(symbols, rows, strict=True)
+            " ".join([symbol, *_digits(place, POSITION_DECIMALS), *_digits(force, FORCE_DECIMALS)])
+            for symbol, place, force in zip(symbols, positions.tolist(), forces.tolist(), strict=True)
         ]
         yield (
             f"{len(symbols)}\nProperties=species:S:1:pos:R:3:forces:R:3 energy={energy:.6f} "
@@ -197,6 +200,10 @@ class Statistics:
     def _by(self, groups: Sequence[str], beginning: str) -> list[tuple[str, ...]]:
         (name,) = {name for name, _ in self.values if name.startswith(beginning)}
         return [(group, *_percentiles(self.values[name, group])) for group in groups]
+
+
+def _digits(vector: Iterable[float], decimals: int) -> list[str]:
+    return [f"{value:.{decimals}f}" for value in vector]
 
 
 def _percentiles(values: Sequence[float]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tblite.ase import TBLite
 from tblite.interface import Calculator
 
-from starter_data.storage import DECIMALS, Frames, Molecule, System
+from starter_data.storage import POSITION_DECIMALS, Frames, Molecule, System
 from starter_data.structures import (
     Array,
     Bonds,
@@ -37,7 +37,7 @@ MAX_ENERGY = (6.0, 0.4)  # eV and eV/atom above the lowest structure of the syst
 MIN_GAP = 0.1  # eV; below it the closed-shell state is not the ground state and energies have kinks
 HYDROGEN_MASS = 4.0  # u; masses do not change the distribution, and heavy hydrogen allows a larger time step
 TIMESTEP = 2.0  # fs
-STRIDE = 8  # steps between two structures of a trajectory
+START, STRIDE = 14, 6  # steps before the first structure of a trajectory and between two structures
 MULTIPLICITY = {"H": 2, "C": 3, "N": 4, "O": 3, "F": 2, "P": 4, "S": 3, "Cl": 2, "Br": 2}  # of the free atoms
 
 
@@ -66,11 +66,11 @@ class Sampler:
         optimizer.run(fmax=0.02, steps=4)
         if path:
             yield "conformer", atoms.positions
-        optimizer.run(fmax=0.02, steps=20)
+        optimizer.run(fmax=0.02, steps=8 if path else 6)
         yield "conformer", atoms.positions
 
     def dynamics(self, positions: Array, temperature: float, count: int) -> Draws:
-        """Yield structures of Langevin dynamics, one every ``STRIDE`` steps, the first after 40 fs."""
+        """Yield structures of Langevin dynamics, the first after ``START`` steps, then one every ``STRIDE`` steps."""
         atoms = _dynamic(self.numbers, positions)
         masses = np.where(self.numbers == 1, HYDROGEN_MASS, atoms.get_masses())
         atoms.set_masses(masses)
@@ -85,7 +85,7 @@ class Sampler:
             rng=self.rng,
             fixcm=False,
         )
-        run.run(20 - STRIDE)
+        run.run(START - STRIDE)
         for _ in range(count):
             run.run(STRIDE)
             yield "dynamics-hot" if temperature > 800 else "dynamics", atoms.positions
@@ -122,6 +122,7 @@ def sample(
 
     Returns:
         The structures (None if there are none), seconds by kind, and numbers of dropped structures by reason.
+        The seconds are those of the processor.
     """
     rng = np.random.default_rng(list(system.name.encode()))
     members = [molecules[k] for k in system.members]
@@ -134,17 +135,17 @@ def sample(
     seconds: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     for draws in plan(sampler, members):
-        start, kind = time.perf_counter(), "failed"
+        start, kind = time.process_time(), "failed"
         try:
             for kind, positions in draws:
                 reason = _try(kind, positions, sampler, kept, prints)
                 if reason:
                     dropped[reason] += 1
-                seconds[kind] += time.perf_counter() - start
-                start = time.perf_counter()
+                seconds[kind] += time.process_time() - start
+                start = time.process_time()
         except (RuntimeError, ValueError, FloatingPointError, np.linalg.LinAlgError):
             dropped["dynamics or relaxation failed"] += 1
-            seconds[kind] += time.perf_counter() - start
+            seconds[kind] += time.process_time() - start
     lowest = min((energy for _, _, energy, _, _ in kept), default=0.0)
     low = [k for k in kept if k[2] - lowest <= MAX_ENERGY[0] + MAX_ENERGY[1] * len(numbers)]
     dropped["energy too high"] += len(kept) - len(low)
@@ -168,8 +169,8 @@ def label(numbers: NDArray[np.int64], positions: Array, uhf: int = 0) -> tuple[f
     calculator.set("accuracy", 0.1)
     result = calculator.singlepoint()
     levels, filled = result.get("orbital-energies"), result.get("orbital-occupations")
-    empty = levels[filled < 1]
-    gap = (empty.min() - levels[filled >= 1].max()) * units.Hartree if len(empty) else np.inf
+    empty, occupied = levels[filled < 1], levels[filled >= 1]
+    gap = (empty.min() - occupied.max()) * units.Hartree if len(empty) and len(occupied) else np.inf
     forces = -result.get("gradient") * units.Hartree / units.Bohr
     return float(result.get("energy")) * units.Hartree, forces, float(gap)
 
@@ -187,7 +188,7 @@ def _try(
     prints: list[Array],
 ) -> str | None:  # fmt: skip
     """Label a structure and keep it, or return the reason why not."""
-    positions = np.round(positions - positions.mean(axis=0), DECIMALS)
+    positions = np.round(positions - positions.mean(axis=0), POSITION_DECIMALS)
     if not np.isfinite(positions).all():
         return "dynamics or relaxation failed"
     own = fingerprint(sampler.numbers, positions)
@@ -222,7 +223,7 @@ def _plan_of_molecule(sampler: Sampler, members: list[Molecule]) -> Iterator[Dra
     """Kinds of structures of a molecule; small molecules, which are cheap and common, have more of each."""
     (molecule,) = members
     shapes = [np.array(c) for c in molecule.conformers]
-    more = 3 if len(molecule.numbers) <= 9 else 1
+    more = 2 if len(molecule.numbers) <= 9 else 1
     rng = sampler.rng
     for number, shape in enumerate(shapes):
         yield sampler.relaxation(shape, path=number == 0)
@@ -234,11 +235,11 @@ def _plan_of_molecule(sampler: Sampler, members: list[Molecule]) -> Iterator[Dra
         yield (("bond", start * scale) for scale in scales)
         return
     for _ in range(more):
-        yield sampler.dynamics(sampler.visited[0], rng.uniform(300, 800), 5)
-        yield sampler.dynamics(start, rng.uniform(800, 2000), 5)
-    yield sampler.torsions(start, 4 * more)
-    yield sampler.stretches(4 * more)
-    yield sampler.protons(2 * more)
+        yield sampler.dynamics(sampler.visited[0], rng.uniform(300, 800), 4)
+        yield sampler.dynamics(start, rng.uniform(800, 2000), 4)
+    yield sampler.torsions(start, 3 * more)
+    yield sampler.stretches(3 * more)
+    yield sampler.protons(1 + more // 2)
 
 
 def _plan_of_cluster(sampler: Sampler, members: list[Molecule]) -> Iterator[Draws]:
@@ -274,9 +275,8 @@ def _plan_of_cluster(sampler: Sampler, members: list[Molecule]) -> Iterator[Draw
         yield iter([("contact", start)])
     relaxed: list[Array] = []
     yield _remember(sampler.relaxation(start, path=False), relaxed)
-    for _ in range(3 if water else 1):
-        if relaxed:
-            yield sampler.dynamics(relaxed[-1], rng.uniform(100, 700), 4)
+    for _ in range(2 if relaxed and water else 1 if relaxed else 0):
+        yield sampler.dynamics(relaxed[-1], rng.uniform(100, 700), 6)
     if not pair and sampler.visited:
         yield sampler.protons(1)
 

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 SPLITS = {"train": 0.90, "valid": 0.04, "test": 0.06}
-DECIMALS = 4  # digits of positions in Angstrom and of forces in eV/Angstrom
+POSITION_DECIMALS = 3  # digits in Angstrom; the labels belong to the rounded positions
+FORCE_DECIMALS = 4  # digits in eV/Angstrom
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,15 @@ class Database:
         """Names of the systems that are finished."""
         return {name for (name,) in self._connection.execute("SELECT name FROM results")}
 
-    def add(self, name: str, frames: Frames | None, seconds: dict[str, float], dropped: dict[str, int]) -> None:
+    def add(
+        self, name: str, frames: Frames | None, seconds: dict[str, float], dropped: dict[str, int]
+    ) -> None:
         """Store the result of a system."""
         blob = b"" if frames is None else pack(frames)
         with self._connection as connection:
             connection.execute(
-                "INSERT INTO results VALUES (?, ?, ?, ?)", (name, json.dumps(seconds), json.dumps(dropped), blob)
+                "INSERT INTO results VALUES (?, ?, ?, ?)",
+                (name, json.dumps(seconds), json.dumps(dropped), blob),
             )
 
     def results(self) -> Iterator[tuple[str, Frames | None, dict[str, float], dict[str, int]]]:
@@ -148,15 +152,14 @@ class Database:
 
 
 def pack(frames: Frames) -> bytes:
-    """Compressed bytes of labelled structures; positions and forces have ``DECIMALS`` digits."""
-    scale = 10**DECIMALS
+    """Compressed bytes of labelled structures, with rounded positions and forces."""
     file = io.BytesIO()
     np.savez_compressed(
         file,
         numbers=np.asarray(frames.numbers, np.uint8),
-        positions=np.rint(frames.positions * scale).astype(np.int32),
+        positions=np.rint(frames.positions * 10**POSITION_DECIMALS).astype(np.int32),
         energies=np.asarray(frames.energies, np.float64),
-        forces=np.rint(frames.forces * scale).astype(np.int32),
+        forces=np.rint(frames.forces * 10**FORCE_DECIMALS).astype(np.int32),
         gaps=np.asarray(frames.gaps, np.float32),
         kinds=np.array(frames.kinds),
     )
@@ -168,9 +171,9 @@ def unpack(data: bytes) -> Frames:
     content = np.load(io.BytesIO(data), allow_pickle=False)
     return Frames(
         content["numbers"].astype(int),
-        content["positions"] / 10**DECIMALS,
+        content["positions"] / 10**POSITION_DECIMALS,
         content["energies"],
-        content["forces"] / 10**DECIMALS,
+        content["forces"] / 10**FORCE_DECIMALS,
         content["gaps"],
         content["kinds"].tolist(),
     )

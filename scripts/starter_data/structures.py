@@ -56,7 +56,9 @@ def twisted(positions: Array, bonds: Bonds, axis: tuple[int, int], angle: float)
     moving = fragments(len(positions), bonds, axis) == fragments(len(positions), bonds, axis)[j]
     direction = (positions[j] - positions[i]) / np.linalg.norm(positions[j] - positions[i])
     moved = positions.copy()
-    moved[moving] = positions[j] + Rotation.from_rotvec(angle * direction).apply(positions[moving] - positions[j])
+    moved[moving] = positions[j] + Rotation.from_rotvec(angle * direction).apply(
+        positions[moving] - positions[j]
+    )
     return moved
 
 
@@ -130,7 +132,9 @@ def arranged(parts: Sequence[Part], closest: float, rng: np.random.Generator) ->
 
 
 def hydrogen_bonded(first: Part, second: Part, rng: np.random.Generator) -> Part | None:
-    """Place the second molecule so that an X-H of the first points at an N, O or S of it, X...Y being 2.4 to 3 Angstrom.
+    """Pair of molecules in which an X-H of the first points at an N, O or S of the second.
+
+    The distance of X and the acceptor is 2.4 to 3 Angstrom, longer with S and Cl.
 
     Returns None if there is no such pair of atoms or no arrangement without a clash.
     """
@@ -142,7 +146,9 @@ def hydrogen_bonded(first: Part, second: Part, rng: np.random.Generator) -> Part
         return None
     distances = cdist(positions[hydrogens], positions[heavy])
     donors = [
-        (hydrogens[h], heavy[x]) for h, x in np.argwhere(distances < 1.5) if distances[h, x] == distances[h].min()
+        (hydrogens[h], heavy[x])
+        for h, x in np.argwhere(distances < 1.5)
+        if distances[h, x] == distances[h].min()
     ]
     if not donors:
         return None
@@ -186,11 +192,13 @@ def joined_bonds(members: Sequence[tuple[int, Bonds]]) -> list[list[float]]:
 
 def fingerprint(numbers: NDArray[np.int64], positions: Array) -> Array:
     """Distances of all pairs, sorted within each pair of elements: equal for mirrored and renumbered structures."""
-    pairs = np.array([tuple(sorted((numbers[i], numbers[j]))) for i, j in combinations(range(len(numbers)), 2)])
+    pairs = np.array(
+        [tuple(sorted((numbers[i], numbers[j]))) for i, j in combinations(range(len(numbers)), 2)]
+    )
     distances = pdist(positions)
     return distances[np.lexsort((distances, pairs[:, 1], pairs[:, 0]))]
 
 
 def is_duplicate(candidate: Array, kept: Sequence[Array]) -> bool:
-    """Return whether a fingerprint differs from one of the others by less than ``SAME`` (RMS, Angstrom)."""
+    """Return True if a fingerprint differs from one of the others by less than ``SAME`` (RMS, Angstrom)."""
     return any(np.sqrt(np.mean((candidate - other) ** 2)) < SAME for other in kept)
