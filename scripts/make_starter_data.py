@@ -26,14 +26,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-for _library in (
-    "OMP",
-    "OPENBLAS",
-    "MKL",
-):  # one thread for each process, set before the libraries are loaded
-    os.environ[f"{_library}_NUM_THREADS"] = "1"
-
-from starter_data.storage import Database, Molecule, System, read_molecules, write_molecules  # noqa: E402
+from starter_data.storage import Database, Molecule, System, read_molecules, write_molecules
 
 MOLECULES = {
     "diatomic": 100,
@@ -136,6 +129,8 @@ def main() -> None:
     step.add_argument("labels", type=Path, help="database of the step label")
     step.add_argument("folder", type=Path, help="folder for the files")
     arguments = parser.parse_args()
+    for library in ("OMP", "OPENBLAS", "MKL"):  # one thread in each of the processes to come
+        os.environ[f"{library}_NUM_THREADS"] = "1"
     try:
         if arguments.step == "molecules":
             make_molecules(arguments.molecules, arguments.share, arguments.jobs)

@@ -100,6 +100,7 @@ TEMPLATES = {
 # SMARTS of molecules that fall apart or that a semi-empirical method describes badly.
 UNSTABLE = [
     "[N,O,S;!+]~[N,O,SX2;!+]~[N,O,S;!+]",  # chain of three heteroatoms, neither aromatic nor a sulfone
+    "[O,S;D1]=[O,S;D1]",  # O2, SO and S2 are triplets
     "[F,Cl,Br]~[#7,#8,SX2]",
     "[R]#[R]",
     "[R]=[R]=*",
