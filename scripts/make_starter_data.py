@@ -43,7 +43,7 @@ MOLECULES = {
     "heteroatom-chain": 550,
     "carbonyl": 750,
 }
-DIMERS, CLUSTERS, WATER = 1500, 700, 180
+DIMERS, CLUSTERS, WATER = 1400, 600, 160
 CONFORMERS = 2
 
 _molecules: list[Molecule] = []  # of a worker process
@@ -100,8 +100,12 @@ def write(path: Path, labels: Path, folder: Path) -> None:
     from starter_data.card import write_splits
     from starter_data.sampling import free_atoms
 
+    if not labels.exists():
+        raise ValueError(f"{labels} does not exist; run the step label first")
     molecules, systems = read_molecules(path)
     database = Database(labels, sha256(path.read_bytes()).hexdigest())
+    if not database.names():
+        raise ValueError(f"{labels} has no structures yet; run the step label again")
     print(write_splits(folder, molecules, systems, database, free_atoms()))
     database.close()
 
@@ -147,9 +151,13 @@ def _start_worker(path: Path) -> None:
 
 
 def _sample(system: System) -> Any:
+    """Result of a system; one that fails for an unforeseen reason is counted and does not end the run."""
     from starter_data.sampling import sample
 
-    return sample(system, _molecules)
+    try:
+        return sample(system, _molecules)
+    except Exception as error:
+        return None, {}, {f"system failed ({type(error).__name__})": 1}
 
 
 def _results(

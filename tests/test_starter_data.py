@@ -336,6 +336,27 @@ def test_results_stop_at_the_deadline_and_finish_what_is_under_way(scripts):
         script._sample = original
 
 
+def test_systems_that_fail_are_counted(scripts, monkeypatch):
+    script = scripts("make_starter_data")
+    module = SimpleNamespace(sample=lambda system, molecules: molecules[system])
+    monkeypatch.setitem(sys.modules, "starter_data.sampling", module)
+    assert script._sample(5) == (None, {}, {"system failed (IndexError)": 1})
+
+
+@pytest.mark.parametrize(("exists", "fault"), [(False, "does not exist"), (True, "no structures yet")])
+def test_nothing_is_written_without_labels(scripts, tmp_path, exists, fault):
+    pytest.importorskip("tblite", reason="needs tblite: pip install tblite")
+    script = scripts("make_starter_data")
+    storage.write_molecules(tmp_path / "a.json.gz", [WATER], [])
+    if exists:
+        storage.Database(
+            tmp_path / "labels.db", script.sha256((tmp_path / "a.json.gz").read_bytes()).hexdigest()
+        )
+    with pytest.raises(ValueError, match=fault):
+        script.write(tmp_path / "a.json.gz", tmp_path / "labels.db", tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
 # --- labels ---
 
 

@@ -150,7 +150,7 @@ def sample(
     low = [k for k in kept if k[2] - lowest <= MAX_ENERGY[0] + MAX_ENERGY[1] * len(numbers)]
     dropped["energy too high"] += len(kept) - len(low)
     if not low:
-        return None, dict(seconds), dict(dropped)
+        return None, dict(seconds), dict(+dropped)
     kinds, positions, energies, forces, gaps = zip(*low, strict=True)
     frames = Frames(
         numbers, np.array(positions), np.array(energies), np.array(forces), np.array(gaps), list(kinds)
@@ -250,7 +250,7 @@ def _plan_of_cluster(sampler: Sampler, members: list[Molecule]) -> Iterator[Draw
     def parts() -> list[Part]:
         shapes = [np.array(m.conformers[rng.integers(len(m.conformers))]) for m in members]
         return [
-            (np.array(m.numbers), s + rng.uniform(0.0, 0.05) * rng.normal(size=s.shape))
+            (np.array(m.numbers), s + rng.uniform(0.0, 0.03) * rng.normal(size=s.shape))
             for m, s in zip(members, shapes, strict=True)
         ]
 

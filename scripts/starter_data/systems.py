@@ -6,7 +6,7 @@ import numpy as np
 
 from starter_data.storage import Molecule, System, split_of
 
-LARGEST_CLUSTER = 32  # atoms
+LARGEST_CLUSTER = 24  # atoms
 WATER = "O"
 WATER_SIZES = range(2, 11)  # molecules
 WATER_SHARE = 0.15  # of the partners in clusters of organic molecules
