@@ -413,10 +413,9 @@ def test_absurd_structures_are_dropped_and_counted(scripts):
     sampling = scripts("starter_data.sampling")
     numbers, positions = arrays(WATER)
     sampler = sampling.Sampler(numbers, WATER.bonds, np.random.default_rng(0))
-    kept, prints = [], []
 
     def reason(shape):
-        return sampling._try("bond", shape, sampler, kept, prints)
+        return sampler.add("bond", shape)
 
     squeezed, merged = positions.copy(), positions.copy()
     squeezed[1] = positions[0] + 0.6 * (positions[1] - positions[0])
@@ -426,4 +425,4 @@ def test_absurd_structures_are_dropped_and_counted(scripts):
     assert reason(squeezed) == "force too large"
     assert reason(merged) == "atoms closer than 0.4 Angstrom"
     assert reason(positions * np.nan) == "dynamics or relaxation failed"
-    assert len(kept) == len(prints) == len(sampler.visited) == 1
+    assert len(sampler.kept) == 1 and len(sampler.frames().energies) == 1

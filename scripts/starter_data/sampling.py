@@ -30,15 +30,29 @@ from starter_data.structures import (
     twisted,
 )
 
-Draws = Iterator[tuple[str, Array]]
+Draws = Iterator[tuple[str, Array]]  # kind and positions
+
+FAILED = "dynamics or relaxation failed"
 
 MAX_FORCE = 30.0  # eV/Angstrom
 MAX_ENERGY = (6.0, 0.4)  # eV and eV/atom above the lowest structure of the system
+MIN_DISTANCE = 0.4  # Angstrom
 MIN_GAP = 0.1  # eV; below it the closed-shell state is not the ground state and energies have kinks
 HYDROGEN_MASS = 4.0  # u; masses do not change the distribution, and heavy hydrogen allows a larger time step
 TIMESTEP = 2.0  # fs
 START, STRIDE = 14, 6  # steps before the first structure of a trajectory and between two structures
 MULTIPLICITY = {"H": 2, "C": 3, "N": 4, "O": 3, "F": 2, "P": 4, "S": 3, "Cl": 2, "Br": 2}  # of the free atoms
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Structure with its label: positions in Angstrom, energy and gap in eV, forces in eV/Angstrom."""
+
+    kind: str
+    positions: Array
+    energy: float
+    forces: Array
+    gap: float
 
 
 @dataclass
@@ -49,13 +63,55 @@ class Sampler:
         numbers: Atomic numbers.
         bonds: Bonds of the molecules.
         rng: Source of random numbers.
-        visited: Accepted structures, from which others are derived.
+        kept: Accepted structures, from which others are derived.
+        fingerprints: Fingerprints of the accepted structures.
     """
 
     numbers: NDArray[np.int64]
     bonds: Bonds
     rng: np.random.Generator
-    visited: list[Array] = field(default_factory=list)
+    kept: list[Labelled] = field(default_factory=list)
+    fingerprints: list[Array] = field(default_factory=list)
+
+    def add(self, kind: str, positions: Array) -> str | None:
+        """Label a structure and keep it, or return the reason why not."""
+        positions = np.round(positions - positions.mean(axis=0), POSITION_DECIMALS)
+        if not np.isfinite(positions).all():
+            return FAILED
+        own = fingerprint(self.numbers, positions)
+        if is_duplicate(own, self.fingerprints):
+            return "duplicate"
+        if own.min() < MIN_DISTANCE:
+            return f"atoms closer than {MIN_DISTANCE} Angstrom"
+        try:
+            energy, forces, gap = label(self.numbers, positions)
+        except RuntimeError:
+            return "charges not converged"
+        if not np.isfinite(forces).all() or np.abs(forces.sum(axis=0)).max() > 0.01:
+            return "forces do not add up to zero"
+        if np.linalg.norm(forces, axis=1).max() > MAX_FORCE:
+            return "force too large"
+        if gap < MIN_GAP:
+            return "gap too small"
+        self.kept.append(Labelled(kind, positions, energy, forces, gap))
+        self.fingerprints.append(own)
+        return None
+
+    def frames(self) -> Frames | None:
+        """Accepted structures whose energies are not too high, or None if there are none."""
+        lowest = min((frame.energy for frame in self.kept), default=0.0)
+        limit = lowest + MAX_ENERGY[0] + MAX_ENERGY[1] * len(self.numbers)
+        low = [frame for frame in self.kept if frame.energy <= limit]
+        if not low:
+            return None
+        return Frames(
+            numbers=self.numbers,
+            positions=np.array([frame.positions for frame in low]),
+            energies=np.array([frame.energy for frame in low]),
+            forces=np.array([frame.forces for frame in low]),
+            gaps=np.array([frame.gap for frame in low]),
+            kinds=[frame.kind for frame in low],
+        )
 
     def relaxation(self, positions: Array, path: bool) -> Draws:
         """Yield the end of a short relaxation and, with ``path``, also the start and a structure on the way."""
@@ -91,7 +147,7 @@ class Sampler:
             yield "dynamics-hot" if temperature > 800 else "dynamics", atoms.positions
 
     def stretches(self, count: int) -> Draws:
-        """Yield visited structures with one bond stretched or compressed."""
+        """Yield accepted structures with one bond stretched or compressed."""
         for _ in range(count):
             yield "bond", stretched(self._any(), self.bonds, self.rng)
 
@@ -105,14 +161,14 @@ class Sampler:
                 yield "torsion", twisted(positions, self.bonds, axis, start + 2 * np.pi * step / count)
 
     def protons(self, count: int) -> Draws:
-        """Yield visited structures with a proton on its way to another atom."""
+        """Yield accepted structures with a proton on its way to another atom."""
         for _ in range(count):
             moved = proton_transferred(self.numbers, self._any(), self.bonds, self.rng)
             if moved is not None:
                 yield "proton", moved
 
     def _any(self) -> Array:
-        return self.visited[self.rng.integers(len(self.visited))]
+        return self.kept[self.rng.integers(len(self.kept))].positions
 
 
 def sample(
@@ -130,31 +186,22 @@ def sample(
     bonds = joined_bonds([(len(m.numbers), m.bonds) for m in members])
     sampler = Sampler(numbers, bonds, rng)
     plan = _plan_of_molecule if len(members) == 1 else _plan_of_cluster
-    kept: list[tuple[str, Array, float, Array, float]] = []
-    prints: list[Array] = []
     seconds: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     for draws in plan(sampler, members):
         start, kind = time.process_time(), "failed"
         try:
             for kind, positions in draws:
-                reason = _try(kind, positions, sampler, kept, prints)
-                if reason:
+                reason = sampler.add(kind, positions)
+                if reason is not None:
                     dropped[reason] += 1
                 seconds[kind] += time.process_time() - start
                 start = time.process_time()
         except (RuntimeError, ValueError, FloatingPointError, np.linalg.LinAlgError):
-            dropped["dynamics or relaxation failed"] += 1
+            dropped[FAILED] += 1
             seconds[kind] += time.process_time() - start
-    lowest = min((energy for _, _, energy, _, _ in kept), default=0.0)
-    low = [k for k in kept if k[2] - lowest <= MAX_ENERGY[0] + MAX_ENERGY[1] * len(numbers)]
-    dropped["energy too high"] += len(kept) - len(low)
-    if not low:
-        return None, dict(seconds), dict(+dropped)
-    kinds, positions, energies, forces, gaps = zip(*low, strict=True)
-    frames = Frames(
-        numbers, np.array(positions), np.array(energies), np.array(forces), np.array(gaps), list(kinds)
-    )
+    frames = sampler.frames()
+    dropped["energy too high"] += len(sampler.kept) - (0 if frames is None else len(frames.energies))
     return frames, dict(seconds), dict(+dropped)
 
 
@@ -183,35 +230,6 @@ def free_atoms() -> dict[str, float]:
     }
 
 
-def _try(
-    kind: str, positions: Array, sampler: Sampler, kept: list[tuple[str, Array, float, Array, float]],
-    prints: list[Array],
-) -> str | None:  # fmt: skip
-    """Label a structure and keep it, or return the reason why not."""
-    positions = np.round(positions - positions.mean(axis=0), POSITION_DECIMALS)
-    if not np.isfinite(positions).all():
-        return "dynamics or relaxation failed"
-    own = fingerprint(sampler.numbers, positions)
-    if is_duplicate(own, prints):
-        return "duplicate"
-    if own.min() < 0.4:
-        return "atoms closer than 0.4 Angstrom"
-    try:
-        energy, forces, gap = label(sampler.numbers, positions)
-    except RuntimeError:
-        return "charges not converged"
-    if not np.isfinite(forces).all() or np.abs(forces.sum(axis=0)).max() > 0.01:
-        return "forces do not add up to zero"
-    if np.linalg.norm(forces, axis=1).max() > MAX_FORCE:
-        return "force too large"
-    if gap < MIN_GAP:
-        return "gap too small"
-    kept.append((kind, positions, energy, forces, gap))
-    prints.append(own)
-    sampler.visited.append(positions)
-    return None
-
-
 def _dynamic(numbers: NDArray[np.int64], positions: Array) -> Atoms:
     """Atoms with a calculator that starts from the charges of the last step; good enough to move atoms."""
     atoms = Atoms(numbers, positions)
@@ -227,15 +245,15 @@ def _plan_of_molecule(sampler: Sampler, members: list[Molecule]) -> Iterator[Dra
     rng = sampler.rng
     for number, shape in enumerate(shapes):
         yield sampler.relaxation(shape, path=number == 0)
-    if not sampler.visited:
+    if not sampler.kept:
         return
-    start = sampler.visited[-1]
+    start = sampler.kept[-1].positions
     if len(molecule.numbers) == 2:
         scales = np.linspace(0.6, 2.4, 46)
         yield (("bond", start * scale) for scale in scales)
         return
     for _ in range(more):
-        yield sampler.dynamics(sampler.visited[0], rng.uniform(300, 800), 4)
+        yield sampler.dynamics(sampler.kept[0].positions, rng.uniform(300, 800), 4)
         yield sampler.dynamics(start, rng.uniform(800, 2000), 4)
     yield sampler.torsions(start, 3 * more)
     yield sampler.stretches(3 * more)
@@ -277,7 +295,7 @@ def _plan_of_cluster(sampler: Sampler, members: list[Molecule]) -> Iterator[Draw
     yield _remember(sampler.relaxation(start, path=False), relaxed)
     for _ in range(2 if relaxed and water else 1 if relaxed else 0):
         yield sampler.dynamics(relaxed[-1], rng.uniform(100, 700), 6)
-    if not pair and sampler.visited:
+    if not pair and sampler.kept:
         yield sampler.protons(1)
 
 
