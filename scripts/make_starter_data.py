@@ -22,8 +22,9 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from hashlib import sha256
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from starter_data.storage import Database, Molecule, System, read_molecules, write_molecules
@@ -147,7 +148,16 @@ def main() -> None:
 
 
 def _start_worker(path: Path) -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
     _molecules[:] = read_molecules(path)[0]
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent was killed; otherwise it would wait for work for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _sample(system: System) -> Any:
