@@ -91,7 +91,14 @@ def test_small_graphs_are_complete_and_stable(scripts):
 @needs_rdkit
 @pytest.mark.parametrize(
     ("smiles", "stable"),
-    [("CS(=O)(=O)N", True), ("c1nnn[nH]1", True), ("NNN", False), ("CN(F)C", False), ("C1=CC1", False)],
+    [
+        ("CS(=O)(=O)N", True),
+        ("c1nnn[nH]1", True),
+        ("NNN", False),
+        ("o1ss1", False),
+        ("CN(F)C", False),
+        ("C1=CC1", False),
+    ],
 )
 def test_unstable_patterns(scripts, smiles, stable):
     assert scripts("starter_data.enumeration").is_stable(smiles) is stable

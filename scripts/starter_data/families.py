@@ -106,6 +106,7 @@ UNSTABLE = [
     "[R]=[R]=*",
     "*=[r3]=*",
     "[r3]=[r3]",
+    "[a;r3]",  # the same, where RDKit regards the ring as aromatic
     "[r4]=[r4]-[r4]=[r4]",
     "[r3](~[r3])(~[r3])~[r3]",
     "C=C=C=C",
