@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from hashlib import sha256
+from importlib.metadata import version
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -107,7 +108,8 @@ def write(path: Path, labels: Path, folder: Path) -> None:
     database = Database(labels, sha256(path.read_bytes()).hexdigest())
     if not database.names():
         raise ValueError(f"{labels} has no structures yet; run the step label again")
-    print(write_splits(folder, molecules, systems, database, free_atoms()))
+    program = f"tblite {version('tblite')}"
+    print(write_splits(folder, molecules, systems, database, free_atoms(), program))
     database.close()
 
 

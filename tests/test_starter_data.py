@@ -311,7 +311,12 @@ def test_splits_and_card_contain_what_was_labelled(tmp_path):
     database.add("molecule CCO", some_frames(molecules[1], 2), {"dynamics": 0.2}, {})
     database.add("molecule F", some_frames(molecules[2], 1), {"dynamics": 0.1}, {})
     text = card.write_splits(
-        tmp_path / "data", molecules, chosen, database, {"H": -10.7, "O": -102.5, "C": -48.8, "F": -125.7}
+        tmp_path / "data",
+        molecules,
+        chosen,
+        database,
+        {"H": -10.7, "O": -102.5, "C": -48.8, "F": -125.7},
+        "tblite 1.0",
     )
     assert "6 structures of 3 systems; 4 systems are planned" in text
     assert "| duplicate | 4 |" in text and "| chain | 1 | 0 | 0 | 2 | 2 | 9 | 100 |" in text

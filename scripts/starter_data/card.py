@@ -41,7 +41,16 @@ def write_splits(
     database: Database,
     atoms: dict[str, float],
 ) -> str:
-    """Write ``train.xyz.xz``, ``valid.xyz.xz``, ``test.xyz.xz`` and ``DATA_CARD.md``; return the text of the card."""
+    """Write ``train.xyz.xz``, ``valid.xyz.xz``, ``test.xyz.xz`` and ``DATA_CARD.md``; return the text of the card.
+
+    Args:
+        folder: Folder for the files.
+        molecules: All molecules.
+        systems: All systems.
+        database: Labelled structures.
+        atoms: Energies of the free atoms in eV.
+        program: Name and version of the program that computed the labels.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     by_name = {system.name: system for system in systems}
     statistics = Statistics(atoms)
@@ -55,7 +64,7 @@ def write_splits(
             files[system.split].writelines(extended_xyz(system, molecules, frames))
     for file in files.values():
         file.close()
-    text = HEAD + statistics.text(len(systems)) + _files(folder)
+    text = HEAD + f"* Labels by {program}, accuracy 0.1.\n" + statistics.text(len(systems)) + _files(folder)
     (folder / "DATA_CARD.md").write_text(text)
     return text
 
