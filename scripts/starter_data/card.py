@@ -40,6 +40,7 @@ def write_splits(
     systems: list[System],
     database: Database,
     atoms: dict[str, float],
+    program: str,
 ) -> str:
     """Write ``train.xyz.xz``, ``valid.xyz.xz``, ``test.xyz.xz`` and ``DATA_CARD.md``; return the text of the card.
 
