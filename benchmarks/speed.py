@@ -29,6 +29,7 @@ from dpa4.execution.regions import compile_potential, restore_eager
 from dpa4.graph import Graph, build_graph, collate
 from dpa4.model.presets import preset
 from dpa4.potential import Potential
+from dpa4.system import keep_freed_memory, peak_memory
 from dpa4.training.loss import Loss
 from dpa4.training.replayed_step import ReplayedStep, StepRecorder
 from dpa4.training.trainer import training_step
@@ -59,9 +60,14 @@ def potential_of(name: str, symmetry: str, device: str) -> Potential:
     return potential.to(device)
 
 
-def timed(function, device: str, repeats: int) -> tuple[float, float, float]:
-    """Median milliseconds and peak GiB of a call, and the seconds of the first call."""
+def timed(function, device: str, repeats: int) -> dict[str, float]:
+    """Median and minimum milliseconds of a call, peak GiB, and the seconds of the first call.
+
+    On a CPU also the minimum of the processor time of all threads, and the memory of the process: its peak, and its
+    peak before the first call.
+    """
     cuda = device == "cuda"
+    before = (peak_memory(torch.device(device)) or 0) / 2**30
     start = time.perf_counter()
     function()
     if cuda:
@@ -71,7 +77,7 @@ def timed(function, device: str, repeats: int) -> tuple[float, float, float]:
         function()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    times = []
+    times, processor = [], []
     for _ in range(repeats):
         if cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -81,11 +87,20 @@ def timed(function, device: str, repeats: int) -> tuple[float, float, float]:
             torch.cuda.synchronize()
             times.append(begin.elapsed_time(end))
         else:
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             function()
             times.append(1e3 * (time.perf_counter() - start))
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
-    return statistics.median(times), peak, first
+            processor.append(1e3 * (time.process_time() - used))
+    found = {
+        "ms": round(statistics.median(times), 2),
+        "min_ms": round(min(times), 2),
+        "first_s": round(first, 1),
+    }
+    if cuda:
+        return found | {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
+    peak = (peak_memory(torch.device(device)) or 0) / 2**30
+    found["min_processor_ms"] = round(min(processor), 2)
+    return found | {"peak_gib": round(peak, 3), "before_gib": round(before, 3)}
 
 
 def labelled(graph: Graph, energy: torch.Tensor, forces: torch.Tensor) -> Batch:
@@ -144,11 +159,10 @@ def measured(record: dict, function: Callable[[], object], way: str, options: ar
     """Print time and memory of a function as a JSON line, and its profile if requested."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        ms, peak, first = timed(function, device, options.repeats)
+        result = {"way": way} | timed(function, device, options.repeats)
     except torch.cuda.OutOfMemoryError:
         print(json.dumps(record | {"way": way, "error": "out of memory"}), flush=True)
         return
-    result = {"way": way, "ms": round(ms, 2), "peak_gib": round(peak, 2), "first_s": round(first, 1)}
     if way == "replay":  # the memory of a CUDA graph does not count as allocated
         result["reserved_gib"] = round(torch.cuda.memory_reserved() / 2**30, 2)
     print(json.dumps(record | result), flush=True)
@@ -250,7 +264,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
+    keep_freed_memory(torch.device(device))
     base = {"model": options.model, "symmetry": options.symmetry, "device": name, "torch": torch.__version__}
 
     if options.train:
