@@ -13,9 +13,10 @@ from dpa4.cli.options import (
     MaxAtoms,
     Model,
     console,
-    eager_potential,
+    eager_potentials,
     label_keys,
     user_errors,
+    with_committee,
 )
 
 
@@ -46,15 +47,36 @@ def train(
     new_data: Annotated[
         bool, typer.Option("--new-data", help="With --resume: continue on other data than before.")
     ] = False,
+    committee: Annotated[
+        int | None,
+        typer.Option(
+            help="Train this many models with different seeds and splits, in the folders member-0, member-1, ..."
+        ),
+    ] = None,
+    at_once: Annotated[
+        int | None,
+        typer.Option(help="Members of a committee trained at the same time; by default one after the other."),
+    ] = None,
 ) -> None:
-    """Train a potential."""
-    from dpa4.training import load_run_config
+    """Train a potential, or a committee of potentials."""
+    from dpa4.training import load_run_config, train_committee
     from dpa4.training import train as run
 
     with user_errors():
-        run(load_run_config(config, set_ or []), resume=resume, new_data=new_data, console=console)
+        if at_once is not None and committee is None:
+            raise ValueError(
+                f"--at-once {at_once} is for the members of a committee; give --committee as well"
+            )
+        options = load_run_config(config, set_ or [])
+        if committee is None:
+            run(options, resume=resume, new_data=new_data, console=console)
+        else:
+            train_committee(
+                options, committee, at_once=at_once or 1, resume=resume, new_data=new_data, console=console
+            )
 
 
+@with_committee
 def evaluate_command(
     model: Model,
     data: Annotated[list[Path], typer.Argument(help="Labelled structures.")],
@@ -67,16 +89,20 @@ def evaluate_command(
     dtype: Dtype = "float32",
     branch: Branch = None,
 ) -> None:
-    """Compare predictions with labels; write an error table, parity plots and predictions as extxyz."""
+    """Compare predictions with labels; write an error table, parity plots and predictions as extxyz.
+
+    Of several models the mean is compared; a plot shows how their deviation is related to its error.
+    """
     from dpa4.data import read_frames, warn_of_implausible_labels, without_isolated_atoms
     from dpa4.training import evaluate
 
     with user_errors():
-        potential = eager_potential(model, device, dtype, branch)
+        potentials = eager_potentials(model, device, dtype, branch)
         frames = read_frames(data, label_keys(keys))
         if implausible := warn_of_implausible_labels(without_isolated_atoms(frames)):
             console.print(implausible)
-        table = evaluate(potential, frames, max_atoms=max_atoms, output=output, device=potential.device)
+        on = potentials[0].device
+        table = evaluate(potentials, frames, max_atoms=max_atoms, output=output, device=on)
     if table.rows:
         console.print(table.to_rich())
         console.print(f"table, plots and predictions are in {output}/")

@@ -26,13 +26,24 @@ from dpa4.data import (
 )
 from dpa4.data.charge_spin import is_number
 from dpa4.data.labels import PREDICTED_ENERGY
+from dpa4.graph import within_cutoff
 from dpa4.output import OutputFolder, atomic_write, write_csv
 from dpa4.potential import Potential
+from dpa4.potential.committee import MeanAndDeviation, check_one_charge_spin, largest_force_deviation
 from dpa4.system import own_settings, user_path
+from dpa4.training.calibration import calibrations, write_calibration
 from dpa4.training.plots import plot_parity
 
 TOTAL = "all"
 LabelPair = tuple[NDArray[np.float64], NDArray[np.float64]]  # label, prediction
+
+
+class FrameDeviation(NamedTuple):
+    """Standard deviations over the members of a committee for one structure, in float64."""
+
+    energy: float  # eV
+    forces: NDArray[np.float64]  # (N, 3), eV/Angstrom
+    virial: NDArray[np.float64]  # (3, 3), eV
 
 
 class FramePrediction(NamedTuple):
@@ -41,6 +52,7 @@ class FramePrediction(NamedTuple):
     energy: float  # eV
     forces: NDArray[np.float64]  # (N, 3), eV/Angstrom
     virial: NDArray[np.float64]  # (3, 3), eV, -dE/dstrain
+    deviation: FrameDeviation | None = None  # of a committee, whose mean the prediction then is
 
 
 class Quantity(NamedTuple):
@@ -132,6 +144,42 @@ def predict(potential: Potential, batches: Iterable[Batch]) -> list[FramePredict
     return results
 
 
+def predict_committee(potentials: Sequence[Potential], batches: Iterable[Batch]) -> list[FramePrediction]:
+    """Predict mean and standard deviations of several potentials; for a single one the same as `predict`.
+
+    All members are evaluated on the same graphs.
+
+    Args:
+        potentials: The members.
+        batches: Batches whose graphs extend to the largest cutoff of a member.
+
+    Raises:
+        ValueError: If an element, charge or spin is outside a model, or the members read charge and spin differently.
+    """
+    if len(potentials) == 1:
+        return predict(potentials[0], batches)
+    check_one_charge_spin(potentials)
+    longest = max(potential.config.cutoff for potential in potentials)
+    results: list[FramePrediction] = []
+    for batch in batches:
+        members = []
+        for potential in potentials:
+            cutoff = potential.config.cutoff
+            graph = batch.graph if cutoff == longest else within_cutoff(batch.graph, cutoff)
+            members.append(predict(potential, [batch._replace(graph=graph)]))
+        results += map(_combined, zip(*members, strict=True))
+    return results
+
+
+def _combined(members: tuple[FramePrediction, ...]) -> FramePrediction:
+    """Mean and standard deviations of the predictions of all members for one structure."""
+    energy = MeanAndDeviation.of([member.energy for member in members])
+    forces = MeanAndDeviation.of([member.forces for member in members])
+    virial = MeanAndDeviation.of([member.virial for member in members])
+    spread = FrameDeviation(float(energy.deviation), forces.deviation, virial.deviation)
+    return FramePrediction(float(energy.mean), forces.mean, virial.mean, spread)
+
+
 def label_pairs(frame: Frame, prediction: FramePrediction) -> dict[str, LabelPair]:
     """Label and prediction of each labelled quantity of a structure, by name; flat arrays in eV and Angstrom."""
     n = len(frame)
@@ -169,7 +217,7 @@ def error_table(frames: Sequence[Frame], predictions: Sequence[FramePrediction])
 
 @own_settings
 def evaluate(
-    potential: Potential,
+    potential: Potential | Sequence[Potential],
     frames: Sequence[Frame],
     *,
     max_atoms: int = 2000,
@@ -179,10 +227,11 @@ def evaluate(
     """Compare the predictions of a potential with labels; structures without labels are only predicted.
 
     Args:
-        potential: The potential, which is moved to the device.
+        potential: The potential, which is moved to the device, or the members of a committee, whose mean is compared.
         frames: The structures.
         max_atoms: Maximum number of atoms evaluated at once.
-        output: Folder for errors.csv, errors.json, predictions.xyz and parity.png; None writes nothing.
+        output: Folder for errors.csv, errors.json, predictions.xyz and parity.png, for a committee also
+            calibration.png and calibration.json; None writes nothing.
         device: Device to compute on.
 
     Returns:
@@ -194,20 +243,27 @@ def evaluate(
     """
     if not frames:
         raise ValueError("there are no structures to evaluate")
-    check_elements(frames, potential.elements)
+    members = [potential] if isinstance(potential, Potential) else list(potential)
+    for member in members:
+        check_elements(frames, member.elements)
     folder = None if output is None else user_path(output)
     with nullcontext() if folder is None else OutputFolder(folder):
-        return _evaluate(potential.to(device), frames, max_atoms, folder)
+        return _evaluate([member.to(device) for member in members], frames, max_atoms, folder)
+
+
+def batches_for(potentials: Sequence[Potential], frames: Sequence[Frame], max_atoms: int) -> EpochBatches:
+    """Batches of structures, in their order, with the charges and spins and the largest cutoff of the potentials."""
+    config = potentials[0].config
+    pairs = charges_and_spins(frames, config.charge_spin, config.default_charge_spin)
+    dataset = FrameDataset(frames, max(p.config.cutoff for p in potentials), pairs)
+    return EpochBatches(dataset, max_atoms=max_atoms, shuffle=False)
 
 
 def _evaluate(
-    potential: Potential, frames: Sequence[Frame], max_atoms: int, output: Path | None
+    potentials: Sequence[Potential], frames: Sequence[Frame], max_atoms: int, output: Path | None
 ) -> ErrorTable:
-    config = potential.config
-    pairs = charges_and_spins(frames, config.charge_spin, config.default_charge_spin)
-    dataset = FrameDataset(frames, config.cutoff, pairs)
-    batches = EpochBatches(dataset, max_atoms=max_atoms, shuffle=False)
-    predictions = predict(potential, batches.batches(0))
+    batches = batches_for(potentials, frames, max_atoms)
+    predictions = predict_committee(potentials, batches.batches(0))
     table = error_table(frames, predictions)
     if output is not None:
         write_predictions(frames, predictions, output / "predictions.xyz")
@@ -217,6 +273,7 @@ def _evaluate(
             table.write_csv(output / "errors.csv")
             table.write_json(output / "errors.json")
             plot_parity(_parity_data(frames, predictions), output / "parity.png")
+        write_calibration(calibrations(frames, predictions), output)
     return table
 
 
@@ -230,6 +287,12 @@ def write_predictions(frames: Sequence[Frame], predictions: Sequence[FramePredic
             results["stress"] = full_3x3_to_voigt_6_stress(-prediction.virial / volume)
         atoms = with_results(atoms, **results)
         atoms.info[PREDICTED_ENERGY] = prediction.energy  # marks the results as predictions
+        if (spread := prediction.deviation) is not None:
+            atoms.arrays["forces_std"] = spread.forces
+            atoms.info["energy_std"] = spread.energy
+            atoms.info["max_force_std"] = largest_force_deviation(spread.forces)
+            if volume:
+                atoms.info["stress_std"] = full_3x3_to_voigt_6_stress(spread.virial / volume)
         if frame.energy is not None:
             atoms.info["REF_energy"] = frame.energy
         if frame.forces is not None:
