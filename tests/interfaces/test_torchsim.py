@@ -190,7 +190,7 @@ def test_fast_precision_differs_and_float32_hardly():
 def test_several_structures_are_not_replayed(monkeypatch):
     """Recordings pay off for sizes that recur; sizes of batches do not."""
     own, replayed = model(), []
-    monkeypatch.setattr(own._evaluator, "_call", replayed.append)
+    monkeypatch.setattr(own._evaluators[0], "_call", replayed.append)
     assert own(state([molecule(), molecule(1)], own))["energy"].shape == (2,) and not replayed
     with pytest.raises(AttributeError):
         own(state([molecule()], own))
@@ -213,7 +213,7 @@ def test_memory_that_does_not_suffice_is_no_fault_of_the_compiler(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError):
         own(state([molecule()], own))
     own(state([molecule()], own))
-    assert own._evaluator._compile and own._evaluator._compared
+    assert own._evaluators[0]._compile and own._evaluators[0]._compared
 
 
 @pytest.mark.gpu

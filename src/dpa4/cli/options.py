@@ -3,7 +3,7 @@
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -68,7 +68,7 @@ class Command(TyperCommand):
         models = _values_of("--model", args)
         if models and (reason := getattr(self.callback, "refuses_committee", None)):
             ctx.fail(f"{ctx.command_path} needs one model, as its first argument: {reason}")
-        if not models or "models" not in {parameter.name for parameter in self.params}:
+        if not models or "models" not in {parameter.name for parameter in self.params}:  # as in dpa4 select
             return super().parse_args(ctx, args)
         if stray := [arg for before, arg in zip(["", *args], args, strict=False) if _is_model(before, arg)]:
             ctx.fail(f"{stray[0]} is an argument, {models[0]} an option; give each model with --model")
@@ -264,6 +264,17 @@ def read_structures(file: Path, last: bool = False) -> "list[Atoms]":
     if not found:
         raise ValueError(f"there is no structure in {file}")
     return found
+
+
+def sources_and_structures(files: Iterable[Path]) -> "tuple[list[str], list[Atoms]]":
+    """Read the structures of several files as ``read_structures`` does; return their sources and them."""
+    sources: list[str] = []
+    structures: list[Atoms] = []
+    for file in files:
+        found = read_structures(file)
+        sources += [f"{file} {number}" for number in range(len(found))]
+        structures += found
+    return sources, structures
 
 
 def last_image(file: Path) -> "Atoms":

@@ -22,7 +22,7 @@ from dpa4.execution.evaluator import Evaluator
 from dpa4.graph import Graph, build_graph, collate, neighbor_list_torch, within_cutoff
 from dpa4.interfaces.coverage_monitor import CoverageMonitor
 from dpa4.interfaces.loading import Model, load_model, members_of
-from dpa4.potential import Potential, Prediction
+from dpa4.potential import Prediction
 from dpa4.potential.committee import check_one_charge_spin
 from dpa4.potential.precision import Precision
 from dpa4.system import Lock, choose_device, own_settings, require
@@ -50,7 +50,8 @@ class DPA4Model(ModelInterface):
     once about atoms closer together than in these data.
 
     Attributes:
-        potentials: The members of the committee, or the single potential.
+        potential: The potential, or the first member of a committee.
+        potentials: All members.
         cutoff: Cutoff of the potential, in Angstrom; the largest one of a committee.
         charge_spin: Charge and multiplicity of structures without these extras; None raises an error for them.
 
@@ -102,6 +103,8 @@ class DPA4Model(ModelInterface):
         self._memory_scales_with = "n_edges" if COUNTS_EDGES else "n_atoms_x_density"
         self.potentials = [load_model(m, self._device, dtype, precision, branch) for m in members_of(model)]
         check_one_charge_spin(self.potentials)
+        # Modules of this module, so that all weights are found where PyTorch looks for them.
+        self.potential, self._others = self.potentials[0], torch.nn.ModuleList(self.potentials[1:])
         self.cutoff = max(p.config.cutoff for p in self.potentials)
         self.charge_spin = self.potential.config.default_charge_spin
         self._evaluators = [Evaluator(potential, compile) for potential in self.potentials]
@@ -110,11 +113,6 @@ class DPA4Model(ModelInterface):
         self._unused: set[str] = set()  # extras of states that were warned of
         # Atomic numbers and charge_spin that passed the check.
         self._checked: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def potential(self) -> Potential:
-        """The single potential, or the first member of a committee."""
-        return self.potentials[0]
 
     @ModelInterface.compute_forces.setter
     def compute_forces(self, value: bool) -> None:

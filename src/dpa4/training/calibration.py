@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 Values = NDArray[np.float64]
 
 BINS = 10  # of equal numbers of values, for the root mean square error as a function of the deviation
-SMALLEST = 1e-6  # eV and Angstrom; smaller values are drawn there, because the axes are logarithmic
+PER_BIN = 10  # smallest number of values in one of them
+SMALLEST = 1e-3  # meV and Angstrom; smaller values are drawn there, because the axes are logarithmic
 
 
 class Calibration(NamedTuple):
@@ -111,27 +112,41 @@ def write_calibration(found: Sequence[Calibration], folder: Path) -> None:
 
 def _draw(axis: Any, one: Calibration) -> None:
     """Draw errors against deviations, root mean square errors of bins, and the lines of factor 1 and of the fit."""
-    deviations, errors = np.maximum(one.deviations, SMALLEST), np.maximum(one.errors, SMALLEST)
-    axis.plot(
-        deviations, errors, ".", color="C0", alpha=0.25, markersize=3, markeredgewidth=0, rasterized=True
-    )
+    deviations, errors = (np.maximum(1e3 * values, SMALLEST) for values in (one.deviations, one.errors))
+    few = len(errors) < 500
+    axis.plot(deviations, errors, ".", color="C0", alpha=0.6 if few else 0.25, markersize=6 if few else 3,
+              markeredgewidth=0)  # fmt: skip
     ends = np.array([deviations.min(), deviations.max()])
-    axis.plot(ends, ends, color="0.5", linestyle="--", linewidth=1, label="error = deviation")
+    axis.plot(ends, ends, color="0.4", linestyle="--", linewidth=1, label="error = deviation")
     axis.plot(
-        ends, one.factor * ends, color="C1", linewidth=1.5, label=f"error = {one.factor:.2f} x deviation"
+        ends, one.factor * ends, color="C1", linewidth=1.5, label=f"error = {one.factor:.2f} × deviation"
     )
-    bins = np.array_split(np.argsort(deviations), min(BINS, len(deviations)))
-    middle = [float(np.sqrt(np.mean(deviations[b] ** 2))) for b in bins]
-    rms = [float(np.sqrt(np.mean(errors[b] ** 2))) for b in bins]
-    axis.plot(middle, rms, "o-", color="black", markersize=4, linewidth=1, label="RMS error of tenths")
-    bottom = np.quantile(errors, 0.005) / 2
+    if bins := len(errors) // PER_BIN:
+        parts = np.array_split(np.argsort(deviations), min(BINS, bins))
+        middle, rms = ([float(np.sqrt(np.mean(v[p] ** 2))) for p in parts] for v in (deviations, errors))
+        axis.plot(
+            middle, rms, "o-", color="black", markersize=4, linewidth=1, label="RMS error at this deviation"
+        )
+    # A few errors are zero by chance, and would stretch the logarithmic axis.
+    lowest = max(float(np.quantile(errors, 0.01)), SMALLEST) / 2
     axis.set(
         xscale="log",
         yscale="log",
-        xlabel=f"deviation of the committee ({one.unit})",
-        ylabel=f"error of the mean ({one.unit})",
-        title=f"{one.quantity}: rank correlation {one.correlation:.2f}",
-        ylim=(max(float(bottom), SMALLEST / 2), None),
+        xlabel=f"deviation of the committee (m{one.unit})",
+        ylabel=f"error of the mean (m{one.unit})",
+        title=f"{one.quantity}, rank correlation {one.correlation:.2f}",
+        ylim=(lowest, 2 * max(float(errors.max()), one.factor * ends[1])),
     )
+    for values, side in ((ends, axis.xaxis), (np.array(axis.get_ylim()), axis.yaxis)):
+        plain_log_ticks(side, float(np.log10(values[1] / values[0])))
     axis.grid(alpha=0.3)
-    axis.legend(loc="upper left", fontsize="small")
+    axis.legend(loc="lower right", fontsize="small")
+
+
+def plain_log_ticks(side: Any, decades: float) -> None:
+    """Label a logarithmic axis of a figure with plain numbers, at 1, 2 and 5 if it has few decades."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    side.set_major_locator(LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0)))
+    side.set_major_formatter("{x:g}")
+    side.set_minor_formatter(NullFormatter())
