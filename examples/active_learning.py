@@ -96,7 +96,7 @@ def dynamics(
         output = folder / f"md-{number}"
         run_md(
             atoms.copy(), calculator, output, steps=steps, ensemble="langevin", temperature=temperature,
-            friction=0.02, interval=10, stop_above=STOP_ABOVE, seed=number, resume=output.is_dir(),
+            friction=0.02, interval=5, stop_above=STOP_ABOVE, seed=number, resume=output.is_dir(),
         )  # fmt: skip
         frames += read(output / "trajectory.xyz", "1:")
     return frames
@@ -137,8 +137,8 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("active-learning"))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=400, help="training steps of each member")
-    parser.add_argument("--md-steps", type=int, default=500, help="steps of dynamics from each molecule")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of each member")
+    parser.add_argument("--md-steps", type=int, default=400, help="steps of dynamics from each molecule")
     parser.add_argument("--temperature", type=float, default=1000.0, help="temperature of the dynamics, in K")
     arguments = parser.parse_args()
     output = arguments.output

@@ -1,5 +1,7 @@
 """Every command that takes a model takes several, or says why not."""
 
+import warnings
+
 import numpy as np
 import pytest
 import typer.main
@@ -7,6 +9,7 @@ from ase.io import read, write
 from typer.testing import CliRunner
 
 from dpa4.cli import app
+from dpa4.data import read_frames
 from dpa4.output import read_csv
 from dpa4.potential import save_potential
 from dpa4.simulation import DPA4Calculator
@@ -121,6 +124,17 @@ def test_files_of_other_commands_have_the_deviations(models, tmp_path):
             assert atoms.info["energy_std"] == pytest.approx(plain.calc.results["energy_std"], abs=1e-5), file
             expected = plain.calc.results["forces_std"]
             np.testing.assert_allclose(atoms.arrays["forces_std"], expected, atol=1e-4, err_msg=file)
+
+
+def test_deviations_are_not_read_as_labels(models, tmp_path):
+    atoms = molecule(0, 5)
+    atoms.info["REF_energy"] = 1.5
+    write(tmp_path / "labelled.xyz", atoms)
+    run("eval", tmp_path / "labelled.xyz", *options(models), "-o", tmp_path / "eval")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (frame,) = read_frames(tmp_path / "eval" / "predictions.xyz")
+    assert frame.energy == 1.5 and frame.forces is None and frame.virial is None
 
 
 def test_screening_has_the_deviations(models, tmp_path):
