@@ -95,6 +95,7 @@ def evaluate_command(
     """
     from dpa4.data import read_frames, warn_of_implausible_labels, without_isolated_atoms
     from dpa4.training import evaluate
+    from dpa4.training.calibration import calibration_lines
 
     with user_errors():
         potentials = eager_potentials(model, device, dtype, branch)
@@ -105,6 +106,8 @@ def evaluate_command(
         table = evaluate(potentials, frames, max_atoms=max_atoms, output=output, device=on)
     if table.rows:
         console.print(table.to_rich())
+        for line in calibration_lines(output):
+            console.print(f"deviation of the committee, {line}", highlight=False)
         console.print(f"table, plots and predictions are in {output}/")
     else:
         console.print(f"no structure has a label, so there are no errors; predictions are in {output}/")

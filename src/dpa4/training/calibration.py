@@ -1,5 +1,6 @@
 """Calibration of a committee: its deviations compared with the errors of its mean on labelled structures."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 Values = NDArray[np.float64]
 
+FILE = "calibration.json"
 BINS = 10  # of equal numbers of values, for the root mean square error as a function of the deviation
 PER_BIN = 10  # smallest number of values in one of them
 SMALLEST = 1e-3  # meV and Angstrom; smaller values are drawn there, because the axes are logarithmic
@@ -52,10 +54,7 @@ class Calibration(NamedTuple):
     @property
     def text(self) -> str:
         """The two numbers in words."""
-        return (
-            f"error {self.factor:.2f} x deviation, rank correlation {self.correlation:.2f} "
-            f"({len(self.errors)} values)"
-        )
+        return _text(self.factor, self.correlation, len(self.errors))
 
 
 def calibrations(frames: Sequence[Frame], predictions: Sequence["FramePrediction"]) -> list[Calibration]:
@@ -87,7 +86,7 @@ def calibrations(frames: Sequence[Frame], predictions: Sequence["FramePrediction
 
 def write_calibration(found: Sequence[Calibration], folder: Path) -> None:
     """Write calibration.json, with the numbers, and calibration.png; earlier ones are removed if there is nothing."""
-    for name in ("calibration.json", "calibration.png"):
+    for name in (FILE, "calibration.png"):
         (folder / name).unlink(missing_ok=True)
     if not found:
         return
@@ -103,11 +102,27 @@ def write_calibration(found: Sequence[Calibration], folder: Path) -> None:
         }
         for one in found
     ]
-    write_json(folder / "calibration.json", rows)
+    write_json(folder / FILE, rows)
     figure = new_figure(5 * len(found), 4.6)
     for axis, one in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         _draw(axis, one)
     save_figure(figure, folder / "calibration.png")
+
+
+def calibration_lines(folder: Path) -> list[str]:
+    """Numbers of the calibration in a folder in words, a line for each quantity; [] if there is none."""
+    file = folder / FILE
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return [
+        f"{row['quantity']}: {_text(row['factor'], row['rank_correlation'], row['values'])}" for row in rows
+    ]
+
+
+def _text(factor: float | None, correlation: float | None, values: int) -> str:
+    numbers = (
+        "not defined" if x is None or not np.isfinite(x) else f"{x:.2f}" for x in (factor, correlation)
+    )
+    return "error {} x deviation, rank correlation {} ({} values)".format(*numbers, values)
 
 
 def _draw(axis: Any, one: Calibration) -> None:
