@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from dpa4.potential import load_potential, model_card
@@ -143,3 +144,14 @@ def test_a_member_that_fails_is_named_and_the_others_end(argon_file, tmp_path):
     with pytest.raises(RuntimeError, match=r"2 of 2 members failed; see .*member-0.log"):
         train(own, 2, at_once=2)
     assert "leaves none to train on" in (own.output / "member-0.log").read_text()
+
+
+@pytest.mark.gpu
+def test_members_are_trained_at_once_on_gpus(argon_file, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    own = config(argon_file, tmp_path / "run", compile=False).model_copy(update={"device": "cuda"})
+    printed = train(own, 2, at_once=2)
+    assert printed.count("has finished") == 2 and "calibration on 3 structures" in printed
+    for member in (0, 1):
+        assert "device cuda" in (own.output / f"member-{member}.log").read_text()

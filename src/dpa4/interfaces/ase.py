@@ -17,7 +17,7 @@ from dpa4.execution.evaluator import Evaluator
 from dpa4.graph import SKIN, Graph, SkinnedNeighbors, within_cutoff
 from dpa4.interfaces.coverage_monitor import CoverageMonitor
 from dpa4.interfaces.loading import Model, calculators_in, charge_spin_of, load_model, members_of
-from dpa4.potential.committee import fingerprint_of_committee, largest_force_deviation
+from dpa4.potential.committee import add_deviations, fingerprint_of_committee
 from dpa4.potential.precision import Precision
 from dpa4.system import Lock, choose_device, own_settings
 
@@ -242,7 +242,8 @@ def labelled(atoms: Atoms) -> Atoms:
     if atoms.pbc.all() and "stress" in atoms.calc.implemented_properties:
         results["stress"] = atoms.get_stress(apply_constraint=False)
     copy = with_results(atoms, **results)
-    add_deviations(copy, deviations_of(atoms.calc))
+    if deviations := deviations_of(atoms.calc):
+        add_deviations(copy, **deviations)
     return copy
 
 
@@ -261,15 +262,6 @@ def has_deviations(calculator: Calculator) -> bool:
     """Return whether a calculator is a committee, or the sum of one and a correction."""
     parts = [part for part in calculators_in(calculator) if isinstance(part, DPA4Calculator)]
     return any(len(part.potentials) > 1 for part in parts)
-
-
-def add_deviations(atoms: Atoms, deviations: Results) -> None:
-    """Add standard deviations, as of `deviations_of`, to the entries of a structure, for its file."""
-    if not deviations:
-        return
-    atoms.arrays["forces_std"] = deviations["forces_std"]
-    atoms.info |= {name: value for name, value in deviations.items() if name != "forces_std"}
-    atoms.info["max_force_std"] = largest_force_deviation(deviations["forces_std"])
 
 
 def fingerprint_of_calculator(calculator: Calculator) -> dict[str, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from ase import Atoms
 from numpy.typing import NDArray
 
 from dpa4.potential.fingerprint import fingerprint_of
@@ -43,6 +44,23 @@ def force_deviations(forces_std: Values) -> Values:
 def largest_force_deviation(forces_std: Values) -> float:
     """Largest deviation of the force on an atom, in eV/Angstrom; see `force_deviations`."""
     return float(force_deviations(forces_std).max(initial=0.0))
+
+
+def add_deviations(
+    atoms: Atoms, *, energy_std: float, forces_std: Values, stress_std: Values | None = None
+) -> None:
+    """Add standard deviations to the entries of a structure, for its file, and ``max_force_std`` to its ``info``.
+
+    Args:
+        atoms: The structure.
+        energy_std: Standard deviation of the energy, in eV.
+        forces_std: Standard deviation of every component of the forces, (N, 3) in eV/Angstrom.
+        stress_std: Standard deviation of every component of the stress, (6,) in eV/Angstrom^3.
+    """
+    atoms.arrays["forces_std"] = forces_std
+    atoms.info |= {"energy_std": energy_std, "max_force_std": largest_force_deviation(forces_std)}
+    if stress_std is not None:
+        atoms.info["stress_std"] = stress_std
 
 
 def member_folders(folder: Path) -> list[Path]:

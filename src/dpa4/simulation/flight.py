@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dpa4.data import with_results
 from dpa4.graph import Graph, build_graph
-from dpa4.interfaces.ase import add_deviations
+from dpa4.potential.committee import add_deviations
 from dpa4.simulation.relax import CELLS
 from dpa4.system import own_settings, require
 
@@ -317,14 +317,17 @@ class Flight:
             results["stress"] = stress[VOIGT]
         frame = with_results(atoms, **results)
         if len(self._model.potentials) > 1:
-            add_deviations(frame, self._deviations(state[[index]], bool(atoms.pbc.all())))
+            add_deviations(frame, **self._deviations(state[[index]], bool(atoms.pbc.all())))
         return frame
 
     def _deviations(self, state: Any, periodic: bool) -> dict[str, Any]:
         """Standard deviations of a committee for the single structure of a state, by the names of the calculator."""
         found = self._model(state)
         arrays = {name: values.cpu().numpy() for name, values in found.items() if name.endswith("_std")}
-        deviations = {"energy_std": float(arrays["energy_std"][0]), "forces_std": arrays["forces_std"]}
+        deviations: dict[str, Any] = {
+            "energy_std": float(arrays["energy_std"][0]),
+            "forces_std": arrays["forces_std"],
+        }
         if periodic:
             deviations["stress_std"] = arrays["stress_std"][0][VOIGT]
         return deviations

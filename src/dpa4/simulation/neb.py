@@ -16,8 +16,9 @@ from ase.utils.forcecurve import fit_raw
 from numpy.typing import NDArray
 
 from dpa4.data import read_images, with_results, write_structures
-from dpa4.interfaces.ase import add_deviations, deviations_of, has_deviations
+from dpa4.interfaces.ase import deviations_of, has_deviations
 from dpa4.output import CsvLog, OutputFolder, atomic_write, new_figure, rows_until, save_figure
+from dpa4.potential.committee import add_deviations
 from dpa4.simulation.relax import relax
 from dpa4.simulation.runs.progress import progress_bar
 from dpa4.system import stop_requests, user_path
@@ -238,7 +239,7 @@ class _Band(NEB):
             frame.info |= {"image": number, "path": float(at)}
             if deviations:
                 self._calculator.get_forces(atoms)
-                add_deviations(frame, deviations_of(self._calculator))
+                add_deviations(frame, **deviations_of(self._calculator))
             frames.append(frame)
         return frames
 

@@ -13,7 +13,7 @@ from dpa4.data import check_elements, frame_from_atoms, write_structures
 from dpa4.data.writers import without_labels
 from dpa4.output import OutputFolder, atomic_write, new_figure, save_figure, write_csv
 from dpa4.potential import Potential, embeddings
-from dpa4.potential.committee import largest_force_deviation
+from dpa4.potential.committee import add_deviations, largest_force_deviation
 from dpa4.potential.descriptors import bare_structure
 from dpa4.system import own_settings, user_path
 from dpa4.training.evaluation import FramePrediction, batches_for, predict_committee
@@ -203,8 +203,7 @@ def _write(
         frame.info, frame.arrays = without_labels(frame.info), without_labels(frame.arrays)
         frame.info["selected_from"] = rows[index]["source"] or f"structure {index}"
         if predictions and (spread := predictions[index].deviation) is not None:
-            frame.info |= {"energy_std": spread.energy, "max_force_std": rows[index]["max_force_std"]}
-            frame.arrays["forces_std"] = spread.forces
+            add_deviations(frame, energy_std=spread.energy, forces_std=spread.forces)
         frames.append(frame)
     with atomic_write(folder / "selected.xyz") as temporary:
         write_structures(temporary, frames)

@@ -29,7 +29,7 @@ from dpa4.data.labels import PREDICTED_ENERGY
 from dpa4.graph import within_cutoff
 from dpa4.output import OutputFolder, atomic_write, write_csv
 from dpa4.potential import Potential
-from dpa4.potential.committee import MeanAndDeviation, check_one_charge_spin, largest_force_deviation
+from dpa4.potential.committee import MeanAndDeviation, add_deviations, check_one_charge_spin
 from dpa4.system import own_settings, user_path
 from dpa4.training.calibration import calibrations, write_calibration
 from dpa4.training.plots import plot_parity
@@ -288,11 +288,8 @@ def write_predictions(frames: Sequence[Frame], predictions: Sequence[FramePredic
         atoms = with_results(atoms, **results)
         atoms.info[PREDICTED_ENERGY] = prediction.energy  # marks the results as predictions
         if (spread := prediction.deviation) is not None:
-            atoms.arrays["forces_std"] = spread.forces
-            atoms.info["energy_std"] = spread.energy
-            atoms.info["max_force_std"] = largest_force_deviation(spread.forces)
-            if volume:
-                atoms.info["stress_std"] = full_3x3_to_voigt_6_stress(spread.virial / volume)
+            stress = full_3x3_to_voigt_6_stress(spread.virial / volume) if volume else None
+            add_deviations(atoms, energy_std=spread.energy, forces_std=spread.forces, stress_std=stress)
         if frame.energy is not None:
             atoms.info["REF_energy"] = frame.energy
         if frame.forces is not None:
