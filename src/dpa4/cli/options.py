@@ -65,7 +65,7 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments; the first option ``--model`` also stands for the argument MODEL."""
-        models = _values_of("--model", args)
+        models = [] if ctx.resilient_parsing else _values_of("--model", args)  # resilient: to complete a word
         if models and (reason := getattr(self.callback, "refuses_committee", None)):
             ctx.fail(f"{ctx.command_path} needs one model, as its first argument: {reason}")
         if not models or "models" not in {parameter.name for parameter in self.params}:  # as in dpa4 select
@@ -127,7 +127,7 @@ def with_model_options(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that adds the options of ``ModelOptions`` to a command, after the command's own options.
 
-    The command receives the values as one keyword argument, ``options``, and a committee as a list ``model``.
+    The command receives the values as one keyword argument, ``options``; of its ``model`` see ``with_committee``.
 
     Args:
         dtype: Default of --dtype.

@@ -179,8 +179,8 @@ def run_md(
         "seed": seed,
     }
     _check_arguments(settings | {"steps": steps})
-    uncertain = UncertainFrames(user_path(output), save_above, stop_above, has_deviations(calculator))
     folder = user_path(output)
+    uncertain = UncertainFrames(folder, save_above, stop_above, has_deviations(calculator))
     state = read_restart(folder) if resume else None
     with OutputFolder(folder):
         run = _Run(
