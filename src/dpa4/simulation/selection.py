@@ -223,7 +223,7 @@ def _plot(path: Path, result: Selection, features: Values, known: Values, above:
             if 0 < limit < np.inf:
                 axes[0].axhline(limit, color="0.5", linewidth=1, linestyle="--")
         top = 1.1 * float(result.deviations[np.isfinite(result.deviations)].max())  # whatever the limits are
-        axes[0].set(xlabel="structure", ylabel="largest force deviation (eV/Å)", ylim=(0, top))
+        axes[0].set(xlabel="structure", ylabel="largest force deviation (eV/Å)", ylim=(0, top or None))
         axes[0].grid(alpha=0.3)
         axes[0].legend()
     centre = features.mean(axis=0)
