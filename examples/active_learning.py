@@ -30,8 +30,8 @@ MODEL = {"preset": "nano", "cutoff": 4.5, "edge_norm": False}
 MEMBERS = 3
 START = 50  # structures of dynamics at 300 K to begin with
 ADDED = 25  # structures labelled in each round
-STOP_ABOVE = 5.0  # eV/Angstrom; a molecule that falls apart is no longer of interest
-MAX_FORCE = 20.0  # eV/Angstrom; structures with larger forces are not used
+STOP_ABOVE = 1.0  # eV/Angstrom, where errors are about 5 eV/Angstrom according to calibration.json
+MAX_FORCE = 10.0  # eV/Angstrom; structures with larger forces are not used
 
 
 def bundled(name: str, kinds: tuple[str, ...]) -> list[Atoms]:
