@@ -70,6 +70,18 @@ def keep_freed_memory(device: torch.device) -> None:
             program.mallopt(option, _RETAINED_BYTES)
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Largest memory of this process so far, in bytes: of a GPU what PyTorch reserved there; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def own_settings(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function so that the caller's settings of PyTorch do not change its results.
 

@@ -77,7 +77,7 @@ def test_eval_writes_table_plots_and_predictions(trained):
     assert "meV/atom" in output and "meV/Å" in output
     names = {p.name for p in (trained / "eval").iterdir()}
     assert any(n.endswith(".png") for n in names) and any(n.endswith(".csv") for n in names)
-    (predictions,) = (trained / "eval").glob("*.xyz")
+    predictions = trained / "eval" / "predictions.xyz"
     atoms = read(predictions, "0")
     assert np.isfinite(atoms.get_forces()).all() and "REF_energy" in atoms.info
 

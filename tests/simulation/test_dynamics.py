@@ -16,9 +16,10 @@ from ase.io import read, write
 from typer.testing import CliRunner
 
 from dpa4.cli import app
-from dpa4.output import read_csv
+from dpa4.output import read_csv, short
 from dpa4.potential.checkpoint import save_potential
 from dpa4.simulation import DPA4Calculator, run_md
+from dpa4.simulation.figures import draw_dynamics, read_thermo
 from dpa4.simulation.integrators import make_integrator
 from dpa4.simulation.momenta import degrees_of_freedom, draw_momenta, temperature
 from helpers import crystal, molecule, random_potential
@@ -91,7 +92,7 @@ def test_files_and_statistics(tmp_path, figures):
 def test_drift_of_a_table_is_its_slope(tmp_path):
     """Fit to a run whose energy is replaced by a known line."""
     from dpa4.output import CsvLog
-    from dpa4.simulation.dynamics import COLUMNS, _finish
+    from dpa4.simulation.dynamics import COLUMNS, summary
 
     log = CsvLog(tmp_path / "thermo.csv", COLUMNS)
     for step in range(5):
@@ -99,11 +100,40 @@ def test_drift_of_a_table_is_its_slope(tmp_path):
             dict(zip(COLUMNS, (step, 0.1 * step, 0.0, 0.0, 7 + 0.002 * step, 100.0 + step), strict=True))
         )
     log.close()
-    result = _finish(tmp_path, 4, True, num_atoms=10, ensemble="nve")
+    table = read_thermo(tmp_path)
+    result = summary(table, 4, True, num_atoms=10, ensemble="nve")
     assert result.drift == pytest.approx(2.0)  # 0.02 eV/ps over 10 atoms
     assert result.deviation == pytest.approx(0.8)
     assert result.temperature == pytest.approx(102)
-    assert _finish(tmp_path, 4, True, num_atoms=10, ensemble="langevin").drift is None
+    assert summary(table, 4, True, num_atoms=10, ensemble="langevin").drift is None
+
+
+def test_figure_shows_running_means_and_set_points():
+    steps, rng = np.arange(100), np.random.default_rng(0)
+    values = {
+        "time_ps": 0.01 * steps, "total_eV": 5 + 0.001 * steps, "temperature_K": 300 + rng.normal(0, 30, 100),
+        "pressure_GPa": rng.normal(2, 1, 100), "volume_A3": 1e5 + 1e-3 * steps,
+    }  # fmt: skip
+    settings = {"ensemble": "npt", "temperature": 310.0, "pressure": 1.5}
+    figure = draw_dynamics(values, 2, settings)
+    figure.draw_without_rendering()
+    energy, temperature, pressure, volume = figure.axes
+    assert energy.lines[0].get_ydata()[-1] == pytest.approx(1000 * 0.099 / 2)  # meV/atom
+    for axis, name in ((temperature, "temperature_K"), (pressure, "pressure_GPa"), (volume, "volume_A3")):
+        time, mean = axis.lines[1].get_data()
+        assert len(mean) == 90 and time[0] == pytest.approx(0.05)  # windows of 11 rows, at their middle
+        assert mean[40] == pytest.approx(values[name][40:51].mean())
+        assert f"mean {short(values[name].mean())}" in axis.get_title(loc="right")
+        assert axis.yaxis.get_offset_text().get_text() == ""
+    assert list(temperature.lines[2].get_ydata()) == [310, 310]
+    assert list(pressure.lines[2].get_ydata()) == [1.5, 1.5] and len(volume.lines) == 2
+    assert "set point 310" in temperature.get_title(loc="right")
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["every row of the table", "running mean over 0.1 ps", "set point"]
+    plain = draw_dynamics(values, 2, settings | {"ensemble": "nve"})
+    assert [len(axis.lines) for axis in plain.axes] == [2] * 4  # nve has no baths
+    few = {name: column[:5] for name, column in values.items()}
+    assert [len(axis.lines) for axis in draw_dynamics(few, 2, settings).axes] == [1, 2, 2, 1]
 
 
 def test_isolated_structures_have_no_pressure(tmp_path):

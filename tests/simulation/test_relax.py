@@ -15,6 +15,7 @@ from ase.io import read, write
 from typer.testing import CliRunner
 
 from dpa4.cli import app
+from dpa4.output import read_csv
 from dpa4.potential.checkpoint import save_potential
 from dpa4.simulation import DPA4Calculator, relax, relax_all
 from helpers import crystal, molecule, random_potential
@@ -287,20 +288,30 @@ def test_many_structures(tmp_path):
     assert (rows[0]["formula"], rows[1]["formula"]) == ("Cu4", "Cu")
 
 
-def test_figure_shows_every_structure(tmp_path, monkeypatch):
+def test_figure_shows_energy_and_force_of_every_step(tmp_path, monkeypatch):
     figures, module = [], sys.modules["dpa4.simulation.relax"]  # the package has a function of this name
     original = module.save_figure
     monkeypatch.setattr(module, "save_figure", lambda f, path: figures.append(f) or original(f, path))
     structures = [squeezed(), bulk("Cu", a=3.6)]
-    results = relax_all(structures, EMT(), tmp_path, fmax=0.01, steps=1, progress=False)
+    results = relax_all(structures, EMT(), tmp_path, fmax=0.01, steps=2, progress=False)
     assert [r.converged for r in results] == [False, True]
     assert (tmp_path / "relax.png").read_bytes().startswith(b"\x89PNG")
-    lines = [{line.get_label(): line.get_xydata() for line in axis.lines} for axis in figures[0].axes]
+    rows = read_csv(tmp_path / "steps.csv")
+    assert [(r["structure"], r["step"], r["atoms"]) for r in rows] == [
+        ("0", "0", "4"), ("0", "1", "4"), ("0", "2", "4"), ("1", "0", "1"),
+    ]  # fmt: skip
+    assert float(rows[0]["energy"]) == results[0].initial_energy
+    assert float(rows[2]["energy"]) == results[0].energy
+    assert float(rows[2]["max_force"]) == pytest.approx(results[0].max_force)
+    energies, forces = ([line.get_xydata() for line in axis.lines] for axis in figures[0].axes)
     change = 1e3 * (results[0].energy - results[0].initial_energy) / 4  # meV/atom of four atoms
-    assert lines[0]["not converged"].tolist() == [[0, change]] and change < 0
-    assert lines[0]["converged"].tolist() == [[1, 0]]
-    assert lines[1]["not converged"].tolist() == [[0, results[0].max_force]]
-    assert lines[1]["fmax"][:, 1].tolist() == [0.01, 0.01]
+    (course,) = (line for line in energies if len(line) == 3)
+    assert course[0].tolist() == [0, 0] and course[-1].tolist() == pytest.approx([2, change]) and change < 0
+    (course,) = (line for line in forces if len(line) == 3)
+    assert course[:, 1].tolist() == [float(r["max_force"]) for r in rows[:3]]
+    labels = {line.get_label(): line for line in figures[0].axes[1].lines}
+    assert {"converged", "not converged", "fmax = 0.01"} <= labels.keys()
+    assert list(labels["fmax = 0.01"].get_ydata()) == [0.01, 0.01]
 
 
 def test_command_passes_its_options(tmp_path):

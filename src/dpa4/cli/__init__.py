@@ -3,6 +3,7 @@
 from dpa4.cli.bench import bench
 from dpa4.cli.check import check
 from dpa4.cli.crystal import elastic, eos, phonon
+from dpa4.cli.data import data
 from dpa4.cli.dynamics import md
 from dpa4.cli.embed import embed
 from dpa4.cli.lammps import lammps
@@ -43,4 +44,5 @@ app.command()(neb)
 app.command()(lammps)
 app.command()(report)
 app.command()(screen)
+app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")

@@ -69,7 +69,12 @@ def _convert_input(source: Path, target: Path) -> None:
 
 @one_model("a card describes one file; print that of each member")
 def info(
-    source: Annotated[str, typer.Argument(help="Model file, or name of a preset such as paper-air.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Model file, hf:organisation/repository/file, or name of a preset such as paper-air."
+        ),
+    ],
     branch: Branch = None,
 ) -> None:
     """Print the model card: parameters, elements, switches, units, GPU kernels, provenance."""

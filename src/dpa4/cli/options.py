@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 console = Console(markup=False)  # file names and options may contain square brackets
 
-Model = Annotated[Path, typer.Argument(help="Model file: .safetensors, or a deepmd-kit checkpoint (.pt).")]
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help="Model file: .safetensors, or a deepmd-kit checkpoint (.pt); hf:organisation/repository/file is one on "
+        "the Hugging Face hub."
+    ),
+]
 Members = Annotated[
     list[Path] | None,
     typer.Option("--model", help="Model, in place of the argument MODEL; repeat it for a committee."),

@@ -47,6 +47,12 @@ def train(
     new_data: Annotated[
         bool, typer.Option("--new-data", help="With --resume: continue on other data than before.")
     ] = False,
+    dry: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Do ten steps and print the time and memory of the run; write nothing."
+        ),
+    ] = False,
     committee: Annotated[
         int | None,
         typer.Option(
@@ -59,7 +65,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a potential, or a committee of potentials."""
-    from dpa4.training import load_run_config, train_committee
+    from dpa4.training import dry_run, load_run_config, train_committee
     from dpa4.training import train as run
 
     with user_errors():
@@ -68,7 +74,13 @@ def train(
                 f"--at-once {at_once} is for the members of a committee; give --committee as well"
             )
         options = load_run_config(config, set_ or [])
-        if committee is None:
+        if dry and (resume or new_data):
+            raise ValueError("--dry-run estimates a new run; leave out --resume and --new-data")
+        if dry:
+            if committee is not None:
+                console.print(f"estimate of one of {committee} members:", highlight=False)
+            console.print(dry_run(options, console))
+        elif committee is None:
             run(options, resume=resume, new_data=new_data, console=console)
         else:
             train_committee(
@@ -79,7 +91,9 @@ def train(
 @with_committee
 def evaluate_command(
     model: Model,
-    data: Annotated[list[Path], typer.Argument(help="Labelled structures.")],
+    data: Annotated[
+        list[Path], typer.Argument(help="Labelled structures: files, folders or patterns, as for data.train.")
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for table, plots and predictions.")
     ] = Path("eval"),
@@ -89,25 +103,33 @@ def evaluate_command(
     dtype: Dtype = "float32",
     branch: Branch = None,
 ) -> None:
-    """Compare predictions with labels; write an error table, parity plots and predictions as extxyz.
+    """Compare predictions with labels; write error tables, parity plots, predictions and the worst structures.
 
     Of several models the mean is compared; a plot shows how their deviation is related to its error.
     """
-    from dpa4.data import read_frames, warn_of_implausible_labels, without_isolated_atoms
+    from dpa4.data import find_sources, read_frames, warn_of_implausible_labels, without_isolated_atoms
     from dpa4.training import evaluate
     from dpa4.training.calibration import calibration_lines
+    from dpa4.training.errors import worst_table
 
     with user_errors():
         potentials = eager_potentials(model, device, dtype, branch)
-        frames = read_frames(data, label_keys(keys))
+        sources = find_sources(data)
+        if sources.searched:
+            console.print(sources.text, soft_wrap=True)
+        frames = read_frames(sources, label_keys(keys))
         if implausible := warn_of_implausible_labels(without_isolated_atoms(frames)):
             console.print(implausible)
-        on = potentials[0].device
-        table = evaluate(potentials, frames, max_atoms=max_atoms, output=output, device=on)
+        name = f"{len(potentials)} models" if len(potentials) > 1 else model
+        table = evaluate(
+            potentials, frames, max_atoms=max_atoms, output=output, device=potentials[0].device, model=name
+        )
     if table.rows:
-        console.print(table.to_rich())
+        console.print(table.to_rich(), highlight=False)
+        console.print("the structures with the largest errors, also in worst.xyz:", highlight=False)
+        console.print(worst_table(table.worst), highlight=False)
         for line in calibration_lines(output):
             console.print(f"deviation of the committee, {line}", highlight=False)
-        console.print(f"table, plots and predictions are in {output}/")
+        console.print(f"tables, plots and predictions are in {output}/")
     else:
         console.print(f"no structure has a label, so there are no errors; predictions are in {output}/")

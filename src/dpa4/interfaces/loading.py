@@ -17,7 +17,7 @@ from dpa4.potential.precision import Precision
 from dpa4.system import own_settings
 
 Model = str | Path | Potential
-"""Checkpoint file or potential."""
+"""Checkpoint, named as for ``load_potential``, or potential."""
 
 
 def members_of(model: Model | Sequence[Model]) -> list[Model]:

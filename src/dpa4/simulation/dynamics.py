@@ -1,5 +1,7 @@
 """Molecular dynamics with ASE's integrators, with tables, plots and exact continuation after an interruption."""
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,10 +17,19 @@ from dpa4.output import (
     OutputFolder,
     cut_back,
     flush_to_disk,
-    new_figure,
     read_csv,
     rows_until,
     save_figure,
+)
+from dpa4.simulation.figures import (
+    CONSERVED,
+    DENSITY,
+    DEVIATION,
+    PRESSURE,
+    VOLUME,
+    draw_dynamics,
+    energy_change,
+    read_thermo,
 )
 from dpa4.simulation.integrators import bath_state, conserved_energy, make_integrator, set_bath_state
 from dpa4.simulation.momenta import degrees_of_freedom, draw_momenta, internal_momenta, temperature
@@ -43,10 +54,6 @@ Ensemble = Literal["nve", "langevin", "nvt", "npt"]
 CellMotion = Literal["volume", "full"]
 
 COLUMNS = ("step", "time_ps", "potential_eV", "kinetic_eV", "total_eV", "temperature_K")
-CONSERVED = "conserved_eV"  # energy of the structure and its baths; nvt and npt only
-PRESSURE = "pressure_GPa"  # only if periodic along all three axes
-VOLUME, DENSITY = "volume_A3", "density_g_cm3"  # npt only
-DEVIATION = "max_force_std_eV_A"  # committees only
 RESTART_INTERVAL = 1000  # steps between restart files; written also at the end and on interruption
 GRAMS_PER_CM3 = 1e27 * units._amu  # 1 u/Angstrom^3 in g/cm^3
 
@@ -194,7 +201,7 @@ def run_md(
                 run.save()
         finally:
             run.log.close()
-        result = _finish(folder, run.step, run.step >= steps, len(atoms), ensemble)
+        result = _finish(folder, run.step, run.step >= steps, len(atoms), settings)
         return replace(result, exceeded=uncertain.exceeded, saved=uncertain.count())
 
 
@@ -215,6 +222,7 @@ class _Run:
         self.trajectory = folder / TRAJECTORY
         self.rng = np.random.default_rng(settings["seed"])
         self.step = 0
+        self.seconds, self.begun = 0.0, time.monotonic()  # of earlier calls; start of this one
         self.status = ""
         self.ensemble = settings["ensemble"]
         self.is_committee = has_deviations(calculator)
@@ -282,6 +290,7 @@ class _Run:
             baths=bath_state(self.integrator),
             trajectory_bytes=trajectory_bytes,
             uncertain_bytes=self.uncertain.size,
+            seconds=round(self.seconds + time.monotonic() - self.begun, 3),
         )
 
     def _columns(self) -> list[str]:
@@ -317,7 +326,7 @@ class _Run:
         """
         check_settings(self.settings, state.settings, self.folder)
         check_system(self.atoms, state, self.folder)
-        self.system, self.step = state.system, state.step
+        self.system, self.step, self.seconds = state.system, state.step, state.seconds
         self.atoms.set_cell(state.cell)
         self.atoms.set_positions(state.positions, apply_constraint=False)
         self.atoms.set_momenta(state.momenta, apply_constraint=False)
@@ -396,34 +405,33 @@ def _check_arguments(settings: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be at least 1, got {settings[name]}")
 
 
-def _finish(folder: Path, steps: int, finished: bool, num_atoms: int, ensemble: str) -> DynamicsResult:
+def _finish(
+    folder: Path, steps: int, finished: bool, num_atoms: int, settings: Mapping[str, Any]
+) -> DynamicsResult:
     """Compute the summary and draw the figure of the whole run from its table."""
-    rows = read_csv(folder / THERMO)
-    table = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
-    energy = table.get(CONSERVED, table["total_eV"])
-    change = 1000 * (energy - energy[0]) / num_atoms
-    _plot(table, change, folder / "thermo.png")
+    table = read_thermo(folder)
+    save_figure(draw_dynamics(table, num_atoms, settings), folder / "thermo.png")
+    return summary(table, steps, finished, num_atoms, settings["ensemble"])
+
+
+def summary(
+    table: Mapping[str, np.ndarray], steps: int, finished: bool, num_atoms: int, ensemble: str
+) -> DynamicsResult:
+    """Summarize the table of a run.
+
+    Args:
+        table: Columns of thermo.csv.
+        steps: Number of completed steps.
+        finished: True unless the run was interrupted.
+        num_atoms: Number of atoms.
+        ensemble: Ensemble of the run.
+    """
+    change = energy_change(table, num_atoms)
     drift = deviation = None
     if ensemble != "langevin":
         deviation = float(np.abs(change).max())
-        drift = float(np.polyfit(table["time_ps"], change, 1)[0]) if len(rows) > 1 else None
+        drift = float(np.polyfit(table["time_ps"], change, 1)[0]) if len(change) > 1 else None
     density = float(table[DENSITY].mean()) if DENSITY in table else None
     largest = float(table[DEVIATION].max()) if DEVIATION in table else None
     mean = float(table["temperature_K"].mean())
     return DynamicsResult(steps, finished, mean, drift, deviation, density, largest)
-
-
-def _plot(table: dict[str, np.ndarray], change: np.ndarray, path: Path) -> None:
-    what = "conserved" if CONSERVED in table else "total"
-    panels = [(f"{what} energy,\nchange (meV/atom)", change), ("temperature (K)", table["temperature_K"])]
-    panels += [("pressure (GPa)", table[PRESSURE])] if PRESSURE in table else []
-    panels += [("volume (Å³)", table[VOLUME])] if VOLUME in table else []
-    panels += [("largest force\ndeviation (eV/Å)", table[DEVIATION])] if DEVIATION in table else []
-    figure = new_figure(7, 2.3 * len(panels))
-    axes = figure.subplots(len(panels), 1, sharex=True)
-    for axis, (label, values) in zip(axes, panels, strict=True):
-        axis.plot(table["time_ps"], values, linewidth=1)
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    axes[-1].set_xlabel("time (ps)")
-    save_figure(figure, path)

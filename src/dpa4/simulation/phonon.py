@@ -263,7 +263,7 @@ def _plot_bands(path: Path, band: Any, labels: list[str], connections: list[bool
     right.set_xlabel("DOS (1/THz)")
     for axis in (left, right):
         axis.axhline(0, color="black", linewidth=0.5)  # imaginary modes lie below
-    save_figure(figure, path)
+    save_figure(figure, path, svg=True)
 
 
 def _ticks(
@@ -301,4 +301,4 @@ def _plot_thermal(path: Path, thermal: Any) -> None:
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[-1].set_xlabel("temperature (K)")
-    save_figure(figure, path)
+    save_figure(figure, path, svg=True)

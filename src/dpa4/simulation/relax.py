@@ -1,5 +1,6 @@
 """Relaxation of positions and, optionally, of the cell with ASE's optimizers."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
@@ -17,7 +18,8 @@ from ase.spacegroup.symmetrize import symmetrize_rank2
 
 from dpa4.data import write_structures
 from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
-from dpa4.output import CsvLog, cut_back, flush_to_disk, new_figure, save_figure
+from dpa4.output import CsvLog, cut_back, flush_to_disk, save_figure
+from dpa4.simulation.figures import draw_relaxations
 from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.store import Record, Records
 from dpa4.system import require, stop_requests, user_path
@@ -64,6 +66,7 @@ class Relaxation:
 
 
 COLUMNS = ("structure", "formula", *(field.name for field in fields(Relaxation)))
+STEP_COLUMNS = ("structure", "step", "atoms", "energy", "max_force")
 
 
 def relax(
@@ -177,7 +180,7 @@ def relax_all(
 
     * relaxed.xyz: final structures with energies, forces and, if periodic along all three axes, stress.
     * relax.csv: one row per structure with the fields of ``Relaxation``.
-    * relax.png: change of energy and largest force of every structure.
+    * steps.csv and relax.png: energy and largest force of every step.
     * relax.jsonl and settings.json: finished structures, model and options, for ``resume``.
 
     Ctrl-C finishes the current step and stops.
@@ -211,13 +214,20 @@ def relax_all(
         results = _restored(structures, records, relaxed)
         done, total = len(results), len(structures)
         table = CsvLog(folder / "relax.csv", COLUMNS, done - 1 if resume else None)
-        with closing(table), progress_bar("structure", total, done, progress) as bar:
+        steps = CsvLog(folder / "steps.csv", STEP_COLUMNS, done - 1 if resume else None)
+        with closing(table), closing(steps), progress_bar("structure", total, done, progress) as bar:
             task = bar.task_ids[0]
             for number, atoms in enumerate(structures[done:], start=done):
+                count = itertools.count()
+
+                def watch(line: str, atoms: Atoms = atoms, number: int = number, count: Any = count) -> None:
+                    bar.update(task, status=line)
+                    energy = float(atoms.get_potential_energy())
+                    values = (number, next(count), len(atoms), energy, _max_force(atoms))
+                    steps.write(dict(zip(STEP_COLUMNS, values, strict=True)))
+
                 try:
-                    result = relax(
-                        atoms, calculator, watch=lambda line: bar.update(task, status=line), **options
-                    )
+                    result = relax(atoms, calculator, watch=watch, **options)
                 except ValueError as error:
                     raise ValueError(f"structure {number}: {error}") from error
                 results.append(result)
@@ -234,8 +244,7 @@ def relax_all(
                     break
                 bar.update(task, completed=number + 1)
     if results:
-        sizes = [len(atoms) for atoms in structures[: len(results)]]
-        _plot(results, sizes, options.get("fmax", FMAX), folder / "relax.png")
+        save_figure(draw_relaxations(folder, options.get("fmax", FMAX)), folder / "relax.png")
     return results
 
 
@@ -286,28 +295,6 @@ def _check_record(record: Record, num_atoms: int, path: Path) -> None:
     size = record.get("bytes")
     if not isinstance(size, int) or size < 0 or any(field.name not in record for field in fields(Relaxation)):
         raise ValueError(f"{path} is damaged (structure {record['id']}); start without resume")
-
-
-def _plot(results: Sequence[Relaxation], sizes: Sequence[int], fmax: float, path: Path) -> None:
-    """Plot the change of energy and the final largest force of every structure."""
-    change = [1e3 * (r.energy - r.initial_energy) / n for r, n in zip(results, sizes, strict=True)]
-    force = [max(r.max_force, 1e-6) for r in results]  # positive for the logarithmic axis
-    numbers, converged = np.arange(len(results)), np.array([r.converged for r in results])
-    figure = new_figure(7, 5)
-    axes = figure.subplots(2, 1, sharex=True)
-    labels = ("energy, change\n(meV/atom)", "largest force\n(eV/Å)")
-    for axis, label, values in zip(axes, labels, (change, force), strict=True):
-        for chosen, style, name in ((converged, "C0o", "converged"), (~converged, "rx", "not converged")):
-            if chosen.any():
-                axis.plot(numbers[chosen], np.array(values)[chosen], style, markersize=4, label=name)
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    axes[1].axhline(fmax, color="0.5", linewidth=1, linestyle="--", label="fmax")
-    axes[1].set_yscale("log")
-    axes[1].legend()
-    axes[1].set_xlabel("structure")
-    axes[1].xaxis.get_major_locator().set_params(integer=True)
-    save_figure(figure, path)
 
 
 def _max_force(atoms: Atoms) -> float:

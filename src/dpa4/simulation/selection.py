@@ -16,7 +16,8 @@ from dpa4.potential import Potential, embeddings
 from dpa4.potential.committee import add_deviations, largest_force_deviation
 from dpa4.potential.descriptors import bare_structure
 from dpa4.system import own_settings, user_path
-from dpa4.training.evaluation import FramePrediction, batches_for, predict_committee
+from dpa4.training.errors import FramePrediction
+from dpa4.training.evaluation import batches_for, predict_committee
 
 Values = NDArray[np.float64]
 

@@ -2,17 +2,20 @@
 
 from dpa4.training.committee import train_committee
 from dpa4.training.deepmd_input import TranslatedInput, convert_input
+from dpa4.training.dry_run import DryRun, dry_run
 from dpa4.training.evaluation import ErrorTable, evaluate
 from dpa4.training.options import RunConfig
 from dpa4.training.run_file import default_config_text, load_run_config
 from dpa4.training.trainer import train
 
 __all__ = [
+    "DryRun",
     "ErrorTable",
     "RunConfig",
     "TranslatedInput",
     "convert_input",
     "default_config_text",
+    "dry_run",
     "evaluate",
     "load_run_config",
     "train",

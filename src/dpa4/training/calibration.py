@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from dpa4.data import Frame
-from dpa4.output import new_figure, save_figure, write_json
+from dpa4.output import new_figure, plain_ticks, save_figure, write_json
 from dpa4.potential.committee import force_deviations
 
 if TYPE_CHECKING:
-    from dpa4.training.evaluation import FramePrediction
+    from dpa4.training.errors import FramePrediction
 
 Values = NDArray[np.float64]
 
@@ -85,8 +85,8 @@ def calibrations(frames: Sequence[Frame], predictions: Sequence["FramePrediction
 
 
 def write_calibration(found: Sequence[Calibration], folder: Path) -> None:
-    """Write calibration.json, with the numbers, and calibration.png; earlier ones are removed if there is nothing."""
-    for name in (FILE, "calibration.png"):
+    """Write calibration.json with the numbers, calibration.png and calibration.svg; earlier ones are removed."""
+    for name in (FILE, "calibration.png", "calibration.svg"):
         (folder / name).unlink(missing_ok=True)
     if not found:
         return
@@ -106,7 +106,7 @@ def write_calibration(found: Sequence[Calibration], folder: Path) -> None:
     figure = new_figure(5 * len(found), 4.6)
     for axis, one in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         _draw(axis, one)
-    save_figure(figure, folder / "calibration.png")
+    save_figure(figure, folder / "calibration.png", svg=True)
 
 
 def calibration_lines(folder: Path) -> list[str]:
@@ -152,16 +152,7 @@ def _draw(axis: Any, one: Calibration) -> None:
         title=f"{one.quantity}, rank correlation {one.correlation:.2f}",
         ylim=(lowest, 2 * max(float(errors.max()), one.factor * ends[1])),
     )
-    for values, side in ((ends, axis.xaxis), (np.array(axis.get_ylim()), axis.yaxis)):
-        plain_log_ticks(side, float(np.log10(values[1] / values[0])))
+    for side in (axis.xaxis, axis.yaxis):
+        plain_ticks(side)
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right", fontsize="small")
-
-
-def plain_log_ticks(side: Any, decades: float) -> None:
-    """Label a logarithmic axis of a figure with plain numbers, at 1, 2 and 5 if it has few decades."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    side.set_major_locator(LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0)))
-    side.set_major_formatter("{x:g}")
-    side.set_minor_formatter(NullFormatter())

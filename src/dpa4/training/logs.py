@@ -9,8 +9,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dpa4.output import CsvLog
 
 TERMS = ("energy", "forces", "virial", "loss", "gradient_norm")
-TRAIN_COLUMNS = ("step", "epoch", "learning_rate", *TERMS, "seconds")
-ERROR_UNITS = {"energy": "meV/atom", "forces": "meV/Å", "virial": "meV/atom"}  # in valid.csv
+ERROR_UNITS = {"energy": "meV/atom", "forces": "meV/Å", "virial": "meV/atom"}
+TRAIN_ERRORS = tuple(f"{name}_mae" for name in ERROR_UNITS)  # absent in files of earlier versions
+TRAIN_COLUMNS = ("step", "epoch", "learning_rate", *TERMS, "seconds", *TRAIN_ERRORS)
 ERROR_COLUMNS = tuple(f"{name}_{kind}" for name in ERROR_UNITS for kind in ("mae", "rmse"))
 VALID_COLUMNS = ("step", "epoch", "score", "best", *ERROR_COLUMNS)
 
@@ -34,7 +35,7 @@ class RunLog:
     ):
         self._console = console
         self._tensorboard = _summary_writer(folder, resume_step) if tensorboard else None
-        self._train = CsvLog(folder / "train.csv", TRAIN_COLUMNS, resume_step)
+        self._train = CsvLog(folder / "train.csv", TRAIN_COLUMNS, resume_step, TRAIN_ERRORS)
         self._valid = CsvLog(folder / "valid.csv", VALID_COLUMNS, resume_step)
         self._progress = Progress(
             TextColumn("step"),

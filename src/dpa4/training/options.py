@@ -102,10 +102,11 @@ class DataOptions(_Section):
 
     train: tuple[UserPath, ...] = Field(
         min_length=1,
-        description="Training file, or list of files: extxyz, ASE database, .aselmdb, deepmd folder.",
+        description="Training data, one or a list: file in any format of ASE, pattern such as runs/*/OUTCAR, or "
+        "folder.",
     )
     validation: tuple[UserPath, ...] = Field(
-        (), description="Validation file or list of files; [] splits the training data."
+        (), description="Validation data, as for train; [] splits the training data."
     )
     validation_fraction: float = Field(
         0.1,

@@ -28,7 +28,7 @@ from dpa4.system import float32_by_default, keep_freed_memory, own_settings, sto
 from dpa4.training.ema import MovingAverage
 from dpa4.training.evaluation import error_table, predict
 from dpa4.training.logs import ERROR_COLUMNS, TERMS, RunLog
-from dpa4.training.loss import Loss
+from dpa4.training.loss import Loss, absolute_errors
 from dpa4.training.muon import HybridMuon
 from dpa4.training.options import RunConfig
 from dpa4.training.plots import plot_learning_curve
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PLOT_SECONDS = 60.0  # between learning curves; drawing one takes half a second
+PLOT_SECONDS = 120.0  # between learning curves; drawing one takes a second
 _TARGETS = {"energy": "energy per atom", "forces": "forces", "virial": "virial per atom"}
 _FIXED = ("model.", "training.optimizer", "training.adam_for_basis", "training.ema_decay")  # on resume
 _COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds")
@@ -96,7 +96,7 @@ def train(
     with OutputFolder(config.output):
         state = load_state(file) if resume else None
         if state is None:
-            _check_unused(config.output)
+            check_unused(config.output)
         else:
             remove_leftovers(config.output, LEFTOVERS_OF_SAFETENSORS)
         preparation = prepare(config, console, state)
@@ -110,7 +110,7 @@ def train(
         return trainer.run()
 
 
-def _check_unused(folder: Path) -> None:
+def check_unused(folder: Path) -> None:
     """Check that a folder can receive a new run.
 
     A run of an earlier version that was killed before its first state has left options and empty tables, which may
@@ -128,8 +128,13 @@ def _check_unused(folder: Path) -> None:
 
 
 def training_step(potential: Potential, batch: Batch, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of a batch without excluded pairs, and its terms by name: the part of a step that is differentiated."""
-    return loss(potential.of_edges(batch.graph), batch)
+    """Loss of a batch without excluded pairs, and its terms by name: the part of a step that is differentiated.
+
+    The last of the terms is not part of the loss: the absolute errors, see `absolute_errors`.
+    """
+    prediction = potential.of_edges(batch.graph)
+    value, terms = loss(prediction, batch)
+    return value, terms | {"absolute_errors": absolute_errors(prediction, batch)}
 
 
 class Trainer:
@@ -171,6 +176,7 @@ class Trainer:
         self.best_score, self.stale = math.inf, 0  # stale: validations since the best one
         # Sums of the loss terms, the loss and the gradient norm over the steps since the last row of train.csv.
         self.sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
+        self.errors = torch.zeros(2, len(_TARGETS), dtype=torch.float64, device=self.device)  # of these steps
         self.summed, self.seconds = 0, 0.0
         self.labelled = dict.fromkeys(_TARGETS, 0)  # number of these steps with a label for each term
         self.resumed = False
@@ -243,6 +249,7 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.step)
         self.sums += record
+        self.errors += terms["absolute_errors"]
         self.summed += 1
         for name in _TARGETS:
             self.labelled[name] += labelled[name]
@@ -270,12 +277,14 @@ class Trainer:
     def _abort(self, record: Tensor) -> None:
         self.batch -= 1  # a resumed run repeats this step
         self.save()
-        values = ", ".join(f"{name} {v:.4g}" for name, v in zip(TERMS, record.tolist(), strict=True))
         raise FloatingPointError(
-            f"step {self.step + 1} (epoch {self.epoch}, batch {self.batch}) is not finite: {values}. "
-            f"The state before it is saved in {self.config.output / STATE}; look for wrong labels or "
-            "atoms too close in the data, or lower training.learning_rate"
+            f"{self._not_finite(record)}. The state before it is saved in {self.config.output / STATE}; look for "
+            "wrong labels or atoms too close in the data, or lower training.learning_rate"
         )
+
+    def _not_finite(self, record: Tensor) -> str:
+        values = ", ".join(f"{name} {v:.4g}" for name, v in zip(TERMS, record.tolist(), strict=True))
+        return f"step {self.step + 1} (epoch {self.epoch}, batch {self.batch}) is not finite: {values}"
 
     # --- compilation
 
@@ -304,8 +313,13 @@ class Trainer:
         sums = zip(TERMS, self.sums.tolist(), strict=True)
         row: dict[str, Any] = {name: total / steps[name] if steps[name] else None for name, total in sums}
         row |= {"step": self.step, "epoch": self.epoch, "learning_rate": self.schedule(self.step - 1)}
+        row |= {
+            f"{name}_mae": 1e3 * total / values if values else None
+            for name, total, values in zip(_TARGETS, *self.errors.tolist(), strict=True)
+        }
         self.log.train(row | {"seconds": round(self.seconds, 3)})
         self.sums.zero_()
+        self.errors.zero_()
         self.summed = 0
         self.labelled = dict.fromkeys(_TARGETS, 0)
 
@@ -382,6 +396,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.shadows if self.average is not None else None,
             "sums": self.sums,
+            "errors": self.errors,
             "labelled": self.labelled,
             "random": random,
         }
@@ -445,6 +460,8 @@ class Trainer:
         if isinstance(coverage := state.get("coverage"), str):
             self.potential.coverage = self.preparation.coverage.union(Coverage.from_json(coverage))
         self.sums.copy_(state["sums"])
+        if (errors := state.get("errors")) is not None:  # absent in states of earlier versions
+            self.errors.copy_(errors)
         # States of earlier versions counted every step for every term.
         self.labelled = state.get("labelled", dict.fromkeys(_TARGETS, self.summed))
         torch.set_rng_state(state["random"]["cpu"])
