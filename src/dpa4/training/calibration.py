@@ -130,7 +130,7 @@ def _draw(axis: Any, one: Calibration) -> None:
     deviations, errors = (np.maximum(1e3 * values, SMALLEST) for values in (one.deviations, one.errors))
     few = len(errors) < 500
     axis.plot(deviations, errors, ".", color="C0", alpha=0.6 if few else 0.25, markersize=6 if few else 3,
-              markeredgewidth=0)  # fmt: skip
+              markeredgewidth=0, rasterized=not few)  # fmt: skip
     ends = np.array([deviations.min(), deviations.max()])
     axis.plot(ends, ends, color="0.4", linestyle="--", linewidth=1, label="error = deviation")
     axis.plot(
