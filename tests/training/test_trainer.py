@@ -654,6 +654,25 @@ def test_a_state_from_before_the_option_for_the_basis_goes_on_without_it(argon_f
     assert "resumed after step 13" in printed and "adam_for_basis" not in printed
 
 
+def test_a_state_with_numbers_of_steps_as_plain_integers_goes_on(
+    argon_file, tmp_path, monkeypatch, finished_run
+):
+    """As earlier versions wrote it."""
+    with monkeypatch.context() as patch:
+        kill_at(patch, 8)
+        with pytest.raises(Killed):
+            run(argon_file, tmp_path / "run")
+    state = load_state(tmp_path / "run" / "last.pt")
+    for entry in state["optimizer"]["state"].values():
+        if "step" in entry:
+            entry["step"] = int(entry["step"])
+    for group in state["optimizer"]["param_groups"]:
+        del group["eps"]
+    save_state(state, tmp_path / "run" / "last.pt")
+    run(argon_file, tmp_path / "run", resume=True)
+    assert_same_run(finished_run.folder, tmp_path / "run")
+
+
 def test_a_run_with_adam_for_the_basis_resumes_exactly(argon_file, tmp_path, monkeypatch):
     limits = {"steps": 4, "validation_interval": 2, "adam_for_basis": True}
     run(argon_file, tmp_path / "whole", **limits)
@@ -665,25 +684,30 @@ def test_a_run_with_adam_for_the_basis_resumes_exactly(argon_file, tmp_path, mon
     assert_same_run(tmp_path / "whole", tmp_path / "part")
 
 
+@pytest.mark.parametrize(
+    ("bad", "where", "launched"), [(7, "epoch 1, batch 2", 8), (13, "epoch 3, batch 0", 13)]
+)
 def test_numbers_that_are_not_finite_stop_the_run_and_lose_nothing(
-    argon_file, tmp_path, monkeypatch, finished_run
+    argon_file, tmp_path, monkeypatch, finished_run, bad, where, launched
 ):
+    """In the middle of a run, where the next step is launched before it is known, and in the last step."""
     original = trainer_module.training_step
 
     def broken(potential, batch, loss):
         value, terms = original(potential, batch, loss)
         broken.calls += 1
-        return (value * float("nan") if broken.calls == 8 else value), terms
+        return (value * float("nan") if broken.calls == bad else value), terms
 
     broken.calls = 0
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "training_step", broken)
         with pytest.raises(
-            FloatingPointError, match=r"step 8 \(epoch 1, batch 3\) is not finite: .*loss nan.*lower"
+            FloatingPointError, match=rf"step {bad} \({where}\) is not finite: .*loss nan.*lower"
         ):
             run(argon_file, tmp_path / "run")
     state = load_state(tmp_path / "run" / "last.pt")
-    assert state["step"] == 7 and all(torch.isfinite(t).all() for t in state["potential"].values())
+    assert broken.calls == launched
+    assert state["step"] == bad - 1 and all(torch.isfinite(t).all() for t in state["potential"].values())
     run(argon_file, tmp_path / "run", resume=True)
     assert_same_run(finished_run.folder, tmp_path / "run")
 

@@ -9,7 +9,6 @@ from typing import NoReturn
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from dpa4.data import Batch, EpochBatches
 from dpa4.system import float32_by_default, own_settings, peak_memory
@@ -17,6 +16,7 @@ from dpa4.training.evaluation import predict
 from dpa4.training.options import RunConfig
 from dpa4.training.prepare import prepare
 from dpa4.training.trainer import Trainer, check_unused
+from dpa4.training.update import Report
 
 STEPS = 10
 WARM_UP = 3  # of these steps, which are not timed
@@ -124,8 +124,7 @@ class _Trial(Trainer):
             self._train_on(batch)
             if number + 1 == warm_up:
                 start = self._clock()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        self._confirm()  # waits for the last step
         return steps - warm_up, (self._clock() - start) / (steps - warm_up)
 
     def time_validation(self) -> float:
@@ -146,9 +145,9 @@ class _Trial(Trainer):
     def _predict(self, batches: EpochBatches, count: int) -> None:
         self._compiled_or_eager(lambda: predict(self.potential, itertools.islice(batches.batches(0), count)))
 
-    def _abort(self, record: Tensor) -> NoReturn:
+    def _abort(self, report: Report) -> NoReturn:
         raise FloatingPointError(
-            f"{self._not_finite(record)}. Look for wrong labels or atoms too close in the data, or lower "
+            f"{self._not_finite(report)}. Look for wrong labels or atoms too close in the data, or lower "
             "training.learning_rate"
         )
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from rich.console import Console
@@ -36,6 +36,7 @@ from dpa4.training.prepare import Preparation, changed_options, prepare
 from dpa4.training.routing import parameter_groups
 from dpa4.training.schedule import Schedule
 from dpa4.training.state import STATE, check_fits, load_state, save_state
+from dpa4.training.update import Report, WeightUpdate
 
 if TYPE_CHECKING:
     from dpa4.training.compilation import CompiledTraining
@@ -151,6 +152,8 @@ class Trainer:
         self.optimizer = _optimizer(config, self.potential)
         self.parameters = [p for p in self.potential.parameters() if p.requires_grad]
         self.average = MovingAverage(self.parameters, options.ema_decay) if options.ema_decay else None
+        self.update = WeightUpdate(self.parameters, self.optimizer, self.average, options.gradient_clip)
+        self.report: Report | None = None  # of the last step, until it is known to be finite
 
         per_epoch = preparation.train.num_batches(0)
         self.total = options.steps or per_epoch * (options.epochs or 200)
@@ -174,10 +177,7 @@ class Trainer:
         self.first_epoch = 0  # of the present data
         self.history: list[dict[str, str]] = []  # provenance of the data that were used before
         self.best_score, self.stale = math.inf, 0  # stale: validations since the best one
-        # Sums of the loss terms, the loss and the gradient norm over the steps since the last row of train.csv.
-        self.sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
-        self.errors = torch.zeros(2, len(_TARGETS), dtype=torch.float64, device=self.device)  # of these steps
-        self.summed, self.seconds = 0, 0.0
+        self.summed, self.seconds = 0, 0.0  # summed: steps since the last row of train.csv
         self.labelled = dict.fromkeys(_TARGETS, 0)  # number of these steps with a label for each term
         self.resumed = False
         self.compiled: CompiledTraining | None = None
@@ -230,7 +230,9 @@ class Trainer:
             self.epoch, self.batch = self.epoch + 1, 0
 
     def _train_on(self, batch: Batch) -> None:
-        """Do one optimiser step."""
+        """Launch one optimiser step, then wait for the one before it: the device always has work."""
+        counters: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "batch": self.batch - 1}
+        counters |= {"summed": self.summed, "labelled": dict(self.labelled)}
         rate = self.schedule(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -240,16 +242,9 @@ class Trainer:
         batch = batch.to(self.device)
         batch = batch._replace(graph=self.potential.without_excluded(batch.graph))
         loss, terms = (self._differentiate if self.compiled is None else self.compiled.step)(batch)
-        norm = self._clip()
-        record = torch.stack([terms["energy"], terms["forces"], terms["virial"], loss, norm])
-        # The only point of a step that waits for the device: numbers that are not finite must not reach the weights.
-        if not bool(torch.isfinite(record).all()):
-            self._abort(record)
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update(self.step)
-        self.sums += record
-        self.errors += terms["absolute_errors"]
+        self.update.receive(loss, terms, self.step)
+        (self.update.apply if self.compiled is None else self.compiled.update)()
+        self._confirm(self.update.report(counters))
         self.summed += 1
         for name in _TARGETS:
             self.labelled[name] += labelled[name]
@@ -265,26 +260,35 @@ class Trainer:
         loss.backward(inputs=self.parameters)
         return loss.detach(), terms
 
-    def _clip(self) -> Tensor:
-        """Scale the gradient down to the maximum norm; return its norm before that, in float64."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.stack(torch._foreach_norm(gradients)).double().norm()
-        if limit := self.config.training.gradient_clip:
-            scale = (limit / (norm + 1e-6)).clamp(max=1.0).float()
-            torch._foreach_mul_(gradients, scale)
-        return norm
+    def _confirm(self, following: Report | None = None) -> None:
+        """Wait for the last step. If it was not finite, save the state before it, which has not changed since.
 
-    def _abort(self, record: Tensor) -> None:
-        self.batch -= 1  # a resumed run repeats this step
+        Args:
+            following: Report of the step launched after it, if any.
+
+        Raises:
+            FloatingPointError: If the last step was not finite.
+        """
+        report, self.report = self.report, following
+        if report is None or report.is_finite():
+            return
+        self.report = None
+        self._abort(report)
+
+    def _abort(self, report: Report) -> NoReturn:
+        for name, value in report.counters.items():  # a resumed run repeats the step
+            setattr(self, name, value)
         self.save()
         raise FloatingPointError(
-            f"{self._not_finite(record)}. The state before it is saved in {self.config.output / STATE}; look for "
+            f"{self._not_finite(report)}. The state before it is saved in {self.config.output / STATE}; look for "
             "wrong labels or atoms too close in the data, or lower training.learning_rate"
         )
 
-    def _not_finite(self, record: Tensor) -> str:
-        values = ", ".join(f"{name} {v:.4g}" for name, v in zip(TERMS, record.tolist(), strict=True))
-        return f"step {self.step + 1} (epoch {self.epoch}, batch {self.batch}) is not finite: {values}"
+    def _not_finite(self, report: Report) -> str:
+        values = ", ".join(f"{name} {v:.4g}" for name, v in zip(TERMS, report.values(), strict=True))
+        counters = report.counters
+        step = f"step {counters['step'] + 1} (epoch {counters['epoch']}, batch {counters['batch']})"
+        return f"{step} is not finite: {values}"
 
     # --- compilation
 
@@ -295,7 +299,7 @@ class Trainer:
             return
         from dpa4.training.compilation import CompiledTraining  # the import takes a second, with Triton
 
-        self.compiled = CompiledTraining(self.potential, self._differentiate, self.console)
+        self.compiled = CompiledTraining(self.potential, self._differentiate, self.update, self.console)
         self.compiled.start(self.preparation.train)
 
     def _compiled_or_eager(self, work: Callable[[], T]) -> T:
@@ -308,23 +312,25 @@ class Trainer:
     # --- logs, validation
 
     def _log_step(self) -> None:
+        self._confirm()
         # A step without a label for a term says nothing about the term.
         steps = {name: self.labelled.get(name, self.summed) for name in TERMS}
-        sums = zip(TERMS, self.sums.tolist(), strict=True)
+        sums = zip(TERMS, self.update.sums.tolist(), strict=True)
         row: dict[str, Any] = {name: total / steps[name] if steps[name] else None for name, total in sums}
         row |= {"step": self.step, "epoch": self.epoch, "learning_rate": self.schedule(self.step - 1)}
         row |= {
             f"{name}_mae": 1e3 * total / values if values else None
-            for name, total, values in zip(_TARGETS, *self.errors.tolist(), strict=True)
+            for name, total, values in zip(_TARGETS, *self.update.errors.tolist(), strict=True)
         }
         self.log.train(row | {"seconds": round(self.seconds, 3)})
-        self.sums.zero_()
-        self.errors.zero_()
+        self.update.sums.zero_()
+        self.update.errors.zero_()
         self.summed = 0
         self.labelled = dict.fromkeys(_TARGETS, 0)
 
     def _validate(self) -> None:
         """Log the errors of the averaged weights on the validation data, and save the model if it is the best."""
+        self._confirm()
         batches = self.preparation.validation
         with self._evaluated_weights():
             if batches is None:
@@ -372,6 +378,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write last.safetensors, then last.pt, once the rows of the logs before it are on the disk."""
+        self._confirm()
         with self._evaluated_weights():
             self._save_model("last.safetensors", self.best_score if self.stale == 0 else math.nan)
         self.log.flush_to_disk()
@@ -395,8 +402,8 @@ class Trainer:
             "potential": self.potential.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.shadows if self.average is not None else None,
-            "sums": self.sums,
-            "errors": self.errors,
+            "sums": self.update.sums,
+            "errors": self.update.errors,
             "labelled": self.labelled,
             "random": random,
         }
@@ -459,9 +466,9 @@ class Trainer:
         # Includes data that the run has used before. Earlier versions had none, or an entry of another kind.
         if isinstance(coverage := state.get("coverage"), str):
             self.potential.coverage = self.preparation.coverage.union(Coverage.from_json(coverage))
-        self.sums.copy_(state["sums"])
+        self.update.sums.copy_(state["sums"])
         if (errors := state.get("errors")) is not None:  # absent in states of earlier versions
-            self.errors.copy_(errors)
+            self.update.errors.copy_(errors)
         # States of earlier versions counted every step for every term.
         self.labelled = state.get("labelled", dict.fromkeys(_TARGETS, self.summed))
         torch.set_rng_state(state["random"]["cpu"])
@@ -508,11 +515,11 @@ class Trainer:
         return path
 
 
-def _optimizer(config: RunConfig, potential: Potential) -> torch.optim.Optimizer:
+def _optimizer(config: RunConfig, potential: Potential) -> HybridMuon:
     options = config.training
     groups = parameter_groups(potential.model, adam_for_basis=options.adam_for_basis)
     if options.optimizer == "hybrid_muon":
         return HybridMuon(groups, options.learning_rate, weight_decay=options.weight_decay)
     for group in groups:
-        group["weight_decay"] = 0.0 if group["route"] == "adam" else options.weight_decay
-    return torch.optim.AdamW(groups, options.learning_rate, betas=(0.9, 0.95))
+        group["route"] = "adam" if group["route"] == "adam" else "adamw"
+    return HybridMuon(groups, options.learning_rate, weight_decay=options.weight_decay, eps=1e-8)
