@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from html import escape
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -66,6 +67,34 @@ class OutputFolder:
                 if self._created:
                     self._path.parent.rmdir()
             self._file.close()
+
+
+def check_start(resume: bool, overwrite: bool) -> None:
+    """Check that a run is not both continued and replaced.
+
+    Raises:
+        ValueError: If both are set.
+    """
+    if resume and overwrite:
+        raise ValueError(
+            "resume continues the earlier run and overwrite replaces it; give one of the two, not both"
+        )
+
+
+def already_holds(folder: Path, what: str) -> FileExistsError:
+    """Error about a folder with results of an earlier run."""
+    return FileExistsError(
+        f"{folder} already holds {what}; resume it, overwrite it (--overwrite), or choose another folder"
+    )
+
+
+def remove_files(folder: Path, *patterns: str) -> None:
+    """Remove files of an earlier run, by name or pattern; to be called while the folder is locked."""
+    for pattern in patterns:
+        for file in folder.glob(pattern):
+            if file.is_file():
+                with naming(file):
+                    file.unlink()
 
 
 def remove_leftovers(folder: Path, pattern: str = LEFTOVERS) -> None:
@@ -455,6 +484,20 @@ def _finite(content: Any) -> Any:
     if isinstance(content, np.ndarray | np.generic):
         return _finite(content.tolist())
     return None if isinstance(content, float) and not np.isfinite(content) else content
+
+
+# --- notebooks
+
+
+def html_table(title: str, sections: Mapping[str, Mapping[str, str]]) -> str:
+    """HTML table with a title and sections of labels and values, for ``_repr_html_``; all texts are escaped."""
+    left = 'style="text-align: left"'  # notebooks align to the right
+    rows = []
+    for section, lines in sections.items():
+        rows.append(f'<tr><th colspan="2" {left}>{escape(section)}</th></tr>')
+        for label, value in lines.items():
+            rows.append(f"<tr><td {left}>{escape(label)}</td><td {left}>{escape(value)}</td></tr>")
+    return f"<p><b>{escape(title)}</b></p><table>{''.join(rows)}</table>"
 
 
 # --- terminals

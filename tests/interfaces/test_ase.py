@@ -9,10 +9,11 @@ from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.lj import LennardJones
 from ase.calculators.mixing import SumCalculator
+from ase.db import connect
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from dpa4.interfaces.ase import has_deviations, labelled
-from dpa4.potential import save_potential
+from dpa4.potential import fingerprint_of, save_potential
 from dpa4.simulation import DPA4Calculator
 from helpers import crystal, graph_of, molecule, random_potential
 
@@ -356,3 +357,36 @@ def test_folder_of_a_committee_is_a_committee(tmp_path):
     found, expected = attach(molecule(), tmp_path), attach(molecule(), potentials)
     assert found.get_potential_energy() == expected.get_potential_energy()
     assert len(found.calc.potentials) == 2
+
+
+# --- records of a calculation
+
+
+def test_databases_keep_the_fingerprint_of_the_model(tmp_path):
+    potential = random_potential(n_blocks=1, lmax=1)
+    with connect(tmp_path / "a.db") as database:
+        database.write(attach(molecule(), potential))
+    (row,) = connect(tmp_path / "a.db").select()
+    expected = fingerprint_of(potential.double())
+    assert row.calculator == "dpa4"
+    assert row.calculator_parameters == expected | {"branch": None} and expected["dtype"] == "float64"
+    committee = attach(molecule(), [potential, random_potential(1, n_blocks=1, lmax=1)]).calc
+    first, second = committee.todict()["model"].split()
+    assert first == expected["model"] != second
+
+
+def test_the_branch_is_recorded(monkeypatch):
+    potential = random_potential(n_blocks=1, lmax=1)
+    monkeypatch.setattr("dpa4.interfaces.loading.load_potential", lambda *_, **__: potential)
+    calculator = DPA4Calculator("multitask.pt", device="cpu", branch="metals")
+    assert calculator.parameters["branch"] == "metals"
+    assert "metals" in calculator._repr_html_()
+
+
+def test_calculator_in_a_notebook():
+    potential = random_potential(n_blocks=1, lmax=1)
+    single, committee = (
+        DPA4Calculator(models, device="cpu")._repr_html_() for models in (potential, [potential, potential])
+    )
+    assert fingerprint_of(potential)["model"] in single and "float32" in single and "cpu" in single
+    assert "committee of 2 models" in committee and "Model 2" in committee

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms, units
 from ase.build import bulk
 from ase.calculators.emt import EMT
@@ -138,7 +139,7 @@ def test_symmetry_is_refused_where_it_cannot_be_kept(monkeypatch):
     tetragonal.set_cell([3.6, 3.6, 3.7], scale_atoms=True)
     assert relax(tetragonal, EMT(), symmetry=True, cell="z", fmax=0.05).converged
     monkeypatch.setitem(sys.modules, "spglib", None)
-    with pytest.raises(ImportError, match=r"spglib is not installed; pip install 'dpa4\[symmetry\]'"):
+    with pytest.raises(ImportError, match=r"spglib is not installed; pip install .*\[symmetry\]'"):
         relax(bulk("Cu"), EMT(), symmetry=True)
 
 
@@ -267,7 +268,11 @@ def test_results_of_another_model_or_run_are_kept_apart(tmp_path):
     with pytest.raises(ValueError, match=r"model = '\w+', but .* holds results with model = '\w+'; choose"):
         attempt(tmp_path, seed=1, resume=True)
     assert attempt(tmp_path, resume=True) == [first]
-    (other,) = attempt(tmp_path, seed=1)  # without resume earlier files are replaced
+    with pytest.raises(FileExistsError, match="already holds relax.jsonl; resume it, overwrite it"):
+        attempt(tmp_path)
+    with pytest.raises(ValueError, match="give one of the two"):
+        attempt(tmp_path, resume=True, overwrite=True)
+    (other,) = attempt(tmp_path, seed=1, overwrite=True)
     assert other.energy != first.energy and len(read(tmp_path / "relaxed.xyz", ":")) == 1
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "settings.json").write_text('{"task": "kappa"}')
@@ -340,8 +345,8 @@ def test_isolated_atoms_are_relaxed_and_no_atoms_refused(tmp_path):
     for atoms, cell in ((Atoms("C"), "fixed"), (Atoms("C", cell=[9] * 3, pbc=True), "full")):
         result = relax(atoms, calculator, cell=cell)
         assert (result.converged, result.steps, result.max_force) == (True, 0, 0.0)
-    with pytest.raises(ValueError, match="structure 1: the structure has no atoms"):
-        relax_all([Atoms("C"), Atoms()], calculator, tmp_path, progress=False)
+    good, bad = relax_all([Atoms("C"), Atoms()], calculator, tmp_path, progress=False)
+    assert good.converged and bad.failure == "the structure has no atoms"
 
 
 def test_arguments(tmp_path):
@@ -357,10 +362,61 @@ def test_arguments(tmp_path):
         relax(squeezed(), EMT(), cell="shape", pressure=1)
     with pytest.raises(ValueError, match="pressure must be a number in GPa, got inf"):
         relax(squeezed(), EMT(), cell="full", pressure=np.inf)
-    with pytest.raises(
-        ValueError, match="structure 0: cell = full needs a cell periodic along all three axes"
-    ):
-        relax_all([molecule()], EMT(), tmp_path, cell="full", progress=False)
+    with pytest.raises(ValueError, match="cell = full needs a cell periodic along all three axes"):
+        relax(molecule(), EMT(), cell="full")
+    with pytest.raises(ValueError, match="fmax must be a positive force"):
+        relax_all([molecule()], EMT(), tmp_path / "none", fmax=0, progress=False)
+    assert not (tmp_path / "none").exists()
+
+
+class Refusing(Interrupting):
+    """Calculator that lacks silver and is interrupted at its fifth evaluation."""
+
+    def calculate(self, atoms, *arguments):
+        if "Ag" in atoms.symbols:
+            raise ValueError("atom 0 is Ag, which the model lacks")
+        super().calculate(atoms, *arguments)
+
+
+def test_a_structure_that_cannot_be_relaxed_does_not_end_the_run(tmp_path):
+    """The others are relaxed, and a resumed run goes on behind it."""
+    lost = bulk("Ag")
+    lost.positions[:] = np.nan
+    starts = [bulk("Cu", a=3.6), bulk("Ag"), squeezed(), lost, bulk("Cu", a=3.5)]
+    options = {"fmax": 0.01, "progress": False}
+    first = relax_all([a.copy() for a in starts], Refusing(), tmp_path, **options)
+    assert [r.failure != "" for r in first] == [False, True, False] and first[2].interrupted
+    results = relax_all(starts, Refusing(), tmp_path, resume=True, **options)
+    while results[-1].interrupted:
+        results = relax_all(starts, Refusing(), tmp_path, resume=True, **options)
+    assert [r.converged for r in results] == [True, False, True, False, True]
+    assert results[1].failure == results[3].failure == "atom 0 is Ag, which the model lacks"
+    frames = read(tmp_path / "relaxed.xyz", ":")
+    assert [frame.info["relax_structure"] for frame in frames] == [0, 2, 4]
+    rows = list(csv.DictReader((tmp_path / "relax.csv").open()))
+    assert [row["failure"] != "" for row in rows] == [False, True, False, True, False]
+    assert relax_all(starts, None, tmp_path, resume=True, **options)[4] == results[4]
+
+
+def test_a_broken_gpu_ends_the_run(tmp_path):
+    class Broken(EMT):
+        def calculate(self, *arguments):
+            raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    with pytest.raises(torch.AcceleratorError):
+        relax_all([bulk("Cu")], Broken(), tmp_path, progress=False)
+
+
+def test_command_names_structures_that_it_could_not_relax(tmp_path):
+    save_potential(random_potential(n_blocks=1, lmax=1), tmp_path / "m.safetensors")
+    for name, symbols, status in (("some", ("C", "U", "H"), 0), ("none", ("U", "Pu"), 1)):
+        write(tmp_path / "start.xyz", [Atoms(symbol) for symbol in symbols])
+        command = ["relax", tmp_path / "m.safetensors", tmp_path / "start.xyz", "-o", tmp_path / name]
+        shown = CliRunner().invoke(app, [str(a) for a in (*command, "--device", "cpu")])
+        assert shown.exit_code == status, shown.output
+        assert f"structure {symbols.index('U')} not relaxed: " in shown.output
+    again = CliRunner().invoke(app, [str(a) for a in (*command, "--device", "cpu")])
+    assert again.exit_code == 1 and "--overwrite" in again.output
 
 
 @pytest.mark.parametrize(

@@ -279,7 +279,7 @@ def test_tensorboard(argon_file, tmp_path):
 
 def test_tensorboard_that_is_not_installed(argon_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ModuleNotFoundError, match=r"needs TensorBoard .* pip install 'dpa4\[tensorboard\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"needs TensorBoard .* pip install .*\[tensorboard\]'"):
         run(argon_file, tmp_path / "run", tensorboard=True)
 
 
@@ -623,7 +623,7 @@ def test_an_output_folder_with_files_is_not_overwritten(argon_file, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("keep me")
     with pytest.raises(
-        FileExistsError, match=r"is not empty; continue that run with --resume, or choose another"
+        FileExistsError, match=r"is not empty; continue that run with --resume, replace it with --overwrite"
     ):
         run(argon_file, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]

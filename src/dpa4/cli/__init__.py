@@ -20,7 +20,7 @@ from dpa4.cli.training import evaluate_command, init, train
 app = Commands(
     help="Train and run DPA4 interatomic potentials. Units: eV and Angstrom.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_show_locals=False,
     callback=prepare_terminal,
     result_callback=exit_after_signal,

@@ -9,6 +9,7 @@ from dpa4.cli.options import (
     Model,
     ModelOptions,
     Output,
+    Overwrite,
     Resume,
     Skin,
     console,
@@ -58,6 +59,7 @@ def md(
         typer.Option(help="Committee: stop when the largest force deviation is above this, in eV/Angstrom."),
     ] = None,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     *,
     options: ModelOptions,
 ) -> None:
@@ -71,7 +73,7 @@ def md(
         result = run_md(
             atoms, calculator, output, steps=steps, ensemble=ensemble, temperature=temperature, timestep=timestep,
             friction=friction, tdamp=tdamp, pressure=pressure, pdamp=pdamp, cell=cell, interval=interval, seed=seed,
-            save_above=save_above, stop_above=stop_above, resume=resume,
+            save_above=save_above, stop_above=stop_above, resume=resume, overwrite=overwrite,
         )  # fmt: skip
     end = "finished" if result.finished else "stopped"
     if result.exceeded is not None:

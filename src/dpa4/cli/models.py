@@ -28,14 +28,15 @@ def convert(
         bool,
         typer.Option("--ema", help="Read the averaged weights that a deepmd-kit checkpoint may also hold."),
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target if it exists.")] = False,
 ) -> None:
     """Convert between deepmd-kit checkpoints and native files, or a training input of deepmd-kit to a run file."""
     from dpa4 import potential
     from dpa4.training.deepmd_input import INPUT_SUFFIXES
 
     with user_errors():
-        if target.exists():
-            raise FileExistsError(f"{target} exists; choose another name or remove it")
+        if target.exists() and not overwrite:
+            raise FileExistsError(f"{target} exists; choose another name or replace it with --overwrite")
         if source.suffix in INPUT_SUFFIXES:
             if branch or drop_bridging or ema:
                 raise ValueError(

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand
 
+from dpa4 import __version__
 from dpa4.output import tolerate_any_encoding
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ Members = Annotated[
     typer.Option("--model", help="Model, in place of the argument MODEL; repeat it for a committee."),
 ]
 Branch = Annotated[str | None, typer.Option(help="Branch of a multitask deepmd-kit checkpoint.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto uses a GPU if there is one.")]
+Device = Annotated[
+    str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, or cuda:1 for the second GPU.")
+]
 Dtype = Annotated[
     Literal["float32", "float64"],
     typer.Option(help="Floating-point type of the network: float32 or float64."),
@@ -61,6 +64,9 @@ Keys = Annotated[
     typer.Option("--key", help="Name of a label in the data, as energy=dft_energy; may be repeated."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the results of an earlier run in the output folder.")
+]
 
 
 class Command(TyperCommand):
@@ -242,7 +248,18 @@ def _caught_signals() -> list[int]:
     return [] if system is None else system.caught_signals
 
 
-def prepare_terminal() -> None:
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"dpa4 {__version__}", highlight=False)
+        raise typer.Exit()
+
+
+def prepare_terminal(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
     """Make sure that no character ends the command, whatever the encoding of the terminal, file or pipe."""
     tolerate_any_encoding()
 

@@ -12,6 +12,7 @@ from dpa4.cli.options import (
     Keys,
     MaxAtoms,
     Model,
+    Overwrite,
     console,
     eager_potentials,
     label_keys,
@@ -26,14 +27,18 @@ def init(
     preset: Annotated[
         str, typer.Option(help="Published model to start from, as listed in docs/models.md.")
     ] = "mini",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Write a commented configuration file for a training run."""
+    from dpa4.output import atomic_write
     from dpa4.training import default_config_text
 
     with user_errors():
-        if path.exists():
-            raise FileExistsError(f"{path} exists; choose another name or remove it")
-        path.write_text(default_config_text(train, preset), encoding="utf-8")
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists; choose another name or replace it with --overwrite")
+        text = default_config_text(train, preset)
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     console.print(f"wrote {path}; edit it, then run: dpa4 train {path}")
 
 
@@ -63,6 +68,7 @@ def train(
         int | None,
         typer.Option(help="Members of a committee trained at the same time; by default one after the other."),
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train a potential, or a committee of potentials."""
     from dpa4.training import dry_run, load_run_config, train_committee
@@ -81,11 +87,12 @@ def train(
                 console.print(f"estimate of one of {committee} members:", highlight=False)
             console.print(dry_run(options, console))
         elif committee is None:
-            run(options, resume=resume, new_data=new_data, console=console)
+            run(options, resume=resume, new_data=new_data, overwrite=overwrite, console=console)
         else:
             train_committee(
-                options, committee, at_once=at_once or 1, resume=resume, new_data=new_data, console=console
-            )
+                options, committee, at_once=at_once or 1, resume=resume, new_data=new_data, overwrite=overwrite,
+                console=console,
+            )  # fmt: skip
 
 
 @with_committee

@@ -17,6 +17,7 @@ from dpa4.execution.evaluator import Evaluator
 from dpa4.graph import SKIN, Graph, SkinnedNeighbors, within_cutoff
 from dpa4.interfaces.coverage_monitor import CoverageMonitor
 from dpa4.interfaces.loading import Model, calculators_in, charge_spin_of, load_model, members_of
+from dpa4.output import html_table
 from dpa4.potential.committee import add_deviations, fingerprint_of_committee
 from dpa4.potential.precision import Precision
 from dpa4.system import Lock, choose_device, own_settings
@@ -51,6 +52,9 @@ class DPA4Calculator(Calculator):
     Models conditioned on charge and spin read the total charge from ``atoms.info["charge"]`` and the multiplicity
     2S + 1 from ``atoms.info["spin"]``; docs/conventions.md lists further names. Changing either triggers a new
     calculation.
+
+    ``parameters`` holds the fingerprint of the model (``model``), ``dtype``, ``precision`` and ``branch``. ASE's
+    databases store them with the results.
 
     If the checkpoint describes its training data, the calculator warns once about elements absent from these data,
     and once about atoms closer together than in these data.
@@ -123,6 +127,29 @@ class DPA4Calculator(Calculator):
         self._charge_spin: list[torch.Tensor] = []  # per model, (1, 2), for the checked structure
         self._conditioned = any(p.config.charge_spin for p in self.potentials)
         self._unused: set[str] = set()  # entries of atoms.info that were warned of
+        # ASE's databases and trajectories store the parameters beside the results.
+        self.parameters.update(fingerprint_of_calculator(self), branch=branch)
+
+    def _get_name(self) -> str:
+        """Name of the calculator in ASE's databases."""
+        return "dpa4"
+
+    def _repr_html_(self) -> str:
+        """Description for a notebook: models, device and precision."""
+        models = [
+            {
+                "elements": " ".join(potential.elements),
+                "cutoff": f"{potential.config.cutoff:g} Å",
+                "parameters": f"{sum(p.numel() for p in potential.model.parameters()):,}",
+                "fingerprint": fingerprint,
+            }
+            for potential, fingerprint in zip(self.potentials, self.parameters["model"].split(), strict=True)
+        ]
+        run = {name: str(self.parameters[name]) for name in ("dtype", "precision", "branch")}
+        run |= {"device": str(self.device), "results": ", ".join(self.implemented_properties)}
+        names = [f"Model {number}" if len(models) > 1 else "Model" for number in range(1, len(models) + 1)]
+        title = "DPA4 calculator" + (f", committee of {len(models)} models" if len(models) > 1 else "")
+        return html_table(title, {**dict(zip(names, models, strict=True)), "Calculation": run})
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Names of the properties in which a structure differs from that of the last calculation; [] if none.

@@ -19,8 +19,8 @@ from dpa4.data.charge_spin import (
     whole_numbers,
 )
 from dpa4.execution.evaluator import Evaluator
-from dpa4.graph import Graph, build_graph, collate, neighbor_list_torch, within_cutoff
-from dpa4.interfaces.coverage_monitor import CoverageMonitor
+from dpa4.graph import Graph, within_cutoff
+from dpa4.interfaces.batches import BatchGraphs
 from dpa4.interfaces.loading import Model, load_model, members_of
 from dpa4.potential import Prediction
 from dpa4.potential.committee import check_one_charge_spin
@@ -109,10 +109,8 @@ class DPA4Model(ModelInterface):
         self.charge_spin = self.potential.config.default_charge_spin
         self._evaluators = [Evaluator(potential, compile) for potential in self.potentials]
         self.last_graph: Graph | None = None  # of the latest call; saves a neighbour search after it
-        self._monitor = CoverageMonitor([p.coverage for p in self.potentials], self._device)
+        self._graphs = BatchGraphs(self.potentials)
         self._unused: set[str] = set()  # extras of states that were warned of
-        # Atomic numbers and charge_spin that passed the check.
-        self._checked: tuple[Tensor, Tensor] | None = None
 
     @ModelInterface.compute_forces.setter
     def compute_forces(self, value: bool) -> None:
@@ -194,31 +192,13 @@ class DPA4Model(ModelInterface):
         return {name: values.detach() for name, values in results.items()}
 
     def _graph(self, state: Any, periodic: Tensor) -> Graph:
-        """Build the graph of all systems on the device, and check the structures.
-
-        Elements, charges and spins are checked only when they have changed since the last call.
-        """
+        """Build the graph of all systems on the device, and check the structures."""
         numbers, structure = state.atomic_numbers.long(), state.system_idx.long()
         positions, cell = state.positions.double(), state.row_vector_cell.double().contiguous()
         charge_spin = self._charges_and_spins(state, len(cell))
-        if positions.is_cuda:
-            pbc = periodic.expand(len(cell), 3)
-            edges = neighbor_list_torch(positions, cell, pbc, self.cutoff, structure)
-            graph = Graph(numbers, positions, cell, structure, *edges, charge_spin)
-        else:
-            sizes = structure.bincount(minlength=len(cell)).tolist()
-            systems = zip(numbers.split(sizes), positions.split(sizes), cell, strict=True)
-            graphs = [build_graph(z, r, rows, periodic, self.cutoff) for z, r, rows in systems]
-            graph = collate(graphs)._replace(charge_spin=charge_spin)
+        pbc = periodic.expand(len(cell), 3)
+        graph = self._graphs.build(numbers, positions, cell, pbc, structure, charge_spin)
         self.last_graph = graph
-        known = self._checked
-        if known is None or not (torch.equal(numbers, known[0]) and torch.equal(charge_spin, known[1])):
-            for potential in self.potentials:
-                potential.check(graph)
-            self._monitor.elements(numbers)
-            self._checked = numbers.clone(), charge_spin
-        self._monitor.look(graph)
-        self._monitor.report()  # now, because no later step waits for the device
         return graph
 
     def _charges_and_spins(self, state: Any, systems: int) -> Tensor:

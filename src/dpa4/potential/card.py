@@ -15,6 +15,7 @@ from dpa4.model.presets import DEEPMD_PRESETS, closest_preset, generation, prese
 from dpa4.model.shapes import ParameterCount, count_parameters
 from dpa4.ops import available
 from dpa4.ops.layout import EdgeLayout
+from dpa4.output import html_table
 from dpa4.parsing import printable
 from dpa4.potential.checkpoint import read_checkpoint
 from dpa4.potential.model_file import WEIGHTS
@@ -43,6 +44,10 @@ class ModelCard:
                 "\n".join([section, *(f"  {label:<{width}}  {value}" for label, value in lines.items())])
             )
         return "\n\n".join(blocks) + "\n"
+
+    def _repr_html_(self) -> str:
+        """The card as a table for a notebook."""
+        return html_table(self.title, self.sections)
 
     def __rich__(self) -> Table:
         """The card as a table for the terminal."""

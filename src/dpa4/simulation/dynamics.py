@@ -15,12 +15,16 @@ from dpa4.interfaces.ase import fingerprint_of_calculator, has_deviations, label
 from dpa4.output import (
     CsvLog,
     OutputFolder,
+    already_holds,
+    check_start,
     cut_back,
     flush_to_disk,
     read_csv,
+    remove_files,
     rows_until,
     save_figure,
 )
+from dpa4.progress import ProgressBar
 from dpa4.simulation.figures import (
     CONSERVED,
     DENSITY,
@@ -45,7 +49,6 @@ from dpa4.simulation.restart import (
     system_of,
     write_restart,
 )
-from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.store import check_settings
 from dpa4.simulation.uncertain_frames import UncertainFrames
 from dpa4.system import stop_requests, user_path
@@ -108,6 +111,7 @@ def run_md(
     save_above: float | None = None,
     stop_above: float | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> DynamicsResult:
     """Run molecular dynamics at constant energy, temperature or pressure.
@@ -153,14 +157,15 @@ def run_md(
         stop_above: Deviation of a force, in eV/Angstrom, above which the run ends; compared in every step. Both need
             a committee.
         resume: Continue the run in ``output``.
-        progress: Show a progress bar on a terminal.
+        overwrite: Replace the run in ``output``.
+        progress: Show the progress.
 
     Returns:
         Summary of the whole run, including steps before ``resume``.
 
     Raises:
         BlockingIOError: If another process is working in ``output``.
-        FileExistsError: If ``output`` already holds a run and ``resume`` is not set.
+        FileExistsError: If ``output`` already holds a run and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: If there is no run to resume.
         RuntimeError: If a step fails, usually because the time step is too long.
         ValueError: If an argument is not allowed, no atom can move, the ensemble cannot respect a constraint, the
@@ -186,15 +191,18 @@ def run_md(
         "seed": seed,
     }
     _check_arguments(settings | {"steps": steps})
+    check_start(resume, overwrite)
     folder = user_path(output)
     uncertain = UncertainFrames(folder, save_above, stop_above, has_deviations(calculator))
     state = read_restart(folder) if resume else None
     with OutputFolder(folder):
+        if not (resume or overwrite):
+            _check_unused(folder)
         run = _Run(
             atoms, calculator, folder, settings | fingerprint_of_calculator(calculator), state, uncertain
         )
         try:
-            with stop_requests() as stopped, progress_bar("step", steps, run.step, progress) as bar:
+            with stop_requests() as stopped, ProgressBar("step", steps, run.step, progress) as bar:
                 while run.step < steps and not stopped and uncertain.exceeded is None:
                     run.advance()
                     bar.update(bar.task_ids[0], completed=run.step, status=run.status)
@@ -203,6 +211,19 @@ def run_md(
             run.log.close()
         result = _finish(folder, run.step, run.step >= steps, len(atoms), settings)
         return replace(result, exceeded=uncertain.exceeded, saved=uncertain.count())
+
+
+def _check_unused(folder: Path) -> None:
+    """Check that a folder can receive a new run.
+
+    Raises:
+        FileExistsError: If the folder already holds a run. A run of an earlier version that was killed before its
+            first restart file, with the initial structure at most, is none.
+    """
+    begun = len(read_csv(folder / THERMO)) > 1
+    orphan = (folder / TRAJECTORY).exists() and not (folder / THERMO).exists()
+    if begun or orphan or (folder / RESTART).exists():
+        raise already_holds(folder, "a run")
 
 
 class _Run:
@@ -249,7 +270,7 @@ class _Run:
             self._write_state(0)  # before the files that it speaks of, so that a killed run can be resumed
         self.log = CsvLog(folder / THERMO, self._columns(), self.step if begun else None)
         if not begun:
-            self.trajectory.unlink(missing_ok=True)
+            remove_files(folder, TRAJECTORY, "thermo.png")
             uncertain.start_anew()
             self._record()
             self.save()
@@ -303,16 +324,7 @@ class _Run:
         return columns
 
     def _start(self) -> None:
-        """Prepare the momenta of a new run.
-
-        Raises:
-            FileExistsError: If the folder already holds a run. A run of an earlier version that was killed before
-                its first restart file, with the initial structure at most, is none.
-        """
-        begun = len(read_csv(self.folder / THERMO)) > 1
-        orphan = self.trajectory.exists() and not (self.folder / THERMO).exists()
-        if begun or orphan or (self.folder / RESTART).exists():
-            raise FileExistsError(f"{self.folder} already holds a run; resume it or choose another folder")
+        """Prepare the momenta of a new run."""
         if not self.atoms.get_momenta().any():
             draw_momenta(self.atoms, self.settings["temperature"], self.rng)
         elif self.ensemble in ("nvt", "npt"):

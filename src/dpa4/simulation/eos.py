@@ -18,6 +18,7 @@ from dpa4.simulation.runs.store import Record
 from dpa4.system import user_path
 
 COLUMNS = ("volume_A3", "energy_eV", "pressure_GPa", "a_A", "b_A", "c_A")
+FILES = ("eos.csv", "eos.json", "eos.png", "eos.xyz")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def equation_of_state(
     fmax: float = 1e-4,
     steps: int = 500,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> EquationOfState:
     """Fit the equation of state of a crystal to its energies at several volumes.
@@ -77,13 +79,14 @@ def equation_of_state(
         fmax: Convergence threshold of all relaxations, in eV/Angstrom; see ``relax``.
         steps: Maximum number of steps of each relaxation.
         resume: Continue the calculation in ``output``.
-        progress: Show progress bars on a terminal.
+        overwrite: Replace the calculation in ``output``.
+        progress: Show the progress.
 
     Returns:
         Parameters of the equation of state.
 
     Raises:
-        FileExistsError: If ``output`` holds a calculation and ``resume`` is not set.
+        FileExistsError: If ``output`` holds a calculation and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: If there is no calculation to resume.
         RuntimeError: If a relaxation does not converge, or the energies have no minimum among the volumes.
         Stopped: After Ctrl-C (``dpa4.simulation.Stopped``).
@@ -102,7 +105,16 @@ def equation_of_state(
         raise ValueError(f"span must be a fraction of the volume between 0 and 1, got {span}")
     folder = user_path(output)
     settings = {"points": points, "span": span, "shape": shape, "relax_first": relax_first, "fmax": fmax}
-    run = Calculation(folder, atoms, calculator, settings, resume=resume, progress=progress)
+    run = Calculation(
+        folder,
+        atoms,
+        calculator,
+        settings,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+        results=FILES,
+    )
     start = run.relaxed(atoms, fmax=fmax, steps=steps) if relax_first else atoms.copy()
 
     def compute(factor: float) -> Record:

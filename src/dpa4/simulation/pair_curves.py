@@ -19,8 +19,8 @@ from dpa4.data.coverage import ElementPair
 from dpa4.graph import Graph
 from dpa4.output import new_figure, save_figure, write_csv, write_json
 from dpa4.potential import Potential, expand_energy, fingerprint_of
+from dpa4.progress import ProgressBar
 from dpa4.simulation.clusters import cluster_graph
-from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.store import Records
 from dpa4.system import own_settings, stop_requests, user_path
 
@@ -257,7 +257,7 @@ def scan_pairs(
         start: Shortest distance, in Angstrom. The longest distance is the cutoff.
         step: Largest spacing of the distances, in Angstrom. The actual spacing is slightly smaller, so that the last
             point is at the cutoff.
-        progress: Show progress bars on a terminal.
+        progress: Show the progress.
 
     Returns:
         Curves and diagnoses.
@@ -281,7 +281,7 @@ def scan_pairs(
     folder = user_path(output)
     with Records(folder, settings, "pairs") as records, stop_requests() as stopped:
         missing = [pair for name, pair in requested.items() if name not in records.done]
-        with progress_bar("pair", len(requested), len(requested) - len(missing), progress) as bar:
+        with ProgressBar("pair", len(requested), len(requested) - len(missing), progress) as bar:
             for curve in _curves(potential, missing, distances):
                 records.append({"id": curve.name} | {name: getattr(curve, name) for name in COMPUTED})
                 bar.update(bar.task_ids[0], advance=1, status=curve.name)
@@ -298,7 +298,7 @@ def scan_pairs(
     for old in folder.glob("pairs-*.png"):
         old.unlink()
     pages = range(0, len(curves), PER_PAGE)
-    with progress_bar("figure", len(pages), show=progress and len(pages) > 1) as bar:
+    with ProgressBar("figure", len(pages), show=progress and len(pages) > 1) as bar:
         for number, first in enumerate(pages, start=1):
             figure = draw_pairs(curves[first : first + PER_PAGE], scan.diagnoses[first : first + PER_PAGE])
             save_figure(figure, folder / f"pairs-{number:02d}.png", dpi=110)

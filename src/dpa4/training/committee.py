@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dpa4.output import OutputFolder, tolerate_any_encoding
+from dpa4.output import OutputFolder, check_start, tolerate_any_encoding
 from dpa4.potential.checkpoint import add_provenance, load_potential
 from dpa4.potential.committee import MEMBER, member_files, member_folders
 from dpa4.system import caught_signals, choose_device, stop_requests
@@ -34,6 +34,7 @@ def train_committee(
     at_once: int = 1,
     resume: bool = False,
     new_data: bool = False,
+    overwrite: bool = False,
     console: Console | None = None,
 ) -> Path:
     """Train several models that differ in the seed of weights and batches and in the split of the data.
@@ -56,6 +57,7 @@ def train_committee(
             member-k.log.
         resume: Continue every member that has a state and start the others; ``members`` may be larger than before.
         new_data: Continue on other data than before, see ``train``.
+        overwrite: Replace the members in the output folder.
         console: Console to print to; standard output by default.
 
     Returns:
@@ -63,7 +65,7 @@ def train_committee(
 
     Raises:
         BlockingIOError: If another process is working in the output folder.
-        FileExistsError: If the output folder is not empty and ``resume`` is not set.
+        FileExistsError: If the output folder is not empty and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: If there is no committee to resume.
         RuntimeError: If a member that runs in another process fails.
         ValueError: If ``members`` or ``at_once`` is not allowed, or as in ``train``.
@@ -76,10 +78,11 @@ def train_committee(
         )
     if at_once < 1:
         raise ValueError(f"at_once must be at least 1, got {at_once}")
+    check_start(resume, overwrite)
     folder = config.output
     with OutputFolder(folder):
-        _check_folder(folder, members, resume)
-        tasks = [_Task(config, number, resume, new_data) for number in range(members)]
+        _check_folder(folder, members, resume, overwrite)
+        tasks = [_Task(config, number, resume, new_data, overwrite) for number in range(members)]
         finished = _one_by_one(tasks, console) if at_once == 1 else _at_once(tasks, at_once, console)
         if finished:
             for line in calibrate(config, console):
@@ -131,7 +134,7 @@ def _write_cards(files: Sequence[Path], found: Sequence[Calibration], structures
         add_provenance(file, entries | {f"calibration, {one.quantity}": one.text for one in found})
 
 
-def _check_folder(folder: Path, members: int, resume: bool) -> None:
+def _check_folder(folder: Path, members: int, resume: bool, overwrite: bool) -> None:
     """Check that a folder can receive a new committee, or holds one to resume.
 
     Raises:
@@ -140,9 +143,10 @@ def _check_folder(folder: Path, members: int, resume: bool) -> None:
         ValueError: If it holds more members than are to be trained.
     """
     known = member_folders(folder)
-    if not resume and any(path.name != ".lock" for path in folder.iterdir()):
+    if not (resume or overwrite) and any(path.name != ".lock" for path in folder.iterdir()):
         raise FileExistsError(
-            f"output folder {folder} is not empty; continue that committee with --resume, or choose another output"
+            f"output folder {folder} is not empty; continue that committee with --resume, replace it with "
+            "--overwrite, or choose another output"
         )
     if resume and not known:
         raise FileNotFoundError(f"there is no committee to resume in {folder}; train without --resume first")
@@ -155,16 +159,17 @@ def _check_folder(folder: Path, members: int, resume: bool) -> None:
 class _Task:
     """Training of one member."""
 
-    def __init__(self, config: RunConfig, number: int, resume: bool, new_data: bool):
+    def __init__(self, config: RunConfig, number: int, resume: bool, new_data: bool, overwrite: bool):
         self.config, self.number = member_config(config, number), number
         self.folder = self.config.output
         self.log = self.folder.with_name(f"{self.folder.name}.log")
         self.resume = resume and (self.folder / STATE).is_file()
-        self.new_data = new_data and self.resume
+        self.new_data, self.overwrite = new_data and self.resume, overwrite
 
     def run(self, console: Console) -> None:
         """Train in this process."""
-        train(self.config, resume=self.resume, new_data=self.new_data, console=console)
+        options = {"resume": self.resume, "new_data": self.new_data, "overwrite": self.overwrite}
+        train(self.config, **options, console=console)
 
     def run_alone(self, threads: int) -> None:
         """Train in a process of its own."""

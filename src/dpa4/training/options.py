@@ -1,6 +1,7 @@
 """Options of a training run: one model per section of the run file."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +24,12 @@ from dpa4.potential.precision import Precision
 from dpa4.system import user_path
 
 UserPath = Annotated[Path, AfterValidator(user_path)]
+
+
+def _device_name(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        raise ValueError(f"device = {name!r}: allowed are auto, cpu, cuda and, for the second GPU, cuda:1")
+    return name
 
 
 def unknown_option(key: str, allowed: Iterable[str]) -> str:
@@ -283,4 +290,7 @@ class RunConfig(_Section):
     data: DataOptions = Field(description="Structures with energies, forces and, if periodic, stress.")
     training: TrainingOptions = Field(default_factory=TrainingOptions, description="Options of the fit.")
     output: UserPath = Field(Path("run"), description="Folder for the model, checkpoints, logs and plots.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one.")
+    device: Annotated[str, AfterValidator(_device_name)] = Field(
+        "auto",
+        description="auto (a GPU if there is one), cpu, cuda, or cuda:1 for the second GPU.",
+    )

@@ -17,7 +17,9 @@ from dpa4.output import (
     LEFTOVERS_OF_SAFETENSORS,
     OutputFolder,
     atomic_write,
+    check_start,
     read_csv,
+    remove_files,
     remove_leftovers,
     tolerate_any_encoding,
 )
@@ -46,6 +48,10 @@ T = TypeVar("T")
 PLOT_SECONDS = 120.0  # between learning curves; drawing one takes a second
 _TARGETS = {"energy": "energy per atom", "forces": "forces", "virial": "virial per atom"}
 _FIXED = ("model.", "training.optimizer", "training.adam_for_basis", "training.ema_decay")  # on resume
+_FILES_OF_A_RUN = (
+    STATE, "best.safetensors", "last.safetensors", "train.csv", "valid.csv", "learning_curve.*", "run.yaml",
+    "report.html", "tensorboard/*",
+)  # fmt: skip
 _COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds")
 
 
@@ -53,7 +59,12 @@ _COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds
 @float32_by_default()
 @torch.enable_grad()
 def train(
-    config: RunConfig, *, resume: bool = False, new_data: bool = False, console: Console | None = None
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    new_data: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
 ) -> Path:
     """Train a potential.
 
@@ -73,6 +84,8 @@ def train(
         resume: Continue the run in the output folder.
         new_data: Continue on other training or validation data than before. The model keeps its elements and
             reference energies, and the best score starts anew.
+        overwrite: Replace the run in the output folder. Its files are removed once data and options of the new run
+            have been checked; files of other names stay.
         console: Console to print to; standard output by default.
 
     Returns:
@@ -80,7 +93,7 @@ def train(
 
     Raises:
         BlockingIOError: If another process is working in the output folder.
-        FileExistsError: If the output folder is not empty and ``resume`` is not set.
+        FileExistsError: If the output folder is not empty and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: If there is no state to resume from.
         ValueError: If data and options do not fit together, or the state belongs to another model or, without
             ``new_data``, to other data; also if the neighbour list of a structure cannot be built, after saving the
@@ -89,6 +102,7 @@ def train(
     """
     tolerate_any_encoding()
     console = console or Console()
+    check_start(resume, overwrite)
     if new_data and not resume:
         raise ValueError("new data are for a run to resume; give --resume, too, or neither")
     file = config.output / STATE
@@ -96,13 +110,14 @@ def train(
         raise FileNotFoundError(f"no training state {file} to resume from; train without --resume first")
     with OutputFolder(config.output):
         state = load_state(file) if resume else None
-        if state is None:
+        if state is None and not overwrite:
             check_unused(config.output)
-        else:
+        elif state is not None:
             remove_leftovers(config.output, LEFTOVERS_OF_SAFETENSORS)
         preparation = prepare(config, console, state)
         trainer = Trainer(config, preparation, console)
         if state is None:
+            remove_files(config.output, *_FILES_OF_A_RUN)
             trainer.save_state()  # before all other files, so that a run killed at any time can be resumed
         else:
             trainer.load(state, new_data)
@@ -124,7 +139,8 @@ def check_unused(folder: Path) -> None:
     unfinished = "train.csv" in names and names <= {"run.yaml", "train.csv", "valid.csv"}
     if names and not (unfinished and not read_csv(folder / "valid.csv")):
         raise FileExistsError(
-            f"output folder {folder} is not empty; continue that run with --resume, or choose another output"
+            f"output folder {folder} is not empty; continue that run with --resume, replace it with --overwrite, or "
+            "choose another output"
         )
 
 
@@ -185,6 +201,7 @@ class Trainer:
 
     # --- the loop
 
+    @own_settings  # the GPU of the run
     def run(self) -> Path:
         """Train to the last step, an early stop or a signal; return the path of the best model."""
         options, folder = self.config.training, self.config.output
