@@ -98,6 +98,7 @@ def test_every_page_of_the_documentation_is_checked():
         "docs/crystals.md",
         "docs/bench.md",
         "docs/properties.md",
+        "docs/active-learning.md",
         "docs/checking.md",
         "docs/torchsim.md",
     } <= {*IDS}
@@ -198,6 +199,7 @@ def test_options_of_commands_in_tables():
         "elastic": ("docs/crystals.md", "## Elastic tensor"),
         "phonon": ("docs/crystals.md", "## Phonons"),
         "embed": ("docs/properties.md", "## Embeddings"),
+        "select": ("docs/active-learning.md", "## Select structures to label"),
         "pairs": ("docs/properties.md", "## Pair curves"),
         "check": ("docs/checking.md", "## Options"),
         "neb": ("docs/properties.md", "## Barriers"),

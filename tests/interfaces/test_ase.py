@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.lj import LennardJones
+from ase.calculators.mixing import SumCalculator
 from ase.db import connect
 from ase.stress import voigt_6_to_full_3x3_stress
 
-from dpa4.potential import fingerprint_of
+from dpa4.interfaces.ase import has_deviations, labelled
+from dpa4.potential import fingerprint_of, save_potential
 from dpa4.simulation import DPA4Calculator
 from helpers import crystal, graph_of, molecule, random_potential
 
@@ -94,8 +97,6 @@ def test_single_precision_agrees_and_leaves_the_given_potential_alone():
 
 
 def test_checkpoint_file(tmp_path):
-    from dpa4.potential.checkpoint import save_potential
-
     potential = random_potential()
     save_potential(potential, tmp_path / "model.safetensors")
     from_file, given = attach(crystal(), tmp_path / "model.safetensors"), attach(crystal(), potential)
@@ -325,6 +326,37 @@ def test_results_are_written_and_read_by_ase(tmp_path):
         assert again.get_potential_energy() == pytest.approx(atoms.get_potential_energy(), abs=1e-7)
         np.testing.assert_allclose(again.get_forces(), atoms.get_forces(), atol=1e-7)
         np.testing.assert_allclose(again.get_stress(), atoms.get_stress(), atol=1e-7)
+
+
+def test_deviations_of_a_committee_below_a_correction():
+    committee = DPA4Calculator([random_potential(0), random_potential(1)], device="cpu", dtype="float64")
+    atoms = crystal()
+    atoms.calc = SumCalculator([committee, LennardJones()])
+    frame = labelled(atoms)
+    assert frame.info["energy_std"] == committee.results["energy_std"] > 0
+    np.testing.assert_array_equal(frame.arrays["forces_std"], committee.results["forces_std"])
+    largest = np.linalg.norm(committee.results["forces_std"], axis=1).max()
+    assert frame.info["max_force_std"] == pytest.approx(largest)
+    assert has_deviations(atoms.calc) and not has_deviations(LennardJones())
+    assert "energy_std" not in labelled(attach(crystal())).info
+
+
+def test_neighbours_are_searched_once_for_all_members(monkeypatch):
+    atoms = attach(
+        crystal(), [random_potential(seed, cutoff=c) for seed, c in ((0, 4.0), (1, 3.5), (2, 4.0))]
+    )
+    atoms.get_forces()
+    assert atoms.calc._neighbors.searches == 1
+
+
+def test_folder_of_a_committee_is_a_committee(tmp_path):
+    potentials = [random_potential(seed) for seed in (0, 1)]
+    for number, potential in enumerate(potentials):
+        (tmp_path / f"member-{number}").mkdir()
+        save_potential(potential, tmp_path / f"member-{number}" / "best.safetensors")
+    found, expected = attach(molecule(), tmp_path), attach(molecule(), potentials)
+    assert found.get_potential_energy() == expected.get_potential_energy()
+    assert len(found.calc.potentials) == 2
 
 
 # --- records of a calculation

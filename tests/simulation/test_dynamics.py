@@ -559,3 +559,71 @@ def test_an_explosion_is_explained(tmp_path):
     calculator = Exploding(random_potential(), device="cpu")
     with pytest.raises(RuntimeError, match="step 1 failed: .*not finite.*shorter timestep than 0.5 fs"):
         run(molecule(), calculator, tmp_path, steps=5)
+
+
+@pytest.fixture(scope="module")
+def committee():
+    models = [random_potential(seed, n_blocks=1, lmax=1) for seed in (0, 1)]
+    return lambda: DPA4Calculator(models, device="cpu", dtype="float64")
+
+
+def test_deviation_of_a_committee_is_in_table_and_frames(tmp_path, committee):
+    result = run(crystal(), committee(), tmp_path, steps=4, interval=2)
+    column = thermo(tmp_path, "max_force_std_eV_A")
+    for atoms, largest in zip(read(tmp_path / "trajectory.xyz", ":"), column, strict=True):
+        plain = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True, calculator=committee())
+        plain.get_potential_energy()
+        spread = plain.calc.results["forces_std"]
+        assert largest == pytest.approx(np.linalg.norm(spread, axis=1).max(), rel=1e-5)
+        np.testing.assert_allclose(atoms.arrays["forces_std"], spread, atol=1e-7)
+        assert atoms.info["max_force_std"] == pytest.approx(largest)
+        for name in ("energy_std", "stress_std"):
+            np.testing.assert_allclose(atoms.info[name], plain.calc.results[name], rtol=1e-4)
+    assert result.max_force_std == column.max() and result.exceeded is None and result.saved == 0
+    assert not (tmp_path / "uncertain.xyz").exists()
+
+
+def test_uncertain_frames_are_saved_and_survive_a_restart(tmp_path, committee):
+    options = {"interval": 2, "temperature": 2000.0}
+    run(molecule(0, 5), committee(), tmp_path / "whole", steps=12, **options)
+    column = thermo(tmp_path / "whole", "max_force_std_eV_A")
+    threshold = float(np.sort(column)[1])
+    run(molecule(0, 5), committee(), tmp_path / "parts", steps=6, save_above=threshold, **options)
+    file = tmp_path / "parts" / "uncertain.xyz"
+    file.write_text(file.read_text() + "written after the restart file")
+    result = run(
+        molecule(0, 5),
+        committee(),
+        tmp_path / "parts",
+        steps=12,
+        save_above=threshold,
+        resume=True,
+        **options,
+    )
+    steps = [atoms.info["step"] for atoms in read(file, ":")]
+    assert steps == [2 * i for i, value in enumerate(column) if value > threshold]
+    assert result.saved == len(steps) == len(column) - 2
+
+
+def test_a_run_stops_above_a_deviation_in_any_step_and_can_go_on(tmp_path, committee):
+    options = {"interval": 50, "temperature": 2000.0}
+    run(molecule(0, 5), committee(), tmp_path / "fine", steps=8, interval=1, temperature=2000.0)
+    column = thermo(tmp_path / "fine", "max_force_std_eV_A")
+    threshold = float((column[3] + column[4]) / 2)
+    first = next(i for i, value in enumerate(column) if i and value > threshold)
+    result = run(molecule(0, 5), committee(), tmp_path / "run", steps=8, stop_above=threshold, **options)
+    assert not result.finished and result.steps == first
+    assert result.exceeded == pytest.approx(column[first]) and result.saved == 1
+    assert read(tmp_path / "run" / "uncertain.xyz").info["step"] == first
+    result = run(
+        molecule(0, 5), committee(), tmp_path / "run", steps=8, stop_above=99.0, resume=True, **options
+    )
+    assert result.finished and result.exceeded is None
+
+
+def test_thresholds_need_a_committee_and_a_positive_deviation(tmp_path, committee):
+    with pytest.raises(ValueError, match="save_above = 1.0 eV/Angstrom compares .* give several"):
+        run(copper(1), EMT(), tmp_path, steps=1, save_above=1.0)
+    with pytest.raises(ValueError, match="stop_above must be a positive deviation"):
+        run(molecule(0, 5), committee(), tmp_path, steps=1, stop_above=0.0)
+    assert not list(tmp_path.iterdir())

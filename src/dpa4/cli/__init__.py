@@ -14,6 +14,7 @@ from dpa4.cli.pair_curves import pairs
 from dpa4.cli.relax import relax
 from dpa4.cli.report import report
 from dpa4.cli.screen import screen
+from dpa4.cli.select import select
 from dpa4.cli.training import evaluate_command, init, train
 
 app = Commands(
@@ -36,6 +37,7 @@ app.command()(eos)
 app.command()(elastic)
 app.command()(phonon)
 app.command()(embed)
+app.command()(select)
 app.command()(pairs)
 app.command("dimer", hidden=True)(pairs)  # earlier name
 app.command()(neb)

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from dpa4.cli.options import Branch, console, user_errors
+from dpa4.cli.options import Branch, console, one_model, user_errors
 
 
+@one_model("a file holds one model; convert each member to a file of its own")
 def convert(
     source: Annotated[
         Path,
@@ -67,6 +68,7 @@ def _convert_input(source: Path, target: Path) -> None:
     console.print(f"wrote {target}; check it, then run: dpa4 train {target}", soft_wrap=True)
 
 
+@one_model("a card describes one file; print that of each member")
 def info(
     source: Annotated[
         str,

@@ -5,9 +5,20 @@ from typing import Annotated
 
 import typer
 
-from dpa4.cli.options import Branch, Device, Dtype, Model, Output, console, eager_potential, user_errors
+from dpa4.cli.options import (
+    Branch,
+    Device,
+    Dtype,
+    Model,
+    Output,
+    console,
+    eager_potential,
+    one_model,
+    user_errors,
+)
 
 
+@one_model("pair curves show faults of one network, which a mean would hide; run the command for each member")
 def pairs(
     model: Model,
     output: Output = Path("pairs"),

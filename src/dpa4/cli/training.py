@@ -14,9 +14,10 @@ from dpa4.cli.options import (
     Model,
     Overwrite,
     console,
-    eager_potential,
+    eager_potentials,
     label_keys,
     user_errors,
+    with_committee,
 )
 
 
@@ -57,22 +58,44 @@ def train(
             "--dry-run", help="Do ten steps and print the time and memory of the run; write nothing."
         ),
     ] = False,
+    committee: Annotated[
+        int | None,
+        typer.Option(
+            help="Train this many models with different seeds and splits, in the folders member-0, member-1, ..."
+        ),
+    ] = None,
+    at_once: Annotated[
+        int | None,
+        typer.Option(help="Members of a committee trained at the same time; by default one after the other."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a potential."""
-    from dpa4.training import dry_run, load_run_config
+    """Train a potential, or a committee of potentials."""
+    from dpa4.training import dry_run, load_run_config, train_committee
     from dpa4.training import train as run
 
     with user_errors():
+        if at_once is not None and committee is None:
+            raise ValueError(
+                f"--at-once {at_once} is for the members of a committee; give --committee as well"
+            )
         options = load_run_config(config, set_ or [])
         if dry and (resume or new_data):
             raise ValueError("--dry-run estimates a new run; leave out --resume and --new-data")
         if dry:
+            if committee is not None:
+                console.print(f"estimate of one of {committee} members:", highlight=False)
             console.print(dry_run(options, console))
-        else:
+        elif committee is None:
             run(options, resume=resume, new_data=new_data, overwrite=overwrite, console=console)
+        else:
+            train_committee(
+                options, committee, at_once=at_once or 1, resume=resume, new_data=new_data, overwrite=overwrite,
+                console=console,
+            )  # fmt: skip
 
 
+@with_committee
 def evaluate_command(
     model: Model,
     data: Annotated[
@@ -87,26 +110,33 @@ def evaluate_command(
     dtype: Dtype = "float32",
     branch: Branch = None,
 ) -> None:
-    """Compare predictions with labels; write error tables, parity plots, predictions and the worst structures."""
+    """Compare predictions with labels; write error tables, parity plots, predictions and the worst structures.
+
+    Of several models the mean is compared; a plot shows how their deviation is related to its error.
+    """
     from dpa4.data import find_sources, read_frames, warn_of_implausible_labels, without_isolated_atoms
     from dpa4.training import evaluate
+    from dpa4.training.calibration import calibration_lines
     from dpa4.training.errors import worst_table
 
     with user_errors():
-        potential = eager_potential(model, device, dtype, branch)
+        potentials = eager_potentials(model, device, dtype, branch)
         sources = find_sources(data)
         if sources.searched:
             console.print(sources.text, soft_wrap=True)
         frames = read_frames(sources, label_keys(keys))
         if implausible := warn_of_implausible_labels(without_isolated_atoms(frames)):
             console.print(implausible)
+        name = f"{len(potentials)} models" if len(potentials) > 1 else model
         table = evaluate(
-            potential, frames, max_atoms=max_atoms, output=output, device=potential.device, model=model
+            potentials, frames, max_atoms=max_atoms, output=output, device=potentials[0].device, model=name
         )
     if table.rows:
         console.print(table.to_rich(), highlight=False)
         console.print("the structures with the largest errors, also in worst.xyz:", highlight=False)
         console.print(worst_table(table.worst), highlight=False)
+        for line in calibration_lines(output):
+            console.print(f"deviation of the committee, {line}", highlight=False)
         console.print(f"tables, plots and predictions are in {output}/")
     else:
         console.print(f"no structure has a label, so there are no errors; predictions are in {output}/")

@@ -107,6 +107,18 @@ def save_potential(
     _write(path, metadata, tensors)
 
 
+def add_provenance(path: Path, entries: Mapping[str, str]) -> None:
+    """Add entries to the provenance of a native checkpoint, whose weights stay as they are.
+
+    Raises:
+        ValueError: If the file is not a native checkpoint, or damaged.
+    """
+    _read_native(path, None)
+    metadata, tensors = _read_tensors(path)
+    provenance = parse_json(metadata.get("provenance", "{}"), "its entry provenance")
+    _write(path, metadata | {"provenance": json.dumps(provenance | dict(entries))}, tensors)
+
+
 def _write(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
     content = {key: value for key, value in metadata.items() if key != "digest"}
     # safetensors' own function writes a temporary file that only its owner can read, whatever the umask, and that

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,7 +11,7 @@ from ase import Atoms, units
 from ase.calculators.calculator import Calculator
 
 from dpa4.data import write_structures
-from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
+from dpa4.interfaces.ase import fingerprint_of_calculator, has_deviations, labelled
 from dpa4.output import (
     CsvLog,
     OutputFolder,
@@ -28,6 +28,7 @@ from dpa4.progress import ProgressBar
 from dpa4.simulation.figures import (
     CONSERVED,
     DENSITY,
+    DEVIATION,
     PRESSURE,
     VOLUME,
     draw_dynamics,
@@ -49,6 +50,7 @@ from dpa4.simulation.restart import (
     write_restart,
 )
 from dpa4.simulation.runs.store import check_settings
+from dpa4.simulation.uncertain_frames import UncertainFrames
 from dpa4.system import stop_requests, user_path
 
 Ensemble = Literal["nve", "langevin", "nvt", "npt"]
@@ -74,6 +76,9 @@ class DynamicsResult:
             a single row.
         deviation: Largest deviation of the conserved energy from its initial value, in meV/atom. None in langevin.
         density: Mean density, in g/cm^3. None except in npt.
+        max_force_std: Largest deviation of the force on an atom in any frame, in eV/Angstrom. None for one model.
+        exceeded: Deviation above ``stop_above`` that ended the run, in eV/Angstrom. None if there was none.
+        saved: Number of frames in uncertain.xyz.
     """
 
     steps: int
@@ -82,6 +87,9 @@ class DynamicsResult:
     drift: float | None
     deviation: float | None
     density: float | None
+    max_force_std: float | None = None
+    exceeded: float | None = None
+    saved: int = 0
 
 
 def run_md(
@@ -100,6 +108,8 @@ def run_md(
     cell: CellMotion = "volume",
     interval: int = 10,
     seed: int = 0,
+    save_above: float | None = None,
+    stop_above: float | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -111,6 +121,11 @@ def run_md(
     * trajectory.xyz: structures with energy, forces, momenta and, if periodic along all three axes, stress.
     * thermo.csv and thermo.png: energies, temperature, pressure and volume against time.
     * restart.json: state from which ``resume`` continues, written every 1000 steps and at the end.
+    * uncertain.xyz: frames whose deviation is above ``save_above``, and the structure at which ``stop_above`` ended
+      the run.
+
+    With a committee, frames have the standard deviations of energy, forces and stress, and the table has the largest
+    deviation of the force on an atom: the root mean square distance of the members' forces from their mean.
 
     Ctrl-C ends the run after the current step and saves its state. A run continued with ``resume`` yields the same
     numbers as an uninterrupted one, up to rounding if the calculator reuses a neighbour list from step to step. A
@@ -138,6 +153,9 @@ def run_md(
             cubic crystals; "full" changes all lengths and angles.
         interval: Number of steps between rows of the table and frames of the trajectory.
         seed: Seed of the random numbers.
+        save_above: Deviation of a force, in eV/Angstrom, above which frames are also written to uncertain.xyz.
+        stop_above: Deviation of a force, in eV/Angstrom, above which the run ends; compared in every step. Both need
+            a committee.
         resume: Continue the run in ``output``.
         overwrite: Replace the run in ``output``.
         progress: Show the progress.
@@ -175,20 +193,24 @@ def run_md(
     _check_arguments(settings | {"steps": steps})
     check_start(resume, overwrite)
     folder = user_path(output)
+    uncertain = UncertainFrames(folder, save_above, stop_above, has_deviations(calculator))
     state = read_restart(folder) if resume else None
     with OutputFolder(folder):
         if not (resume or overwrite):
             _check_unused(folder)
-        run = _Run(atoms, calculator, folder, settings | fingerprint_of_calculator(calculator), state)
+        run = _Run(
+            atoms, calculator, folder, settings | fingerprint_of_calculator(calculator), state, uncertain
+        )
         try:
             with stop_requests() as stopped, ProgressBar("step", steps, run.step, progress) as bar:
-                while run.step < steps and not stopped:
+                while run.step < steps and not stopped and uncertain.exceeded is None:
                     run.advance()
                     bar.update(bar.task_ids[0], completed=run.step, status=run.status)
                 run.save()
         finally:
             run.log.close()
-        return _finish(folder, run.step, run.step >= steps, len(atoms), settings)
+        result = _finish(folder, run.step, run.step >= steps, len(atoms), settings)
+        return replace(result, exceeded=uncertain.exceeded, saved=uncertain.count())
 
 
 def _check_unused(folder: Path) -> None:
@@ -214,15 +236,17 @@ class _Run:
         folder: Path,
         settings: dict[str, Any],
         state: Restart | None,
+        uncertain: UncertainFrames,
     ):
         """Start a run or, with a state, continue one; no file is changed unless everything is in order."""
-        self.atoms, self.folder, self.settings = atoms, folder, settings
+        self.atoms, self.folder, self.settings, self.uncertain = atoms, folder, settings, uncertain
         self.trajectory = folder / TRAJECTORY
         self.rng = np.random.default_rng(settings["seed"])
         self.step = 0
         self.seconds, self.begun = 0.0, time.monotonic()  # of earlier calls; start of this one
         self.status = ""
         self.ensemble = settings["ensemble"]
+        self.is_committee = has_deviations(calculator)
         self.has_pressure = bool(atoms.pbc.all()) and "stress" in calculator.implemented_properties
         if self.ensemble == "npt" and not self.has_pressure:
             raise ValueError(
@@ -247,6 +271,7 @@ class _Run:
         self.log = CsvLog(folder / THERMO, self._columns(), self.step if begun else None)
         if not begun:
             remove_files(folder, TRAJECTORY, "thermo.png")
+            uncertain.start_anew()
             self._record()
             self.save()
 
@@ -262,12 +287,14 @@ class _Run:
         self.step += 1
         if self.step % self.settings["interval"] == 0:
             self._record()
+        self.uncertain.watch(self.atoms, self._frame)
         if self.step % RESTART_INTERVAL == 0:
             self.save()
 
     def save(self) -> None:
         """Write the restart file, once all data that it speaks of are on the disk."""
         flush_to_disk(self.trajectory)
+        self.uncertain.flush_to_disk()
         self.log.flush_to_disk()
         self._write_state(self.trajectory.stat().st_size)
 
@@ -283,6 +310,7 @@ class _Run:
             random=self.rng.bit_generator.state,
             baths=bath_state(self.integrator),
             trajectory_bytes=trajectory_bytes,
+            uncertain_bytes=self.uncertain.size,
             seconds=round(self.seconds + time.monotonic() - self.begun, 3),
         )
 
@@ -292,6 +320,7 @@ class _Run:
         columns += [CONSERVED] if self.ensemble in ("nvt", "npt") else []
         columns += [PRESSURE] if self.has_pressure else []
         columns += [VOLUME, DENSITY] if self.ensemble == "npt" else []
+        columns += [DEVIATION] if self.is_committee else []
         return columns
 
     def _start(self) -> None:
@@ -334,11 +363,12 @@ class _Run:
                     table, f"it has {len(found)} rows, not every {interval} steps up to {self.step}"
                 )
         cut_back(self.trajectory, state.trajectory_bytes, self.folder / RESTART)
+        cut_back(self.uncertain.path, state.uncertain_bytes, self.folder / RESTART)
 
     def _record(self) -> None:
         """Append a row to the table and a frame to the trajectory."""
-        atoms = self.atoms
-        time = round(self.step * self.settings["timestep"] / 1000, 9)
+        atoms, frame = self.atoms, self._frame()
+        time = frame.info["time_ps"]
         potential, kinetic = float(atoms.get_potential_energy()), float(atoms.get_kinetic_energy())
         values = (self.step, time, potential, kinetic, potential + kinetic, temperature(atoms))
         row: dict[str, Any] = dict(zip(COLUMNS, values, strict=True))
@@ -350,11 +380,19 @@ class _Run:
         if self.ensemble == "npt":
             row[VOLUME] = float(atoms.get_volume())
             row[DENSITY] = float(GRAMS_PER_CM3 * atoms.get_masses().sum() / row[VOLUME])
+        if self.is_committee:
+            row[DEVIATION] = frame.info["max_force_std"]
         self.log.write(row)
-        frame = labelled(atoms)
-        frame.info |= {"step": self.step, "time_ps": time}
         write_structures(self.trajectory, frame, append=True)
+        self.uncertain.save(frame)
         self.status = f"{time:.3f} ps  {row['temperature_K']:.0f} K  {row['total_eV']:.4f} eV"
+
+    def _frame(self) -> Atoms:
+        """Current structure with its results, step and time."""
+        frame = labelled(self.atoms)
+        time = round(self.step * self.settings["timestep"] / 1000, 9)
+        frame.info |= {"step": self.step, "time_ps": time}
+        return frame
 
 
 def _check_arguments(settings: dict[str, Any]) -> None:
@@ -406,4 +444,6 @@ def summary(
         deviation = float(np.abs(change).max())
         drift = float(np.polyfit(table["time_ps"], change, 1)[0]) if len(change) > 1 else None
     density = float(table[DENSITY].mean()) if DENSITY in table else None
-    return DynamicsResult(steps, finished, float(table["temperature_K"].mean()), drift, deviation, density)
+    largest = float(table[DEVIATION].max()) if DEVIATION in table else None
+    mean = float(table["temperature_K"].mean())
+    return DynamicsResult(steps, finished, mean, drift, deviation, density, largest)

@@ -11,6 +11,7 @@ from ase.eos import birchmurnaghan
 from numpy.typing import NDArray
 
 from dpa4.data import with_results, write_structures
+from dpa4.interfaces.ase import deviations_of
 from dpa4.output import atomic_write, new_figure, save_figure, write_csv, write_json
 from dpa4.simulation.crystal_calculation import Calculation, relax_part, structure, structure_record
 from dpa4.simulation.runs.store import Record
@@ -120,7 +121,8 @@ def equation_of_state(
         strained = start.copy()
         strained.set_cell(start.cell.array * factor ** (1 / 3), scale_atoms=True)
         result = relax_part(strained, calculator, fmax=fmax, steps=steps, cell="shape" if shape else "fixed")
-        return structure_record(strained) | asdict(result)
+        deviation = {name: v for name, v in deviations_of(calculator).items() if name == "energy_std"}
+        return structure_record(strained) | asdict(result) | deviation
 
     factors = np.linspace(1 - span, 1 + span, points)
     parts = [(f"{factor:.4f}", float(factor)) for factor in factors]
@@ -184,6 +186,8 @@ def _finish(folder: Path, records: list[Record], start: Atoms) -> EquationOfStat
     rows = np.column_stack([volumes, energies, pressures, lengths]).tolist()
     write_csv(folder / "eos.csv", COLUMNS, [dict(zip(COLUMNS, row, strict=True)) for row in rows])
     frames = [with_results(structure(record, start), energy=record["energy"]) for record in records]
+    for frame, record in zip(frames, records, strict=True):
+        frame.info |= {name: record[name] for name in ("energy_std",) if name in record}  # of a committee
     with atomic_write(folder / "eos.xyz") as temporary:
         write_structures(temporary, frames)
     volume, energy, modulus, derivative = fit_equation_of_state(volumes, energies)

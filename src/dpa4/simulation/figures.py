@@ -13,6 +13,7 @@ from dpa4.simulation.restart import THERMO
 CONSERVED = "conserved_eV"  # energy of the structure and its baths; nvt and npt only
 PRESSURE = "pressure_GPa"  # only if periodic along all three axes
 VOLUME, DENSITY = "volume_A3", "density_g_cm3"  # npt only
+DEVIATION = "max_force_std_eV_A"  # largest deviation of a force; committees only
 THERMOSTATS = ("langevin", "nvt", "npt")
 WINDOWS = 10  # windows of the running mean in a run
 RELAXATIONS = 100  # largest number of structures in a figure
@@ -41,7 +42,7 @@ def energy_change(table: Mapping[str, Array], num_atoms: int) -> Array:
 
 
 def draw_dynamics(table: Mapping[str, Array], num_atoms: int, settings: Mapping[str, Any]) -> Any:
-    """Draw energy, temperature, pressure and volume against time, with running means and set points.
+    """Draw energy, temperature, pressure, volume and force deviation over time, with running means and set points.
 
     Args:
         table: Columns of thermo.csv.
@@ -52,7 +53,12 @@ def draw_dynamics(table: Mapping[str, Array], num_atoms: int, settings: Mapping[
     what = "conserved" if CONSERVED in table else "total"
     baths = {"temperature_K": settings["temperature"]} if ensemble in THERMOSTATS else {}
     baths |= {PRESSURE: settings["pressure"]} if ensemble == "npt" else {}
-    columns = {"temperature_K": "temperature (K)", PRESSURE: "pressure (GPa)", VOLUME: "volume (Å³)"}
+    columns = {
+        "temperature_K": "temperature (K)",
+        PRESSURE: "pressure (GPa)",
+        VOLUME: "volume (Å³)",
+        DEVIATION: "largest force\ndeviation (eV/Å)",
+    }
     panels = [(f"{what} energy,\nchange (meV/atom)", energy_change(table, num_atoms), None)]
     panels += [(label, table[name], baths.get(name)) for name, label in columns.items() if name in table]
     time = table["time_ps"]

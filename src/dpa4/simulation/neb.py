@@ -16,6 +16,7 @@ from ase.utils.forcecurve import fit_raw
 from numpy.typing import NDArray
 
 from dpa4.data import read_images, with_results, write_structures
+from dpa4.interfaces.ase import deviations_of, has_deviations
 from dpa4.output import (
     CsvLog,
     OutputFolder,
@@ -27,6 +28,7 @@ from dpa4.output import (
     rows_until,
     save_figure,
 )
+from dpa4.potential.committee import add_deviations
 from dpa4.progress import ProgressBar
 from dpa4.simulation.relax import relax
 from dpa4.system import stop_requests, user_path
@@ -178,6 +180,8 @@ def _relax_band(
                 band.climb = True
     finally:
         log.close()
+    if band.is_committee:
+        band.save(folder / PATH, deviations=True)
     return _finish(band, folder, converged, bool(stopped), done)
 
 
@@ -211,6 +215,7 @@ class _Band(NEB):
             )
         for atoms in images[1:-1]:
             atoms.calc = calculator
+        self._calculator = calculator
         super().__init__(
             list(images),
             k=spring,
@@ -231,8 +236,11 @@ class _Band(NEB):
             self._known = known = self.get_positions(), self.climb, forces
         return known[2].copy()
 
-    def frames(self) -> list[Atoms]:
-        """Copies of the images with their energies, forces and distances along the band."""
+    def frames(self, deviations: bool = False) -> list[Atoms]:
+        """Copies of the images with their energies, forces and distances along the band.
+
+        With ``deviations`` they have the standard deviations of a committee, which takes one more evaluation of each.
+        """
         self.get_forces()
         frames = []
         ends = {
@@ -243,8 +251,16 @@ class _Band(NEB):
             forces = ends.get(number, self.real_forces[number])
             frame = with_results(atoms, energy=float(self.energies[number]), forces=forces)
             frame.info |= {"image": number, "path": float(at)}
+            if deviations:
+                self._calculator.get_forces(atoms)
+                add_deviations(frame, **deviations_of(self._calculator))
             frames.append(frame)
         return frames
+
+    @property
+    def is_committee(self) -> bool:
+        """True if the calculator has standard deviations."""
+        return has_deviations(self._calculator)
 
     def path(self) -> NDArray[np.float64]:
         """Distance of each image from the start, along straight lines between images, (images + 2,) in Angstrom."""
@@ -258,10 +274,10 @@ class _Band(NEB):
         values = (step, int(self.climb), force, float(self.energies[highest] - self.energies[0]), highest)
         return dict(zip(COLUMNS, values, strict=True))
 
-    def save(self, file: Path) -> None:
-        """Write the images to path.xyz."""
+    def save(self, file: Path, deviations: bool = False) -> None:
+        """Write the images to path.xyz, see `frames`."""
         with atomic_write(file) as temporary:
-            write_structures(temporary, self.frames())
+            write_structures(temporary, self.frames(deviations))
 
 
 def _check(start: Atoms, end: Atoms, images: int, fmax: float, steps: int, spring: float) -> None:

@@ -235,6 +235,8 @@ def _errors(model: Path | None, evaluation: Path | None, table: list[dict[str, A
     )
     parity = html.picture(evaluation, "parity", "Predictions against labels")
     parts.append(parity or html.missing(f"{evaluation} has no parity.png", command))
+    if calibration := html.picture(evaluation, "calibration", "Error against deviation of the committee"):
+        parts += ["<h3>Deviation of the committee</h3>", calibration]
     if rows := read_csv(evaluation / "worst.csv"):
         parts += ["<h3>Worst structures</h3>", WORST, _worst(rows)]
     return "\n".join(parts)

@@ -41,6 +41,7 @@ class Restart(BaseModel):
     random: dict[str, Any]  # state of NumPy's bit generator
     baths: dict[str, Any]  # see `bath_state`
     trajectory_bytes: NonNegativeInt
+    uncertain_bytes: NonNegativeInt = 0  # absent in files of earlier versions
     seconds: NonNegativeFloat = 0.0  # time of computation; not in files of earlier versions
 
 

@@ -13,7 +13,7 @@ from dpa4.data.charge_spin import unused_names, warn_of_unused
 from dpa4.data.writers import without_labels
 from dpa4.graph import build_graph
 from dpa4.interfaces.loading import charge_spin_of
-from dpa4.potential import fingerprint_of
+from dpa4.potential.committee import fingerprint_of_committee
 from dpa4.progress import ProgressBar
 from dpa4.simulation.flight import Flight, Job, Outcome, count_fragments, one_line
 from dpa4.simulation.relax import check_periodicity, check_relaxation
@@ -141,7 +141,7 @@ def screen(
     model.compute_forces = model.compute_stress = True
     folder = user_path(output)
     settings = {
-        **fingerprint_of(model.potential),
+        **fingerprint_of_committee(model.potentials),
         "files": [[str(path), path.stat().st_size] for path in paths],
         **asdict(options),
     }
@@ -220,7 +220,8 @@ def _prepare(
         graph = build_graph(
             found.numbers, found.positions, found.cell.array, found.pbc, model.cutoff, charge_spin
         )
-        model.potential.check(graph)
+        for potential in model.potentials:
+            potential.check(graph)
     except Exception as error:  # a fault of one structure must not end the others
         shard.record(_row(job, "refused", one_line(error)))
         return
@@ -234,7 +235,7 @@ def _recorded(outcome: Outcome) -> tuple[dict[str, Any], Atoms | None]:
     job, frame = outcome.job, outcome.relaxed
     if frame is None:
         return _row(job, outcome.status, outcome.reason), None
-    frame.info = without_labels(job.atoms.info) | {"screen_status": outcome.status}
+    frame.info = without_labels(job.atoms.info) | frame.info | {"screen_status": outcome.status}
     row = _row(job, outcome.status, outcome.reason) | {
         "energy": frame.get_potential_energy(),
         "max_force": outcome.max_force,

@@ -1,5 +1,6 @@
 """Training of potentials, and their errors on labelled structures."""
 
+from dpa4.training.committee import train_committee
 from dpa4.training.deepmd_input import TranslatedInput, convert_input
 from dpa4.training.dry_run import DryRun, dry_run
 from dpa4.training.evaluation import ErrorTable, evaluate
@@ -18,4 +19,5 @@ __all__ = [
     "evaluate",
     "load_run_config",
     "train",
+    "train_committee",
 ]

@@ -20,12 +20,21 @@ TOTAL = "all"
 LabelPair = tuple[NDArray[np.float64], NDArray[np.float64]]  # label, prediction
 
 
+class FrameDeviation(NamedTuple):
+    """Standard deviations over the members of a committee for one structure, in float64."""
+
+    energy: float  # eV
+    forces: NDArray[np.float64]  # (N, 3), eV/Angstrom
+    virial: NDArray[np.float64]  # (3, 3), eV
+
+
 class FramePrediction(NamedTuple):
     """Prediction for one structure, in float64."""
 
     energy: float  # eV
     forces: NDArray[np.float64]  # (N, 3), eV/Angstrom
     virial: NDArray[np.float64]  # (3, 3), eV, -dE/dstrain
+    deviation: FrameDeviation | None = None  # of a committee, whose mean the prediction then is
 
 
 class Quantity(NamedTuple):

@@ -23,12 +23,16 @@ from dpa4.data import (
 from dpa4.data.charge_spin import is_number
 from dpa4.data.frame import file_of
 from dpa4.data.labels import PREDICTED_ENERGY
+from dpa4.graph import within_cutoff
 from dpa4.output import OutputFolder, atomic_write, write_csv
 from dpa4.potential import Potential
+from dpa4.potential.committee import MeanAndDeviation, add_deviations, check_one_charge_spin
 from dpa4.system import own_settings, user_path
+from dpa4.training.calibration import calibrations, write_calibration
 from dpa4.training.errors import (
     ErrorRow,
     ErrorTable,
+    FrameDeviation,
     FramePrediction,
     WorstStructure,
     error_table,
@@ -80,9 +84,45 @@ def predict(potential: Potential, batches: Iterable[Batch]) -> list[FramePredict
     return results
 
 
+def predict_committee(potentials: Sequence[Potential], batches: Iterable[Batch]) -> list[FramePrediction]:
+    """Predict mean and standard deviations of several potentials; for a single one the same as `predict`.
+
+    All members are evaluated on the same graphs.
+
+    Args:
+        potentials: The members.
+        batches: Batches whose graphs extend to the largest cutoff of a member.
+
+    Raises:
+        ValueError: If an element, charge or spin is outside a model, or the members read charge and spin differently.
+    """
+    if len(potentials) == 1:
+        return predict(potentials[0], batches)
+    check_one_charge_spin(potentials)
+    longest = max(potential.config.cutoff for potential in potentials)
+    results: list[FramePrediction] = []
+    for batch in batches:
+        members = []
+        for potential in potentials:
+            cutoff = potential.config.cutoff
+            graph = batch.graph if cutoff == longest else within_cutoff(batch.graph, cutoff)
+            members.append(predict(potential, [batch._replace(graph=graph)]))
+        results += map(_combined, zip(*members, strict=True))
+    return results
+
+
+def _combined(members: tuple[FramePrediction, ...]) -> FramePrediction:
+    """Mean and standard deviations of the predictions of all members for one structure."""
+    energy = MeanAndDeviation.of([member.energy for member in members])
+    forces = MeanAndDeviation.of([member.forces for member in members])
+    virial = MeanAndDeviation.of([member.virial for member in members])
+    spread = FrameDeviation(float(energy.deviation), forces.deviation, virial.deviation)
+    return FramePrediction(float(energy.mean), forces.mean, virial.mean, spread)
+
+
 @own_settings
 def evaluate(
-    potential: Potential,
+    potential: Potential | Sequence[Potential],
     frames: Sequence[Frame],
     *,
     max_atoms: int = 2000,
@@ -93,11 +133,12 @@ def evaluate(
     """Compare the predictions of a potential with labels; structures without labels are only predicted.
 
     Args:
-        potential: The potential, which is moved to the device.
+        potential: The potential, which is moved to the device, or the members of a committee, whose mean is compared.
         frames: The structures.
         max_atoms: Maximum number of atoms evaluated at once.
         output: Folder for tables, figures and structures: errors.csv, errors.json, parity.png, parity.svg,
-            predictions.xyz, and worst.csv and worst.xyz with the ten worst structures. None writes nothing.
+            predictions.xyz, and worst.csv and worst.xyz with the ten worst structures; for a committee also
+            calibration.png, calibration.svg and calibration.json. None writes nothing.
         device: Device to compute on.
         model: Name of the potential in the title of figures, such as its file.
 
@@ -111,20 +152,27 @@ def evaluate(
     """
     if not frames:
         raise ValueError("there are no structures to evaluate")
-    check_elements(frames, potential.elements)
+    members = [potential] if isinstance(potential, Potential) else list(potential)
+    for member in members:
+        check_elements(frames, member.elements)
     folder = None if output is None else user_path(output)
     with nullcontext() if folder is None else OutputFolder(folder):
-        return _evaluate(potential.to(device), frames, max_atoms, folder, str(model))
+        return _evaluate([member.to(device) for member in members], frames, max_atoms, folder, str(model))
+
+
+def batches_for(potentials: Sequence[Potential], frames: Sequence[Frame], max_atoms: int) -> EpochBatches:
+    """Batches of structures, in their order, with the charges and spins and the largest cutoff of the potentials."""
+    config = potentials[0].config
+    pairs = charges_and_spins(frames, config.charge_spin, config.default_charge_spin)
+    dataset = FrameDataset(frames, max(p.config.cutoff for p in potentials), pairs)
+    return EpochBatches(dataset, max_atoms=max_atoms, shuffle=False)
 
 
 def _evaluate(
-    potential: Potential, frames: Sequence[Frame], max_atoms: int, output: Path | None, model: str
+    potentials: Sequence[Potential], frames: Sequence[Frame], max_atoms: int, output: Path | None, model: str
 ) -> ErrorTable:
-    config = potential.config
-    pairs = charges_and_spins(frames, config.charge_spin, config.default_charge_spin)
-    dataset = FrameDataset(frames, config.cutoff, pairs)
-    batches = EpochBatches(dataset, max_atoms=max_atoms, shuffle=False)
-    predictions = predict(potential, batches.batches(0))
+    batches = batches_for(potentials, frames, max_atoms)
+    predictions = predict_committee(potentials, batches.batches(0))
     table = error_table(frames, predictions)
     table = table._replace(worst=tuple(worst_structures(frames, predictions, table)))
     if output is not None:
@@ -135,11 +183,12 @@ def _evaluate(
             table.write_csv(output / "errors.csv")
             table.write_json(output / "errors.json")
             _write_worst(frames, predictions, table.worst, output)
-            panels = _parity_panels(frames, predictions, potential)
+            panels = _parity_panels(frames, predictions, potentials[0])
             files = list(dict.fromkeys(Path(file_of(f.origin) or f.origin).name for f in frames))
             title = ", ".join(filter(None, [*files[:3], "..." if files[3:] else ""]))
             title = ", predicted by ".join(filter(None, (title, "/".join(Path(model).parts[-2:]))))
             plot_parity(panels, [frame.group for frame in frames], title, output / "parity.png")
+        write_calibration(calibrations(frames, predictions), output)
     return table
 
 
@@ -175,6 +224,9 @@ def _predicted(frame: Frame, prediction: FramePrediction) -> Atoms:
         results["stress"] = full_3x3_to_voigt_6_stress(-prediction.virial / volume)
     atoms = with_results(atoms, **results)
     atoms.info[PREDICTED_ENERGY] = prediction.energy  # marks the results as predictions
+    if (spread := prediction.deviation) is not None:
+        spread_of_stress = full_3x3_to_voigt_6_stress(spread.virial / volume) if volume else None
+        add_deviations(atoms, energy_std=spread.energy, forces_std=spread.forces, stress_std=spread_of_stress)
     if frame.energy is not None:
         atoms.info["REF_energy"] = frame.energy
     if frame.forces is not None:

@@ -122,6 +122,13 @@ class DataOptions(_Section):
         description="Random share of the training data for validation if no file is given; 0: none.",
     )
     split_seed: Seed = Field(0, description="Seed of the random split.")
+    calibration_fraction: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Random share of the training data that is left out, the same for every split_seed: to calibrate "
+        "a committee (dpa4 train --committee) if no validation file is given.",
+    )
     reference_energies: Literal["auto", "isolated", "least_squares"] | dict[str, float] = Field(
         "auto",
         description="Energy of a free atom per element: isolated (frames with config_type IsolatedAtom), "

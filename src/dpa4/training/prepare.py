@@ -127,12 +127,13 @@ def _read(config: RunConfig, console: Console) -> _Data:
     loss = _loss(config.training, frames, console)
     weights = {"energy": loss.energy, "forces": loss.forces, "virial": loss.virial}
     check_labels(frames, weights)
+    frames, _ = _without_calibration(config, frames, loss)
     if config.data.validation:
         held_out = _frames_of("data.validation", config.data.validation, keys, console)
         validation = _without_isolated_atoms(held_out, "data.validation", config.data.validation)
     else:
-        labels = [name for name, weight in weights.items() if weight]
-        frames, validation = split(frames, config.data.validation_fraction, config.data.split_seed, labels)
+        data = config.data
+        frames, validation = split(frames, data.validation_fraction, data.split_seed, _labels(loss))
     console.print(summarize({"training": frames, "validation": validation}))
     if validation:
         check_labels(validation, weights, "validation")
@@ -140,6 +141,32 @@ def _read(config: RunConfig, console: Console) -> _Data:
     if table := warn_of_implausible_labels([*frames, *validation]):
         console.print(table)
     return _Data(read, frames, validation, loss)
+
+
+def calibration_frames(config: RunConfig) -> list[Frame]:
+    """Structures that no member of a committee is trained on: the validation files, or the share that is left out."""
+    silent = Console(quiet=True)
+    keys = LabelKeys(**config.data.keys.model_dump())
+    if config.data.validation:
+        held_out = _frames_of("data.validation", config.data.validation, keys, silent)
+        return _without_isolated_atoms(held_out, "data.validation", config.data.validation)
+    read = _frames_of("data.train", config.data.train, keys, silent)
+    frames = _without_isolated_atoms(read, "data.train", config.data.train)
+    loss = _loss(config.training, frames, silent)
+    return _without_calibration(config, frames, loss)[1]
+
+
+def _without_calibration(
+    config: RunConfig, frames: list[Frame], loss: Loss
+) -> tuple[list[Frame], list[Frame]]:
+    """Split off the share of the data that calibrates a committee; it does not depend on the seeds of the run."""
+    fraction = config.data.calibration_fraction
+    return split(frames, fraction, 0, _labels(loss)) if fraction else (frames, [])
+
+
+def _labels(loss: Loss) -> list[str]:
+    """Labels with a weight in the loss."""
+    return [name for name in ("energy", "forces", "virial") if getattr(loss, name)]
 
 
 def _frames_of(option: str, paths: Sequence[Path], keys: LabelKeys, console: Console) -> list[Frame]:

@@ -434,7 +434,11 @@ class Trainer:
         """
         changed = changed_options(state["options"], self.preparation.run_text)
         # States of earlier versions lack these options.
-        lacking = "training.adam_for_basis: None -> False", "model.symmetry: None -> O3"
+        lacking = (
+            "training.adam_for_basis: None -> False",
+            "model.symmetry: None -> O3",
+            "data.calibration_fraction: None -> 0.0",
+        )
         changed = [c for c in changed if c not in lacking]
         if (
             "config" not in state
