@@ -29,8 +29,8 @@ SPEED = Path(__file__).with_name("speed.py")
 TRAIN = {"cpu": "2x32", "cuda": "32x64"}  # frames x atoms
 ATOMS = {"cpu": [64, 216], "cuda": [216, 1000, 4096]}
 WAYS = {"cpu": "eager", "cuda": "replay"}
-DAY = 86_400_000  # ms
-TIMESTEP = 1e-6  # ns
+DAY = 86_400_000  # in ms
+TIMESTEP = 1e-6  # in ns
 
 Record = dict[str, Any]
 
@@ -48,8 +48,7 @@ def measured(arguments: list[str]) -> Iterable[Record]:
 
 def works(device: str, options: argparse.Namespace) -> list[list[str]]:
     """Arguments of speed.py for the training step and for each number of atoms."""
-    atoms = options.atoms or ATOMS[device]
-    # In float32, the default of training; speed.py has bfloat16.
+    atoms = ATOMS[device] if options.atoms is None else options.atoms
     train = ["--train", options.train or TRAIN[device], "--precision", options.precision]
     return [train, *(["--atoms", str(count)] for count in atoms)]
 
@@ -85,36 +84,48 @@ def mib_per_atom(record: Record) -> float:
     return 1024 * held / record["atoms"]
 
 
-def table(records: list[Record]) -> str:
-    """Markdown table with a row per device and preset: parameters, training step, energy and forces."""
-    best: dict[tuple[str, str, str, str, int], Record] = {}
+def tables(records: list[Record]) -> str:
+    """Markdown tables, one per device and symmetry, with a row per preset."""
+    records = [record for record in records if "min_ms" in record]
+    machines = sorted({(record["device"], record["symmetry"]) for record in records})
+    parts = []
+    for device, symmetry in machines:
+        chosen = [r for r in records if (r["device"], r["symmetry"]) == (device, symmetry)]
+        parts.append(f"{device}, symmetry {symmetry}:\n\n{table(chosen, symmetry)}")
+    return "\n\n".join(parts)
+
+
+def table(records: list[Record], symmetry: str) -> str:
+    """Markdown table of the shortest times of one machine."""
+    best: dict[tuple[str, str], Record] = {}
     for record in records:
-        if "min_ms" in record:
-            key = (*(record[name] for name in ("device", "symmetry", "model", "work")), record["atoms"])
-            best[key] = min(record, best.get(key, record), key=shortest)
-    lines = [
-        "| device | preset | parameters | training step | energy and forces, ns/day at 1 fs |",
-        "|---|---|---|---|---|",
-    ]
-    names = [*PRESETS, *sorted({key[2] for key in best} - set(PRESETS))]
-    for device, symmetry, name in sorted({key[:3] for key in best}, key=lambda k: (k[:2], names.index(k[2]))):
-        rows = [r for key, r in best.items() if key[:3] == (device, symmetry, name)]
-        steps, forces = ([r for r in rows if (r["work"] == "train") == train] for train in (True, False))
-        cells = ["; ".join(_train_cell(r) for r in steps), "; ".join(_forces_cell(r) for r in forces)]
+        key = (record["model"], work_of(record))
+        best[key] = min(record, best.get(key, record), key=shortest)
+    works = list(dict.fromkeys(work for _, work in best))
+    names = {name for name, _ in best}
+    ordered = [name for name in PRESETS if name in names] + sorted(names - set(PRESETS))
+    lines = [f"| preset | parameters | {' | '.join(works)} |", "|---" * (len(works) + 2) + "|"]
+    for name in ordered:
+        cells = [cell(best[name, work]) if (name, work) in best else "not measured" for work in works]
         count = count_parameters(preset(name, symmetry=symmetry)).total
-        lines.append(f"| {device} | {name}, {symmetry} | {count:,} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {count:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _train_cell(record: Record) -> str:
-    memory = f"{mib_per_atom(record):.2g} MiB per atom"
-    return f"{record['atoms']} atoms, {record['precision']}: {shortest(record) / 1000:.2g} s, {memory}"
+def work_of(record: Record) -> str:
+    """Title of the column of a record."""
+    if record["work"] == "train":
+        return f"training step, {record['atoms']} atoms, {record['precision']} (s; MiB per atom)"
+    return f"energy and forces, {record['atoms']} atoms (ms; ns/day at 1 fs; MiB per atom)"
 
 
-def _forces_cell(record: Record) -> str:
-    speed = DAY / shortest(record) * TIMESTEP
-    memory = f"{mib_per_atom(record):.2g} MiB per atom"
-    return f"{record['atoms']} atoms: {shortest(record):.3g} ms, {speed:.2g} ns/day, {memory}"
+def cell(record: Record) -> str:
+    """Time, speed and memory of a record."""
+    time, memory = shortest(record), f"{mib_per_atom(record):.2g}"
+    if record["work"] == "train":
+        return f"{time / 1000:.2g}; {memory}"
+    shown = f"{time:,.0f}" if time >= 100 else f"{time:.3g}"
+    return f"{shown}; {DAY / time * TIMESTEP:.2g}; {memory}"
 
 
 def read(files: list[Path]) -> list[Record]:
@@ -139,7 +150,7 @@ def main() -> None:
         "--from", dest="files", type=Path, nargs="+", help="measure nothing, read these files"
     )
     options = parser.parse_args()
-    print(table(read(options.files) if options.files else measure(options)))
+    print(tables(read(options.files) if options.files else measure(options)))
 
 
 if __name__ == "__main__":
