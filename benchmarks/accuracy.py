@@ -2,16 +2,19 @@
 
     python benchmarks/accuracy.py DATA adam-for-basis --output accuracy --steps 6000 --seeds 0 1 --jobs 4
     python benchmarks/accuracy.py DATA --data acac mlearn-si --recipe default --set model.lmax=3
+    python benchmarks/accuracy.py DATA ladder --output accuracy --table
     python benchmarks/accuracy.py DATA --list
 
-DATA is a folder with the folders acac, rmd17, 3bpa and mlearn; `DATA_SETS` names the files. An experiment is a set of
-recipes on some data sets. A recipe is a list of overrides on the file that `dpa4 init` writes, with the cutoff of
-`BASE`. Every training is a process of its own, --jobs of them at a time, for a fixed number of steps.
+DATA is a folder with the folders acac, rmd17, 3bpa, mlearn and inorganic; `DATA_SETS` names the files. An experiment
+is a set of recipes on some data sets. A recipe is a list of overrides on the file that `dpa4 init` writes, with the
+cutoff of `BASE`. Every training is a process of its own, --jobs of them at a time, for a fixed number of steps.
 
 results.jsonl in the output folder receives one line per training and test set: errors of energy, forces and, with
 labels, stress; options, seed, steps, seconds of training without compilation, and parameters. A table of means over
-the seeds is printed at the end. The same command again continues: finished trainings are skipped, others resume from
-their last checkpoint. Without matplotlib there are no learning curves.
+the seeds is printed at the end. --table prints the table of an experiment relative to its first recipe instead of
+training; times are comparable only between trainings that ran alone (--jobs 1). The same command again continues:
+finished trainings are skipped, others resume from their last checkpoint. Without matplotlib there are no learning
+curves.
 """
 
 import argparse
@@ -46,6 +49,8 @@ class DataSet(NamedTuple):
         structures: Number of structures for training and validation, evenly spaced in the file; None: all.
         held_out: Number of structures at the end of the training file that are tested.
         validation_fraction: Share of the structures for validation.
+        more: Further training files.
+        every: Number n of which every n-th structure of each training file is tested instead of trained on; 0: none.
     """
 
     train: str
@@ -53,6 +58,13 @@ class DataSet(NamedTuple):
     structures: int | None = None
     held_out: int = 0
     validation_fraction: float = 0.1
+    more: tuple[str, ...] = ()
+    every: int = 0
+
+    @property
+    def num_tests(self) -> int:
+        """Number of test sets, including the part of the training files that is held out."""
+        return len(self.tests) + bool(self.held_out or self.every)
 
 
 DATA_SETS = {
@@ -62,6 +74,13 @@ DATA_SETS = {
     "3bpa": DataSet("3bpa/train_300K.xyz", {}, held_out=100),
     "mlearn-si": DataSet("mlearn/Si_train.xyz", {"test": "mlearn/Si_test.xyz"}),
     "mlearn-mo": DataSet("mlearn/Mo_train.xyz", {"test": "mlearn/Mo_test.xyz"}),
+    "inorganic": DataSet(
+        "inorganic/mptrj-random-1k.xyz",
+        {"alkali": "inorganic/mpf-alkali-TP.xyz"},
+        validation_fraction=0.05,
+        more=("inorganic/mpf-TP.xyz",),
+        every=10,
+    ),
 }
 for _molecule in ("aspirin", "ethanol"):
     _files = f"rmd17/{_molecule}_train.xyz", {"test": f"rmd17/{_molecule}_test.xyz"}
@@ -71,13 +90,17 @@ for _molecule in ("aspirin", "ethanol"):
 BASE = ["model.cutoff=5.0", "training.log_interval=100"]
 
 _SCALAR_READOUT = ["model.message_node_so3=false", "model.so3_readout=none"]
-_GENERATION_1 = ["model.edge_norm=true", "model.ffn_on=s2", "model.ffn_grid=glu", *_SCALAR_READOUT]
+_S2_GRIDS = ["model.ffn_on=s2", "model.ffn_grid=glu", *_SCALAR_READOUT]
+_GENERATION_1 = ["model.edge_norm=true", *_S2_GRIDS]
 _EDGE_NORM = ["model.edge_norm=[false, true, true]"]
 _PRE_NORM = ["model.sandwich_norm=[true, false, true, false]"]
 _ONE_ENVELOPE = ["model.env_exp=5"]
 _FIXED_GAUSSIANS = ["model.basis=gaussian/fix"]
 _ADAM = ["training.adam_for_basis=true"]
 _GENERATION_3 = [*_EDGE_NORM, *_PRE_NORM, *_ONE_ENVELOPE, *_FIXED_GAUSSIANS]
+_SUM = ["model.n_atten_head=0"]
+_PAPER_NEO = ["model.preset=paper-neo", "model.symmetry=SO3"]
+_LADDER = [*_PAPER_NEO, "model.channels=32", "model.lmax=2", "model.mixing_layers=4"]
 
 RECIPES = {
     "default": [],  # generation 2 without edge_norm
@@ -92,12 +115,47 @@ RECIPES = {
     "one-envelope": _ONE_ENVELOPE,
     "fixed-gaussians": _FIXED_GAUSSIANS,
     "gaussians": ["model.basis=gaussian"],
-    "weight-decay-0.1": ["training.weight_decay=0.1"],
     "paper-neo": ["model.preset=paper-neo"],
+    # less capacity
+    "no-env-seed": ["model.use_env_seed=false"],
+    "radial-8": ["model.n_radial=8"],
+    "one-block": ["model.n_blocks=1"],
+    "channels-16": ["model.channels=16"],
+    "sum": _SUM,
+    "cutoff-4": ["model.cutoff=4.0"],
+    # other training
+    "weight-decay-0.03": ["training.weight_decay=0.03"],
+    "weight-decay-0.1": ["training.weight_decay=0.1"],
+    "weight-decay-0.3": ["training.weight_decay=0.3"],
+    "batch-4": ["training.batch_size=4"],
+    "rate-2e-3": ["training.learning_rate=2e-3"],
+    "energy-weight-5": ["training.energy_weight=5.0"],
+    "energy-weight-60": ["training.energy_weight=60.0"],
+    "ema-0.99": ["training.ema_decay=0.99"],
+    "huber": ["training.loss=huber"],
+    "mse": ["training.loss=mse", "training.energy_weight=1e5", "training.forces_weight=1e3"],
+    # the ablations of the paper (arXiv:2606.02419), on a small network of generation 1
+    "ladder": _LADDER,
+    "ladder-sum": [*_LADDER, *_SUM],
+    "ladder-product-none": [*_LADDER, "model.radial_so2_mode=none"],
+    "ladder-product-scalar": [*_LADDER, "model.radial_so2_mode=degree"],
+    "ladder-product-rank-4": [*_LADDER, "model.radial_so2_rank=4"],
+    "ladder-two-foci": [*_LADDER, "model.n_focus=2"],
+    "ladder-3-layers": [*_LADDER, "model.mixing_layers=3"],
+    "ladder-2-layers": [*_LADDER, "model.mixing_layers=2"],
+    "ladder-gates": [*_LADDER, "model.ffn_on=degrees"],
+    "ladder-adamw": [*_LADDER, "training.optimizer=adamw"],
+    "ladder-adamw-1e-3": [*_LADDER, "training.optimizer=adamw", "training.learning_rate=1e-3"],
+    "ladder-cosine": [*_LADDER, "training.schedule=cosine"],
+    "so3": ["model.symmetry=SO3"],
+    "so3-s2": ["model.symmetry=SO3", *_S2_GRIDS],
+    "o3-so3grid": ["model.symmetry=O3"],
+    "o3-s2": ["model.symmetry=O3", *_S2_GRIDS],
 }
 """Overrides on the default run file by the name of the recipe; the v... recipes are switches, not sizes."""
 
 _BOTH = ["acac", "mlearn-si"]
+_SCARCE = ["acac", "rmd17-ethanol-50"]
 EXPERIMENTS: dict[str, tuple[list[str], list[str]]] = {
     "anchor": (list(DATA_SETS), ["default"]),
     "adam-for-basis": (
@@ -108,6 +166,7 @@ EXPERIMENTS: dict[str, tuple[list[str], list[str]]] = {
         _BOTH,
         ["default", "generation-1", "generation-2", "v20260901", "v20260911"],
     ),
+    "symmetry": (_BOTH, ["so3", "so3-s2", "o3-so3grid", "o3-s2"]),
     "switches": (
         _BOTH,
         [
@@ -120,6 +179,19 @@ EXPERIMENTS: dict[str, tuple[list[str], list[str]]] = {
             "fixed-gaussians",
         ],
     ),
+    "capacity": (
+        _SCARCE,
+        ["default", "no-env-seed", "radial-8", "one-block", "channels-16", "sum", "cutoff-4", "v20260911"],
+    ),
+    "regularisation": (
+        _SCARCE,
+        ["default", "weight-decay-0.03", "weight-decay-0.1", "weight-decay-0.3", "ema-0.99"],
+    ),
+    "loss": (
+        _SCARCE,
+        ["default", "energy-weight-5", "energy-weight-60", "huber", "mse", "batch-4", "rate-2e-3"],
+    ),
+    "ladder": (["inorganic"], [name for name in RECIPES if name.partition("-")[0] == "ladder"]),
 }
 """Data sets and recipes by the name of the experiment."""
 
@@ -151,24 +223,28 @@ class Job(NamedTuple):
 # --- one training
 
 
-def take_frames(source: Path, chosen: Sequence[int], target: Path) -> None:
-    """Copy some frames of an extended XYZ file, byte for byte."""
+def frames_of(source: Path) -> list[str]:
+    """Text of every frame of an extended XYZ file."""
     frames = []
     with source.open(encoding="utf-8") as file:
         while head := file.readline():
-            frames.append([head, *(file.readline() for _ in range(int(head) + 1))])
-    target.write_text("".join(line for i in chosen for line in frames[i]), encoding="utf-8")
+            frames.append("".join([head, *(file.readline() for _ in range(int(head) + 1))]))
+    return frames
 
 
-def count_frames(source: Path) -> int:
-    """Count the frames of an extended XYZ file."""
-    count = 0
-    with source.open(encoding="utf-8") as file:
-        while head := file.readline():
-            count += 1
-            for _ in range(int(head) + 1):
-                file.readline()
-    return count
+def training_and_test_frames(kind: DataSet, data: Path) -> tuple[list[str], list[str]]:
+    """Texts of the structures to train on, and of those of the training files that are held out."""
+    files = [frames_of(data / path) for path in (kind.train, *kind.more)]
+    if kind.every:
+        tested = [frame for frames in files for frame in frames[kind.every - 1 :: kind.every]]
+        rest = [frame for frames in files for i, frame in enumerate(frames, start=1) if i % kind.every]
+    else:
+        frames = [frame for frames in files for frame in frames]
+        number = len(frames) - kind.held_out
+        rest, tested = frames[:number], frames[number:]
+    if kind.structures is not None:
+        rest = [rest[i * len(rest) // kind.structures] for i in range(kind.structures)]
+    return rest, tested
 
 
 def files_of(name: str, data: Path, folder: Path) -> tuple[Path, dict[str, Path]]:
@@ -176,16 +252,14 @@ def files_of(name: str, data: Path, folder: Path) -> tuple[Path, dict[str, Path]
     kind = DATA_SETS[name]
     source = data / kind.train
     tests = {test: data / path for test, path in kind.tests.items()}
-    if not kind.held_out and kind.structures is None:
+    if not (kind.held_out or kind.every or kind.more) and kind.structures is None:
         return source, tests
-    total = count_frames(source)
-    rest = total - kind.held_out
-    number = rest if kind.structures is None else kind.structures
+    trained, tested = training_and_test_frames(kind, data)
     part = folder.with_name(f"{folder.name}-train.xyz")
-    take_frames(source, [i * rest // number for i in range(number)], part)
-    if kind.held_out:
+    part.write_text("".join(trained), encoding="utf-8")
+    if tested:
         tests["held out"] = folder.with_name(f"{folder.name}-test.xyz")
-        take_frames(source, range(rest, total), tests["held out"])
+        tests["held out"].write_text("".join(tested), encoding="utf-8")
     return part, tests
 
 
@@ -252,10 +326,13 @@ def finished(results: Path) -> set[Job]:
     """Trainings that have all their lines in the file of results."""
     tests: dict[Job, set[str]] = defaultdict(set)
     for row in rows_of(results):
-        tests[Job(row["data"], row["recipe"], row["seed"], row["steps"], tuple(row["extra"]))].add(
-            row["test"]
-        )
-    return {job for job, found in tests.items() if len(found) >= max(len(DATA_SETS[job.data].tests), 1)}
+        tests[job_of(row)].add(row["test"])
+    return {job for job, found in tests.items() if len(found) >= DATA_SETS[job.data].num_tests}
+
+
+def job_of(row: dict[str, Any]) -> Job:
+    """Training that a line of the file of results is of."""
+    return Job(row["data"], row["recipe"], row["seed"], row["steps"], tuple(row["extra"]))
 
 
 def rows_of(results: Path) -> list[dict[str, Any]]:
@@ -339,6 +416,44 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+_RELATIVE = {
+    "energy": "energy per atom (meV/atom) mae",
+    "forces": "forces (meV/Å) mae",
+    "stress": "stress (meV/Å³) mae",
+    "seconds": "seconds",
+}
+"""Quantities of a comparison of recipes."""
+
+
+def relative_table(rows: Iterable[dict[str, Any]], recipes: Sequence[str]) -> str:
+    """Markdown table of MAEs and times: those of the first recipe, and of the others divided by those of the first.
+
+    Each is the mean over the seeds with the half range. Only seeds of which the first recipe has a result count.
+    """
+    groups: dict[tuple[str, ...], dict[str, dict[int, dict[str, Any]]]] = {}
+    for row in rows:
+        case = row["data"], row["test"], str(row["steps"]), " ".join(row["extra"])
+        groups.setdefault(case, {}).setdefault(row["recipe"], {})[row["seed"]] = row
+    head = ["data", "test", "steps", "options", "recipe", "seeds", *_RELATIVE]
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    for case, members in groups.items():
+        first = members.get(recipes[0], {})
+        for recipe in recipes:
+            seeds = sorted(first.keys() & members.get(recipe, {}).keys())
+            cells = [_compared(first, members.get(recipe, {}), seeds, name) for name in _RELATIVE.values()]
+            if seeds:
+                lines.append(" | ".join([*case, recipe, str(len(seeds)), *cells]))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _compared(
+    first: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]], seeds: Sequence[int], name: str
+) -> str:
+    """Mean of a quantity of the first recipe, or of the ratio of another recipe to it."""
+    pairs = [(other[s][name], 1.0 if other is first else first[s][name]) for s in seeds if name in first[s]]
+    return _mean([own / anchor for own, anchor in pairs])
+
+
 def _mean(values: Sequence[float]) -> str:
     if not values:
         return ""
@@ -364,6 +479,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time")
     parser.add_argument("--minutes", type=float, help="save all states and end after this time")
     parser.add_argument("--output", type=Path, default=Path("accuracy"), help="output folder")
+    parser.add_argument(
+        "--table", action="store_true", help="print results relative to the first recipe and end"
+    )
     parser.add_argument("--list", action="store_true", help="print the trainings and end")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -386,6 +504,10 @@ def main() -> None:
     jobs = list(dict.fromkeys(jobs))
     if options.list:
         print("\n".join(job.name for job in jobs))
+        return
+    if options.table:
+        rows = [row for row in rows_of(options.output / "results.jsonl") if job_of(row) in jobs]
+        print(relative_table(rows, list(dict.fromkeys(job.recipe for job in jobs))))
         return
     missing = run_all(jobs, options.folder, options.output, options.jobs, options.minutes)
     print(table(rows_of(options.output / "results.jsonl")))

@@ -270,7 +270,7 @@ class Evaluation:
 def compare(frames: Frames, train: bool, searches: bool, options: argparse.Namespace) -> dict[str, Any]:
     """Times of one kind of work in both programs, and differences of their results."""
     compile, bf16 = options.compile, options.bf16 and train
-    potential = potential_of(options.model, "cpu").eval()
+    potential = potential_of(options.model, "SO3", "cpu").eval()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         frames.write(folder, options.rounds * options.calls + 20)

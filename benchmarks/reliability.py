@@ -82,7 +82,7 @@ def collision(model: DPA4Calculator, atoms: Atoms, energy: float, seed: int) -> 
     """Shoot a random atom of a crystal, or a copy of the molecule, head-on at another atom.
 
     The equations of motion are integrated by the fourth-order scheme of Yoshida, with steps in which no atom moves by
-    more than 0.015 Angstrom and 0.02 of the shortest distance at its speed, or by its acceleration.
+    more than 0.02 of the shortest distance at its speed, or by its acceleration.
     """
     random = np.random.default_rng(seed)
     velocity = np.zeros((len(atoms), 3))
@@ -115,7 +115,7 @@ def collision(model: DPA4Calculator, atoms: Atoms, energy: float, seed: int) -> 
         speed = np.linalg.norm(velocity, axis=1).max()
         distance = atoms.get_all_distances(mic=True) + np.diag(np.full(len(atoms), np.inf))
         closest = min(closest, float(distance.min()))
-        reach = min(0.015, 0.02 * float(distance.min()))
+        reach = 0.02 * float(distance.min())
         pull = (np.linalg.norm(atoms.get_forces(), axis=1) / masses[:, 0]).max()
         step = min(reach / speed, np.sqrt(2 * reach / max(pull, 1e-9)) / 4)
         for drift, kick in zip(drifts, (*kicks, None), strict=True):

@@ -49,10 +49,10 @@ def structure(atoms: int, seed: int, density: float = 0.06) -> Graph:
     return build_graph(rng.integers(1, 90, atoms), positions, cell, [True] * 3, 6.0)
 
 
-def potential_of(name: str, device: str) -> Potential:
+def potential_of(name: str, symmetry: str, device: str) -> Potential:
     """Potential with random weights; zero-initialised layers are filled, too, so that all parts contribute."""
     torch.manual_seed(0)
-    potential = Potential(preset(name, ELEMENTS))
+    potential = Potential(preset(name, ELEMENTS, symmetry=symmetry))
     with torch.no_grad():
         for p in potential.parameters():
             p.add_(0.02 * torch.randn_like(p))
@@ -161,7 +161,7 @@ def measured(record: dict, function: Callable[[], object], way: str, options: ar
 def train(base: dict, device: str, options: argparse.Namespace) -> None:
     """Time training steps."""
     frames, atoms = map(int, options.train.split("x"))
-    potential = potential_of(options.model, device).train()
+    potential = potential_of(options.model, options.symmetry, device).train()
     graph = collate([structure(atoms, i) for i in range(frames)]).to(device)
     potential.precision = options.precision or "fast"
     parameters = [p for p in potential.parameters() if p.requires_grad]
@@ -199,7 +199,7 @@ def train(base: dict, device: str, options: argparse.Namespace) -> None:
 
 def evaluate(base: dict, device: str, atoms: int, options: argparse.Namespace) -> None:
     """Time energy and forces of one structure."""
-    potential = potential_of(options.model, device).eval()
+    potential = potential_of(options.model, options.symmetry, device).eval()
     potential.precision = options.precision or "high"
     graph = structure(atoms, 0, options.density).to(device)
     record = base | {"work": "energy+forces", "atoms": graph.num_atoms, "edges": graph.num_edges}
@@ -236,6 +236,7 @@ def main() -> None:
         choices=WAYS,
         help="ways to execute the model",
     )
+    parser.add_argument("--symmetry", choices=["SO3", "O3"], default="SO3")
     parser.add_argument("--precision", choices=["high", "fast"], help="default: fast in training, else high")
     parser.add_argument(
         "--density", type=float, default=0.06, help="atoms per cubic Angstrom; copper has 0.0847"
@@ -250,7 +251,7 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    base = {"model": options.model, "device": name, "torch": torch.__version__}
+    base = {"model": options.model, "symmetry": options.symmetry, "device": name, "torch": torch.__version__}
 
     if options.train:
         train(base, device, options)

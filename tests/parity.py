@@ -54,6 +54,19 @@ class ParityCase:
         )  # fmt: skip
 
 
+def case_of(name: str) -> ParityCase:
+    """A model of the large reference collection."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    folder = folder_of(name)
+    with np.load(folder / "ref.npz") as file:
+        for key in file.files:
+            structure, quantity = key.split("/")
+            found.setdefault(structure, {})[quantity] = file[key]
+    entry = collection()[name]
+    tolerance = entry.get("absolute_tolerance_f64", 1e-9)
+    return ParityCase(name, folder / "model_f32.pt", found, entry.get("charge_spin"), tolerance)
+
+
 @dataclass(frozen=True)
 class Deviation:
     """Difference from the reference of one quantity of one structure."""

@@ -136,6 +136,13 @@ def test_presets_and_their_parameter_counts():
         assert int(count.replace(",", "")) == sum(p.numel() for p in DPA4(config).parameters())
 
 
+def test_presets_with_symmetry_o3_and_their_parameter_counts():
+    rows = table("docs/models.md", "preset with symmetry O3")
+    assert [name for name, _ in rows] == list(PRESETS)
+    for name, count in rows:
+        assert int(count.replace(",", "")) == count_parameters(preset(name, symmetry="O3")).total
+
+
 def test_presets_of_deepmd_and_their_parameter_counts():
     heading = "grade | channels | n_focus | n_blocks | mixing_layers | lmax | rank"
     (header,) = [line for line in text("docs/models.md").splitlines() if line.startswith(f"| {heading} |")]

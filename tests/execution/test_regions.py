@@ -41,7 +41,7 @@ GENERATIONS = {
     "SO(3) grid": {"message_node_so3": True, "ffn_on": "so3", "ffn_grid": 1, "so3_readout": "mlp"},
     "foci": {"n_focus": 2, "radial_so2_rank": 2},
     "bridging": {"n_blocks": 1, "bridging": Bridging(r_inner=0.8, r_outer=1.4)},
-    "bridging of pairs": {"n_blocks": 1, "bridging": WINDOWS},
+    "bridging of pairs, O3": {"n_blocks": 1, "bridging": WINDOWS, "symmetry": "O3"},
 }
 GENERATIONS["generation 3"] = {
     "n_blocks": 1,
@@ -51,6 +51,7 @@ GENERATIONS["generation 3"] = {
     "edge_norm": (False, True, True),
     "sandwich_norm": (True, False, True, False),
 }
+GENERATIONS["SO(3) grid, O3"] = {**GENERATIONS["SO(3) grid"], "symmetry": "O3", "n_blocks": 1, "channels": 16}
 GENERATIONS["everything"] = {**GENERATIONS["SO(3) grid"], **GENERATIONS["foci"], **GENERATIONS["bridging"]}
 # With 16 channels, compiled code contains the C++ kernels; the others have 8 channels and plain operations.
 GENERATIONS["everything, C++"] = {**GENERATIONS["everything"], "channels": 16}
@@ -107,7 +108,7 @@ def test_kernels_with_several_results(compilations, max_kept, calls):
 
 def test_whole_stacks_keep_only_what_their_derivative_takes(monkeypatch, empty_cache):
     """Trace with the kernels for Hopper GPUs, without one. The last block stores products; earlier ones recompute."""
-    monkeypatch.setattr(available, "whole_stack", lambda x, layers, layout: True)
+    monkeypatch.setattr(available, "whole_stack", lambda x, layers, layout, separate: True)
     potential = Potential(preset("paper-air", ("H", "C"), n_blocks=2)).float().eval()
     compile_potential(potential, kept=KEEP_POLICIES[1])
     for method in ("locate", "input_features", "read_out"):  # tracing the messages alone saves time
@@ -137,7 +138,7 @@ def batches(count: int):
 
 # Evaluation with everything, but without parts, is in the test of constants.
 QUICK_CASES = (
-    ("bridging of pairs", False, True),
+    ("bridging of pairs, O3", False, True),
     ("S2 grid", False, True),
     ("S2 grid", False, False),
     ("everything, C++", True, True),

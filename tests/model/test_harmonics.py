@@ -9,6 +9,7 @@ import torch
 from dpa4.model.grid import lebedev, s2_grid, so3_grid
 from dpa4.model.harmonics import WignerRows, coupling, edge_frame, spherical_harmonics
 from dpa4.model.layers import degree_of
+from dpa4.model.switches import frame_orders
 from helpers import shared
 
 AXES = np.concatenate([np.eye(3), -np.eye(3)])
@@ -113,12 +114,27 @@ def test_s2_grid_is_exact(lmax):
     torch.testing.assert_close(analyse @ evaluate, identity, atol=1e-13, rtol=0)
 
 
+@pytest.mark.parametrize("symmetry", ["SO3", "O3"])
 @pytest.mark.parametrize("lmax,kmax", [(0, 0), (1, 1), (2, 1), (3, 1), (3, 2), (5, 1), (4, 0)])
-def test_so3_grid_is_exact_on_live_slots(lmax, kmax):
-    evaluate, analyse = so3_grid(lmax, kmax)
-    frame = torch.tensor([0, *[(k + 1) // 2 for k in range(1, 2 * kmax + 1)]])
+def test_so3_grid_is_exact_on_live_slots(lmax, kmax, symmetry):
+    evaluate, analyse = so3_grid(lmax, kmax, symmetry)
+    frame = torch.tensor(frame_orders(kmax, symmetry)).abs()
     live = (frame[None, :] <= degree_of(lmax)[:, None]).flatten().double()
     torch.testing.assert_close(analyse @ evaluate, torch.diag(live), atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("lmax,kmax", [(2, 1), (3, 2)])
+def test_products_of_even_frames_keep_parity(lmax, kmax):
+    """Even fields couple only if l + l' + l'' is even; with odd frames, two vectors give their cross product."""
+
+    def odd_couplings(symmetry):
+        evaluate, analyse = so3_grid(lmax, kmax, symmetry)
+        degree = degree_of(lmax).repeat_interleave(len(frame_orders(kmax, symmetry)))
+        total = degree[:, None, None] + degree[:, None] + degree
+        return torch.einsum("kg,gi,gj->kij", analyse, evaluate, evaluate)[total % 2 == 1].abs().max()
+
+    assert odd_couplings("O3") < 1e-13
+    assert odd_couplings("SO3") > 0.1
 
 
 def test_lebedev_sizes_and_exactness():

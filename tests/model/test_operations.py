@@ -206,6 +206,8 @@ def groups_of(x: torch.Tensor, lmax: int, mmax: int, width: int) -> list[torch.T
 def so2_layer(kind: str, lmax: int, mmax: int, width: int = 2, focus: int = 2) -> torch.nn.Module:
     if kind == "linear":
         return prepared(SO2Linear(lmax, mmax, width, focus, bias=True))
+    if kind == "linear without V":
+        return prepared(SO2Linear(lmax, mmax, width, focus, bias=True, symmetry="O3"))
     if kind == "gate":
         return prepared(Gate(lmax, width, focus, bias=True))
     if kind == "fused stack":
@@ -234,7 +236,7 @@ def roll(groups: list[torch.Tensor], angle: torch.Tensor) -> list[torch.Tensor]:
 SO2_SIZES = [(0, 0), (1, 1), (3, 1), (3, 2), (4, 4)]
 
 
-@pytest.mark.parametrize("kind", ["linear", "gate", "stack", "fused stack"])
+@pytest.mark.parametrize("kind", ["linear", "linear without V", "gate", "stack", "fused stack"])
 @pytest.mark.parametrize(("lmax", "mmax"), SO2_SIZES)
 def test_so2_layers_commute_with_turns_about_the_edge(kind, lmax, mmax):
     layer = so2_layer(kind, lmax, mmax)
@@ -248,7 +250,7 @@ def test_so2_layers_commute_with_turns_about_the_edge(kind, lmax, mmax):
         assert_close(before, after)
 
 
-@pytest.mark.parametrize("kind", ["linear", "gate"])
+@pytest.mark.parametrize("kind", ["linear", "linear without V", "gate"])
 def test_so2_layers_differentiate_twice(kind):
     layer = so2_layer(kind, 2, 2)
 

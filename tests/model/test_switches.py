@@ -49,7 +49,7 @@ def test_options_with_several_entries_have_no_truth_value(option):
 
 
 @pytest.mark.parametrize(
-    "value", ["x", None, 2, [True, True], [True] * 4, [True, True, "x"], {"radial": True}]
+    "value", ["x", None, 1, 2, [1, 0, 1], [True, True], [True] * 4, [True, True, "x"], {"radial": True}]
 )
 def test_other_values_of_edge_norm_are_refused(value):
     with pytest.raises(
@@ -58,7 +58,9 @@ def test_other_values_of_edge_norm_are_refused(value):
         config_of(edge_norm=value)
 
 
-@pytest.mark.parametrize("value", [True, None, 0, 65, 5.5, "5", [5], [7, 0], [7, 65], [7, 5, 3], [None, 5]])
+@pytest.mark.parametrize(
+    "value", [True, None, 0, 65, 5.5, "5", [7.0, 5.0], [True, 5], [5], [7, 0], [7, 65], [7, 5, 3], [None, 5]]
+)
 def test_other_values_of_env_exp_are_refused(value):
     with pytest.raises(
         ValidationError, match="env_exp must be a positive whole number, at most 64, or .*, got "

@@ -483,15 +483,23 @@ LARGE_BLOCKS = {"edges of a crystal": (2, 8192, (128, 192)), "no multiple of a t
 
 
 def order_matmul_cases(size: tuple[Any, ...]) -> list[Case]:
-    """Cases with transposed weights, like in a backward pass."""
+    """Cases with transposed weights, like in a backward pass; every block once, and all but the first twice."""
     F, E, columns = size
     weights = [normal(F, k, k, seed=k).mT * k**-0.5 for k in columns]
-    return [Case([normal(F, E, sum(columns)), normal(F, E, sum(columns), seed=1), *weights])]
+    cases = []
+    for copies in (1, 2):
+        width = columns[0] + copies * sum(columns[1:])
+        cases.append(Case([normal(F, E, width), normal(F, E, width, seed=1), *weights], (copies,)))
+    return cases
 
 
-def order_matmul_ways(x: Tensor, add: Tensor, *matrices: Tensor) -> list[Tensor]:
+def order_matmul_ways(x: Tensor, add: Tensor, *others: Any) -> list[Tensor]:
     """Products by themselves, with an added tensor, written to that tensor, and with residual weights."""
-    weights, residual = ([Weight(m, residual=r) for m in matrices] for r in (False, True))
+    *matrices, copies = others
+    weights, residual = (
+        [Weight(m, residual=r, copies=copies if i else 1) for i, m in enumerate(matrices)]
+        for r in (False, True)
+    )
     weights, residual = (prepare(x, w, split(x, w)) for w in (weights, residual))
     return [
         order_matmul(x, weights),
@@ -501,7 +509,9 @@ def order_matmul_ways(x: Tensor, add: Tensor, *matrices: Tensor) -> list[Tensor]
     ]
 
 
-def order_matmul_formula(x: Tensor, add: Tensor, *matrices: Tensor) -> list[Tensor]:
+def order_matmul_formula(x: Tensor, add: Tensor, *others: Any) -> list[Tensor]:
+    *matrices, copies = others
+    matrices = [m for i, m in enumerate(matrices) for _ in range(copies if i else 1)]
     parts = x.split([m.shape[-1] for m in matrices], -1)
     product = torch.cat([part @ m for part, m in zip(parts, matrices, strict=True)], -1)
     return [product, product + add, product + add, product + x]
@@ -563,6 +573,9 @@ STACKS = {  # (lmax, mmax, c channels, F foci, layers, E edges)
     "as pro": (5, 1, 64, 2, 2, 33),
     "small": (1, 1, 16, 1, 2, 3),
 }
+SEPARATE_STACKS = ("order 2", "order 2, four foci", "one layer", "no edges", "as mini", "as neo", "small")
+"""Sizes of stacks whose matrices of orders above zero act on the rows of -m and of +m separately."""
+
 WIDE_STACKS = {  # one gated layer of the largest published models, with few edges
     "as max": (6, 1, 96, 2, 2, 5),
     "as ultra": (6, 1, 128, 3, 2, 3),
@@ -597,7 +610,7 @@ def block_columns(layout: EdgeLayout, c: int) -> list[slice]:
     return [slice(end - width, end) for end, width in zip(accumulate(widths), widths, strict=True)]
 
 
-def stack_cases(training: bool) -> Callable[[tuple[int, ...]], list[Case]]:
+def stack_cases(training: bool, separate: bool = False) -> Callable[[tuple[int, ...]], list[Case]]:
     """Cases with inputs x, the free blocks of the matrices of every layer, and the weights of the gates."""
 
     def cases(size: tuple[int, ...]) -> list[Case]:
@@ -607,10 +620,10 @@ def stack_cases(training: bool) -> Callable[[tuple[int, ...]], list[Case]]:
         for t in range(layers):
             for m, (_, count) in enumerate(layout.orders()):
                 n = count * c
-                # Order 0 has one block; the matrices of the others are [[U, V], [-V, U]].
+                # Order 0 has one block; the matrices of the others are [[U, V], [-V, U]], or U for both signs.
                 blocks += [
                     normal(F, n // (2 if m else 1), n // (2 if m else 1), seed=10 * t + m + i) * n**-0.5
-                    for i in range(2 if m else 1)
+                    for i in range(2 if m and not separate else 1)
                 ]
         gates = [normal(F, c, lmax * c, seed=t) * c**-0.5 for t in range(layers - 1)]
         return [Case([normal(F, E, layout.total * c, seed=99), *blocks, *gates], (layout, layers, training))]
@@ -623,9 +636,13 @@ def weights_of_stack(
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
     """Matrices of every layer, one per order, and the weights of the gates."""
     rest, matrices = iter(flat), []
+    separate = len(flat) == layers * (layout.mmax + 1) + layers - 1
     for _ in range(layers):
         matrices.append([next(rest)])
         for _ in range(layout.mmax):
+            if separate:
+                matrices[-1].append(next(rest))
+                continue
             u, v = next(rest), next(rest)
             matrices[-1].append(torch.cat([torch.cat([u, v], 2), torch.cat([-v, u], 2)], 1))
     return matrices, list(rest)
@@ -642,7 +659,8 @@ def stack_formula(x: Tensor, *others: Any) -> Tensor:
     matrices, gates = weights_of_stack(flat, layout, layers)
     columns = block_columns(layout, x.shape[-1] // layout.total)
     for t, layer in enumerate(matrices):
-        u = torch.cat([x[..., s] @ w for s, w in zip(columns, layer, strict=True)], -1)
+        parts = [x[..., s].split(w.shape[-1], -1) for s, w in zip(columns, layer, strict=True)]
+        u = torch.cat([part @ w for signs, w in zip(parts, layer, strict=True) for part in signs], -1)
         x = x + (u * on_rows(logits(u, gates[t]).sigmoid(), layout) if t < layers - 1 else u)
     return x
 
@@ -708,8 +726,13 @@ GATE_KERNELS = ["_gate_value", "_gate_vjp", "_gate_tangent", "_gate_joint", "_ga
 INTERPRETED_GATES = ("degree 0", "degree 2", "order 2, four foci", "order 0", "one layer", "no edges")
 
 
-def stack_operator(training: bool) -> Operator:
-    """SO(2) stack, differentiated by the features; in training, second derivatives include the weights."""
+def stack_operator(training: bool, separate: bool = False) -> Operator:
+    """SO(2) stack, differentiated by the features; in training, second derivatives include the weights.
+
+    Args:
+        training: Whether the weights are differentiated.
+        separate: Whether the rows of -m and +m are multiplied separately.
+    """
     backends = {
         "plain": Backend(STACK_SUMS, quick=tuple(STACKS)),
         "cpp": Backend(
@@ -729,10 +752,9 @@ def stack_operator(training: bool) -> Operator:
     }
     large = {"many edges": (3, 1, 64, 1, 4, 5000)}
     last = None if training else 1
-    sizes = STACKS | WIDE_STACKS
-    return Operator(
-        stack, stack_formula, stack_cases(training), sizes, backends, large, order=2, first=1, last=last
-    )
+    sizes = {name: STACKS[name] for name in SEPARATE_STACKS} if separate else STACKS | WIDE_STACKS
+    cases = stack_cases(training, separate)
+    return Operator(stack, stack_formula, cases, sizes, backends, large, order=2, first=1, last=last)
 
 
 OPERATORS |= {
@@ -751,6 +773,8 @@ OPERATORS |= {
     ),
     "so2_stack": stack_operator(training=True),
     "so2_stack in evaluation": stack_operator(training=False),
+    "so2_stack of separate signs": stack_operator(training=True, separate=True),
+    "so2_stack of separate signs in evaluation": stack_operator(training=False, separate=True),
     "so2_stack in one kernel": Operator(
         stack,
         stack_formula,

@@ -235,6 +235,8 @@ def registered() -> dict[str, list[tuple]]:
     matrices, gates = [normal(1, n * 16, n * 16) for _ in range(3) for n in (3, 4)], [normal(1, 16, 32)] * 2
     edges = normal(1, 4, rows.total * 16)
     weights, us = (matrices, gates, [], 2, 1), [edges, edges]
+    halves = [w if i % 2 == 0 else w[:, :32, :32] for i, w in enumerate(matrices)]
+    separate = halves, gates, [], 2, 1
     left, right = normal(2, 7, 6, dtype=torch.float32), normal(2, 6, 5, dtype=torch.float32)
     widths = (LAYOUT.lmax + 1) * CHANNELS, 2 * LAYOUT.lmax * CHANNELS
     fused = [normal(1, n, n, dtype=torch.float32) for _ in range(2) for n in widths]
@@ -249,12 +251,13 @@ def registered() -> dict[str, list[tuple]]:
         "put_back": [(normal(2, 3, 4), 1, there, 5)],
         "bilinear": [(normal(2, 4, 16), normal(2, 5, 16), *terms, 0, 1, 2, 3)],
         "precise_matmul": [(x, right, []) for x in (left, left.transpose(0, 1).contiguous().transpose(0, 1))],
-        "so2_value": [(edges, *weights, keep) for keep in (False, True)],
-        "so2_vjp": [(edges, us, *weights, keep) for keep in (False, True)],
-        "so2_tangent": [(edges, us, *weights)],
+        "so2_value": [(edges, *w, keep) for w in (weights, separate) for keep in (False, True)],
+        "so2_vjp": [(edges, us, *w, keep) for w in (weights, separate) for keep in (False, True)],
+        "so2_tangent": [(edges, us, *weights), (edges, us, *separate)],
         "so2_joint": [
             (edges, us, us, [edges] * 3, us, us, *weights),
             (edges, [], us, [edges] * 3, us, us, *weights),
+            (edges, us, us, [edges] * 3, us, us, *separate),
         ],
         "so2_pack": [(fused, fused_gates, backward) for backward in (False, True)],
     }

@@ -258,6 +258,9 @@ def calls():
     yield "so2_joint", (
         y, [features[0], z], [u], features[3:5], features[5:7], features[7:8], *stack,
     )  # fmt: skip
+    separate = [zero, one[0]] * 2, *stack[1:]
+    yield "so2_value", (features[0], *separate, True)
+    yield "so2_joint", (y, [features[0], z], [u], features[3:5], features[5:7], features[7:8], *separate)
 
 
 def variants(t: torch.Tensor):
@@ -285,7 +288,7 @@ def changed(arguments: tuple):
 
 
 @needs_cpp
-@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("number", range(11))
 def test_wrong_operands_are_refused_and_all_others_agree_with_plain_operations(number, monkeypatch):
     """C++ receives bare addresses: a tensor of another dtype, size or layout would end the process or give noise."""
     (name, arguments) = [*calls()][number]

@@ -141,8 +141,10 @@ def test_saved_products_can_be_put_into_rows(edges):
 
 def test_they_are_not_used_on_a_cpu_nor_for_other_sizes():
     x = torch.zeros(1, 5, WIDTH)
-    assert not available.whole_stack(x, 4, LAYOUT)
-    assert not available.whole_stack(x, 4, EdgeLayout(2, 1))
+    assert not available.whole_stack(x, 4, LAYOUT, separate=False)
+    assert not available.whole_stack(x, 4, EdgeLayout(2, 1), separate=False)
+    assert available.whole_stack_misfits(LAYOUT, 1, CHANNELS, 4, separate=False) == []
+    assert available.whole_stack_misfits(LAYOUT, 1, CHANNELS, 4, separate=True) == ["symmetry SO3 (here O3)"]
 
 
 def test_kernels_that_compute_wrongly_are_not_used(monkeypatch, caplog):
@@ -208,7 +210,7 @@ def test_accuracy(layers):
     stack = stack_of(layers).cuda().eval()
     rng = torch.Generator("cuda").manual_seed(1)
     x, g = (torch.randn(1, 8447, WIDTH, device="cuda", generator=rng) for _ in range(2))
-    assert available.whole_stack(x, layers, LAYOUT)
+    assert available.whole_stack(x, layers, LAYOUT, separate=False)
     found = results(stack, x, g)
     for a, b in zip(found, results(stack.double(), x.double(), g.double()), strict=True):
         assert deviation(a, b) < TOLERANCE

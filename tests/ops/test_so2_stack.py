@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dpa4.model.so2 import FusedSO2Stack, SO2Stack, so2_layers
+from dpa4.model.switches import Symmetry
 from dpa4.ops.layout import EdgeLayout
 from helpers import assert_close
 from operator_table import (
@@ -16,15 +17,17 @@ from operator_table import (
 )
 
 
-def stacks(size: str, dtype: torch.dtype = torch.float64) -> tuple[SO2Stack, FusedSO2Stack]:
+def stacks(
+    size: str, dtype: torch.dtype = torch.float64, symmetry: Symmetry = "SO3"
+) -> tuple[SO2Stack, FusedSO2Stack]:
     """Layers one by one and in one operator, with the same weights."""
     lmax, mmax, c, n_focus, layers, _ = STACKS[size]
     torch.manual_seed(0)
-    plain = SO2Stack(lmax, mmax, c, n_focus, layers, bias=False, layer_scale=False)
+    plain = SO2Stack(lmax, mmax, c, n_focus, layers, bias=False, layer_scale=False, symmetry=symmetry)
     with torch.no_grad():
         for p in plain.parameters():
             p.copy_(torch.randn_like(p) * p.shape[0] ** -0.5)
-    fused = FusedSO2Stack(lmax, mmax, c, n_focus, layers)
+    fused = FusedSO2Stack(lmax, mmax, c, n_focus, layers, symmetry)
     fused.load_state_dict(plain.state_dict())
     return plain.to(dtype), fused.to(dtype)
 
@@ -46,10 +49,11 @@ def test_rows_run_over_orders_and_degrees():
     ]
 
 
+@pytest.mark.parametrize("symmetry", ["SO3", "O3"])
 @pytest.mark.parametrize("size", ["degree 0", "degree 2", "order 2, four foci", "one layer", "no edges"])
-def test_one_operator_is_the_layers_one_by_one(size):
+def test_one_operator_is_the_layers_one_by_one(size, symmetry):
     """Features, and gradients of all parameters."""
-    plain, fused = stacks(size)
+    plain, fused = stacks(size, symmetry=symmetry)
     x = features(size)
     assert_close(fused(x, None), plain(x, None))
     results = []

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dpa4.model.edges import LocalFrame
+from dpa4.model.grid import Grid, couplings
 from dpa4.model.so2 import DegreeProduct
 from dpa4.ops.sparse_product import Terms, sparse_or_dense
 from operator_table import BACKENDS, deviation, needs_cpp, normal
@@ -40,3 +41,25 @@ def test_matrices_of_the_edges_by_kernels_and_by_plain_operations(lmax, mmax, ra
     with BACKENDS["plain"]():
         for one, other in zip(found, made(), strict=True):
             assert deviation(one, other) < 1e-13
+
+
+@needs_cpp
+@pytest.mark.parametrize("symmetry", ["SO3", "O3"])
+@pytest.mark.parametrize(("lmax", "kmax"), [(1, 1), (3, 1), (3, 2)])
+def test_products_of_fields_by_couplings_and_on_the_grid(lmax, kmax, symmetry):
+    grid = Grid(lmax, kmax, symmetry).double()
+    rows = grid.evaluate.shape[1]
+    assert rows == (lmax + 1) ** 2 * (kmax + 1 if symmetry == "O3" else 2 * kmax + 1)
+    left, right = normal(5, rows, 16, seed=1), normal(5, rows, 16, seed=2)
+    with BACKENDS["cpp"]() as launched:
+        found = grid.product(left, right)
+    assert launched == {"bilinear"}
+    with BACKENDS["plain"]():
+        expected = grid.product(left, right)
+    assert deviation(found, expected) < 1e-13
+    assert deviation(grid.scalar_product(left, right), expected[:, 0]) < 1e-13
+
+
+def test_even_frames_have_fewer_couplings():
+    all_frames, even = (len(couplings(3, 1, symmetry).scale) for symmetry in ("SO3", "O3"))
+    assert (all_frames, even) == (3833, 1319)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,11 @@ import torch
 
 from dpa4.ops.split_matmul import precise_matmul
 from operator_table import BACKENDS, needs_gpu, needs_triton
+from parity import assert_float32, case_of, collection
+
+NARROW = sorted(
+    name for name in collection() if name.startswith("E_") and collection()[name]["n_params"] < 500_000
+)
 
 TOLERANCE = 1e-6
 """Error relative to |x| @ |w|. Splitting costs at most 3 * 2^-22 = 0.7e-6; sums of 100 float32 terms add 1e-7."""
@@ -165,3 +171,29 @@ def test_operands_are_checked_before_a_launch(interpreter):
                 for wrong in (t[None], t.half() if t.is_floating_point() else t.int()):
                     own = *arguments[:i], wrong, *arguments[i + 1 :]
                     assert f"{name} needs" in interpreter(refused, name, *own), (name, i)
+
+
+def check_model(name: str) -> set[str]:
+    """Compare a model with the reference on a structure of few edges; return the kernels that were interpreted."""
+    case = case_of(name)
+    few = replace(case, structures={"disconnected": case.structures["disconnected"]})
+    with BACKENDS["triton"]() as launched:
+        assert_float32(few)
+    return launched
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "name", NARROW or [pytest.param("", marks=pytest.mark.skip("no reference collection"))]
+)
+def test_models_with_switches_of_generation_3(interpreter, name):
+    """All kernels of a model take part; larger models would take minutes."""
+    assert interpreter(check_model, name) >= {
+        "_edge_matmul",
+        "_scatter_matmul",
+        "_gate_value",
+        "_gate_vjp",
+        "_matmul",
+    }

@@ -16,7 +16,7 @@ from dpa4.ops import available, gate
 from dpa4.ops.available import triton_version
 from dpa4.ops.hopper import trial
 from dpa4.potential import Potential
-from dpa4.potential.card import cpu_kernels, gpu_kernels, has_whole_stacks, model_card, unsupported
+from dpa4.potential.card import _sections, cpu_kernels, gpu_kernels, has_whole_stacks, model_card, unsupported
 from dpa4.potential.checkpoint import save_potential
 from dpa4.potential.deepmd.writer import export_deepmd
 from helpers import random_potential, shared
@@ -196,17 +196,37 @@ def test_gates_have_the_kernels_of_the_card(channels, monkeypatch):
     assert found == (fused == "fused, Triton kernels") == (channels <= 128)
 
 
+@pytest.mark.parametrize("symmetry", ["SO3", "O3"])
 @pytest.mark.parametrize("name", PRESETS)
-def test_models_with_whole_stacks_are_those_that_get_them(name, monkeypatch):
+def test_models_with_whole_stacks_are_those_that_get_them(name, symmetry, monkeypatch):
     monkeypatch.setattr(available, "is_hopper", lambda device: True)
     monkeypatch.setattr(trial, "whole_stacks_work", lambda device: True)
-    config = preset(name, ("H",), n_blocks=2)
+    config = preset(name, ("H",), n_blocks=2, symmetry=symmetry)
     found = set()
     for block in Potential(config).float().model.blocks:
         stack, conv = block.conv.stack, block.conv
         x = torch.empty(conv.n_focus, 3, stack.layout.total * conv.width)
-        found.add(available.whole_stack(x, len(stack.linears), stack.layout))
+        separate = config.symmetry == "O3"
+        found.add(available.whole_stack(x, len(stack.linears), stack.layout, separate))
     assert found == {has_whole_stacks(config)}
+
+
+def test_the_card_says_the_symmetry():
+    for name, symmetry, energies, kernel in (
+        ("paper-air", "SO3", "may differ", "one CUDA kernel for all SO(2) layers of a block"),
+        (
+            "paper-air",
+            "O3",
+            "are equal",
+            "as above; the CUDA kernel for whole stacks has symmetry SO3 (here O3)",
+        ),
+    ):
+        sections = _sections(preset(name, ("H",), symmetry=symmetry))
+        assert sections["Model"]["symmetry"] == f"{symmetry}: energies of mirror images {energies}"
+        assert not any("symmetry" in sections[f"Switches, {which}"] for which in ("default", "not default"))
+        assert sections["On a GPU"]["energies and forces on H100, H200"] == kernel
+    scalars = _sections(preset("paper-air", ("H",), lmax=0, kmax=0))
+    assert scalars["Model"]["symmetry"] == "SO3: energies of mirror images are equal"
 
 
 @pytest.mark.parametrize("switches", [{}, {"mlp_bias": True}, {"layer_scale": True}])

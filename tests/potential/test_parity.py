@@ -14,10 +14,10 @@ from dpa4.ops import available
 from dpa4.potential import load_potential
 from helpers import shared
 from parity import (
-    ParityCase,
     assert_float32,
     assert_float64,
     assert_parameter_gradients,
+    case_of,
     collection,
     deviations,
     folder_of,
@@ -46,18 +46,6 @@ if not INDEX:
 
 def slow_if(condition: bool) -> list[pytest.MarkDecorator]:
     return [pytest.mark.slow] if condition else []
-
-
-def case_of(name: str) -> ParityCase:
-    found: dict[str, dict[str, np.ndarray]] = {}
-    folder = folder_of(name)
-    with np.load(folder / "ref.npz") as file:
-        for key in file.files:
-            structure, quantity = key.split("/")
-            found.setdefault(structure, {})[quantity] = file[key]
-    entry = INDEX[name]
-    tolerance = entry.get("absolute_tolerance_f64", 1e-9)
-    return ParityCase(name, folder / "model_f32.pt", found, entry.get("charge_spin"), tolerance)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=slow_if(name in LARGE)) for name in SUPPORTED])
@@ -95,6 +83,7 @@ def test_float64_compiled(compilations, name):
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", GENERATION_3)
 def test_float32_on_a_gpu(name, compiled):

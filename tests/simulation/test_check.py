@@ -190,7 +190,10 @@ def test_symmetry_and_derivatives_of_a_good_model(structures):
     found = verdicts(results)
     assert found.pop("mirror images") in ("pass", "warn")  # reported, not promised
     assert {*found.values()} == {"pass"}
-    assert physics.check_mirror(good(**SCALAR), several).verdict == "pass"
+    for options in (SCALAR, {"symmetry": "O3"}):
+        mirror = physics.check_mirror(good(**options), several)
+        assert mirror.verdict == "pass"
+        assert [figure.limit for figure in mirror.figures] == [physics.SYMMETRY_TOLERANCE] * 2
 
 
 def test_broken_symmetries(structures):
@@ -213,10 +216,11 @@ def test_broken_symmetries(structures):
         assert verdicts(physics.check_symmetry(potential, few))[name] == "fail", name
 
 
-def test_a_scalar_model_that_tells_mirror_images_apart(structures):
+@pytest.mark.parametrize("options", [SCALAR, {"symmetry": "O3"}], ids=["scalars", "O3"])
+def test_a_model_that_promises_mirror_symmetry_and_lacks_it(structures, options):
     # Odd functions of single edges cancel between the two directions; products of the edges of a centre do not.
     potential = with_energy(
-        lambda v: torch.exp(-length(v)) * (1 + 0.1 * torch.tanh(v[:, 0])), together=True, **SCALAR
+        lambda v: torch.exp(-length(v)) * (1 + 0.1 * torch.tanh(v[:, 0])), together=True, **options
     )
     few = {name: atoms for name, atoms in structures.items() if name.startswith("cluster")}
     assert physics.check_mirror(potential, few).verdict == "fail"

@@ -27,7 +27,7 @@ def data(accuracy, argon_file, tmp_path) -> Path:
     """Folder of data sets, all of which are the same twenty structures of argon."""
     folder = tmp_path / "data"
     for kind in accuracy.DATA_SETS.values():
-        for name in (kind.train, *kind.tests.values()):
+        for name in (kind.train, *kind.more, *kind.tests.values()):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(argon_file.read_bytes())
     return folder
@@ -48,10 +48,10 @@ def test_experiments_name_recipes_and_data_sets(accuracy):
 
 
 def test_parts_of_a_file(accuracy, data, tmp_path, monkeypatch):
-    whole = (data / "acac/train_300K.xyz").read_bytes()
-    total = accuracy.count_frames(data / "acac/train_300K.xyz")
-    accuracy.take_frames(data / "acac/train_300K.xyz", range(total), tmp_path / "copy.xyz")
-    assert (tmp_path / "copy.xyz").read_bytes() == whole
+    source = data / "acac/train_300K.xyz"
+    texts = accuracy.frames_of(source)
+    assert "".join(texts).encode() == source.read_bytes()
+    total = len(texts)
     monkeypatch.setitem(
         accuracy.DATA_SETS, "3bpa", accuracy.DATA_SETS["3bpa"]._replace(structures=3, held_out=2)
     )
@@ -60,6 +60,52 @@ def test_parts_of_a_file(accuracy, data, tmp_path, monkeypatch):
     chosen = [i * (total - 2) // 3 for i in range(3)]
     assert [f.energy for f in read_frames(train_file)] == [frames[i].energy for i in chosen]
     assert [f.energy for f in read_frames(tests["held out"])] == [f.energy for f in frames[-2:]]
+
+
+def test_every_tenth_structure_of_each_file_is_tested(accuracy, data, tmp_path):
+    train_file, tests = accuracy.files_of("inorganic", data, tmp_path / "run")
+    assert list(tests) == ["alkali", "held out"] and accuracy.DATA_SETS["inorganic"].num_tests == 2
+    first, second = (accuracy.frames_of(data / f"inorganic/{n}.xyz") for n in ("mptrj-random-1k", "mpf-TP"))
+    assert accuracy.frames_of(tests["held out"]) == [*first[9::10], *second[9::10]]
+    kept = [frame for frames in (first, second) for i, frame in enumerate(frames) if i % 10 != 9]
+    assert accuracy.frames_of(train_file) == kept
+
+
+def test_rungs_of_the_ladder_differ_in_what_they_are_named_after(accuracy, tmp_path):
+    def options(recipe):
+        job = accuracy.Job("inorganic", recipe, 0, 40)
+        config = accuracy.configuration(job, tmp_path / "train.xyz", tmp_path / "run")
+        return config.model.build(("H", "O")).model_dump() | config.training.model_dump()
+
+    first, *others = accuracy.EXPERIMENTS["ladder"][1]
+    assert first == "ladder" and len(others) == 11
+    changed = {
+        name: {key: value for key, value in options(name).items() if value != options(first)[key]}
+        for name in others
+    }
+    assert changed["ladder-sum"] == {"n_atten_head": 0} and changed["ladder-cosine"] == {"schedule": "cosine"}
+    assert all(changed.values()) and max(map(len, changed.values())) == 2
+
+
+def test_table_relative_to_the_first_recipe(accuracy):
+    def row(recipe, seed, forces, seconds):
+        errors = {"energy per atom (meV/atom) mae": 2.0, "forces (meV/Å) mae": forces, "seconds": seconds}
+        return {
+            "data": "acac",
+            "test": "300K",
+            "steps": 3,
+            "extra": [],
+            "recipe": recipe,
+            "seed": seed,
+        } | errors
+
+    rows = [row("a", 0, 10.0, 4.0), row("a", 1, 20.0, 4.0), row("b", 0, 9.0, 8.0), row("b", 1, 16.0, 8.0)]
+    rows += [row("b", 2, 1.0, 1.0)]  # without a counterpart
+    lines = accuracy.relative_table(rows, ["a", "b"]).splitlines()[2:]
+    assert lines == [
+        "| acac | 300K | 3 |  | a | 2 | 2 | 15 ± 5 |  | 4 |",
+        "| acac | 300K | 3 |  | b | 2 | 1 | 0.85 ± 0.05 |  | 2 |",
+    ]
 
 
 TINY = (

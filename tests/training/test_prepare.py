@@ -4,10 +4,12 @@ import io
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import ase.io
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -39,7 +41,12 @@ def free_atom(element: str) -> Atoms:
 
 
 def prepared(
-    folder: Path, train: list[Atoms], validation: list[Atoms] | None = None, **data
+    folder: Path,
+    train: list[Atoms],
+    validation: list[Atoms] | None = None,
+    state: dict[str, Any] | None = None,
+    model: dict[str, Any] = MODEL,
+    **data,
 ) -> tuple[Preparation, str]:
     ase.io.write(folder / "train.xyz", train, format="extxyz")
     data |= {"train": str(folder / "train.xyz")}
@@ -48,9 +55,9 @@ def prepared(
         data["validation"] = str(folder / "val.xyz")
     console = Console(file=io.StringIO(), width=1000)
     config = RunConfig.model_validate(
-        {"model": MODEL, "data": data, "output": str(folder / "run"), "device": "cpu"}
+        {"model": model, "data": data, "output": str(folder / "run"), "device": "cpu"}
     )
-    preparation = prepare(config, console)
+    preparation = prepare(config, console, state)
     return preparation, console.file.getvalue()
 
 
@@ -171,3 +178,18 @@ def test_charge_and_spin_are_checked_for_models_that_read_them(tmp_path):
         ValueError, match=r"train.xyz, frame 2: multiplicity must be a whole number, .* got 2.013"
     ):
         run_of(images, tmp_path / "train.xyz", charge_spin=True, default_charge_spin=[0, 1])
+
+
+def test_the_log_says_the_symmetry(tmp_path):
+    preparation, text = prepared(tmp_path, MOLECULES)
+    assert preparation.potential.config.symmetry == "O3"
+    assert "symmetry O3: energies of mirror images are equal\n" in text
+    _, text = prepared(tmp_path, MOLECULES, model=MODEL | {"symmetry": "SO3"})
+    assert "symmetry SO3: energies of mirror images may differ\n" in text
+
+
+@pytest.mark.filterwarnings("ignore:the energies are")  # far from the reference energies of the state
+def test_runs_of_earlier_versions_keep_the_symmetry_of_rotations(tmp_path):
+    state = {"potential": {"reference_energies": torch.zeros(3, dtype=torch.float64)}}
+    preparation, _ = prepared(tmp_path, MOLECULES, state=state)
+    assert preparation.potential.config.symmetry == "SO3"

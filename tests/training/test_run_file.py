@@ -30,7 +30,7 @@ def test_the_starting_file_of_a_preset(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(default_config_text(name="dpa4-neo-v20260911"))
     model = load_run_config(path).model
-    assert model.build(["H"]) == preset("dpa4-neo-v20260911", ("H",))
+    assert model.build(["H"]) == preset("dpa4-neo-v20260911", ("H",), symmetry="O3")
     with pytest.raises(ValueError, match="unknown preset 'neon'"):
         default_config_text(name="neon")
 
@@ -219,3 +219,10 @@ def test_the_configuration_round_trips_through_plain_values(run_file):
     config = load_run_config(run_file, ["model.lmax=2", "training.virial_weight=3"])
     text = yaml.safe_dump(config.model_dump(mode="json"))
     assert RunConfig.model_validate(yaml.safe_load(text)) == config
+
+
+def test_own_models_have_mirror_symmetry_unless_an_option_says_otherwise(run_file):
+    assert load_run_config(run_file).model.build(["H"]).symmetry == "O3"
+    assert load_run_config(run_file, ["model.symmetry=SO3"]).model.build(["H"]).symmetry == "SO3"
+    with pytest.raises(ValueError, match="model.symmetry = 'SU2': input should be 'SO3' or 'O3'"):
+        load_run_config(run_file, ["model.symmetry=SU2"])

@@ -20,6 +20,7 @@ import ase.io
 import numpy as np
 import pytest
 import torch
+import yaml
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from rich.console import Console
@@ -747,3 +748,11 @@ def test_damaged_and_foreign_states(tmp_path):
     torch.save({"format": 2}, path)
     with pytest.raises(ValueError, match=r"training state of format 2; this version reads format 1"):
         load_state(path)
+
+
+def test_runs_of_earlier_versions_are_resumed_without_the_option_symmetry(argon_file, copied_run):
+    state = load_state(copied_run / "last.pt")
+    earlier = yaml.safe_load(state["options"])
+    assert earlier["model"].pop("symmetry") == "O3"
+    save_state(state | {"options": yaml.safe_dump(earlier)}, copied_run / "last.pt")
+    assert "resumed after step 13" in run(argon_file, copied_run, resume=True)[1]

@@ -26,6 +26,7 @@ class GatedActivation(nn.Module):
     """
 
     degree: Tensor
+    frames = 1
 
     def __init__(self, lmax: int, width: int, bias: bool):
         super().__init__()
@@ -55,11 +56,11 @@ class FeedForward(nn.Module):
         lmax: int,
         channels: int,
         width: int,
-        frames: int,
         activation: GatedActivation | GridActivation,
         bias: bool,
     ):
         super().__init__()
+        frames = activation.frames
         self.linear_in = DegreeLinear(lmax, channels, 2 * frames * width, bias=bias)
         self.activation = activation
         self.linear_out = DegreeLinear(lmax, frames * width, channels, bias=bias, zero=True)
@@ -78,23 +79,23 @@ class FeedForward(nn.Module):
 def feed_forward(config: ModelConfig, lmax: int) -> FeedForward:
     """Build the feed-forward network of a block of degree lmax."""
     width, kmax = config.ffn_neurons or auto_width(config.channels), min(config.kmax, lmax)
-    bias, frames = config.mlp_bias, 2 * kmax + 1 if config.ffn_on == "so3" else 1
+    bias = config.mlp_bias
     if config.ffn_on == "degrees":
         activation: GatedActivation | GridActivation = GatedActivation(lmax, width, bias)
     else:
         grid_kmax = kmax if config.ffn_on == "so3" else None
-        activation = GridActivation(lmax, grid_kmax, width, config.ffn_grid, bias)
-    return FeedForward(lmax, config.channels, width, frames, activation, bias)
+        activation = GridActivation(lmax, grid_kmax, width, config.ffn_grid, bias, config.symmetry)
+    return FeedForward(lmax, config.channels, width, activation, bias)
 
 
 def read_out(config: ModelConfig, lmax: int) -> FeedForward:
     """Build one layer of the read-out: on scalars (lmax 0) or on the SO(3) grid."""
     width, bias = config.ffn_neurons or auto_width(config.channels), config.mlp_bias
     if config.so3_readout == "none":
-        return FeedForward(0, config.channels, width, 1, GatedActivation(0, width, bias), bias)
+        return FeedForward(0, config.channels, width, GatedActivation(0, width, bias), bias)
     kmax = min(config.kmax, lmax)
-    activation = GridActivation(lmax, kmax, width, config.so3_readout, bias)
-    return FeedForward(lmax, config.channels, width, 2 * kmax + 1, activation, bias)
+    activation = GridActivation(lmax, kmax, width, config.so3_readout, bias, config.symmetry)
+    return FeedForward(lmax, config.channels, width, activation, bias)
 
 
 class Block(nn.Module):

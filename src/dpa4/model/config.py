@@ -8,14 +8,21 @@ from typing import Annotated, Literal
 from ase.data import atomic_numbers
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
-from dpa4.model.switches import EdgeNorm, EdgeNormOption, EnvelopeExponents, EnvelopeOption
+from dpa4.model.switches import (
+    EdgeNorm,
+    EdgeNormOption,
+    EnvelopeExponents,
+    EnvelopeOption,
+    Symmetry,
+    frame_orders,
+)
 from dpa4.ops.layout import EdgeLayout
 from dpa4.parsing import shown
 
 MAX_DEGREE = 10
 MAX_BLOCKS = 64
 MAX_GRID = 400
-"""Coefficients of a field on the grids, (lmax + 1)^2 (2 kmax + 1). The couplings of a grid have the cube of it."""
+"""Coefficients of a field on the grids, (lmax + 1)^2 times the frames. The couplings of a grid have its cube."""
 
 Degree = Annotated[int, Field(le=MAX_DEGREE)]
 Charge = Annotated[int, Field(ge=-100, le=99)]  # limits of `dpa4.model.seed.ChargeSpinEmbedding`
@@ -87,10 +94,10 @@ class PairBridging(BaseModel):
 class ModelConfig(BaseModel):
     """Architecture of one DPA4 model (arXiv:2606.02419).
 
-    Names follow the paper and the published input files. Every switch is used by a published model or by an
-    ablation of the paper; ``dpa4.model.presets`` holds the published combinations. The upper limits are far above
-    the published models (128 channels, 10 blocks, degree 6, 3 focus streams). They refuse damaged files and slips
-    of the pen before memory is allocated.
+    Names follow the paper and the published input files. Every switch but ``symmetry`` (docs/adr/0025) is used by a
+    published model or by an ablation of the paper; ``dpa4.model.presets`` holds the published combinations. The upper
+    limits are far above the published models (128 channels, 10 blocks, degree 6, 3 focus streams). They refuse
+    damaged files and slips of the pen before memory is allocated.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -121,6 +128,13 @@ class ModelConfig(BaseModel):
         ge=0,
         le=MAX_DEGREE,
         description="Highest frame order of the SO(3) grids (at most the block's degree).",
+    )
+
+    symmetry: Symmetry = Field(
+        "SO3",
+        description="SO3: equivariant under rotations, as published models are; O3: also under reflections, so that "
+        "mirror images have equal energies, with half of the weights of orders above zero, and with kmax + 1 "
+        "frames of the SO(3) grids instead of 2 kmax + 1.",
     )
 
     n_radial: PositiveInt = Field(16, le=512, description="Radial basis functions.")
@@ -229,7 +243,7 @@ class ModelConfig(BaseModel):
             )
         if self.kmax > degrees[0]:
             raise ValueError(f"model.kmax must be at most lmax = {degrees[0]}, got {self.kmax}")
-        if (size := (degrees[0] + 1) ** 2 * (2 * self.kmax + 1)) > MAX_GRID:
+        if (size := (degrees[0] + 1) ** 2 * len(frame_orders(self.kmax, self.symmetry))) > MAX_GRID:
             raise ValueError(
                 f"model.kmax = {self.kmax} with lmax = {degrees[0]} needs grids of {size} coefficients, at most "
                 f"{MAX_GRID} are supported; choose a lower kmax"
@@ -282,6 +296,11 @@ class ModelConfig(BaseModel):
     def degrees(self) -> tuple[int, ...]:
         """Degree of each block."""
         return self.l_schedule if self.l_schedule is not None else (self.lmax,) * self.n_blocks
+
+    @property
+    def has_mirror_symmetry(self) -> bool:
+        """True if mirror images have equal energies: by symmetry O3, or because all features are scalars."""
+        return self.symmetry == "O3" or max(self.degrees) == 0
 
     @property
     def weight_cutoff(self) -> float:

@@ -60,9 +60,8 @@ class SO2Convolution(nn.Module):
         else:
             rank = config.radial_so2_rank if config.radial_so2_mode == "degree_channel" else None
             self.product = DegreeProduct(lmax, self.mmax, hidden, rank)
-        self.stack = so2_layers(
-            lmax, self.mmax, width, focus, config.mixing_layers, config.mlp_bias, config.layer_scale
-        )
+        layers = config.mixing_layers, config.mlp_bias, config.layer_scale
+        self.stack = so2_layers(lmax, self.mmax, width, focus, *layers, config.symmetry)
         self.focus = (
             FocusCompetition(width, focus, config.edge_norm.focus, config.mlp_bias)
             if focus > 1

@@ -2,7 +2,8 @@
 
 Two fields with coefficients up to degree L are evaluated on a quadrature grid, multiplied pointwise and analysed
 again. The grids integrate products of three such fields exactly, so the result is equivariant up to rounding.
-Coefficients of the SO(3) grid carry frames k = 0, -1, +1, ... as an outer channel axis: (n, D, K c).
+Coefficients of the SO(3) grid carry frames k = 0, -1, +1, ... as an outer channel axis: (n, D, K c). With symmetry O3
+the frames are k = 0, +1, +2, ..., whose products keep parity (docs/theory.md, "Mirror symmetry").
 """
 
 from functools import lru_cache
@@ -17,6 +18,7 @@ from dpa4.model.config import GridOperation, ModelConfig
 from dpa4.model.constants import ConstantModule, SparseProduct, of_constants
 from dpa4.model.harmonics import WignerRows, edge_frame, spherical_harmonics
 from dpa4.model.layers import ChannelLinear, DegreeLinear, FocusLinear, append_zeros, degree_of
+from dpa4.model.switches import Symmetry, frame_orders
 from dpa4.ops.sparse_product import Terms, sparse_or_dense
 
 LEBEDEV_DEGREES = (*range(3, 32, 2), *range(35, 132, 6))
@@ -38,8 +40,8 @@ def s2_grid(lmax: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(evaluate), torch.from_numpy(analyse.T.copy())
 
 
-def so3_grid(lmax: int, kmax: int) -> tuple[Tensor, Tensor]:
-    """Evaluation (G, D K) and analysis (D K, G) matrices of fields on SO(3) with frames |k| <= kmax.
+def so3_grid(lmax: int, kmax: int, symmetry: Symmetry = "SO3") -> tuple[Tensor, Tensor]:
+    """Evaluation (G, D K) and analysis (D K, G) matrices of fields on SO(3) with the frames of `frame_orders`.
 
     The grid is a Lebedev rule times 3 kmax + 1 rolls. Entries with |k| > l are zero.
     """
@@ -51,25 +53,25 @@ def so3_grid(lmax: int, kmax: int) -> tuple[Tensor, Tensor]:
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     frame = torch.stack([cos * minus - sin * plus, axis, cos * plus + sin * minus], dim=2).flatten(0, 1)
     rows = WignerRows(lmax, kmax).double()(frame)
-    evaluate = torch.zeros(len(frame), (lmax + 1) ** 2, 2 * kmax + 1, dtype=torch.float64)
-    for k in range(kmax + 1):
-        slots = [0] if k == 0 else [2 * k - 1, 2 * k]
-        evaluate[:, k * k :, slots] = rows[k].transpose(1, 2)
+    orders = frame_orders(kmax, symmetry)
+    evaluate = torch.zeros(len(frame), (lmax + 1) ** 2, len(orders), dtype=torch.float64)
+    for slot, k in enumerate(orders):
+        evaluate[:, k * k :, slot] = rows[abs(k)][:, int(k > 0)]  # the row of -|k| precedes that of +|k|
     weight = torch.from_numpy(weights).repeat_interleave(rolls) / rolls
     factor = (2 * degree_of(lmax) + 1)[:, None] * weight[:, None, None]
     return evaluate.flatten(1), (factor * evaluate).flatten(1).T.contiguous()
 
 
 @lru_cache(maxsize=16)
-def grid_matrices(lmax: int, kmax: int | None) -> tuple[Tensor, Tensor]:
+def grid_matrices(lmax: int, kmax: int | None, symmetry: Symmetry) -> tuple[Tensor, Tensor]:
     """Evaluation and analysis matrices of the sphere (kmax None) or of SO(3), cached."""
-    return s2_grid(lmax) if kmax is None else so3_grid(lmax, kmax)
+    return s2_grid(lmax) if kmax is None else so3_grid(lmax, kmax, symmetry)
 
 
 @lru_cache(maxsize=16)
-def couplings(lmax: int, kmax: int | None) -> Terms:
+def couplings(lmax: int, kmax: int | None, symmetry: Symmetry) -> Terms:
     """Non-zero coefficients that couple two fields to their product, for use without the grid; cached."""
-    evaluate, analyse = grid_matrices(lmax, kmax)
+    evaluate, analyse = grid_matrices(lmax, kmax, symmetry)
     return Terms.of(torch.einsum("kg,gi,gj->kij", analyse, evaluate, evaluate))
 
 
@@ -79,23 +81,24 @@ class Grid(ConstantModule):
     Args:
         lmax: Highest degree of the fields.
         kmax: Highest frame order of an SO(3) grid; None for the sphere.
+        symmetry: Group of the equivariance; determines the frames of an SO(3) grid.
     """
 
     evaluate: Tensor
     analyse: Tensor
     metric: Tensor
 
-    def __init__(self, lmax: int, kmax: int | None):
+    def __init__(self, lmax: int, kmax: int | None, symmetry: Symmetry = "SO3"):
         super().__init__()
-        self.frames = 1 if kmax is None else 2 * kmax + 1
-        self._register_matrices(lmax, kmax)
+        self.frames = 1 if kmax is None else len(frame_orders(kmax, symmetry))
+        self._register_matrices(lmax, kmax, symmetry)
 
     @of_constants
-    def _register_matrices(self, lmax: int, kmax: int | None) -> None:
-        evaluate, analyse = grid_matrices(lmax, kmax)
+    def _register_matrices(self, lmax: int, kmax: int | None, symmetry: Symmetry) -> None:
+        evaluate, analyse = grid_matrices(lmax, kmax, symmetry)
         self.register_constant("evaluate", evaluate)
         self.register_constant("analyse", analyse)
-        self.coupling = SparseProduct(couplings(lmax, kmax))  # without the grid: faster on a CPU
+        self.coupling = SparseProduct(couplings(lmax, kmax, symmetry))  # without the grid: faster on a CPU
         # Different coefficients are orthogonal on the grid, so the mean of a product needs no values on the grid.
         self.register_constant("metric", (analyse[0] @ evaluate.square())[:, None])
 
@@ -236,9 +239,17 @@ def grid_operation(operation: GridOperation, grid: Grid, width: int, joint: bool
 class GridActivation(nn.Module):
     """Non-linearity of a feed-forward network: product of both halves of the output of a linear layer."""
 
-    def __init__(self, lmax: int, kmax: int | None, width: int, operation: GridOperation, bias: bool):
+    def __init__(
+        self,
+        lmax: int,
+        kmax: int | None,
+        width: int,
+        operation: GridOperation,
+        bias: bool,
+        symmetry: Symmetry = "SO3",
+    ):
         super().__init__()
-        grid = Grid(lmax, kmax)
+        grid = Grid(lmax, kmax, symmetry)
         self.frames = grid.frames
         self.operation = grid_operation(operation, grid, width, joint=True)
         self.scalar_gate = FocusLinear(2 * width, width, bias=bias, std=0.01)
@@ -281,7 +292,7 @@ class MessageNodeProduct(nn.Module):
     def __init__(self, config: ModelConfig, lmax: int):
         super().__init__()
         width, self.n_focus = config.focus_width, config.n_focus
-        grid = Grid(lmax, min(config.kmax, lmax))
+        grid = Grid(lmax, min(config.kmax, lmax), config.symmetry)
         bound = width**-0.5
         self.expand = DegreeLinear(lmax, width, grid.frames * width)
         self.contract = DegreeLinear(lmax, grid.frames * width, width)

@@ -16,6 +16,7 @@ from dpa4.model.constants import of_constants
 from dpa4.model.edges import LocalFrame, MatrixEntries, Neighborhood
 from dpa4.model.layers import FocusLinear, degree_of, prepend_zeros, truncated_normal
 from dpa4.model.radial import RadialFeatures
+from dpa4.model.switches import Symmetry
 from dpa4.ops.edge_products import edge_matmul
 from dpa4.ops.layout import EdgeLayout
 from dpa4.ops.segments import pick
@@ -132,33 +133,43 @@ class SO2Linear(nn.Module):
     """Linear map within each order |m| that commutes with rotations about the edge.
 
     With L = lmax + 1 and n = L - m, ``weight_m0`` has the shape (L c, F L c), and ``weight_m[m - 1]`` the shape
-    (n c, F 2 n c). The latter holds [U | V] with y- = x- U - x+ V and y+ = x- V + x+ U.
+    (n c, F 2 n c). The latter holds [U | V] with y- = x- U - x+ V and y+ = x- V + x+ U. With symmetry O3 there is no
+    V, and the shape is (n c, F n c).
     """
 
-    def __init__(self, lmax: int, mmax: int, width: int, n_focus: int, bias: bool):
+    def __init__(
+        self, lmax: int, mmax: int, width: int, n_focus: int, bias: bool, symmetry: Symmetry = "SO3"
+    ):
         super().__init__()
-        self.n_focus, self.width = n_focus, width
+        self.n_focus, self.width, self.symmetry = n_focus, width, symmetry
 
         def block(n: int, m: int) -> nn.Parameter:
-            rows, columns = n * width, min(m + 1, 2) * n * width
+            parts = 2 if m and symmetry == "SO3" else 1  # U and V
+            rows, columns = n * width, parts * n * width
             per_focus = [truncated_normal((rows, columns), rows, columns) for _ in range(n_focus)]
-            return nn.Parameter(torch.cat(per_focus, dim=1) * 2 ** (-0.5 * min(m, 1)))
+            return nn.Parameter(torch.cat(per_focus, dim=1) * parts**-0.5)
 
         self.weight_m0 = block(lmax + 1, 0)
         self.weight_m = nn.ParameterList(block(lmax + 1 - m, m) for m in range(1, mmax + 1))
         self.bias = nn.Parameter(torch.zeros(n_focus * width)) if bias else None
 
     def matrices(self) -> list[Tensor]:
-        """Return one dense matrix per order, [(F, K_m, K_m)]."""
+        """Return one matrix per order, [(F, K_m, K_m)]; with symmetry O3, U of the orders above zero."""
         matrices = [self.weight_m0.unflatten(1, (self.n_focus, -1)).transpose(0, 1)]
         for weight in self.weight_m:
+            if self.symmetry == "O3":
+                matrices.append(weight.unflatten(1, (self.n_focus, -1)).transpose(0, 1))
+                continue
             u, v = weight.unflatten(1, (self.n_focus, 2, -1)).permute(2, 1, 0, 3)
             matrices.append(torch.cat([torch.cat([u, v], -1), torch.cat([-v, u], -1)], dim=1))
         return matrices
 
     def forward(self, groups: list[Tensor], bias_scale: Tensor | None) -> list[Tensor]:
         """Map [(F, E, K_m)]. The bias of the scalars is multiplied by ``bias_scale`` (F, E, c), if given."""
-        out = [precise_matmul(x, w) for x, w in zip(groups, self.matrices(), strict=True)]
+        out = []
+        for x, w in zip(groups, self.matrices(), strict=True):
+            signs = x.unflatten(-1, (-1, w.shape[-1])).flatten(1, 2)  # rows of -m and +m one below the other
+            out.append(precise_matmul(signs, w).reshape(x.shape))
         if self.bias is not None:
             bias = self.bias.view(self.n_focus, 1, -1)
             scalars, rest = out[0].tensor_split([self.width], dim=-1)
@@ -199,11 +210,21 @@ class SO2Stack(nn.Module):
     """Stack of residual SO(2) layers. All but the last layer are gated."""
 
     def __init__(
-        self, lmax: int, mmax: int, width: int, n_focus: int, layers: int, bias: bool, layer_scale: bool
+        self,
+        lmax: int,
+        mmax: int,
+        width: int,
+        n_focus: int,
+        layers: int,
+        bias: bool,
+        layer_scale: bool,
+        symmetry: Symmetry = "SO3",
     ):
         super().__init__()
         self.layout = EdgeLayout(lmax, mmax)
-        self.linears = nn.ModuleList(SO2Linear(lmax, mmax, width, n_focus, bias) for _ in range(layers))
+        self.linears = nn.ModuleList(
+            SO2Linear(lmax, mmax, width, n_focus, bias, symmetry) for _ in range(layers)
+        )
         self.gates = nn.ModuleList(
             Gate(lmax, width, n_focus, bias) if t < layers - 1 else nn.Identity() for t in range(layers)
         )
@@ -229,8 +250,10 @@ class FusedSO2Stack(SO2Stack):
     Biases and layer scales, which no published model has, are not supported.
     """
 
-    def __init__(self, lmax: int, mmax: int, width: int, n_focus: int, layers: int):
-        super().__init__(lmax, mmax, width, n_focus, layers, bias=False, layer_scale=False)
+    def __init__(
+        self, lmax: int, mmax: int, width: int, n_focus: int, layers: int, symmetry: Symmetry = "SO3"
+    ):
+        super().__init__(lmax, mmax, width, n_focus, layers, False, False, symmetry)
 
     def forward(self, x: Tensor, bias_scale: Tensor | None) -> Tensor:
         """Apply the layers to (F, E, W); ``bias_scale`` is ignored."""
@@ -240,9 +263,16 @@ class FusedSO2Stack(SO2Stack):
 
 
 def so2_layers(
-    lmax: int, mmax: int, width: int, n_focus: int, layers: int, bias: bool, layer_scale: bool
+    lmax: int,
+    mmax: int,
+    width: int,
+    n_focus: int,
+    layers: int,
+    bias: bool,
+    layer_scale: bool,
+    symmetry: Symmetry = "SO3",
 ) -> SO2Stack:
     """Build the stack for a configuration, as one operator where it is supported."""
     if bias or layer_scale or layers == 0:
-        return SO2Stack(lmax, mmax, width, n_focus, layers, bias, layer_scale)
-    return FusedSO2Stack(lmax, mmax, width, n_focus, layers)
+        return SO2Stack(lmax, mmax, width, n_focus, layers, bias, layer_scale, symmetry)
+    return FusedSO2Stack(lmax, mmax, width, n_focus, layers, symmetry)

@@ -5,7 +5,7 @@ or a number where the long one is meant.
 """
 
 from dataclasses import astuple, dataclass
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import (
     Field,
@@ -13,6 +13,7 @@ from pydantic import (
     PlainValidator,
     PositiveInt,
     Strict,
+    StrictBool,
     TypeAdapter,
     ValidationError,
 )
@@ -20,6 +21,16 @@ from pydantic import (
 from dpa4.parsing import shown
 
 MAX_EXPONENT = 64
+
+Symmetry = Literal["SO3", "O3"]
+"""Group of the equivariance: SO3, rotations; O3, rotations and reflections (docs/theory.md, "Mirror symmetry")."""
+
+
+def frame_orders(kmax: int, symmetry: Symmetry) -> tuple[int, ...]:
+    """Frames of an SO(3) grid in their order: 0, -1, +1, -2, +2, ...; with symmetry O3 the even ones, 0, 1, 2, ..."""
+    if symmetry == "O3":
+        return tuple(range(kmax + 1))
+    return (0, *(sign * k for k in range(1, kmax + 1) for sign in (-1, 1)))
 
 
 @dataclass(frozen=True)
@@ -45,9 +56,10 @@ class EnvelopeExponents:
         raise TypeError("env_exp has two entries; test .basis or .weight")
 
 
-_NORMS = TypeAdapter(bool | tuple[bool, bool, bool])
-_Exponent = Annotated[PositiveInt, Field(le=MAX_EXPONENT)]
-_EXPONENTS = TypeAdapter(Annotated[_Exponent, Strict()] | tuple[_Exponent, _Exponent])
+# Strict, because 1 is not true, and true is not an exponent.
+_NORMS = TypeAdapter(StrictBool | tuple[StrictBool, StrictBool, StrictBool])
+_Exponent = Annotated[PositiveInt, Field(le=MAX_EXPONENT), Strict()]
+_EXPONENTS = TypeAdapter(_Exponent | tuple[_Exponent, _Exponent])
 
 
 def read_edge_norm(value: Any) -> EdgeNorm:

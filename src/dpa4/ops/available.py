@@ -106,7 +106,9 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def whole_stack_misfits(layout: EdgeLayout, n_focus: int, channels: int, layers: int) -> list[str]:
+def whole_stack_misfits(
+    layout: EdgeLayout, n_focus: int, channels: int, layers: int, separate: bool
+) -> list[str]:
     """Return what the CUDA kernels for whole stacks of SO(2) layers lack for a shape of the network; [] if nothing.
 
     Args:
@@ -114,8 +116,10 @@ def whole_stack_misfits(layout: EdgeLayout, n_focus: int, channels: int, layers:
         n_focus: Number of focus streams.
         channels: Channels per focus stream.
         layers: Layers of the stack, the last one included, which has no gate.
+        separate: Whether the matrices act on the rows of -m and of +m separately, as with symmetry O3.
     """
     supported = {
+        "symmetry": ("SO3", "O3" if separate else "SO3"),
         "focus streams": (1, n_focus),
         "channels": (so2_stack.CHANNELS, channels),
         "degree": (so2_stack.LAYOUT.lmax, layout.lmax),
@@ -127,7 +131,7 @@ def whole_stack_misfits(layout: EdgeLayout, n_focus: int, channels: int, layers:
     return misfits
 
 
-def whole_stack(x: Tensor, layers: int, layout: EdgeLayout) -> bool:
+def whole_stack(x: Tensor, layers: int, layout: EdgeLayout, separate: bool) -> bool:
     """Return whether the CUDA kernels for whole stacks support features x (F, E, W); tried once per device."""
-    fits = not whole_stack_misfits(layout, x.shape[0], x.shape[2] // layout.total, layers)
+    fits = not whole_stack_misfits(layout, x.shape[0], x.shape[2] // layout.total, layers, separate)
     return fits and x.dtype == torch.float32 and is_hopper(x.device) and trial.whole_stacks_work(x.device)

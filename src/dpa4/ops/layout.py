@@ -23,6 +23,14 @@ class EdgeLayout(NamedTuple):
         sizes = [self.lmax + 1] + [2 * (self.lmax - m + 1) for m in range(1, self.mmax + 1)]
         return [(sum(sizes[:m]), size) for m, size in enumerate(sizes)]
 
+    def copies(self, order: int, width: int, channels: int) -> int:
+        """Number of blocks of columns of an order |m| that a matrix with ``width`` columns multiplies.
+
+        The number is 1 for a matrix of all rows of the order, and 2 for a matrix of half of the size, which acts on
+        the rows of -m and of +m separately.
+        """
+        return self.orders()[order][1] * channels // width
+
     def degrees(self) -> list[int]:
         """Degree of each row."""
         degrees = [*range(self.lmax + 1)]

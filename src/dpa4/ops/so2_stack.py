@@ -6,7 +6,8 @@ Layer t maps edge features x (F, E, W), rows of the edge frame one after another
 
 with one matrix per order |m| and the gates of `dpa4.ops.gate`; the last layer has no gates. Matrices of orders above
 zero have the form [[U, V], [-V, U]], since they commute with rotations about the edge. Kernels rely on this form, and
-only the projection of a matrix gradient onto it is defined.
+only the projection of a matrix gradient onto it is defined. Layers that commute with reflections as well have V = 0;
+their matrices of orders above zero are U alone, and act on the rows of -m and of +m separately.
 
 The four stages of `dpa4.ops.second_order` are written out here: one product and one gate kernel per layer and stage,
 fewer passes over edge tensors than differentiating layer by layer. Outside of training, stages 0 and 1 run in
@@ -29,7 +30,7 @@ from dpa4.ops.split_matmul import columns_of, order_matmul, prepare, split
 from dpa4.ops.weights import Weight
 
 Matrices = Sequence[Tensor]
-"""Matrices of one layer, one per order, (F, K_m, K_m)."""
+"""Matrices of one layer, one per order."""
 
 
 def so2_stack(
@@ -39,7 +40,8 @@ def so2_stack(
 
     Args:
         x: Edge features, (F, E, W).
-        matrices: For each layer, one matrix per order, (F, K_m, K_m).
+        matrices: For each layer, one matrix per order, (F, K_m, K_m); or, in all layers and for all orders above
+            zero, U alone, (F, K_m / 2, K_m / 2).
         gates: Weights of the gates of each layer but the last, (F, C, lmax C).
         layout: Rows of the edge frame.
         training: Whether matrices and gates are differentiated as well.
@@ -53,7 +55,10 @@ def so2_stack(
     weights = [w.to(x.dtype).contiguous() for w in (*(w for layer in matrices for w in layer), *gates)]
     if not training:
         weights = [_Constant.apply(w) for w in weights]
-    fused = not training and available.whole_stack(x, len(matrices), layout)
+    separate = (
+        layout.mmax > 0 and layout.copies(1, matrices[0][1].shape[-1], x.shape[-1] // layout.total) == 2
+    )
+    fused = not training and available.whole_stack(x, len(matrices), layout, separate)
     (y,) = second_order.apply(_Stack(len(matrices), layout, training, fused), [x, *weights])
     return y
 
@@ -130,7 +135,7 @@ class _Stack:
     def _shared(self, inputs: Sequence[Maybe], backward: bool) -> tuple[Any, ...]:
         """Arguments that all operators have in common: the weights, their split parts, lmax and mmax."""
         x, matrices, gates = self._inputs(inputs)
-        parts = split(x, _weights(matrices, self.layout.mmax, backward))
+        parts = split(x, _weights(matrices, self.layout, backward))
         return matrices, gates, parts, *self.layout
 
     def _packed(self, inputs: Sequence[Maybe], backward: bool) -> list[Tensor]:
@@ -162,18 +167,29 @@ Layer = list[Weight]
 """Weights of one layer, one per order."""
 
 
-def _weights(matrices: Sequence[Tensor], mmax: int, backward: bool) -> list[Weight]:
+def _weights(matrices: Sequence[Tensor], layout: EdgeLayout, backward: bool) -> list[Weight]:
     """Weights of the products, transposed for backward passes; the last layer is residual."""
-    gated = len(matrices) - (mmax + 1)
-    return [Weight(w.mT if backward else w, residual=i >= gated) for i, w in enumerate(matrices)]
+    orders, channels = layout.mmax + 1, matrices[0].shape[-1] // (layout.lmax + 1)
+    return [
+        Weight(
+            w.mT if backward else w,
+            residual=i >= len(matrices) - orders,
+            copies=layout.copies(i % orders, w.shape[-1], channels),
+        )
+        for i, w in enumerate(matrices)
+    ]
 
 
 def _layers(
-    x: Tensor, matrices: Sequence[Tensor], parts: Sequence[Tensor], mmax: int, backward: bool = False
+    x: Tensor,
+    matrices: Sequence[Tensor],
+    parts: Sequence[Tensor],
+    layout: EdgeLayout,
+    backward: bool = False,
 ) -> list[Layer]:
     """Group the weights into layers and prepare them for products with features like x."""
-    weights = prepare(x, _weights(matrices, mmax, backward), parts)
-    return [weights[i : i + mmax + 1] for i in range(0, len(weights), mmax + 1)]
+    weights, orders = prepare(x, _weights(matrices, layout, backward), parts), layout.mmax + 1
+    return [weights[i : i + orders] for i in range(0, len(weights), orders)]
 
 
 def _value(
@@ -191,7 +207,7 @@ def _value(
     saving them.
     """
     layout, us = EdgeLayout(lmax, mmax), []
-    *gated, last = _layers(x, matrices, parts, mmax)
+    *gated, last = _layers(x, matrices, parts, layout)
     for layer, g in zip(gated, gates, strict=True):
         us.append(order_matmul(x, layer))
         x = gate.value(x, us[-1], g, layout)
@@ -210,7 +226,7 @@ def _vjp(
 ) -> list[Tensor]:
     """Stage 1: the gradient of x, and with ``keep`` the gradients of the results of the gated layers."""
     layout = EdgeLayout(lmax, mmax)
-    *gated, last = _layers(a, matrices, parts, mmax, backward=True)
+    *gated, last = _layers(a, matrices, parts, layout, backward=True)
     a = order_matmul(a, last)
     kept = []
     for layer, g, u in zip(reversed(gated), reversed(gates), reversed(us), strict=True):
@@ -232,7 +248,7 @@ def _tangent(
 ) -> list[Tensor]:
     """Stage 2: the changes of y, of the products u and of the last layer's input, if x changes by d."""
     layout, vs = EdgeLayout(lmax, mmax), []
-    *gated, last = _layers(d, matrices, parts, mmax)
+    *gated, last = _layers(d, matrices, parts, layout)
     for layer, g, u in zip(gated, gates, us, strict=True):
         vs.append(order_matmul(d, layer))
         d = gate.tangent(d, vs[-1], u, g, layout)
@@ -274,7 +290,7 @@ def _joint(
         layer to the last.
     """
     layout, c = EdgeLayout(lmax, mmax), b.shape[-1] // EdgeLayout(lmax, mmax).total
-    layers = _layers(b, matrices, parts, mmax, backward=True)
+    layers = _layers(b, matrices, parts, layout, backward=True)
     of_matrices: list[list[Tensor]] = []
     of_gates: list[Tensor] = []
     inputs = _inputs_backwards(xs, ds, us, vs, gates, layout) if xs else None
@@ -294,15 +310,20 @@ def _joint(
             du, sums = gate.vjp(b, us[t], gates[t], layout, sums=bool(xs))
             for_gates = [(us[t][..., :c], sums)] if sums is not None else []
         if x is not None:
-            pairs = [(x, du), *for_matrices]
-            columns = columns_of(layers[t])
-            of_matrices.append(
-                [_sum_of_products([(left[..., s], right[..., s]) for left, right in pairs]) for s in columns]
-            )
+            of_matrices.append(_gradients(layers[t], [(x, du), *for_matrices]))
             of_gates += [_sum_of_products(for_gates)] if for_gates else []
         last = t == len(layers) - 1
         b = order_matmul(du, layers[t], add=None if last else b, overwrite=not last)
     return [b, *(w for layer in reversed(of_matrices) for w in layer), *reversed(of_gates)]
+
+
+def _gradients(layer: Layer, pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Gradients of the matrices of a layer: sums over pairs of edge features, edges and copies of a matrix."""
+    found = []
+    for run, w in zip(columns_of(layer), layer, strict=True):
+        blocks = [[t[..., run].chunk(w.copies, -1) for t in pair] for pair in pairs]
+        found.append(_sum_of_products([b for left, right in blocks for b in zip(left, right, strict=True)]))
+    return found
 
 
 def _inputs_backwards(

@@ -75,7 +75,9 @@ def prepare(x: Tensor, weights: Sequence[Weight], parts: Sequence[Tensor]) -> li
     """
     if not parts and x.dtype in (torch.float32, torch.float64):
         # In 16 bits the sum with the identity would round off too much of the weight.
-        weights = [Weight(_plus_one(w.matrix)) if w.residual else w for w in weights]
+        weights = [
+            w._replace(matrix=_plus_one(w.matrix), residual=False) if w.residual else w for w in weights
+        ]
     if not parts:
         return list(weights)
     pairs = zip(parts[::2], parts[1::2], strict=True)
@@ -89,7 +91,7 @@ def order_matmul(
 
     Args:
         x: Features, (F, E, W), contiguous.
-        weights: Blocks made by `prepare`, (F, K_m, K_m), with W columns in total.
+        weights: Blocks made by `prepare`, (F, K, K), with W columns in total, copies included.
         add: Term that is added, (F, E, W), contiguous; must be None with residual weights.
         overwrite: Whether the result may be written to the memory of ``add``.
 
@@ -100,8 +102,9 @@ def order_matmul(
         y = add
     else:
         y = torch.empty_like(x)
-    if blocks := [w.parts for w in weights if w.parts is not None]:
-        _split_into(y, x, blocks, add)
+    if parts := [w.parts for w in weights if w.parts is not None]:
+        for run, part in zip(columns_of(weights), parts, strict=True):
+            _split_into(y[..., run], x[..., run], part, None if add is None else add[..., run])
         return y
     if weights[0].residual:
         add = x
@@ -109,43 +112,43 @@ def order_matmul(
         # All columns are copied at once: the library would copy each block separately, which takes twice as long.
         y.copy_(add)
     for run, w in zip(columns_of(weights), weights, strict=True):
-        _library_into(y[..., run], x[..., run], w.matrix, add is not None)
+        _library_into(y[..., run], x[..., run], w, add is not None)
     return y
 
 
 def columns_of(weights: Sequence[Weight]) -> list[slice]:
-    """Columns of each block of a block-diagonal matrix."""
-    ends = list(accumulate(w.matrix.shape[-1] for w in weights))
-    return [slice(end - w.matrix.shape[-1], end) for end, w in zip(ends, weights, strict=True)]
+    """Columns of each block of a block-diagonal matrix, those of all copies of a block together."""
+    widths = [w.copies * w.matrix.shape[-1] for w in weights]
+    return [slice(end - width, end) for end, width in zip(accumulate(widths), widths, strict=True)]
 
 
 def _plus_one(w: Tensor) -> Tensor:
     return w + torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
 
 
-def _split_into(y: Tensor, x: Tensor, blocks: Sequence[SplitWeight], add: Tensor | None) -> None:
-    """Write the product with a split block-diagonal matrix to y, which has the strides of ``add``."""
-    if len(blocks) > 1:
-        widths_x, widths_y = ([b.halves.shape[axis] for b in blocks] for axis in (-1, -2))
-        columns_add = [None] * len(blocks) if add is None else add.split(widths_y, -1)
-        for b, *columns in zip(
-            blocks, y.split(widths_y, -1), x.split(widths_x, -1), columns_add, strict=True
-        ):
-            _split_into(columns[0], columns[1], [b], columns[2])
-        return
+def _split_into(y: Tensor, x: Tensor, parts: SplitWeight, add: Tensor | None) -> None:
+    """Write the product with a split matrix, or with copies of it, to y, which has the strides of ``add``."""
     from dpa4.ops.triton import split_matmul as kernels
 
-    kernels.matmul_into(y, x, blocks[0], add)
+    kernels.matmul_into(y, x, parts, add)
 
 
-def _library_into(y: Tensor, x: Tensor, w: Tensor, add: bool) -> None:
+def _library_into(y: Tensor, x: Tensor, w: Weight, add: bool) -> None:
     """Write the product to y, or add it to y, with the library of the device (cuBLAS, MKL)."""
+    matrix = w.matrix
+    if w.copies > 1 and len(x) == 1:  # the copies are a batch: one call
+        y, x = (t[0].unflatten(-1, (w.copies, -1)).transpose(0, 1) for t in (y, x))
+        matrix = matrix.expand(w.copies, -1, -1)
+    elif w.copies > 1:
+        for part_y, part_x in zip(y.chunk(w.copies, -1), x.chunk(w.copies, -1), strict=True):
+            _library_into(part_y, part_x, Weight(matrix), add)
+        return
     if len(x) > 1:
-        y.baddbmm_(x, w) if add else torch.bmm(x, w, out=y)
+        y.baddbmm_(x, matrix) if add else torch.bmm(x, matrix, out=y)
     elif add:
-        y[0].addmm_(x[0], w[0])
+        y[0].addmm_(x[0], matrix[0])
     else:
-        torch.mm(x[0], w[0], out=y[0])
+        torch.mm(x[0], matrix[0], out=y[0])
 
 
 class _PreciseMatmul(torch.autograd.Function):
@@ -171,7 +174,7 @@ def _product(x: Tensor, w: Tensor, parts: list[Tensor]) -> Tensor:
         return torch.matmul(x, w).contiguous()
     y = x.new_empty((*x.shape[:-1], w.shape[-1]))
     x_FEK, y_FEN = (x, y) if x.dim() == 3 else (x[None], y[None])
-    _split_into(y_FEN, x_FEK, [SplitWeight(*parts)], None)
+    _split_into(y_FEN, x_FEK, SplitWeight(*parts), None)
     return y
 
 

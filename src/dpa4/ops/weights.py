@@ -17,5 +17,6 @@ class Weight(NamedTuple):
 
     matrix: Tensor  # (F, K, N), with any strides
     residual: bool = False  # if true, x is added to the product with x
+    copies: int = 1  # number of adjacent blocks of columns of x that the matrix multiplies, each by itself
     # Set if the product uses split operands. The parts of a residual weight include the identity.
     parts: SplitWeight | None = None

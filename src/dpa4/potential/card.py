@@ -20,7 +20,7 @@ from dpa4.potential.checkpoint import read_checkpoint
 from dpa4.system import user_path
 
 UNITS = "energy eV, length Å, forces eV/Å, virial eV (-dE/dstrain), stress eV/Å³ (tensile positive)"
-_DESCRIBED = ("elements", "cutoff")  # fields with their own lines, not listed as switches
+_DESCRIBED = ("elements", "cutoff", "symmetry")  # fields with their own lines, not listed as switches
 _FEW_CHANGES = 3
 """Largest number of options by which a model may differ from a preset that its card names."""
 
@@ -118,6 +118,7 @@ def _sections(config: ModelConfig) -> dict[str, dict[str, str]]:
             "trainable parameters": _trainable(config, parameters),
             "elements": f"{len(config.elements)}: {' '.join(config.elements)}",
             "cutoff": f"{config.cutoff:g} Å",
+            "symmetry": symmetry_text(config),
             "units": UNITS,
         },
         "Switches, not default": {
@@ -137,6 +138,12 @@ def _version(config: ModelConfig) -> str:
     if len(changed) > _FEW_CHANGES:
         return "none, no preset is close"
     return f"none; {name} with {', '.join(f'{key} = {_show(value)}' for key, value in changed.items())}"
+
+
+def symmetry_text(config: ModelConfig) -> str:
+    """Symmetry of a model, for the card and the log of a training run."""
+    energies = "are equal" if config.has_mirror_symmetry else "may differ"
+    return f"{config.symmetry}: energies of mirror images {energies}"
 
 
 def _trainable(config: ModelConfig, parameters: ParameterCount) -> str:
@@ -182,7 +189,7 @@ def has_whole_stacks(config: ModelConfig) -> bool:
 
 def _misfits(config: ModelConfig) -> list[str]:
     """Return what the CUDA kernels for whole stacks lack for any block of the model."""
-    shape = config.n_focus, config.focus_width, config.mixing_layers
+    shape = config.n_focus, config.focus_width, config.mixing_layers, config.symmetry == "O3"
     layouts = [EdgeLayout(degree, min(config.mmax, degree)) for degree in config.degrees]
     return list(
         dict.fromkeys(text for layout in layouts for text in available.whole_stack_misfits(layout, *shape))

@@ -140,9 +140,9 @@ def _model(model: InputModel) -> Options:
     config = model.config
     name = closest_preset(config).name if model.preset is None else model.preset.lower()
     values, published = config.model_dump(mode="json"), preset(name, config.elements).model_dump(mode="json")
-    same = ("elements", "bridging")  # these are always written, because their defaults depend on the data
-    changed = {key: value for key, value in values.items() if value != published[key] and key not in same}
-    return {"preset": name, "elements": values["elements"], "bridging": values["bridging"]} | changed
+    always = ("elements", "bridging", "symmetry")  # their defaults are other ones in a run file
+    changed = {key: value for key, value in values.items() if value != published[key] and key not in always}
+    return {"preset": name} | {key: values[key] for key in always} | changed
 
 
 def _network_in_training(model: InputModel, report: Report) -> Options:

@@ -18,6 +18,7 @@ from pydantic import (
 
 from dpa4.model.config import Bridging, ModelConfig
 from dpa4.model.presets import NAMES, preset
+from dpa4.model.switches import Symmetry
 from dpa4.potential.precision import Precision
 from dpa4.system import user_path
 
@@ -58,6 +59,12 @@ class ModelOptions(BaseModel):
         "in the training data; null: none; or r_inner and r_outer as in published models.",
     )
 
+    symmetry: Symmetry = Field(
+        "O3",
+        description="O3: mirror images have equal energies; SO3: as in published models, symmetry under rotations "
+        "alone.",
+    )
+
     @model_validator(mode="after")
     def _valid_overrides(self) -> "ModelOptions":
         for name in self.model_extra or {}:
@@ -77,7 +84,8 @@ class ModelOptions(BaseModel):
         """
         elements = tuple(found) if self.elements == "auto" else self.elements
         bridging = None if self.bridging == "auto" else self.bridging
-        return preset(self.preset, elements=elements, bridging=bridging, **(self.model_extra or {}))
+        options = {"elements": elements, "bridging": bridging, "symmetry": self.symmetry}
+        return preset(self.preset, **(options | (self.model_extra or {})))
 
 
 class KeyOptions(_Section):

@@ -39,6 +39,7 @@ from dpa4.model.shapes import check_size
 from dpa4.model.short_range import pair_bridging
 from dpa4.parsing import parse_yaml
 from dpa4.potential import Potential
+from dpa4.potential.card import symmetry_text
 from dpa4.system import choose_device
 from dpa4.training.fragments import Fragments
 from dpa4.training.loss import Loss
@@ -143,8 +144,10 @@ def _read(config: RunConfig, console: Console) -> _Data:
 def _model(config: RunConfig, data: _Data, state: Mapping[str, Any] | None, console: Console) -> ModelConfig:
     """Configuration of the model: that of the state if there is one, else from the options and the data."""
     elements = elements_in([*data.read, *data.validation])
-    if state is None or "config" not in state:  # the states of earlier versions lack it
+    if state is None:
         model = config.model.build(elements)
+    elif "config" not in state:  # of an earlier version, in which all models had this symmetry
+        model = config.model.model_copy(update={"symmetry": "SO3"}).build(elements)
     else:
         model = ModelConfig.model_validate_json(state["config"])
     check_size(model)
@@ -330,6 +333,7 @@ def _describe(config: RunConfig, potential: Potential, device: torch.device, con
         f"{' '.join(model.elements)}; device {device}, precision {config.training.precision}",
         highlight=False,
     )
+    console.print(f"symmetry {symmetry_text(model)}", highlight=False, soft_wrap=True)
 
 
 def _provenance(

@@ -394,8 +394,9 @@ class Trainer:
             ValueError: If the state belongs to another model or optimiser or, without ``new_data``, to other data.
         """
         changed = changed_options(state["options"], self.preparation.run_text)
-        # States of earlier versions lack the option.
-        changed = [c for c in changed if c != "training.adam_for_basis: None -> False"]
+        # States of earlier versions lack these options.
+        lacking = "training.adam_for_basis: None -> False", "model.symmetry: None -> O3"
+        changed = [c for c in changed if c not in lacking]
         if (
             "config" not in state
         ):  # of an earlier version, in which models had no repulsion unless an option said so

@@ -13,7 +13,7 @@ from dpa4.model.presets import preset
 from dpa4.potential.checkpoint import convert, load_potential
 from dpa4.potential.deepmd.writer import deepmd_state, export_deepmd
 from dpa4.potential.potential import Potential
-from helpers import graph_of, molecule, random_potential, randomize
+from helpers import assert_close, graph_of, molecule, random_potential, randomize
 from parity import collection, folder_of
 
 INDEX = collection()
@@ -93,6 +93,24 @@ def test_export_and_import_are_inverse(tmp_path, dtype):
     assert torch.equal(back.reference_energies, potential.reference_energies)
     assert torch.equal(back(graph_of(molecule())).energy, potential(graph_of(molecule())).energy)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+@pytest.mark.parametrize(
+    "grids",
+    [
+        {},
+        {"ffn_on": "so3", "message_node_so3": True, "so3_readout": "mlp", "mlp_bias": True},
+    ],
+)
+def test_models_of_symmetry_o3_have_zeros_in_deepmd_kit(tmp_path, grids):
+    potential = random_potential(symmetry="O3", n_focus=2, mmax=2, lmax=3, kmax=2, edge_norm=True, **grids)
+    export_deepmd(potential, tmp_path / "model.pt")
+    back = load_potential(tmp_path / "model.pt")
+    assert back.config == potential.config.model_copy(update={"symmetry": "SO3"})
+    for atoms in (molecule(), molecule(1)):
+        found, own = back(graph_of(atoms)), potential(graph_of(atoms))
+        assert_close(found.energy, own.energy)
+        assert_close(found.forces, own.forces)
 
 
 @pytest.mark.parametrize(("cutoff", "rounded"), [(4.2, True), (4.5, False)])

@@ -16,14 +16,17 @@ constexpr int kTile = 48;  // edges of a tile; a multiple of the rows of a block
 // order, from matrices[t * (mmax + 1)] on, and gates[t] (F, c, lmax c) unless it is the last.
 //
 // Matrices of orders above zero have the form [[U, V], [-V, U]]: they multiply complex numbers x + iy by U + iV, for
-// which three products of half the size suffice instead of four (Gauss).
+// which three products of half the size suffice instead of four (Gauss). If separate is not zero, they are U alone,
+// (F, K / 2, K / 2), and x and y are multiplied by U each.
 template <class T> struct Stack {
-  int64_t focuses, edges, layers, lmax, mmax, channels, threads;
+  int64_t focuses, edges, layers, lmax, mmax, channels, separate, threads;
   const T* const* matrices;
   const T* const* gates;
 
   int num_gates() const { return (lmax + 1) * channels; }  // per edge, including those of the scalars
   int order_size(int m) const { return (m ? 2 : 1) * (lmax - m + 1) * channels; }
+  int matrix_size(int m) const { return m && separate ? order_size(m) / 2 : order_size(m); }
+  bool is_complex(int m) const { return m && !separate; }
   int width() const { return end_of(mmax); }
   int end_of(int m) const {
     int total = 0;
@@ -48,9 +51,9 @@ template <class T> class Weights {
   // transposed: stores transposed matrices, for derivatives.
   Weights(const Stack<T>& s, int focus, bool transposed) : s_(s), orders_(s.mmax + 1) {
     for (int i = 0; i < s.layers * orders_; i++) {
-      int n = s.order_size(i % orders_);
+      int n = s.matrix_size(i % orders_);
       const T* w = s.matrices[i] + ptrdiff_t(focus) * n * n;
-      if (i % orders_) add_complex(w, n, transposed);
+      if (s.is_complex(i % orders_)) add_complex(w, n, transposed);
       else add(matrices_, w, n, n, transposed);
     }
     int c = s.channels, gates = s.lmax * c;
@@ -69,6 +72,10 @@ template <class T> class Weights {
     for (int m = 1; m < orders_; m++) {
       int half = s_.order_size(m) / 2, first = s_.end_of(m - 1), second = first + half;
       const T* w = *matrices_[t * orders_ + m];
+      if (s_.separate) {
+        for (int at : {first, second}) packed_product<T>(n, half, half, {x + at, width, 1}, w, y + at, width, add);
+        continue;
+      }
       T *sum = spare, *common = spare + n * half;
       for (int e = 0; e < n; e++)
         in_vectors<T>(half, [&](int j) {
@@ -273,8 +280,8 @@ template <class T> class Gradients {
       total += size * s.focuses;
     };
     for (int i = 0; i < s.layers * (s.mmax + 1); i++) {
-      size_t n = s.order_size(i % (s.mmax + 1));
-      place(matrices[i], i % (s.mmax + 1) ? 3 * n * n / 4 : n * n);
+      size_t n = s.matrix_size(i % (s.mmax + 1));
+      place(matrices[i], s.is_complex(i % (s.mmax + 1)) ? 3 * n * n / 4 : n * n);
     }
     for (int t = 0; t + 1 < s.layers; t++) place(gates[t], size_t(s.channels) * s.lmax * s.channels);
     for (int i = 0; i < s.threads; i++) sums_.push_back(std::make_unique<Buffer<T>>(total));
@@ -282,7 +289,7 @@ template <class T> class Gradients {
     for (int i = 0; i < s.threads; i++) std::fill(*sums_[i] + 0, *sums_[i] + total, T(0));
   }
 
-  // Adds x^T y of n rows for each order of layer t; for orders above zero, the three products from which write_complex
+  // Adds x^T y of n rows for each order of layer t; for complex matrices, the three products from which write_complex
   // computes the gradients of U and V. spare: memory for two sets of n features.
   void add_to_layer(int t, int focus, int n, const T* x, const T* y, T* spare) {
     int width = s_.width(), size = s_.order_size(0), orders = s_.mmax + 1;
@@ -290,6 +297,10 @@ template <class T> class Gradients {
     for (int m = 1; m < orders; m++) {
       int half = s_.order_size(m) / 2, first = s_.end_of(m - 1), second = first + half;
       T *sum = of_thread(t * orders + m, focus), *less = spare, *more = spare + n * half;
+      if (s_.separate) {
+        for (int at : {first, second}) product<T>(half, half, n, {x + at, 1, width}, y + at, width, sum, half, true);
+        continue;
+      }
       auto combine = [&](const T* from, int sign, T* to) {
         for (int e = 0; e < n; e++)
           in_vectors<T>(half, [&](int j) {
@@ -319,7 +330,8 @@ template <class T> class Gradients {
       int m = i < matrices ? i % orders : 0;
       for (int focus = 0; focus < s_.focuses; focus++) {
         const T* sum = *sums_[0] + starts_[i] + focus * sizes_[i];
-        if (m) write_complex(sum, s_.order_size(m) / 2, outs_[i] + ptrdiff_t(focus) * s_.order_size(m) * s_.order_size(m));
+        if (s_.is_complex(m))
+          write_complex(sum, s_.order_size(m) / 2, outs_[i] + ptrdiff_t(focus) * s_.order_size(m) * s_.order_size(m));
         else std::copy(sum, sum + sizes_[i], outs_[i] + focus * sizes_[i]);
       }
     }

@@ -20,7 +20,7 @@ class _Stack(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_int64)
-            for name in ("focuses", "edges", "layers", "lmax", "mmax", "channels", "threads")
+            for name in ("focuses", "edges", "layers", "lmax", "mmax", "channels", "separate", "threads")
         ),
         ("matrices", ctypes.c_void_p),
         ("gates", ctypes.c_void_p),
@@ -93,6 +93,7 @@ class _StackCall:
 
     Attributes:
         gated: Number of gated layers, all but the last.
+        separate: Whether the matrices of orders above zero act on the rows of -m and of +m separately.
     """
 
     def __init__(self, stage: str, x: Tensor, weights: Sequence[Any]):
@@ -101,13 +102,17 @@ class _StackCall:
         self.gated, self.layout = len(gates), EdgeLayout(lmax, mmax)
         self.channels = x.shape[2] // self.layout.total
         self.shape = *x.shape[:2], self.channels * self.layout.total
+        first = [w.shape[-1] for w in matrices[1:2] if mmax > 0]
+        self.separate = [self.layout.copies(1, width, self.channels) for width in first if width] == [2]
         self.operands = self.weights([w.contiguous() for w in matrices], [w.contiguous() for w in gates])
 
     def run(self, *arguments: Argument) -> None:
         """Call the stage with its arguments after the weights."""
         focuses, edges, _ = self.shape
-        sizes = focuses, edges, self.gated + 1, *self.layout, self.channels, torch.get_num_threads()
-        stack = _Stack(*sizes, *(pointer(self.stage, operands) for operands in self.operands))
+        sizes = focuses, edges, self.gated + 1, *self.layout, self.channels, self.separate
+        stack = _Stack(
+            *sizes, torch.get_num_threads(), *(pointer(self.stage, operands) for operands in self.operands)
+        )
         call("so2_stack.cpp", self.stage, self.dtype, stack, arguments)
 
     def read(self, name: str, tensors: Sequence[Tensor], *counts: int) -> list[Operand]:
@@ -124,7 +129,8 @@ class _StackCall:
     ) -> tuple[list[Operand], list[Operand]]:
         """Matrices of all layers and gates, or their gradients."""
         f, c, lmax = self.shape[0], self.channels, self.layout.lmax
-        widths = [count * c for _, count in self.layout.orders()] * (self.gated + 1)
+        first, *others = (count * c for _, count in self.layout.orders())
+        widths = [first, *(n // 2 if self.separate else n for n in others)] * (self.gated + 1)
         check_count(self.stage, "the matrices", matrices, [len(widths)])
         check_count(self.stage, "the gates", gates, [self.gated])
         return (

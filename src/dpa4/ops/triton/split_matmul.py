@@ -56,29 +56,35 @@ def matmul(x: Tensor, w: Tensor, tile: Tile | None = None) -> Tensor:
 def matmul_into(
     y: Tensor, x: Tensor, weight: SplitWeight, add: Tensor | None, tile: Tile | None = None
 ) -> None:
-    """Write x w + add to y (F, E, N), which has contiguous rows and the strides of ``add``; see `matmul`."""
+    """Write x w + add to y (F, E, N), which has contiguous rows and the strides of ``add``; see `matmul`.
+
+    If x has n times as many columns as w has rows, each of these n blocks of columns is multiplied by w, and y has n
+    blocks, too.
+    """
     if y.numel() == 0:
         return
     if x.stride(-1) != 1:
         x = x.contiguous()
-    (n_batch, rows, inner), columns = x.shape, y.shape[-1]
-    _check(y, x, weight, add)
+    (n_batch, rows, width), (columns, inner) = x.shape, weight.halves.shape[-2:]
+    copies = width // inner if inner and width % inner == 0 else 1
+    _check(y, x, weight, add, copies)
     tile = default_tile(columns) if tile is None else tile
-    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns), n_batch)
+    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns), n_batch * copies)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _matmul[grid](
             x, weight.halves, weight.scale, y, y if add is None else add,
             rows, x.stride(0), x.stride(1), y.stride(0), y.stride(1), n_batch,
-            INNER=inner, COLUMNS=columns, ADD=add is not None,
+            INNER=inner, COLUMNS=columns, COPIES=copies, ADD=add is not None,
             BLOCK_E=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 
-def _check(y: Tensor, x: Tensor, weight: SplitWeight, add: Tensor | None) -> None:
+def _check(y: Tensor, x: Tensor, weight: SplitWeight, add: Tensor | None, copies: int) -> None:
     """Compare the operands of `matmul_into` with what the kernel expects, see `dpa4.ops.operands.check`."""
-    (n_batch, rows, inner), columns = x.shape, y.shape[-1]
-    halves = Operand("the parts of w", weight.halves, (2, n_batch, columns, inner), torch.float16)
+    (n_batch, rows, width), columns = x.shape, weight.halves.shape[2]
+    shape = 2, n_batch, columns if y.shape[-1] == copies * columns else y.shape[-1], width // copies
+    halves = Operand("the parts of w", weight.halves, shape, torch.float16)
     check(
         "matmul",
         x.device,
@@ -177,22 +183,23 @@ def _split_weight(
 @triton.jit
 def _matmul(
     x, halves, scale, y, add, rows, stride_f, stride_e, stride_yf, stride_ye, n_batch,
-    INNER: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constexpr,
+    INNER: tl.constexpr, COLUMNS: tl.constexpr, COPIES: tl.constexpr, ADD: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Multiply; programs are numbered by (block of rows, block of columns) and batch.
+    """Multiply; programs are numbered by (block of rows, block of columns) and (batch, copy of the matrix).
 
     Programs of one block of rows follow one another, so all but the first read x from the cache.
     """
     column_blocks: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
-    batch = tl.program_id(1).to(tl.int64)
+    batch = (tl.program_id(1) // COPIES).to(tl.int64)
+    copy = tl.program_id(1) % COPIES
     first = (tl.program_id(0) // column_blocks) * BLOCK_E
     e = tl.arange(0, BLOCK_E)
     n = (tl.program_id(0) % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     inside = (first + e < rows)[:, None]
     # The origin of the tile in 64 bits, offsets inside it in 32.
-    x += batch * stride_f + first.to(tl.int64) * stride_e + e[:, None] * stride_e
+    x += batch * stride_f + first.to(tl.int64) * stride_e + e[:, None] * stride_e + copy * INNER
     halves += batch * INNER * COLUMNS
     step = n_batch * INNER * COLUMNS  # from the high part to the low part
 
@@ -215,7 +222,13 @@ def _matmul(
 
     acc = acc * tl.load(scale + batch * COLUMNS + n, mask=n < COLUMNS, other=0.0)[:, None]
     out = tl.trans(acc)
-    at = batch * stride_yf + first.to(tl.int64) * stride_ye + e[:, None] * stride_ye + n[None, :]
+    at = (
+        batch * stride_yf
+        + first.to(tl.int64) * stride_ye
+        + e[:, None] * stride_ye
+        + copy * COLUMNS
+        + n[None, :]
+    )
     if ADD:
         out += tl.load(add + at, mask=inside & (n < COLUMNS)[None, :], other=0.0)
     tl.store(y + at, out, mask=inside & (n < COLUMNS)[None, :])

@@ -9,7 +9,7 @@ import torch
 from ase.data import atomic_numbers
 from torch import Tensor
 
-from dpa4.model.config import ModelConfig
+from dpa4.model.config import ModelConfig, auto_width
 from dpa4.model.layers import balance_of, degree_of
 from dpa4.ops.layout import EdgeLayout
 from dpa4.output import write_torch
@@ -71,12 +71,41 @@ def deepmd_weights(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[s
     renamed = {}
     for key, value in weights.items():
         name = deepmd_name(key, config)
+        if config.symmetry == "O3":
+            value = parameter_of_so3(key, value, config)
         if re.search(r"_(so2_norm|ffn_norms\.\d+)\.adam_scale$", name):
             value = value[:, None]
         elif re.search(r"_(so2_norm|ffn_norms\.\d+)\.bias$|\.adam_freqs$", name):
             value = value[None]
         renamed[name] = value.detach().cpu()
     return renamed
+
+
+def parameter_of_so3(key: str, value: Tensor, config: ModelConfig) -> Tensor:
+    """Parameter of the model of symmetry SO3 that has the same results as one of symmetry O3."""
+    if ".stack.linears." in key and ".weight_m." in key:
+        return _with_zero_blocks(value, config.n_focus)
+    if match := re.search(r"\.(expand|contract|linear_in|linear_out)\.weight$|\.(linear_in)\.bias$", key):
+        layer = match[1] or match[2]
+        width = config.ffn_neurons or auto_width(config.channels)
+        width = config.focus_width if layer in ("expand", "contract") else width
+        axis = -2 if layer in ("contract", "linear_out") else -1
+        return _with_zero_frames(value, axis, 2 if layer == "linear_in" else 1, width)
+    return value
+
+
+def _with_zero_frames(weight: Tensor, axis: int, fields: int, width: int) -> Tensor:
+    """Insert zeros for the frames k = -1, -2, ... in the axis of a weight that holds fields, frames and channels."""
+    even = weight.transpose(axis, -1).unflatten(-1, (fields, -1, width))
+    frames = even.new_zeros(*even.shape[:-2], 2 * even.shape[-2] - 1, width)
+    frames[..., ::2, :] = even
+    return frames.flatten(-3).transpose(axis, -1)
+
+
+def _with_zero_blocks(weight: Tensor, n_focus: int) -> Tensor:
+    """Weight of an order above zero with blocks V of zeros, (n c, F n c) to (n c, F 2 n c); see `SO2Linear`."""
+    u = weight.unflatten(1, (n_focus, -1))
+    return torch.cat([u, torch.zeros_like(u)], dim=2).flatten(1)
 
 
 def derived_buffers(config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:

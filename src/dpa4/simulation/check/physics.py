@@ -53,28 +53,25 @@ def check_symmetry(potential: Potential, structures: Structures, seed: int = 0) 
 
 
 def check_mirror(potential: Potential, structures: Structures) -> CheckResult:
-    """Compare structures with their mirror images, whose energies are equal only for scalar models."""
-    promised = (
-        potential.config.lmax == 0
-        if potential.config.l_schedule is None
-        else max(potential.config.degrees) == 0
-    )
+    """Compare structures with their mirror images; promised for models of symmetry O3 and for models of scalars."""
+    config = potential.config
+    promised = config.has_mirror_symmetry
     random = np.random.default_rng(0)
     found = _deviations(potential, structures, random, _mirrored)
     energy = _worst(e for e, _ in found.values())
     limit = SYMMETRY_TOLERANCE if promised else MIRROR_WARNING
     reason = (
-        "exact for a model of scalars (lmax 0)"
+        f"exact for a model of {'symmetry O3' if config.symmetry == 'O3' else 'scalars (lmax 0)'}"
         if promised
-        else "not promised: DPA4 is equivariant under rotations only; above 1 meV/atom reaction paths through mirror "
-        "images and enantiomers are affected"
+        else "not promised: a model of symmetry SO3 is equivariant under rotations only; above 1 meV/atom reaction "
+        "paths through mirror images and enantiomers are affected"
     )
     return CheckResult(
         "mirror images",
         f"{len(structures)} structures, float64",
         (
             Figure(energy, "eV/atom", limit, severe=promised),
-            Figure(_worst(f for _, f in found.values()), "eV/Å"),
+            Figure(_worst(f for _, f in found.values()), "eV/Å", SYMMETRY_TOLERANCE if promised else None),
         ),
         reason,
         f"largest: {max(found, key=lambda name: found[name])}",
