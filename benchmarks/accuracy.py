@@ -10,11 +10,11 @@ is a set of recipes on some data sets. A recipe is a list of overrides on the fi
 cutoff of `BASE`. Every training is a process of its own, --jobs of them at a time, for a fixed number of steps.
 
 results.jsonl in the output folder receives one line per training and test set: errors of energy, forces and, with
-labels, stress; options, seed, steps, seconds of training without compilation, and parameters. A table of means over
-the seeds is printed at the end. --table prints the table of an experiment relative to its first recipe instead of
-training; times are comparable only between trainings that ran alone (--jobs 1). The same command again continues:
-finished trainings are skipped, others resume from their last checkpoint. Without matplotlib there are no learning
-curves.
+labels, stress; the same on the training file (with the part for validation); options, seed, steps, seconds of
+training without compilation, parameters, and version. A table of means over the seeds is printed at the end. --table
+prints the table of an experiment relative to its first recipe instead of training; times are comparable only between
+trainings that ran alone (--jobs 1). The same command again continues: finished trainings are skipped, others resume
+from their last checkpoint. Without matplotlib there are no learning curves.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+import dpa4
 from dpa4.data import read_frames
 from dpa4.output import read_csv, tolerate_any_encoding
 from dpa4.potential import load_potential
@@ -298,6 +299,9 @@ def run_job(job: Job, data: Path, folder: Path) -> None:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
+    result |= {"version": f"dpa4 {dpa4.__version__}"}
+    training = errors_on(potential, train_file, device)
+    result |= {f"training {quantity}": value for quantity, value in training.items()}
     lines = [result | {"test": name} | errors_on(potential, path, device) for name, path in tests.items()]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     result_file(folder).write_text(text, encoding="utf-8")
@@ -311,7 +315,7 @@ def result_file(folder: Path) -> Path:
 def errors_on(potential: Any, path: Path, device: torch.device) -> dict[str, float]:
     """MAE and RMSE of every labelled quantity of a test file; the names contain the units."""
     table = evaluate(potential, read_frames(path), device=device)
-    errors = {}
+    errors: dict[str, float] = {}
     for row in table.rows:
         if row.group == "all":
             quantity = f"{row.quantity} ({row.unit})"

@@ -201,7 +201,7 @@ def errors_of_predictions(path: Path, predictions: Path) -> dict[str, float]:
         )
         for atoms in ase.io.read(predictions, ":")
     ]
-    errors = {}
+    errors: dict[str, float] = {}
     for row in error_table(frames, predicted).rows:
         if row.group == "all":
             quantity = f"{row.quantity} ({row.unit})"

@@ -127,4 +127,7 @@ def figures():
 def no_figures(monkeypatch, request):
     """Write empty files instead of drawing figures, which would be half of the time of a small run."""
     if "figures" not in request.fixturenames:
-        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).touch())
+        monkeypatch.setattr(
+            "matplotlib.figure.Figure.savefig",
+            lambda self, file, **_: None if hasattr(file, "write") else Path(file).touch(),
+        )

@@ -3,9 +3,11 @@
 import errno
 import io
 import os
+import re
 import stat
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 from ase.build import molecule
@@ -202,3 +204,86 @@ def test_characters_that_a_terminal_cannot_show(monkeypatch):
         tolerate_any_encoding()
         print("1 Å³ 中 κ", flush=True)
         assert stream.buffer.getvalue().startswith(b"1 ")
+
+
+# --- figures and tables
+
+
+def test_svg_figures_are_dark_on_a_dark_screen_and_always_the_same():
+    def drawn() -> bytes:
+        figure = output.new_figure(3, 2)
+        axis = figure.subplots()
+        axis.plot([1, 2], [3, 4], color="C1")
+        axis.set_title(output.plain_text("$no$formula$"))
+        return output.svg_of(figure)
+
+    svg = drawn()
+    assert svg == drawn()
+    document = ElementTree.fromstring(svg)
+    head, _, body = svg.decode().partition("</style>")
+    light, dark = head.split("@media (prefers-color-scheme: dark)")
+    for text in (light, dark):
+        assert re.search(r"--c0: #\w{6};", text) and "--c9: #" in text
+    assert "--c0: #000000" in light and "--c0: #000000" not in dark
+    assert "#000000" not in body and "#ff7f0e" not in body and "stroke: var(--c9)" in body
+    assert len(document.findall(".//{*}metadata")) == 0
+
+
+def test_figures_in_grids_within_a_grid_have_their_own_labels(tmp_path):
+    """Aligned over the whole figure, the labels of all columns were at the first one."""
+    figure = output.new_figure(6, 3)
+    grid = figure.add_gridspec(1, 2)
+    panels = [grid[0, k].subgridspec(2, 1).subplots() for k in range(2)]
+    for column in panels:
+        for axis, top in zip(column, (1, 1000), strict=True):
+            axis.plot([0, top])
+            axis.set_ylabel("E (eV)")
+    output.save_figure(figure, tmp_path / "figure.png", svg=True)
+    places = [[axis.yaxis.label.get_window_extent().x0 for axis in column] for column in panels]
+    assert places[0][0] == pytest.approx(places[0][1]) and places[1][0] == pytest.approx(places[1][1])
+    assert places[1][0] > places[0][0] + 100
+    assert (tmp_path / "figure.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("ends", "labels"),
+    [
+        ((0.9, 2500), ["1", "10", "100", "1000"]),
+        ((9, 110), ["10", "20", "50", "100"]),
+        ((4e-4, 0.012), ["0.0005", "0.001", "0.002", "0.005", "0.01"]),
+    ],
+)
+def test_logarithmic_axes_have_plain_numbers(ends, labels):
+    figure = output.new_figure(3, 3)
+    axis = figure.subplots()
+    axis.set(yscale="log", ylim=ends)
+    output.plain_ticks(axis.yaxis)
+    figure.draw_without_rendering()
+    low, high = ends
+    assert [t.get_text() for t in axis.get_yticklabels() if low <= t.get_position()[1] <= high] == labels
+
+
+def test_short_numbers():
+    numbers = (0, 0.12345, 1, 17.329, 999.96, 9999.7, 123456.7, 1.5e7, 2e-5, -16.89)
+    texts = ["0", "0.123", "1.000", "17.33", "1000", "10000", "123457", "1.5e+07", "2.0e-05", "-16.89"]
+    assert [output.short(n) for n in numbers] == texts
+    assert output.short(999.96) == "1000" and max(map(len, texts)) <= 8
+
+
+def test_names_break_after_punctuation():
+    assert output.wrapped("group-with_a long.name", 10) == "group-\nwith_a \nlong.name"
+    assert output.wrapped("short", 10) == "short" and output.wrapped("", 10) == ""
+    assert output.wrapped("a" * 25, 10) == "\n".join(["a" * 10, "a" * 10, "a" * 5])
+    assert output.wrapped("Å-ß", 2).split("\n") == ["Å-", "ß"]
+
+
+def test_columns_that_earlier_versions_lacked_stay_empty(tmp_path):
+    log = CsvLog(tmp_path / "log.csv", ("step", "x"))
+    log.write({"step": 1, "x": 5})
+    log.close()
+    with pytest.raises(ValueError, match="its columns are not step, x, y"):
+        CsvLog(tmp_path / "log.csv", ("step", "x", "y"), resume_step=1)
+    log = CsvLog(tmp_path / "log.csv", ("step", "x", "y"), resume_step=1, added=("y",))
+    log.write({"step": 2, "x": 6, "y": 7})
+    log.close()
+    assert (tmp_path / "log.csv").read_text().split() == ["step,x,y", "1,5,", "2,6,7"]

@@ -5,11 +5,13 @@ import glob
 import io
 import json
 import os
+import re
 import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from html import escape
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -65,6 +67,34 @@ class OutputFolder:
                 if self._created:
                     self._path.parent.rmdir()
             self._file.close()
+
+
+def check_start(resume: bool, overwrite: bool) -> None:
+    """Check that a run is not both continued and replaced.
+
+    Raises:
+        ValueError: If both are set.
+    """
+    if resume and overwrite:
+        raise ValueError(
+            "resume continues the earlier run and overwrite replaces it; give one of the two, not both"
+        )
+
+
+def already_holds(folder: Path, what: str) -> FileExistsError:
+    """Error about a folder with results of an earlier run."""
+    return FileExistsError(
+        f"{folder} already holds {what}; resume it, overwrite it (--overwrite), or choose another folder"
+    )
+
+
+def remove_files(folder: Path, *patterns: str) -> None:
+    """Remove files of an earlier run, by name or pattern; to be called while the folder is locked."""
+    for pattern in patterns:
+        for file in folder.glob(pattern):
+            if file.is_file():
+                with naming(file):
+                    file.unlink()
 
 
 def remove_leftovers(folder: Path, pattern: str = LEFTOVERS) -> None:
@@ -227,6 +257,26 @@ def write_torch(path: Path, content: Any) -> None:
 # --- figures
 
 
+# Colours of a figure that a reader with a dark screen sees otherwise: matplotlib's own for text, frames, grids and
+# paper, the greys of lines for reference, and the first colours of its cycle.
+_DARK = {
+    "#000000": "#e6e6e6",
+    "#ffffff": "#1b1b1f",
+    "#333333": "#c4c4c4",
+    "#666666": "#a8a8a8",
+    "#808080": "#9a9a9a",
+    "#999999": "#8c8c8c",
+    "#b0b0b0": "#5a5a5a",
+    "#cccccc": "#4a4a4a",
+    "#1f77b4": "#6cb2f0",
+    "#ff7f0e": "#ffa64d",
+    "#2ca02c": "#63c963",
+    "#d62728": "#ff7b72",
+    "#9467bd": "#c3a2e8",
+    "#8c564b": "#c79a8f",
+}
+
+
 def new_figure(width: float, height: float) -> Any:
     """Return an empty matplotlib figure of this width and height, in inches."""
     # The object interface needs no display. The import takes a second, so it is delayed until here.
@@ -235,11 +285,84 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:
-    """Write a figure as PNG, with the y labels of each column aligned."""
-    figure.align_ylabels()
+def save_figure(figure: Any, path: Path, dpi: int = 150, svg: bool = False) -> None:
+    """Write a figure as PNG, with the y labels of each column aligned.
+
+    Args:
+        figure: The figure.
+        path: File to write.
+        dpi: Resolution, in dots per inch.
+        svg: Write an SVG file beside the PNG file, too; see ``svg_of``.
+    """
+    _align_labels(figure)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=dpi, format="png")
+    if svg:
+        with atomic_write(path.with_suffix(".svg")) as temporary:
+            temporary.write_bytes(svg_of(figure))
+
+
+def svg_of(figure: Any) -> bytes:
+    """Return a figure as SVG, which is dark on a dark screen (``prefers-color-scheme``).
+
+    The same figure has the same bytes at any time.
+    """
+    from matplotlib import rc_context
+
+    drawn = io.StringIO()
+    _align_labels(figure)
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with rc_context({"svg.hashsalt": "dpa4"}):
+        figure.savefig(drawn, format="svg", dpi=150, metadata=nothing)
+    text = drawn.getvalue()
+    for number, colour in enumerate(_DARK):
+        text = text.replace(colour, f"var(--c{number})")
+    light, dark = (
+        " ".join(f"--c{number}: {colour};" for number, colour in enumerate(colours))
+        for colours in (_DARK, _DARK.values())
+    )
+    # Text has no colour of its own in the file of matplotlib, and is black then.
+    style = (
+        f"<style>svg {{ {light} fill: var(--c0); }} "
+        f"@media (prefers-color-scheme: dark) {{ svg {{ {dark} }} }}</style>"
+    )
+    head, end, rest = text.partition(" <defs>")
+    return f"{head} {style}\n{end}{rest}".encode()
+
+
+def plain_ticks(axis: Any) -> None:
+    """Label a logarithmic axis of matplotlib with plain numbers, such as 0.5, 20 and 1000.
+
+    An axis of less than two decades has labels at 1, 2 and 5 times the powers of ten, a longer one at the powers.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    decades = np.log10(high / low)
+    subs = (
+        (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0) if decades < 0.7 else (1.0, 2.0, 5.0) if decades < 2 else (1.0,)
+    )
+    axis.set_major_locator(LogLocator(subs=subs, numticks=8 if decades >= 2 else 20))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def plain_text(text: str) -> str:
+    """Escape a name for a figure.
+
+    Dollar signs would start a formula, and SVG files cannot hold control characters.
+    """
+    return "".join(c if c.isprintable() else " " for c in text).replace("$", r"\$")
+
+
+def _align_labels(figure: Any) -> None:
+    """Align the y labels in each column of each grid of panels; grids within a grid are independent."""
+    grids: dict[int, list[Any]] = {}
+    for axes in figure.axes:
+        if (place := axes.get_subplotspec()) is not None:
+            grids.setdefault(id(place.get_gridspec()), []).append(axes)
+    for panels in grids.values():
+        figure.align_ylabels(panels)
 
 
 # --- tables
@@ -252,13 +375,16 @@ class CsvLog:
         path: The file.
         columns: Column names; the first is the step.
         resume_step: Last step whose row of an earlier run is preserved; None starts a new file.
+        added: Last columns that files of earlier versions lack; they stay empty in the rows of such a file.
 
     Raises:
         ValueError: If the file of an earlier run has other columns, or a step that is not a number.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str], resume_step: int | None = None):
-        rows = [] if resume_step is None else rows_until(path, columns, resume_step)
+    def __init__(
+        self, path: Path, columns: Sequence[str], resume_step: int | None = None, added: Sequence[str] = ()
+    ):
+        rows = [] if resume_step is None else rows_until(path, columns, resume_step, added)
         write_csv(path, columns, rows)
         self._path = path
         self._file = path.open("a", newline="", encoding="utf-8")
@@ -281,14 +407,18 @@ class CsvLog:
             self._file.close()
 
 
-def rows_until(path: Path, columns: Sequence[str], last_step: int) -> list[dict[str, str]]:
+def rows_until(
+    path: Path, columns: Sequence[str], last_step: int, added: Sequence[str] = ()
+) -> list[dict[str, str]]:
     """Rows of a file of ``CsvLog`` up to a step, which is in the first column; [] if there is no such file.
+
+    The columns ``added`` may be absent.
 
     Raises:
         ValueError: If the file has other columns, or a step that is not a number.
     """
     rows = read_csv(path)
-    if rows and list(rows[0]) != [*columns]:
+    if rows and list(rows[0]) not in ([*columns], [name for name in columns if name not in added]):
         raise ValueError(f"{path} is damaged: its columns are not {', '.join(columns)}; restore or remove it")
     try:
         return [row for row in rows if int(row[columns[0]]) <= last_step]
@@ -313,6 +443,27 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
         writer.writerows(rows)
 
 
+def short(number: float) -> str:
+    """Write a number in at most eight characters, with four significant digits or three decimals."""
+    size = abs(number)
+    if size < 0.001 or size >= 1e6:
+        return f"{number:.1e}" if size else "0"
+    return f"{number:.3f}" if size < 1 else f"{number:#.4g}".rstrip(".") if size < 9999.5 else f"{number:.0f}"
+
+
+def wrapped(text: str, width: int) -> str:
+    """Break a name into lines of at most ``width`` characters, after blanks and punctuation.
+
+    A part without either that is longer than a line is cut.
+    """
+    lines = [""]
+    for part in re.findall(rf"[^\W_]{{1,{width}}}[\W_]?|[\W_]", text):
+        if len(lines[-1]) + len(part) > width and lines[-1]:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
 # --- JSON
 
 
@@ -333,6 +484,20 @@ def _finite(content: Any) -> Any:
     if isinstance(content, np.ndarray | np.generic):
         return _finite(content.tolist())
     return None if isinstance(content, float) and not np.isfinite(content) else content
+
+
+# --- notebooks
+
+
+def html_table(title: str, sections: Mapping[str, Mapping[str, str]]) -> str:
+    """HTML table with a title and sections of labels and values, for ``_repr_html_``; all texts are escaped."""
+    left = 'style="text-align: left"'  # notebooks align to the right
+    rows = []
+    for section, lines in sections.items():
+        rows.append(f'<tr><th colspan="2" {left}>{escape(section)}</th></tr>')
+        for label, value in lines.items():
+            rows.append(f"<tr><td {left}>{escape(label)}</td><td {left}>{escape(value)}</td></tr>")
+    return f"<p><b>{escape(title)}</b></p><table>{''.join(rows)}</table>"
 
 
 # --- terminals

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, wraps
 from pathlib import Path
@@ -29,11 +29,11 @@ def user_path(path: str | os.PathLike[str]) -> Path:
 
 
 def choose_device(name: str | torch.device) -> torch.device:
-    """Return the device of this name; "auto" selects a GPU if there is one.
+    """Return the device of this name; "auto" selects a GPU if there is one, "cuda:1" the second GPU.
 
     Raises:
         ValueError: If the name is neither "auto" nor the name of a CPU or CUDA device.
-        RuntimeError: If a CUDA device is requested but none is available.
+        RuntimeError: If a CUDA device is requested but none is available, or not so many.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,9 +42,11 @@ def choose_device(name: str | torch.device) -> torch.device:
     except RuntimeError:
         device = None  # not a device of PyTorch
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, got {str(name)!r}")
+        raise ValueError(f"device must be auto, cpu, cuda or, for the second GPU, cuda:1; got {str(name)!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device = {name}, but no CUDA device is available; use device: cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise RuntimeError(f"device = {name}, but there are {count} GPUs: cuda:0 to cuda:{count - 1}")
     return device
 
 
@@ -70,12 +72,25 @@ def keep_freed_memory(device: torch.device) -> None:
             program.mallopt(option, _RETAINED_BYTES)
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Largest memory of this process so far, in bytes: of a GPU what PyTorch reserved there; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def own_settings(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function so that the caller's settings of PyTorch do not change its results.
 
-    These settings are autocast, inference mode, and modes such as the one of `torch.set_default_device`. Each belongs
-    to one thread, and returns after the call. Inference mode becomes ``torch.no_grad``. The default dtype is another
-    matter, see `float32_by_default`. Without any of the settings, a call takes a microsecond longer.
+    These settings are autocast, inference mode, modes such as the one of `torch.set_default_device`, and the current
+    GPU, on which kernels are launched: it becomes the one of the object whose method is called. Each belongs to one
+    thread, and returns after the call. Inference mode becomes ``torch.no_grad``. The default dtype is another matter,
+    see `float32_by_default`. Without any of the settings, a call takes a microsecond longer.
     """
 
     @wraps(function)
@@ -83,9 +98,12 @@ def own_settings(function: Callable[P, T]) -> Callable[P, T]:
         modes = torch._C._len_torch_function_stack()
         cast = [device for device in _CAST_DEVICES if torch.is_autocast_enabled(device)]
         inference = torch.is_inference_mode_enabled()
-        if not (modes or cast or inference):
+        gpu = _other_gpu(args) if _several_gpus() else None
+        if not (modes or cast or inference or gpu):
             return function(*args, **kwargs)
         with ExitStack() as settings:
+            if gpu:
+                settings.enter_context(torch.cuda.device(gpu))
             if modes:
                 settings.enter_context(_without_function_modes())
             for device in cast:
@@ -100,6 +118,19 @@ def own_settings(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
 
     return run
+
+
+@cache
+def _several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
+
+
+def _other_gpu(args: Sequence[object]) -> torch.device | None:
+    """GPU of the first argument, such as a potential, unless it is the current one."""
+    device = getattr(args[0], "device", None) if args else None
+    if not isinstance(device, torch.device) or device.type != "cuda" or device.index is None:
+        return None
+    return None if device.index == torch.cuda.current_device() else device
 
 
 @contextmanager
@@ -167,9 +198,19 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{module.partition('.')[0]} is not installed; pip install 'dpa4[{extra}]'"
-        ) from error
+        raise ImportError(f"{module.partition('.')[0]} is not installed; {install_command(extra)}") from error
+
+
+def install_command(extra: str) -> str:
+    """Command that installs an extra, for messages.
+
+    An installed wheel needs no source, since pip finds the extras in its metadata. In a checkout, which may not be
+    installed at all, the command names the folder.
+    """
+    checkout = Path(__file__).resolve().parents[2]
+    if (checkout / "pyproject.toml").is_file() and checkout.joinpath("src", "dpa4").is_dir():
+        return f"pip install --editable '{checkout}[{extra}]'"
+    return f"pip install 'dpa4[{extra}]'"
 
 
 caught_signals: list[int] = []

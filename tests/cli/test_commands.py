@@ -3,18 +3,23 @@
 import json
 import os
 import pkgutil
+import runpy
 import shutil
 import signal
+import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
+import typer
+from ase.build import bulk
 from ase.io import read, write
 from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import dpa4
 from deepmd_files import parameter_names
 from dpa4.cli import app
 from dpa4.potential import load_potential
@@ -77,7 +82,7 @@ def test_eval_writes_table_plots_and_predictions(trained):
     assert "meV/atom" in output and "meV/Å" in output
     names = {p.name for p in (trained / "eval").iterdir()}
     assert any(n.endswith(".png") for n in names) and any(n.endswith(".csv") for n in names)
-    (predictions,) = (trained / "eval").glob("*.xyz")
+    predictions = trained / "eval" / "predictions.xyz"
     atoms = read(predictions, "0")
     assert np.isfinite(atoms.get_forces()).all() and "REF_energy" in atoms.info
 
@@ -134,7 +139,7 @@ def test_convert_to_deepmd_and_back_keeps_the_energy(trained):
         atoms.calc = DPA4Calculator(path, device="cpu")
         energies.append(atoms.get_potential_energy())
     assert energies[0] == energies[1] == energies[2]
-    assert "exists; choose another name" in run("convert", model, there, ok=False)
+    assert "--overwrite" in run("convert", model, there, ok=False)
 
 
 def test_presets_in_commands(tmp_path):
@@ -184,6 +189,92 @@ def test_warnings_are_one_line(trained):
     (warned,) = [line for line in lines if "extrapolates" in line]
     assert warned.startswith("warning: atoms 0 and 1 are 0.300 Angstrom apart")
     assert not any("calculator.py" in line for line in lines) and warnings.showwarning is shown
+
+
+# --- habits
+
+
+def test_version_help_and_completion():
+    assert run("--version") == f"dpa4 {dpa4.__version__}\n"
+    for arguments in ((), ("md",), ("bench",), ("bench", "kappa")):
+        assert run(*arguments, "-h") == run(*arguments, "--help")
+    result = CliRunner().invoke(
+        app,
+        [],
+        prog_name="dpa4",
+        env={"_DPA4_COMPLETE": "complete_bash", "COMP_WORDS": "dpa4 re", "COMP_CWORD": "1"},
+    )
+    assert result.output.split() == ["relax", "report"]
+
+
+def test_commands_that_continue_a_run_can_also_replace_it():
+    group = typer.main.get_command(app)
+    options = {name: {o for p in command.params for o in p.opts} for name, command in group.commands.items()}
+    assert sum("--resume" in found for found in options.values()) >= 8
+    assert {
+        name for name, found in options.items() if "--resume" in found and "--overwrite" not in found
+    } == set()
+
+
+def test_the_package_is_a_program(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dpa4", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("dpa4", run_name="__main__")
+    assert ended.value.code == 0 and capsys.readouterr().out == f"dpa4 {dpa4.__version__}\n"
+
+
+def test_errors_of_set_name_the_override(trained):
+    output = run("train", trained / "run.yaml", "--set", "training.steps=many", ok=False)
+    assert "override 'training.steps=many'" in output.replace("\n", " ")
+
+
+@pytest.mark.parametrize("command", ["train", "md", "neb", "relax", "eos", "screen", "init", "convert"])
+def test_results_are_replaced_on_request_only(trained, tmp_path, command):
+    if command == "screen":
+        pytest.importorskip("torch_sim")
+    model, output, cpu = trained / "run" / "best.safetensors", tmp_path / "out", ("--device", "cpu")
+    first, last = molecule(0, 5), molecule(0, 5)
+    last.positions[0] += 0.3
+    for name, atoms in (("first.xyz", first), ("last.xyz", last), ("crystal.xyz", bulk("C", "fcc", a=4.0))):
+        write(tmp_path / name, atoms)
+    settings = [*TINY, "training.steps=2", f"output={output}", "device=cpu"]
+    arguments: dict[str, tuple] = {
+        "train": (trained / "run.yaml", *(x for s in settings for x in ("--set", s))),
+        "md": (model, tmp_path / "first.xyz", "--steps", 2, "-o", output, *cpu),
+        "neb": (model, tmp_path / "first.xyz", tmp_path / "last.xyz", "--steps", 1, "-o", output, *cpu),
+        "relax": (model, tmp_path / "first.xyz", "--steps", 1, "-o", output, *cpu),
+        "eos": (model, tmp_path / "crystal.xyz", "--no-relax", "--points", 5, "-o", output, *cpu),
+        "screen": (model, tmp_path / "first.xyz", "--steps", 1, "-o", output, *cpu),
+        "init": (output,),
+        "convert": (model, output.with_suffix(".safetensors")),
+    }
+    call = (command, *arguments[command])
+    ok = command != "eos"  # the curve of an untrained model may have no minimum
+    run(*call, ok=ok)
+    if output.is_dir():
+        (output / "notes.txt").write_text("mine")
+        before = {path.name: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    assert "--overwrite" in run(*call, ok=False).replace("\n", " ")
+    run(*call, "--overwrite", ok=ok)
+    if output.is_dir():
+        after = {path.name: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+        assert before.keys() == after.keys() and before["notes.txt"] == after["notes.txt"]
+        assert all(after[name] > before[name] for name in before if name != "notes.txt")
+    if command not in ("init", "convert"):
+        message = run(*call, "--overwrite", "--resume", ok=False).replace("\n", " ")
+        assert "resume continues the earlier run and overwrite replaces it" in message
+
+
+def test_a_run_is_not_removed_by_one_that_cannot_start(trained, tmp_path):
+    """The files go once data and options of the new run are found to be in order."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    output = ("--set", f"output={tmp_path / 'run'}")
+    run("train", trained / "run.yaml", *output, "--set", "data.train=absent.xyz", "--overwrite", ok=False)
+    (tmp_path / "bad.xyz").write_text("1\n\nU 0 0 0\n")
+    run("md", trained / "run" / "best.safetensors", tmp_path / "bad.xyz", "--steps", 1, "-o", tmp_path / "run",
+        "--overwrite", ok=False)  # fmt: skip
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
 # --- encodings

@@ -18,6 +18,7 @@ PAGES = (
     "docs/running.md",
     "docs/crystals.md",
     "docs/properties.md",
+    "docs/active-learning.md",
     "docs/checking.md",
     "docs/torchsim.md",
     "docs/lammps.md",

@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("docs", "examples", "benchmarks")
 DOCS = sorted([*ROOT.glob("*.md"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.md"))])
 IDS = [str(path.relative_to(ROOT)) for path in DOCS]
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+PROGRAM = typer.main.get_command(app)
+COMMANDS = PROGRAM.commands  # type: ignore[attr-defined]
+HELP = {"-h", "--help"}
+OPTIONS = HELP | {option for parameter in PROGRAM.params for option in parameter.opts}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -95,6 +98,7 @@ def test_every_page_of_the_documentation_is_checked():
         "docs/crystals.md",
         "docs/bench.md",
         "docs/properties.md",
+        "docs/active-learning.md",
         "docs/checking.md",
         "docs/torchsim.md",
     } <= {*IDS}
@@ -173,7 +177,7 @@ def test_commands_exist(path):
         if not line.startswith("dpa4 "):
             continue
         command, *arguments = shlex.split(line, comments=True)[1:]
-        if command == "--help":
+        if command in OPTIONS:
             continue
         assert command in COMMANDS, f"{path}: {line}"
         found = COMMANDS[command]
@@ -181,7 +185,7 @@ def test_commands_exist(path):
             command, *arguments = arguments
             assert command in found.commands, f"{path}: {line}"
             found = found.commands[command]
-        known = {option for parameter in found.params for option in parameter.opts} | {"--help"}
+        known = {option for parameter in found.params for option in parameter.opts} | HELP
         unknown = [a for a in arguments if a.startswith("-") and a.partition("=")[0] not in known]
         assert not unknown, f"{path}: {line}: {unknown}"
 
@@ -195,6 +199,7 @@ def test_options_of_commands_in_tables():
         "elastic": ("docs/crystals.md", "## Elastic tensor"),
         "phonon": ("docs/crystals.md", "## Phonons"),
         "embed": ("docs/properties.md", "## Embeddings"),
+        "select": ("docs/active-learning.md", "## Select structures to label"),
         "pairs": ("docs/properties.md", "## Pair curves"),
         "check": ("docs/checking.md", "## Options"),
         "neb": ("docs/properties.md", "## Barriers"),
@@ -246,6 +251,33 @@ def test_messages_are_those_of_the_code():
         message = message.removesuffix("` (warning)")
         for part in filter(None, (p.strip() for p in message.split("…"))):
             assert any(part in t for t in texts), f"{message!r}: no message with {part!r}"
+
+
+def test_quoted_messages_of_troubleshooting_are_those_of_the_code():
+    source = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "src/dpa4").rglob("*.py"))
+    for message, _ in table("docs/troubleshooting.md", "message | cause and remedy"):
+        if not message.startswith('"'):  # of PyTorch
+            assert all(part.strip() in source for part in message.split("…") if part.strip()), message
+    for part in ("compilation failed, so calculations continue in eager mode", "Angstrom apart"):
+        assert part in source and part in text("docs/troubleshooting.md").replace("\n", " ")
+
+
+def test_options_beside_those_of_other_programs_exist():
+    """Names of options and commands in the second column of the glossary."""
+    known = set(options(RunConfig.model_validate({"data": {"train": "train.xyz"}})))
+    known |= {f"model.{name}" for name in ModelConfig.model_fields}
+    content, found = text("docs/coming_from.md"), set()
+    for line in content.splitlines():
+        if line.startswith("| ") and not line.startswith("| |"):
+            names = re.findall(r"`([a-z_]+(?:\.[a-z_]+)*)`", line.split("|")[2])
+            found |= set(names) - {"best.safetensors", "with_dispersion"}
+    assert found <= known, found - known
+    assert len(found) > 35
+    assert {name for name in known if name.startswith("training.")} - found < {
+        "training.optimizer", "training.adam_for_basis", "training.weight_decay", "training.final_learning_rate",
+        "training.warmup_fraction", "training.warmup_factor", "training.decay_fraction", "training.huber_delta",
+        "training.log_interval", "training.tensorboard", "training.device",
+    }  # fmt: skip
 
 
 def test_page_of_benchmarks_is_short_and_the_log_is_newest_first():

@@ -39,6 +39,8 @@ def test_workflow_checks_builds_and_runs_slow_tests_at_night():
     assert ".ci/run" in commands["check"] and "make slow" in commands["slow"]
     assert "python -m build" in commands["wheel"] and "import dpa4" in commands["wheel"]
     assert "schedule" in workflow["jobs"]["slow"]["if"]
+    assert "schedule" in workflow["jobs"]["integrations"]["if"]
+    assert "tests/docs/test_integrations.py" in commands["integrations"]
     assert (ROOT / ".ci" / "run").is_file()
 
 
@@ -56,6 +58,44 @@ def test_commands_for_contributors_exist(target):
     assert target in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(rf"^{target.split()[1]}:", makefile, re.MULTILINE)
+
+
+def requirements(lines: list[str]) -> dict[str, str]:
+    """Version limit by name of package."""
+    pairs = [re.fullmatch(r"([\w-]+) ?(.*)", line).groups() for line in lines]
+    return {name: limit for name, limit in pairs}
+
+
+def test_metadata_of_the_package():
+    project = PROJECT["project"]
+    assert {"matplotlib", "rich", "typer"} <= set(requirements(project["dependencies"]))
+    assert set(parsed("CITATION.cff")["keywords"]) <= set(project["keywords"])
+    assert "Programming Language :: Python :: 3.11" in project["classifiers"]
+    assert project["urls"]
+
+
+def test_conda_recipe_has_the_requirements_of_the_package():
+    recipe, project = parsed("conda/recipe.yaml"), PROJECT["project"]
+    conda = {"torch": "pytorch", "matplotlib": "matplotlib-base", "vesin": "python-vesin"}
+    expected = {conda.get(n, n): limit for n, limit in requirements(project["dependencies"]).items()}
+    expected["python"] = project["requires-python"]
+    assert requirements(recipe["requirements"]["run"]) == expected
+    assert recipe["context"]["version"] == project["version"]
+    assert PROJECT["build-system"]["requires"] == ["setuptools>=77"]
+    assert "setuptools >=77" in recipe["requirements"]["host"]
+    (entry,) = recipe["build"]["python"]["entry_points"]
+    assert entry == f"dpa4 = {project['scripts']['dpa4']}"
+
+
+def test_image_copies_what_the_build_needs():
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = [file for line in lines if line.startswith("COPY ") for file in line.split()[1:-1]]
+    assert all((ROOT / file).exists() for file in copied)
+    assert {PROJECT["project"]["readme"], *PROJECT["project"]["license-files"], "src"} <= set(copied)
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert {f"!{file}" for file in copied} <= set(ignored) and ignored[0] == "*"
+    (extras,) = re.findall(r'^ARG EXTRAS="(.*)"$', "\n".join(lines), re.MULTILINE)
+    assert set(extras.split(",")) <= set(PROJECT["project"]["optional-dependencies"])
 
 
 def test_security_names_the_safe_readers():

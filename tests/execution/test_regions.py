@@ -167,7 +167,7 @@ def test_potential_and_its_parameter_gradients(compilations, name, split, traini
 
 
 def test_a_fixed_basis_has_no_derivative_in_compiled_code(compilations):
-    """Of all regions only the one with the basis is compiled, which saves time."""
+    """The region with the basis is the only compiled one, which saves time."""
     options = GENERATIONS["generation 3"] | {"n_focus": 1}
     potential = small_potential(**options).train()
     compile_potential(potential)

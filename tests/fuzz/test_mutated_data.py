@@ -16,6 +16,7 @@ from mutations import mutated_bytes, mutated_value
 from test_mutated_files import check, file_maker, finite_labels, images
 
 from dpa4.data import read_frames
+from vasp_runs import write_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -23,7 +24,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 @pytest.mark.parametrize(
     ("name", "seed"),
     [("data.traj", 82), ("POSCAR", 83), ("data.cif", 84), ("data.db", 85), ("data.xyz.gz", 86), ("data.xyz.xz", 87),
-     ("data.xyz.bz2", 88), ("data.zip", 89), ("data.json", 90), ("data.traj.gz", 91)],
+     ("data.xyz.bz2", 88), ("data.zip", 89), ("data.json", 90), ("data.traj.gz", 91),
+     ("OUTCAR", 95), ("vasprun.xml", 96)],
 )  # fmt: skip
 def test_bytes(tmp_path, name, seed):
     original = tmp_path / f"original-{name}"
@@ -42,6 +44,9 @@ def test_bytes(tmp_path, name, seed):
         ase.io.write(original.with_suffix(".traj"), images())
         if pack:
             original.write_bytes(pack(original.with_suffix(".traj").read_bytes()))
+    elif name in ("OUTCAR", "vasprun.xml"):
+        write_run(tmp_path / "run", 2)
+        original = tmp_path / "run" / name
     elif pack:
         original.write_bytes(pack(plain.read_bytes()))
     else:

@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.lj import LennardJones
+from ase.calculators.mixing import SumCalculator
+from ase.db import connect
 from ase.stress import voigt_6_to_full_3x3_stress
 
+from dpa4.interfaces.ase import has_deviations, labelled
+from dpa4.potential import fingerprint_of, save_potential
 from dpa4.simulation import DPA4Calculator
 from helpers import crystal, graph_of, molecule, random_potential
 
@@ -92,8 +97,6 @@ def test_single_precision_agrees_and_leaves_the_given_potential_alone():
 
 
 def test_checkpoint_file(tmp_path):
-    from dpa4.potential.checkpoint import save_potential
-
     potential = random_potential()
     save_potential(potential, tmp_path / "model.safetensors")
     from_file, given = attach(crystal(), tmp_path / "model.safetensors"), attach(crystal(), potential)
@@ -323,3 +326,67 @@ def test_results_are_written_and_read_by_ase(tmp_path):
         assert again.get_potential_energy() == pytest.approx(atoms.get_potential_energy(), abs=1e-7)
         np.testing.assert_allclose(again.get_forces(), atoms.get_forces(), atol=1e-7)
         np.testing.assert_allclose(again.get_stress(), atoms.get_stress(), atol=1e-7)
+
+
+def test_deviations_of_a_committee_below_a_correction():
+    committee = DPA4Calculator([random_potential(0), random_potential(1)], device="cpu", dtype="float64")
+    atoms = crystal()
+    atoms.calc = SumCalculator([committee, LennardJones()])
+    frame = labelled(atoms)
+    assert frame.info["energy_std"] == committee.results["energy_std"] > 0
+    np.testing.assert_array_equal(frame.arrays["forces_std"], committee.results["forces_std"])
+    largest = np.linalg.norm(committee.results["forces_std"], axis=1).max()
+    assert frame.info["max_force_std"] == pytest.approx(largest)
+    assert has_deviations(atoms.calc) and not has_deviations(LennardJones())
+    assert "energy_std" not in labelled(attach(crystal())).info
+
+
+def test_neighbours_are_searched_once_for_all_members(monkeypatch):
+    atoms = attach(
+        crystal(), [random_potential(seed, cutoff=c) for seed, c in ((0, 4.0), (1, 3.5), (2, 4.0))]
+    )
+    atoms.get_forces()
+    assert atoms.calc._neighbors.searches == 1
+
+
+def test_folder_of_a_committee_is_a_committee(tmp_path):
+    potentials = [random_potential(seed) for seed in (0, 1)]
+    for number, potential in enumerate(potentials):
+        (tmp_path / f"member-{number}").mkdir()
+        save_potential(potential, tmp_path / f"member-{number}" / "best.safetensors")
+    found, expected = attach(molecule(), tmp_path), attach(molecule(), potentials)
+    assert found.get_potential_energy() == expected.get_potential_energy()
+    assert len(found.calc.potentials) == 2
+
+
+# --- records of a calculation
+
+
+def test_databases_keep_the_fingerprint_of_the_model(tmp_path):
+    potential = random_potential(n_blocks=1, lmax=1)
+    with connect(tmp_path / "a.db") as database:
+        database.write(attach(molecule(), potential))
+    (row,) = connect(tmp_path / "a.db").select()
+    expected = fingerprint_of(potential.double())
+    assert row.calculator == "dpa4"
+    assert row.calculator_parameters == expected | {"branch": None} and expected["dtype"] == "float64"
+    committee = attach(molecule(), [potential, random_potential(1, n_blocks=1, lmax=1)]).calc
+    first, second = committee.todict()["model"].split()
+    assert first == expected["model"] != second
+
+
+def test_the_branch_is_recorded(monkeypatch):
+    potential = random_potential(n_blocks=1, lmax=1)
+    monkeypatch.setattr("dpa4.interfaces.loading.load_potential", lambda *_, **__: potential)
+    calculator = DPA4Calculator("multitask.pt", device="cpu", branch="metals")
+    assert calculator.parameters["branch"] == "metals"
+    assert "metals" in calculator._repr_html_()
+
+
+def test_calculator_in_a_notebook():
+    potential = random_potential(n_blocks=1, lmax=1)
+    single, committee = (
+        DPA4Calculator(models, device="cpu")._repr_html_() for models in (potential, [potential, potential])
+    )
+    assert fingerprint_of(potential)["model"] in single and "float32" in single and "cpu" in single
+    assert "committee of 2 models" in committee and "Model 2" in committee

@@ -45,6 +45,14 @@ def test_presets_show_the_published_size():
     assert line(text, "preset") == "paper-air"
 
 
+def test_card_in_a_notebook(tmp_path):
+    save_potential(random_potential(), tmp_path / "m.safetensors", {"data": "<script>alert(1)</script>"})
+    html = model_card(tmp_path / "m.safetensors")._repr_html_()
+    assert "&lt;script&gt;" in html and "<script" not in html
+    for text in ("DPA4 potential m.safetensors", "Switches, default", "reference energies", "cutoff"):
+        assert text in html
+
+
 def test_generation_version_and_parameters_of_presets():
     text = model_card("DPA4-mini-v20260911").text
     assert line(text, "generation") == "3"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from dpa4.model import DPA4, Bridging, ModelConfig
 from dpa4.model.presets import PRESETS, preset
 from dpa4.model.shapes import check_size, shapes_of
-from dpa4.potential import fingerprint_of, model_card
+from dpa4.potential import Potential, fingerprint_of, model_card
 from dpa4.potential.checkpoint import (
     convert,
     load_potential,
@@ -93,6 +93,20 @@ def test_a_model_is_the_same_in_any_precision_and_file(saved, tmp_path):
     fast = load_potential(saved)
     fast.model.block_autocast = torch.bfloat16
     assert fingerprint_of(fast) == found | {"precision": "fast"}
+
+
+def test_new_options_do_not_change_the_fingerprint_of_earlier_models():
+    """The digest is that of the version before symmetry and float32_cutoff."""
+    sizes = {"channels": 4, "lmax": 1, "n_blocks": 1}
+    potential = Potential(ModelConfig(elements=("H", "O"), edge_norm=True, **sizes)).float()
+    with torch.no_grad():
+        for p in potential.model.parameters():
+            p.fill_(0.5)
+    assert fingerprint_of(potential)["model"] == "8e73b2144e245dc2"
+    same_shapes = potential.config.model_copy(update={"float32_cutoff": True})
+    other = Potential(same_shapes).float()
+    other.load_state_dict(potential.state_dict())
+    assert fingerprint_of(other)["model"] != "8e73b2144e245dc2"
 
 
 def test_another_model_is_told_apart():

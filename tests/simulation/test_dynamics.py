@@ -16,9 +16,10 @@ from ase.io import read, write
 from typer.testing import CliRunner
 
 from dpa4.cli import app
-from dpa4.output import read_csv
+from dpa4.output import read_csv, short
 from dpa4.potential.checkpoint import save_potential
 from dpa4.simulation import DPA4Calculator, run_md
+from dpa4.simulation.figures import draw_dynamics, read_thermo
 from dpa4.simulation.integrators import make_integrator
 from dpa4.simulation.momenta import degrees_of_freedom, draw_momenta, temperature
 from helpers import crystal, molecule, random_potential
@@ -91,7 +92,7 @@ def test_files_and_statistics(tmp_path, figures):
 def test_drift_of_a_table_is_its_slope(tmp_path):
     """Fit to a run whose energy is replaced by a known line."""
     from dpa4.output import CsvLog
-    from dpa4.simulation.dynamics import COLUMNS, _finish
+    from dpa4.simulation.dynamics import COLUMNS, summary
 
     log = CsvLog(tmp_path / "thermo.csv", COLUMNS)
     for step in range(5):
@@ -99,11 +100,40 @@ def test_drift_of_a_table_is_its_slope(tmp_path):
             dict(zip(COLUMNS, (step, 0.1 * step, 0.0, 0.0, 7 + 0.002 * step, 100.0 + step), strict=True))
         )
     log.close()
-    result = _finish(tmp_path, 4, True, num_atoms=10, ensemble="nve")
+    table = read_thermo(tmp_path)
+    result = summary(table, 4, True, num_atoms=10, ensemble="nve")
     assert result.drift == pytest.approx(2.0)  # 0.02 eV/ps over 10 atoms
     assert result.deviation == pytest.approx(0.8)
     assert result.temperature == pytest.approx(102)
-    assert _finish(tmp_path, 4, True, num_atoms=10, ensemble="langevin").drift is None
+    assert summary(table, 4, True, num_atoms=10, ensemble="langevin").drift is None
+
+
+def test_figure_shows_running_means_and_set_points():
+    steps, rng = np.arange(100), np.random.default_rng(0)
+    values = {
+        "time_ps": 0.01 * steps, "total_eV": 5 + 0.001 * steps, "temperature_K": 300 + rng.normal(0, 30, 100),
+        "pressure_GPa": rng.normal(2, 1, 100), "volume_A3": 1e5 + 1e-3 * steps,
+    }  # fmt: skip
+    settings = {"ensemble": "npt", "temperature": 310.0, "pressure": 1.5}
+    figure = draw_dynamics(values, 2, settings)
+    figure.draw_without_rendering()
+    energy, temperature, pressure, volume = figure.axes
+    assert energy.lines[0].get_ydata()[-1] == pytest.approx(1000 * 0.099 / 2)  # meV/atom
+    for axis, name in ((temperature, "temperature_K"), (pressure, "pressure_GPa"), (volume, "volume_A3")):
+        time, mean = axis.lines[1].get_data()
+        assert len(mean) == 90 and time[0] == pytest.approx(0.05)  # windows of 11 rows, at their middle
+        assert mean[40] == pytest.approx(values[name][40:51].mean())
+        assert f"mean {short(values[name].mean())}" in axis.get_title(loc="right")
+        assert axis.yaxis.get_offset_text().get_text() == ""
+    assert list(temperature.lines[2].get_ydata()) == [310, 310]
+    assert list(pressure.lines[2].get_ydata()) == [1.5, 1.5] and len(volume.lines) == 2
+    assert "set point 310" in temperature.get_title(loc="right")
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["every row of the table", "running mean over 0.1 ps", "set point"]
+    plain = draw_dynamics(values, 2, settings | {"ensemble": "nve"})
+    assert [len(axis.lines) for axis in plain.axes] == [2] * 4  # nve has no baths
+    few = {name: column[:5] for name, column in values.items()}
+    assert [len(axis.lines) for axis in draw_dynamics(few, 2, settings).axes] == [1, 2, 2, 1]
 
 
 def test_isolated_structures_have_no_pressure(tmp_path):
@@ -529,3 +559,71 @@ def test_an_explosion_is_explained(tmp_path):
     calculator = Exploding(random_potential(), device="cpu")
     with pytest.raises(RuntimeError, match="step 1 failed: .*not finite.*shorter timestep than 0.5 fs"):
         run(molecule(), calculator, tmp_path, steps=5)
+
+
+@pytest.fixture(scope="module")
+def committee():
+    models = [random_potential(seed, n_blocks=1, lmax=1) for seed in (0, 1)]
+    return lambda: DPA4Calculator(models, device="cpu", dtype="float64")
+
+
+def test_deviation_of_a_committee_is_in_table_and_frames(tmp_path, committee):
+    result = run(crystal(), committee(), tmp_path, steps=4, interval=2)
+    column = thermo(tmp_path, "max_force_std_eV_A")
+    for atoms, largest in zip(read(tmp_path / "trajectory.xyz", ":"), column, strict=True):
+        plain = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True, calculator=committee())
+        plain.get_potential_energy()
+        spread = plain.calc.results["forces_std"]
+        assert largest == pytest.approx(np.linalg.norm(spread, axis=1).max(), rel=1e-5)
+        np.testing.assert_allclose(atoms.arrays["forces_std"], spread, atol=1e-7)
+        assert atoms.info["max_force_std"] == pytest.approx(largest)
+        for name in ("energy_std", "stress_std"):
+            np.testing.assert_allclose(atoms.info[name], plain.calc.results[name], rtol=1e-4)
+    assert result.max_force_std == column.max() and result.exceeded is None and result.saved == 0
+    assert not (tmp_path / "uncertain.xyz").exists()
+
+
+def test_uncertain_frames_are_saved_and_survive_a_restart(tmp_path, committee):
+    options = {"interval": 2, "temperature": 2000.0}
+    run(molecule(0, 5), committee(), tmp_path / "whole", steps=12, **options)
+    column = thermo(tmp_path / "whole", "max_force_std_eV_A")
+    threshold = float(np.sort(column)[1])
+    run(molecule(0, 5), committee(), tmp_path / "parts", steps=6, save_above=threshold, **options)
+    file = tmp_path / "parts" / "uncertain.xyz"
+    file.write_text(file.read_text() + "written after the restart file")
+    result = run(
+        molecule(0, 5),
+        committee(),
+        tmp_path / "parts",
+        steps=12,
+        save_above=threshold,
+        resume=True,
+        **options,
+    )
+    steps = [atoms.info["step"] for atoms in read(file, ":")]
+    assert steps == [2 * i for i, value in enumerate(column) if value > threshold]
+    assert result.saved == len(steps) == len(column) - 2
+
+
+def test_a_run_stops_above_a_deviation_in_any_step_and_can_go_on(tmp_path, committee):
+    options = {"interval": 50, "temperature": 2000.0}
+    run(molecule(0, 5), committee(), tmp_path / "fine", steps=8, interval=1, temperature=2000.0)
+    column = thermo(tmp_path / "fine", "max_force_std_eV_A")
+    threshold = float((column[3] + column[4]) / 2)
+    first = next(i for i, value in enumerate(column) if i and value > threshold)
+    result = run(molecule(0, 5), committee(), tmp_path / "run", steps=8, stop_above=threshold, **options)
+    assert not result.finished and result.steps == first
+    assert result.exceeded == pytest.approx(column[first]) and result.saved == 1
+    assert read(tmp_path / "run" / "uncertain.xyz").info["step"] == first
+    result = run(
+        molecule(0, 5), committee(), tmp_path / "run", steps=8, stop_above=99.0, resume=True, **options
+    )
+    assert result.finished and result.exceeded is None
+
+
+def test_thresholds_need_a_committee_and_a_positive_deviation(tmp_path, committee):
+    with pytest.raises(ValueError, match="save_above = 1.0 eV/Angstrom compares .* give several"):
+        run(copper(1), EMT(), tmp_path, steps=1, save_above=1.0)
+    with pytest.raises(ValueError, match="stop_above must be a positive deviation"):
+        run(molecule(0, 5), committee(), tmp_path, steps=1, stop_above=0.0)
+    assert not list(tmp_path.iterdir())

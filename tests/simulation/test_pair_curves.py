@@ -185,6 +185,28 @@ def test_files(tmp_path):
     assert (folder / "pairs-01.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_figures_show_physical_energies_only_with_labels_and_plain_numbers():
+    """Also of curves with a hole, a wall of 1e7 eV, tiny values, or values that are not finite."""
+    hole = PairCurve(("H", "H"), R, 1e7 * np.exp(-9 * R) - 500 * np.exp(-((R - 3) ** 2)), -R, 1e6 * R)
+    flat = PairCurve(("H", "O"), R, 1e-7 * np.cos(R), 1e-7 * R, 1e-7 * R)
+    broken = PairCurve(("O", "O"), R, np.where(R > 3, np.nan, 1.0), R, R)
+    curves = [lennard_jones(), hole, flat, broken]
+    figure = module.draw_pairs(curves, map(diagnose, curves))
+    figure.draw_without_rendering()
+    panels = [figure.axes[k : k + 3] for k in range(0, 12, 3)]
+    for energy, force, curvature in panels:
+        names = [axis.get_ylabel() for axis in (energy, force, curvature)]
+        assert names == ["E (eV)", "F (eV/Å)", "k (eV/Å²)"]
+        low, high = energy.get_ylim()
+        assert -14 < low < high < 14
+        for axis in (energy, force, curvature):
+            assert axis.yaxis.get_offset_text().get_text() == ""  # "1e6", over the panel above
+    assert panels[0][0].get_ylim()[0] < -1 and panels[0][0].get_ylim()[1] > 2.9
+    assert panels[1][0].get_ylim()[0] < -12  # the hole is seen
+    lefts = [energy.yaxis.label.get_window_extent().x0 for energy, *_ in panels]
+    assert all(b - a > 200 for a, b in zip(lefts, lefts[1:], strict=False))  # each label beside its panel
+
+
 def test_many_pairs_take_several_figures_and_replace_earlier_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PER_PAGE", 2)
     scan_pairs(tiny(), tmp_path, step=1.0, progress=False)

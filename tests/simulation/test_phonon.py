@@ -226,7 +226,7 @@ def test_refusals(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="phonons need an uncharged crystal with spin 1"):
         run(charged, DPA4Calculator(random_potential(elements=("Cu", "H", "C"), charge_spin=True)), tmp_path)
     monkeypatch.setitem(sys.modules, "seekpath", None)
-    with pytest.raises(ImportError, match=r"seekpath is not installed; pip install 'dpa4\[phonon\]'"):
+    with pytest.raises(ImportError, match=r"seekpath is not installed; pip install .*\[phonon\]'"):
         run(bulk("Cu"), EMT(), tmp_path)
 
 

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms, units
 from ase.build import bulk
 from ase.calculators.emt import EMT
@@ -15,6 +16,7 @@ from ase.io import read, write
 from typer.testing import CliRunner
 
 from dpa4.cli import app
+from dpa4.output import read_csv
 from dpa4.potential.checkpoint import save_potential
 from dpa4.simulation import DPA4Calculator, relax, relax_all
 from helpers import crystal, molecule, random_potential
@@ -137,7 +139,7 @@ def test_symmetry_is_refused_where_it_cannot_be_kept(monkeypatch):
     tetragonal.set_cell([3.6, 3.6, 3.7], scale_atoms=True)
     assert relax(tetragonal, EMT(), symmetry=True, cell="z", fmax=0.05).converged
     monkeypatch.setitem(sys.modules, "spglib", None)
-    with pytest.raises(ImportError, match=r"spglib is not installed; pip install 'dpa4\[symmetry\]'"):
+    with pytest.raises(ImportError, match=r"spglib is not installed; pip install .*\[symmetry\]'"):
         relax(bulk("Cu"), EMT(), symmetry=True)
 
 
@@ -266,7 +268,11 @@ def test_results_of_another_model_or_run_are_kept_apart(tmp_path):
     with pytest.raises(ValueError, match=r"model = '\w+', but .* holds results with model = '\w+'; choose"):
         attempt(tmp_path, seed=1, resume=True)
     assert attempt(tmp_path, resume=True) == [first]
-    (other,) = attempt(tmp_path, seed=1)  # without resume earlier files are replaced
+    with pytest.raises(FileExistsError, match="already holds relax.jsonl; resume it, overwrite it"):
+        attempt(tmp_path)
+    with pytest.raises(ValueError, match="give one of the two"):
+        attempt(tmp_path, resume=True, overwrite=True)
+    (other,) = attempt(tmp_path, seed=1, overwrite=True)
     assert other.energy != first.energy and len(read(tmp_path / "relaxed.xyz", ":")) == 1
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "settings.json").write_text('{"task": "kappa"}')
@@ -287,20 +293,30 @@ def test_many_structures(tmp_path):
     assert (rows[0]["formula"], rows[1]["formula"]) == ("Cu4", "Cu")
 
 
-def test_figure_shows_every_structure(tmp_path, monkeypatch):
+def test_figure_shows_energy_and_force_of_every_step(tmp_path, monkeypatch):
     figures, module = [], sys.modules["dpa4.simulation.relax"]  # the package has a function of this name
     original = module.save_figure
     monkeypatch.setattr(module, "save_figure", lambda f, path: figures.append(f) or original(f, path))
     structures = [squeezed(), bulk("Cu", a=3.6)]
-    results = relax_all(structures, EMT(), tmp_path, fmax=0.01, steps=1, progress=False)
+    results = relax_all(structures, EMT(), tmp_path, fmax=0.01, steps=2, progress=False)
     assert [r.converged for r in results] == [False, True]
     assert (tmp_path / "relax.png").read_bytes().startswith(b"\x89PNG")
-    lines = [{line.get_label(): line.get_xydata() for line in axis.lines} for axis in figures[0].axes]
+    rows = read_csv(tmp_path / "steps.csv")
+    assert [(r["structure"], r["step"], r["atoms"]) for r in rows] == [
+        ("0", "0", "4"), ("0", "1", "4"), ("0", "2", "4"), ("1", "0", "1"),
+    ]  # fmt: skip
+    assert float(rows[0]["energy"]) == results[0].initial_energy
+    assert float(rows[2]["energy"]) == results[0].energy
+    assert float(rows[2]["max_force"]) == pytest.approx(results[0].max_force)
+    energies, forces = ([line.get_xydata() for line in axis.lines] for axis in figures[0].axes)
     change = 1e3 * (results[0].energy - results[0].initial_energy) / 4  # meV/atom of four atoms
-    assert lines[0]["not converged"].tolist() == [[0, change]] and change < 0
-    assert lines[0]["converged"].tolist() == [[1, 0]]
-    assert lines[1]["not converged"].tolist() == [[0, results[0].max_force]]
-    assert lines[1]["fmax"][:, 1].tolist() == [0.01, 0.01]
+    (course,) = (line for line in energies if len(line) == 3)
+    assert course[0].tolist() == [0, 0] and course[-1].tolist() == pytest.approx([2, change]) and change < 0
+    (course,) = (line for line in forces if len(line) == 3)
+    assert course[:, 1].tolist() == [float(r["max_force"]) for r in rows[:3]]
+    labels = {line.get_label(): line for line in figures[0].axes[1].lines}
+    assert {"converged", "not converged", "fmax = 0.01"} <= labels.keys()
+    assert list(labels["fmax = 0.01"].get_ydata()) == [0.01, 0.01]
 
 
 def test_command_passes_its_options(tmp_path):
@@ -329,8 +345,8 @@ def test_isolated_atoms_are_relaxed_and_no_atoms_refused(tmp_path):
     for atoms, cell in ((Atoms("C"), "fixed"), (Atoms("C", cell=[9] * 3, pbc=True), "full")):
         result = relax(atoms, calculator, cell=cell)
         assert (result.converged, result.steps, result.max_force) == (True, 0, 0.0)
-    with pytest.raises(ValueError, match="structure 1: the structure has no atoms"):
-        relax_all([Atoms("C"), Atoms()], calculator, tmp_path, progress=False)
+    good, bad = relax_all([Atoms("C"), Atoms()], calculator, tmp_path, progress=False)
+    assert good.converged and bad.failure == "the structure has no atoms"
 
 
 def test_arguments(tmp_path):
@@ -346,10 +362,61 @@ def test_arguments(tmp_path):
         relax(squeezed(), EMT(), cell="shape", pressure=1)
     with pytest.raises(ValueError, match="pressure must be a number in GPa, got inf"):
         relax(squeezed(), EMT(), cell="full", pressure=np.inf)
-    with pytest.raises(
-        ValueError, match="structure 0: cell = full needs a cell periodic along all three axes"
-    ):
-        relax_all([molecule()], EMT(), tmp_path, cell="full", progress=False)
+    with pytest.raises(ValueError, match="cell = full needs a cell periodic along all three axes"):
+        relax(molecule(), EMT(), cell="full")
+    with pytest.raises(ValueError, match="fmax must be a positive force"):
+        relax_all([molecule()], EMT(), tmp_path / "none", fmax=0, progress=False)
+    assert not (tmp_path / "none").exists()
+
+
+class Refusing(Interrupting):
+    """Calculator that lacks silver and is interrupted at its fifth evaluation."""
+
+    def calculate(self, atoms, *arguments):
+        if "Ag" in atoms.symbols:
+            raise ValueError("atom 0 is Ag, which the model lacks")
+        super().calculate(atoms, *arguments)
+
+
+def test_a_structure_that_cannot_be_relaxed_does_not_end_the_run(tmp_path):
+    """The others are relaxed, and a resumed run goes on behind it."""
+    lost = bulk("Ag")
+    lost.positions[:] = np.nan
+    starts = [bulk("Cu", a=3.6), bulk("Ag"), squeezed(), lost, bulk("Cu", a=3.5)]
+    options = {"fmax": 0.01, "progress": False}
+    first = relax_all([a.copy() for a in starts], Refusing(), tmp_path, **options)
+    assert [r.failure != "" for r in first] == [False, True, False] and first[2].interrupted
+    results = relax_all(starts, Refusing(), tmp_path, resume=True, **options)
+    while results[-1].interrupted:
+        results = relax_all(starts, Refusing(), tmp_path, resume=True, **options)
+    assert [r.converged for r in results] == [True, False, True, False, True]
+    assert results[1].failure == results[3].failure == "atom 0 is Ag, which the model lacks"
+    frames = read(tmp_path / "relaxed.xyz", ":")
+    assert [frame.info["relax_structure"] for frame in frames] == [0, 2, 4]
+    rows = list(csv.DictReader((tmp_path / "relax.csv").open()))
+    assert [row["failure"] != "" for row in rows] == [False, True, False, True, False]
+    assert relax_all(starts, None, tmp_path, resume=True, **options)[4] == results[4]
+
+
+def test_a_broken_gpu_ends_the_run(tmp_path):
+    class Broken(EMT):
+        def calculate(self, *arguments):
+            raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    with pytest.raises(torch.AcceleratorError):
+        relax_all([bulk("Cu")], Broken(), tmp_path, progress=False)
+
+
+def test_command_names_structures_that_it_could_not_relax(tmp_path):
+    save_potential(random_potential(n_blocks=1, lmax=1), tmp_path / "m.safetensors")
+    for name, symbols, status in (("some", ("C", "U", "H"), 0), ("none", ("U", "Pu"), 1)):
+        write(tmp_path / "start.xyz", [Atoms(symbol) for symbol in symbols])
+        command = ["relax", tmp_path / "m.safetensors", tmp_path / "start.xyz", "-o", tmp_path / name]
+        shown = CliRunner().invoke(app, [str(a) for a in (*command, "--device", "cpu")])
+        assert shown.exit_code == status, shown.output
+        assert f"structure {symbols.index('U')} not relaxed: " in shown.output
+    again = CliRunner().invoke(app, [str(a) for a in (*command, "--device", "cpu")])
+    assert again.exit_code == 1 and "--overwrite" in again.output
 
 
 @pytest.mark.parametrize(

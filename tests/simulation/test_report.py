@@ -10,6 +10,8 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from ase.build import bulk
+from ase.calculators.emt import EMT
 from ase.io import write
 from rich.console import Console
 from typer.testing import CliRunner
@@ -20,10 +22,12 @@ from dpa4.data import Coverage, read_frames
 from dpa4.output import read_csv
 from dpa4.potential import load_potential, save_potential
 from dpa4.simulation import html as elements
-from dpa4.simulation import report, write_report
+from dpa4.simulation import phonons, relax_all, report, run_md, write_report
+from dpa4.simulation.pair_curves import ADVICE, diagnose, pair_curves
 from dpa4.training import evaluate, load_run_config, train
 from helpers import molecule, random_potential
 
+PNG, SVG = "data:image/png;base64,", "data:image/svg+xml;base64,"
 SECTIONS = ["summary", "learning-curve", "errors", "pair-curves", "model", "configuration", "versions"]
 VOID = {"meta", "img"}
 
@@ -62,19 +66,26 @@ class Page(HTMLParser):
             self.words[self.sections[-1]] = self.words.get(self.sections[-1], "") + data
 
 
-def page(path) -> Page:
+def page(path, sections=SECTIONS) -> Page:
     text = path.read_text(encoding="utf-8")
     assert text.startswith("<!DOCTYPE html>")
     assert not re.search(r"https?://[^<\s]*\.(js|css|woff)|<script|<link|<iframe|@import|url\(", text)
     found = Page(text)
-    links = [
-        reference for reference in found.references if not reference.startswith("data:image/png;base64,")
-    ]
-    assert links == [f"#{name}" for name in SECTIONS]
+    links = [reference for reference in found.references if not reference.startswith((PNG, SVG))]
+    assert links == [f"#{name}" for name in sections]
     for image in found.images:
-        assert base64.b64decode(image.partition(",")[2], validate=True).startswith(b"\x89PNG")
-    assert found.sections == SECTIONS
+        content = base64.b64decode(image.partition(",")[2], validate=True)
+        if image.startswith(PNG):
+            assert content.startswith(b"\x89PNG")
+        else:
+            assert b"prefers-color-scheme: dark" in content and b"http" not in links_of(content)
+    assert found.sections == [*sections]
     return found
+
+
+def links_of(svg: bytes) -> bytes:
+    """References of an SVG file; rasters within it are part of it."""
+    return b" ".join(re.findall(rb'href="(?!data:image/png;base64,)([^"]*)"', svg))
 
 
 @pytest.fixture(scope="module")
@@ -114,17 +125,32 @@ def test_a_whole_report(trained):
     assert {row["group"] for row in table} == {"all", "plain", "<b>&"}
     for row in table:
         shown = [f"{row[name]:.4g}" for name in ("mae", "rmse")]
-        assert all(number in words["errors"] for number in shown)
-        assert (shown[0] in words["summary"]) or row["group"] != "all"
+        total = row["group"] == "all"
+        if row["quantity"] != "energy" or total:
+            assert all(number in words["errors"] for number in shown)
+        assert not total or row["quantity"] == "energy" or shown[0] in words["summary"]
     validation = read_csv(trained / "run" / "valid.csv")
     best = [row for row in validation if row["best"] == "1"][-1]
     assert f"validation MAE, best (step {best['step']})" in words["summary"]
     assert f"energy MAE (meV/atom){float(best['energy_mae']):.4g}" in words["learning-curve"]
+    assert all(image.startswith(SVG) for image in found.images)
+    assert re.search(r"training time[\d.]+ s, without compilation", words["summary"])
+    assert re.search(r"throughput[\d.]+ steps/s, [\d.]+ structures/s", words["summary"])
+    worst = read_csv(trained / "eval" / "worst.csv")
+    assert len(worst) == 6 and f"{float(worst[0]['forces_maximum']):.4g}" in words["errors"]
+    assert "Worst structures" in words["errors"] and "train.xyz" in words["errors"]
+    flagged = {flag for flag in ADVICE if f"{flag}{ADVICE[flag]}" in words["pair-curves"].replace("\n", "")}
+    assert flagged == {flag for curve in pair_curves_of(trained) for flag in curve.flags}
     for a, b in pairs:
         assert f"{a}-{b}" in words["pair-curves"]
     assert "validation_fraction: 0.3" in words["configuration"]
     assert __version__ in words["versions"] and "PyTorch" in words["versions"]
     assert 'class="missing"' not in file.read_text()
+
+
+def pair_curves_of(folder):
+    potential = load_potential(folder / "run" / "best.safetensors")
+    return [diagnose(curve) for curve in pair_curves(potential, report._pairs_of_the_data(potential))]
 
 
 def test_tables_align_numbers_and_write_them_out():
@@ -156,7 +182,7 @@ def test_missing_parts_name_the_command_that_makes_them(trained, tmp_path):
     )
     assert found.images == []
     assert 'class="missing"' in (tmp_path / "r.html").read_text()
-    assert "no learning_curve.png: dpa4 train run.yaml --resume" in found.words["learning-curve"]
+    assert "no row in train.csv: dpa4 train run.yaml --resume" in found.words["learning-curve"]
     assert (
         "no errors.json: dpa4 eval " in found.words["errors"] and "best.safetensors" in found.words["errors"]
     )
@@ -200,7 +226,7 @@ def test_refusals(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         write_report(trained / "run", evaluation=tmp_path / "absent")
     with pytest.raises(
-        ValueError, match="is not an output folder of a training run: it has none of best.safetensors"
+        ValueError, match="is not an output folder of dpa4 train, md, relax or phonon: it has none of best"
     ):
         write_report(tmp_path)
     (tmp_path / "errors.json").write_text('[{"group": 1}]')
@@ -214,6 +240,79 @@ def test_command(trained, tmp_path):
     result = CliRunner().invoke(app, ["report", *map(str, arguments)])
     assert result.exit_code == 0, result.output
     assert len(page(tmp_path / "r.html").images) == 2
+
+
+# --- simulations
+
+
+def test_report_of_dynamics(tmp_path):
+    run_md(
+        bulk("Cu", cubic=True), EMT(), tmp_path / "md", steps=60, ensemble="npt", temperature=150.0, pressure=0.5,
+        timestep=2.0, interval=1, progress=False,
+    )  # fmt: skip
+    sections = ["summary", "course", "statistics", "settings", "versions"]
+    found = page(write_report(tmp_path / "md"), sections)
+    assert len(found.images) == 1 and found.images[0].startswith(SVG)
+    summary = found.words["summary"]
+    assert "Cu4, 4 atoms" in summary and "0.12 ps, 60 steps of 2 fs" in summary and "ns/day" in summary
+    rows = read_csv(tmp_path / "md" / "thermo.csv")
+    mean = sum(float(row["temperature_K"]) for row in rows) / len(rows)
+    assert f"{mean:.1f} K" in summary
+    assert re.search(rf"temperature \(K\)150{mean:.0f}", found.words["statistics"])
+    assert "pressure (GPa)0.5" in found.words["statistics"] and "ensemblenpt" in found.words["settings"]
+
+
+def test_report_of_relaxations(tmp_path):
+    structures = [bulk("Cu", a=3.6), bulk("Cu", a=3.4, cubic=True)]
+    structures[1].rattle(0.1, seed=0)
+    relax_all(structures, EMT(), tmp_path / "relax", steps=2, progress=False)
+    sections = ["summary", "course", "structures", "settings", "versions"]
+    found = page(write_report(tmp_path / "relax"), sections)
+    assert found.images[0].startswith(SVG)
+    assert (
+        "structures2" in found.words["summary"] and "1 structures did not converge" in found.words["summary"]
+    )
+    assert re.search(r"1Cu4no2.*\n?0Cuyes0", found.words["structures"])  # the unfinished one first
+    (tmp_path / "relax" / "steps.csv").unlink()  # as in a folder of an earlier version
+    assert page(write_report(tmp_path / "relax"), sections).images[0].startswith(PNG)
+    assert CliRunner().invoke(app, ["report", str(tmp_path / "relax")]).exit_code == 0
+    with pytest.raises(ValueError, match=r"is a folder of dpa4 relax; give the evaluation with the"):
+        write_report(tmp_path / "relax", evaluation=tmp_path)
+
+
+def test_report_of_phonons(tmp_path):
+    pytest.importorskip("phonopy")
+    pytest.importorskip("seekpath")
+    phonons(
+        bulk("Cu"),
+        EMT(),
+        tmp_path / "phonon",
+        supercell=(2, 2, 2),
+        relax_first=False,
+        mesh=10.0,
+        progress=False,
+    )
+    sections = ["summary", "bands-and-density-of-states", "thermal-properties", "settings", "versions"]
+    found = page(write_report(tmp_path / "phonon"), sections)
+    assert [image.startswith(SVG) for image in found.images] == [True, True]
+    stored = json.loads((tmp_path / "phonon" / "phonon.json").read_text())
+    assert f"highest frequency (THz){stored['max_frequency']:.4g}" in found.words["summary"]
+    assert "supercell2 × 2 × 2" in found.words["summary"] and "entropy" in found.words["thermal-properties"]
+
+
+def test_damaged_tables_of_simulations_are_named(tmp_path):
+    (tmp_path / "thermo.csv").write_text("step,time_ps\n0,x\n")
+    with pytest.raises(ValueError, match=r"thermo.csv is damaged \(could not convert"):
+        write_report(tmp_path)
+    (tmp_path / "thermo.csv").unlink()
+    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "relax.csv").write_text("structure,converged\n0,True\n")
+    with pytest.raises(ValueError, match=r"relax.csv is damaged \('steps'\)"):
+        write_report(tmp_path)
+    (tmp_path / "relax.csv").unlink()
+    (tmp_path / "phonon.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"phonon.json is damaged"):
+        write_report(tmp_path)
 
 
 # --- hostile texts
@@ -287,7 +386,7 @@ def test_hostile_texts_stay_texts(hostile):
     text = hostile.read_text(encoding="utf-8")
     found = Elements(text)
     assert found.names <= ELEMENTS and found.attributes <= ATTRIBUTES
-    assert all(value.startswith(("#", "data:image/png;base64,")) for value in found.references)
+    assert all(value.startswith(("#", PNG, SVG)) for value in found.references)
     assert text.count("document.title") > 40 and "default-src 'none'" in text
     policy = text.index("Content-Security-Policy")
     assert policy < text.index("<title>") and policy < text.index("<style>")
@@ -322,4 +421,29 @@ def test_a_browser_runs_no_script_of_a_report(hostile, tmp_path):
         elements[name] = Elements(dom).names
     assert titles["control"] == "ran"  # the browser runs scripts
     for name in ("as it is", "without"):
-        assert titles[name].endswith(": DPA4 training") and elements[name] <= ELEMENTS
+        assert titles[name].endswith(": DPA4 training run") and elements[name] <= ELEMENTS
+
+
+@pytest.mark.slow
+def test_figures_are_dark_on_a_dark_screen(trained, tmp_path):
+    """In Chromium, whose setting 0 is dark and 1 light."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("there is no Chromium")
+    from matplotlib.image import imread
+
+    figure = (trained / "eval" / "parity.svg").read_bytes()
+    (tmp_path / "page.html").write_text(elements.page("t", "t", {"Figure": elements.image(figure, "t")}))
+    brightness = []
+    for scheme in (0, 1):
+        shot = tmp_path / f"{scheme}.png"
+        command = [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+            f"--blink-settings=preferredColorScheme={scheme}", "--window-size=1100,800", f"--screenshot={shot}",
+        ]  # fmt: skip
+        subprocess.run(
+            [*command, (tmp_path / "page.html").as_uri()], capture_output=True, timeout=120, check=True
+        )
+        brightness.append(imread(shot)[300:700, 100:1000, :3].mean())
+    dark, light = brightness
+    assert dark < 0.3 and light > 0.8

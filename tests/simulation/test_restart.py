@@ -59,8 +59,21 @@ CHANGES = [(name, ...) for name in ENTRIES] + [
     ("baths", {"_thermostat._eta": [0.0] * 3, "_thermostat._p_eta": [[0.0], [1.0], "x"]}),
     ("trajectory_bytes", -1), ("trajectory_bytes", 10**12), ("trajectory_bytes", "x"), ("trajectory_bytes", None),
     ("cell", [[1]]), ("cell", [[NAN] * 3] * 3), ("settings", 5), ("settings", {}), ("system", {}), ("system", []),
-    ("system", {"elements": ["Cu"]}), ("format", 2), ("format", "x"), ("unknown", 1),
+    ("system", {"elements": ["Cu"]}), ("format", 2), ("format", "x"), ("unknown", 1), ("seconds", -1.0),
 ]  # fmt: skip
+
+
+def test_a_restart_file_without_the_time_of_computation_continues(folder):
+    """Files of earlier versions lack it; a continued run counts the time of all calls."""
+    file = folder / "restart.json"
+    state = json.loads(file.read_text())
+    assert state.pop("seconds") > 0
+    file.write_text(json.dumps(state))
+    resume(folder)
+    first = json.loads(file.read_text())["seconds"]
+    file.write_text(json.dumps(state | {"seconds": 1000.0}))
+    resume(folder)
+    assert 0 < first < 1000 < json.loads(file.read_text())["seconds"]
 
 
 @pytest.mark.parametrize(("name", "value"), CHANGES, ids=[f"{n}={str(v)[:20]}" for n, v in CHANGES])
@@ -143,8 +156,11 @@ def test_a_run_killed_at_any_write_of_its_start_can_be_continued_or_started_agai
         begun = (folder / "restart.json").exists()
         outcomes.append(begun)
         run_md(copper(), EMT(), folder, steps=20, resume=begun, **OPTIONS)
-        for file in ("trajectory.xyz", "thermo.csv", "restart.json"):
+        for file in ("trajectory.xyz", "thermo.csv"):
             assert (folder / file).read_bytes() == (finished / file).read_bytes(), (kill, file)
+        states = (json.loads((path / "restart.json").read_text()) for path in (folder, finished))
+        one, other = (state | {"seconds": 0} for state in states)
+        assert one == other, kill
     assert outcomes == [False] + [True] * 8
 
 
@@ -161,7 +177,7 @@ def test_files_of_a_run_killed_before_its_first_state_are_replaced(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text(text)
-        with pytest.raises(FileExistsError, match="already holds a run; resume it or choose another folder"):
+        with pytest.raises(FileExistsError, match="already holds a run; resume it, overwrite it"):
             run_md(copper(), EMT(), folder, steps=5, **OPTIONS)
         assert (folder / name).read_text() == text
 

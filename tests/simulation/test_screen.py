@@ -308,7 +308,7 @@ def test_without_torchsim_the_module_can_be_imported_and_the_error_says_what_to_
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch_sim", None)
     module = importlib.import_module("dpa4.simulation.screen")
-    with pytest.raises(ImportError, match=r"torch_sim is not installed; pip install 'dpa4\[torchsim\]'"):
+    with pytest.raises(ImportError, match=r"torch_sim is not installed; pip install .*\[torchsim\]'"):
         module.screen([clusters(tmp_path, 1)], Watched(), tmp_path / "out")
 
 
@@ -394,7 +394,7 @@ def test_interruption_and_resume(tmp_path):
     assert (result.finished, result.joined) == (False, False)
     assert signal.getsignal(signal.SIGINT) is handler
     assert 2 <= result.counts["converged"] < 6 and not (tmp_path / "out" / "screen.csv").exists()
-    with pytest.raises(FileExistsError, match="already holds a run .*; resume it or choose another folder"):
+    with pytest.raises(FileExistsError, match="already holds a run .*; resume it, overwrite it"):
         run(source, Watched(), tmp_path / "out")
     model = Watched()
     assert run(source, model, tmp_path / "out", max_edges=50, resume=True).counts == {"converged": 6}
@@ -507,7 +507,7 @@ def test_kill_and_resume_on_the_command_line(tmp_path, wait):
     source = clusters(tmp_path, count)
     arguments = ["screen", tmp_path / "model.safetensors", source, "-o", tmp_path / "out", "--fmax", "0.01"]
     arguments += ["--device", "cpu", "--dtype", "float64", "--max-edges", "60"]
-    command = [sys.executable, "-m", "dpa4.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "dpa4", *map(str, arguments)]
     table = tmp_path / "out" / "shards" / "0-of-1.csv"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
@@ -520,7 +520,7 @@ def test_kill_and_resume_on_the_command_line(tmp_path, wait):
     assert not (tmp_path / "out" / "screen.csv").exists()
     done = table.read_bytes()
     result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == 1 and "resume it or choose another folder" in result.output
+    assert result.exit_code == 1 and "resume it, overwrite it" in result.output
     result = CliRunner().invoke(app, [str(a) for a in [*arguments, "--resume"]])
     assert result.exit_code == 0, result.output
     assert f"{count} converged" in result.output

@@ -290,7 +290,8 @@ def test_the_first_batch_that_is_compiled_is_taken(argon_file, tmp_path, monkeyp
         compilation.CompiledTraining, "_self_check", lambda self, _, b, training: chosen.append(b) or ""
     )
     compile_as(monkeypatch, faithful)
-    compilation.CompiledTraining(preparation.potential, None, SILENT).start(preparation.train)
+    update = Trainer(config, preparation, SILENT).update
+    compilation.CompiledTraining(preparation.potential, None, update, SILENT).start(preparation.train)
     assert chosen == [order[2]]
 
 

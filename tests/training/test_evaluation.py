@@ -1,18 +1,27 @@
 """Evaluation: errors by quantity and group, tables and files, predictions that do not depend on batches."""
 
+import copy
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 
 import ase.io
 import numpy as np
 import pytest
 import torch
+from ase.data import chemical_symbols
+from rich.console import Console
 
 from dpa4.data import Frame, read_frames
-from dpa4.training.evaluation import ErrorTable, FramePrediction, error_table, evaluate, predict
+from dpa4.output import read_csv, short
+from dpa4.training import plots
+from dpa4.training.errors import worst_structures, worst_table
+from dpa4.training.evaluation import FILES, ErrorTable, FramePrediction, error_table, evaluate, predict
 from helpers import crystal, molecule, random_potential
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def frame_of(atoms, group="", labels=None, **options):
@@ -70,14 +79,22 @@ def test_one_group_has_no_section_of_its_own():
     assert {row.group for row in table.rows} == {"all"}
 
 
-def test_table_on_the_terminal_and_in_files(tmp_path):
-    from rich.console import Console
+def printed(table, width=80) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
 
+
+def test_table_on_the_terminal_and_in_files(tmp_path):
     table = error_table(*made_up())
-    console = Console(width=100, record=True, file=(tmp_path / "out").open("w"))
-    console.print(table.to_rich())
-    text = console.export_text()
-    assert "solid" in text and "meV/atom" in text and "MAE" in text
+    lines = printed(table.to_rich()).splitlines()
+    heads = ["energy energy forces forces stress stress", "MAE RMSE MAE RMSE MAE RMSE"]
+    assert [" ".join(line.split()) for line in lines[1:3]] == heads
+    assert lines[3].split()[1:] == ["meV/atom", "meV/atom", "meV/Å", "meV/Å", "meV/Å³", "meV/Å³"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines[4:] if line.strip()}
+    assert rows["gas"] == ["2.000", "2.236", "2.111", "2.333", "-", "-"]  # one row for a group
+    volume = abs(np.linalg.det(made_up()[0][1].cell))
+    assert rows["solid"][:4] == ["2.000"] * 4 and float(rows["all"][5]) == pytest.approx(2 / volume, abs=1e-3)
     table.write_csv(tmp_path / "errors.csv")
     table.write_json(tmp_path / "errors.json")
     with (tmp_path / "errors.csv").open(newline="") as file:
@@ -88,14 +105,56 @@ def test_table_on_the_terminal_and_in_files(tmp_path):
     assert stored == [r._asdict() for r in table.rows]
 
 
-def test_long_names_of_groups_are_not_cut_off():
-    from rich.console import Console
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3, 1e7])
+def test_tables_fit_eighty_columns_without_broken_words_or_cut_numbers(scale):
+    """With long names of groups and files, and errors of any size."""
+    frames, predictions = made_up()
+    groups = ("amorphous-silicon_dioxide-melt-quench-3000K", "surface-adsorbate_relaxations", "solid")
+    frames = [
+        replace(f, group=g, origin=f"/data/a-very-long-folder/training-structures_{g}.extxyz, frame 123456")
+        for f, g in zip(frames, groups, strict=True)
+    ]
+    predictions = [
+        p._replace(energy=p.energy * scale + 7, forces=p.forces * scale, virial=p.virial * scale)
+        for p in predictions
+    ]
+    table = error_table(frames, predictions)
+    worst = worst_structures(frames, predictions, table)
+    for text in (printed(table.to_rich()), printed(worst_table(worst))):
+        assert "…" not in text and max(map(len, text.splitlines())) <= 80
+        words = set(re.findall(r"[a-z]{3,}", text))
+        for group in groups:
+            assert set(re.findall(r"[a-z]{3,}", group)) <= words
+    for row in table.rows:
+        if row.quantity in ("energy per atom", "forces", "stress"):
+            assert short(row.mae) in printed(table.to_rich())
+    for structure in worst:
+        assert short(structure.energy_error) in printed(worst_table(worst))
 
+
+def test_long_names_of_groups_are_not_cut_off():
     frames, predictions = made_up()
     frames = [replace(frame, group=f"group-with-a-long-name-{frame.group}") for frame in frames]
-    console = Console(width=70, record=True, file=io.StringIO())
-    console.print(error_table(frames, predictions).to_rich())
-    assert "…" not in console.export_text()
+    assert "…" not in printed(error_table(frames, predictions).to_rich(), width=60)
+
+
+def test_worst_structures_are_ranked_by_their_errors_over_the_rmse():
+    frames, predictions = made_up()
+    frames = [replace(f, origin=f"some/test.xyz, frame {k}") for k, f in enumerate(frames)]
+    predictions[0].forces[1, 2] += 0.5
+    table = error_table(frames, predictions)
+    worst = worst_structures(frames, predictions, table)
+    assert [w.rank for w in worst] == [1, 2, 3] and (worst[0].file, worst[0].frame) == ("some/test.xyz", "0")
+    first = worst[0]
+    error = 1e3 * (predictions[0].forces - frames[0].forces)
+    assert (first.quantity, first.atoms, first.group, first.number) == ("forces", 4, "gas", 0)
+    assert first.forces_rmse == pytest.approx(np.sqrt(np.mean(error**2)))
+    assert first.forces_maximum == pytest.approx(499)
+    assert first.ratio == pytest.approx(first.forces_rmse / table.row("forces").rmse)
+    assert first.energy_error == pytest.approx(1)  # with its sign
+    assert first.virial_rmse is None
+    assert len(worst_structures(frames, predictions, table, 2)) == 2
+    assert worst_structures([frame_of(molecule(1))], [predictions[0]], ErrorTable(())) == []
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +175,7 @@ def labelled(potential, atoms, group=""):
     return frame_of(atoms, group, labels)
 
 
-def test_a_perfect_potential_has_no_errors(potential, tmp_path):
+def test_a_perfect_potential_has_no_errors(potential, tmp_path, figures):
     frames = [
         labelled(potential, a, g) for a, g in ((molecule(1), "m"), (crystal(2), "c"), (molecule(3, 4), "m"))
     ]
@@ -124,8 +183,73 @@ def test_a_perfect_potential_has_no_errors(potential, tmp_path):
     table = evaluate(potential, frames, max_atoms=12, output=tmp_path)
     assert len(table.rows) == 3 * 1 + 5 + 5  # energies and forces of m, everything of c and of all
     assert max(row.maximum for row in table.rows) < 1e-9
-    for name in ("errors.csv", "errors.json", "predictions.xyz", "parity.png"):
+    for name in (*FILES, "predictions.xyz"):
         assert (tmp_path / name).stat().st_size > 0
+
+
+def test_the_worst_structures_are_written_with_their_place(potential, tmp_path):
+    frames = []
+    for number in range(12):
+        perfect = labelled(potential, molecule(number, 3), "gas")
+        change = {"forces": perfect.forces + 0.01 * number, "energy": None}
+        frames.append(replace(perfect, origin=f"data/test.xyz, frame {number}", **change))
+    table = evaluate(potential, frames, output=tmp_path)
+    assert [w.frame for w in table.worst] == [str(n) for n in range(11, 1, -1)]
+    images = ase.io.read(tmp_path / "worst.xyz", ":")
+    assert [(a.info["rank"], a.info["file"], int(a.info["frame"])) for a in images] == [
+        (rank, "data/test.xyz", 12 - rank) for rank in range(1, 11)
+    ]
+    assert images[0].arrays["REF_forces"] == pytest.approx(frames[11].forces, abs=1e-6)
+    assert images[0].get_forces() == pytest.approx(frames[11].forces - 0.11, abs=1e-6)
+    rows = read_csv(tmp_path / "worst.csv")
+    assert [row["frame"] for row in rows] == [w.frame for w in table.worst]
+    assert float(rows[0]["forces_maximum"]) == pytest.approx(110)
+
+
+def test_energies_of_parity_plots_are_relative_to_the_references(potential, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path, **_: drawn.append(figure))
+    potential = copy.deepcopy(potential)
+    potential.reference_energies.copy_(torch.arange(len(potential.elements)) - 70.0)
+    frames = [
+        replace(labelled(potential, atoms, group), origin=f"sets/$odd_{group}$.xyz, frame 0")
+        for atoms, group in ((molecule(1), "$m$"), (crystal(2), "c_1"), (molecule(3, 4), "$m$"))
+    ]
+    evaluate(potential, frames, output=tmp_path, model="some/run/best.safetensors")
+    (figure,) = drawn
+    title = figure.get_suptitle().replace(r"\$", "$")
+    assert title == "$odd_$m$$.xyz, $odd_c_1$.xyz, predicted by run/best.safetensors"
+    energy, forces, stress, *histograms = figure.axes
+    assert "relative to the reference energies" in energy.get_title().replace("\n", " ")
+    points = np.concatenate([line.get_xdata() for line in energy.lines[1:]])
+    references = dict(zip(potential.elements, potential.reference_energies.tolist(), strict=True))
+    expected = [
+        1e3 * (f.energy - sum(references[chemical_symbols[z]] for z in f.atomic_numbers)) / len(f)
+        for f in frames
+    ]
+    assert sorted(points) == pytest.approx(sorted(expected))  # meV/atom
+    for axis in (energy, forces, stress):
+        assert axis.get_aspect() == 1 and axis.get_xlim() == axis.get_ylim()
+    assert {line.get_color() for line in energy.lines[1:]} == {"C0", "C1"}
+    assert [t.get_text().replace(r"\$", "$") for t in figure.legends[0].get_texts()] == ["$m$", "c_1"]
+    for axis in histograms:
+        assert axis.get_yscale() == axis.get_xscale() == "log"
+        assert [t.get_text().split(" below")[0] for t in axis.get_legend().get_texts()] == [
+            "50 %",
+            "90 %",
+            "99 %",
+        ]
+    figure.draw_without_rendering()  # names with dollar signs are no formulas
+
+
+def test_many_groups_share_the_last_colour(tmp_path, figures):
+    groups = [f"g{number}" for number in range(30) for _ in range(40 - number)]
+    values = np.arange(float(len(groups)))
+    panel = plots.ParityPanel("energy", "meV/atom", values, values + 1, np.arange(len(groups)))
+    plots.plot_parity([panel], groups, "title", tmp_path / "parity.png")
+    svg = (tmp_path / "parity.svg").read_text()
+    assert "<!-- 13 other groups -->" in svg and "<!-- g16 -->" in svg and "<!-- g17 -->" not in svg
+    assert "prefers-color-scheme: dark" in svg and "#000000;" in svg.partition("</style>")[0]
 
 
 def test_predictions_are_written_beside_the_labels(potential, tmp_path):

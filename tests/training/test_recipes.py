@@ -5,13 +5,16 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
 from rich.console import Console
+from typer.testing import CliRunner
 
+from dpa4.cli import app
 from dpa4.data import read_frames, write_structures
 from dpa4.data.frame import Frame
-from dpa4.data.sampling import Sample, matching_paths, read_sample
+from dpa4.data.sampling import Sample, read_sample
 from dpa4.training import load_run_config, recipe_for, recipe_text, summary_of
 from dpa4.training.prepare import prepare
 from dpa4.training.recipes import COSTS, RECIPES
+from vasp_runs import write_run
 
 
 def frame(
@@ -67,7 +70,7 @@ def test_every_recipe_has_an_estimate_reasons_and_a_valid_file(tmp_path):
 
 def test_the_estimate_grows_with_the_neighbours_and_the_steps():
     few = choice(frame(SILICON, virial=True)).estimate
-    many = choice(frame(SILICON.repeat(2), virial=True)).estimate
+    many = choice(frame(SILICON.repeat(3), virial=True)).estimate
     longer = choice(frame(SILICON, virial=True), structures=2_000).estimate
     assert many.seconds > few.seconds and many.bytes > few.bytes and longer.seconds > few.seconds
 
@@ -121,15 +124,27 @@ def test_large_files_are_read_in_part_and_counted_by_their_size(tmp_path):
     names = [tmp_path / f"{name}.xyz" for name in "ab"]
     for name in names:
         write_structures(name, structures)
-    paths = matching_paths([str(tmp_path / "*.xyz"), str(names[0])])
-    assert paths == names
-    part = read_sample(paths, max_structures=20)
+    part = read_sample(names, max_structures=20)
     assert len(part.frames) == 20 and not part.complete and part.structures == pytest.approx(80, abs=4)
-    assert len(read_sample(paths, max_seconds=0).frames) >= 2
-    whole = read_sample(paths)
-    assert whole.complete and whole.structures == len(whole.frames) == len(read_frames(paths))
-    with pytest.raises(FileNotFoundError, match="nothing"):
-        matching_paths([str(tmp_path / "nothing*.xyz")])
+    assert len(read_sample(names, max_seconds=0).frames) >= 2
+    whole = read_sample(names)
+    assert whole.complete and whole.structures == len(whole.frames) == len(read_frames(names))
+    (tmp_path / "empty.xyz").write_text("")
+    with pytest.raises(ValueError, match=r"empty\.xyz"):
+        read_sample([tmp_path / "empty.xyz"])
+
+
+def test_folders_of_calculations_get_a_recipe(tmp_path, monkeypatch):
+    """The run file names the folder, not its files."""
+    write_run(tmp_path / "runs" / "1", steps=3)
+    write_run(tmp_path / "runs" / "2", steps=2, seed=5)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["init", "--train", "runs"])
+    assert result.exit_code == 0, result.output
+    assert "2 data files found" in result.output
+    config = load_run_config("run.yaml")
+    assert [str(path) for path in config.data.train] == ["runs"]
+    assert config.model.model_extra["cutoff"] == 6.0 and config.training.virial_weight > 0
 
 
 def test_a_recipe_prepares_a_run(tmp_path):
@@ -141,6 +156,6 @@ def test_a_recipe_prepares_a_run(tmp_path):
     write_structures(tmp_path / "train.xyz", structures)
     path = tmp_path / "run.yaml"
     sample = read_sample([tmp_path / "train.xyz"])
-    path.write_text(recipe_text([tmp_path / "train.xyz"], recipe_for(summary_of(sample), "cpu")))
+    path.write_text(recipe_text([str(tmp_path / "train.xyz")], recipe_for(summary_of(sample), "cpu")))
     ready = prepare(load_run_config(path, ["device=cpu"]), Console(quiet=True))
     assert ready.potential.config.cutoff == 5.0 and ready.potential.config.elements == ("H", "O")

@@ -89,7 +89,7 @@ def test_numbers_of_yaml_1_1_that_would_be_strings(run_file):
         ("training.steps=1" + 20 * "0", r"training\.steps = 1.*: input should be less than or equal to"),
         ("training.seed=-1", r"training\.seed = -1: input should be greater than or equal to 0"),
         ("training.batch_size=0", r"training\.batch_size = 0: input should be greater than 0"),
-        ("training.max_atoms=x", r"training\.max_atoms = 'x': input should be a valid integer$"),
+        ("training.max_atoms=x", r"training\.max_atoms = 'x': input should be a valid integer \(override"),
         ("training.ema_decay=2", r"training\.ema_decay = 2: input should be less than 1"),
         ("training.learning_rate=.nan", r"training\.learning_rate = nan: input should be a finite number"),
         (
@@ -107,7 +107,7 @@ def test_numbers_of_yaml_1_1_that_would_be_strings(run_file):
         ),
         ("data.train=[]", r"data\.train = \[\]: list should have at least 1 item"),
         ("data.train=null", r"data\.train = None: input should be a list"),
-        ("device=gpu", r"device = 'gpu': input should be 'auto', 'cpu' or 'cuda'"),
+        ("device=gpu", r"device = 'gpu': allowed are auto, cpu, cuda and"),
         ("training=3", r"training = 3: input should be a map of options"),
     ],
 )
@@ -168,6 +168,30 @@ def test_files_that_are_no_run_file(run_file, tmp_path):
 def test_malformed_override(run_file, override):
     with pytest.raises(ValueError, match="must look like training.learning_rate=5e-4"):
         load_run_config(run_file, [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["training.steps=many", "output=x"], "valid integer (override 'training.steps=many')"),
+        (["training.lerning_rate=1"], "'learning_rate'? (override 'training.lerning_rate=1')"),
+        (["training.epochs=2", "training.steps=9"], "(override 'training.epochs=2', 'training.steps=9')"),
+        (["model.channels=-1"], "(override 'model.channels=-1')"),
+        (["data.keys=energy"], "(override 'data.keys=energy')"),
+    ],
+)
+def test_faults_of_overrides_name_the_override(run_file, overrides, named):
+    with pytest.raises(ValueError) as caught:
+        load_run_config(run_file, overrides)
+    assert named in str(caught.value)
+
+
+def test_faults_of_the_file_name_no_override(run_file):
+    run_file.write_text(run_file.read_text() + "device: tpu\n")
+    with pytest.raises(ValueError) as caught:
+        load_run_config(run_file, ["training.steps=many"])
+    lines = str(caught.value).splitlines()
+    assert [("override" in line, "tpu" in line) for line in lines[1:]] == [(True, False), (False, True)]
 
 
 def test_override_that_is_not_yaml(run_file):

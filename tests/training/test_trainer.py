@@ -33,6 +33,7 @@ from dpa4.model import DPA4
 from dpa4.model.presets import preset
 from dpa4.output import CsvLog, read_csv
 from dpa4.potential.checkpoint import load_potential
+from dpa4.training import logs, plots
 from dpa4.training import trainer as trainer_module
 from dpa4.training.evaluation import ErrorRow, ErrorTable, evaluate
 from dpa4.training.options import RunConfig
@@ -76,6 +77,83 @@ def test_the_best_model_reproduces_its_validation_errors(finished_run, argon_fil
     score = 20 * table.row("energy per atom").mae + 20 * table.row("forces").mae
     score += 5 * table.row("virial per atom").mae
     assert score / 1e3 == pytest.approx(float(best["score"]), rel=1e-4)
+
+
+def test_training_errors_have_the_definition_of_validation_errors(argon_file, tmp_path):
+    """MAE per component, in the same units: of one step with all data, and of the model before it on these data."""
+    data = ase.io.read(argon_file, ":")
+    data[0].calc = SinglePointCalculator(data[0], energy=data[0].get_potential_energy())  # without forces
+    data[2].info["config_weight"] = 3.0  # weights count in the loss only
+    ase.io.write(tmp_path / "data.xyz", data)
+    values = options(tmp_path / "data.xyz", tmp_path / "run", steps=2, batch_size=20, log_interval=1)
+    values["data"] |= {"validation": str(tmp_path / "data.xyz")}
+    values["training"] |= {"validation_interval": 1, "ema_decay": None, "precision": "high"}
+    train(RunConfig.model_validate(values), console=SILENT)
+    rows, valid = (read_csv(tmp_path / "run" / name) for name in ("train.csv", "valid.csv"))
+    for name in ("energy", "forces", "virial"):
+        assert float(rows[1][f"{name}_mae"]) == pytest.approx(float(valid[0][f"{name}_mae"]), rel=1e-4)
+    for name in ("energy", "forces"):  # the terms of the loss are others
+        assert float(rows[1][f"{name}_mae"]) != pytest.approx(1e3 * float(rows[1][name]), rel=0.05)
+
+
+def test_a_run_of_an_earlier_version_resumes_without_training_errors(argon_file, tmp_path, finished_run):
+    """Its table lacks their columns, its state their sums."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run.folder, folder)
+    rows = [
+        {k: v for k, v in row.items() if k not in logs.TRAIN_ERRORS} for row in read_csv(folder / "train.csv")
+    ]
+    output.write_csv(folder / "train.csv", list(rows[0]), rows)
+    state = load_state(folder / "last.pt")
+    del state["errors"]
+    save_state(state, folder / "last.pt")
+    run(argon_file, folder, resume=True, steps=15)
+    found = read_csv(folder / "train.csv")
+    assert [r["step"] for r in found] == ["2", "4", "6", "8", "10", "12", "13", "14", "15"]
+    assert [r["loss"] for r in found[:7]] == [r["loss"] for r in rows]
+    assert [bool(r["forces_mae"]) for r in found] == [False] * 7 + [True] * 2
+    assert sum(bool(plots._points(found, name)) for name in logs.TRAIN_ERRORS) == 3
+
+
+def test_learning_curve(tmp_path):
+    """Errors of both data sets in one panel, loss terms apart, plain numbers on the axes, a time axis."""
+    rows = [
+        {"step": 20 * k, "epoch": 0, "learning_rate": 0.01, "energy": 1 / k, "forces": 2 / k, "loss": 50 / k,
+         "gradient_norm": 3.0, "seconds": 12.0 * k, "energy_mae": 900 / k, "forces_mae": 1500 / k}
+        for k in range(1, 30)
+    ]  # fmt: skip
+    output.write_csv(tmp_path / "train.csv", logs.TRAIN_COLUMNS, rows)
+    valid = [
+        {
+            "step": 100 * k,
+            "epoch": 0,
+            "score": 1 / k,
+            "best": int(k < 5),
+            "energy_mae": 700 / k,
+            "forces_mae": 99.0,
+        }
+        for k in range(1, 6)
+    ]
+    output.write_csv(tmp_path / "valid.csv", logs.VALID_COLUMNS, valid)
+    figure = plots.draw_learning_curve(tmp_path)
+    energy, forces, loss, terms, *_ = figure.axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in energy.lines}
+    assert lines["training"] == [[20 * k, 900 / k] for k in range(1, 30)]
+    assert lines["validation"] == [[100 * k, 700 / k] for k in range(1, 6)]
+    assert lines["best model: 175.0"] == [[400, 175]]
+    assert "MAE (meV/atom)" in energy.get_title() and "MAE (meV/Å)" in forces.get_title()
+    assert [line.get_ydata()[0] for line in loss.lines] == [50]
+    assert {line.get_label() for line in terms.lines} == {"energy (eV/atom)", "forces (eV/Å)"}
+    figure.draw_without_rendering()
+    (time_axis,) = energy.child_axes
+    assert time_axis.get_xlabel() == "training time (min)"
+    assert time_axis.get_xlim() == pytest.approx((0, 5.8), abs=0.01)  # 29 * 12 s at the last step
+    for axis in (energy, forces, loss, terms):
+        ticks = [tick.get_text() for tick in axis.get_yticklabels()]
+        assert len(ticks) > 1 and all(re.fullmatch(r"[\d.]+", text) for text in ticks)
+    output.write_csv(tmp_path / "train.csv", logs.TRAIN_COLUMNS, [])
+    output.write_csv(tmp_path / "valid.csv", logs.VALID_COLUMNS, [])
+    plots.draw_learning_curve(tmp_path).draw_without_rendering()  # a run that ended before its first row
 
 
 def test_what_is_printed(finished_run):
@@ -201,7 +279,7 @@ def test_tensorboard(argon_file, tmp_path):
 
 def test_tensorboard_that_is_not_installed(argon_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ModuleNotFoundError, match=r"needs TensorBoard .* pip install 'dpa4\[tensorboard\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"needs TensorBoard .* pip install .*\[tensorboard\]'"):
         run(argon_file, tmp_path / "run", tensorboard=True)
 
 
@@ -285,7 +363,7 @@ def test_folders_that_a_run_may_use(tmp_path, files, unused):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with nullcontext() if unused else pytest.raises(FileExistsError, match="is not empty"):
-        trainer_module._check_unused(tmp_path)
+        trainer_module.check_unused(tmp_path)
 
 
 def test_leftovers_of_killed_writes_are_removed_on_resume(argon_file, copied_run):
@@ -545,7 +623,7 @@ def test_an_output_folder_with_files_is_not_overwritten(argon_file, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("keep me")
     with pytest.raises(
-        FileExistsError, match=r"is not empty; continue that run with --resume, or choose another"
+        FileExistsError, match=r"is not empty; continue that run with --resume, replace it with --overwrite"
     ):
         run(argon_file, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
@@ -576,6 +654,25 @@ def test_a_state_from_before_the_option_for_the_basis_goes_on_without_it(argon_f
     assert "resumed after step 13" in printed and "adam_for_basis" not in printed
 
 
+def test_a_state_with_numbers_of_steps_as_plain_integers_goes_on(
+    argon_file, tmp_path, monkeypatch, finished_run
+):
+    """As earlier versions wrote it."""
+    with monkeypatch.context() as patch:
+        kill_at(patch, 8)
+        with pytest.raises(Killed):
+            run(argon_file, tmp_path / "run")
+    state = load_state(tmp_path / "run" / "last.pt")
+    for entry in state["optimizer"]["state"].values():
+        if "step" in entry:
+            entry["step"] = int(entry["step"])
+    for group in state["optimizer"]["param_groups"]:
+        del group["eps"]
+    save_state(state, tmp_path / "run" / "last.pt")
+    run(argon_file, tmp_path / "run", resume=True)
+    assert_same_run(finished_run.folder, tmp_path / "run")
+
+
 def test_a_run_with_adam_for_the_basis_resumes_exactly(argon_file, tmp_path, monkeypatch):
     limits = {"steps": 4, "validation_interval": 2, "adam_for_basis": True}
     run(argon_file, tmp_path / "whole", **limits)
@@ -587,25 +684,30 @@ def test_a_run_with_adam_for_the_basis_resumes_exactly(argon_file, tmp_path, mon
     assert_same_run(tmp_path / "whole", tmp_path / "part")
 
 
+@pytest.mark.parametrize(
+    ("bad", "where", "launched"), [(7, "epoch 1, batch 2", 8), (13, "epoch 3, batch 0", 13)]
+)
 def test_numbers_that_are_not_finite_stop_the_run_and_lose_nothing(
-    argon_file, tmp_path, monkeypatch, finished_run
+    argon_file, tmp_path, monkeypatch, finished_run, bad, where, launched
 ):
+    """In the middle of a run, where the next step is launched before it is known, and in the last step."""
     original = trainer_module.training_step
 
     def broken(potential, batch, loss):
         value, terms = original(potential, batch, loss)
         broken.calls += 1
-        return (value * float("nan") if broken.calls == 8 else value), terms
+        return (value * float("nan") if broken.calls == bad else value), terms
 
     broken.calls = 0
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "training_step", broken)
         with pytest.raises(
-            FloatingPointError, match=r"step 8 \(epoch 1, batch 3\) is not finite: .*loss nan.*lower"
+            FloatingPointError, match=rf"step {bad} \({where}\) is not finite: .*loss nan.*lower"
         ):
             run(argon_file, tmp_path / "run")
     state = load_state(tmp_path / "run" / "last.pt")
-    assert state["step"] == 7 and all(torch.isfinite(t).all() for t in state["potential"].values())
+    assert broken.calls == launched
+    assert state["step"] == bad - 1 and all(torch.isfinite(t).all() for t in state["potential"].values())
     run(argon_file, tmp_path / "run", resume=True)
     assert_same_run(finished_run.folder, tmp_path / "run")
 

@@ -3,6 +3,7 @@
 from dpa4.cli.bench import bench
 from dpa4.cli.check import check
 from dpa4.cli.crystal import elastic, eos, phonon
+from dpa4.cli.data import data
 from dpa4.cli.dynamics import md
 from dpa4.cli.embed import embed
 from dpa4.cli.lammps import lammps
@@ -13,12 +14,13 @@ from dpa4.cli.pair_curves import pairs
 from dpa4.cli.relax import relax
 from dpa4.cli.report import report
 from dpa4.cli.screen import screen
+from dpa4.cli.select import select
 from dpa4.cli.training import evaluate_command, init, train
 
 app = Commands(
     help="Train and run DPA4 interatomic potentials. Units: eV and Angstrom.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_show_locals=False,
     callback=prepare_terminal,
     result_callback=exit_after_signal,
@@ -35,10 +37,12 @@ app.command()(eos)
 app.command()(elastic)
 app.command()(phonon)
 app.command()(embed)
+app.command()(select)
 app.command()(pairs)
 app.command("dimer", hidden=True)(pairs)  # earlier name
 app.command()(neb)
 app.command()(lammps)
 app.command()(report)
 app.command()(screen)
+app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")

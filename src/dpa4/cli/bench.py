@@ -20,6 +20,7 @@ from dpa4.cli.options import (
     console,
     eager_potential,
     label_keys,
+    one_model,
     user_errors,
     with_model_options,
 )
@@ -40,8 +41,12 @@ Structures = Annotated[
 ]
 
 
+SINGLE = one_model("published benchmarks rank single models; run it for each member")
+
+
 @bench.command()
-@with_model_options()
+@SINGLE
+@with_model_options(committee=False)
 def discovery(
     model: Model,
     data: Data = Path("bench-data"),
@@ -80,7 +85,8 @@ def discovery(
 
 
 @bench.command()
-@with_model_options(dtype="float64", precision=False)
+@SINGLE
+@with_model_options(dtype="float64", precision=False, committee=False)
 def kappa(
     model: Model,
     data: Data = Path("bench-data"),
@@ -116,7 +122,8 @@ def kappa(
 
 
 @bench.command()
-@with_model_options(dtype="float64", precision=False)
+@SINGLE
+@with_model_options(dtype="float64", precision=False, committee=False)
 def diatomics(
     model: Model,
     data: Data = Path("bench-data"),
@@ -153,6 +160,7 @@ def diatomics(
 
 
 @bench.command()
+@SINGLE
 def spice(
     model: Model,
     structures: Annotated[
@@ -183,6 +191,7 @@ def spice(
 
 
 @bench.command("yaml")
+@SINGLE
 def submission(
     model: Model,
     metadata: Annotated[

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from dpa4.cli.options import Branch, Model, console, user_errors
+from dpa4.cli.options import Branch, Model, console, one_model, user_errors
 
 
+@one_model("a check is about one file; run it for each member")
 def check(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file for the results.")] = Path(

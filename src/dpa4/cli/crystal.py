@@ -10,6 +10,7 @@ from dpa4.cli.options import (
     Model,
     ModelOptions,
     Output,
+    Overwrite,
     Symprec,
     console,
     last_image,
@@ -40,6 +41,7 @@ def eos(
     fmax: Fmax = 1e-4,
     steps: Steps = 500,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     *,
     options: ModelOptions,
 ) -> None:
@@ -52,7 +54,7 @@ def eos(
         calculator = DPA4Calculator(model, **options)
         result = equation_of_state(
             atoms, calculator, output, points=points, span=span, shape=shape, relax_first=relax, fmax=fmax,
-            steps=steps, resume=resume,
+            steps=steps, resume=resume, overwrite=overwrite,
         )  # fmt: skip
     lengths = ", ".join(f"{length:.4f}" for length in result.lengths)
     console.print(f"volume {result.volume:.3f} Å³, cell vectors {lengths} Å", highlight=False)
@@ -77,6 +79,7 @@ def elastic(
     fmax: Fmax = 1e-4,
     steps: Steps = 500,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     *,
     options: ModelOptions,
 ) -> None:
@@ -88,8 +91,9 @@ def elastic(
         atoms = last_image(crystal)
         calculator = DPA4Calculator(model, **options)
         result = elastic_tensor(
-            atoms, calculator, output, strain=strain, relax_first=relax, fmax=fmax, steps=steps, resume=resume
-        )
+            atoms, calculator, output, strain=strain, relax_first=relax, fmax=fmax, steps=steps, resume=resume,
+            overwrite=overwrite,
+        )  # fmt: skip
     names = ("xx", "yy", "zz", "yz", "xz", "xy")
     table = Table("GPa", *names)
     for name, row in zip(names, result.stiffness, strict=True):
@@ -129,6 +133,7 @@ def phonon(
     fmax: Fmax = 1e-4,
     steps: Steps = 500,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     *,
     options: ModelOptions,
 ) -> None:
@@ -142,7 +147,7 @@ def phonon(
         result = phonons(
             atoms, calculator, output, supercell=supercell, min_length=min_length, displacement=displacement,
             mesh=mesh, max_temperature=max_temperature, symprec=symprec, relax_first=relax, fmax=fmax, steps=steps,
-            resume=resume,
+            resume=resume, overwrite=overwrite,
         )  # fmt: skip
     size = " x ".join(map(str, result.supercell))
     console.print(f"supercell {size}, displacements: {result.displacements}", highlight=False)

@@ -9,6 +9,7 @@ from dpa4.cli.options import (
     Model,
     ModelOptions,
     Output,
+    Overwrite,
     Resume,
     Skin,
     console,
@@ -47,7 +48,18 @@ def md(
     interval: Annotated[int, typer.Option(help="Steps between frames and between rows of thermo.csv.")] = 10,
     skin: Skin = 1.0,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    save_above: Annotated[
+        float | None,
+        typer.Option(
+            help="Committee: save frames whose largest force deviation is above this, in eV/Angstrom."
+        ),
+    ] = None,
+    stop_above: Annotated[
+        float | None,
+        typer.Option(help="Committee: stop when the largest force deviation is above this, in eV/Angstrom."),
+    ] = None,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     *,
     options: ModelOptions,
 ) -> None:
@@ -61,9 +73,14 @@ def md(
         result = run_md(
             atoms, calculator, output, steps=steps, ensemble=ensemble, temperature=temperature, timestep=timestep,
             friction=friction, tdamp=tdamp, pressure=pressure, pdamp=pdamp, cell=cell, interval=interval, seed=seed,
-            resume=resume,
+            save_above=save_above, stop_above=stop_above, resume=resume, overwrite=overwrite,
         )  # fmt: skip
     end = "finished" if result.finished else "stopped"
+    if result.exceeded is not None:
+        console.print(
+            f"largest force deviation {result.exceeded:.3f} eV/Å, above --stop-above {stop_above:g}",
+            highlight=False,
+        )
     how_to_continue = "" if result.finished else "; continue with --resume"
     console.print(f"{end} after {result.steps} steps{how_to_continue}")
     console.print(f"mean temperature {result.temperature:.1f} K", highlight=False)
@@ -73,4 +90,8 @@ def md(
         console.print(
             f"energy drift {result.drift:+.4f} meV/atom/ps, largest deviation {result.deviation:.3f} meV/atom"
         )
+    if result.max_force_std is not None:
+        console.print(f"largest force deviation {result.max_force_std:.3f} eV/Å", highlight=False)
+    if result.saved:
+        console.print(f"{result.saved} uncertain frames are in {output}/uncertain.xyz", highlight=False)
     console.print(f"trajectory.xyz, thermo.csv and thermo.png are in {output}/")

@@ -14,11 +14,13 @@ from dpa4.cli.options import (
     Structures,
     console,
     eager_potential,
+    one_model,
     read_structures,
     user_errors,
 )
 
 
+@one_model("the axes of embeddings differ from model to model")
 def embed(
     model: Model,
     structures: Structures,

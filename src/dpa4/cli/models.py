@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from dpa4.cli.options import Branch, console, user_errors
+from dpa4.cli.options import Branch, console, one_model, user_errors
 
 
+@one_model("a file holds one model; convert each member to a file of its own")
 def convert(
     source: Annotated[
         Path,
@@ -27,14 +28,15 @@ def convert(
         bool,
         typer.Option("--ema", help="Read the averaged weights that a deepmd-kit checkpoint may also hold."),
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target if it exists.")] = False,
 ) -> None:
     """Convert between deepmd-kit checkpoints and native files, or a training input of deepmd-kit to a run file."""
     from dpa4 import potential
     from dpa4.training.deepmd_input import INPUT_SUFFIXES
 
     with user_errors():
-        if target.exists():
-            raise FileExistsError(f"{target} exists; choose another name or remove it")
+        if target.exists() and not overwrite:
+            raise FileExistsError(f"{target} exists; choose another name or replace it with --overwrite")
         if source.suffix in INPUT_SUFFIXES:
             if branch or drop_bridging or ema:
                 raise ValueError(
@@ -66,8 +68,14 @@ def _convert_input(source: Path, target: Path) -> None:
     console.print(f"wrote {target}; check it, then run: dpa4 train {target}", soft_wrap=True)
 
 
+@one_model("a card describes one file; print that of each member")
 def info(
-    source: Annotated[str, typer.Argument(help="Model file, or name of a preset such as paper-air.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Model file, hf:organisation/repository/file, or name of a preset such as paper-air."
+        ),
+    ],
     branch: Branch = None,
 ) -> None:
     """Print the model card: parameters, elements, switches, units, GPU kernels, provenance."""

@@ -9,6 +9,7 @@ from dpa4.cli.options import (
     Model,
     ModelOptions,
     Output,
+    Overwrite,
     Resume,
     console,
     last_image,
@@ -31,6 +32,7 @@ def neb(
     spring: Annotated[float, typer.Option(help="Spring constant between images, in eV/Angstrom^2.")] = 0.1,
     relax_ends: Annotated[bool, typer.Option("--relax-ends", help="Relax start and end first.")] = False,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     *,
     options: ModelOptions,
 ) -> None:
@@ -43,7 +45,7 @@ def neb(
         calculator = DPA4Calculator(model, **options)
         result = run_neb(
             first, last, calculator, output, images=images, fmax=fmax, steps=steps, spring=spring,
-            relax_ends=relax_ends, resume=resume,
+            relax_ends=relax_ends, resume=resume, overwrite=overwrite,
         )  # fmt: skip
     state = "converged" if result.converged else "interrupted" if result.interrupted else "not converged"
     console.print(f"{state} after {result.steps} steps, largest force {result.max_force:.3f} eV/Å")

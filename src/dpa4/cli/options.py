@@ -3,7 +3,7 @@
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand
 
+from dpa4 import __version__
 from dpa4.output import tolerate_any_encoding
 
 if TYPE_CHECKING:
@@ -24,9 +25,21 @@ if TYPE_CHECKING:
 
 console = Console(markup=False)  # file names and options may contain square brackets
 
-Model = Annotated[Path, typer.Argument(help="Model file: .safetensors, or a deepmd-kit checkpoint (.pt).")]
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help="Model file: .safetensors, or a deepmd-kit checkpoint (.pt); hf:organisation/repository/file is one on "
+        "the Hugging Face hub."
+    ),
+]
+Members = Annotated[
+    list[Path] | None,
+    typer.Option("--model", help="Model, in place of the argument MODEL; repeat it for a committee."),
+]
 Branch = Annotated[str | None, typer.Option(help="Branch of a multitask deepmd-kit checkpoint.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto uses a GPU if there is one.")]
+Device = Annotated[
+    str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, or cuda:1 for the second GPU.")
+]
 Dtype = Annotated[
     Literal["float32", "float64"],
     typer.Option(help="Floating-point type of the network: float32 or float64."),
@@ -51,15 +64,48 @@ Keys = Annotated[
     typer.Option("--key", help="Name of a label in the data, as energy=dft_energy; may be repeated."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the results of an earlier run in the output folder.")
+]
 
 
 class Command(TyperCommand):
-    """Command whose paths may begin with ~, which a shell leaves as it is in ``--output=~/run``."""
+    """Command with paths that may begin with ~, and with models that may be options.
+
+    A shell leaves ~ as it is in ``--output=~/run``. A model is the argument MODEL; several are options ``--model``.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; the first option ``--model`` also stands for the argument MODEL."""
+        models = [] if ctx.resilient_parsing else _values_of("--model", args)  # resilient: to complete a word
+        if models and (reason := getattr(self.callback, "refuses_committee", None)):
+            ctx.fail(f"{ctx.command_path} needs one model, as its first argument: {reason}")
+        if not models or "models" not in {parameter.name for parameter in self.params}:  # as in dpa4 select
+            return super().parse_args(ctx, args)
+        if stray := [arg for before, arg in zip(["", *args], args, strict=False) if _is_model(before, arg)]:
+            ctx.fail(f"{stray[0]} is an argument, {models[0]} an option; give each model with --model")
+        return super().parse_args(ctx, [models[0], *args])
 
     def invoke(self, ctx: Any) -> Any:
         """Replace the home folder in every path and list of paths, then run the command."""
         ctx.params = {name: _expanded(value) for name, value in ctx.params.items()}
         return super().invoke(ctx)
+
+
+def _values_of(option: str, args: list[str]) -> list[str]:
+    """Values of an option among the arguments of a command line, up to ``--``."""
+    args = args[: args.index("--")] if "--" in args else args
+    inline = [arg.partition("=")[2] for arg in args if arg.startswith(f"{option}=")]
+    return inline + [value for arg, value in zip(args, args[1:], strict=False) if arg == option]
+
+
+def _is_model(before: str, argument: str) -> bool:
+    """Return whether an argument that follows another one is the name of a model, and no value of an option."""
+    return (
+        argument.endswith((".safetensors", ".pt"))
+        and not argument.startswith("-")
+        and not before.startswith("-")
+    )
 
 
 def _expanded(value: Any) -> Any:
@@ -89,17 +135,16 @@ class ModelOptions(TypedDict, total=False):
 
 
 def with_model_options(
-    dtype: str = "float32", precision: bool = True
+    dtype: str = "float32", precision: bool = True, committee: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that adds the options of ``ModelOptions`` to a command, after the command's own options.
 
-    The command receives the values as one keyword argument, ``options``. Typer reads the parameters of a
-    command from its signature, so the decorated function's signature lists the single options in place of
-    ``options``.
+    The command receives the values as one keyword argument, ``options``; of its ``model`` see ``with_committee``.
 
     Args:
         dtype: Default of --dtype.
         precision: If true, the command has the option --precision.
+        committee: If true, the command has the option --model.
     """
     shared = {
         "device": (Device, "auto"),
@@ -112,21 +157,58 @@ def with_model_options(
         del shared["precision"]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @wraps(command)
         def run(**arguments: Any) -> None:
             options = {name: arguments.pop(name) for name in shared}
             command(**arguments, options=options)
 
-        signature = inspect.signature(command)
-        own = [p for p in signature.parameters.values() if p.name != "options"]
-        added = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-            for name, (kind, default) in shared.items()
-        ]
-        run.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
-        return run
+        replaced = _with_parameters(command, run, shared)
+        return with_committee(replaced) if committee else replaced
 
     return decorate
+
+
+def with_committee(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a command with a parameter ``model`` so that --model, repeated, gives it a list of models.
+
+    A single model and the output folder of a committee are passed on as a path.
+    """
+
+    def run(**arguments: Any) -> None:
+        models = arguments.pop("models") or [arguments["model"]]
+        command(**arguments | {"model": models[0] if len(models) == 1 else models})
+
+    return _with_parameters(command, run, {"models": (Members, None)})
+
+
+def one_model(reason: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator of a command that refuses several models, for a reason that its message gives."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        command.refuses_committee = reason  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def _with_parameters(
+    command: Callable[..., None], run: Callable[..., None], added: dict[str, tuple[Any, Any]]
+) -> Callable[..., None]:
+    """Make a function that calls a command look like it, with options added to its signature, which typer reads.
+
+    Args:
+        command: The command; its parameter ``options`` is left out.
+        run: The function.
+        added: Type and default of each option to add.
+    """
+    signature = inspect.signature(command)
+    own = [p for p in signature.parameters.values() if p.name != "options"]
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in added.items()
+    ]
+    wrapped = wraps(command)(run)
+    wrapped.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    return wrapped
 
 
 @contextmanager
@@ -166,7 +248,18 @@ def _caught_signals() -> list[int]:
     return [] if system is None else system.caught_signals
 
 
-def prepare_terminal() -> None:
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"dpa4 {__version__}", highlight=False)
+        raise typer.Exit()
+
+
+def prepare_terminal(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
     """Make sure that no character ends the command, whatever the encoding of the terminal, file or pipe."""
     tolerate_any_encoding()
 
@@ -196,6 +289,17 @@ def read_structures(file: Path, last: bool = False) -> "list[Atoms]":
     return found
 
 
+def sources_and_structures(files: Iterable[Path]) -> "tuple[list[str], list[Atoms]]":
+    """Read the structures of several files as ``read_structures`` does; return their sources and them."""
+    sources: list[str] = []
+    structures: list[Atoms] = []
+    for file in files:
+        found = read_structures(file)
+        sources += [f"{file} {number}" for number in range(len(found))]
+        structures += found
+    return sources, structures
+
+
 def last_image(file: Path) -> "Atoms":
     """Read the last structure of a file; formats and errors are those of ``read_structures``."""
     return read_structures(file, last=True)[0]
@@ -219,11 +323,22 @@ def label_keys(keys: list[str] | None) -> "LabelKeys":
     return LabelKeys(**names)
 
 
+def eager_potentials(
+    model: Path | list[Path], device: str, dtype: str, branch: str | None
+) -> "list[Potential]":
+    """Load the members of a committee, or the single model, for a command that never compiles."""
+    from dpa4.interfaces.loading import members_of
+
+    return [eager_potential(Path(str(member)), device, dtype, branch) for member in members_of(model)]
+
+
 def eager_potential(model: Path, device: str, dtype: str, branch: str | None) -> "Potential":
     """Load the potential for a command that never compiles, from the options of the command."""
     import torch
 
     from dpa4.potential import load_potential
+    from dpa4.potential.committee import single_model
     from dpa4.system import choose_device
 
+    model = single_model(model, "the command needs one of them")
     return load_potential(model, device=choose_device(device), dtype=getattr(torch, dtype), branch=branch)

@@ -5,9 +5,20 @@ from typing import Annotated
 
 import typer
 
-from dpa4.cli.options import Branch, Device, Dtype, Model, Output, console, eager_potential, user_errors
+from dpa4.cli.options import (
+    Branch,
+    Device,
+    Dtype,
+    Model,
+    Output,
+    console,
+    eager_potential,
+    one_model,
+    user_errors,
+)
 
 
+@one_model("pair curves show faults of one network, which a mean would hide; run the command for each member")
 def pairs(
     model: Model,
     output: Output = Path("pairs"),
@@ -24,7 +35,7 @@ def pairs(
     branch: Branch = None,
 ) -> None:
     """Compute energy, force and curvature of two isolated atoms over their distance, and flag problems."""
-    from dpa4.simulation.pair_curves import parse_pairs, scan_pairs
+    from dpa4.simulation.pair_curves import ADVICE, parse_pairs, scan_pairs
 
     with user_errors():
         chosen = None if pairs is None else parse_pairs(pairs)
@@ -32,6 +43,8 @@ def pairs(
         scan = scan_pairs(potential, output, chosen, start=start, step=step)
     for diagnosis in scan.flagged:
         console.print(f"{diagnosis.pair}: {', '.join(diagnosis.flags)}")
+    for flag in dict.fromkeys(flag for diagnosis in scan.flagged for flag in diagnosis.flags):
+        console.print(f"{flag}: {ADVICE[flag]}")
     console.print(
         f"{len(scan.flagged)} of {len(scan.curves)} pairs flagged; pairs.csv, pairs.json and figures are in "
         f"{output}/"

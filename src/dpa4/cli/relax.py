@@ -10,6 +10,7 @@ from dpa4.cli.options import (
     Model,
     ModelOptions,
     Output,
+    Overwrite,
     Resume,
     Steps,
     Structures,
@@ -19,6 +20,9 @@ from dpa4.cli.options import (
     user_errors,
     with_model_options,
 )
+
+MAX_PRINTED = 10
+"""Largest number of structures that could not be relaxed whose reasons are printed."""
 
 
 @with_model_options()
@@ -39,6 +43,7 @@ def relax(
     symmetry: Annotated[bool, typer.Option("--symmetry", help="Preserve the space group.")] = False,
     symprec: Symprec = 0.01,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     *,
     options: ModelOptions,
 ) -> None:
@@ -50,12 +55,19 @@ def relax(
         images = read_structures(structures)
         calculator = DPA4Calculator(model, **options)
         results = relax_all(
-            images, calculator, output, resume=resume, fmax=fmax, steps=steps, optimizer=optimizer, cell=cell,
-            pressure=pressure, symmetry=symmetry, symprec=symprec,
+            images, calculator, output, resume=resume, overwrite=overwrite, fmax=fmax, steps=steps,
+            optimizer=optimizer, cell=cell, pressure=pressure, symmetry=symmetry, symprec=symprec,
         )  # fmt: skip
+    failures = {number: result.failure for number, result in enumerate(results) if result.failure}
+    for number in list(failures)[:MAX_PRINTED]:
+        console.print(f"structure {number} not relaxed: {failures[number]}", highlight=False, soft_wrap=True)
+    if len(failures) > MAX_PRINTED:
+        console.print(f"{len(failures)} structures not relaxed; relax.csv has all reasons")
     converged = sum(result.converged for result in results)
     console.print(
         f"{converged} of {len(images)} structures converged; relaxed.xyz, relax.csv and relax.png are in {output}/"
     )
     if len(results) < len(images) or results[-1].interrupted:
         console.print("interrupted; continue with --resume")
+    elif len(failures) == len(images):
+        raise typer.Exit(1)

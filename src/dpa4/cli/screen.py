@@ -10,6 +10,7 @@ from dpa4.cli.options import (
     Model,
     ModelOptions,
     Output,
+    Overwrite,
     Resume,
     Steps,
     console,
@@ -42,6 +43,7 @@ def screen(
     rank: Rank = 0,
     world_size: WorldSize = 1,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     *,
     options: ModelOptions,
 ) -> None:
@@ -53,7 +55,7 @@ def screen(
         potential = DPA4Model(model, **options)
         result = run(
             structures, potential, output, fmax=fmax, steps=steps, cell=cell, pressure=pressure, max_edges=max_edges,
-            rank=rank, world_size=world_size, resume=resume,
+            rank=rank, world_size=world_size, resume=resume, overwrite=overwrite,
         )  # fmt: skip
     print_screening(result, output, rank, world_size, "run the command with --resume to continue")
 

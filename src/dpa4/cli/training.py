@@ -12,10 +12,12 @@ from dpa4.cli.options import (
     Keys,
     MaxAtoms,
     Model,
+    Overwrite,
     console,
-    eager_potential,
+    eager_potentials,
     label_keys,
     user_errors,
+    with_committee,
 )
 
 
@@ -33,31 +35,38 @@ def init(
         str | None,
         typer.Option(help="Model to start from, as listed in docs/models.md; without it, the data decide."),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Write a commented configuration file for a training run that suits the data."""
-    from dpa4.data.sampling import matching_paths, read_sample
+    from dpa4.data import find_sources
+    from dpa4.data.sampling import read_sample
+    from dpa4.output import atomic_write
     from dpa4.system import choose_device
     from dpa4.training import default_config_text, recipe_for, recipe_text, summary_of
     from dpa4.training.recipes import choice_table
 
     with user_errors():
-        if path.exists():
-            raise FileExistsError(f"{path} exists; choose another name or remove it")
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists; choose another name or replace it with --overwrite")
         if train is None and not Path("train.xyz").exists():
             text = default_config_text("train.xyz", preset or "mini")
             console.print(
                 "no --train and no train.xyz here: the file has the defaults, whatever the data are"
             )
         else:
-            files = matching_paths(train or ["train.xyz"])
-            summary = summary_of(read_sample(files))
+            entries = train or ["train.xyz"]
+            sources = find_sources(entries)
+            if sources.searched:
+                console.print(sources.text, soft_wrap=True)
+            summary = summary_of(read_sample(sources.paths))
             device = choose_device("auto").type
             choice = recipe_for(summary, device, preset)
-            text = recipe_text(files, choice)
+            text = recipe_text(entries, choice)
             console.print(choice_table(summary, choice, device))
             for warning in choice.warnings:
                 console.print(f"note: {warning}")
-        path.write_text(text, encoding="utf-8")
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     console.print(f"wrote {path}; edit it, then run: dpa4 train {path}")
 
 
@@ -71,18 +80,55 @@ def train(
     new_data: Annotated[
         bool, typer.Option("--new-data", help="With --resume: continue on other data than before.")
     ] = False,
+    dry: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Do ten steps and print the time and memory of the run; write nothing."
+        ),
+    ] = False,
+    committee: Annotated[
+        int | None,
+        typer.Option(
+            help="Train this many models with different seeds and splits, in the folders member-0, member-1, ..."
+        ),
+    ] = None,
+    at_once: Annotated[
+        int | None,
+        typer.Option(help="Members of a committee trained at the same time; by default one after the other."),
+    ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Train a potential."""
-    from dpa4.training import load_run_config
+    """Train a potential, or a committee of potentials."""
+    from dpa4.training import dry_run, load_run_config, train_committee
     from dpa4.training import train as run
 
     with user_errors():
-        run(load_run_config(config, set_ or []), resume=resume, new_data=new_data, console=console)
+        if at_once is not None and committee is None:
+            raise ValueError(
+                f"--at-once {at_once} is for the members of a committee; give --committee as well"
+            )
+        options = load_run_config(config, set_ or [])
+        if dry and (resume or new_data):
+            raise ValueError("--dry-run estimates a new run; leave out --resume and --new-data")
+        if dry:
+            if committee is not None:
+                console.print(f"estimate of one of {committee} members:", highlight=False)
+            console.print(dry_run(options, console))
+        elif committee is None:
+            run(options, resume=resume, new_data=new_data, overwrite=overwrite, console=console)
+        else:
+            train_committee(
+                options, committee, at_once=at_once or 1, resume=resume, new_data=new_data, overwrite=overwrite,
+                console=console,
+            )  # fmt: skip
 
 
+@with_committee
 def evaluate_command(
     model: Model,
-    data: Annotated[list[Path], typer.Argument(help="Labelled structures.")],
+    data: Annotated[
+        list[Path], typer.Argument(help="Labelled structures: files, folders or patterns, as for data.train.")
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for table, plots and predictions.")
     ] = Path("eval"),
@@ -92,18 +138,33 @@ def evaluate_command(
     dtype: Dtype = "float32",
     branch: Branch = None,
 ) -> None:
-    """Compare predictions with labels; write an error table, parity plots and predictions as extxyz."""
-    from dpa4.data import read_frames, warn_of_implausible_labels, without_isolated_atoms
+    """Compare predictions with labels; write error tables, parity plots, predictions and the worst structures.
+
+    Of several models the mean is compared; a plot shows how their deviation is related to its error.
+    """
+    from dpa4.data import find_sources, read_frames, warn_of_implausible_labels, without_isolated_atoms
     from dpa4.training import evaluate
+    from dpa4.training.calibration import calibration_lines
+    from dpa4.training.errors import worst_table
 
     with user_errors():
-        potential = eager_potential(model, device, dtype, branch)
-        frames = read_frames(data, label_keys(keys))
+        potentials = eager_potentials(model, device, dtype, branch)
+        sources = find_sources(data)
+        if sources.searched:
+            console.print(sources.text, soft_wrap=True)
+        frames = read_frames(sources, label_keys(keys))
         if implausible := warn_of_implausible_labels(without_isolated_atoms(frames)):
             console.print(implausible)
-        table = evaluate(potential, frames, max_atoms=max_atoms, output=output, device=potential.device)
+        name = f"{len(potentials)} models" if len(potentials) > 1 else model
+        table = evaluate(
+            potentials, frames, max_atoms=max_atoms, output=output, device=potentials[0].device, model=name
+        )
     if table.rows:
-        console.print(table.to_rich())
-        console.print(f"table, plots and predictions are in {output}/")
+        console.print(table.to_rich(), highlight=False)
+        console.print("the structures with the largest errors, also in worst.xyz:", highlight=False)
+        console.print(worst_table(table.worst), highlight=False)
+        for line in calibration_lines(output):
+            console.print(f"deviation of the committee, {line}", highlight=False)
+        console.print(f"tables, plots and predictions are in {output}/")
     else:
         console.print(f"no structure has a label, so there are no errors; predictions are in {output}/")

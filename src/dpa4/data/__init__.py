@@ -18,6 +18,7 @@ from dpa4.data.references import (
     undetermined_text,
     without_isolated_atoms,
 )
+from dpa4.data.sources import Sources, find_sources
 from dpa4.data.summary import (
     check_elements,
     check_labels,
@@ -34,12 +35,14 @@ __all__ = [
     "Frame",
     "FrameDataset",
     "LabelKeys",
+    "Sources",
     "charges_and_spins",
     "check_elements",
     "check_labels",
     "check_trained",
     "coverage_of",
     "digest",
+    "find_sources",
     "frame_from_atoms",
     "implausible_labels",
     "is_isolated_atom",

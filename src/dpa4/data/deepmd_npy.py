@@ -14,9 +14,9 @@ from dpa4.data.labels import checked_frame
 from dpa4.data.unpacking import open_text
 
 
-def find_systems(directory: Path) -> list[Path]:
-    """Find all systems at or below a directory, sorted: the directories that contain ``type.raw``."""
-    return sorted(file.parent for file in directory.rglob("type.raw"))
+def is_system(directory: Path) -> bool:
+    """Return whether a directory is a system: it contains ``type.raw``."""
+    return (directory / "type.raw").is_file()
 
 
 def read_system(system: Path) -> Iterator[Frame]:

@@ -39,6 +39,11 @@ class Frame:
         """Number of atoms."""
         return len(self.atomic_numbers)
 
+    @property
+    def volume(self) -> float:
+        """Volume of the cell in Angstrom^3; 0 unless the structure is periodic along all three axes."""
+        return abs(float(np.linalg.det(self.cell))) if self.pbc.all() else 0.0
+
 
 def file_of(origin: str) -> str:
     """File of a structure, such as "train.xyz" from the origin "train.xyz, frame 12"; "" if there is none."""

@@ -28,6 +28,7 @@ USUAL_VIRIAL = (
     20.0  # eV/atom; a larger median of a file is implausible: 200 GPa at 16 cubic Angstrom per atom
 )
 USUAL_BINDING = 20.0  # eV/atom; a larger median distance from the reference energies is implausible
+FEW = 12  # structures; files with fewer are examined together
 COMPARED_FRAMES = 4096  # of all files together, for finite differences
 
 _HARTREE, _RYDBERG = units.Hartree, units.Rydberg
@@ -70,7 +71,7 @@ STRESS_FACTORS = {
 
 
 class Finding(NamedTuple):
-    """Labels of one file that look wrong."""
+    """Labels of one file, or of several small ones, that look wrong."""
 
     label: str  # "energy", "forces" or "stress"
     structures: int  # number of structures concerned
@@ -107,19 +108,28 @@ class _Maxima(NamedTuple):
 def implausible_labels(frames: Sequence[Frame]) -> list[Finding]:
     """Find labels that look wrong, file by file; the labels are not changed.
 
+    Files with fewer than ``FEW`` structures, such as outputs of single calculations, are examined together.
+
     Args:
         frames: Structures without free atoms.
     """
-    files: dict[str, list[int]] = defaultdict(list)
-    for index, frame in enumerate(frames):
-        files[file_of(frame.origin)].append(index)
+    files = _by_file(frames)
     deviations = _energy_deviations(frames)
     compared = min(512, max(32, COMPARED_FRAMES // max(len(files), 1)))
     return [
         finding
-        for indices in files.values()
+        for indices in files
         for finding in _in_file([frames[i] for i in indices], deviations[indices], compared)
     ]
+
+
+def _by_file(frames: Sequence[Frame]) -> list[list[int]]:
+    """Indices of the structures of each file, and of all small files together."""
+    files: dict[str, list[int]] = defaultdict(list)
+    for index, frame in enumerate(frames):
+        files[file_of(frame.origin)].append(index)
+    small = sorted(index for indices in files.values() if len(indices) < FEW for index in indices)
+    return [indices for indices in files.values() if len(indices) >= FEW] + ([small] if small else [])
 
 
 def warn_of_implausible_labels(frames: Sequence[Frame]) -> Table | None:

@@ -1,18 +1,23 @@
 """Readers of structures and labels; all data files are read here."""
 
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import ase.io
 from ase import Atoms
-from ase.io.formats import PEEK_BYTES, filetype, ioformats
+from ase.io.formats import ioformats
+from ase.io.vasp import iread_vasp_out
 
 from dpa4.data.ase_json import check_trajectory
+from dpa4.data.convergence import Steps, ionic_steps
 from dpa4.data.databases import is_database, read_database
-from dpa4.data.deepmd_npy import find_systems, read_system
+from dpa4.data.deepmd_npy import is_system, read_system
 from dpa4.data.extxyz import ISOTOPES, read_extxyz
+from dpa4.data.formats import EXTXYZ, OUTCAR, POSCAR, TRAJECTORY, format_of, vasp_output
 from dpa4.data.frame import Frame, check_structure
 from dpa4.data.labels import (
     USUAL_KEYS,
@@ -23,56 +28,184 @@ from dpa4.data.labels import (
     label_names,
     warn_of_two_sources,
 )
-from dpa4.data.unpacking import archive_members, as_text, encoding_of, open_binary, reason
-from dpa4.system import user_path
+from dpa4.data.references import is_group_of_atoms
+from dpa4.data.sources import Sources, find_sources
+from dpa4.data.unpacking import archive_members, as_text, open_binary, reason, size_limit
 
-_EXTXYZ, _TRAJECTORY, _POSCAR = "extxyz", "traj", ("vasp", "vasp-xdatcar")  # ASE's names of the formats
+_SHORTEST_LINE = 20  # bytes of the line of an atom, k-point or band in an OUTCAR
 
 
-def read_frames(paths: str | Path | Sequence[str | Path], keys: LabelKeys = USUAL_KEYS) -> list[Frame]:
-    """Read every structure of one or more files or directories.
+class Skipped(NamedTuple):
+    """Structure of a file that is left out, or the unreadable rest of the file, and the reason."""
+
+    path: Path
+    number: int | None  # of the structure in the file; None for the rest of the file
+    reason: str
+
+
+class Content(NamedTuple):
+    """Labelled structures of one file or deepmd-kit system."""
+
+    frames: list[Frame]
+    skipped: list[Skipped]
+    names: set[str]  # entries of the structures, by which labels can be named
+    referenced: list[bool]  # whether each structure has an entry REF_*; [] for deepmd-kit systems
+
+
+def read_frames(
+    paths: str | Path | Sequence[str | Path] | Sources, keys: LabelKeys = USUAL_KEYS
+) -> list[Frame]:
+    """Read every structure of one or more files, folders or patterns such as ``runs/*/OUTCAR``.
 
     Files may have any format that ASE reads (extended XYZ, trajectories, VASP and other outputs), also compressed
     (``.gz``, ``.bz2``, ``.xz``), be ASE databases (``.db``, ``.json``, ``.aselmdb``), or ``.zip`` archives of
-    extended XYZ files. Directories may contain deepmd-kit npy systems at any depth, or ``.aselmdb`` shards.
+    extended XYZ files. Folders are searched at any depth, see ``dpa4.data.sources.find_sources``.
 
     Labels are in eV and Angstrom. Without ``keys`` they are searched as ``REF_energy``, ``REF_forces``,
     ``REF_stress``, ``REF_virial(s)``, otherwise in the calculator's results and under the plain names. A virial is
     -dE/dstrain in eV; a stress is in eV/Angstrom^3 in ASE's sign (tensile positive) and is converted to the
     virial -volume * stress. The energy is preferred to the free energy.
 
+    Ionic steps of VASP whose electronic loop did not converge are left out, with a warning.
+
     Args:
-        paths: A path, or several that are read in order.
+        paths: A path or pattern, or several that are read in order; or what ``find_sources`` found behind them.
         keys: Names of labels that differ from the usual ones. Each must occur in at least one structure of
             all paths together. deepmd-kit directories have fixed names.
 
     Raises:
-        FileNotFoundError: If a path does not exist.
+        FileNotFoundError: If a path does not exist, or nothing matches a pattern.
         ValueError: If a file cannot be read or has no structure, a label is malformed or not finite, labels of a
-            structure may belong to different calculations, or a named label is in no structure.
+            structure may belong to different calculations, a named label is in no structure, or a folder has
+            nothing to read.
     """
-    sources = [user_path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
+    sources = paths if isinstance(paths, Sources) else find_sources(paths)
     frames: list[Frame] = []
+    skipped: list[Skipped] = []
     found: set[str] = set()
-    for path in sources:
-        before = len(frames)
-        if not path.exists():
-            raise FileNotFoundError(f"no such file or directory: {path}")
-        if path.is_dir() and (systems := find_systems(path)):
-            for system in systems:
-                frames += read_system(system)
-        else:
-            references = []
-            for origin, atoms in read_atoms(path):
-                frames.append(frame_from_atoms(atoms, keys, group=path.stem, origin=origin))
-                found |= label_names(atoms)
-                references.append(has_reference_labels(atoms))
-            if keys == USUAL_KEYS:
-                warn_of_two_sources(path, frames[before:], references)
-        if len(frames) == before:
+    for path in sources.paths:
+        try:
+            content = read_content(path, keys)
+        except ValueError as error:
+            advice = "; remove the file, or let dpa4 data collect leave out what is unusable"
+            raise ValueError(f"{error}{advice if sources.searched else ''}") from error
+        if not (content.frames or content.skipped):
             raise ValueError(f"{path} has no structure")
-    check_keys(keys, found, ", ".join(map(str, sources)))
+        if keys == USUAL_KEYS and content.referenced:
+            warn_of_two_sources(path, content.frames, content.referenced)
+        frames += content.frames
+        skipped += content.skipped
+        found |= content.names
+    names = ", ".join(map(str, sources.paths))
+    if skipped and not frames:
+        raise ValueError(f"no structure to use in {names}; left out: {'; '.join(skipped_lines(skipped, 3))}")
+    check_keys(keys, found, names)
+    if skipped:
+        warnings.warn(f"left out: {'; '.join(skipped_lines(skipped, 3))}", stacklevel=2)
     return frames
+
+
+def read_content(path: Path, keys: LabelKeys = USUAL_KEYS, *, tolerant: bool = False) -> Content:
+    """Read the labelled structures of one file or deepmd-kit system.
+
+    Args:
+        path: The file or system.
+        keys: Names of labels that differ from the usual ones.
+        tolerant: Put structures without labels or with malformed ones, and what follows an unreadable place of the
+            file, into ``skipped`` instead of raising an error.
+
+    Raises:
+        OSError, ValueError: Unless ``tolerant`` is true; as in ``read_frames``.
+    """
+    content = Content([], [], set(), [])
+    try:
+        if is_system(path):
+            content.frames.extend(read_system(path))
+        else:
+            _read_into(content, path, keys, tolerant)
+    except (OSError, ValueError) as error:
+        if not tolerant:
+            raise
+        content.skipped.append(Skipped(path, None, _without_name(str(error), path)))
+    return _with_labels(content, path) if tolerant else content
+
+
+def _read_into(content: Content, path: Path, keys: LabelKeys, tolerant: bool) -> None:
+    """Add structures and what is left out of a file."""
+    steps = _steps(path)
+    group = group_of(path)
+    for number, (origin, atoms) in enumerate(read_atoms(path)):
+        if reason := steps.unconverged.get(number):
+            content.skipped.append(Skipped(path, number, reason))
+            continue
+        try:
+            frame = frame_from_atoms(atoms, keys, group, origin)
+        except ValueError as error:
+            if not tolerant:
+                raise
+            content.skipped.append(Skipped(path, number, _without_name(str(error), path)))
+            continue
+        content.frames.append(frame)
+        content.names.update(label_names(atoms))
+        content.referenced.append(has_reference_labels(atoms))
+    if steps.unfinished:
+        content.skipped.append(Skipped(path, None, steps.unfinished))
+
+
+def _with_labels(content: Content, path: Path) -> Content:
+    """Content whose structures without any label are moved to those left out."""
+    bare = [frame.energy is frame.forces is frame.virial is None for frame in content.frames]
+    if not any(bare):
+        return content
+    lost = Skipped(path, None, f"{sum(bare)} without energy, forces and stress")
+    frames = [frame for frame, without in zip(content.frames, bare, strict=True) if not without]
+    return content._replace(frames=frames, skipped=[*content.skipped, *[lost] * sum(bare)])
+
+
+def _steps(path: Path) -> Steps:
+    try:
+        return ionic_steps(path)
+    except Exception:  # the reader of the structures fails as well, and says more
+        return Steps({}, None)
+
+
+def group_of(path: Path) -> str:
+    """Group of the structures of a file: its name or, for parts of a database and outputs of VASP, that of a folder.
+
+    Folders that only number the runs of VASP are passed over. The folder isolated_atom is the group of runs in its
+    folders, one for each element.
+    """
+    if path.suffix == ".aselmdb" and len(list(path.absolute().parent.glob("*.aselmdb"))) > 1:
+        return path.absolute().parent.name
+    if vasp_output(path) is None:
+        return path.stem
+    folders = path.absolute().parts[-2::-1]
+    if len(folders) > 1 and is_group_of_atoms(folders[1]):
+        return folders[1]
+    return next((name for name in folders if not name.isdecimal()), path.stem)
+
+
+def skipped_lines(skipped: Sequence[Skipped], limit: int) -> list[str]:
+    """Describe structures that are left out, one line per file and reason, and at most ``limit`` lines and a rest."""
+    numbers: dict[tuple[Path, str], list[int]] = {}
+    for entry in skipped:
+        own = numbers.setdefault((entry.path, entry.reason), [])
+        own += [] if entry.number is None else [entry.number]
+    lines = [f"{path}{_frames(found)}: {text}" for (path, text), found in numbers.items()]
+    rest = len(lines) - limit
+    return lines if rest <= 0 else [*lines[:limit], f"and {rest} more"]
+
+
+def _frames(numbers: Sequence[int]) -> str:
+    if not numbers:
+        return ""
+    shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+    return f", frame{'s' if len(numbers) > 1 else ''} {shown}"
+
+
+def _without_name(message: str, path: Path) -> str:
+    """Message without the name of the file at its start."""
+    return message.removeprefix(str(path)).lstrip(" :,")
 
 
 def read_atoms(path: Path, last: bool = False) -> Iterator[tuple[str, Atoms]]:
@@ -139,44 +272,35 @@ def _read_file(path: Path, last: bool) -> Iterator[tuple[str, Atoms]]:
         if path.stat().st_size == 0:
             return
         with open_binary(path) as file:
-            name = _format_of(file, path)
+            name = format_of(file, path)
         kind = ioformats[name]
         source = str(path) if kind.single else f"{path}, frame 0"
         with open_binary(path) as file:
-            if name == _EXTXYZ:
+            if name == EXTXYZ:
                 yield from read_extxyz(as_text(file), str(path), last)
                 return
-            if name == _TRAJECTORY:
+            if name == TRAJECTORY:
                 check_trajectory(file)
-            elif name in _POSCAR:
+            elif name in POSCAR:
                 _check_counts(file)
+            elif name == OUTCAR:
+                _check_sizes(file, size_limit(path))
             # A format that needs the file itself gets an absolute path. ASE takes relative names such as postgres.dat
             # for addresses of databases.
             opened = (file if kind.isbinary else as_text(file)) if kind.acceptsfd else str(path.absolute())
-            images = ase.io.iread(opened, -1 if last else ":", name, do_not_split_by_at_sign=True)
+            which = -1 if last else ":"
+            if (
+                name == OUTCAR
+            ):  # ase.io.iread reads all ionic steps first, and none if one of them is malformed
+                images = iread_vasp_out(opened, which)
+            else:
+                images = ase.io.iread(opened, which, name, do_not_split_by_at_sign=True)
             for number, atoms in enumerate(images):
                 source = f"{path}, last frame" if last else f"{path}, frame {number}"
                 yield source, atoms
                 source = f"{path}, frame {number + 1}"
     except Exception as error:  # ASE's readers raise many kinds of errors
         raise _unreadable(source, path, "by ASE", error) from error
-
-
-def _format_of(file: io.BufferedReader, path: Path) -> str:
-    """Name of a file's format, from its name and the first bytes without byte-order mark."""
-    head = file.read(PEEK_BYTES)
-    if (encoding := encoding_of(head)) != "utf-8":
-        head = head.decode(encoding, errors="ignore").encode()
-    name = ""
-    for guess in (
-        True,
-        False,
-    ):  # ASE may guess a format that does not exist from a suffix such as that of run.xyz@0
-        start = io.BytesIO(head)
-        start.name = str(path.absolute())  # type: ignore[attr-defined]
-        if (name := filetype(start, guess=guess)) in ioformats:
-            break
-    return name
 
 
 def _check_counts(file: io.BufferedReader) -> None:
@@ -195,6 +319,30 @@ def _check_counts(file: io.BufferedReader) -> None:
         raise ValueError(
             f"{declared:,} atoms are declared, but only {lines:,} lines follow; complete the file"
         )
+    file.seek(0)
+
+
+def _check_sizes(file: io.BufferedReader, size: int) -> None:
+    """Check that an OUTCAR can hold the atoms, k-points and bands that its head declares, and go back to the start.
+
+    ASE allocates memory for all of them first.
+
+    Args:
+        file: The file.
+        size: Number of bytes that it can have at most.
+
+    Raises:
+        ValueError: If a line for each would not fit.
+    """
+    names = (b"ions per type", b"NKPTS")
+    for line in takewhile(lambda line: b"Iteration" not in line, file):
+        if any(name in line for name in names):
+            largest = max((int(word[:20]) for word in line.split() if word.isdigit()), default=0)
+            if largest * _SHORTEST_LINE > size:
+                raise ValueError(
+                    f"{largest:,} atoms, k-points or bands are declared, more than the file can hold: "
+                    f"{line.strip()[:80].decode(errors='replace')!r}"
+                )
     file.seek(0)
 
 

@@ -15,8 +15,12 @@ ISOLATED_GROUPS = ("isolatedatom", "isolatedatoms")
 
 def is_isolated_atom(frame: Frame) -> bool:
     """Return whether a frame is a free atom: one atom, non-periodic or with config_type IsolatedAtom."""
-    labelled = frame.group.lower().replace("_", "") in ISOLATED_GROUPS
-    return len(frame) == 1 and (labelled or not frame.pbc.any())
+    return len(frame) == 1 and (is_group_of_atoms(frame.group) or not frame.pbc.any())
+
+
+def is_group_of_atoms(name: str) -> bool:
+    """Return whether a config_type or folder is that of free atoms, such as IsolatedAtom."""
+    return name.lower().replace("_", "") in ISOLATED_GROUPS
 
 
 def without_isolated_atoms(frames: Sequence[Frame]) -> list[Frame]:

@@ -1,16 +1,15 @@
 """Part of the training data read in a bounded time, to choose options before a run."""
 
-import glob
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dpa4.data.deepmd_npy import find_systems, read_system
+from dpa4.data.deepmd_npy import read_system
+from dpa4.data.formats import vasp_output
 from dpa4.data.frame import Frame
 from dpa4.data.labels import USUAL_KEYS, frame_from_atoms
-from dpa4.data.readers import read_atoms
-from dpa4.system import user_path
+from dpa4.data.readers import group_of, read_atoms, read_content
 
 MAX_STRUCTURES = 20_000
 """Number of structures after which reading stops."""
@@ -33,22 +32,6 @@ class Sample(NamedTuple):
     complete: bool
 
 
-def matching_paths(patterns: Sequence[str]) -> list[Path]:
-    """Existing paths that match names or patterns such as ``data/*.xyz``, without repetitions.
-
-    Raises:
-        FileNotFoundError: If nothing matches one of them.
-    """
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        path = user_path(pattern)
-        matches = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path)))]
-        if not matches:
-            raise FileNotFoundError(f"no such file or directory: {pattern}")
-        found |= dict.fromkeys(matches)
-    return list(found)
-
-
 def read_sample(
     paths: Sequence[Path], max_structures: int = MAX_STRUCTURES, max_seconds: float = MAX_SECONDS
 ) -> Sample:
@@ -59,7 +42,7 @@ def read_sample(
     are counted, so the number is a lower bound.
 
     Args:
-        paths: Files or folders of any format of ``read_frames``.
+        paths: Files and deepmd-kit systems, as from ``find_sources``.
         max_structures: Number of structures to read at most.
         max_seconds: Time to read at most, in seconds.
 
@@ -80,20 +63,21 @@ def read_sample(
                 whole = False
                 break
             frames.append(frame)
-        if len(frames) == before:
-            raise ValueError(f"{path} has no structure")
         complete &= whole
         structures += len(frames) - before if whole else _structures_in(path, frames[before:])
+    if not frames:
+        raise ValueError(f"{', '.join(map(str, paths))}: no structure that can be used")
     return Sample(frames, structures, complete)
 
 
 def _frames(path: Path) -> Iterator[Frame]:
-    if path.is_dir() and (systems := find_systems(path)):
-        for system in systems:
-            yield from read_system(system)
-        return
-    for origin, atoms in read_atoms(path):
-        yield frame_from_atoms(atoms, USUAL_KEYS, group=path.stem, origin=origin)
+    if path.is_dir():
+        yield from read_system(path)
+    elif vasp_output(path) is not None:  # small, and steps that did not converge are left out
+        yield from read_content(path).frames
+    else:
+        for origin, atoms in read_atoms(path):
+            yield frame_from_atoms(atoms, USUAL_KEYS, group=group_of(path), origin=origin)
 
 
 def _structures_in(path: Path, frames: Sequence[Frame]) -> int:

@@ -38,14 +38,19 @@ def unpacked_limit(packed: int) -> int:
     return max(ALWAYS_ALLOWED, HIGHEST_RATIO * packed)
 
 
+def size_limit(path: Path) -> int:
+    """Largest allowed number of bytes of a file after unpacking; of a file that is not compressed its size."""
+    size = path.stat().st_size
+    return unpacked_limit(size) if path.suffix.lower() in _OPENERS else size
+
+
 @contextmanager
 def open_binary(path: Path) -> Iterator[io.BufferedReader]:
     """Open a file that may be compressed with gzip, bzip2 or xz.
 
     Reading raises a ValueError beyond ``unpacked_limit`` of the file's size.
     """
-    size, opener = path.stat().st_size, _OPENERS.get(path.suffix.lower())
-    limit = size if opener is None else unpacked_limit(size)
+    opener, limit = _OPENERS.get(path.suffix.lower()), size_limit(path)
     with (opener or open)(path, "rb") as file:
         yield _BoundedReader(_LimitedStream(file, str(path), limit), 2**20)
 

@@ -4,6 +4,8 @@ import logging
 import time
 from collections.abc import Callable
 
+import torch
+
 from dpa4.execution import limits
 from dpa4.execution.padding import replayed_size
 from dpa4.graph import Graph, first_atoms
@@ -41,6 +43,11 @@ class Evaluator:
         self._keeps_results = True  # false once a variant that stores intermediates has deviated
         self._compared: set[int] = set()  # indices of the policies that were compared with eager mode
         self._call: Callable[[Graph], Prediction] = potential.__call__
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the potential."""
+        return self.potential.device
 
     @own_settings
     def __call__(self, graph: Graph) -> Prediction:

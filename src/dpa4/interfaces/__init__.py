@@ -1,4 +1,4 @@
-"""Engines that run a potential: ASE, TorchSim, LAMMPS (`fix external` and ML-IAP), with dispersion on top.
+"""Engines that run a potential: ASE, TorchSim, nvalchemi, LAMMPS (`fix external`, ML-IAP); dispersion on top.
 
 Each name is imported at its first use.
 """

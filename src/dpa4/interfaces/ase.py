@@ -1,7 +1,6 @@
 """ASE calculator for one potential or a committee of them."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,8 +16,9 @@ from dpa4.data.charge_spin import same_charge_spin, unused_names, warn_of_unused
 from dpa4.execution.evaluator import Evaluator
 from dpa4.graph import SKIN, Graph, SkinnedNeighbors, within_cutoff
 from dpa4.interfaces.coverage_monitor import CoverageMonitor
-from dpa4.interfaces.loading import Model, charge_spin_of, load_model
-from dpa4.potential import Potential, fingerprint_of
+from dpa4.interfaces.loading import Model, calculators_in, charge_spin_of, load_model, members_of
+from dpa4.output import html_table
+from dpa4.potential.committee import add_deviations, fingerprint_of_committee
 from dpa4.potential.precision import Precision
 from dpa4.system import Lock, choose_device, own_settings
 
@@ -53,6 +53,9 @@ class DPA4Calculator(Calculator):
     2S + 1 from ``atoms.info["spin"]``; docs/conventions.md lists further names. Changing either triggers a new
     calculation.
 
+    ``parameters`` holds the fingerprint of the model (``model``), ``dtype``, ``precision`` and ``branch``. ASE's
+    databases store them with the results.
+
     If the checkpoint describes its training data, the calculator warns once about elements absent from these data,
     and once about atoms closer together than in these data.
 
@@ -83,8 +86,8 @@ class DPA4Calculator(Calculator):
         """Load the models.
 
         Args:
-            model: Checkpoint file (native or deepmd-kit), a ``Potential``, which is copied, or a list of these for a
-                committee.
+            model: Checkpoint file (native or deepmd-kit) or a ``Potential``, which is copied. For a committee: a list
+                of these, or the output folder of ``dpa4 train --committee``.
             device: Device for the computation, such as "cpu" or "cuda". "auto" selects a GPU if one is available.
             dtype: Precision of the network. Energies are summed in float64 in either case.
             branch: Branch of a multitask deepmd-kit checkpoint.
@@ -106,9 +109,7 @@ class DPA4Calculator(Calculator):
         self._lock = Lock()
         if not 0 <= neighbor_skin < np.inf:
             raise ValueError(f"neighbor_skin must be a distance >= 0 in Angstrom, got {neighbor_skin}")
-        models = [model] if isinstance(model, str | Path | Potential) else list(model)
-        if not models:
-            raise ValueError("model is an empty list; give at least one checkpoint or potential")
+        models = members_of(model)
         self.device = choose_device(device)
         self.potentials = [load_model(m, self.device, dtype, precision, branch) for m in models]
         self._evaluators = [Evaluator(potential, compile) for potential in self.potentials]
@@ -126,6 +127,29 @@ class DPA4Calculator(Calculator):
         self._charge_spin: list[torch.Tensor] = []  # per model, (1, 2), for the checked structure
         self._conditioned = any(p.config.charge_spin for p in self.potentials)
         self._unused: set[str] = set()  # entries of atoms.info that were warned of
+        # ASE's databases and trajectories store the parameters beside the results.
+        self.parameters.update(fingerprint_of_calculator(self), branch=branch)
+
+    def _get_name(self) -> str:
+        """Name of the calculator in ASE's databases."""
+        return "dpa4"
+
+    def _repr_html_(self) -> str:
+        """Description for a notebook: models, device and precision."""
+        models = [
+            {
+                "elements": " ".join(potential.elements),
+                "cutoff": f"{potential.config.cutoff:g} Å",
+                "parameters": f"{sum(p.numel() for p in potential.model.parameters()):,}",
+                "fingerprint": fingerprint,
+            }
+            for potential, fingerprint in zip(self.potentials, self.parameters["model"].split(), strict=True)
+        ]
+        run = {name: str(self.parameters[name]) for name in ("dtype", "precision", "branch")}
+        run |= {"device": str(self.device), "results": ", ".join(self.implemented_properties)}
+        names = [f"Model {number}" if len(models) > 1 else "Model" for number in range(1, len(models) + 1)]
+        title = "DPA4 calculator" + (f", committee of {len(models)} models" if len(models) > 1 else "")
+        return html_table(title, {**dict(zip(names, models, strict=True)), "Calculation": run})
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Names of the properties in which a structure differs from that of the last calculation; [] if none.
@@ -236,11 +260,35 @@ class DPA4Calculator(Calculator):
 
 
 def labelled(atoms: Atoms) -> Atoms:
-    """Copy a structure with its current energy, forces and, if available, stress, and without other labels."""
+    """Copy a structure with its current energy, forces and, if available, stress, and without other labels.
+
+    The copy of a structure with a committee has the standard deviations as well: ``energy_std``, ``stress_std`` and
+    ``max_force_std``, the largest deviation of the force on an atom, in ``info``; ``forces_std`` in ``arrays``.
+    """
     results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(apply_constraint=False)}
     if atoms.pbc.all() and "stress" in atoms.calc.implemented_properties:
         results["stress"] = atoms.get_stress(apply_constraint=False)
-    return with_results(atoms, **results)
+    copy = with_results(atoms, **results)
+    if deviations := deviations_of(atoms.calc):
+        add_deviations(copy, **deviations)
+    return copy
+
+
+def deviations_of(calculator: Calculator) -> Results:
+    """Standard deviations in the last results of a committee: ``energy_std``, ``forces_std``, ``stress_std``.
+
+    A correction that is added to a committee, such as D3, does not change them. Other calculators have none: {}.
+    """
+    for part in calculators_in(calculator):
+        if isinstance(part, DPA4Calculator) and len(part.potentials) > 1:
+            return {f"{n}_std": part.results[f"{n}_std"] for n in _COMMITTEE if f"{n}_std" in part.results}
+    return {}
+
+
+def has_deviations(calculator: Calculator) -> bool:
+    """Return whether a calculator is a committee, or the sum of one and a correction."""
+    parts = [part for part in calculators_in(calculator) if isinstance(part, DPA4Calculator)]
+    return any(len(part.potentials) > 1 for part in parts)
 
 
 def fingerprint_of_calculator(calculator: Calculator) -> dict[str, str]:
@@ -252,10 +300,7 @@ def fingerprint_of_calculator(calculator: Calculator) -> dict[str, str]:
         The entries of ``fingerprint_of``; the digests of a committee are joined by spaces. Other calculators have no
         fingerprint: returns {}.
     """
-    if not isinstance(calculator, DPA4Calculator):
-        return {}
-    members = [fingerprint_of(potential) for potential in calculator.potentials]
-    return members[0] | {"model": " ".join(member["model"] for member in members)}
+    return fingerprint_of_committee(calculator.potentials) if isinstance(calculator, DPA4Calculator) else {}
 
 
 def _results(prediction: Any, volume: float | None) -> Results:

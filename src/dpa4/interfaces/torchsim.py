@@ -4,6 +4,7 @@ Supports TorchSim 0.6, which needs Python 3.12, and TorchSim 0.3, the last versi
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -18,9 +19,11 @@ from dpa4.data.charge_spin import (
     whole_numbers,
 )
 from dpa4.execution.evaluator import Evaluator
-from dpa4.graph import Graph, build_graph, collate, neighbor_list_torch
-from dpa4.interfaces.coverage_monitor import CoverageMonitor
-from dpa4.interfaces.loading import Model, load_model
+from dpa4.graph import Graph, within_cutoff
+from dpa4.interfaces.batches import BatchGraphs
+from dpa4.interfaces.loading import Model, load_model, members_of
+from dpa4.potential import Prediction
+from dpa4.potential.committee import check_one_charge_spin
 from dpa4.potential.precision import Precision
 from dpa4.system import Lock, choose_device, own_settings, require
 
@@ -34,7 +37,7 @@ EXTRAS = {"total_charge": CHARGE_NAMES, "total_spin": SPIN_NAMES}  # usual and a
 
 
 class DPA4Model(ModelInterface):
-    """TorchSim model with the energies, forces and stresses of a DPA4 potential.
+    """TorchSim model with the energies, forces and stresses of a DPA4 potential, or their means over a committee.
 
     States are in float64, whatever the precision of the network. Positions and energies of large structures need
     this precision, and it costs little.
@@ -47,8 +50,9 @@ class DPA4Model(ModelInterface):
     once about atoms closer together than in these data.
 
     Attributes:
-        potential: The potential.
-        cutoff: Cutoff of the potential, in Angstrom.
+        potential: The potential, or the first member of a committee.
+        potentials: All members.
+        cutoff: Cutoff of the potential, in Angstrom; the largest one of a committee.
         charge_spin: Charge and multiplicity of structures without these extras; None raises an error for them.
 
     Example:
@@ -62,7 +66,7 @@ class DPA4Model(ModelInterface):
     @own_settings
     def __init__(
         self,
-        model: Model,
+        model: Model | Sequence[Model],
         device: str | torch.device = "auto",
         dtype: Literal["float32", "float64"] = "float32",
         branch: str | None = None,
@@ -74,7 +78,8 @@ class DPA4Model(ModelInterface):
         """Load the model.
 
         Args:
-            model: Checkpoint file (native or deepmd-kit) or a ``Potential``, which is copied.
+            model: Checkpoint file (native or deepmd-kit) or a ``Potential``, which is copied. For a committee: a list
+                of these, or the output folder of ``dpa4 train --committee``.
             device: Device for the computation, such as "cpu" or "cuda". "auto" selects a GPU if one is available.
             dtype: Precision of the network.
             branch: Branch of a multitask deepmd-kit checkpoint.
@@ -96,15 +101,16 @@ class DPA4Model(ModelInterface):
         self._dtype = torch.float64
         self._compute_forces, self._compute_stress = compute_forces, compute_stress
         self._memory_scales_with = "n_edges" if COUNTS_EDGES else "n_atoms_x_density"
-        self.potential = load_model(model, self._device, dtype, precision, branch)
-        self.cutoff = self.potential.config.cutoff
+        self.potentials = [load_model(m, self._device, dtype, precision, branch) for m in members_of(model)]
+        check_one_charge_spin(self.potentials)
+        # Modules of this module, so that all weights are found where PyTorch looks for them.
+        self.potential, self._others = self.potentials[0], torch.nn.ModuleList(self.potentials[1:])
+        self.cutoff = max(p.config.cutoff for p in self.potentials)
         self.charge_spin = self.potential.config.default_charge_spin
-        self._evaluator = Evaluator(self.potential, compile)
+        self._evaluators = [Evaluator(potential, compile) for potential in self.potentials]
         self.last_graph: Graph | None = None  # of the latest call; saves a neighbour search after it
-        self._monitor = CoverageMonitor([self.potential.coverage], self._device)
+        self._graphs = BatchGraphs(self.potentials)
         self._unused: set[str] = set()  # extras of states that were warned of
-        # Atomic numbers and charge_spin that passed the check.
-        self._checked: tuple[Tensor, Tensor] | None = None
 
     @ModelInterface.compute_forces.setter
     def compute_forces(self, value: bool) -> None:
@@ -150,7 +156,8 @@ class DPA4Model(ModelInterface):
         Returns:
             ``energy`` (B,) in eV, ``energies`` of the atoms (N,) in eV, ``forces`` (N, 3) in eV/Angstrom, and
             ``stress`` (B, 3, 3) in eV/Angstrom^3, positive under tension. The stress is NaN unless the systems are
-            periodic along all three axes. All tensors are detached and have the dtype of the positions.
+            periodic along all three axes. All tensors are detached and have the dtype of the positions. A committee
+            has the standard deviations ``energy_std``, ``forces_std`` and ``stress_std`` as well.
 
         Raises:
             ValueError: If an element, a charge or a spin is not supported by the model; if a position is not finite
@@ -161,40 +168,37 @@ class DPA4Model(ModelInterface):
         periodic = torch.as_tensor(state.pbc, dtype=torch.bool).cpu().expand(3)
         with self._lock:  # graph and checks are stored between calls
             graph = self._graph(state, periodic)
-            prediction = self._evaluator(graph)
+            volume = torch.linalg.det(graph.cell).abs() if periodic.all() else graph.cell.new_tensor(math.nan)
+            cutoffs = [potential.config.cutoff for potential in self.potentials]
+            graphs = [graph if c == self.cutoff else within_cutoff(graph, c) for c in cutoffs]
+            members = [
+                self._results(evaluate(own), volume)
+                for evaluate, own in zip(self._evaluators, graphs, strict=True)
+            ]
+        results = members[0]
+        if len(members) > 1:
+            stacked = {name: torch.stack([member[name] for member in members]) for name in results}
+            results = {name: values.mean(0) for name, values in stacked.items()}
+            results |= {f"{n}_std": v.std(0, correction=0) for n, v in stacked.items() if n != "energies"}
+        return {name: values.to(state.positions.dtype) for name, values in results.items()}
+
+    def _results(self, prediction: Prediction, volume: Tensor) -> dict[str, Tensor]:
+        """Results of one member; ``volume`` (B,) in cubic Angstrom, NaN unless periodic."""
         results = {"energy": prediction.energy, "energies": prediction.atomic_energies}
         if self._compute_forces:
             results["forces"] = prediction.forces
         if self._compute_stress:
-            volume = torch.linalg.det(graph.cell).abs() if periodic.all() else graph.cell.new_tensor(math.nan)
             results["stress"] = -prediction.virial / volume.reshape(-1, 1, 1)
-        return {name: values.detach().to(state.positions.dtype) for name, values in results.items()}
+        return {name: values.detach() for name, values in results.items()}
 
     def _graph(self, state: Any, periodic: Tensor) -> Graph:
-        """Build the graph of all systems on the device, and check the structures.
-
-        Elements, charges and spins are checked only when they have changed since the last call.
-        """
+        """Build the graph of all systems on the device, and check the structures."""
         numbers, structure = state.atomic_numbers.long(), state.system_idx.long()
         positions, cell = state.positions.double(), state.row_vector_cell.double().contiguous()
         charge_spin = self._charges_and_spins(state, len(cell))
-        if positions.is_cuda:
-            pbc = periodic.expand(len(cell), 3)
-            edges = neighbor_list_torch(positions, cell, pbc, self.cutoff, structure)
-            graph = Graph(numbers, positions, cell, structure, *edges, charge_spin)
-        else:
-            sizes = structure.bincount(minlength=len(cell)).tolist()
-            systems = zip(numbers.split(sizes), positions.split(sizes), cell, strict=True)
-            graphs = [build_graph(z, r, rows, periodic, self.cutoff) for z, r, rows in systems]
-            graph = collate(graphs)._replace(charge_spin=charge_spin)
+        pbc = periodic.expand(len(cell), 3)
+        graph = self._graphs.build(numbers, positions, cell, pbc, structure, charge_spin)
         self.last_graph = graph
-        known = self._checked
-        if known is None or not (torch.equal(numbers, known[0]) and torch.equal(charge_spin, known[1])):
-            self.potential.check(graph)
-            self._monitor.elements(numbers)
-            self._checked = numbers.clone(), charge_spin
-        self._monitor.look(graph)
-        self._monitor.report()  # now, because no later step waits for the device
         return graph
 
     def _charges_and_spins(self, state: Any, systems: int) -> Tensor:

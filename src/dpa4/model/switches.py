@@ -5,7 +5,7 @@ or a number where the long one is meant.
 """
 
 from dataclasses import astuple, dataclass
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import (
     Field,
@@ -19,6 +19,8 @@ from pydantic import (
 )
 
 from dpa4.parsing import shown
+
+T = TypeVar("T")
 
 MAX_EXPONENT = 64
 
@@ -70,13 +72,8 @@ def read_edge_norm(value: Any) -> EdgeNorm:
     """
     if isinstance(value, EdgeNorm):
         return value
-    try:
-        found = _NORMS.validate_python(value)
-    except ValidationError:
-        raise ValueError(
-            "model.edge_norm must be true, false, or a list of three of these for radial features, FiLM and focus, "
-            f"got {shown(value)}"
-        ) from None
+    allowed = "true, false, or a list of three of these for radial features, FiLM and focus"
+    found = _validated(_NORMS, value, "edge_norm", allowed)
     return EdgeNorm(*found) if isinstance(found, tuple) else EdgeNorm(found, found, found)
 
 
@@ -88,14 +85,17 @@ def read_envelope_exponents(value: Any) -> EnvelopeExponents:
     """
     if isinstance(value, EnvelopeExponents):
         return value
-    try:
-        found = _EXPONENTS.validate_python(value)
-    except ValidationError:
-        raise ValueError(
-            f"model.env_exp must be a positive whole number, at most {MAX_EXPONENT}, or a list of two of these, got "
-            f"{shown(value)}"
-        ) from None
+    allowed = f"a positive whole number, at most {MAX_EXPONENT}, or a list of two of these"
+    found = _validated(_EXPONENTS, value, "env_exp", allowed)
     return EnvelopeExponents(*found) if isinstance(found, tuple) else EnvelopeExponents(None, found)
+
+
+def _validated(adapter: TypeAdapter[T], value: Any, option: str, allowed: str) -> T:
+    """Validate the value of an option; the error says what is allowed."""
+    try:
+        return adapter.validate_python(value)
+    except ValidationError:
+        raise ValueError(f"model.{option} must be {allowed}, got {shown(value)}") from None
 
 
 def _plain_norms(norms: EdgeNorm) -> bool | tuple[bool, ...]:

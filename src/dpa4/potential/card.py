@@ -15,8 +15,10 @@ from dpa4.model.presets import DEEPMD_PRESETS, closest_preset, generation, prese
 from dpa4.model.shapes import ParameterCount, count_parameters
 from dpa4.ops import available
 from dpa4.ops.layout import EdgeLayout
+from dpa4.output import html_table
 from dpa4.parsing import printable
 from dpa4.potential.checkpoint import read_checkpoint
+from dpa4.potential.model_file import WEIGHTS
 from dpa4.system import user_path
 
 UNITS = "energy eV, length Å, forces eV/Å, virial eV (-dE/dstrain), stress eV/Å³ (tensile positive)"
@@ -43,6 +45,10 @@ class ModelCard:
             )
         return "\n\n".join(blocks) + "\n"
 
+    def _repr_html_(self) -> str:
+        """The card as a table for a notebook."""
+        return html_table(self.title, self.sections)
+
     def __rich__(self) -> Table:
         """The card as a table for the terminal."""
         table = Table(title=self.title, show_header=False, title_justify="left")
@@ -60,17 +66,18 @@ def model_card(source: str | Path, branch: str | None = None) -> ModelCard:
     """Describe a checkpoint or a preset. Print the card with rich, or use its ``text``.
 
     Args:
-        source: Native or deepmd-kit checkpoint, or name of a preset.
+        source: Native or deepmd-kit checkpoint, as for ``load_potential``, or name of a preset.
         branch: Branch of a multitask model of deepmd-kit.
 
     Raises:
         FileNotFoundError: If ``source`` looks like a file and does not exist.
-        ValueError: If the file cannot be read, or ``source`` is neither a file nor a preset.
+        ValueError: If the file cannot be read, ``source`` is neither a file nor a preset, or is a folder or the state
+            of a training run; the message then names the file to take.
     """
     path = user_path(source)
-    if not path.is_file() and not path.suffix and len(path.parts) == 1:
+    if not path.exists() and not path.suffix and len(path.parts) == 1:
         return _preset_card(str(source))
-    stored = read_checkpoint(path, branch)
+    stored = read_checkpoint(source, branch)
     energies = zip(stored.config.elements, stored.reference_energies.tolist(), strict=True)
     sections = _sections(stored.config)
     sections["Model"] |= {
@@ -99,7 +106,8 @@ def _preset_card(name: str) -> ModelCard:
     sections = _sections(config)
     sections["Provenance"] = {
         "preset": name,
-        "source": f"{'deepmd-kit' if name.lower() in DEEPMD_PRESETS else 'arXiv:2606.02419'}; no weights",
+        "source": f"{'deepmd-kit' if name.lower() in DEEPMD_PRESETS else 'arXiv:2606.02419'}",
+        "weights": f"none; {WEIGHTS}",
     }
     return ModelCard(f"DPA4 preset {name}", sections)
 

@@ -31,6 +31,7 @@ from dpa4.parsing import first_line, parse_json, shown
 from dpa4.potential.deepmd.options import first_problem
 from dpa4.potential.deepmd.reader import read_deepmd
 from dpa4.potential.deepmd.writer import export_deepmd
+from dpa4.potential.model_file import HUB, model_file
 from dpa4.potential.potential import Potential
 from dpa4.potential.verification import (
     check_number_of_layers,
@@ -106,6 +107,18 @@ def save_potential(
     _write(path, metadata, tensors)
 
 
+def add_provenance(path: Path, entries: Mapping[str, str]) -> None:
+    """Add entries to the provenance of a native checkpoint, whose weights stay as they are.
+
+    Raises:
+        ValueError: If the file is not a native checkpoint, or damaged.
+    """
+    _read_native(path, None)
+    metadata, tensors = _read_tensors(path)
+    provenance = parse_json(metadata.get("provenance", "{}"), "its entry provenance")
+    _write(path, metadata | {"provenance": json.dumps(provenance | dict(entries))}, tensors)
+
+
 def _write(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
     content = {key: value for key, value in metadata.items() if key != "digest"}
     # safetensors' own function writes a temporary file that only its owner can read, whatever the umask, and that
@@ -127,7 +140,8 @@ def load_potential(
     """Load a potential in evaluation mode from a native or deepmd-kit checkpoint.
 
     Args:
-        path: The checkpoint; its content, not its name, determines the format.
+        path: The checkpoint; its content, not its name, determines the format. ``hf:organisation/repository/file``
+            names a file on the Hugging Face hub, which is downloaded once.
         device: Device of the potential; unlike the calculators, the CPU by default.
         dtype: Floating-point type of the network, float32 or float64; by default that of the file. Energies are
             always float64.
@@ -137,6 +151,7 @@ def load_potential(
 
     Raises:
         FileNotFoundError: If there is no such file.
+        OSError: If a file on the hub cannot be downloaded.
         ValueError: If the file cannot be read, or is not a supported DPA4 model, or the dtype is another one; also
             if ``ema`` is true and the file has no such entry.
     """
@@ -161,7 +176,7 @@ def convert(
     """Convert a checkpoint to the format given by the suffix of ``target``: .safetensors, or .pt for deepmd-kit.
 
     Args:
-        source: The checkpoint.
+        source: The checkpoint, as for `load_potential`.
         target: File to write.
         branch: Branch of a multitask model of deepmd-kit.
         drop_bridging: Leave out the bridging, which some models of this package have and deepmd-kit lacks. The
@@ -176,7 +191,7 @@ def convert(
         ValueError: If the file cannot be read, the suffix of ``target`` is unknown, or deepmd-kit has no
             model with the same results.
     """
-    source, target = user_path(source), user_path(target)
+    target = user_path(target)
     if target.suffix not in (SUFFIX, ".pt"):
         raise ValueError(f"cannot convert to {target.name!r}; the target must end in {SUFFIX} or .pt")
     check_writable(target)
@@ -184,7 +199,8 @@ def convert(
     if drop_bridging:
         stored = replace(stored, config=stored.config.model_copy(update={"bridging": None}))
     potential = _assemble(stored, stored.dtype)
-    parent = {"parent file": source.name, "parent format": stored.format}
+    name = str(source) if str(source).startswith(HUB) else Path(source).name
+    parent = {"parent file": name, "parent format": stored.format}
     if target.suffix == ".pt":
         export_deepmd(potential, target)
     else:
@@ -196,9 +212,7 @@ def convert(
 @float32_by_default()
 def read_checkpoint(path: str | Path, branch: str | None = None, *, ema: bool = False) -> Checkpoint:
     """Read a native or deepmd-kit checkpoint; arguments and errors as in `load_potential`."""
-    path = user_path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+    path = model_file(path)
     with open(path, "rb") as file:
         start = file.read(9)
     if start[8:9] == b"{":  # safetensors: eight bytes of header length, then JSON

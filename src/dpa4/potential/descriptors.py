@@ -49,7 +49,7 @@ def embeddings(
     """
     if not structures:
         raise ValueError("there are no structures to embed")
-    frames = [frame_from_atoms(_bare(a), origin=f"structure {i}") for i, a in enumerate(structures)]
+    frames = [frame_from_atoms(bare_structure(a), origin=f"structure {i}") for i, a in enumerate(structures)]
     config, device = potential.config, potential.device
     check_elements(frames, potential.elements)
     pairs = charges_and_spins(frames, config.charge_spin, config.default_charge_spin)
@@ -122,7 +122,7 @@ def write_embeddings(
         write_structures(temporary, images)
 
 
-def _bare(atoms: Atoms) -> Atoms:
+def bare_structure(atoms: Atoms) -> Atoms:
     """Copy of a structure without labels, which need not be valid here."""
     info = charge_spin_entries(atoms.info)
     return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info=info)

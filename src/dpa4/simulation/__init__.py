@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dpa4.simulation.phonon import Phonons, phonons
     from dpa4.simulation.relax import Relaxation, relax, relax_all
     from dpa4.simulation.report import write_report
+    from dpa4.simulation.selection import Selection, select
 
 __all__ = [
     "Barrier",
@@ -37,6 +38,7 @@ __all__ = [
     "PairScan",
     "Phonons",
     "Relaxation",
+    "Selection",
     "Stopped",
     "attach_lammps",
     "check_model",
@@ -50,6 +52,7 @@ __all__ = [
     "run_md",
     "run_neb",
     "scan_pairs",
+    "select",
     "with_dispersion",
     "write_check",
     "write_report",
@@ -70,6 +73,7 @@ _lazy.attach(
         "PairScan": "dpa4.simulation.pair_curves",
         "Phonons": "dpa4.simulation.phonon",
         "Relaxation": "dpa4.simulation.relax",
+        "Selection": "dpa4.simulation.selection",
         "Stopped": "dpa4.simulation.crystal_calculation",
         "attach_lammps": "dpa4.interfaces.lammps",
         "check_model": "dpa4.simulation.check",
@@ -83,6 +87,7 @@ _lazy.attach(
         "run_md": "dpa4.simulation.dynamics",
         "run_neb": "dpa4.simulation.neb",
         "scan_pairs": "dpa4.simulation.pair_curves",
+        "select": "dpa4.simulation.selection",
         "with_dispersion": "dpa4.interfaces.dispersion",
         "write_check": "dpa4.simulation.check",
         "write_report": "dpa4.simulation.report",

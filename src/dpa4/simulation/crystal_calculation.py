@@ -12,6 +12,7 @@ from ase.calculators.calculator import Calculator
 
 from dpa4.data.charge_spin import NAMES
 from dpa4.interfaces.ase import fingerprint_of_calculator
+from dpa4.output import OutputFolder, already_holds, check_start, remove_files
 from dpa4.simulation.relax import Relaxation, relax
 from dpa4.simulation.runs.store import SETTINGS, ItemInterrupted, Record, Records, run_items
 
@@ -32,10 +33,12 @@ class Calculation:
             fingerprint, by the energy of the initial crystal.
         settings: Everything the parts depend on.
         resume: Reuse the parts in the folder.
-        progress: Show progress bars on a terminal.
+        overwrite: Replace the calculation in the folder.
+        results: Names of the files with the final results, which ``overwrite`` removes.
+        progress: Show the progress.
 
     Raises:
-        FileExistsError: If the folder holds a calculation and ``resume`` is not set.
+        FileExistsError: If the folder holds a calculation and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: If ``resume`` is set and the folder holds no calculation.
         ValueError: If the structure is not periodic along all three axes, or has constraints.
     """
@@ -48,8 +51,11 @@ class Calculation:
         settings: Record,
         *,
         resume: bool,
+        overwrite: bool,
         progress: bool,
+        results: Sequence[str],
     ):
+        check_start(resume, overwrite)
         if not atoms.pbc.all():
             raise ValueError(
                 f"the structure must be periodic along all three axes, but its pbc is {atoms.pbc.tolist()}"
@@ -58,13 +64,16 @@ class Calculation:
             name = type(atoms.constraints[0]).__name__
             raise ValueError(f"the crystal must have no constraints, but has {name}; remove it")
         known = (folder / SETTINGS).exists()
-        if known and not resume:
-            raise FileExistsError(f"{folder} already holds a calculation; resume it or choose another folder")
+        if known and not (resume or overwrite):
+            raise already_holds(folder, "a calculation")
         if resume and not known:
             raise FileNotFoundError(f"there is no calculation to resume in {folder}; start it without resume")
         fingerprint: Record = dict(fingerprint_of_calculator(calculator))
         if not fingerprint:  # rounded, because a calculation may be resumed on another machine
             fingerprint = {"energy_eV": round(float(calculator.get_potential_energy(atoms.copy())), 4)}
+        if overwrite:
+            with OutputFolder(folder):
+                remove_files(folder, SETTINGS, "*.jsonl", *results)
         self.settings = settings | {"structure": _identity(atoms)} | fingerprint
         self.folder, self.calculator, self.progress = folder, calculator, progress
 

@@ -1,6 +1,8 @@
 """Molecular dynamics with ASE's integrators, with tables, plots and exact continuation after an interruption."""
 
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -9,16 +11,29 @@ from ase import Atoms, units
 from ase.calculators.calculator import Calculator
 
 from dpa4.data import write_structures
-from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
+from dpa4.interfaces.ase import fingerprint_of_calculator, has_deviations, labelled
 from dpa4.output import (
     CsvLog,
     OutputFolder,
+    already_holds,
+    check_start,
     cut_back,
     flush_to_disk,
-    new_figure,
     read_csv,
+    remove_files,
     rows_until,
     save_figure,
+)
+from dpa4.progress import ProgressBar
+from dpa4.simulation.figures import (
+    CONSERVED,
+    DENSITY,
+    DEVIATION,
+    PRESSURE,
+    VOLUME,
+    draw_dynamics,
+    energy_change,
+    read_thermo,
 )
 from dpa4.simulation.integrators import bath_state, conserved_energy, make_integrator, set_bath_state
 from dpa4.simulation.momenta import degrees_of_freedom, draw_momenta, internal_momenta, temperature
@@ -34,17 +49,14 @@ from dpa4.simulation.restart import (
     system_of,
     write_restart,
 )
-from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.store import check_settings
+from dpa4.simulation.uncertain_frames import UncertainFrames
 from dpa4.system import stop_requests, user_path
 
 Ensemble = Literal["nve", "langevin", "nvt", "npt"]
 CellMotion = Literal["volume", "full"]
 
 COLUMNS = ("step", "time_ps", "potential_eV", "kinetic_eV", "total_eV", "temperature_K")
-CONSERVED = "conserved_eV"  # energy of the structure and its baths; nvt and npt only
-PRESSURE = "pressure_GPa"  # only if periodic along all three axes
-VOLUME, DENSITY = "volume_A3", "density_g_cm3"  # npt only
 RESTART_INTERVAL = 1000  # steps between restart files; written also at the end and on interruption
 GRAMS_PER_CM3 = 1e27 * units._amu  # 1 u/Angstrom^3 in g/cm^3
 
@@ -64,6 +76,9 @@ class DynamicsResult:
             a single row.
         deviation: Largest deviation of the conserved energy from its initial value, in meV/atom. None in langevin.
         density: Mean density, in g/cm^3. None except in npt.
+        max_force_std: Largest deviation of the force on an atom in any frame, in eV/Angstrom. None for one model.
+        exceeded: Deviation above ``stop_above`` that ended the run, in eV/Angstrom. None if there was none.
+        saved: Number of frames in uncertain.xyz.
     """
 
     steps: int
@@ -72,6 +87,9 @@ class DynamicsResult:
     drift: float | None
     deviation: float | None
     density: float | None
+    max_force_std: float | None = None
+    exceeded: float | None = None
+    saved: int = 0
 
 
 def run_md(
@@ -90,7 +108,10 @@ def run_md(
     cell: CellMotion = "volume",
     interval: int = 10,
     seed: int = 0,
+    save_above: float | None = None,
+    stop_above: float | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> DynamicsResult:
     """Run molecular dynamics at constant energy, temperature or pressure.
@@ -100,6 +121,11 @@ def run_md(
     * trajectory.xyz: structures with energy, forces, momenta and, if periodic along all three axes, stress.
     * thermo.csv and thermo.png: energies, temperature, pressure and volume against time.
     * restart.json: state from which ``resume`` continues, written every 1000 steps and at the end.
+    * uncertain.xyz: frames whose deviation is above ``save_above``, and the structure at which ``stop_above`` ended
+      the run.
+
+    With a committee, frames have the standard deviations of energy, forces and stress, and the table has the largest
+    deviation of the force on an atom: the root mean square distance of the members' forces from their mean.
 
     Ctrl-C ends the run after the current step and saves its state. A run continued with ``resume`` yields the same
     numbers as an uninterrupted one, up to rounding if the calculator reuses a neighbour list from step to step. A
@@ -127,15 +153,19 @@ def run_md(
             cubic crystals; "full" changes all lengths and angles.
         interval: Number of steps between rows of the table and frames of the trajectory.
         seed: Seed of the random numbers.
+        save_above: Deviation of a force, in eV/Angstrom, above which frames are also written to uncertain.xyz.
+        stop_above: Deviation of a force, in eV/Angstrom, above which the run ends; compared in every step. Both need
+            a committee.
         resume: Continue the run in ``output``.
-        progress: Show a progress bar on a terminal.
+        overwrite: Replace the run in ``output``.
+        progress: Show the progress.
 
     Returns:
         Summary of the whole run, including steps before ``resume``.
 
     Raises:
         BlockingIOError: If another process is working in ``output``.
-        FileExistsError: If ``output`` already holds a run and ``resume`` is not set.
+        FileExistsError: If ``output`` already holds a run and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: If there is no run to resume.
         RuntimeError: If a step fails, usually because the time step is too long.
         ValueError: If an argument is not allowed, no atom can move, the ensemble cannot respect a constraint, the
@@ -161,19 +191,39 @@ def run_md(
         "seed": seed,
     }
     _check_arguments(settings | {"steps": steps})
+    check_start(resume, overwrite)
     folder = user_path(output)
+    uncertain = UncertainFrames(folder, save_above, stop_above, has_deviations(calculator))
     state = read_restart(folder) if resume else None
     with OutputFolder(folder):
-        run = _Run(atoms, calculator, folder, settings | fingerprint_of_calculator(calculator), state)
+        if not (resume or overwrite):
+            _check_unused(folder)
+        run = _Run(
+            atoms, calculator, folder, settings | fingerprint_of_calculator(calculator), state, uncertain
+        )
         try:
-            with stop_requests() as stopped, progress_bar("step", steps, run.step, progress) as bar:
-                while run.step < steps and not stopped:
+            with stop_requests() as stopped, ProgressBar("step", steps, run.step, progress) as bar:
+                while run.step < steps and not stopped and uncertain.exceeded is None:
                     run.advance()
                     bar.update(bar.task_ids[0], completed=run.step, status=run.status)
                 run.save()
         finally:
             run.log.close()
-        return _finish(folder, run.step, run.step >= steps, len(atoms), ensemble)
+        result = _finish(folder, run.step, run.step >= steps, len(atoms), settings)
+        return replace(result, exceeded=uncertain.exceeded, saved=uncertain.count())
+
+
+def _check_unused(folder: Path) -> None:
+    """Check that a folder can receive a new run.
+
+    Raises:
+        FileExistsError: If the folder already holds a run. A run of an earlier version that was killed before its
+            first restart file, with the initial structure at most, is none.
+    """
+    begun = len(read_csv(folder / THERMO)) > 1
+    orphan = (folder / TRAJECTORY).exists() and not (folder / THERMO).exists()
+    if begun or orphan or (folder / RESTART).exists():
+        raise already_holds(folder, "a run")
 
 
 class _Run:
@@ -186,14 +236,17 @@ class _Run:
         folder: Path,
         settings: dict[str, Any],
         state: Restart | None,
+        uncertain: UncertainFrames,
     ):
         """Start a run or, with a state, continue one; no file is changed unless everything is in order."""
-        self.atoms, self.folder, self.settings = atoms, folder, settings
+        self.atoms, self.folder, self.settings, self.uncertain = atoms, folder, settings, uncertain
         self.trajectory = folder / TRAJECTORY
         self.rng = np.random.default_rng(settings["seed"])
         self.step = 0
+        self.seconds, self.begun = 0.0, time.monotonic()  # of earlier calls; start of this one
         self.status = ""
         self.ensemble = settings["ensemble"]
+        self.is_committee = has_deviations(calculator)
         self.has_pressure = bool(atoms.pbc.all()) and "stress" in calculator.implemented_properties
         if self.ensemble == "npt" and not self.has_pressure:
             raise ValueError(
@@ -217,7 +270,8 @@ class _Run:
             self._write_state(0)  # before the files that it speaks of, so that a killed run can be resumed
         self.log = CsvLog(folder / THERMO, self._columns(), self.step if begun else None)
         if not begun:
-            self.trajectory.unlink(missing_ok=True)
+            remove_files(folder, TRAJECTORY, "thermo.png")
+            uncertain.start_anew()
             self._record()
             self.save()
 
@@ -233,12 +287,14 @@ class _Run:
         self.step += 1
         if self.step % self.settings["interval"] == 0:
             self._record()
+        self.uncertain.watch(self.atoms, self._frame)
         if self.step % RESTART_INTERVAL == 0:
             self.save()
 
     def save(self) -> None:
         """Write the restart file, once all data that it speaks of are on the disk."""
         flush_to_disk(self.trajectory)
+        self.uncertain.flush_to_disk()
         self.log.flush_to_disk()
         self._write_state(self.trajectory.stat().st_size)
 
@@ -254,6 +310,8 @@ class _Run:
             random=self.rng.bit_generator.state,
             baths=bath_state(self.integrator),
             trajectory_bytes=trajectory_bytes,
+            uncertain_bytes=self.uncertain.size,
+            seconds=round(self.seconds + time.monotonic() - self.begun, 3),
         )
 
     def _columns(self) -> list[str]:
@@ -262,19 +320,11 @@ class _Run:
         columns += [CONSERVED] if self.ensemble in ("nvt", "npt") else []
         columns += [PRESSURE] if self.has_pressure else []
         columns += [VOLUME, DENSITY] if self.ensemble == "npt" else []
+        columns += [DEVIATION] if self.is_committee else []
         return columns
 
     def _start(self) -> None:
-        """Prepare the momenta of a new run.
-
-        Raises:
-            FileExistsError: If the folder already holds a run. A run of an earlier version that was killed before
-                its first restart file, with the initial structure at most, is none.
-        """
-        begun = len(read_csv(self.folder / THERMO)) > 1
-        orphan = self.trajectory.exists() and not (self.folder / THERMO).exists()
-        if begun or orphan or (self.folder / RESTART).exists():
-            raise FileExistsError(f"{self.folder} already holds a run; resume it or choose another folder")
+        """Prepare the momenta of a new run."""
         if not self.atoms.get_momenta().any():
             draw_momenta(self.atoms, self.settings["temperature"], self.rng)
         elif self.ensemble in ("nvt", "npt"):
@@ -288,7 +338,7 @@ class _Run:
         """
         check_settings(self.settings, state.settings, self.folder)
         check_system(self.atoms, state, self.folder)
-        self.system, self.step = state.system, state.step
+        self.system, self.step, self.seconds = state.system, state.step, state.seconds
         self.atoms.set_cell(state.cell)
         self.atoms.set_positions(state.positions, apply_constraint=False)
         self.atoms.set_momenta(state.momenta, apply_constraint=False)
@@ -313,11 +363,12 @@ class _Run:
                     table, f"it has {len(found)} rows, not every {interval} steps up to {self.step}"
                 )
         cut_back(self.trajectory, state.trajectory_bytes, self.folder / RESTART)
+        cut_back(self.uncertain.path, state.uncertain_bytes, self.folder / RESTART)
 
     def _record(self) -> None:
         """Append a row to the table and a frame to the trajectory."""
-        atoms = self.atoms
-        time = round(self.step * self.settings["timestep"] / 1000, 9)
+        atoms, frame = self.atoms, self._frame()
+        time = frame.info["time_ps"]
         potential, kinetic = float(atoms.get_potential_energy()), float(atoms.get_kinetic_energy())
         values = (self.step, time, potential, kinetic, potential + kinetic, temperature(atoms))
         row: dict[str, Any] = dict(zip(COLUMNS, values, strict=True))
@@ -329,11 +380,19 @@ class _Run:
         if self.ensemble == "npt":
             row[VOLUME] = float(atoms.get_volume())
             row[DENSITY] = float(GRAMS_PER_CM3 * atoms.get_masses().sum() / row[VOLUME])
+        if self.is_committee:
+            row[DEVIATION] = frame.info["max_force_std"]
         self.log.write(row)
-        frame = labelled(atoms)
-        frame.info |= {"step": self.step, "time_ps": time}
         write_structures(self.trajectory, frame, append=True)
+        self.uncertain.save(frame)
         self.status = f"{time:.3f} ps  {row['temperature_K']:.0f} K  {row['total_eV']:.4f} eV"
+
+    def _frame(self) -> Atoms:
+        """Current structure with its results, step and time."""
+        frame = labelled(self.atoms)
+        time = round(self.step * self.settings["timestep"] / 1000, 9)
+        frame.info |= {"step": self.step, "time_ps": time}
+        return frame
 
 
 def _check_arguments(settings: dict[str, Any]) -> None:
@@ -358,31 +417,33 @@ def _check_arguments(settings: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be at least 1, got {settings[name]}")
 
 
-def _finish(folder: Path, steps: int, finished: bool, num_atoms: int, ensemble: str) -> DynamicsResult:
+def _finish(
+    folder: Path, steps: int, finished: bool, num_atoms: int, settings: Mapping[str, Any]
+) -> DynamicsResult:
     """Compute the summary and draw the figure of the whole run from its table."""
-    rows = read_csv(folder / THERMO)
-    table = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
-    energy = table.get(CONSERVED, table["total_eV"])
-    change = 1000 * (energy - energy[0]) / num_atoms
-    _plot(table, change, folder / "thermo.png")
+    table = read_thermo(folder)
+    save_figure(draw_dynamics(table, num_atoms, settings), folder / "thermo.png")
+    return summary(table, steps, finished, num_atoms, settings["ensemble"])
+
+
+def summary(
+    table: Mapping[str, np.ndarray], steps: int, finished: bool, num_atoms: int, ensemble: str
+) -> DynamicsResult:
+    """Summarize the table of a run.
+
+    Args:
+        table: Columns of thermo.csv.
+        steps: Number of completed steps.
+        finished: True unless the run was interrupted.
+        num_atoms: Number of atoms.
+        ensemble: Ensemble of the run.
+    """
+    change = energy_change(table, num_atoms)
     drift = deviation = None
     if ensemble != "langevin":
         deviation = float(np.abs(change).max())
-        drift = float(np.polyfit(table["time_ps"], change, 1)[0]) if len(rows) > 1 else None
+        drift = float(np.polyfit(table["time_ps"], change, 1)[0]) if len(change) > 1 else None
     density = float(table[DENSITY].mean()) if DENSITY in table else None
-    return DynamicsResult(steps, finished, float(table["temperature_K"].mean()), drift, deviation, density)
-
-
-def _plot(table: dict[str, np.ndarray], change: np.ndarray, path: Path) -> None:
-    what = "conserved" if CONSERVED in table else "total"
-    panels = [(f"{what} energy,\nchange (meV/atom)", change), ("temperature (K)", table["temperature_K"])]
-    panels += [("pressure (GPa)", table[PRESSURE])] if PRESSURE in table else []
-    panels += [("volume (Å³)", table[VOLUME])] if VOLUME in table else []
-    figure = new_figure(7, 2.3 * len(panels))
-    axes = figure.subplots(len(panels), 1, sharex=True)
-    for axis, (label, values) in zip(axes, panels, strict=True):
-        axis.plot(table["time_ps"], values, linewidth=1)
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    axes[-1].set_xlabel("time (ps)")
-    save_figure(figure, path)
+    largest = float(table[DEVIATION].max()) if DEVIATION in table else None
+    mean = float(table["temperature_K"].mean())
+    return DynamicsResult(steps, finished, mean, drift, deviation, density, largest)

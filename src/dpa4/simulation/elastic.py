@@ -17,6 +17,7 @@ from dpa4.system import user_path
 
 VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")
 FRACTIONS = (-1.0, -0.5, 0.5, 1.0)  # in units of the largest strain
+FILES = ("elastic.csv", "elastic.json", "elastic.png", "stresses.csv")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Moduli:
     young: float
     poisson: float
     anisotropy: float
+
+
+FILES = ("elastic.csv", "elastic.json", "elastic.png", "stresses.csv")
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ def elastic_tensor(
     fmax: float = 1e-4,
     steps: int = 500,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Elasticity:
     """Compute the elastic tensor of a crystal from the stresses of strained cells.
@@ -103,13 +108,14 @@ def elastic_tensor(
         fmax: Convergence threshold of all relaxations, in eV/Angstrom; see ``relax``.
         steps: Maximum number of steps of each relaxation.
         resume: Continue the calculation in ``output``.
-        progress: Show progress bars on a terminal.
+        overwrite: Replace the calculation in ``output``.
+        progress: Show the progress.
 
     Returns:
         Elastic tensor, stability and moduli.
 
     Raises:
-        FileExistsError: If ``output`` holds a calculation and ``resume`` is not set.
+        FileExistsError: If ``output`` holds a calculation and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: If there is no calculation to resume.
         RuntimeError: If a relaxation does not converge.
         Stopped: After Ctrl-C (``dpa4.simulation.Stopped``).
@@ -126,7 +132,16 @@ def elastic_tensor(
         raise ValueError(f"strain must be positive and at most 0.1, got {strain}")
     folder = user_path(output)
     settings = {"strain": strain, "relax_first": relax_first, "fmax": fmax}
-    run = Calculation(folder, atoms, calculator, settings, resume=resume, progress=progress)
+    run = Calculation(
+        folder,
+        atoms,
+        calculator,
+        settings,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+        results=FILES,
+    )
     start = run.relaxed(atoms, fmax=fmax, steps=steps) if relax_first else atoms.copy()
 
     def compute(voigt: list[float]) -> Record:

@@ -11,12 +11,14 @@ from ase.eos import birchmurnaghan
 from numpy.typing import NDArray
 
 from dpa4.data import with_results, write_structures
+from dpa4.interfaces.ase import deviations_of
 from dpa4.output import atomic_write, new_figure, save_figure, write_csv, write_json
 from dpa4.simulation.crystal_calculation import Calculation, relax_part, structure, structure_record
 from dpa4.simulation.runs.store import Record
 from dpa4.system import user_path
 
 COLUMNS = ("volume_A3", "energy_eV", "pressure_GPa", "a_A", "b_A", "c_A")
+FILES = ("eos.csv", "eos.json", "eos.png", "eos.xyz")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def equation_of_state(
     fmax: float = 1e-4,
     steps: int = 500,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> EquationOfState:
     """Fit the equation of state of a crystal to its energies at several volumes.
@@ -76,13 +79,14 @@ def equation_of_state(
         fmax: Convergence threshold of all relaxations, in eV/Angstrom; see ``relax``.
         steps: Maximum number of steps of each relaxation.
         resume: Continue the calculation in ``output``.
-        progress: Show progress bars on a terminal.
+        overwrite: Replace the calculation in ``output``.
+        progress: Show the progress.
 
     Returns:
         Parameters of the equation of state.
 
     Raises:
-        FileExistsError: If ``output`` holds a calculation and ``resume`` is not set.
+        FileExistsError: If ``output`` holds a calculation and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: If there is no calculation to resume.
         RuntimeError: If a relaxation does not converge, or the energies have no minimum among the volumes.
         Stopped: After Ctrl-C (``dpa4.simulation.Stopped``).
@@ -101,14 +105,24 @@ def equation_of_state(
         raise ValueError(f"span must be a fraction of the volume between 0 and 1, got {span}")
     folder = user_path(output)
     settings = {"points": points, "span": span, "shape": shape, "relax_first": relax_first, "fmax": fmax}
-    run = Calculation(folder, atoms, calculator, settings, resume=resume, progress=progress)
+    run = Calculation(
+        folder,
+        atoms,
+        calculator,
+        settings,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+        results=FILES,
+    )
     start = run.relaxed(atoms, fmax=fmax, steps=steps) if relax_first else atoms.copy()
 
     def compute(factor: float) -> Record:
         strained = start.copy()
         strained.set_cell(start.cell.array * factor ** (1 / 3), scale_atoms=True)
         result = relax_part(strained, calculator, fmax=fmax, steps=steps, cell="shape" if shape else "fixed")
-        return structure_record(strained) | asdict(result)
+        deviation = {name: v for name, v in deviations_of(calculator).items() if name == "energy_std"}
+        return structure_record(strained) | asdict(result) | deviation
 
     factors = np.linspace(1 - span, 1 + span, points)
     parts = [(f"{factor:.4f}", float(factor)) for factor in factors]
@@ -172,6 +186,8 @@ def _finish(folder: Path, records: list[Record], start: Atoms) -> EquationOfStat
     rows = np.column_stack([volumes, energies, pressures, lengths]).tolist()
     write_csv(folder / "eos.csv", COLUMNS, [dict(zip(COLUMNS, row, strict=True)) for row in rows])
     frames = [with_results(structure(record, start), energy=record["energy"]) for record in records]
+    for frame, record in zip(frames, records, strict=True):
+        frame.info |= {name: record[name] for name in ("energy_std",) if name in record}  # of a committee
     with atomic_write(folder / "eos.xyz") as temporary:
         write_structures(temporary, frames)
     volume, energy, modulus, derivative = fit_equation_of_state(volumes, energies)

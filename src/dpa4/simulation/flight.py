@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dpa4.data import with_results
 from dpa4.graph import Graph, build_graph
+from dpa4.potential.committee import add_deviations
 from dpa4.simulation.relax import CELLS
 from dpa4.system import own_settings, require
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 STEPS_BETWEEN_CHECKS = 5  # a check makes the CPU wait for the GPU
 EXPLODED = 4.0  # a volume that changes by more than this factor
+VOIGT = ([0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1])  # rows and columns of xx, yy, zz, yz, xz, xy
 
 
 @dataclass
@@ -312,8 +314,23 @@ class Flight:
         results = {"energy": energy, "forces": forces.double().cpu().numpy()}
         if atoms.pbc.all() and hasattr(state, "stress"):
             stress = state.stress[index].double().cpu().numpy()
-            results["stress"] = stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]  # xx, yy, zz, yz, xz, xy
-        return with_results(atoms, **results)
+            results["stress"] = stress[VOIGT]
+        frame = with_results(atoms, **results)
+        if len(self._model.potentials) > 1:
+            add_deviations(frame, **self._deviations(state[[index]], bool(atoms.pbc.all())))
+        return frame
+
+    def _deviations(self, state: Any, periodic: bool) -> dict[str, Any]:
+        """Standard deviations of a committee for the single structure of a state, by the names of the calculator."""
+        found = self._model(state)
+        arrays = {name: values.cpu().numpy() for name, values in found.items() if name.endswith("_std")}
+        deviations: dict[str, Any] = {
+            "energy_std": float(arrays["energy_std"][0]),
+            "forces_std": arrays["forces_std"],
+        }
+        if periodic:
+            deviations["stress_std"] = arrays["stress_std"][0][VOIGT]
+        return deviations
 
     def _fire(self, cell: str, pressure: float) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """TorchSim's functions that initialise and advance FIRE, with its Frechet filter if the cell relaxes."""

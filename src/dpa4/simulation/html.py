@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ table { border-collapse: collapse; margin: 1em 0; }
 th, td { text-align: left; padding: 2px 16px 2px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td:first-child { white-space: nowrap; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
+th.number { white-space: pre; }
 pre { background: var(--soft); padding: 1em; white-space: pre-wrap; font-size: 13px; }
-img { max-width: 100%; background: white; }
+img { max-width: 100%; height: auto; background: white; }
 .missing { color: var(--bad); }
 @media (max-width: 700px) { img { max-width: 200%; } }
 @media print {
@@ -82,10 +84,24 @@ def missing(what: str, command: str) -> str:
     return f'<p class="missing">{escape(what)}: <code>{escape(command)}</code></p>'
 
 
-def image(png: bytes, text: str) -> str:
-    """Return an image, which is part of the page, with its description."""
-    encoded = base64.b64encode(png).decode()
-    return f'<div class="wide"><img alt="{escape(text)}" src="data:image/png;base64,{encoded}"></div>'
+def image(content: bytes, text: str) -> str:
+    """Return an image, which is part of the page, with its description.
+
+    Args:
+        content: PNG or SVG file. An image runs no script and loads nothing, whatever the file contains.
+        text: Description.
+    """
+    kind = "png" if content.startswith(b"\x89PNG") else "svg+xml"
+    encoded = base64.b64encode(content).decode()
+    return f'<div class="wide"><img alt="{escape(text)}" src="data:image/{kind};base64,{encoded}"></div>'
+
+
+def picture(folder: Path, name: str, text: str) -> str | None:
+    """Return an image from a file of a folder, the SVG version if there is one; None without the file."""
+    for file in (folder / f"{name}.svg", folder / f"{name}.png"):
+        if file.is_file():
+            return image(file.read_bytes(), text)
+    return None
 
 
 def name_table(lines: Mapping[str, str]) -> str:
@@ -95,7 +111,10 @@ def name_table(lines: Mapping[str, str]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[str] = ()) -> str:
-    """Return a table with a header; columns of numbers are aligned right, cells with a marked text are coloured."""
+    """Return a table with a header; columns of numbers are aligned right, cells with a marked text are coloured.
+
+    The names of columns of numbers may have several lines.
+    """
     numeric = [
         bool(rows) and all(_is_number(row[k]) or row[k] == "-" for row in rows) for k in range(len(header))
     ]
@@ -128,3 +147,11 @@ def short(value: Any) -> str:
         return text
     number = float(text)
     return f"{number:.4g}" if abs(number) < 1e4 else f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Text of a duration, such as "12.3 s", "4.5 min" or "2.1 h"."""
+    unit, size = next(
+        u for u in (("s", 1.0), ("min", 60.0), ("h", 3600.0)) if seconds < 120 * u[1] or u[0] == "h"
+    )
+    return f"{seconds / size:.1f} {unit}"

@@ -16,9 +16,21 @@ from ase.utils.forcecurve import fit_raw
 from numpy.typing import NDArray
 
 from dpa4.data import read_images, with_results, write_structures
-from dpa4.output import CsvLog, OutputFolder, atomic_write, new_figure, rows_until, save_figure
+from dpa4.interfaces.ase import deviations_of, has_deviations
+from dpa4.output import (
+    CsvLog,
+    OutputFolder,
+    already_holds,
+    atomic_write,
+    check_start,
+    new_figure,
+    remove_files,
+    rows_until,
+    save_figure,
+)
+from dpa4.potential.committee import add_deviations
+from dpa4.progress import ProgressBar
 from dpa4.simulation.relax import relax
-from dpa4.simulation.runs.progress import progress_bar
 from dpa4.system import stop_requests, user_path
 
 COLUMNS = ("step", "climbing", "max_force_eV_per_A", "barrier_eV", "highest_image")
@@ -66,6 +78,7 @@ def run_neb(
     spring: float = 0.1,
     relax_ends: bool = False,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Barrier:
     """Find the minimum energy path between two structures and its energy barrier.
@@ -95,14 +108,15 @@ def run_neb(
             affects the path.
         relax_ends: Relax start and end first, to half of fmax.
         resume: Continue the run in ``output``.
-        progress: Show a progress bar on a terminal.
+        overwrite: Replace the path in ``output``.
+        progress: Show the progress.
 
     Returns:
         Forward and reverse barrier, reaction energy and convergence.
 
     Raises:
         BlockingIOError: If another process is working in ``output``.
-        FileExistsError: If ``output`` already holds a path and ``resume`` is not set.
+        FileExistsError: If ``output`` already holds a path and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: If there is no path to resume.
         KeyboardInterrupt: After Ctrl-C during the relaxation of the ends, when there is no path to save yet.
         RuntimeError: If the relaxation of an end does not converge.
@@ -118,11 +132,12 @@ def run_neb(
             print(result.barrier, result.reverse_barrier)  # eV
     """
     _check(start, end, images, fmax, steps, spring)
+    check_start(resume, overwrite)
     folder = user_path(output)
     file = folder / PATH
     known = _read_path(file, start, images) if resume else None
-    if not resume and file.exists():
-        raise FileExistsError(f"{folder} already holds {file.name}; resume it or choose another folder")
+    if file.exists() and not (resume or overwrite):
+        raise already_holds(folder, file.name)
     with OutputFolder(folder):
         if known is None:
             ends = _ends(start, end)
@@ -130,6 +145,7 @@ def run_neb(
                 for name, atoms in zip(("start", "end"), ends, strict=True):
                     _relax(name, atoms, calculator, fmax / 2, steps)
             known = _interpolated(*ends, images)
+            remove_files(folder, PATH, "path.csv", "path.png")
         return _relax_band(_Band(known, calculator, spring), folder, fmax, steps, resume, progress)
 
 
@@ -144,7 +160,7 @@ def _relax_band(
     log = CsvLog(log_file, COLUMNS, done - 1 if rows else None)  # the last row is written again
     converged = False
     try:
-        with stop_requests() as stopped, progress_bar("step", steps, done, progress) as bar:
+        with stop_requests() as stopped, ProgressBar("step", steps, done, progress) as bar:
             while True:
                 phase = FIRE(band, logfile=None)
                 limit = fmax if band.climb else BEFORE_CLIMBING * fmax
@@ -164,6 +180,8 @@ def _relax_band(
                 band.climb = True
     finally:
         log.close()
+    if band.is_committee:
+        band.save(folder / PATH, deviations=True)
     return _finish(band, folder, converged, bool(stopped), done)
 
 
@@ -197,6 +215,7 @@ class _Band(NEB):
             )
         for atoms in images[1:-1]:
             atoms.calc = calculator
+        self._calculator = calculator
         super().__init__(
             list(images),
             k=spring,
@@ -217,8 +236,11 @@ class _Band(NEB):
             self._known = known = self.get_positions(), self.climb, forces
         return known[2].copy()
 
-    def frames(self) -> list[Atoms]:
-        """Copies of the images with their energies, forces and distances along the band."""
+    def frames(self, deviations: bool = False) -> list[Atoms]:
+        """Copies of the images with their energies, forces and distances along the band.
+
+        With ``deviations`` they have the standard deviations of a committee, which takes one more evaluation of each.
+        """
         self.get_forces()
         frames = []
         ends = {
@@ -229,8 +251,16 @@ class _Band(NEB):
             forces = ends.get(number, self.real_forces[number])
             frame = with_results(atoms, energy=float(self.energies[number]), forces=forces)
             frame.info |= {"image": number, "path": float(at)}
+            if deviations:
+                self._calculator.get_forces(atoms)
+                add_deviations(frame, **deviations_of(self._calculator))
             frames.append(frame)
         return frames
+
+    @property
+    def is_committee(self) -> bool:
+        """True if the calculator has standard deviations."""
+        return has_deviations(self._calculator)
 
     def path(self) -> NDArray[np.float64]:
         """Distance of each image from the start, along straight lines between images, (images + 2,) in Angstrom."""
@@ -244,10 +274,10 @@ class _Band(NEB):
         values = (step, int(self.climb), force, float(self.energies[highest] - self.energies[0]), highest)
         return dict(zip(COLUMNS, values, strict=True))
 
-    def save(self, file: Path) -> None:
-        """Write the images to path.xyz."""
+    def save(self, file: Path, deviations: bool = False) -> None:
+        """Write the images to path.xyz, see `frames`."""
         with atomic_write(file) as temporary:
-            write_structures(temporary, self.frames())
+            write_structures(temporary, self.frames(deviations))
 
 
 def _check(start: Atoms, end: Atoms, images: int, fmax: float, steps: int, spring: float) -> None:

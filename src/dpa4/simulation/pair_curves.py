@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from dpa4.data.coverage import ElementPair
 from dpa4.graph import Graph
-from dpa4.output import save_figure, write_csv, write_json
+from dpa4.output import new_figure, save_figure, write_csv, write_json
 from dpa4.potential import Potential, expand_energy, fingerprint_of
+from dpa4.progress import ProgressBar
 from dpa4.simulation.clusters import cluster_graph
-from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.store import Records
 from dpa4.system import own_settings, stop_requests, user_path
 
@@ -31,6 +31,20 @@ WALL = 1.0  # eV; least energy of a repulsive wall at the shortest distance
 SPIKE = 0.1  # eV; largest excess variation without a flag
 # Largest mismatch of energy and force without a flag: eV, plus a fraction of the change of energy.
 JUMP, JUMP_SHARE = 0.005, 0.02
+PHYSICAL = 12.0  # eV; largest energy in figures, above and below the separated atoms (carbon monoxide: 11.2)
+ADVICE = {
+    "not finite": "The model computes no number there. Do not use it; look for weights that are not finite with dpa4 "
+    "check.",
+    "no wall": "Atoms may fall into each other. Train with model.bridging: auto (the default), which adds the "
+    "repulsion of nuclei, or add structures with close contacts to the training data.",
+    "several wells": "Usual if the training data contain the elements in molecules and crystals only. If two such "
+    "atoms meet alone in your simulations (reactions, gases, sputtering), add isolated pairs and stretched bonds to "
+    "the training data.",
+    "spike": "The energy has a barrier that a bond of two atoms lacks. The same remedy as for several wells; inside "
+    "molecules, add structures with this pair at the distance of the barrier.",
+    "jump": "Energy and force contradict each other, so dynamics heats up or cools down. Compute the pair again with "
+    "--dtype float64. If the flag disappears, it was rounding; if it stays, run no dynamics with the model.",
+}
 PER_PAGE = 12  # pairs per figure
 CPU_EDGES, GPU_EDGES = 256, 8192  # per batch; larger batches exceed the caches of a CPU
 
@@ -243,7 +257,7 @@ def scan_pairs(
         start: Shortest distance, in Angstrom. The longest distance is the cutoff.
         step: Largest spacing of the distances, in Angstrom. The actual spacing is slightly smaller, so that the last
             point is at the cutoff.
-        progress: Show progress bars on a terminal.
+        progress: Show the progress.
 
     Returns:
         Curves and diagnoses.
@@ -267,7 +281,7 @@ def scan_pairs(
     folder = user_path(output)
     with Records(folder, settings, "pairs") as records, stop_requests() as stopped:
         missing = [pair for name, pair in requested.items() if name not in records.done]
-        with progress_bar("pair", len(requested), len(requested) - len(missing), progress) as bar:
+        with ProgressBar("pair", len(requested), len(requested) - len(missing), progress) as bar:
             for curve in _curves(potential, missing, distances):
                 records.append({"id": curve.name} | {name: getattr(curve, name) for name in COMPUTED})
                 bar.update(bar.task_ids[0], advance=1, status=curve.name)
@@ -284,7 +298,7 @@ def scan_pairs(
     for old in folder.glob("pairs-*.png"):
         old.unlink()
     pages = range(0, len(curves), PER_PAGE)
-    with progress_bar("figure", len(pages), show=progress and len(pages) > 1) as bar:
+    with ProgressBar("figure", len(pages), show=progress and len(pages) > 1) as bar:
         for number, first in enumerate(pages, start=1):
             figure = draw_pairs(curves[first : first + PER_PAGE], scan.diagnoses[first : first + PER_PAGE])
             save_figure(figure, folder / f"pairs-{number:02d}.png", dpi=110)
@@ -293,29 +307,29 @@ def scan_pairs(
 
 
 def draw_pairs(curves: Sequence[PairCurve], diagnoses: Iterable[Diagnosis]) -> Any:
-    """Draw energy, force and curvature of up to 12 pairs as a matplotlib figure; steep walls are cut off."""
-    from matplotlib.figure import Figure  # takes a second to import
-
+    """Draw energy, force and curvature of up to 12 pairs as a matplotlib figure, where the energy is physical."""
     columns = min(4, len(curves))
     rows = -(-len(curves) // columns)
-    width, height = 3.2 * columns, 3.6 * rows
-    figure = Figure(figsize=(width, height))
-    edges = {"left": 0.6 / width, "right": 1 - 0.1 / width, "bottom": 0.5 / height, "top": 1 - 0.3 / height}
-    grid = figure.add_gridspec(rows, columns, hspace=0.25, wspace=0.3, **edges)
+    figure = new_figure(3.2 * columns, 3.6 * rows)
+    grid = figure.add_gridspec(rows, columns)
     for number, (curve, diagnosis) in enumerate(zip(curves, diagnoses, strict=True)):
-        panel = grid[divmod(number, columns)].subgridspec(3, 1, height_ratios=[2, 1, 1], hspace=0.1)
+        panel = grid[divmod(number, columns)].subgridspec(3, 1, height_ratios=[2, 1, 1])
         axes: Any = panel.subplots(sharex=True)
-        shown = _below_the_wall(curve)
+        shown = _physical(curve)
         lines = (("E (eV)", curve.energy), ("F (eV/Å)", curve.force), ("k (eV/Å²)", curve.curvature))
         for axis, (label, values) in zip(axes, lines, strict=True):
             axis.axhline(0, color="0.6", linewidth=0.8)
             axis.plot(curve.distance, values, linewidth=1.2)
             visible = values[shown & np.isfinite(values)]
+            if values is curve.energy and (values < -PHYSICAL).any():  # a hole, which has to be seen
+                visible = np.append(visible, -PHYSICAL)
             if visible.size:
-                margin = 0.08 * max(float(np.ptp(visible)), 1e-3)
+                margin = 0.08 * max(float(np.ptp(visible)), 1e-2)
                 axis.set_ylim(visible.min() - margin, visible.max() + margin)
             axis.set_ylabel(label, fontsize=7)
             axis.tick_params(labelsize=7)
+            # A common factor or offset of the numbers would be written over the panel above.
+            axis.yaxis.set_major_formatter("{x:g}")
             axis.grid(alpha=0.3)
         axes[-1].set_xlabel("distance (Å)", fontsize=7)
         title = ": ".join(filter(None, (curve.name, ", ".join(diagnosis.flags))))
@@ -323,15 +337,15 @@ def draw_pairs(curves: Sequence[PairCurve], diagnoses: Iterable[Diagnosis]) -> A
     return figure
 
 
-def _below_the_wall(curve: PairCurve) -> NDArray[np.bool_]:
+def _physical(curve: PairCurve) -> NDArray[np.bool_]:
     """Select the points (n,) to show.
 
     These are points with an energy of at most twice the depth of the well, or 3 eV if that is more, above the
-    separated atoms.
+    separated atoms, and of at most ``PHYSICAL`` above and below them: no bond of two atoms is as strong.
     """
     finite = curve.energy[np.isfinite(curve.energy)]
     depth = -float(finite.min(initial=0.0))
-    return curve.energy <= max(3.0, 2 * depth)
+    return (curve.energy <= min(max(3.0, 2 * depth), PHYSICAL)) & (curve.energy >= -PHYSICAL)
 
 
 def _rows(curves: Iterable[PairCurve]) -> Iterator[dict[str, str]]:

@@ -21,6 +21,9 @@ from dpa4.system import require, user_path
 IMAGINARY = -0.05  # THz; lower frequencies exceed the numerical noise of acoustic modes at Gamma
 BAND_POINTS = 101  # per line of the path
 DOS = ("frequency_THz", "dos_per_THz")
+FILES = (
+    "phonon.json", "phonon.png", "thermal.csv", "thermal.png", "dos.csv", "band.yaml", "phonopy_params.yaml"
+)  # fmt: skip
 THERMAL = ("temperature_K", "free_energy_kJ_mol", "entropy_J_K_mol", "heat_capacity_J_K_mol")
 
 
@@ -69,6 +72,7 @@ def phonons(
     fmax: float = 1e-4,
     steps: int = 500,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Phonons:
     """Compute harmonic phonons of a crystal from finite displacements of atoms in a supercell.
@@ -105,13 +109,14 @@ def phonons(
         fmax: Convergence threshold of this relaxation, in eV/Angstrom; see ``relax``.
         steps: Maximum number of steps of this relaxation.
         resume: Continue the calculation in ``output``.
-        progress: Show progress bars on a terminal.
+        overwrite: Replace the calculation in ``output``.
+        progress: Show the progress.
 
     Returns:
         Range of frequencies, stability, zero-point energy and heat capacity.
 
     Raises:
-        FileExistsError: If ``output`` holds a calculation and ``resume`` is not set.
+        FileExistsError: If ``output`` holds a calculation and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: If there is no calculation to resume.
         ImportError: If phonopy or seekpath is not installed.
         RuntimeError: If the relaxation does not converge.
@@ -137,7 +142,16 @@ def phonons(
         "supercell": list(multiples), "displacement": displacement, "symprec": symprec, "relax_first": relax_first,
         "fmax": fmax,
     }  # fmt: skip
-    run = Calculation(folder, atoms, calculator, settings, resume=resume, progress=progress)
+    run = Calculation(
+        folder,
+        atoms,
+        calculator,
+        settings,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+        results=FILES,
+    )
     start = run.relaxed(atoms, fmax=fmax, steps=steps, symprec=symprec) if relax_first else atoms.copy()
     phonon = _phonopy(start, multiples, displacement, symprec)
 
@@ -263,7 +277,7 @@ def _plot_bands(path: Path, band: Any, labels: list[str], connections: list[bool
     right.set_xlabel("DOS (1/THz)")
     for axis in (left, right):
         axis.axhline(0, color="black", linewidth=0.5)  # imaginary modes lie below
-    save_figure(figure, path)
+    save_figure(figure, path, svg=True)
 
 
 def _ticks(
@@ -301,4 +315,4 @@ def _plot_thermal(path: Path, thermal: Any) -> None:
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[-1].set_xlabel("temperature (K)")
-    save_figure(figure, path)
+    save_figure(figure, path, svg=True)

@@ -1,13 +1,16 @@
 """Relaxation of positions and, optionally, of the cell with ASE's optimizers."""
 
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator
 from ase.constraints import FixSymmetry
@@ -17,8 +20,10 @@ from ase.spacegroup.symmetrize import symmetrize_rank2
 
 from dpa4.data import write_structures
 from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
-from dpa4.output import CsvLog, cut_back, flush_to_disk, new_figure, save_figure
-from dpa4.simulation.runs.progress import progress_bar
+from dpa4.output import CsvLog, already_holds, check_start, cut_back, flush_to_disk, save_figure
+from dpa4.parsing import first_line
+from dpa4.progress import ProgressBar
+from dpa4.simulation.figures import draw_relaxations
 from dpa4.simulation.runs.store import Record, Records
 from dpa4.system import require, stop_requests, user_path
 
@@ -51,6 +56,7 @@ class Relaxation:
         max_force: Largest force on an atom, in eV/Angstrom.
         volume: Volume of the cell, in Angstrom^3. None unless the structure is periodic along all three axes.
         pressure: -trace(stress) / 3, in GPa. None if there is no stress.
+        failure: Reason why `relax_all` could not relax the structure; energies and force are then NaN. Else empty.
     """
 
     converged: bool
@@ -61,9 +67,14 @@ class Relaxation:
     max_force: float
     volume: float | None
     pressure: float | None
+    failure: str = ""
 
 
+NOT_RELAXED = Relaxation(False, False, 0, math.nan, math.nan, math.nan, None, None)
+NUMBER = "relax_structure"  # key in the info of a relaxed structure, for its number
 COLUMNS = ("structure", "formula", *(field.name for field in fields(Relaxation)))
+STEP_COLUMNS = ("structure", "step", "atoms", "energy", "max_force")
+STORED = tuple(field.name for field in fields(Relaxation) if field.name != "failure")
 
 
 def relax(
@@ -118,9 +129,7 @@ def relax(
     """
     if len(atoms) == 0:
         raise ValueError("the structure has no atoms")
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
-    check_relaxation(fmax, steps, cell, pressure, tuple(CELLS))
+    _check_options(fmax, steps, optimizer, cell, pressure, symmetry, symprec)
     check_periodicity(atoms, cell)
     if trajectory is not None:
         trajectory = user_path(trajectory)
@@ -168,16 +177,20 @@ def relax_all(
     output: str | Path,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> list[Relaxation]:
     """Relax structures in place, one after another.
 
-    Files written to ``output``, which replace earlier ones unless ``resume`` is set:
+    A structure that cannot be evaluated, for example because the model lacks an element, does not affect the others.
 
-    * relaxed.xyz: final structures with energies, forces and, if periodic along all three axes, stress.
+    Files written to ``output``:
+
+    * relaxed.xyz: final structures with energies, forces and, if periodic along all three axes, stress. The entry
+      ``relax_structure`` of ``atoms.info`` is the number of the structure.
     * relax.csv: one row per structure with the fields of ``Relaxation``.
-    * relax.png: change of energy and largest force of every structure.
+    * steps.csv and relax.png: energy and largest force of every step.
     * relax.jsonl and settings.json: finished structures, model and options, for ``resume``.
 
     Ctrl-C finishes the current step and stops.
@@ -187,8 +200,9 @@ def relax_all(
         calculator: ASE calculator.
         output: Output folder, created if absent.
         resume: Continue an earlier call with the same model, options and structures. Finished structures are not
-            relaxed again; an interrupted one continues from where it was.
-        progress: Show a progress bar on a terminal.
+            relaxed again, nor are those that could not be relaxed; an interrupted one continues from where it was.
+        overwrite: Replace the results of an earlier call in ``output``.
+        progress: Show the progress.
         **options: Options of ``relax``, applied to every structure.
 
     Returns:
@@ -197,46 +211,110 @@ def relax_all(
 
     Raises:
         BlockingIOError: If another process is working in ``output``.
+        FileExistsError: If ``output`` already holds relaxations and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: If there is nothing to resume.
         ImportError: If ``symmetry`` is set and spglib is not installed.
-        ValueError: As for ``relax``, with the number of the structure in the message; or if model, options or
-            structures differ from those of the call to resume, or a file of it is damaged.
+        ValueError: If an option is not allowed; or if model, options or structures differ from those of the call to
+            resume, or a file of it is damaged.
     """
+    check_start(resume, overwrite)
+    _check_options(**options)
     folder = user_path(output)
     relaxed, finished = folder / "relaxed.xyz", folder / "relax.jsonl"
     if resume and not finished.is_file():
         raise FileNotFoundError(f"there is no relaxation to resume in {folder}: {finished} does not exist")
+    if finished.is_file() and not (resume or overwrite):
+        raise already_holds(folder, finished.name)
     settings = {"task": "relax", **fingerprint_of_calculator(calculator), **options}
     with Records(folder, settings, "relax", anew=not resume) as records:
         results = _restored(structures, records, relaxed)
         done, total = len(results), len(structures)
         table = CsvLog(folder / "relax.csv", COLUMNS, done - 1 if resume else None)
-        with closing(table), progress_bar("structure", total, done, progress) as bar:
+        steps = CsvLog(folder / "steps.csv", STEP_COLUMNS, done - 1 if resume else None)
+        with closing(table), closing(steps), ProgressBar("structure", total, done, progress) as bar:
             task = bar.task_ids[0]
             for number, atoms in enumerate(structures[done:], start=done):
-                try:
-                    result = relax(
-                        atoms, calculator, watch=lambda line: bar.update(task, status=line), **options
-                    )
-                except ValueError as error:
-                    raise ValueError(f"structure {number}: {error}") from error
+                count = itertools.count()
+
+                def watch(line: str, atoms: Atoms = atoms, number: int = number, count: Any = count) -> None:
+                    bar.update(task, status=line)
+                    energy = float(atoms.get_potential_energy())
+                    values = (number, next(count), len(atoms), energy, _max_force(atoms))
+                    steps.write(dict(zip(STEP_COLUMNS, values, strict=True)))
+
+                result = _relaxed_if_possible(atoms, calculator, watch=watch, **options)
                 results.append(result)
-                write_structures(relaxed, labelled(atoms), append=True)
-                flush_to_disk(relaxed)
+                if not result.failure:
+                    final = labelled(atoms)
+                    final.info = {NUMBER: number} | {k: v for k, v in final.info.items() if k != NUMBER}
+                    write_structures(relaxed, final, append=True)
+                    flush_to_disk(relaxed)
                 row = {"structure": number, "formula": atoms.get_chemical_formula()} | asdict(result)
                 table.write(row)
-                place = {"cell": atoms.cell.array, "positions": atoms.positions}
-                failure = {"error": "interrupted"} if result.interrupted else {}
-                records.append(
-                    {"id": str(number)} | row | place | {"bytes": relaxed.stat().st_size} | failure
-                )
+                records.append(_record(number, row, atoms, relaxed))
                 if result.interrupted:
                     break
                 bar.update(task, completed=number + 1)
     if results:
-        sizes = [len(atoms) for atoms in structures[: len(results)]]
-        _plot(results, sizes, options.get("fmax", FMAX), folder / "relax.png")
+        save_figure(draw_relaxations(folder, options.get("fmax", FMAX)), folder / "relax.png")
     return results
+
+
+def _check_options(
+    fmax: float = FMAX,
+    steps: int = 500,
+    optimizer: str = "fire",
+    cell: str = "fixed",
+    pressure: float = 0.0,
+    symmetry: bool = False,
+    symprec: float = 0.01,
+) -> None:
+    """Check the options of `relax` that do not depend on the structure.
+
+    Raises:
+        ImportError: If ``symmetry`` is set and spglib is not installed.
+        TypeError: If there is no such option.
+        ValueError: If an option is not allowed.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+    check_relaxation(fmax, steps, cell, pressure, tuple(CELLS))
+    if symmetry:
+        require("spglib", "symmetry")
+        if not 0 < symprec < np.inf:
+            raise ValueError(f"symprec must be a positive distance in Angstrom, got {symprec}")
+
+
+def _relaxed_if_possible(atoms: Atoms, calculator: Calculator, **options: Any) -> Relaxation:
+    """Relax a structure in place; errors of a single structure become part of the result.
+
+    Raises:
+        torch.AcceleratorError: If the GPU fails, which affects all further structures.
+    """
+    try:
+        return relax(atoms, calculator, **options)
+    except torch.AcceleratorError:
+        raise
+    except (ValueError, RuntimeError, ArithmeticError) as error:
+        return replace(NOT_RELAXED, failure=first_line(error))
+
+
+def _record(number: int, row: Mapping[str, Any], atoms: Atoms, relaxed: Path) -> Record:
+    """Record of a structure whose relaxation has begun; after a failure it has no numbers and counts as done."""
+    size = relaxed.stat().st_size if relaxed.is_file() else 0
+    record: Record = {"id": str(number), **row, "bytes": size}
+    if row["failure"]:  # its energies and positions may be NaN
+        return record | dict.fromkeys(("initial_energy", "energy", "max_force"))
+    if row["interrupted"]:
+        record["error"] = "interrupted"
+    return record | {"cell": atoms.cell.array, "positions": atoms.positions}
+
+
+def _result(record: Record) -> Relaxation:
+    """Result in a record, the inverse of `_record`."""
+    if failure := record.get("failure"):
+        return replace(NOT_RELAXED, failure=failure)
+    return Relaxation(**{name: record[name] for name in STORED})
 
 
 def _restored(structures: Sequence[Atoms], records: Records, relaxed: Path) -> list[Relaxation]:
@@ -261,11 +339,13 @@ def _restored(structures: Sequence[Atoms], records: Records, relaxed: Path) -> l
                 "in the same order"
             )
         _check_record(record, len(atoms), records.path)
+        if record.get("failure"):
+            continue
         atoms.set_cell(record["cell"])
         atoms.set_positions(record["positions"], apply_constraint=False)
     done = [records[str(number)] for number in range(len(records.done))]
     cut_back(relaxed, done[-1]["bytes"] if done else 0, records.path)
-    return [Relaxation(**{field.name: record[field.name] for field in fields(Relaxation)}) for record in done]
+    return [_result(record) for record in done]
 
 
 def _check_record(record: Record, num_atoms: int, path: Path) -> None:
@@ -274,8 +354,11 @@ def _check_record(record: Record, num_atoms: int, path: Path) -> None:
     Raises:
         ValueError: If an entry is absent or has another type, shape or range.
     """
-    shapes: dict[str, tuple[int, ...]] = {"cell": (3, 3), "positions": (num_atoms, 3)}
-    shapes |= dict.fromkeys(("initial_energy", "energy", "max_force"), ())
+    failure = record.get("failure", "")
+    shapes: dict[str, tuple[int, ...]] = {}
+    if not failure:
+        shapes = {"cell": (3, 3), "positions": (num_atoms, 3)}
+        shapes |= dict.fromkeys(("initial_energy", "energy", "max_force"), ())
     for name, shape in shapes.items():
         try:
             value = np.array(record.get(name), dtype=np.float64)
@@ -284,30 +367,9 @@ def _check_record(record: Record, num_atoms: int, path: Path) -> None:
         if value.shape != shape or not np.isfinite(value).all():
             raise ValueError(f"{path} is damaged ({name} of structure {record['id']}); start without resume")
     size = record.get("bytes")
-    if not isinstance(size, int) or size < 0 or any(field.name not in record for field in fields(Relaxation)):
+    complete = isinstance(failure, str) and all(name in record for name in STORED)
+    if not isinstance(size, int) or size < 0 or not complete:
         raise ValueError(f"{path} is damaged (structure {record['id']}); start without resume")
-
-
-def _plot(results: Sequence[Relaxation], sizes: Sequence[int], fmax: float, path: Path) -> None:
-    """Plot the change of energy and the final largest force of every structure."""
-    change = [1e3 * (r.energy - r.initial_energy) / n for r, n in zip(results, sizes, strict=True)]
-    force = [max(r.max_force, 1e-6) for r in results]  # positive for the logarithmic axis
-    numbers, converged = np.arange(len(results)), np.array([r.converged for r in results])
-    figure = new_figure(7, 5)
-    axes = figure.subplots(2, 1, sharex=True)
-    labels = ("energy, change\n(meV/atom)", "largest force\n(eV/Å)")
-    for axis, label, values in zip(axes, labels, (change, force), strict=True):
-        for chosen, style, name in ((converged, "C0o", "converged"), (~converged, "rx", "not converged")):
-            if chosen.any():
-                axis.plot(numbers[chosen], np.array(values)[chosen], style, markersize=4, label=name)
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    axes[1].axhline(fmax, color="0.5", linewidth=1, linestyle="--", label="fmax")
-    axes[1].set_yscale("log")
-    axes[1].legend()
-    axes[1].set_xlabel("structure")
-    axes[1].xaxis.get_major_locator().set_params(integer=True)
-    save_figure(figure, path)
 
 
 def _max_force(atoms: Atoms) -> float:
@@ -361,7 +423,6 @@ def _keep_symmetry(atoms: Atoms, cell: str, symprec: float) -> None:
         ValueError: If the structure is not periodic or has other constraints, if ``symprec`` is not allowed, or if
             the choice of ``cell`` breaks the symmetry.
     """
-    require("spglib", "symmetry")
     if not atoms.pbc.all():
         raise ValueError(
             f"symmetry needs a cell periodic along all three axes, but pbc is {atoms.pbc.tolist()}"
@@ -370,8 +431,6 @@ def _keep_symmetry(atoms: Atoms, cell: str, symprec: float) -> None:
         raise ValueError(
             f"symmetry cannot be combined with {type(atoms.constraints[0]).__name__}; remove the constraint"
         )
-    if not 0 < symprec < np.inf:
-        raise ValueError(f"symprec must be a positive distance in Angstrom, got {symprec}")
     symmetric = FixSymmetry(atoms, symprec=symprec)
     if "mask" in CELLS[cell]:
         allowed = np.diag([1.0, 1.0, 0.0] if cell == "xy" else [0.0, 0.0, 1.0])

@@ -1,6 +1,5 @@
-"""Report of a training run: one self-contained HTML page."""
+"""Report of a training run or a simulation: one self-contained HTML page."""
 
-import io
 import json
 from collections.abc import Sequence
 from html import escape
@@ -11,16 +10,37 @@ import torch
 from rich.progress import track
 
 from dpa4.data.coverage import ElementPair
-from dpa4.output import atomic_write, check_writable, read_csv
+from dpa4.output import atomic_write, check_writable, read_csv, svg_of
+from dpa4.parsing import read_yaml
 from dpa4.potential import Potential, load_potential, model_card
 from dpa4.potential.card import ModelCard
 from dpa4.simulation import html
-from dpa4.simulation.pair_curves import Diagnosis, diagnose, draw_pairs, element_pairs, pair_curves
+from dpa4.simulation.pair_curves import ADVICE, Diagnosis, diagnose, draw_pairs, element_pairs, pair_curves
+from dpa4.simulation.report_simulation import SIMULATIONS
 from dpa4.system import choose_device, user_path
 from dpa4.training.logs import ERROR_UNITS
+from dpa4.training.plots import draw_learning_curve
 
 MAX_PAIRS = 60  # in the report; `dpa4 pairs` has no limit
 PAIRS_OF_A_FIGURE = 3  # one row, as wide as the page
+TRAINING_FILES = ("best.safetensors", "last.safetensors", "train.csv", "run.yaml")
+WORST = (
+    "<p>Structures with the largest error of energy per atom, forces or virial per atom, relative to its RMSE in all "
+    "structures. Look at them in worst.xyz of the evaluation. A wrong label there (an electronic-structure "
+    "calculation that did not converge) spoils training; a strange structure with a right label shows what the "
+    "training data lack.</p>"
+)
+WORST_COLUMNS = {
+    "file": "file",
+    "frame": "frame",
+    "group": "group",
+    "atoms": "atoms",
+    "quantity": "worst in",
+    "ratio": "times\nRMSE",
+    "energy_error": "energy\n(meV/atom)",
+    "forces_rmse": "forces RMSE\n(meV/Å)",
+    "forces_maximum": "forces max\n(meV/Å)",
+}
 SUMMARY = (
     "preset",
     "trainable parameters",
@@ -42,15 +62,16 @@ def write_report(
     device: str | torch.device = "auto",
     progress: bool = True,
 ) -> Path:
-    """Write one self-contained HTML file about a training run.
+    """Write one self-contained HTML file about a training run, dynamics, relaxations or phonons.
 
-    Sections: summary, learning curve, errors on test data, pair curves, model card, configuration, versions. A
-    section without data says what is missing and names the command that creates it.
+    Sections of a training run: summary, learning curve, errors on test data, pair curves, model card, configuration,
+    versions. A section without data says what is missing and names the command that creates it. Sections of a
+    simulation: summary, figures, tables, settings, versions. Figures are dark on a dark screen.
 
     Args:
-        run: Output folder of the training run.
+        run: Output folder of `dpa4 train`, `dpa4 md`, `dpa4 relax` or `dpa4 phonon`.
         output: File to write or replace; by default report.html in the folder of the run.
-        evaluation: Output folder of `dpa4 eval` for the model.
+        evaluation: Output folder of `dpa4 eval` for the model of a training run.
         pairs: Compute the curves of the pairs of elements that were neighbours in the training data, or of all pairs
             if the model file does not say which were. Of more than 60 pairs, only the 60 with the shortest distances
             are shown.
@@ -62,35 +83,33 @@ def write_report(
 
     Raises:
         FileNotFoundError: If a folder does not exist.
-        ValueError: If the folder is not the output folder of a training run, or a file in it is damaged.
+        ValueError: If the folder is not the output folder of one of these commands, or a file in it is damaged; or if
+            an evaluation is given with a simulation.
     """
     folder = user_path(run)
     evaluation = None if evaluation is None else user_path(evaluation)
     for given in (folder, *([evaluation] if evaluation is not None else [])):
         if not given.is_dir():
             raise FileNotFoundError(f"there is no folder {given}")
-    names = ("best.safetensors", "last.safetensors", "train.csv", "run.yaml")
-    if not any((folder / name).is_file() for name in names):
+    simulation = next((kind for kind in SIMULATIONS if (folder / kind.file).is_file()), None)
+    if simulation is None and not any((folder / name).is_file() for name in TRAINING_FILES):
+        names = ", ".join((*TRAINING_FILES, *(kind.file for kind in SIMULATIONS)))
         raise ValueError(
-            f"{folder} is not an output folder of a training run: it has none of {', '.join(names)}"
+            f"{folder} is not an output folder of dpa4 train, md, relax or phonon: it has none of {names}"
+        )
+    if simulation is not None and evaluation is not None:
+        raise ValueError(
+            f"{evaluation} is the evaluation of a model, and {folder} is a folder of {simulation.command}; give the "
+            "evaluation with the folder of the training run"
         )
     file = folder / "report.html" if output is None else user_path(output)
     check_writable(file)
-    model = next((folder / name for name in names[:2] if (folder / name).is_file()), None)
-    card = None if model is None else model_card(model)
-    validations = _validations(folder)
-    table = None if evaluation is None else _error_table(evaluation / "errors.json")
-    sections = {
-        "Summary": _summary(card, validations, table),
-        "Learning curve": _learning_curve(folder, validations),
-        "Errors": _errors(model, evaluation, table),
-        "Pair curves": _pair_curves(model, pairs, device, progress),
-        "Model": _model(card),
-        "Configuration": _configuration(folder),
-        "Versions": html.versions(),
-    }
+    if simulation is None:
+        what, sections = "training run", _training_sections(folder, evaluation, pairs, device, progress)
+    else:
+        what, sections = simulation.title, simulation.sections(folder)
     name = folder.resolve().name
-    text = html.page(f"{name}: DPA4 training", f"DPA4 training run: {name}", sections)
+    text = html.page(f"{name}: DPA4 {what}", f"DPA4 {what}: {name}", sections | {"Versions": html.versions()})
     with atomic_write(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return file
@@ -99,13 +118,34 @@ def write_report(
 # --- sections
 
 
+def _training_sections(
+    folder: Path, evaluation: Path | None, pairs: bool, device: str | torch.device, progress: bool
+) -> dict[str, str]:
+    model = next((folder / name for name in TRAINING_FILES[:2] if (folder / name).is_file()), None)
+    card = None if model is None else model_card(model)
+    validations = _validations(folder)
+    table = None if evaluation is None else _error_table(evaluation / "errors.json")
+    return {
+        "Summary": _summary(card, validations, table, _speed(folder)),
+        "Learning curve": _learning_curve(folder, validations),
+        "Errors": _errors(model, evaluation, table),
+        "Pair curves": _pair_curves(model, pairs, device, progress),
+        "Model": _model(card),
+        "Configuration": _configuration(folder),
+    }
+
+
 def _summary(
-    card: ModelCard | None, validations: dict[str, dict[str, str]], table: list[dict[str, Any]] | None
+    card: ModelCard | None,
+    validations: dict[str, dict[str, str]],
+    table: list[dict[str, Any]] | None,
+    speed: dict[str, str],
 ) -> str:
     lines: dict[str, str] = {}
     if card is not None:
         known = card.sections["Model"] | card.sections["Provenance"]
         lines |= {name: known[name] for name in SUMMARY if name in known}
+    lines |= speed
     for label, row in validations.items():
         errors = [
             f"{what} {html.short(row[f'{what}_mae'])} {unit}"
@@ -115,9 +155,35 @@ def _summary(
         lines[f"validation MAE, {label}"] = ", ".join(errors)
     if table:
         lines["test MAE"] = ", ".join(
-            f"{r['quantity']} {html.short(r['mae'])} {r['unit']}" for r in table if r["group"] == "all"
+            f"{r['quantity']} {html.short(r['mae'])} {r['unit']}"
+            for r in table
+            if r["group"] == "all" and r["quantity"] != "energy"
         )
     return html.name_table(lines) if lines else "<p>There is neither a model nor a validation result yet.</p>"
+
+
+def _speed(folder: Path) -> dict[str, str]:
+    """Duration and throughput of the training, from the last row of train.csv; {} without one."""
+    rows = read_csv(folder / "train.csv")
+    try:
+        steps, seconds = int(rows[-1]["step"]), float(rows[-1]["seconds"])
+    except (IndexError, KeyError, ValueError):  # no row, or a damaged one
+        return {}
+    lines = {"training time": f"{html.duration(seconds)}, without compilation"}
+    if seconds > 0:
+        lines["throughput"] = f"{html.short(steps / seconds)} steps/s"
+        if structures := _batch_size(folder / "run.yaml"):
+            lines["throughput"] += f", {html.short(structures * steps / seconds)} structures/s"
+    return lines
+
+
+def _batch_size(file: Path) -> int | None:
+    """Number of structures in a batch; None if the options do not say so."""
+    try:
+        size = read_yaml(file)["training"]["batch_size"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return size if isinstance(size, int) else None
 
 
 def _validations(folder: Path) -> dict[str, dict[str, str]]:
@@ -132,10 +198,10 @@ def _validations(folder: Path) -> dict[str, dict[str, str]]:
 
 def _learning_curve(folder: Path, validations: dict[str, dict[str, str]]) -> str:
     parts = []
-    if (folder / "learning_curve.png").is_file():
-        parts.append(html.image((folder / "learning_curve.png").read_bytes(), "Learning curve"))
+    if read_csv(folder / "train.csv") or validations:
+        parts.append(html.image(svg_of(draw_learning_curve(folder)), "Learning curve"))
     else:
-        parts.append(html.missing("There is no learning_curve.png", "dpa4 train run.yaml --resume"))
+        parts.append(html.missing("There is no row in train.csv", "dpa4 train run.yaml --resume"))
     if not validations:
         return "\n".join([*parts, "<p>The run has no validation data.</p>"])
     rows = [["score", *(html.short(row["score"]) for row in validations.values())]]
@@ -167,11 +233,20 @@ def _errors(model: Path | None, evaluation: Path | None, table: list[dict[str, A
         if table is None
         else [_error_tables(table)]
     )
-    if (evaluation / "parity.png").is_file():
-        parts.append(html.image((evaluation / "parity.png").read_bytes(), "Predictions against labels"))
-    else:
-        parts.append(html.missing(f"{evaluation} has no parity.png", command))
+    parity = html.picture(evaluation, "parity", "Predictions against labels")
+    parts.append(parity or html.missing(f"{evaluation} has no parity.png", command))
+    if calibration := html.picture(evaluation, "calibration", "Error against deviation of the committee"):
+        parts += ["<h3>Deviation of the committee</h3>", calibration]
+    if rows := read_csv(evaluation / "worst.csv"):
+        parts += ["<h3>Worst structures</h3>", WORST, _worst(rows)]
     return "\n".join(parts)
+
+
+def _worst(rows: Sequence[dict[str, str]]) -> str:
+    """Table of worst.csv, whose columns may be those of another version."""
+    shown = [name for name in WORST_COLUMNS if name in rows[0]]
+    cells = [[html.short(row[name]) or "-" for name in shown] for row in rows]
+    return html.table([WORST_COLUMNS[name] for name in shown], cells)
 
 
 def _error_tables(table: list[dict[str, Any]]) -> str:
@@ -184,8 +259,13 @@ def _error_tables(table: list[dict[str, Any]]) -> str:
         found = {
             (r["group"], r["quantity"], kind): html.short(r[kind]) for r in table for kind in ("mae", "rmse")
         }
-        columns = {(r["quantity"], kind): r["unit"] for r in table for kind in ("mae", "rmse")}
-        header = [f"{quantity} {kind.upper()} ({unit})" for (quantity, kind), unit in columns.items()]
+        # Energies of whole structures of different sizes do not compare, and the columns fill the page without them.
+        shown = [r for r in table if r["quantity"] != "energy"]
+        columns = {(r["quantity"], kind): r["unit"] for r in shown for kind in ("mae", "rmse")}
+        header = [
+            "\n".join((*quantity.split(maxsplit=1), kind.upper(), f"({unit})"))
+            for (quantity, kind), unit in columns.items()
+        ]
         rows = [[group, *(found.get((group, *column), "-") for column in columns)] for group in groups]
         parts += ["<h3>By group</h3>", html.table(["group", *header], rows)]
     return "\n".join(parts)
@@ -215,10 +295,10 @@ def _pair_curves(model: Path | None, compute: bool, device: str | torch.device, 
         parts.append(html.missing(text, f"dpa4 pairs {model}"))
     for first in range(0, len(curves), PAIRS_OF_A_FIGURE):
         page = slice(first, first + PAIRS_OF_A_FIGURE)
-        drawn = io.BytesIO()
-        draw_pairs(curves[page], diagnoses[page]).savefig(drawn, dpi=115, format="png")
-        parts.append(html.image(drawn.getvalue(), "Pair curves"))
+        parts.append(html.image(svg_of(draw_pairs(curves[page], diagnoses[page])), "Pair curves"))
     parts.append(_diagnoses(diagnoses))
+    if found := {flag: ADVICE[flag] for diagnosis in diagnoses for flag in diagnosis.flags}:
+        parts += ["<h3>What to do about the flags</h3>", html.name_table(found)]
     return "\n".join(parts)
 
 
@@ -236,7 +316,8 @@ def _diagnoses(diagnoses: Sequence[Diagnosis]) -> str:
     rows = []
     for d in diagnoses:
         values = (d.minimum, d.depth, d.force_flips, d.excess_variation)
-        rows.append([d.pair, *("-" if v is None else html.short(v) for v in values), ", ".join(d.flags)])
+        numbers = ["-" if v is None else html.short(round(v, 4) + 0) for v in values]  # no -0
+        rows.append([d.pair, *numbers, ", ".join(d.flags) or "none"])
     return html.table(header, rows)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from ase import Atoms
 from ase.io.jsonio import encode
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError
 
 from dpa4.data.charge_spin import NAMES, charge_spin_entries
 from dpa4.output import atomic_write
@@ -41,6 +41,8 @@ class Restart(BaseModel):
     random: dict[str, Any]  # state of NumPy's bit generator
     baths: dict[str, Any]  # see `bath_state`
     trajectory_bytes: NonNegativeInt
+    uncertain_bytes: NonNegativeInt = 0  # absent in files of earlier versions
+    seconds: NonNegativeFloat = 0.0  # time of computation; not in files of earlier versions
 
 
 def system_of(atoms: Atoms) -> dict[str, Any]:

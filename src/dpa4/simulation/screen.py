@@ -13,10 +13,10 @@ from dpa4.data.charge_spin import unused_names, warn_of_unused
 from dpa4.data.writers import without_labels
 from dpa4.graph import build_graph
 from dpa4.interfaces.loading import charge_spin_of
-from dpa4.potential import fingerprint_of
+from dpa4.potential.committee import fingerprint_of_committee
+from dpa4.progress import ProgressBar
 from dpa4.simulation.flight import Flight, Job, Outcome, count_fragments, one_line
 from dpa4.simulation.relax import check_periodicity, check_relaxation
-from dpa4.simulation.runs.progress import progress_bar
 from dpa4.simulation.runs.shards import Shard, join_shards
 from dpa4.system import stop_requests, user_path
 
@@ -83,6 +83,7 @@ def screen(
     rank: int = 0,
     world_size: int = 1,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Screening:
     """Relax the structures of many files with FIRE, in batches, and record the outcome of each structure.
@@ -111,14 +112,15 @@ def screen(
         rank: Index of this process, from 0. Each process relaxes every ``world_size``-th structure.
         world_size: Number of processes that share ``output``.
         resume: Continue an earlier call with the same files and settings, if there is one.
-        progress: Show a progress bar on a terminal.
+        overwrite: Replace the screening in ``output``. Only for ``world_size`` 1.
+        progress: Show the progress.
 
     Returns:
         Number of structures by status, and whether the screening is finished.
 
     Raises:
         FileNotFoundError: If a file does not exist.
-        FileExistsError: If ``output`` already holds a screening and ``resume`` is not set.
+        FileExistsError: If ``output`` already holds a screening and neither ``resume`` nor ``overwrite`` is set.
         ImportError: If TorchSim is not installed.
         BlockingIOError: If another process is working on the same shard.
         ValueError: If an argument is not allowed, there is no structure, or the files or settings differ from those
@@ -139,15 +141,15 @@ def screen(
     model.compute_forces = model.compute_stress = True
     folder = user_path(output)
     settings = {
-        **fingerprint_of(model.potential),
+        **fingerprint_of_committee(model.potentials),
         "files": [[str(path), path.stat().st_size] for path in paths],
         **asdict(options),
     }
     del settings["max_edges"]  # affects only the use of memory
-    shard = Shard(folder, COLUMNS, settings, rank, world_size, resume)
+    shard = Shard(folder, COLUMNS, settings, rank, world_size, resume, overwrite)
     total = 0
     try:
-        with stop_requests() as stopped, progress_bar("structure", 0, show=progress) as bar:
+        with stop_requests() as stopped, ProgressBar("structure", 0, show=progress) as bar:
 
             def record(outcome: Outcome) -> None:
                 shard.record(*_recorded(outcome))
@@ -218,7 +220,8 @@ def _prepare(
         graph = build_graph(
             found.numbers, found.positions, found.cell.array, found.pbc, model.cutoff, charge_spin
         )
-        model.potential.check(graph)
+        for potential in model.potentials:
+            potential.check(graph)
     except Exception as error:  # a fault of one structure must not end the others
         shard.record(_row(job, "refused", one_line(error)))
         return
@@ -232,7 +235,7 @@ def _recorded(outcome: Outcome) -> tuple[dict[str, Any], Atoms | None]:
     job, frame = outcome.job, outcome.relaxed
     if frame is None:
         return _row(job, outcome.status, outcome.reason), None
-    frame.info = without_labels(job.atoms.info) | {"screen_status": outcome.status}
+    frame.info = without_labels(job.atoms.info) | frame.info | {"screen_status": outcome.status}
     row = _row(job, outcome.status, outcome.reason) | {
         "energy": frame.get_potential_energy(),
         "max_force": outcome.max_force,

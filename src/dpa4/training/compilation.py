@@ -19,7 +19,8 @@ from dpa4.execution.regions import compile_potential, restore_eager
 from dpa4.execution.trial import attempt, require_agreement
 from dpa4.graph import Graph
 from dpa4.potential import Potential
-from dpa4.training.replayed_step import RecordingError, ReplayedStep, Step, StepRecorder
+from dpa4.training.replayed_step import RecordingError, ReplayedStep, ReplayedUpdate, Step, StepRecorder
+from dpa4.training.update import WeightUpdate
 
 T = TypeVar("T")
 
@@ -40,6 +41,7 @@ class CompiledTraining:
         potential: The potential, on its device and in its precision.
         differentiate: Training step up to the gradients of the parameters. The trainer passes one of its methods,
             which is called for every step, directly or while a step is recorded.
+        weight_update: Update of the weights after each step.
         console: Console for progress and warnings.
 
     Attributes:
@@ -48,11 +50,15 @@ class CompiledTraining:
         seconds: Time spent on compilation so far, in seconds.
     """
 
-    def __init__(self, potential: Potential, differentiate: Step, console: Console):
+    def __init__(
+        self, potential: Potential, differentiate: Step, weight_update: WeightUpdate, console: Console
+    ):
         self.potential, self.differentiate, self.console = potential, differentiate, console
+        self.weight_update = weight_update
         self.active, self.stages, self.seconds = False, 0, 0.0
         self._evaluates = False  # compiled evaluation was compared with eager mode
         self._step = differentiate
+        self._update: Callable[[], None] = weight_update.apply
         self._status: Status | None = None
 
     def start(self, batches: EpochBatches) -> None:
@@ -68,6 +74,7 @@ class CompiledTraining:
         if self.active and self.potential.device.type == "cuda":
             recorder = StepRecorder(self.differentiate, self.potential.parameters())
             self._step = ReplayedStep(self.potential, self.differentiate, recorder)
+            self._update = ReplayedUpdate(self.weight_update, recorder.record_update)
 
     def check_evaluation(self, batches: EpochBatches) -> None:
         """Compare compiled evaluation with eager mode, as in validation. Only the first call has an effect."""
@@ -82,6 +89,14 @@ class CompiledTraining:
             The detached loss and its terms. The next call may overwrite them and the gradients.
         """
         return self.run(lambda: self._step(batch))
+
+    def update(self) -> None:
+        """Apply the weight update: replayed where possible. It is never repeated after a part of it was done."""
+        try:
+            self._update()
+        except RecordingError as error:
+            self._give_up_replay(error)
+            self._update()
 
     def run(self, work: Callable[[], T]) -> T:
         """Return the result of ``work``, repeating it in eager mode if compiled code raises.
@@ -179,7 +194,8 @@ class CompiledTraining:
 
     def _give_up(self, error: Exception) -> None:
         restore_eager(self.potential)
-        self.active, self._step = False, self.differentiate
+        self.active = False
+        self._drop_recordings()
         self._say(
             "Compilation failed",
             error,
@@ -187,8 +203,11 @@ class CompiledTraining:
             "Set training.compile = false to skip compilation.",
         )
 
+    def _drop_recordings(self) -> None:
+        self._step, self._update = self.differentiate, self.weight_update.apply
+
     def _give_up_replay(self, error: Exception) -> None:
-        self._step = self.differentiate
+        self._drop_recordings()
         self._say(
             "Replay of training steps failed",
             error,

@@ -4,19 +4,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dpa4.output import CsvLog
+from dpa4.progress import ProgressBar
+from dpa4.system import install_command
 
 TERMS = ("energy", "forces", "virial", "loss", "gradient_norm")
-TRAIN_COLUMNS = ("step", "epoch", "learning_rate", *TERMS, "seconds")
-ERROR_UNITS = {"energy": "meV/atom", "forces": "meV/Å", "virial": "meV/atom"}  # in valid.csv
+ERROR_UNITS = {"energy": "meV/atom", "forces": "meV/Å", "virial": "meV/atom"}
+TRAIN_ERRORS = tuple(f"{name}_mae" for name in ERROR_UNITS)  # absent in files of earlier versions
+TRAIN_COLUMNS = ("step", "epoch", "learning_rate", *TERMS, "seconds", *TRAIN_ERRORS)
 ERROR_COLUMNS = tuple(f"{name}_{kind}" for name in ERROR_UNITS for kind in ("mae", "rmse"))
 VALID_COLUMNS = ("step", "epoch", "score", "best", *ERROR_COLUMNS)
 
 
 class RunLog:
-    """Progress bar and logs of one run; use as a context manager.
+    """Progress and logs of one run; use as a context manager.
 
     Args:
         folder: Folder for train.csv, valid.csv and the TensorBoard files.
@@ -34,19 +36,10 @@ class RunLog:
     ):
         self._console = console
         self._tensorboard = _summary_writer(folder, resume_step) if tensorboard else None
-        self._train = CsvLog(folder / "train.csv", TRAIN_COLUMNS, resume_step)
+        self._train = CsvLog(folder / "train.csv", TRAIN_COLUMNS, resume_step, TRAIN_ERRORS)
         self._valid = CsvLog(folder / "valid.csv", VALID_COLUMNS, resume_step)
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("train", total=total, completed=resume_step or 0, status="")
+        self._progress = ProgressBar("step", total, resume_step or 0, console=console)
+        self._task = self._progress.task_ids[0]
 
     def __enter__(self) -> "RunLog":
         self._progress.start()
@@ -65,7 +58,7 @@ class RunLog:
         self._valid.flush_to_disk()
 
     def step(self, step: int) -> None:
-        """Advance the progress bar."""
+        """Advance the progress."""
         self._progress.update(self._task, completed=step)
 
     def train(self, row: dict[str, Any]) -> None:
@@ -100,7 +93,7 @@ def _summary_writer(folder: Path, resume_step: int | None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"training.tensorboard = true needs TensorBoard ({error}); pip install 'dpa4[tensorboard]'"
+            f"training.tensorboard = true needs TensorBoard ({error}); {install_command('tensorboard')}"
         ) from None
     # Hides what the interrupted run logged after its last checkpoint.
     purge = None if resume_step is None else resume_step + 1

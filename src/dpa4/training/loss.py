@@ -84,6 +84,29 @@ class Loss(NamedTuple):
         return lambda x: torch.where(x.abs() <= delta, 0.5 * x * x, delta * (x.abs() - 0.5 * delta))
 
 
+def absolute_errors(prediction: Prediction, batch: Batch) -> Tensor:
+    """Sums of the absolute errors of a batch, and the numbers of values: rows of a tensor (2, 3), float64.
+
+    The columns are energy per atom (eV), components of forces (eV/Angstrom) and components of the virial per atom
+    (eV), as in the tables of `dpa4.training.errors`. Weights of structures do not count, and no operation waits for
+    the device.
+    """
+    structure = batch.graph.structure
+    offsets = Incidence.of_sorted(structure, batch.graph.num_structures).offsets
+    atoms = offsets.diff().clamp(min=1).to(batch.energy.dtype)
+    with torch.no_grad():
+        energy = ((prediction.energy - batch.energy) / atoms)[:, None]
+        virial = ((prediction.virial - batch.virial) / atoms[:, None, None]).flatten(1)
+        errors = (
+            (energy, batch.has_energy),
+            (prediction.forces - batch.forces, batch.has_forces[structure]),
+            (virial, batch.has_virial),
+        )
+        sums = [torch.where(mask[:, None], e.double().abs(), 0.0).sum() for e, mask in errors]
+        values = [mask.sum() * e.shape[1] for e, mask in errors]
+    return torch.stack([torch.stack(sums), torch.stack(values).double()])
+
+
 def _masked_mean(error: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
     """Weighted sum of the labelled entries divided by their number; zero without labels."""
     kept = torch.where(mask, error * weight, 0.0)

@@ -3,21 +3,26 @@
 Muon replaces the momentum of a matrix by its nearest (semi-)orthogonal matrix, found by Newton-Schulz
 iteration, so that every singular direction moves by the same amount. A weight of more than two axes is a
 stack of independent matrices, its blocks (the "slice" mode of deepmd-kit). All blocks are processed together
-in a few batched matrix products (see ``_Packing``), so the number of kernels does not grow with the number of
-parameters, and no step waits for the device.
+in a few batched matrix products (see `dpa4.training.packing`), so the number of kernels does not grow with the
+number of parameters, and no step waits for the device.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dpa4.training.packing import AdamPacking, MuonPacking, block_shape, concurrently
+
 Route = Literal["muon", "adam", "adamw"]
+
+Key = tuple[int, ...]
+"""Index of a parameter group, and identities of its parameters that have a gradient."""
 
 # Coefficients a, b, c of X <- aX + bAX + cA^2 X with A = X X^T. Eight steps enlarge small singular values, two
 # polish.
@@ -34,25 +39,6 @@ _POLAR_EXPRESS = [
 ]
 GRAM_COEFFICIENTS = [(a / 1.05, b / 1.05**3, c / 1.05**5) for a, b, c in _POLAR_EXPRESS]
 GRAM_RESTART = 2  # iteration before which the Gram matrix is recomputed
-
-# Blocks of different shapes are padded with zeros and iterated together if that adds at most this many
-# multiplications: on a GPU, the roughly thirty kernels of a separate stack take longer.
-PADDING_LIMIT = 2e8
-
-
-def block_shape(shape: Iterable[int]) -> tuple[int, int, int] | None:
-    """Number, rows and columns of the matrix blocks of a weight, ignoring axes of size one.
-
-    Returns:
-        None if fewer than two axes are left.
-    """
-    sizes = [n for n in shape if n != 1]
-    if len(sizes) < 2:
-        return None
-    count = 1
-    for n in sizes[:-2]:
-        count *= n
-    return count, sizes[-2], sizes[-1]
 
 
 def orthogonalize(blocks: Tensor) -> Tensor:
@@ -137,13 +123,18 @@ def update_magma_score(score: Tensor, dot: Tensor, norms: Tensor) -> Tensor:
 class HybridMuon(Optimizer):
     """Muon for matrix weights, AdamW or Adam (no decay) for others, selected by the ``route`` of the group.
 
-    Parameters without a gradient do not change, not even by weight decay.
+    Without a group of the route muon, the optimiser is AdamW. Parameters without a gradient do not change, not even
+    by weight decay.
+
+    ``step`` is `receive`, then `update`. The latter only launches kernels on tensors that stay at their place, so it
+    can be recorded as a CUDA graph and replayed as long as `receive` returns the same key.
 
     Args:
         groups: Parameter groups with the key ``route``; see ``dpa4.training.routing.parameter_groups``.
         lr: Learning rate of all routes.
         momentum: Decay of Muon's (Nesterov) momentum.
         betas: Decays of Adam's moments.
+        eps: Addition to the denominator of Adam.
         weight_decay: Decoupled decay of the routes muon and adamw.
         scale: Root mean square of a Muon update before the learning rate; 0.18 is that of Adam in practice.
 
@@ -158,6 +149,7 @@ class HybridMuon(Optimizer):
         *,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-20,
         weight_decay: float = 1e-3,
         scale: float = 0.18,
     ):
@@ -165,11 +157,12 @@ class HybridMuon(Optimizer):
             "lr": lr,
             "momentum": momentum,
             "betas": betas,
+            "eps": eps,
             "weight_decay": weight_decay,
             "scale": scale,
         }
         super().__init__(groups, defaults)
-        self._packings: dict[int, _Packing] = {}  # by the index of the group
+        self._forget_packings()
         for group in self.param_groups:
             for p in group["params"]:
                 if group["route"] == "muon" and block_shape(p.shape) is None:
@@ -177,193 +170,150 @@ class HybridMuon(Optimizer):
                         f"route 'muon' needs a matrix, got a parameter of shape {tuple(p.shape)}"
                     )
 
-    @torch.no_grad()
+    def _forget_packings(self) -> None:
+        self._packings: dict[Key, AdamPacking | MuonPacking] = {}
+        self._packed: set[int] = set()  # identities of the parameters whose state is in a packing
+        self._current: list[tuple[int, AdamPacking | MuonPacking]] = []  # index of the group, and packing
+        device = self.param_groups[0]["params"][0].device
+        size = len(self.param_groups), 4
+        self._streams = [torch.cuda.Stream(device) for _ in self.param_groups[1:] if device.type == "cuda"]
+        self._factors = torch.zeros(size, dtype=torch.float64, device=device)
+        # Factors that change nothing. 1.0 and True: scale and ``active`` of a step that is not part of a training.
+        self._idle = torch.tensor([[0.0, 1.0, 0.0, 1.0]], dtype=torch.float64).to(device).repeat(size[0], 1)
+        self._one, self._true = torch.ones((), device=device), torch.ones((), dtype=torch.bool, device=device)
+
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
+        self.receive()
+        self.update(self._one, self._true)
+
+    @torch.no_grad()
+    def receive(self) -> tuple[Key, ...]:
+        """Copy gradients and options to where `update` reads them; the gradients become views of the copy.
+
+        Returns:
+            Key of the parameters that have a gradient.
+        """
+        rows: list[list[float]] = []
+        keys: list[Key] = []
+        self._current = []
         for index, group in enumerate(self.param_groups):
+            decay = 0.0 if group["route"] == "adam" else group["weight_decay"]
+            old, keep = (group["momentum"], 1.0) if group["route"] == "muon" else group["betas"]
+            rows.append([-group["lr"], 1 - group["lr"] * decay, 1 - old, keep])
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
+            key = index, *map(id, params)
+            if key not in self._packings:
+                self._packings[key] = self._packing(params, group)
+            self._packings[key].receive()
+            self._current.append((index, self._packings[key]))
+            keys.append(key)
+        factors = torch.from_numpy(np.array(rows))
+        if self._factors.is_cuda:
+            factors = factors.pin_memory()  # else the host might wait
+        self._factors.copy_(factors, non_blocking=True)
+        return tuple(keys)
+
+    @torch.no_grad()
+    def update(self, scale: Tensor, active: Tensor) -> None:
+        """Update the parameters whose gradients `receive` has copied.
+
+        Args:
+            scale: () factor of the gradient.
+            active: () bool on the device; if false, parameters and state do not change, whatever the gradient is.
+        """
+        scale = scale.masked_fill(~active, 0.0)
+        table = torch.where(active, self._factors, self._idle)
+
+        def update(index: int, pack: AdamPacking | MuonPacking) -> None:
+            group, factors = self.param_groups[index], table[index]
+            pack.begin(scale)
             if group["route"] != "adam":
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            if group["route"] == "muon":
-                self._muon(self._packing(index, params, group["scale"]), group)
+                pack.weight.mul_(factors[1].to(pack.weight.dtype))
+            if isinstance(pack, MuonPacking):
+                _muon(pack, factors, active)
             else:
-                self._adam(params, group)
+                _adam(pack, factors, active, group)
+            pack.end()
 
-    def _adam(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        beta1, beta2 = group["betas"]
-        gradients = [p.grad for p in params if p.grad is not None]
-        states = [self.state[p] for p in params]
-        for p, state in zip(params, states, strict=True):
-            if not state:
-                state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            state["step"] += 1
-        mean = [state["exp_avg"] for state in states]
-        square = [state["exp_avg_sq"] for state in states]
-        torch._foreach_lerp_(mean, gradients, 1 - beta1)
-        torch._foreach_mul_(square, beta2)
-        torch._foreach_addcmul_(square, gradients, gradients, 1 - beta2)
-        denominator = torch._foreach_div(square, [1 - beta2 ** state["step"] for state in states])
-        torch._foreach_sqrt_(denominator)
-        torch._foreach_add_(denominator, 1e-20)
-        sizes = [-group["lr"] / (1 - beta1 ** state["step"]) for state in states]
-        torch._foreach_addcdiv_(params, mean, denominator, sizes)
+        work = [partial(update, *entry) for entry in self._current]
+        concurrently(work, self._streams[: len(work) - 1])
 
-    def _muon(self, pack: "_Packing", group: dict[str, Any]) -> None:
-        weight = 1 - group["momentum"]
-        momentum, gradient, work = pack.momentum, pack.gradient, pack.work
-        torch._foreach_copy_(pack.gradients, [p.grad for p in pack.params if p.grad is not None])
-        momentum.lerp_(gradient, weight)
+    def _packing(self, params: list[Tensor], group: dict[str, Any]) -> AdamPacking | MuonPacking:
+        states, borrowed = [self.state[p] for p in params], [id(p) in self._packed for p in params]
+        self._packed.update(map(id, params))
+        if group["route"] == "muon":
+            return MuonPacking(params, states, borrowed, group["scale"])
+        return AdamPacking(params, states, borrowed)
 
-        # `pairs` views `work` and `gradient` side by side, so one reduction per shape gives both norms.
-        work.copy_(momentum)
-        norms = torch.cat([torch.linalg.vector_norm(pair, dim=-1) for pair in pack.pairs], dim=1).prod(0)
-        work.mul_(gradient)
-        dot = torch.cat([product.sum(-1) for product in pack.products])
-        factors = update_magma_score(pack.score, dot, norms)[:, None, None].split(pack.counts)
-
-        torch.lerp(momentum, gradient, weight, out=work)
-        updates = []
-        for index, scale, factor in zip(pack.indices, pack.scales, factors, strict=True):
-            x = orthogonalize(work.take(index).float())
-            updates.append(((x * scale).to(x.dtype) * factor.to(x.dtype)).view(-1))
-        # The gradient is no longer needed. Its buffer receives the updates, permuted into the order of the weights.
-        torch.take(torch.cat(updates).to(gradient.dtype), pack.inverse, out=gradient[:-1])
-        torch._foreach_add_(pack.params, pack.gradients, alpha=-group["lr"])
-
-    def _packing(self, index: int, params: list[Tensor], scale: float) -> "_Packing":
-        """Packing of a group's ``params``; a new one if other parameters had gradients in the last step."""
-        pack = self._packings.get(index)
-        if pack is None or pack.key != [id(p) for p in params]:
-            pack = self._packings[index] = _Packing(params, self.state, scale)
-        return pack
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state of the parameters; options and routes remain those of this optimiser."""
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, options in zip(self.param_groups, own, strict=True):
+            for name in group.keys() - options.keys() - {"params"}:
+                del group[name]
+            group.update(options)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a loaded or unpickled state. The next step packs its tensors again."""
         super().__setstate__(state)
-        self._packings = {}
+        self._forget_packings()
 
 
-class _Packing:
-    """Flat buffers and stacks of blocks for the weights of a Muon group.
-
-    A buffer holds one weight after the other, so that statistics of the blocks are one reduction per block shape.
-    For the orthogonalisation, blocks are gathered from the buffers into a few stacks, transposed to wide and
-    padded with zeros, which add nothing to any product. The optimiser state of the weights becomes views of the
-    buffers.
+def _adam(pack: AdamPacking, factors: Tensor, active: Tensor, group: dict[str, Any]) -> None:
+    """Update the weights of a packing by Adam.
 
     Args:
-        params: The weights, of one data type and device.
-        state: Optimiser state by parameter; empty entries are initialised.
-        scale: Root mean square of an update.
-
-    Attributes:
-        params: The weights in the order of the buffers.
-        momentum, gradient, work: (P + 1,) buffers; the last entry is the zero used as padding. ``momentum`` is
-            allocated separately, because saving a view stores all memory behind it.
-        score: (K,) Magma scores of all blocks.
-        gradients: Views of ``gradient`` shaped like the weights.
-        products: For each shape, the view (k, m n) of ``work``.
-        pairs: For each shape, the view (2, k, m n) of ``work`` and ``gradient``.
-        indices: For each stack, (k, m, n) positions of its elements in the buffers.
-        inverse: (P,) positions of the elements of a buffer in the flattened and concatenated stacks.
-        counts: Number of blocks of each stack.
-        scales: For each stack, (k, 1, 1) factors from orthogonalised blocks to the root mean square ``scale``.
+        pack: The packing.
+        factors: (4,) float64: negative learning rate, factor of the weights, weight of the gradient in its mean, and
+            factor of the mean square.
+        active: () bool; if false, the step is not counted.
+        group: The parameter group.
     """
-
-    def __init__(self, params: list[Tensor], state: dict[Tensor, dict[str, Tensor]], scale: float):
-        self.key = [id(p) for p in params]
-        by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
-        for p in params:
-            by_shape[_wide_shape(p)].append(p)
-        stacks = _stacks({s: sum(map(_num_blocks, members)) for s, members in by_shape.items()})
-        shapes = [shape for stack in stacks for shape in stack]
-        self.params = [p for shape in shapes for p in by_shape[shape]]
-
-        dtype, device = params[0].dtype, params[0].device
-        sizes = [p.numel() for p in self.params]
-        total = sum(sizes)
-        self.momentum = torch.zeros(total + 1, dtype=dtype, device=device)
-        buffers = torch.zeros(2, total + 1, dtype=dtype, device=device)
-        self.work, self.gradient = buffers
-        blocks = [_num_blocks(p) for p in self.params]
-        self.score = torch.full((sum(blocks),), 0.5, device=device)
-        self.gradients = [
-            g.view(p.shape) for g, p in zip(self.gradient[:-1].split(sizes), self.params, strict=True)
-        ]
-        for p, flat, score in zip(
-            self.params, self.momentum[:-1].split(sizes), self.score.split(blocks), strict=True
-        ):
-            momentum = flat.view(p.shape)
-            if old := state[p]:
-                momentum.copy_(old["momentum_buffer"])
-                score.copy_(old["magma_score"])
-            state[p].update(momentum_buffer=momentum, magma_score=score)
-
-        lengths = [sum(p.numel() for p in by_shape[shape]) for shape in shapes]
-        parts = zip(buffers[:, :-1].split(lengths, dim=1), shapes, strict=True)
-        self.pairs = [part.view(2, -1, m * n) for part, (m, n) in parts]
-        self.products = [pair[0] for pair in self.pairs]
-
-        positions = dict(zip(self.params, torch.arange(total).split(sizes), strict=True))
-        indices, self.counts, self.scales = [], [], []
-        for stack in stacks:
-            rows, columns = max(m for m, _ in stack), max(n for _, n in stack)
-            index, roots = [], []
-            for m, n in stack:
-                for p in by_shape[m, n]:
-                    block = _to_blocks(positions[p].view(p.shape))
-                    index.append(F.pad(block, (0, columns - n, 0, rows - m), value=total))
-                    roots += [scale * n**0.5] * len(block)
-            indices.append(torch.cat(index))
-            self.counts.append(len(roots))
-            self.scales.append(torch.tensor(roots, device=device)[:, None, None])
-        inverse = torch.empty(total + 1, dtype=torch.int64)
-        elements = torch.cat([index.view(-1) for index in indices])
-        inverse[elements] = torch.arange(len(elements))
-        self.inverse = inverse[:-1].to(device)
-        self.indices = [index.to(device) for index in indices]
+    (beta1, beta2), gradient = group["betas"], pack.gradient
+    _, _, weight, keep = factors.to(gradient.dtype).unbind()
+    pack.steps.add_(active)
+    pack.mean.lerp_(gradient, weight)
+    pack.square.mul_(keep).addcmul_(gradient, gradient, value=1 - beta2)
+    steps = pack.steps.clamp(min=1)  # zero if not even the first one was active
+    corrections = torch.stack([1 - beta2**steps, factors[0] / (1 - beta1**steps)])
+    square, size = corrections.to(gradient.dtype)[:, pack.owner]
+    denominator = pack.square.div(square).sqrt_().add_(group["eps"])
+    pack.weight.addcdiv_(pack.mean * size, denominator)
 
 
-def _stacks(blocks: dict[tuple[int, int], int]) -> list[list[tuple[int, int]]]:
-    """Group block shapes (m, n), given with their numbers, into stacks that are padded to a common shape."""
-
-    def cost(number: int, m: int, n: int) -> int:
-        """Multiplications of the Gram iteration; for square blocks correct up to a factor."""
-        return number * m * m * (14 * m + 4 * n)
-
-    stacks: list[list[tuple[int, int]]] = []
-    for square in (True, False):
-        stack: list[tuple[int, int]] = []
-        for shape in sorted((s for s in blocks if (s[0] == s[1]) == square), reverse=True):
-            joined = [*stack, shape]
-            padded = cost(sum(blocks[s] for s in joined), joined[0][0], max(n for _, n in joined))
-            if not stack or padded - sum(cost(blocks[s], *s) for s in joined) > PADDING_LIMIT:
-                stack = []
-                stacks.append(stack)
-            stack.append(shape)
-    return stacks
+def _muon(pack: MuonPacking, factors: Tensor, active: Tensor) -> None:
+    """Update the weights of a packing by Muon; arguments as for `_adam`."""
+    size, _, weight, _ = factors.to(pack.momentum.dtype).unbind()
+    pack.momentum.lerp_(pack.gradient, weight)
+    torch.lerp(pack.momentum, pack.gradient, weight, out=pack.work)
+    orthogonal = [
+        partial(_scaled_orthogonal, pack.work, index, scale)
+        for index, scale in zip(pack.indices, pack.scales, strict=True)
+    ]
+    # The stacks come first, since that of the square blocks is the longest chain of kernels.
+    *updates, damping = concurrently([*orthogonal, partial(_magma, pack, active)], pack.streams)
+    parts = zip(updates, damping[:, None, None].split(pack.counts), strict=True)
+    update = torch.cat([(x * factor.to(x.dtype)).view(-1) for x, factor in parts]).to(pack.work.dtype)
+    pack.weight.addcmul_(update.take(pack.inverse), size)
 
 
-def _matrix_shape(p: Tensor) -> tuple[int, int, int]:
-    shape = block_shape(p.shape)
-    assert shape is not None
-    return shape
+def _scaled_orthogonal(work: Tensor, index: Tensor, scale: Tensor) -> Tensor:
+    x = orthogonalize(work.take(index).float())
+    return (x * scale).to(x.dtype)
 
 
-def _num_blocks(p: Tensor) -> int:
-    return _matrix_shape(p)[0]
-
-
-def _wide_shape(p: Tensor) -> tuple[int, int]:
-    """Rows and columns of the blocks after transposition to wide."""
-    _, rows, columns = _matrix_shape(p)
-    return min(rows, columns), max(rows, columns)
-
-
-def _to_blocks(t: Tensor) -> Tensor:
-    """View of a weight as its blocks (K, m, n), transposed to wide."""
-    count, rows, columns = _matrix_shape(t)
-    blocks = t.reshape(count, rows, columns)
-    return blocks.mT if rows > columns else blocks
+def _magma(pack: MuonPacking, active: Tensor) -> Tensor:
+    """Update the scores of all blocks if ``active``; return the factors of their steps, (K,)."""
+    # `pairs` views `product` and `gradient` side by side, so one reduction per shape gives both norms.
+    pack.product.copy_(pack.momentum)
+    norms = torch.cat([torch.linalg.vector_norm(pair, dim=-1) for pair in pack.pairs], dim=1).prod(0)
+    pack.product.mul_(pack.gradient)
+    dot = torch.cat([product.sum(-1) for product in pack.products])
+    score = pack.score.clone()
+    damping = update_magma_score(score, dot, norms)
+    pack.score.copy_(torch.where(active, score, pack.score))
+    return damping

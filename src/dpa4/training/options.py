@@ -1,6 +1,7 @@
 """Options of a training run: one model per section of the run file."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +24,12 @@ from dpa4.potential.precision import Precision
 from dpa4.system import user_path
 
 UserPath = Annotated[Path, AfterValidator(user_path)]
+
+
+def _device_name(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        raise ValueError(f"device = {name!r}: allowed are auto, cpu, cuda and, for the second GPU, cuda:1")
+    return name
 
 
 def unknown_option(key: str, allowed: Iterable[str]) -> str:
@@ -102,10 +109,11 @@ class DataOptions(_Section):
 
     train: tuple[UserPath, ...] = Field(
         min_length=1,
-        description="Training file, or list of files: extxyz, ASE database, .aselmdb, deepmd folder.",
+        description="Training data, one or a list: file in any format of ASE, pattern such as runs/*/OUTCAR, or "
+        "folder.",
     )
     validation: tuple[UserPath, ...] = Field(
-        (), description="Validation file or list of files; [] splits the training data."
+        (), description="Validation data, as for train; [] splits the training data."
     )
     validation_fraction: float = Field(
         0.1,
@@ -114,6 +122,13 @@ class DataOptions(_Section):
         description="Random share of the training data for validation if no file is given; 0: none.",
     )
     split_seed: Seed = Field(0, description="Seed of the random split.")
+    calibration_fraction: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Random share of the training data that is left out, the same for every split_seed: to calibrate "
+        "a committee (dpa4 train --committee) if no validation file is given.",
+    )
     reference_energies: Literal["auto", "isolated", "least_squares"] | dict[str, float] = Field(
         "auto",
         description="Energy of a free atom per element: isolated (frames with config_type IsolatedAtom), "
@@ -275,4 +290,7 @@ class RunConfig(_Section):
     data: DataOptions = Field(description="Structures with energies, forces and, if periodic, stress.")
     training: TrainingOptions = Field(default_factory=TrainingOptions, description="Options of the fit.")
     output: UserPath = Field(Path("run"), description="Folder for the model, checkpoints, logs and plots.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one.")
+    device: Annotated[str, AfterValidator(_device_name)] = Field(
+        "auto",
+        description="auto (a GPU if there is one), cpu, cuda, or cuda:1 for the second GPU.",
+    )

@@ -22,6 +22,7 @@ from dpa4.data import (
     check_trained,
     coverage_of,
     digest,
+    find_sources,
     read_frames,
     reference_energies,
     shortest_distances,
@@ -121,17 +122,18 @@ class _Data(NamedTuple):
 def _read(config: RunConfig, console: Console) -> _Data:
     """Read the data, check them, and print a summary."""
     keys = LabelKeys(**config.data.keys.model_dump())
-    read = read_frames(config.data.train, keys)
+    read = _frames_of("data.train", config.data.train, keys, console)
     frames = _without_isolated_atoms(read, "data.train", config.data.train)
     loss = _loss(config.training, frames, console)
     weights = {"energy": loss.energy, "forces": loss.forces, "virial": loss.virial}
     check_labels(frames, weights)
+    frames, _ = _without_calibration(config, frames, loss)
     if config.data.validation:
-        held_out = read_frames(config.data.validation, keys)
+        held_out = _frames_of("data.validation", config.data.validation, keys, console)
         validation = _without_isolated_atoms(held_out, "data.validation", config.data.validation)
     else:
-        labels = [name for name, weight in weights.items() if weight]
-        frames, validation = split(frames, config.data.validation_fraction, config.data.split_seed, labels)
+        data = config.data
+        frames, validation = split(frames, data.validation_fraction, data.split_seed, _labels(loss))
     console.print(summarize({"training": frames, "validation": validation}))
     if validation:
         check_labels(validation, weights, "validation")
@@ -139,6 +141,40 @@ def _read(config: RunConfig, console: Console) -> _Data:
     if table := warn_of_implausible_labels([*frames, *validation]):
         console.print(table)
     return _Data(read, frames, validation, loss)
+
+
+def calibration_frames(config: RunConfig) -> list[Frame]:
+    """Structures that no member of a committee is trained on: the validation files, or the share that is left out."""
+    silent = Console(quiet=True)
+    keys = LabelKeys(**config.data.keys.model_dump())
+    if config.data.validation:
+        held_out = _frames_of("data.validation", config.data.validation, keys, silent)
+        return _without_isolated_atoms(held_out, "data.validation", config.data.validation)
+    read = _frames_of("data.train", config.data.train, keys, silent)
+    frames = _without_isolated_atoms(read, "data.train", config.data.train)
+    loss = _loss(config.training, frames, silent)
+    return _without_calibration(config, frames, loss)[1]
+
+
+def _without_calibration(
+    config: RunConfig, frames: list[Frame], loss: Loss
+) -> tuple[list[Frame], list[Frame]]:
+    """Split off the share of the data that calibrates a committee; it does not depend on the seeds of the run."""
+    fraction = config.data.calibration_fraction
+    return split(frames, fraction, 0, _labels(loss)) if fraction else (frames, [])
+
+
+def _labels(loss: Loss) -> list[str]:
+    """Labels with a weight in the loss."""
+    return [name for name in ("energy", "forces", "virial") if getattr(loss, name)]
+
+
+def _frames_of(option: str, paths: Sequence[Path], keys: LabelKeys, console: Console) -> list[Frame]:
+    """Read the files behind an option, and print how many they are if that does not follow from the option."""
+    sources = find_sources(paths)
+    if sources.searched:
+        console.print(f"{option}: {sources.text}", highlight=False, markup=False, soft_wrap=True)
+    return read_frames(sources, keys)
 
 
 def _model(config: RunConfig, data: _Data, state: Mapping[str, Any] | None, console: Console) -> ModelConfig:
@@ -341,7 +377,7 @@ def _provenance(
 ) -> dict[str, str]:
     def describe(paths: Sequence[Path], frames: Sequence[Frame]) -> str:
         return f"{len(frames)} structures" + (
-            f" of {', '.join(path.name for path in paths)}" if paths else ""
+            f" of {', '.join(path.name if path.exists() else str(path) for path in paths)}" if paths else ""
         )
 
     warning = {"arbitrary reference energies": undetermined_text(undetermined)} if undetermined else {}

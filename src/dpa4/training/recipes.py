@@ -151,7 +151,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
                 "model.preset": ("nano", "no GPU: the smallest network, measured on a CPU"),
                 "training.steps": (
                     6_000,
-                    "length of the measured run, which also had mirror symmetry: 29 meV/A at 450 structures",
+                    "length of the measured run: 29 meV/A at 450 structures",
                 ),
                 "training.learning_rate": _RATE,
             },

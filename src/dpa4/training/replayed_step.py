@@ -1,11 +1,12 @@
 """Training steps recorded as CUDA graphs and replayed.
 
-With small batches, launching the kernels one by one takes longer than running them.
+With small batches, launching the kernels one by one takes longer than running them. A step is two graphs: the
+gradients, recorded for each frequent batch size, and the update of the weights, recorded once.
 """
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from dpa4.execution.cuda_graph import record
 from dpa4.execution.limits import BATCH_SIZE_DIGITS, can_be_compiled, is_in_parts
 from dpa4.execution.padding import pad
 from dpa4.potential import Potential
+from dpa4.training.update import WeightUpdate
 
 Step = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 """Function of a batch without excluded pairs that returns the detached loss and its terms and leaves the gradients in
@@ -91,7 +93,7 @@ class ReplayedStep:
 
 
 class StepRecorder:
-    """Recorder of a step for any number of batch sizes; all recordings share one memory pool.
+    """Recorder of a step for any number of batch sizes, and of updates; all recordings share one memory pool.
 
     Args:
         step: The step to record.
@@ -109,6 +111,41 @@ class StepRecorder:
         gc.collect()  # remains of an earlier autograd graph would tie the gradients to the stream of that step
         graph, results = record(lambda: self.step(inputs), self.stream, self.pool)
         return StepRecording(graph, inputs, results, self.parameters)
+
+    def record_update(self, work: Callable[[], None]) -> Any:
+        """Record an update of the parameters; return the ``torch.cuda.CUDAGraph``."""
+        graph, _ = record(work, self.stream, self.pool)
+        return graph
+
+
+class ReplayedUpdate:
+    """Update of the weights that is recorded at its first use, and again if other parameters have a gradient.
+
+    Args:
+        update: The update.
+        record: Function that records some work and returns the ``torch.cuda.CUDAGraph``.
+    """
+
+    def __init__(self, update: WeightUpdate, record: Callable[[Callable[[], None]], Any]):
+        self.update, self.record = update, record
+        self.recordings: dict[Hashable, Any] = {}
+
+    def __call__(self) -> None:
+        """Apply the update that was received last.
+
+        Raises:
+            RecordingError: If recording fails; nothing was updated.
+        """
+        key = self.update.key
+        if key not in self.recordings:
+            try:
+                with self.update.suspended():
+                    self.recordings[key] = self.record(self.update.apply)
+            except Exception as error:
+                raise RecordingError(f"{type(error).__name__}: {error}") from error
+        self.recordings[key].replay()
+        # A replay does not tell autograd that it writes. Results that are cached for the weights depend on that.
+        torch.autograd.graph.increment_version(self.update.parameters)
 
 
 class StepRecording:

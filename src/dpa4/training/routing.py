@@ -11,7 +11,8 @@ from dpa4.model.layers import ChannelLinear, DegreeLinear, EquivariantRMSNorm, F
 from dpa4.model.radial import BesselBasis, GaussianBasis, RadialNetwork
 from dpa4.model.seed import Embedding, EnvironmentSeed
 from dpa4.model.so2 import DegreeProduct, SO2Linear, SO2Stack
-from dpa4.training.muon import Route, block_shape
+from dpa4.training.muon import Route
+from dpa4.training.packing import block_shape
 
 # deepmd-kit decides by parameter names; this table yields the same routes (docs/theory.md, "HybridMuon"). Scales,
 # biases and embedding rows are not matrices in any useful sense and must not decay. The small attention weights

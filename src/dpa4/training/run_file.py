@@ -41,24 +41,34 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfi
         raise ValueError(
             f"{path} must be a map of options (model:, data:, training:, ...), got {type(values).__name__}"
         )
+    changed = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ValueError(f"override {override!r} must look like training.learning_rate=5e-4")
         _set(values, key.strip(), _override(key.strip(), text.strip(), f"override {override!r}"))
-    return checked_run_config(values, str(path))
+        changed[key.strip()] = override
+    return checked_run_config(values, str(path), changed)
 
 
-def checked_run_config(values: Mapping[str, Any], what: str) -> RunConfig:
+def checked_run_config(
+    values: Mapping[str, Any], what: str, overrides: Mapping[str, str] | None = None
+) -> RunConfig:
     """Check the options of a run.
 
+    Args:
+        values: Options, as read from a file.
+        what: Name of the options, for messages.
+        overrides: Overrides as they were typed, by option; errors of these options name them.
+
     Raises:
-        ValueError: If an option is unknown or not allowed; ``what`` is the name of the options in the message.
+        ValueError: If an option is unknown or not allowed.
     """
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{what} is not valid:\n" + _faults(error)) from None
+        faults = _faults(error, overrides or {})
+        raise ValueError(f"{what} is not valid:\n{faults}") from None
 
 
 def default_config_text(train: str = "train.xyz", name: str = "mini") -> str:
@@ -87,11 +97,11 @@ def default_config_text(train: str = "train.xyz", name: str = "mini") -> str:
     return _text(config, [], extra, {})
 
 
-def recipe_text(train: Sequence[Path], choice: Choice) -> str:
+def recipe_text(train: Sequence[str], choice: Choice) -> str:
     """Commented run file of a recipe. The reason of each choice follows the description of the option.
 
     Args:
-        train: Files of the training data.
+        train: Files, folders and patterns of the training data, as in ``data.train``.
         choice: Options and reasons.
     """
     values: dict[str, Any] = {"data": {"train": list(train)}}
@@ -195,7 +205,7 @@ def _parts(annotation: Any) -> set[Any]:
     return own.union(*inner) if inner else {annotation}
 
 
-def _faults(error: ValidationError) -> str:
+def _faults(error: ValidationError, overrides: Mapping[str, str]) -> str:
     """Describe each faulty option in one line; the members of a union ("a number" or "'auto'") share a line."""
     lines: dict[str, str] = {}
     for e in error.errors():
@@ -215,8 +225,19 @@ def _faults(error: ValidationError) -> str:
             lines[key] += "" if other in lines[key] else f" or {other}"
         else:
             lines[key] = f"{key} = {shown(e['input'])}: {message[0].lower()}{message[1:]}"
+    named = [f"{line}{_origin(key, overrides)}" for key, line in lines.items()]
     more = [f"and {len(lines) - 20} more faults"] if len(lines) > 20 else []
-    return "\n".join(f"  {line}" for line in [*list(lines.values())[:20], *more])
+    return "\n".join(f"  {line}" for line in [*named[:20], *more])
+
+
+def _origin(key: str, overrides: Mapping[str, str]) -> str:
+    """Name the overrides of a faulty option, or of the options in a faulty section; empty if there are none."""
+    found = [
+        shown(override)
+        for name, override in overrides.items()
+        if name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") or not key
+    ]
+    return f" (override {', '.join(found)})" if found else ""
 
 
 def _option(location: tuple[int | str, ...]) -> tuple[list[Any], dict[str, FieldInfo]]:

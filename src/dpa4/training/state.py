@@ -14,11 +14,11 @@ from dpa4.model import ModelConfig
 from dpa4.output import write_torch
 from dpa4.parsing import parse_yaml, shown
 from dpa4.potential.deepmd.options import first_problem
+from dpa4.potential.model_file import STATE as STATE
 from dpa4.potential.pytorch_file import load_pytorch
 from dpa4.potential.verification import check_values, differences, listed
 
 STATE_FORMAT = 1
-STATE = "last.pt"  # in the output folder
 DATA = ("training", "validation")
 PROVENANCE = ("training data", "validation data")
 
@@ -85,6 +85,8 @@ def _check_entries(state: dict[str, Any]) -> None:
     _entry(state, "optimizer", dict)
     _entry(state, "average", list | None)
     _entry(state, "sums", Tensor)
+    if "errors" in state and _entry(state, "errors", Tensor).shape != (2, 3):
+        raise ValueError(f"its entry errors has the shape {tuple(state['errors'].shape)}, not (2, 3)")
     tensors = _entry(state, "potential", dict), _entry(state, "random", dict)
     for name, value in (entry for group in tensors for entry in group.items()):
         if not isinstance(name, str) or not isinstance(value, Tensor):

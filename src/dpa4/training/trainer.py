@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from rich.console import Console
@@ -17,7 +17,9 @@ from dpa4.output import (
     LEFTOVERS_OF_SAFETENSORS,
     OutputFolder,
     atomic_write,
+    check_start,
     read_csv,
+    remove_files,
     remove_leftovers,
     tolerate_any_encoding,
 )
@@ -28,7 +30,7 @@ from dpa4.system import float32_by_default, keep_freed_memory, own_settings, sto
 from dpa4.training.ema import MovingAverage
 from dpa4.training.evaluation import error_table, predict
 from dpa4.training.logs import ERROR_COLUMNS, TERMS, RunLog
-from dpa4.training.loss import Loss
+from dpa4.training.loss import Loss, absolute_errors
 from dpa4.training.muon import HybridMuon
 from dpa4.training.options import RunConfig
 from dpa4.training.plots import plot_learning_curve
@@ -36,15 +38,20 @@ from dpa4.training.prepare import Preparation, changed_options, prepare
 from dpa4.training.routing import parameter_groups
 from dpa4.training.schedule import Schedule
 from dpa4.training.state import STATE, check_fits, load_state, save_state
+from dpa4.training.update import Report, WeightUpdate
 
 if TYPE_CHECKING:
     from dpa4.training.compilation import CompiledTraining
 
 T = TypeVar("T")
 
-PLOT_SECONDS = 60.0  # between learning curves; drawing one takes half a second
+PLOT_SECONDS = 120.0  # between learning curves; drawing one takes a second
 _TARGETS = {"energy": "energy per atom", "forces": "forces", "virial": "virial per atom"}
 _FIXED = ("model.", "training.optimizer", "training.adam_for_basis", "training.ema_decay")  # on resume
+_FILES_OF_A_RUN = (
+    STATE, "best.safetensors", "last.safetensors", "train.csv", "valid.csv", "learning_curve.*", "run.yaml",
+    "report.html", "tensorboard/*",
+)  # fmt: skip
 _COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds")
 
 
@@ -52,7 +59,12 @@ _COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds
 @float32_by_default()
 @torch.enable_grad()
 def train(
-    config: RunConfig, *, resume: bool = False, new_data: bool = False, console: Console | None = None
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    new_data: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
 ) -> Path:
     """Train a potential.
 
@@ -72,6 +84,8 @@ def train(
         resume: Continue the run in the output folder.
         new_data: Continue on other training or validation data than before. The model keeps its elements and
             reference energies, and the best score starts anew.
+        overwrite: Replace the run in the output folder. Its files are removed once data and options of the new run
+            have been checked; files of other names stay.
         console: Console to print to; standard output by default.
 
     Returns:
@@ -79,7 +93,7 @@ def train(
 
     Raises:
         BlockingIOError: If another process is working in the output folder.
-        FileExistsError: If the output folder is not empty and ``resume`` is not set.
+        FileExistsError: If the output folder is not empty and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: If there is no state to resume from.
         ValueError: If data and options do not fit together, or the state belongs to another model or, without
             ``new_data``, to other data; also if the neighbour list of a structure cannot be built, after saving the
@@ -88,6 +102,7 @@ def train(
     """
     tolerate_any_encoding()
     console = console or Console()
+    check_start(resume, overwrite)
     if new_data and not resume:
         raise ValueError("new data are for a run to resume; give --resume, too, or neither")
     file = config.output / STATE
@@ -95,13 +110,14 @@ def train(
         raise FileNotFoundError(f"no training state {file} to resume from; train without --resume first")
     with OutputFolder(config.output):
         state = load_state(file) if resume else None
-        if state is None:
-            _check_unused(config.output)
-        else:
+        if state is None and not overwrite:
+            check_unused(config.output)
+        elif state is not None:
             remove_leftovers(config.output, LEFTOVERS_OF_SAFETENSORS)
         preparation = prepare(config, console, state)
         trainer = Trainer(config, preparation, console)
         if state is None:
+            remove_files(config.output, *_FILES_OF_A_RUN)
             trainer.save_state()  # before all other files, so that a run killed at any time can be resumed
         else:
             trainer.load(state, new_data)
@@ -110,7 +126,7 @@ def train(
         return trainer.run()
 
 
-def _check_unused(folder: Path) -> None:
+def check_unused(folder: Path) -> None:
     """Check that a folder can receive a new run.
 
     A run of an earlier version that was killed before its first state has left options and empty tables, which may
@@ -123,13 +139,19 @@ def _check_unused(folder: Path) -> None:
     unfinished = "train.csv" in names and names <= {"run.yaml", "train.csv", "valid.csv"}
     if names and not (unfinished and not read_csv(folder / "valid.csv")):
         raise FileExistsError(
-            f"output folder {folder} is not empty; continue that run with --resume, or choose another output"
+            f"output folder {folder} is not empty; continue that run with --resume, replace it with --overwrite, or "
+            "choose another output"
         )
 
 
 def training_step(potential: Potential, batch: Batch, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of a batch without excluded pairs, and its terms by name: the part of a step that is differentiated."""
-    return loss(potential.of_edges(batch.graph), batch)
+    """Loss of a batch without excluded pairs, and its terms by name: the part of a step that is differentiated.
+
+    The last of the terms is not part of the loss: the absolute errors, see `absolute_errors`.
+    """
+    prediction = potential.of_edges(batch.graph)
+    value, terms = loss(prediction, batch)
+    return value, terms | {"absolute_errors": absolute_errors(prediction, batch)}
 
 
 class Trainer:
@@ -146,6 +168,8 @@ class Trainer:
         self.optimizer = _optimizer(config, self.potential)
         self.parameters = [p for p in self.potential.parameters() if p.requires_grad]
         self.average = MovingAverage(self.parameters, options.ema_decay) if options.ema_decay else None
+        self.update = WeightUpdate(self.parameters, self.optimizer, self.average, options.gradient_clip)
+        self.report: Report | None = None  # of the last step, until it is known to be finite
 
         per_epoch = preparation.train.num_batches(0)
         self.total = options.steps or per_epoch * (options.epochs or 200)
@@ -169,9 +193,7 @@ class Trainer:
         self.first_epoch = 0  # of the present data
         self.history: list[dict[str, str]] = []  # provenance of the data that were used before
         self.best_score, self.stale = math.inf, 0  # stale: validations since the best one
-        # Sums of the loss terms, the loss and the gradient norm over the steps since the last row of train.csv.
-        self.sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
-        self.summed, self.seconds = 0, 0.0
+        self.summed, self.seconds = 0, 0.0  # summed: steps since the last row of train.csv
         self.labelled = dict.fromkeys(_TARGETS, 0)  # number of these steps with a label for each term
         self.resumed = False
         self.compiled: CompiledTraining | None = None
@@ -179,6 +201,7 @@ class Trainer:
 
     # --- the loop
 
+    @own_settings  # the GPU of the run
     def run(self) -> Path:
         """Train to the last step, an early stop or a signal; return the path of the best model."""
         options, folder = self.config.training, self.config.output
@@ -224,7 +247,9 @@ class Trainer:
             self.epoch, self.batch = self.epoch + 1, 0
 
     def _train_on(self, batch: Batch) -> None:
-        """Do one optimiser step."""
+        """Launch one optimiser step, then wait for the one before it: the device always has work."""
+        counters: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "batch": self.batch - 1}
+        counters |= {"summed": self.summed, "labelled": dict(self.labelled)}
         rate = self.schedule(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -234,15 +259,9 @@ class Trainer:
         batch = batch.to(self.device)
         batch = batch._replace(graph=self.potential.without_excluded(batch.graph))
         loss, terms = (self._differentiate if self.compiled is None else self.compiled.step)(batch)
-        norm = self._clip()
-        record = torch.stack([terms["energy"], terms["forces"], terms["virial"], loss, norm])
-        # The only point of a step that waits for the device: numbers that are not finite must not reach the weights.
-        if not bool(torch.isfinite(record).all()):
-            self._abort(record)
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update(self.step)
-        self.sums += record
+        self.update.receive(loss, terms, self.step)
+        (self.update.apply if self.compiled is None else self.compiled.update)()
+        self._confirm(self.update.report(counters))
         self.summed += 1
         for name in _TARGETS:
             self.labelled[name] += labelled[name]
@@ -258,24 +277,35 @@ class Trainer:
         loss.backward(inputs=self.parameters)
         return loss.detach(), terms
 
-    def _clip(self) -> Tensor:
-        """Scale the gradient down to the maximum norm; return its norm before that, in float64."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.stack(torch._foreach_norm(gradients)).double().norm()
-        if limit := self.config.training.gradient_clip:
-            scale = (limit / (norm + 1e-6)).clamp(max=1.0).float()
-            torch._foreach_mul_(gradients, scale)
-        return norm
+    def _confirm(self, following: Report | None = None) -> None:
+        """Wait for the last step. If it was not finite, save the state before it, which has not changed since.
 
-    def _abort(self, record: Tensor) -> None:
-        self.batch -= 1  # a resumed run repeats this step
+        Args:
+            following: Report of the step launched after it, if any.
+
+        Raises:
+            FloatingPointError: If the last step was not finite.
+        """
+        report, self.report = self.report, following
+        if report is None or report.is_finite():
+            return
+        self.report = None
+        self._abort(report)
+
+    def _abort(self, report: Report) -> NoReturn:
+        for name, value in report.counters.items():  # a resumed run repeats the step
+            setattr(self, name, value)
         self.save()
-        values = ", ".join(f"{name} {v:.4g}" for name, v in zip(TERMS, record.tolist(), strict=True))
         raise FloatingPointError(
-            f"step {self.step + 1} (epoch {self.epoch}, batch {self.batch}) is not finite: {values}. "
-            f"The state before it is saved in {self.config.output / STATE}; look for wrong labels or "
-            "atoms too close in the data, or lower training.learning_rate"
+            f"{self._not_finite(report)}. The state before it is saved in {self.config.output / STATE}; look for "
+            "wrong labels or atoms too close in the data, or lower training.learning_rate"
         )
+
+    def _not_finite(self, report: Report) -> str:
+        values = ", ".join(f"{name} {v:.4g}" for name, v in zip(TERMS, report.values(), strict=True))
+        counters = report.counters
+        step = f"step {counters['step'] + 1} (epoch {counters['epoch']}, batch {counters['batch']})"
+        return f"{step} is not finite: {values}"
 
     # --- compilation
 
@@ -286,7 +316,7 @@ class Trainer:
             return
         from dpa4.training.compilation import CompiledTraining  # the import takes a second, with Triton
 
-        self.compiled = CompiledTraining(self.potential, self._differentiate, self.console)
+        self.compiled = CompiledTraining(self.potential, self._differentiate, self.update, self.console)
         self.compiled.start(self.preparation.train)
 
     def _compiled_or_eager(self, work: Callable[[], T]) -> T:
@@ -299,18 +329,25 @@ class Trainer:
     # --- logs, validation
 
     def _log_step(self) -> None:
+        self._confirm()
         # A step without a label for a term says nothing about the term.
         steps = {name: self.labelled.get(name, self.summed) for name in TERMS}
-        sums = zip(TERMS, self.sums.tolist(), strict=True)
+        sums = zip(TERMS, self.update.sums.tolist(), strict=True)
         row: dict[str, Any] = {name: total / steps[name] if steps[name] else None for name, total in sums}
         row |= {"step": self.step, "epoch": self.epoch, "learning_rate": self.schedule(self.step - 1)}
+        row |= {
+            f"{name}_mae": 1e3 * total / values if values else None
+            for name, total, values in zip(_TARGETS, *self.update.errors.tolist(), strict=True)
+        }
         self.log.train(row | {"seconds": round(self.seconds, 3)})
-        self.sums.zero_()
+        self.update.sums.zero_()
+        self.update.errors.zero_()
         self.summed = 0
         self.labelled = dict.fromkeys(_TARGETS, 0)
 
     def _validate(self) -> None:
         """Log the errors of the averaged weights on the validation data, and save the model if it is the best."""
+        self._confirm()
         batches = self.preparation.validation
         with self._evaluated_weights():
             if batches is None:
@@ -358,6 +395,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write last.safetensors, then last.pt, once the rows of the logs before it are on the disk."""
+        self._confirm()
         with self._evaluated_weights():
             self._save_model("last.safetensors", self.best_score if self.stale == 0 else math.nan)
         self.log.flush_to_disk()
@@ -381,7 +419,8 @@ class Trainer:
             "potential": self.potential.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.shadows if self.average is not None else None,
-            "sums": self.sums,
+            "sums": self.update.sums,
+            "errors": self.update.errors,
             "labelled": self.labelled,
             "random": random,
         }
@@ -395,7 +434,11 @@ class Trainer:
         """
         changed = changed_options(state["options"], self.preparation.run_text)
         # States of earlier versions lack these options.
-        lacking = "training.adam_for_basis: None -> False", "model.symmetry: None -> O3"
+        lacking = (
+            "training.adam_for_basis: None -> False",
+            "model.symmetry: None -> O3",
+            "data.calibration_fraction: None -> 0.0",
+        )
         changed = [c for c in changed if c not in lacking]
         if (
             "config" not in state
@@ -440,7 +483,9 @@ class Trainer:
         # Includes data that the run has used before. Earlier versions had none, or an entry of another kind.
         if isinstance(coverage := state.get("coverage"), str):
             self.potential.coverage = self.preparation.coverage.union(Coverage.from_json(coverage))
-        self.sums.copy_(state["sums"])
+        self.update.sums.copy_(state["sums"])
+        if (errors := state.get("errors")) is not None:  # absent in states of earlier versions
+            self.update.errors.copy_(errors)
         # States of earlier versions counted every step for every term.
         self.labelled = state.get("labelled", dict.fromkeys(_TARGETS, self.summed))
         torch.set_rng_state(state["random"]["cpu"])
@@ -487,11 +532,11 @@ class Trainer:
         return path
 
 
-def _optimizer(config: RunConfig, potential: Potential) -> torch.optim.Optimizer:
+def _optimizer(config: RunConfig, potential: Potential) -> HybridMuon:
     options = config.training
     groups = parameter_groups(potential.model, adam_for_basis=options.adam_for_basis)
     if options.optimizer == "hybrid_muon":
         return HybridMuon(groups, options.learning_rate, weight_decay=options.weight_decay)
     for group in groups:
-        group["weight_decay"] = 0.0 if group["route"] == "adam" else options.weight_decay
-    return torch.optim.AdamW(groups, options.learning_rate, betas=(0.9, 0.95))
+        group["route"] = "adam" if group["route"] == "adam" else "adamw"
+    return HybridMuon(groups, options.learning_rate, weight_decay=options.weight_decay, eps=1e-8)

@@ -30,6 +30,7 @@ from dpa4.potential.deepmd.names import deepmd_name
 from dpa4.potential.deepmd.option_types import check_plain, is_list, is_whole, unsupported
 from dpa4.potential.deepmd.options import config_from_deepmd, precision_of
 from dpa4.potential.deepmd.vacuum import has_atom_energies, has_vacuum_reference, isolated_atom_energies
+from dpa4.potential.model_file import is_training_state, training_state_text
 from dpa4.potential.pytorch_file import load_pytorch
 from dpa4.potential.verification import (
     check_number_of_layers,
@@ -78,6 +79,8 @@ def read_deepmd(path: str | Path, branch: str | None = None, *, ema: bool = Fals
         raise ValueError(
             f"cannot read {path}: it holds a {type(outer).__name__}, not a deepmd-kit checkpoint"
         )
+    if is_training_state(outer):
+        raise ValueError(training_state_text(path))
     try:
         return _parse(outer, branch, ema, path)
     except KeyError as error:

@@ -1,9 +1,8 @@
 """Page of the results of a check: one self-contained HTML file with one picture."""
 
-import io
 from pathlib import Path
 
-from dpa4.output import atomic_write
+from dpa4.output import atomic_write, svg_of
 from dpa4.simulation import html
 from dpa4.simulation.check.drawing import draw
 from dpa4.simulation.check.result import ModelCheck
@@ -26,12 +25,10 @@ def write_check(check: ModelCheck, output: str | Path) -> Path:
         OSError: If the file cannot be written.
     """
     file = user_path(output)
-    drawn = io.BytesIO()
-    draw(check.drawing).savefig(drawn, dpi=110, format="png")
     caption = "Curves of pairs and triples, and response near the cutoff; red curves fail"
     sections = {
         "Verdict": f"<p>{html.escape(check.summary)}.</p>\n<p>{EXPLANATION}</p>\n{_results(check)}",
-        "Curves": f"<p>{caption}.</p>\n{html.image(drawn.getvalue(), caption)}",
+        "Curves": f"<p>{caption}.</p>\n{html.image(svg_of(draw(check.drawing)), caption)}",
         "Versions": html.name_table({"time of the check": f"{check.seconds:.0f} s"}) + html.versions(),
     }
     text = html.page(f"{check.model}: DPA4 check", f"DPA4 check of {check.model}", sections)

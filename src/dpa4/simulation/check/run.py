@@ -10,13 +10,13 @@ from ase import Atoms
 from dpa4.graph import Graph
 from dpa4.interfaces.loading import Model, load_model
 from dpa4.potential import Potential, Prediction, model_card
+from dpa4.progress import ProgressBar
 from dpa4.simulation.check import contacts, cutoff, numerics, physics
 from dpa4.simulation.check.drawing import Drawing
 from dpa4.simulation.check.result import CheckResult, ModelCheck
 from dpa4.simulation.check.structures import built_in_structures, graph_of
 from dpa4.simulation.close_contacts import CURVATURE
 from dpa4.simulation.pair_curves import element_pairs
-from dpa4.simulation.runs.progress import progress_bar
 from dpa4.system import choose_device, own_settings
 
 FLOAT32 = (numerics.FLOAT32_ENERGY, numerics.FLOAT32_FORCE)
@@ -43,7 +43,7 @@ def check_model(
         gpu: Also compute on a GPU, and scan pairs and triples there.
         compile: Compile the model and compare; this takes a minute on a CPU.
         branch: Branch of a multitask checkpoint of deepmd-kit.
-        progress: Show a progress bar on a terminal.
+        progress: Show the progress.
 
     Raises:
         FileNotFoundError: If the checkpoint does not exist.
@@ -62,7 +62,7 @@ def check_model(
     structures = built_in_structures(chosen, exact.config.charge_spin)
     pairs_of_model = element_pairs(exact)
     curves = sum(set(pair) <= set(chosen) for pair in pairs_of_model) + contacts.TRIPLES
-    with progress_bar("curves", curves, show=progress) as bar:
+    with ProgressBar("curves", curves, show=progress) as bar:
 
         def report(text: str, done: int = 0) -> None:
             bar.update(bar.task_ids[0], advance=done, status=text)

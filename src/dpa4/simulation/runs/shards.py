@@ -18,7 +18,17 @@ from ase import Atoms
 from ase.io import iread
 
 from dpa4.data import write_structures
-from dpa4.output import CsvLog, OutputFolder, atomic_write, naming, remove_leftovers, write_csv
+from dpa4.output import (
+    CsvLog,
+    OutputFolder,
+    already_holds,
+    atomic_write,
+    check_start,
+    naming,
+    remove_files,
+    remove_leftovers,
+    write_csv,
+)
 from dpa4.simulation.runs.store import check_settings
 
 FORMAT = 1
@@ -44,6 +54,7 @@ class Shard:
         rank: int = 0,
         world_size: int = 1,
         resume: bool = False,
+        overwrite: bool = False,
     ):
         """Create the shard, or open it to continue after the recorded structures.
 
@@ -55,21 +66,31 @@ class Shard:
             rank: Index of this process, from 0.
             world_size: Number of processes.
             resume: Continue the shard if it exists.
+            overwrite: Remove all shards and the joined results first. Only for ``world_size`` 1.
 
         Raises:
-            FileExistsError: If the shard exists and ``resume`` is not set.
+            FileExistsError: If the shard exists and neither ``resume`` nor ``overwrite`` is set.
             BlockingIOError: If another process is working on the shard.
-            ValueError: If the rank is not allowed, or world_size or settings differ from those in the folder.
+            ValueError: If the rank is not allowed, world_size or settings differ from those in the folder, or
+                ``overwrite`` is set with ``resume`` or several processes.
         """
         if not 0 <= rank < world_size:
             raise ValueError(
                 f"rank must be from 0 to world_size - 1 = {world_size - 1}, got {rank}; it is the index of this "
                 "process"
             )
+        check_start(resume, overwrite)
+        if overwrite and world_size > 1:
+            raise ValueError(
+                f"overwrite is for one process, but world_size is {world_size}; remove {output} before the "
+                "processes start"
+            )
         folder = output / "shards"
         name = f"{rank}-of-{world_size}"
         self._lock = OutputFolder(folder, name)
         try:
+            if overwrite:
+                _remove_results(output, name)
             self._open(folder, name, columns, settings, world_size, resume)
         except BaseException:
             self._lock.close()
@@ -93,9 +114,7 @@ class Shard:
             check_settings({"world_size": world_size}, found, output)
         begun = self.marker.is_file()
         if begun and not resume:
-            raise FileExistsError(
-                f"{output} already holds a run ({self.marker.name}); resume it or choose another folder"
-            )
+            raise already_holds(output, f"a run ({self.marker.name})")
         if begun:
             check_settings(self.settings, _read_marker(self.marker)["settings"], output)
         if not begun:
@@ -227,6 +246,22 @@ class FinishedScreening:
         with path.open("rb") as file:
             file.seek(begin)
             return next(iread(io.StringIO(file.read(length).decode()), format="extxyz"))
+
+
+def _remove_results(output: Path, own: str) -> None:
+    """Remove the shards of an earlier run and the joined results, while the shard ``own`` is locked.
+
+    Raises:
+        BlockingIOError: If another process is working on a shard.
+    """
+    folder = output / "shards"
+    for name in sorted({path.stem for path in folder.glob("*-of-*.*")}):
+        if name == own:
+            remove_files(folder, f"{name}.*")
+            continue
+        with OutputFolder(folder, name):
+            remove_files(folder, f"{name}.*")
+    remove_files(output, TABLE, FRAMES)
 
 
 def _read_marker(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 import numpy as np
 
 from dpa4.output import OutputFolder, naming, write_json
-from dpa4.simulation.runs.progress import progress_bar
+from dpa4.progress import ProgressBar
 from dpa4.system import stop_requests
 
 Record = dict[str, Any]
@@ -179,7 +179,7 @@ def run_items(
             not empty after Ctrl-C; ``compute`` may then raise ``ItemInterrupted`` instead of finishing the item.
         records: Receives the results.
         title: Text beside the progress bar.
-        progress: Show a progress bar on a terminal.
+        progress: Show the progress.
 
     Returns:
         Numbers of finished and failed items, including those of earlier calls.
@@ -189,7 +189,7 @@ def run_items(
     """
     names: set[str] = set()
     interrupted = False
-    with stop_requests() as stopped, progress_bar(title, total, show=progress) as bar:
+    with stop_requests() as stopped, ProgressBar(title, total, show=progress) as bar:
         for name, item in items:
             if name in names:
                 raise ValueError(f"two structures have the name {name!r}; names must be unique")
