@@ -6,8 +6,8 @@ from dpa4.training.dry_run import DryRun, dry_run
 from dpa4.training.evaluation import ErrorTable, evaluate
 from dpa4.training.options import RunConfig
 from dpa4.training.recipes import recipe_for, summary_of
+from dpa4.training.run import train
 from dpa4.training.run_file import default_config_text, load_run_config, recipe_text
-from dpa4.training.trainer import train
 
 __all__ = [
     "DryRun",
