@@ -78,7 +78,7 @@ def runs(seed: int = 0) -> Iterator[tuple[str, Run]]:
     slabs: dict[str, Callable[..., Atoms]] = {"100": fcc100, "111": fcc111}
     for number, (name, build) in enumerate(slabs.items()):
         slab = build(ELEMENT, (3, 3, 4), a=LATTICE, vacuum=6.0, periodic=True)
-        yield f"surface-{name}/600K", Run(list(dynamics(slab, 600, 6, 100 * seed + 10 + number)))
+        yield f"surface-{name}", Run(list(dynamics(slab, 600, 6, 100 * seed + 10 + number)))
 
 
 def dynamics(start: Atoms, temperature: float, frames: int, seed: int) -> Iterator[Atoms]:
