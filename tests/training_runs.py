@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from dpa4.output import read_csv
 from dpa4.training.options import RunConfig
-from dpa4.training.trainer import Trainer, train
+from dpa4.training.run import train
+from dpa4.training.trainer import Trainer
 
 SILENT = Console(quiet=True)
 MODEL = {"preset": "nano", "channels": 8, "cutoff": 4.0, "n_radial": 6, "mixing_layers": 1, "n_blocks": 1}

@@ -397,7 +397,7 @@ def test_outputs_are_tried_before_the_work(trained, tmp_path, monkeypatch, comma
 
     monkeypatch.setattr("dpa4.potential.Potential.forward", worked)
     monkeypatch.setattr("dpa4.potential.Potential.of_edges", worked)
-    monkeypatch.setattr("dpa4.training.trainer.prepare", worked)
+    monkeypatch.setattr("dpa4.training.run.prepare", worked)
     monkeypatch.setattr("dpa4.potential.checkpoint.read_checkpoint", worked) if command == "convert" else None
     result = CliRunner().invoke(app, [command, *map(str, arguments)])
     assert result.exit_code == 1, (result.output, result.exception)

@@ -22,7 +22,8 @@ from dpa4.training import trainer as trainer_module
 from dpa4.training.options import RunConfig
 from dpa4.training.prepare import prepare
 from dpa4.training.replayed_step import ReplayedStep
-from dpa4.training.trainer import Trainer, train
+from dpa4.training.run import train
+from dpa4.training.trainer import Trainer
 from training_runs import SILENT, Killed, assert_same_run, kill_at, options, run
 
 pytestmark = pytest.mark.usefixtures("no_figures")

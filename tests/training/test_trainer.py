@@ -38,8 +38,9 @@ from dpa4.training import trainer as trainer_module
 from dpa4.training.evaluation import ErrorRow, ErrorTable, evaluate
 from dpa4.training.options import RunConfig
 from dpa4.training.prepare import batch_budget, changed_options, split
+from dpa4.training.run import check_unused, train
 from dpa4.training.state import load_state, save_state
-from dpa4.training.trainer import Trainer, train
+from dpa4.training.trainer import Trainer
 from training_runs import MODEL, SILENT, Killed, argon, assert_same_run, kill_at, options, run
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -363,7 +364,7 @@ def test_folders_that_a_run_may_use(tmp_path, files, unused):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with nullcontext() if unused else pytest.raises(FileExistsError, match="is not empty"):
-        trainer_module.check_unused(tmp_path)
+        check_unused(tmp_path)
 
 
 def test_leftovers_of_killed_writes_are_removed_on_resume(argon_file, copied_run):
@@ -575,7 +576,7 @@ SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
 from dpa4.training.run_file import load_run_config
-from dpa4.training.trainer import train
+from dpa4.training.run import train
 train(load_run_config(sys.argv[1]), resume=sys.argv[2] == "resume")
 """
 

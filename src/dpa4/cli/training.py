@@ -23,20 +23,48 @@ from dpa4.cli.options import (
 
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("run.yaml"),
-    train: Annotated[str, typer.Option(help="Path of the training data to enter in the file.")] = "train.xyz",
+    train: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Training data, from which the options are chosen: file, folder or pattern in quotes; may be "
+            "repeated.",
+            show_default="train.xyz",
+        ),
+    ] = None,
     preset: Annotated[
-        str, typer.Option(help="Published model to start from, as listed in docs/models.md.")
-    ] = "mini",
+        str | None,
+        typer.Option(help="Model to start from, as listed in docs/models.md; without it, the data decide."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """Write a commented configuration file for a training run."""
+    """Write a commented configuration file for a training run that suits the data."""
+    from dpa4.data import find_sources
+    from dpa4.data.sampling import read_sample
     from dpa4.output import atomic_write
-    from dpa4.training import default_config_text
+    from dpa4.system import choose_device
+    from dpa4.training import default_config_text, recipe_for, recipe_text, summary_of
+    from dpa4.training.recipes import choice_table
 
     with user_errors():
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists; choose another name or replace it with --overwrite")
-        text = default_config_text(train, preset)
+        if train is None and not Path("train.xyz").exists():
+            text = default_config_text("train.xyz", preset or "mini")
+            console.print(
+                "no --train and no train.xyz here: the file has the defaults, whatever the data are"
+            )
+        else:
+            entries = train or ["train.xyz"]
+            sources = find_sources(entries)
+            if sources.searched:
+                console.print(sources.text, soft_wrap=True)
+            summary = summary_of(read_sample(sources.paths))
+            device = choose_device("auto").type
+            choice = recipe_for(summary, device, preset)
+            text = recipe_text(entries, choice)
+            console.print(choice_table(summary, choice, device))
+            for warning in choice.warnings:
+                console.print(f"note: {warning}")
         with atomic_write(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     console.print(f"wrote {path}; edit it, then run: dpa4 train {path}")

@@ -133,7 +133,7 @@ def read_content(path: Path, keys: LabelKeys = USUAL_KEYS, *, tolerant: bool = F
 def _read_into(content: Content, path: Path, keys: LabelKeys, tolerant: bool) -> None:
     """Add structures and what is left out of a file."""
     steps = _steps(path)
-    group = _group(path)
+    group = group_of(path)
     for number, (origin, atoms) in enumerate(read_atoms(path)):
         if reason := steps.unconverged.get(number):
             content.skipped.append(Skipped(path, number, reason))
@@ -169,7 +169,7 @@ def _steps(path: Path) -> Steps:
         return Steps({}, None)
 
 
-def _group(path: Path) -> str:
+def group_of(path: Path) -> str:
     """Group of the structures of a file: its name or, for parts of a database and outputs of VASP, that of a folder.
 
     Folders that only number the runs of VASP are passed over. The folder isolated_atom is the group of runs in its

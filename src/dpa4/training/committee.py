@@ -20,8 +20,8 @@ from dpa4.training.calibration import Calibration, calibrations, write_calibrati
 from dpa4.training.evaluation import batches_for, predict_committee
 from dpa4.training.options import RunConfig
 from dpa4.training.prepare import calibration_frames
+from dpa4.training.run import train
 from dpa4.training.state import STATE
-from dpa4.training.trainer import train
 
 MAX_ATOMS = 2000  # evaluated at once for the calibration
 POLL_SECONDS = 0.2

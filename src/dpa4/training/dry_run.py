@@ -15,7 +15,8 @@ from dpa4.system import float32_by_default, own_settings, peak_memory
 from dpa4.training.evaluation import predict
 from dpa4.training.options import RunConfig
 from dpa4.training.prepare import prepare
-from dpa4.training.trainer import Trainer, check_unused
+from dpa4.training.run import check_unused
+from dpa4.training.trainer import Trainer
 from dpa4.training.update import Report
 
 STEPS = 10

@@ -15,6 +15,7 @@ from dpa4.model.presets import preset
 from dpa4.parsing import parse_yaml, read_yaml, shown
 from dpa4.system import user_path
 from dpa4.training.options import ModelOptions, RunConfig, unknown_option
+from dpa4.training.recipes import Choice, estimate_text
 
 
 def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -81,9 +82,7 @@ def default_config_text(train: str = "train.xyz", name: str = "mini") -> str:
         ValueError: If there is no such preset.
     """
     start = preset(name, elements=("H",))
-    head = ["# Training run of dpa4. Energies are in eV, lengths in Angstrom. null means: not set.", ""]
-    body = _commented(RunConfig.model_validate({"model": {"preset": name}, "data": {"train": train}}))
-    at = next(i for i, line in enumerate(body) if line.startswith("data:")) - 2
+    config = RunConfig.model_validate({"model": {"preset": name}, "data": {"train": train}})
     extra = ["  # Any other option of the model may be added, for example:"]
     if start.edge_norm.radial:
         extra = [
@@ -95,22 +94,55 @@ def default_config_text(train: str = "train.xyz", name: str = "mini") -> str:
         extra.append(
             f"  # {name}: {_scalar(getattr(start, name))}  # {ModelConfig.model_fields[name].description}"
         )
-    return "\n".join(head + body[:at] + extra + body[at:]) + "\n"
+    return _text(config, [], extra, {})
 
 
-def _commented(section: BaseModel, depth: int = 0) -> list[str]:
+def recipe_text(train: Sequence[str], choice: Choice) -> str:
+    """Commented run file of a recipe. The reason of each choice follows the description of the option.
+
+    Args:
+        train: Files, folders and patterns of the training data, as in ``data.train``.
+        choice: Options and reasons.
+    """
+    values: dict[str, Any] = {"data": {"train": list(train)}}
+    for key, value in choice.options.items():
+        _set(values, key, value)
+    config = checked_run_config(values, "the recipe")
+    extra = []
+    for name, value in (config.model.model_extra or {}).items():
+        extra += _wrapped(ModelConfig.model_fields[name].description or "", "  ")
+        extra += [*_wrapped(choice.reasons[f"model.{name}"], "  "), f"  {name}: {_scalar(value)}"]
+    extra.append("  # Any other option of the model may be added (docs/models.md).")
+    head = [*_wrapped(f"Recipe: {choice.source}."), *_wrapped(f"Estimate: {estimate_text(choice.estimate)}.")]
+    for warning in choice.warnings:
+        head += _wrapped(f"Note: {warning}.")
+    return _text(config, head, extra, choice.reasons)
+
+
+def _text(config: RunConfig, head: Sequence[str], extra: Sequence[str], reasons: Mapping[str, str]) -> str:
+    """Lines of a run file: head, options with comments, and further lines at the end of the model section."""
+    first = "# Training run of dpa4. Energies are in eV, lengths in Angstrom. null means: not set."
+    body = _commented(config, reasons)
+    at = next(i for i, line in enumerate(body) if line.startswith("data:")) - 2
+    return "\n".join([first, *head, "", *body[:at], *extra, *body[at:]]) + "\n"
+
+
+def _wrapped(text: str, pad: str = "") -> list[str]:
+    return textwrap.wrap(text, 100, initial_indent=f"{pad}# ", subsequent_indent=f"{pad}# ")
+
+
+def _commented(section: BaseModel, reasons: Mapping[str, str], parents: tuple[str, ...] = ()) -> list[str]:
     lines: list[str] = []
-    pad = "  " * depth
+    pad = "  " * len(parents)
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if depth == 0 and lines:
+        path = (*parents, name)
+        if not parents and lines:
             lines.append("")
-        comment = f"{pad}# "
-        lines += textwrap.wrap(
-            field.description or "", 100, initial_indent=comment, subsequent_indent=comment
-        )
+        lines += _wrapped(field.description or "", pad)
+        lines += _wrapped(reasons.get(".".join(path), ""), pad)
         if isinstance(value, BaseModel):
-            lines += [f"{pad}{name}:", *_commented(value, depth + 1)]
+            lines += [f"{pad}{name}:", *_commented(value, reasons, path)]
         else:
             lines.append(f"{pad}{name}: {_scalar(value)}")
     return lines

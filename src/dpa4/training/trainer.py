@@ -13,20 +13,10 @@ from torch import Tensor
 
 from dpa4.data import Batch, Coverage
 from dpa4.execution.limits import compiles_by_default
-from dpa4.output import (
-    LEFTOVERS_OF_SAFETENSORS,
-    OutputFolder,
-    atomic_write,
-    check_start,
-    read_csv,
-    remove_files,
-    remove_leftovers,
-    tolerate_any_encoding,
-)
 from dpa4.parsing import first_line
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import save_potential
-from dpa4.system import float32_by_default, keep_freed_memory, own_settings, stop_requests
+from dpa4.system import keep_freed_memory, own_settings, stop_requests
 from dpa4.training.ema import MovingAverage
 from dpa4.training.evaluation import error_table, predict
 from dpa4.training.logs import ERROR_COLUMNS, TERMS, RunLog
@@ -34,10 +24,10 @@ from dpa4.training.loss import Loss, absolute_errors
 from dpa4.training.muon import HybridMuon
 from dpa4.training.options import RunConfig
 from dpa4.training.plots import plot_learning_curve
-from dpa4.training.prepare import Preparation, changed_options, prepare
+from dpa4.training.prepare import Preparation, changed_options
 from dpa4.training.routing import parameter_groups
 from dpa4.training.schedule import Schedule
-from dpa4.training.state import STATE, check_fits, load_state, save_state
+from dpa4.training.state import STATE, check_fits, save_state
 from dpa4.training.update import Report, WeightUpdate
 
 if TYPE_CHECKING:
@@ -48,100 +38,7 @@ T = TypeVar("T")
 PLOT_SECONDS = 120.0  # between learning curves; drawing one takes a second
 _TARGETS = {"energy": "energy per atom", "forces": "forces", "virial": "virial per atom"}
 _FIXED = ("model.", "training.optimizer", "training.adam_for_basis", "training.ema_decay")  # on resume
-_FILES_OF_A_RUN = (
-    STATE, "best.safetensors", "last.safetensors", "train.csv", "valid.csv", "learning_curve.*", "run.yaml",
-    "report.html", "tensorboard/*",
-)  # fmt: skip
 _COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds")
-
-
-@own_settings
-@float32_by_default()
-@torch.enable_grad()
-def train(
-    config: RunConfig,
-    *,
-    resume: bool = False,
-    new_data: bool = False,
-    overwrite: bool = False,
-    console: Console | None = None,
-) -> Path:
-    """Train a potential.
-
-    Files written to the output folder of the run:
-
-    * best.safetensors: model with the lowest validation score, with averaged weights.
-    * last.safetensors: newest model.
-    * last.pt: everything needed to resume.
-    * train.csv, valid.csv and learning_curve.png: losses and errors.
-    * run.yaml: options of the run.
-
-    At SIGINT or SIGTERM, the current step is finished, the state is saved, and the function returns. On a CPU, a run
-    that is killed at any moment and resumed yields the same numbers as an uninterrupted one.
-
-    Args:
-        config: Options of the run.
-        resume: Continue the run in the output folder.
-        new_data: Continue on other training or validation data than before. The model keeps its elements and
-            reference energies, and the best score starts anew.
-        overwrite: Replace the run in the output folder. Its files are removed once data and options of the new run
-            have been checked; files of other names stay.
-        console: Console to print to; standard output by default.
-
-    Returns:
-        Path of the best model so far.
-
-    Raises:
-        BlockingIOError: If another process is working in the output folder.
-        FileExistsError: If the output folder is not empty and neither ``resume`` nor ``overwrite`` is set.
-        FileNotFoundError: If there is no state to resume from.
-        ValueError: If data and options do not fit together, or the state belongs to another model or, without
-            ``new_data``, to other data; also if the neighbour list of a structure cannot be built, after saving the
-            state before it.
-        FloatingPointError: If the loss or the gradient is not finite; the state before that step is saved.
-    """
-    tolerate_any_encoding()
-    console = console or Console()
-    check_start(resume, overwrite)
-    if new_data and not resume:
-        raise ValueError("new data are for a run to resume; give --resume, too, or neither")
-    file = config.output / STATE
-    if resume and not file.is_file():
-        raise FileNotFoundError(f"no training state {file} to resume from; train without --resume first")
-    with OutputFolder(config.output):
-        state = load_state(file) if resume else None
-        if state is None and not overwrite:
-            check_unused(config.output)
-        elif state is not None:
-            remove_leftovers(config.output, LEFTOVERS_OF_SAFETENSORS)
-        preparation = prepare(config, console, state)
-        trainer = Trainer(config, preparation, console)
-        if state is None:
-            remove_files(config.output, *_FILES_OF_A_RUN)
-            trainer.save_state()  # before all other files, so that a run killed at any time can be resumed
-        else:
-            trainer.load(state, new_data)
-        with atomic_write(config.output / "run.yaml") as temporary:
-            temporary.write_text(preparation.run_text, encoding="utf-8")
-        return trainer.run()
-
-
-def check_unused(folder: Path) -> None:
-    """Check that a folder can receive a new run.
-
-    A run of an earlier version that was killed before its first state has left options and empty tables, which may
-    be replaced.
-
-    Raises:
-        FileExistsError: If the folder holds anything else.
-    """
-    names = {path.name for path in folder.iterdir() if path.name != ".lock"}
-    unfinished = "train.csv" in names and names <= {"run.yaml", "train.csv", "valid.csv"}
-    if names and not (unfinished and not read_csv(folder / "valid.csv")):
-        raise FileExistsError(
-            f"output folder {folder} is not empty; continue that run with --resume, replace it with --overwrite, or "
-            "choose another output"
-        )
 
 
 def training_step(potential: Potential, batch: Batch, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,0 +1,116 @@
+"""A training run: its output folder, new or continued."""
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from dpa4.output import (
+    LEFTOVERS_OF_SAFETENSORS,
+    OutputFolder,
+    atomic_write,
+    check_start,
+    read_csv,
+    remove_files,
+    remove_leftovers,
+    tolerate_any_encoding,
+)
+from dpa4.system import float32_by_default, own_settings
+from dpa4.training.options import RunConfig
+from dpa4.training.prepare import prepare
+from dpa4.training.state import STATE, load_state
+from dpa4.training.trainer import Trainer
+
+_FILES_OF_A_RUN = (
+    STATE, "best.safetensors", "last.safetensors", "train.csv", "valid.csv", "learning_curve.*", "run.yaml",
+    "report.html", "tensorboard/*",
+)  # fmt: skip
+
+
+@own_settings
+@float32_by_default()
+@torch.enable_grad()
+def train(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    new_data: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """Train a potential.
+
+    Files written to the output folder of the run:
+
+    * best.safetensors: model with the lowest validation score, with averaged weights.
+    * last.safetensors: newest model.
+    * last.pt: everything needed to resume.
+    * train.csv, valid.csv and learning_curve.png: losses and errors.
+    * run.yaml: options of the run.
+
+    At SIGINT or SIGTERM, the current step is finished, the state is saved, and the function returns. On a CPU, a run
+    that is killed at any moment and resumed yields the same numbers as an uninterrupted one.
+
+    Args:
+        config: Options of the run.
+        resume: Continue the run in the output folder.
+        new_data: Continue on other training or validation data than before. The model keeps its elements and
+            reference energies, and the best score starts anew.
+        overwrite: Replace the run in the output folder. Its files are removed once data and options of the new run
+            have been checked; files of other names stay.
+        console: Console to print to; standard output by default.
+
+    Returns:
+        Path of the best model so far.
+
+    Raises:
+        BlockingIOError: If another process is working in the output folder.
+        FileExistsError: If the output folder is not empty and neither ``resume`` nor ``overwrite`` is set.
+        FileNotFoundError: If there is no state to resume from.
+        ValueError: If data and options do not fit together, or the state belongs to another model or, without
+            ``new_data``, to other data; also if the neighbour list of a structure cannot be built, after saving the
+            state before it.
+        FloatingPointError: If the loss or the gradient is not finite; the state before that step is saved.
+    """
+    tolerate_any_encoding()
+    console = console or Console()
+    check_start(resume, overwrite)
+    if new_data and not resume:
+        raise ValueError("new data are for a run to resume; give --resume, too, or neither")
+    file = config.output / STATE
+    if resume and not file.is_file():
+        raise FileNotFoundError(f"no training state {file} to resume from; train without --resume first")
+    with OutputFolder(config.output):
+        state = load_state(file) if resume else None
+        if state is None and not overwrite:
+            check_unused(config.output)
+        elif state is not None:
+            remove_leftovers(config.output, LEFTOVERS_OF_SAFETENSORS)
+        preparation = prepare(config, console, state)
+        trainer = Trainer(config, preparation, console)
+        if state is None:
+            remove_files(config.output, *_FILES_OF_A_RUN)
+            trainer.save_state()  # before all other files, so that a run killed at any time can be resumed
+        else:
+            trainer.load(state, new_data)
+        with atomic_write(config.output / "run.yaml") as temporary:
+            temporary.write_text(preparation.run_text, encoding="utf-8")
+        return trainer.run()
+
+
+def check_unused(folder: Path) -> None:
+    """Check that a folder can receive a new run.
+
+    A run of an earlier version that was killed before its first state has left options and empty tables, which may
+    be replaced.
+
+    Raises:
+        FileExistsError: If the folder holds anything else.
+    """
+    names = {path.name for path in folder.iterdir() if path.name != ".lock"}
+    unfinished = "train.csv" in names and names <= {"run.yaml", "train.csv", "valid.csv"}
+    if names and not (unfinished and not read_csv(folder / "valid.csv")):
+        raise FileExistsError(
+            f"output folder {folder} is not empty; continue that run with --resume, replace it with --overwrite, or "
+            "choose another output"
+        )
