@@ -2,7 +2,8 @@
 
 Run ``python scripts/make_vasp_runs.py runs``; it takes seconds. Each run is a folder with POSCAR, INCAR, OUTCAR and
 vasprun.xml, as ASE reads them. The numbers are those of the effective medium theory, not of VASP, and the files hold
-only what readers of structures, energies, forces and stress need. All random numbers come from fixed seeds.
+only what readers of structures, energies, forces and stress need. All random numbers come from ``--seed``; another
+seed yields other structures of the same kinds, for a test.
 
 Two runs have the usual troubles: one ionic step whose electronic loop did not converge, and a run that was killed.
 """
@@ -44,11 +45,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="folder to create")
-    folder = parser.parse_args().folder
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    arguments = parser.parse_args()
+    folder = arguments.folder
     if folder.exists():
         parser.error(f"{folder} exists; choose another name or remove it")
     count = 0
-    for name, run in runs():
+    for name, run in runs(arguments.seed):
         write_run(folder / name, run)
         count += len(run.images)
     (folder / "README").write_text(
@@ -57,14 +60,14 @@ def main() -> None:
     print(f"{count} ionic steps of copper in {folder}")
 
 
-def runs() -> Iterator[tuple[str, Run]]:
+def runs(seed: int = 0) -> Iterator[tuple[str, Run]]:
     """Yield folder and content of each run: hot and strained crystals, a free atom, two surfaces."""
-    for seed, (name, temperature) in enumerate(TEMPERATURES.items()):
+    for number, (name, temperature) in enumerate(TEMPERATURES.items()):
         crystal = bulk(ELEMENT, cubic=True, a=LATTICE * (1 + 1.8e-5 * temperature)) * (2, 2, 2)
         unconverged = frozenset({4}) if name == "1100K" else frozenset()
-        images = list(dynamics(crystal, temperature, 8, seed))
+        images = list(dynamics(crystal, temperature, 8, 100 * seed + number))
         yield f"bulk/{name}", Run(images, unconverged, killed=name == "1500K")
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(100 * seed)
     for number in range(12):
         crystal = bulk(ELEMENT, cubic=True, a=LATTICE) * (2, 2, 1)
         strain = rng.normal(scale=0.02, size=(3, 3))
@@ -73,9 +76,9 @@ def runs() -> Iterator[tuple[str, Run]]:
         yield f"strained/{number:02d}", Run([labelled(crystal)])
     yield f"isolated_atom/{ELEMENT}", Run([labelled(Atoms(ELEMENT, cell=[12, 12, 12]))])
     slabs: dict[str, Callable[..., Atoms]] = {"100": fcc100, "111": fcc111}
-    for seed, (name, build) in enumerate(slabs.items()):
+    for number, (name, build) in enumerate(slabs.items()):
         slab = build(ELEMENT, (3, 3, 4), a=LATTICE, vacuum=6.0, periodic=True)
-        yield f"surface-{name}/600K", Run(list(dynamics(slab, 600, 6, 10 + seed)))
+        yield f"surface-{name}", Run(list(dynamics(slab, 600, 6, 100 * seed + 10 + number)))
 
 
 def dynamics(start: Atoms, temperature: float, frames: int, seed: int) -> Iterator[Atoms]:

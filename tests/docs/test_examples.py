@@ -22,7 +22,6 @@ PAGES = (
     "docs/checking.md",
     "docs/torchsim.md",
     "docs/lammps.md",
-    "docs/silicon.md",
 )
 SHORTER = {'"cuda"': '"cpu"', "relax_ends=True": "steps=2", "run 1000": "run 5"}
 
