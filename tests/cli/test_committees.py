@@ -132,7 +132,7 @@ def test_deviations_are_not_read_as_labels(models, tmp_path):
     write(tmp_path / "labelled.xyz", atoms)
     shown = run("eval", tmp_path / "labelled.xyz", *options(models), "-o", tmp_path / "eval")
     assert "deviation of the committee, energy per atom: error" in shown
-    assert "rank correlation not defined (1 values)" in shown
+    assert "rank correlation not defined (1 values, too few to rely on)" in shown
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         (frame,) = read_frames(tmp_path / "eval" / "predictions.xyz")

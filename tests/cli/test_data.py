@@ -1,7 +1,8 @@
 """dpa4 data, and folders and patterns as data of the other commands."""
 
+import ase.io
 import pytest
-from ase import units
+from ase import Atoms, units
 from ase.build import bulk
 from typer.testing import CliRunner
 
@@ -80,6 +81,12 @@ def test_training_and_evaluation_on_a_folder_of_runs(runs):
     output = run("eval", "run/best.safetensors", "runs", "--device", "cpu")
     assert "3 data files found; 9 other files" in output and "meV/atom" in output
     assert [f.group for f in read_frames("eval/predictions.xyz")] == ["runs"] * 11
+    atom = script.labelled(Atoms("Cu", cell=[12, 12, 12]))
+    atom.info["config_type"] = "IsolatedAtom"
+    ase.io.write("atom.xyz", atom)
+    output = run("eval", "run/best.safetensors", "runs", "atom.xyz", "--device", "cpu")
+    assert "free atoms are left out: 1" in output
+    assert len(read_frames("eval/predictions.xyz")) == 11
 
 
 def test_missing_files_are_named(runs):

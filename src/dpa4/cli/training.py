@@ -153,7 +153,11 @@ def evaluate_command(
         if sources.searched:
             console.print(sources.text, soft_wrap=True)
         frames = read_frames(sources, label_keys(keys))
-        if implausible := warn_of_implausible_labels(without_isolated_atoms(frames)):
+        if (fitted := without_isolated_atoms(frames)) and len(fitted) < len(frames):
+            # Training does not fit free atoms either.
+            console.print(f"free atoms are left out: {len(frames) - len(fitted)}", highlight=False)
+            frames = fitted
+        if implausible := warn_of_implausible_labels(fitted):
             console.print(implausible)
         name = f"{len(potentials)} models" if len(potentials) > 1 else model
         table = evaluate(

@@ -21,6 +21,7 @@ Values = NDArray[np.float64]
 FILE = "calibration.json"
 BINS = 10  # of equal numbers of values, for the root mean square error as a function of the deviation
 PER_BIN = 10  # smallest number of values in one of them
+FEW = 30  # values, below which the numbers of a calibration say little
 SMALLEST = 1e-3  # meV and Angstrom; smaller values are drawn there, because the axes are logarithmic
 
 
@@ -122,7 +123,8 @@ def _text(factor: float | None, correlation: float | None, values: int) -> str:
     numbers = (
         "not defined" if x is None or not np.isfinite(x) else f"{x:.2f}" for x in (factor, correlation)
     )
-    return "error {} x deviation, rank correlation {} ({} values)".format(*numbers, values)
+    few = ", too few to rely on" if values < FEW else ""
+    return "error {} x deviation, rank correlation {} ({} values{})".format(*numbers, values, few)
 
 
 def _draw(axis: Any, one: Calibration) -> None:

@@ -57,7 +57,7 @@ class DryRun:
         """The estimate as a table for the terminal."""
         table = Table(title="Dry run", title_justify="left", show_header=False)
         table.add_row("steps", f"{self.steps:,}")
-        table.add_row("epochs", f"{self.epochs:,.4g} of {self.steps_per_epoch:,} steps")
+        table.add_row("epochs", f"{round(self.epochs, 1):,g} of {self.steps_per_epoch:,} steps")
         table.add_row(
             "seconds per step", f"{self.seconds_per_step:.3g}, mean of {self.timed} steps on {self.device}"
         )
