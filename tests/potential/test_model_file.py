@@ -187,7 +187,7 @@ def test_faults_on_the_hub(hub):
 
 def test_message_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"huggingface_hub is not installed; pip install 'dpa4\[hub\]'"):
+    with pytest.raises(ImportError, match=r"huggingface_hub is not installed; pip install .*\[hub\]'"):
         load_potential(NAME)
 
 
