@@ -1,8 +1,9 @@
 """Structures with labels: reading, checking, summarising and batching."""
 
+from dpa4.data.batch import Batch
 from dpa4.data.charge_spin import charges_and_spins
 from dpa4.data.coverage import Coverage, coverage_of, shortest_distances
-from dpa4.data.dataset import Batch, EpochBatches, FrameDataset
+from dpa4.data.dataset import EpochBatches, FrameDataset
 from dpa4.data.frame import Frame, digest
 from dpa4.data.labels import LabelKeys, frame_from_atoms
 from dpa4.data.plausibility import (
