@@ -64,6 +64,11 @@ def charge_and_spin(
     return charge, spin
 
 
+def charge_and_spin_of(frame: Frame, default: tuple[int, int] | None) -> tuple[int, int]:
+    """Total charge and spin multiplicity of a structure; see `charge_and_spin`."""
+    return charge_and_spin(frame.charge_spin, default, frame.origin)
+
+
 def whole_numbers(values: Any, name: str, origin: str = "") -> NDArray[np.int64]:
     """Convert total charges or multiplicities to integers; values within 1e-4 of a whole number are rounded.
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,7 +15,7 @@ from dpa4.data.frame import Frame
 from dpa4.data.labels import USUAL_KEYS, LabelKeys
 from dpa4.data.lmdb_index import FLAG_OF_LABEL, HIDDEN, LmdbIndex, open_index
 from dpa4.data.readers import group_of
-from dpa4.data.summary import LABELS
+from dpa4.data.summary import LABELS, IndexedFrames
 from dpa4.graph import Graph
 
 SAMPLE = 20_000
@@ -25,7 +26,7 @@ _PART = 1 << 20  # entries of a column that are looked at together
 Indices = NDArray[np.int64]
 
 
-class StreamedFrames(Sequence[Frame]):
+class StreamedFrames(IndexedFrames):
     """Structures of LMDB databases, in the order of the files and rows; each is read when it is asked for.
 
     Rows that cannot be used are left out: those that are damaged or have a malformed label.
@@ -137,6 +138,31 @@ class StreamedFrames(Sequence[Frame]):
             for name, flag in FLAG_OF_LABEL.items():
                 counts[name] += int(np.count_nonzero(seen & flag))
         return counts
+
+    def sizes(self) -> tuple[int, float, int]:
+        """Smallest, mean and largest number of atoms; there must be a structure."""
+        found = [
+            (int(p.min()), int(p.sum(dtype=np.int64)), int(p.max())) for p in self.column("atoms").parts()
+        ]
+        smallest, sums, largest = zip(*found, strict=True)
+        return min(smallest), sum(sums) / len(self), max(largest)
+
+    def hidden(self) -> int:
+        """Number of structures whose weight is zero."""
+        return sum(int(np.count_nonzero(part & HIDDEN)) for part in self.column("flags").parts())
+
+    def first_outside(self, known: NDArray[np.bool_]) -> Frame | None:
+        """First structure with an element that is not among the known ones, given by atomic number."""
+        first = []
+        for name, shift in (("low", 0), ("high", 64)):
+            outside = sum(
+                1 << bit for bit in range(64) if bit + shift < len(known) and not known[bit + shift]
+            )
+            for number, part in enumerate(self.column(name).parts()):
+                if len(found := np.flatnonzero(part & np.uint64(outside))):
+                    first.append(number * _PART + int(found[0]))
+                    break
+        return self[min(first)] if first else None
 
     def kinds(self, index: int) -> set[int | str]:
         """Atomic numbers and names of the labels of a structure, from the index alone."""
@@ -260,6 +286,11 @@ class StreamedDataset(FrameDataset):
         return self._built(frame, index, pair)
 
 
+def sampled(frames: Sequence[Frame]) -> list[Frame]:
+    """All structures that are in memory; of structures on the disk a `StreamedFrames.sample`."""
+    return frames.sample() if isinstance(frames, StreamedFrames) else list(frames)
+
+
 def are_streamed(paths: Sequence[Path]) -> bool:
     """Return whether sources are read while they are used: all of them are ``.aselmdb`` files."""
     return bool(paths) and all(path.suffix == ".aselmdb" for path in paths)
@@ -280,6 +311,13 @@ def open_streamed(
             first.frame(0)
         except ValueError as error:
             raise ValueError(f"no structure to use in {', '.join(map(str, paths))}: {error}") from error
+    counts = frames.label_counts()
+    for label, key in asdict(keys).items():
+        if key is not None and not counts["virial" if label == "stress" else label]:
+            raise ValueError(
+                f"data.keys.{label} = {key!r} is in no structure of {', '.join(map(str, paths))}; look at the "
+                "entries with dpa4 data info"
+            )
     return frames
 
 

@@ -1,13 +1,13 @@
 """Preparation of a run: reads the data and builds the potential, the batches and the loss from the options."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import yaml
+from ase.data import atomic_numbers
 from rich.console import Console
 
 from dpa4.data import (
@@ -16,6 +16,9 @@ from dpa4.data import (
     Frame,
     FrameDataset,
     LabelKeys,
+    StreamedDataset,
+    StreamedFrames,
+    are_streamed,
     charges_and_spins,
     check_elements,
     check_labels,
@@ -23,17 +26,25 @@ from dpa4.data import (
     coverage_of,
     digest,
     find_sources,
+    label_counts,
+    open_streamed,
     read_frames,
     reference_energies,
+    sampled,
     shortest_distances,
     summarize,
     undetermined_elements,
     undetermined_text,
+    unusable_text,
     warn_of_implausible_labels,
     warn_of_reference_energies,
     without_isolated_atoms,
 )
+from dpa4.data.charge_spin import charge_and_spin_of
 from dpa4.data.coverage import ElementPair
+from dpa4.data.loader import default_workers
+from dpa4.data.splitting import split
+from dpa4.data.streaming import SAMPLE
 from dpa4.data.summary import elements_in
 from dpa4.model import ModelConfig
 from dpa4.model.shapes import check_size
@@ -83,11 +94,20 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
     data = _read(config, console)
     frames, validation = data.train, data.validation
     model = _model(config, data, state, console)
-    pairs = charges_and_spins([*frames, *validation], model.charge_spin, model.default_charge_spin)
-    train = FrameDataset(frames, model.cutoff, pairs and pairs[: len(frames)])
-    valid = FrameDataset(validation, model.cutoff, pairs and pairs[len(frames) :])
-    shortest = shortest_distances(train)
-    coverage = coverage_of(train, shortest)
+    seen, held_out = sampled(frames), sampled(validation)
+    pairs = charges_and_spins([*seen, *held_out], model.charge_spin, model.default_charge_spin)
+    train = _dataset(frames, model, pairs and pairs[: len(seen)])
+    valid = _dataset(validation, model, pairs and pairs[len(seen) :])
+    if isinstance(frames, StreamedFrames):
+        shortest = shortest_distances(FrameDataset(seen, model.cutoff, cache_bytes=0))
+        coverage = coverage_of(train, shortest, searched=len(seen))
+        console.print(
+            f"statistics and reference energies are those of {len(seen):,} of {len(frames):,} structures",
+            highlight=False,
+        )
+    else:
+        shortest = shortest_distances(train)
+        coverage = coverage_of(train, shortest)
     console.print(f"closest atoms of the training data: {coverage.text}", highlight=False, markup=False)
     model = _with_windows(config, model, shortest, state, console)
     energies, undetermined = _reference_energies(config, model, data, shortest, state, console)
@@ -97,17 +117,48 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
     _describe(config, potential, device, console)
     budget = batch_budget(options)
     extend = Fragments(model, elements_in(frames), options.seed) if model.has_pair_bridging else None
+    own = {"seed": options.seed, **budget}
+    workers = _workers(config, frames, device)
+    batches = EpochBatches(train, **own, shuffle=True, extend=extend, workers=workers)
+    for fill in batches.fill():
+        console.print(
+            f"batches fill {fill.mean:.1%} of max_{fill.what} (standard deviation {fill.deviation:.1%}, "
+            f"{fill.batches} batches)",
+            highlight=False,
+        )
+    workers = _workers(config, validation, device)
     return Preparation(
         potential=potential,
-        train=EpochBatches(train, **budget, seed=options.seed, shuffle=True, extend=extend),
+        train=batches,
         coverage=coverage,
-        validation=EpochBatches(valid, **budget, seed=options.seed, shuffle=False) if validation else None,
+        validation=EpochBatches(valid, **own, shuffle=False, workers=workers) if validation else None,
         loss=data.loss,
         provenance=_provenance(config, frames, validation, undetermined),
         undetermined=undetermined,
-        data={"training": digest(frames), "validation": digest(validation)},
+        data={"training": _digest(frames), "validation": _digest(validation)},
         run_text=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
     )
+
+
+def _dataset(
+    frames: Sequence[Frame], model: ModelConfig, pairs: list[tuple[int, int]] | None
+) -> FrameDataset:
+    """Data set of structures in memory, with their charges and spins, or on the disk."""
+    if not isinstance(frames, StreamedFrames):
+        return FrameDataset(frames, model.cutoff, pairs)
+    rule = partial(charge_and_spin_of, default=model.default_charge_spin) if model.charge_spin else None
+    return StreamedDataset(frames, model.cutoff, rule)
+
+
+def _workers(config: RunConfig, frames: Sequence[Frame], device: torch.device) -> int:
+    """Number of processes that prepare batches; structures in memory need a thread only."""
+    if not isinstance(frames, StreamedFrames):
+        return 0
+    return default_workers(device) if config.data.workers is None else config.data.workers
+
+
+def _digest(frames: Sequence[Frame]) -> str:
+    return frames.digest() if isinstance(frames, StreamedFrames) else digest(frames)
 
 
 class _Data(NamedTuple):
@@ -134,11 +185,13 @@ def _read(config: RunConfig, console: Console) -> _Data:
     else:
         data = config.data
         frames, validation = split(frames, data.validation_fraction, data.split_seed, _labels(loss))
+    if isinstance(validation, StreamedFrames) and len(validation) <= SAMPLE:
+        validation = list(validation)  # read once instead of at every validation
     console.print(summarize({"training": frames, "validation": validation}))
     if validation:
         check_labels(validation, weights, "validation")
         check_trained(validation, frames)
-    if table := warn_of_implausible_labels([*frames, *validation]):
+    if table := warn_of_implausible_labels([*sampled(frames), *sampled(validation)]):
         console.print(table)
     return _Data(read, frames, validation, loss)
 
@@ -149,16 +202,16 @@ def calibration_frames(config: RunConfig) -> list[Frame]:
     keys = LabelKeys(**config.data.keys.model_dump())
     if config.data.validation:
         held_out = _frames_of("data.validation", config.data.validation, keys, silent)
-        return _without_isolated_atoms(held_out, "data.validation", config.data.validation)
+        return list(_without_isolated_atoms(held_out, "data.validation", config.data.validation))
     read = _frames_of("data.train", config.data.train, keys, silent)
     frames = _without_isolated_atoms(read, "data.train", config.data.train)
     loss = _loss(config.training, frames, silent)
-    return _without_calibration(config, frames, loss)[1]
+    return list(_without_calibration(config, frames, loss)[1])
 
 
 def _without_calibration(
-    config: RunConfig, frames: list[Frame], loss: Loss
-) -> tuple[list[Frame], list[Frame]]:
+    config: RunConfig, frames: Sequence[Frame], loss: Loss
+) -> tuple[Sequence[Frame], Sequence[Frame]]:
     """Split off the share of the data that calibrates a committee; it does not depend on the seeds of the run."""
     fraction = config.data.calibration_fraction
     return split(frames, fraction, 0, _labels(loss)) if fraction else (frames, [])
@@ -169,17 +222,24 @@ def _labels(loss: Loss) -> list[str]:
     return [name for name in ("energy", "forces", "virial") if getattr(loss, name)]
 
 
-def _frames_of(option: str, paths: Sequence[Path], keys: LabelKeys, console: Console) -> list[Frame]:
-    """Read the files behind an option, and print how many they are if that does not follow from the option."""
+def _frames_of(option: str, paths: Sequence[Path], keys: LabelKeys, console: Console) -> Sequence[Frame]:
+    """Read the files behind an option, or open them if they are LMDB databases, and print what is not expected."""
     sources = find_sources(paths)
     if sources.searched:
         console.print(f"{option}: {sources.text}", highlight=False, markup=False, soft_wrap=True)
-    return read_frames(sources, keys)
+    if not are_streamed(sources.paths):
+        return read_frames(sources, keys)
+    frames = open_streamed(sources.paths, keys)
+    if lost := unusable_text(frames):
+        console.print(f"{option}: {lost}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    return frames
 
 
 def _model(config: RunConfig, data: _Data, state: Mapping[str, Any] | None, console: Console) -> ModelConfig:
     """Configuration of the model: that of the state if there is one, else from the options and the data."""
-    elements = elements_in([*data.read, *data.validation])
+    elements = sorted(
+        {*elements_in(data.read), *elements_in(data.validation)}, key=atomic_numbers.__getitem__
+    )
     if state is None:
         model = config.model.build(elements)
     elif "config" not in state:  # of an earlier version, in which all models had this symmetry
@@ -187,7 +247,8 @@ def _model(config: RunConfig, data: _Data, state: Mapping[str, Any] | None, cons
     else:
         model = ModelConfig.model_validate_json(state["config"])
     check_size(model)
-    check_elements([*data.read, *data.validation], model.elements)
+    check_elements(data.read, model.elements)
+    check_elements(data.validation, model.elements)
     if untrained := sorted(set(elements_in(data.read)) - set(elements_in(data.train))):
         console.print(
             f"no structure to train on contains {', '.join(untrained)}: of these elements the model knows the free "
@@ -228,7 +289,7 @@ def _reference_energies(
 ) -> tuple[dict[str, float], tuple[str, ...]]:
     """Reference energies of a new run or of the state, and the elements for which they are arbitrary; prints both."""
     if state is None:
-        fitted = without_repulsion(data.read, model, shortest)
+        fitted = without_repulsion(sampled(data.read), model, shortest)
         energies = reference_energies(config.data.reference_energies, fitted, model.elements)
         undetermined = undetermined_elements(config.data.reference_energies, fitted, model.elements)
     else:
@@ -237,87 +298,22 @@ def _reference_energies(
         undetermined = state.get("undetermined", ())
     values = (f"{e} {v:.4f}{' (arbitrary)' if e in undetermined else ''}" for e, v in energies.items())
     console.print("reference energies (eV): " + ", ".join(values))
-    warn_of_reference_energies(data.train, energies)
+    warn_of_reference_energies(sampled(data.train), energies)
     if undetermined:
         console.print(undetermined_text(undetermined), style="yellow", highlight=False, soft_wrap=True)
     return energies, tuple(undetermined)
 
 
-def split(
-    frames: Sequence[Frame], fraction: float, seed: int, labels: Sequence[str] = ()
-) -> tuple[list[Frame], list[Frame]]:
-    """Split off a random share of the structures for validation, at least one unless the fraction is 0.
-
-    Structures that training needs, because no other has one of their elements or labels, are not split off.
-
-    Args:
-        frames: The structures.
-        fraction: Share of the structures for validation.
-        seed: Seed of the random numbers.
-        labels: Labels that both parts must have: "energy", "forces" or "virial".
-
-    Returns:
-        Structures for training and for validation.
-
-    Raises:
-        ValueError: If no structure would be left to train on, or a part would lack a label.
-    """
-    count = max(1, round(fraction * len(frames))) if fraction else 0
-    if count >= len(frames):
-        raise ValueError(
-            f"data.validation_fraction = {fraction} of {len(frames)} structures leaves none to train on; "
-            "add structures or set it to 0"
-        )
-    held_out = _held_out(frames, np.random.default_rng(seed).permutation(len(frames)).tolist(), count, labels)
-    return (
-        [frame for i, frame in enumerate(frames) if i not in held_out],
-        [frames[i] for i in sorted(held_out)],
-    )
-
-
-def _held_out(frames: Sequence[Frame], order: Sequence[int], count: int, labels: Sequence[str]) -> set[int]:
-    """Indices of the first structures of the order that training can spare, and with which no label is missing."""
-    if not count:
-        return set()
-    kinds: list[set[int | str]] = [
-        {*frame.atomic_numbers.tolist(), *(label for label in labels if getattr(frame, label) is not None)}
-        for frame in frames
-    ]
-    left = Counter(kind for own in kinds for kind in own)  # number of structures to train on with each kind
-    chosen: set[int] = set()
-    covered: set[int | str] = set()
-
-    def choose(index: int) -> None:
-        if index not in chosen and all(left[kind] > 1 for kind in kinds[index]):
-            left.subtract(kinds[index])
-            chosen.add(index)
-            covered.update(kinds[index])
-
-    for index in order:
-        if len(chosen) < count:
-            choose(index)
-    for label in labels:
-        for index in order:
-            if label not in covered and label in kinds[index]:
-                choose(index)
-    missing = [label for label in labels if label not in covered]
-    if missing or not chosen:
-        raise ValueError(
-            f"the {len(frames)} structures cannot be split: training needs every structure"
-            + (f" with a label for {missing[0]}" if missing else "")
-            + ", because of labels or elements that no other has; add structures, give data.validation, or set "
-            "data.validation_fraction to 0"
-        )
-    return chosen
-
-
-def _without_isolated_atoms(frames: Sequence[Frame], option: str, paths: Sequence[Path]) -> list[Frame]:
+def _without_isolated_atoms(frames: Sequence[Frame], option: str, paths: Sequence[Path]) -> Sequence[Frame]:
     """Return the structures to fit.
 
     Raises:
         ValueError: If all are free atoms.
     """
-    found = without_isolated_atoms(frames)
+    if isinstance(frames, StreamedFrames):
+        found: Sequence[Frame] = frames.without(frames.free_atoms)
+    else:
+        found = without_isolated_atoms(frames)
     if not found:
         raise ValueError(
             f"all {len(frames)} structures of {option} = {', '.join(map(str, paths))} are free atoms, which define "
@@ -353,7 +349,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _loss(options: TrainingOptions, frames: Sequence[Frame], console: Console) -> Loss:
     virial = options.virial_weight
     if virial == "auto":
-        labelled = any(frame.virial is not None for frame in frames)
+        labelled = label_counts(frames)["virial"] > 0
         virial = DEFAULT_VIRIAL_WEIGHT if labelled else 0.0
         reason = "there are stress or virial labels" if labelled else "there is no stress or virial label"
         console.print(f"training.virial_weight = {virial:g}, because {reason}")
