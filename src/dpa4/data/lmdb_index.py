@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from dpa4 import code_cache
-from dpa4.data.charge_spin import charge_and_spin
+from dpa4.data.charge_spin import stated_charge_and_spin
 from dpa4.data.frame import Frame
 from dpa4.data.labels import USUAL_KEYS, LabelKeys
 from dpa4.data.lmdb_file import Place
@@ -367,12 +367,11 @@ def _description(frame: Frame) -> tuple[int, ...]:
 
 
 def _charge_and_spin(frame: Frame) -> tuple[int, int]:
-    try:
-        charge, spin = charge_and_spin(frame.charge_spin, (NO_CHARGE, 1))
-    except ValueError:  # an error only for models that read them
-        return NO_CHARGE, 0
-    stated = "spin" in frame.charge_spin or spin != 1
-    return max(NO_CHARGE, min(charge, 2**15 - 1)), min(spin, 2**15 - 1) if stated else 0
+    charge, spin = stated_charge_and_spin(frame.charge_spin)
+    return (
+        NO_CHARGE if charge is None else max(NO_CHARGE + 1, min(charge, 2**15 - 1)),
+        0 if spin is None else min(spin, 2**15 - 1),
+    )
 
 
 def _count_edges(

@@ -34,6 +34,8 @@ class Loader:
         workers: Number of processes; 0: a thread.
     """
 
+    context: str | None = None  # how processes are started; None: as usual on the system
+
     def __init__(self, make: Callable[[Any], Batch], workers: int = 0):
         self.make, self.workers = make, workers
 
@@ -41,7 +43,7 @@ class Loader:
         """Yield the batch of every item, in page-locked memory if there is a GPU; exceptions are raised here."""
         pin = torch.cuda.is_available()
         if self.workers:
-            return _by_processes(self.make, items, self.workers, pin)
+            return _by_processes(self.make, items, self.workers, pin, self.context)
         return _by_thread(lambda item: self.make(item).pin_memory() if pin else self.make(item), items)
 
 
@@ -111,7 +113,7 @@ class _Made(Dataset[Any]):
 
 
 def _by_processes(
-    make: Callable[[Any], Batch], items: Iterable[Any], workers: int, pin: bool
+    make: Callable[[Any], Batch], items: Iterable[Any], workers: int, pin: bool, context: str | None
 ) -> Iterator[Batch]:
     loader: DataLoader[Any] = DataLoader(
         _Made(make),
@@ -119,6 +121,7 @@ def _by_processes(
         sampler=items,
         num_workers=workers,
         prefetch_factor=PREFETCH,
+        multiprocessing_context=context,
         collate_fn=_unchanged,
         pin_memory=pin,
         generator=torch.Generator(),  # the seeds of the processes must not be drawn from the numbers of the run

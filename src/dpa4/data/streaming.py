@@ -1,6 +1,7 @@
 """Structures of LMDB databases that stay on the disk: a sequence of frames, and the data set of their graphs."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from dpa4.data.batch import Batch
 from dpa4.data.dataset import FrameDataset
 from dpa4.data.frame import Frame
 from dpa4.data.labels import USUAL_KEYS, LabelKeys
-from dpa4.data.lmdb_index import FLAG_OF_LABEL, HIDDEN, LmdbIndex, open_index
+from dpa4.data.lmdb_index import FLAG_OF_LABEL, HIDDEN, NO_CHARGE, LmdbIndex, open_index
 from dpa4.data.readers import group_of
 from dpa4.data.summary import LABELS, IndexedFrames
 from dpa4.graph import Graph
@@ -150,6 +151,16 @@ class StreamedFrames(IndexedFrames):
     def hidden(self) -> int:
         """Number of structures whose weight is zero."""
         return sum(int(np.count_nonzero(part & HIDDEN)) for part in self.column("flags").parts())
+
+    def charges_and_spins(self) -> Counter[tuple[int | None, int | None]]:
+        """Number of structures with each pair of a total charge and a multiplicity; None: not stated."""
+        found: Counter[tuple[int | None, int | None]] = Counter()
+        parts = zip(self.column("charge").parts(), self.column("spin").parts(), strict=True)
+        for charge, spin in parts:
+            pairs, counts = np.unique(np.stack([charge, spin]), axis=1, return_counts=True)
+            for (c, m), n in zip(pairs.T.tolist(), counts.tolist(), strict=True):
+                found[None if c == NO_CHARGE else c, m or None] += n
+        return found
 
     def first_outside(self, known: NDArray[np.bool_]) -> Frame | None:
         """First structure with an element that is not among the known ones, given by atomic number."""

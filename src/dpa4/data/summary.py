@@ -1,6 +1,7 @@
 """Summary table of the structures, and checks of labels and elements before a run starts."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -8,6 +9,7 @@ from ase.data import chemical_symbols
 from numpy.typing import NDArray
 from rich.table import Table
 
+from dpa4.data.charge_spin import stated_charge_and_spin
 from dpa4.data.frame import Frame
 
 LABELS = ("energy", "forces", "virial")
@@ -27,6 +29,10 @@ class IndexedFrames(Sequence[Frame], ABC):
     @abstractmethod
     def sizes(self) -> tuple[int, float, int]:
         """Smallest, mean and largest number of atoms; there must be a frame."""
+
+    @abstractmethod
+    def charges_and_spins(self) -> Counter[tuple[int | None, int | None]]:
+        """Number of frames with each pair of a total charge and a multiplicity; None: not stated."""
 
     @abstractmethod
     def hidden(self) -> int:
@@ -65,6 +71,22 @@ def summarize(frames_by_split: Mapping[str, Sequence[Frame]]) -> Table:
         sizes = f"{smallest}/{mean:.1f}/{largest}" if largest else "-"
         table.add_row(name, str(len(frames)), sizes, " ".join(elements_in(frames)), _labels(frames, "\n"))
     return table
+
+
+def charge_spin_text(frames: Sequence[Frame]) -> str:
+    """Numbers of frames with each total charge and multiplicity, in one line; the ten most frequent ones."""
+    if isinstance(frames, IndexedFrames):
+        found = frames.charges_and_spins()
+    else:
+        found = Counter(stated_charge_and_spin(frame.charge_spin) for frame in frames)
+    if set(found) <= {(None, None)}:
+        return "charge and spin: not stated"
+    shown = (
+        ["not stated" if value is None else str(value) for value in (*pair, count)]
+        for pair, count in found.most_common(10)
+    )
+    texts = [f"charge {charge}, multiplicity {spin}: {count}" for charge, spin, count in shown]
+    return "; ".join(texts) + (f"; and {len(found) - 10} more pairs" if len(found) > 10 else "")
 
 
 def check_labels(frames: Sequence[Frame], weights: Mapping[str, float], part: str = "training") -> None:
