@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dpa4.cli import app
-from dpa4.data import EpochBatches, FrameDataset, lmdb_index, open_streamed, read_frames, streaming
+from dpa4.data import conversion, lmdb_index
 from dpa4.data import dataset as dataset_file
 from dpa4.data.checking import DISAGREEING, DUPLICATE, ENERGY, FORCE, SHORT_DISTANCE, check
 from dpa4.data.conversion import part_by, write_lmdb
@@ -413,6 +413,14 @@ def test_commands(tmp_path):
     doubled = output("check", data, merged, "-o", clean)
     assert "duplicate" in doubled and "30 of 60 structures would be left out" in doubled
     assert len(open_streamed([Path(clean)])) == 30
+
+
+@pytest.mark.parametrize("count", [3, 6, 7])
+def test_structures_are_written_in_several_transactions(tmp_path, monkeypatch, count):
+    monkeypatch.setattr(conversion, "TRANSACTION", 3)
+    images = argon(count)
+    frames = open_streamed([written(tmp_path, images)])
+    assert [len(f) for f in frames] == list(map(len, images))
 
 
 def test_other_programs_read_what_is_written(database):

@@ -4,12 +4,12 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.db import connect
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
@@ -129,10 +129,7 @@ class _Writer:
     """Writes structures in transactions of `TRANSACTION`: one for each would wait for the disk every time."""
 
     def __init__(self, path: Path):
-        from ase.db import connect
-
         self.path, self.waiting = path, list[Frame]()
-        self.database = connect(str(path), type="aselmdb", use_lock_file=False)
 
     def add(self, frame: Frame) -> None:
         self.waiting.append(frame)
@@ -140,9 +137,12 @@ class _Writer:
             self.flush()
 
     def flush(self) -> None:
-        with self.database:
+        if not self.waiting:
+            return
+        # The end of a transaction closes the database.
+        with connect(str(self.path), type="aselmdb", use_lock_file=False) as database:
             for frame in self.waiting:
-                self.database.write(stored_atoms(frame), data=stored_entries(frame))
+                database.write(stored_atoms(frame), data=stored_entries(frame))
         self.waiting.clear()
 
 
@@ -154,8 +154,8 @@ def _writer(output: Path) -> Iterator[_Writer]:
         try:
             yield writer
             writer.flush()
-            writer.database.close()
-            renamed.replace(temporary)
+            if renamed.exists():  # absent if there was no structure, which is an error of the caller's
+                renamed.replace(temporary)
         finally:
             for leftover in (renamed, renamed.with_name(renamed.name + "-lock")):
                 leftover.unlink(missing_ok=True)
@@ -219,8 +219,3 @@ def part_by(by: str, fraction: float, seed: int) -> Callable[[int, Entry], int]:
         return int(int.from_bytes(digest, "little") < fraction * 2**64)
 
     return rule
-
-
-def preview(paths: Sequence[Path], keys: LabelKeys = USUAL_KEYS, count: int = 1000) -> list[Entry]:
-    """The first structures of files."""
-    return list(islice(entries(paths, keys), count))
