@@ -252,6 +252,17 @@ def test_an_absent_error_is_not_zero(argon_file, tmp_path, monkeypatch):
     assert "" in virial and all(float(v) > 0 for v in virial if v)  # the clusters have no virial
 
 
+def test_the_learning_rate_follows_the_number_of_steps(argon_file, tmp_path):
+    _, text = run(argon_file, tmp_path / "auto", steps=2, learning_rate="auto", log_interval=1)
+    assert "training.learning_rate = 0.01, because the run has 2 steps" in text
+    assert float(read_csv(tmp_path / "auto" / "train.csv")[0]["learning_rate"]) == 1e-2
+    assert "learning_rate: auto" in (tmp_path / "auto" / "run.yaml").read_text()
+    _, text = run(argon_file, tmp_path / "low", steps=2, learning_rate=3e-3)
+    assert "training.learning_rate = 0.003 is low for 2 steps" in text and "auto would be 0.01" in text
+    _, text = run(argon_file, tmp_path / "high", steps=2, learning_rate=4e-3)
+    assert "training.learning_rate" not in text
+
+
 def test_early_stop(argon_file, tmp_path, monkeypatch):
     quantities = ("energy per atom", "forces", "virial per atom")
     table = ErrorTable(tuple(ErrorRow("all", name, "meV", 3, 1.0, 1.0, 1.0) for name in quantities))
@@ -261,7 +272,8 @@ def test_early_stop(argon_file, tmp_path, monkeypatch):
     assert [r["best"] for r in rows] == ["1", "0", "0", "0"]
     assert "stopped early after step 8: 3 validations without a better one" in text
     # a resumed run that had stopped early stops again at once
-    run(argon_file, tmp_path / "run", resume=True, steps=40, validation_interval=2, patience=3)
+    _, text = run(argon_file, tmp_path / "run", resume=True, steps=40, validation_interval=2, patience=3)
+    assert "nothing is left to do: 8 steps are done, and training.patience = 3 is exhausted" in text
     assert load_state(tmp_path / "run" / "last.pt")["step"] == 8
 
 
@@ -567,9 +579,16 @@ def test_a_run_on_new_data_that_is_killed_equals_an_uninterrupted_one(finished_r
     assert_same_run(*folders)
 
 
-def test_resuming_a_finished_run_changes_nothing(argon_file, copied_run, finished_run):
-    run(argon_file, copied_run, resume=True)
-    assert_same_run(finished_run.folder, copied_run)
+@pytest.mark.parametrize("changes", [{}, {"steps": 5}, {"learning_rate": 1e-3}], ids=["same", "fewer", "rate"])
+def test_resuming_a_run_without_steps_left_changes_no_file(argon_file, copied_run, finished_run, changes):
+    before = {path.name: path.read_bytes() for path in copied_run.iterdir() if path.suffix != ".png"}
+    best, text = run(argon_file, copied_run, resume=True, **changes)
+    assert best == copied_run / "best.safetensors"
+    assert "nothing is left to do: 13 steps are done" in text and "--set training.steps=N" in text
+    assert before == {path.name: path.read_bytes() for path in copied_run.iterdir() if path.suffix != ".png"}
+    run(argon_file, copied_run, resume=True, steps=14)  # as the message says
+    assert load_state(copied_run / "last.pt")["step"] == 14
+    assert "steps: 14" in (copied_run / "run.yaml").read_text()
 
 
 SCRIPT = """

@@ -22,6 +22,7 @@ from dpa4.model.presets import NAMES, preset
 from dpa4.model.switches import Symmetry
 from dpa4.potential.precision import Precision
 from dpa4.system import user_path
+from dpa4.training.schedule import LOWEST_RATE
 
 UserPath = Annotated[Path, AfterValidator(user_path)]
 
@@ -181,11 +182,10 @@ class TrainingOptions(_Section):
         description="Learning rate: wsd (warm-up, stable, cosine decay), cosine (warm-up, decay) or exp (warm-up, "
         "exponential decay).",
     )
-    learning_rate: PositiveFloat = Field(
-        4e-3,
-        le=1e3,
-        description="Peak learning rate. Short runs need a high one; the published runs of 2 million steps "
-        "used 3e-4 to 1e-3.",
+    learning_rate: Annotated[PositiveFloat, Field(le=1e3)] | Literal["auto"] = Field(
+        "auto",
+        description="Peak learning rate; auto: 1e-2 up to 400 steps, then falling with the square root of the number "
+        "of steps to 1e-3 at 40,000.",
     )
     final_learning_rate: float = Field(1e-6, ge=0, description="Learning rate at the end.")
     warmup_fraction: float = Field(
@@ -263,7 +263,13 @@ class TrainingOptions(_Section):
                 f"training.adam_for_basis = true is an option of hybrid_muon, not of training.optimizer = "
                 f"{self.optimizer}; remove it or choose hybrid_muon"
             )
-        if self.final_learning_rate > self.learning_rate:
+        if self.learning_rate == "auto":
+            if self.final_learning_rate > LOWEST_RATE:
+                raise ValueError(
+                    f"training.final_learning_rate = {self.final_learning_rate} must be at most {LOWEST_RATE}, unless "
+                    "training.learning_rate is a number"
+                )
+        elif self.final_learning_rate > self.learning_rate:
             raise ValueError(
                 f"training.final_learning_rate = {self.final_learning_rate} must be at most "
                 f"training.learning_rate = {self.learning_rate}"

@@ -53,7 +53,7 @@ def train(
 
     Args:
         config: Options of the run.
-        resume: Continue the run in the output folder.
+        resume: Continue the run in the output folder. If no step is left to do, nothing in it changes.
         new_data: Continue on other training or validation data than before. The model keeps its elements and
             reference energies, and the best score starts anew.
         overwrite: Replace the run in the output folder. Its files are removed once data and options of the new run
@@ -93,6 +93,8 @@ def train(
             trainer.save_state()  # before all other files, so that a run killed at any time can be resumed
         else:
             trainer.load(state, new_data)
+            if (model := trainer.finished()) is not None:
+                return model
         with atomic_write(config.output / "run.yaml") as temporary:
             temporary.write_text(preparation.run_text, encoding="utf-8")
         return trainer.run()
