@@ -37,8 +37,9 @@ from dpa4.training import logs, plots
 from dpa4.training import trainer as trainer_module
 from dpa4.training.evaluation import ErrorRow, ErrorTable, evaluate
 from dpa4.training.options import RunConfig
-from dpa4.training.prepare import batch_budget, changed_options, split
+from dpa4.training.prepare import batch_budget, changed_options
 from dpa4.training.run import check_unused, train
+from dpa4.training.run_data import split
 from dpa4.training.state import load_state, save_state
 from dpa4.training.trainer import Trainer
 from training_runs import MODEL, SILENT, Killed, argon, assert_same_run, kill_at, options, run
@@ -87,7 +88,8 @@ def test_training_errors_have_the_definition_of_validation_errors(argon_file, tm
     data[2].info["config_weight"] = 3.0  # weights count in the loss only
     ase.io.write(tmp_path / "data.xyz", data)
     values = options(tmp_path / "data.xyz", tmp_path / "run", steps=2, batch_size=20, log_interval=1)
-    values["data"] |= {"validation": str(tmp_path / "data.xyz")}
+    shutil.copy(tmp_path / "data.xyz", tmp_path / "same.xyz")
+    values["data"] |= {"validation": str(tmp_path / "same.xyz")}
     values["training"] |= {"validation_interval": 1, "ema_decay": None, "precision": "high"}
     train(RunConfig.model_validate(values), console=SILENT)
     rows, valid = (read_csv(tmp_path / "run" / name) for name in ("train.csv", "valid.csv"))

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.progress import track
 
-from dpa4.cli.options import Commands, Keys, console, label_keys, user_errors
+from dpa4.cli.options import Commands, Keys, console, label_keys, say_next, user_errors
 
 data = Commands(help="Prepare training data.", no_args_is_help=True)
 
@@ -50,7 +50,7 @@ def collect(
         if not found.frames:
             raise ValueError(f"no structure to use in {len(found.files)} files; {output} is not written")
     console.print(f"wrote {output}: {len(found.frames)} structures", soft_wrap=True, highlight=False)
-    console.print(f"next: dpa4 init run.yaml --train {output}", soft_wrap=True, highlight=False)
+    say_next(f"dpa4 init run.yaml --train {output}")
 
 
 def _with_progress(paths: Sequence[Path]) -> Iterable[Path]:

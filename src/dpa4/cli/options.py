@@ -241,6 +241,11 @@ def exit_after_signal(*_: Any, **__: Any) -> None:
         raise typer.Exit(128 + caught[0])
 
 
+def say_next(command: str, *remarks: str) -> None:
+    """Print a command with which users go on, and remarks."""
+    console.print(f"next: {'; '.join([command, *remarks])}", soft_wrap=True, highlight=False)
+
+
 def _caught_signals() -> list[int]:
     """Signals caught since the start of the command."""
     # Not imported here, because that takes a second. Before a command has done so, it has caught none.

@@ -1,5 +1,6 @@
 """Commands that train and evaluate a potential."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,9 @@ from dpa4.cli.options import (
     Overwrite,
     console,
     eager_potentials,
+    exit_after_signal,
     label_keys,
+    say_next,
     user_errors,
     with_committee,
 )
@@ -67,7 +70,8 @@ def init(
                 console.print(f"note: {warning}")
         with atomic_write(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    console.print(f"wrote {path}; edit it, then run: dpa4 train {path}")
+    console.print(f"wrote {path}; look through it", soft_wrap=True, highlight=False)
+    say_next(f"dpa4 train {path} --dry-run", "time and memory of the run", f"then dpa4 train {path}")
 
 
 def train(
@@ -108,19 +112,28 @@ def train(
                 f"--at-once {at_once} is for the members of a committee; give --committee as well"
             )
         options = load_run_config(config, set_ or [])
+        command = ["dpa4", "train", str(config), *(part for one in set_ or [] for part in ("--set", one))]
+        for option, number in (("--committee", committee), ("--at-once", at_once)):
+            command += [option, str(number)] if number is not None else []
         if dry and (resume or new_data):
             raise ValueError("--dry-run estimates a new run; leave out --resume and --new-data")
         if dry:
             if committee is not None:
                 console.print(f"estimate of one of {committee} members:", highlight=False)
             console.print(dry_run(options, console))
+            say_next(shlex.join(command))
         elif committee is None:
-            run(options, resume=resume, new_data=new_data, overwrite=overwrite, console=console)
+            best = run(options, resume=resume, new_data=new_data, overwrite=overwrite, console=console)
+            exit_after_signal()
+            say_next(f"dpa4 eval {best} TEST.xyz", "structures of other calculations than the training data")
+            say_next(f"dpa4 report {options.output}", "the run on one page")
         else:
-            train_committee(
+            folder = train_committee(
                 options, committee, at_once=at_once or 1, resume=resume, new_data=new_data, overwrite=overwrite,
                 console=console,
             )  # fmt: skip
+            exit_after_signal()
+            say_next(f"dpa4 eval {folder} TEST.xyz", "structures of other calculations than the training data")
 
 
 @with_committee

@@ -19,8 +19,8 @@ from dpa4.system import caught_signals, choose_device, stop_requests
 from dpa4.training.calibration import Calibration, calibrations, write_calibration
 from dpa4.training.evaluation import batches_for, predict_committee
 from dpa4.training.options import RunConfig
-from dpa4.training.prepare import calibration_frames
 from dpa4.training.run import train
+from dpa4.training.run_data import calibration_frames
 from dpa4.training.state import STATE
 
 MAX_ATOMS = 2000  # evaluated at once for the calibration

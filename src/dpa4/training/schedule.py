@@ -8,8 +8,12 @@ from rich.console import Console
 if TYPE_CHECKING:
     from dpa4.training.options import TrainingOptions
 
-HIGHEST_RATE = 1e-2  # the best of 2e-3, 4e-3 and 1e-2 for 250 and 400 steps (docs/training.md, "Learning rate")
-HIGHEST_STEPS = 400  # up to which it is used; the rate of 12,000 steps is then that of the measured runs, 2e-3
+HIGHEST_RATE = (
+    1e-2  # the best of 2e-3, 4e-3 and 1e-2 for 250 and 400 steps (docs/training.md, "Learning rate")
+)
+HIGHEST_STEPS = (
+    400  # up to which it is used; the rate of 12,000 steps is then that of the measured runs, 2e-3
+)
 LOWEST_RATE = 1e-3  # upper end of the published runs
 SHORT_RUN = 2000  # steps up to which a low rate is warned of; in a longer run it may be a choice
 
