@@ -7,7 +7,8 @@
 
 DATA is a folder with the folders acac, rmd17, 3bpa, mlearn and inorganic; `DATA_SETS` names the files. An experiment
 is a set of recipes on some data sets. A recipe is a list of overrides on the file that `dpa4 init` writes, with the
-cutoff and learning rate of `BASE`. Every training is a process of its own, --jobs of them at a time, for a fixed number of steps.
+cutoff and learning rate of `BASE`. Every training is a process of its own, --jobs of them at a time, for a fixed
+number of steps.
 
 results.jsonl in the output folder receives one line per training and test set: errors of energy, forces and, with
 labels, stress; the same on the training file (with the part for validation); options, seed, steps, seconds of

@@ -3,6 +3,7 @@
 import json
 import os
 import pkgutil
+import re
 import runpy
 import shutil
 import signal
@@ -52,10 +53,13 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     write(folder / "train.xyz", labelled(12))
     config = folder / "run.yaml"
-    run("init", config, "--train", folder / "train.xyz")
+    text = run("init", config, "--train", folder / "train.xyz").replace("\n", "")
+    assert f"next: dpa4 train {config} --dry-run; " in text and text.endswith(f"then dpa4 train {config}")
     settings = [*TINY, "training.steps=6", "training.batch_size=4", f"output={folder / 'run'}", "device=cpu"]
     output = run("train", config, *(x for s in settings for x in ("--set", s)))
     assert "best" in output and "[green]" not in output
+    assert f"next: dpa4 eval {folder / 'run' / 'best.safetensors'} TEST.xyz" in output.replace("\n", "")
+    assert f"next: dpa4 report {folder / 'run'}; " in output.replace("\n", "")
     return folder
 
 
@@ -228,7 +232,10 @@ def test_errors_of_set_name_the_override(trained):
     assert "override 'training.steps=many'" in output.replace("\n", " ")
 
 
-@pytest.mark.parametrize("command", ["train", "md", "neb", "relax", "eos", "screen", "init", "convert"])
+@pytest.mark.parametrize(
+    "command",
+    ["train", "md", "neb", "relax", "eos", "screen", "init", "convert", "eval", "select", "embed", "data"],
+)
 def test_results_are_replaced_on_request_only(trained, tmp_path, command):
     if command == "screen":
         pytest.importorskip("torch_sim")
@@ -247,6 +254,10 @@ def test_results_are_replaced_on_request_only(trained, tmp_path, command):
         "screen": (model, tmp_path / "first.xyz", "--steps", 1, "-o", output, *cpu),
         "init": (output,),
         "convert": (model, output.with_suffix(".safetensors")),
+        "eval": (model, trained / "train.xyz", "-o", output, *cpu),
+        "select": (trained / "train.xyz", "--model", model, "-n", 2, "-o", output, *cpu),
+        "embed": (model, tmp_path / "first.xyz", "-o", output.with_suffix(".npz"), *cpu),
+        "data": ("collect", trained / "train.xyz", "-o", output),
     }
     call = (command, *arguments[command])
     ok = command != "eos"  # the curve of an untrained model may have no minimum
@@ -254,13 +265,15 @@ def test_results_are_replaced_on_request_only(trained, tmp_path, command):
     if output.is_dir():
         (output / "notes.txt").write_text("mine")
         before = {path.name: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
-    assert "--overwrite" in run(*call, ok=False).replace("\n", " ")
+    refusal = run(*call, ok=False).replace("\n", " ")
+    assert re.search("already (exists|holds .*); .*replace it with --overwrite, or choose another", refusal)
     run(*call, "--overwrite", ok=ok)
     if output.is_dir():
         after = {path.name: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
         assert before.keys() == after.keys() and before["notes.txt"] == after["notes.txt"]
         assert all(after[name] > before[name] for name in before if name != "notes.txt")
-    if command not in ("init", "convert"):
+    if command not in ("init", "convert", "eval", "select", "embed", "data"):
+        assert "continue it with --resume, replace" in refusal
         message = run(*call, "--overwrite", "--resume", ok=False).replace("\n", " ")
         assert "resume continues the earlier run and overwrite replaces it" in message
 

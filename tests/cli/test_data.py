@@ -35,7 +35,7 @@ def test_collect(runs):
     assert "left out: runs/1/OUTCAR, frame 2: electronic loop not converged (60 of 60 steps)" in output
     assert max(map(len, output.splitlines())) <= 96
     assert len(read_frames("train.xyz")) == 11
-    assert "train.xyz exists" in run("data", "collect", "runs", "-o", "train.xyz", ok=False)
+    assert "train.xyz already exists" in run("data", "collect", "runs", "-o", "train.xyz", ok=False)
     shell = run("data", "collect", *(f"runs/{k}/OUTCAR" for k in range(3)), "-o", "same.xyz")
     assert shell.replace("same.xyz", "train.xyz") == output
     with open("train.xyz") as one, open("same.xyz") as two:

@@ -129,7 +129,7 @@ def test_used_folder_and_faults_are_reported(data):
     (data.parent / "run/best.safetensors").touch()
     console = Console(file=io.StringIO(), record=True, width=200)
     dry_run(config(data, steps=3), console)
-    assert "a run would not start: output folder run is not empty" in console.export_text()
+    assert "a run would not start: run already holds files" in console.export_text()
     images = argon(15)
     images[4].positions[1] = images[4].positions[0]
     ase.io.write(data, images)

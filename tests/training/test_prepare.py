@@ -89,7 +89,9 @@ def test_a_file_for_training_and_validation_is_refused(tmp_path):
     prepared(tmp_path, MOLECULES)
     (tmp_path / "link.xyz").symlink_to(tmp_path / "train.xyz")
     for other in ("train.xyz", "link.xyz", "."):
-        with pytest.raises(ValueError, match=r"\.xyz is in data\.train and in data\.validation; .*Name other files"):
+        with pytest.raises(
+            ValueError, match=r"\.xyz is in data\.train and in data\.validation; .*Name other files"
+        ):
             prepared(tmp_path, MOLECULES, validation=[str(tmp_path / other)])
 
 
@@ -114,7 +116,9 @@ def test_a_random_share_is_said_to_be_one(tmp_path):
 
 def test_free_atoms_are_counted_apart(tmp_path):
     one = [*MOLECULES, free_atom("H")]
-    _, text = prepared(tmp_path, one, [structure("CH4", 9), free_atom("C")], reference_energies="least_squares")
+    _, text = prepared(
+        tmp_path, one, [structure("CH4", 9), free_atom("C")], reference_energies="least_squares"
+    )
     row = next(line for line in text.splitlines() if "free atoms" in line)
     assert row.replace("│", " ").split() == ["free", "atoms", "2", "1/1.0/1", "H", "C", "energy", "2/2"]
     assert "free atoms are not trained on" in text

@@ -99,7 +99,7 @@ def test_numbers_of_yaml_1_1_that_would_be_strings(run_file):
         ("training.virial_weight=-1", r"training\.virial_weight must be >= 0 or auto, got -1"),
         (
             "training.final_learning_rate=1",
-            r"training\.final_learning_rate = 1\.0 must be at most 0\.001, unless training\.learning_rate is a number",
+            r"final_learning_rate = 1\.0 must be at most 0\.001, unless training\.learning_rate is a number",
         ),
         (
             "training={schedule: exp, final_learning_rate: 0}",

@@ -98,7 +98,7 @@ def test_model_card_of_every_member_has_the_calibration(trained):
 def test_a_committee_is_continued_and_enlarged(argon_file, tmp_path, trained):
     own = config(argon_file, tmp_path / "run")
     shutil.copytree(trained[0].output, own.output)
-    with pytest.raises(FileExistsError, match="is not empty; continue that committee with --resume"):
+    with pytest.raises(FileExistsError, match="already holds a committee; continue it with --resume"):
         train(own, 2)
     printed = train(own, 3, resume=True)
     assert printed.count("resumed after step 2") == 2 and "member 3 of 3: seed 2" in printed

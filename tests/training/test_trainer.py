@@ -377,7 +377,13 @@ def test_what_a_run_killed_before_its_first_state_leaves_is_replaced(argon_file,
 def test_folders_that_a_run_may_use(tmp_path, files, unused):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    with nullcontext() if unused else pytest.raises(FileExistsError, match="is not empty"):
+    with (
+        nullcontext()
+        if unused
+        else pytest.raises(
+            FileExistsError, match="already holds (a run|files); .*replace it with --overwrite"
+        )
+    ):
         check_unused(tmp_path)
 
 
@@ -581,7 +587,9 @@ def test_a_run_on_new_data_that_is_killed_equals_an_uninterrupted_one(finished_r
     assert_same_run(*folders)
 
 
-@pytest.mark.parametrize("changes", [{}, {"steps": 5}, {"learning_rate": 1e-3}], ids=["same", "fewer", "rate"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"steps": 5}, {"learning_rate": 1e-3}], ids=["same", "fewer", "rate"]
+)
 def test_resuming_a_run_without_steps_left_changes_no_file(argon_file, copied_run, finished_run, changes):
     before = {path.name: path.read_bytes() for path in copied_run.iterdir() if path.suffix != ".png"}
     best, text = run(argon_file, copied_run, resume=True, **changes)
@@ -645,7 +653,8 @@ def test_an_output_folder_with_files_is_not_overwritten(argon_file, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("keep me")
     with pytest.raises(
-        FileExistsError, match=r"is not empty; continue that run with --resume, replace it with --overwrite"
+        FileExistsError,
+        match="already holds a run; continue it with --resume, replace it with --overwrite, or choose another folder",
     ):
         run(argon_file, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]

@@ -15,7 +15,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from dpa4 import __version__
-from dpa4.output import tolerate_any_encoding
+from dpa4.output import already_there, tolerate_any_encoding
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -67,6 +67,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the 
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the results of an earlier run in the output folder.")
 ]
+OverwriteFile = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")]
 
 
 class Command(TyperCommand):
@@ -239,6 +240,16 @@ def exit_after_signal(*_: Any, **__: Any) -> None:
     """
     if caught := _caught_signals():
         raise typer.Exit(128 + caught[0])
+
+
+def check_unused(folder: Path, file: str, overwrite: bool) -> None:
+    """Check that a folder does not hold the results of an earlier call of a command that cannot be resumed.
+
+    Raises:
+        FileExistsError: If the file is in it and ``overwrite`` is false.
+    """
+    if (folder / file).exists() and not overwrite:
+        raise already_there(folder, file, resumable=False)
 
 
 def say_next(command: str, *remarks: str) -> None:

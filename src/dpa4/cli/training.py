@@ -14,6 +14,8 @@ from dpa4.cli.options import (
     MaxAtoms,
     Model,
     Overwrite,
+    OverwriteFile,
+    check_unused,
     console,
     eager_potentials,
     exit_after_signal,
@@ -38,19 +40,18 @@ def init(
         str | None,
         typer.Option(help="Model to start from, as listed in docs/models.md; without it, the data decide."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    overwrite: OverwriteFile = False,
 ) -> None:
     """Write a commented configuration file for a training run that suits the data."""
     from dpa4.data import find_sources
     from dpa4.data.sampling import read_sample
-    from dpa4.output import atomic_write
+    from dpa4.output import atomic_write, check_replaceable
     from dpa4.system import choose_device
     from dpa4.training import default_config_text, recipe_for, recipe_text, summary_of
     from dpa4.training.recipes import choice_table
 
     with user_errors():
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists; choose another name or replace it with --overwrite")
+        check_replaceable(path, overwrite)
         if train is None and not Path("train.xyz").exists():
             text = default_config_text("train.xyz", preset or "mini")
             console.print(
@@ -133,7 +134,9 @@ def train(
                 console=console,
             )  # fmt: skip
             exit_after_signal()
-            say_next(f"dpa4 eval {folder} TEST.xyz", "structures of other calculations than the training data")
+            say_next(
+                f"dpa4 eval {folder} TEST.xyz", "structures of other calculations than the training data"
+            )
 
 
 @with_committee
@@ -150,6 +153,7 @@ def evaluate_command(
     device: Device = "auto",
     dtype: Dtype = "float32",
     branch: Branch = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare predictions with labels; write error tables, parity plots, predictions and the worst structures.
 
@@ -161,6 +165,7 @@ def evaluate_command(
     from dpa4.training.errors import worst_table
 
     with user_errors():
+        check_unused(output, "predictions.xyz", overwrite)
         potentials = eager_potentials(model, device, dtype, branch)
         sources = find_sources(data)
         if sources.searched:

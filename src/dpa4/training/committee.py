@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dpa4.output import OutputFolder, check_start, tolerate_any_encoding
+from dpa4.output import OutputFolder, already_there, check_start, tolerate_any_encoding
 from dpa4.potential.checkpoint import add_provenance, load_potential
 from dpa4.potential.committee import MEMBER, member_files, member_folders
 from dpa4.system import caught_signals, choose_device, stop_requests
@@ -144,10 +144,7 @@ def _check_folder(folder: Path, members: int, resume: bool, overwrite: bool) -> 
     """
     known = member_folders(folder)
     if not (resume or overwrite) and any(path.name != ".lock" for path in folder.iterdir()):
-        raise FileExistsError(
-            f"output folder {folder} is not empty; continue that committee with --resume, replace it with "
-            "--overwrite, or choose another output"
-        )
+        raise already_there(folder, "a committee" if known else "files", resumable=bool(known))
     if resume and not known:
         raise FileNotFoundError(f"there is no committee to resume in {folder}; train without --resume first")
     if len(known) > members:

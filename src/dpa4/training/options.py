@@ -266,8 +266,8 @@ class TrainingOptions(_Section):
         if self.learning_rate == "auto":
             if self.final_learning_rate > LOWEST_RATE:
                 raise ValueError(
-                    f"training.final_learning_rate = {self.final_learning_rate} must be at most {LOWEST_RATE}, unless "
-                    "training.learning_rate is a number"
+                    f"training.final_learning_rate = {self.final_learning_rate} must be at most {LOWEST_RATE}, "
+                    "unless training.learning_rate is a number"
                 )
         elif self.final_learning_rate > self.learning_rate:
             raise ValueError(

@@ -8,6 +8,7 @@ from rich.console import Console
 from dpa4.output import (
     LEFTOVERS_OF_SAFETENSORS,
     OutputFolder,
+    already_there,
     atomic_write,
     check_start,
     read_csv,
@@ -112,7 +113,4 @@ def check_unused(folder: Path) -> None:
     names = {path.name for path in folder.iterdir() if path.name != ".lock"}
     unfinished = "train.csv" in names and names <= {"run.yaml", "train.csv", "valid.csv"}
     if names and not (unfinished and not read_csv(folder / "valid.csv")):
-        raise FileExistsError(
-            f"output folder {folder} is not empty; continue that run with --resume, replace it with --overwrite, or "
-            "choose another output"
-        )
+        raise already_there(folder, "a run" if STATE in names else "files", resumable=STATE in names)

@@ -60,14 +60,16 @@ def read_data(config: RunConfig, console: Console) -> RunData:
     else:
         frames, validation = split(frames, fraction, config.data.split_seed, _labels(loss))
     others = {"for calibration": left_out, "free atoms": free}
-    parts = {"training": frames, "validation": validation} | {k: found for k, found in others.items() if found}
+    parts = {"training": frames, "validation": validation} | {
+        k: found for k, found in others.items() if found
+    }
     console.print(summarize(parts))
     if free:
         console.print("free atoms are not trained on; they are for the reference energies", highlight=False)
     if validation and not config.data.validation:
         console.print(
-            "The validation data are a random share of data.train. If those are frames of trajectories, they resemble "
-            "their neighbours in the training data, and errors of other structures are larger",
+            "The validation data are a random share of data.train. If those are frames of trajectories, they "
+            "resemble their neighbours in the training data, and errors of other structures are larger",
             soft_wrap=True,
             highlight=False,
         )
