@@ -98,7 +98,7 @@ def test_eval_with_named_labels(trained):
     model = trained / "run" / "best.safetensors"
     arguments = ("eval", model, trained / "named.xyz", "-o", trained / "named", "--device", "cpu")
     assert "meV/atom" in run(*arguments, "--key", "energy=dft")
-    assert "--key must be LABEL=NAME" in run(*arguments, "--key", "enrgy=dft", ok=False)
+    assert "--key must be LABEL=NAME" in run(*arguments, "--overwrite", "--key", "enrgy=dft", ok=False)
 
 
 def test_info_md_and_relax(trained):
@@ -497,11 +497,12 @@ def test_the_home_folder_in_arguments_and_options(trained, monkeypatch, tmp_path
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     shutil.copy(trained / "run" / "best.safetensors", home / "m.safetensors")
-    shutil.copy(trained / "train.xyz", home / "train.xyz")
+    for name in ("train.xyz", "valid.xyz"):
+        shutil.copy(trained / "train.xyz", home / name)
     cpu = ("--device", "cpu")
     run("eval", "~/m.safetensors", "~/train.xyz", "~/train.xyz", "--output=~/eval", *cpu)
     run("init", "~/run.yaml", "--train", "~/train.xyz")
-    sets = [*TINY, "training.steps=2", "output=~/run", "data.validation=~/train.xyz", "device=cpu"]
+    sets = [*TINY, "training.steps=2", "output=~/run", "data.validation=~/valid.xyz", "device=cpu"]
     run("train", "~/run.yaml", *(x for s in sets for x in ("--set", s)))
     message = run("bench", "spice", "~/m.safetensors", "--data=~/data", *cpu, ok=False)
     assert str(home / "data") in message.replace("\n", "")

@@ -84,7 +84,7 @@ def test_training_and_evaluation_on_a_folder_of_runs(runs):
     atom = script.labelled(Atoms("Cu", cell=[12, 12, 12]))
     atom.info["config_type"] = "IsolatedAtom"
     ase.io.write("atom.xyz", atom)
-    output = run("eval", "run/best.safetensors", "runs", "atom.xyz", "--device", "cpu")
+    output = run("eval", "run/best.safetensors", "runs", "atom.xyz", "--device", "cpu", "--overwrite")
     assert "free atoms are left out: 1" in output
     assert len(read_frames("eval/predictions.xyz")) == 11
 

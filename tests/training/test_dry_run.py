@@ -156,7 +156,10 @@ def test_command(data):
     assert result.exit_code == 0, result.output
     rows = ("steps", "epochs", "seconds per step", "validations", "estimated time", "peak memory")
     assert all(f"│ {row} " in result.output for row in rows) and "GiB" in result.output
-    assert max(map(len, result.output.rpartition("Dry run")[2].splitlines())) <= 80
+    assert max(map(len, result.output.rpartition("Dry run")[2].partition("next: ")[0].splitlines())) <= 80
+    assert "per epoch" not in result.output  # and nothing is said of validations to come
+    again = [f"--set {s}" for s in [*tiny, "training.steps=40", "training.batch_size=3", "device=cpu"]]
+    assert result.output.endswith(f"next: dpa4 train run.yaml {' '.join(again)}\n")
     assert not (data.parent / "run").exists()
     result = CliRunner().invoke(app, ["train", "run.yaml", "--dry-run", "--resume"])
     assert result.exit_code == 1 and "leave out --resume" in result.output
