@@ -23,9 +23,11 @@ from typer.testing import CliRunner
 import dpa4
 from deepmd_files import parameter_names
 from dpa4.cli import app
+from dpa4.cli.options import user_errors
 from dpa4.potential import load_potential
 from dpa4.potential.deepmd.writer import deepmd_state
 from dpa4.simulation import DPA4Calculator
+from dpa4.training import RunConfig
 from helpers import crystal, molecule, random_potential, shared
 
 TINY = ["model.channels=8", "model.lmax=1", "model.n_blocks=1", "model.mixing_layers=1", "model.cutoff=4"]
@@ -457,6 +459,12 @@ def test_square_brackets_of_a_message_are_printed(tmp_path):
     """Names such as dpa4[aselmdb] and paths are not markup."""
     assert "absent[bold].pt" in run("eval", "absent[bold].pt", "x.xyz", ok=False)
     assert "[/tmp].pt" in run("eval", tmp_path / "[/tmp].pt", "x.xyz", ok=False)
+
+
+def test_errors_of_pydantic_are_in_plain_words(capsys):
+    with pytest.raises(typer.Exit), user_errors():
+        RunConfig.model_validate({"data": {"train": "a.xyz"}, "device": "gpu"})
+    assert capsys.readouterr().err.startswith("error: device: device = 'gpu': allowed are auto, cpu, cuda")
 
 
 def test_unknown_option_suggests_the_right_one(trained):

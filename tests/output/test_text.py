@@ -7,6 +7,7 @@ from dpa4.output import (
     short,
     tolerate_any_encoding,
     wrapped,
+    wrapped_path,
 )
 
 
@@ -24,6 +25,12 @@ def test_short_numbers():
     texts = ["0", "0.123", "1.000", "17.33", "1000", "10000", "123457", "1.5e+07", "2.0e-05", "-16.89"]
     assert [short(n) for n in numbers] == texts
     assert short(999.96) == "1000" and max(map(len, texts)) <= 8
+
+
+def test_paths_break_after_folders():
+    assert wrapped_path("strained/07/vasprun.xml, 0", 18) == "strained/07/\nvasprun.xml, 0"
+    assert wrapped_path("surface-100/a.xml", 30) == "surface-100/a.xml" and wrapped_path("", 5) == ""
+    assert wrapped_path("a/group-with_a long.name", 10) == "a/\ngroup-\nwith_a \nlong.name"
 
 
 def test_names_break_after_punctuation():

@@ -143,7 +143,7 @@ def test_learning_curve(tmp_path):
     lines = {line.get_label(): line.get_xydata().tolist() for line in energy.lines}
     assert lines["training"] == [[20 * k, 900 / k] for k in range(1, 30)]
     assert lines["validation"] == [[100 * k, 700 / k] for k in range(1, 6)]
-    assert lines["best model: 175.0"] == [[400, 175]]
+    assert lines["chosen model: 175.0"] == [[400, 175]]
     assert "MAE (meV/atom)" in energy.get_title() and "MAE (meV/Å)" in forces.get_title()
     assert [line.get_ydata()[0] for line in loss.lines] == [50]
     assert {line.get_label() for line in terms.lines} == {"energy (eV/atom)", "forces (eV/Å)"}
@@ -163,6 +163,7 @@ def test_what_is_printed(finished_run):
     text = finished_run.text
     assert finished_run.best == finished_run.folder / "best.safetensors"
     assert "training.virial_weight = 5, because there are stress or virial labels" in text
+    assert "step       5  epoch    1.2  energy" in text and "step      13  epoch    3.2  energy" in text
     assert "parameters" in text and "elements Ar" in text and "reference energies (eV): Ar" in text
     assert "13 steps, 4 per epoch; MAE/RMSE of the validation data every 5 steps" in text
     assert "energy" in text and "meV/Å" in text and "best" in text
@@ -716,7 +717,7 @@ def test_a_run_with_adam_for_the_basis_resumes_exactly(argon_file, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("bad", "where", "launched"), [(7, "epoch 1, batch 2", 8), (13, "epoch 3, batch 0", 13)]
+    ("bad", "where", "launched"), [(7, "batch 3 of epoch 2", 8), (13, "batch 1 of epoch 4", 13)]
 )
 def test_numbers_that_are_not_finite_stop_the_run_and_lose_nothing(
     argon_file, tmp_path, monkeypatch, finished_run, bad, where, launched

@@ -223,7 +223,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
-        _print("error:", "bold red", error)
+        _print("error:", "bold red", _in_plain_words(error))
         exit_after_signal()
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
@@ -231,6 +231,19 @@ def user_errors() -> Iterator[None]:
         raise
     finally:
         warnings.showwarning = shown
+
+
+def _in_plain_words(error: Exception) -> str:
+    """Message of an error; those of pydantic without its own words."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
+    from dpa4.parsing import problem
+
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc']))}: {problem(e)}".removeprefix(": ") for e in error.errors()
+    )
 
 
 def exit_after_signal(*_: Any, **__: Any) -> None:

@@ -179,8 +179,9 @@ def evaluate_command(
             console.print(implausible)
         name = f"{len(potentials)} models" if len(potentials) > 1 else model
         table = evaluate(
-            potentials, frames, max_atoms=max_atoms, output=output, device=potentials[0].device, model=name
-        )
+            potentials, frames, max_atoms=max_atoms, output=output, device=potentials[0].device, model=name,
+            data=", ".join([*map(str, data[:3]), *["..."][: len(data) - 3]]),
+        )  # fmt: skip
     if table.rows:
         console.print(table.to_rich(), highlight=False)
         console.print("the structures with the largest errors, also in worst.xyz:", highlight=False)

@@ -14,7 +14,7 @@ from dpa4.output.files import (
 )
 from dpa4.output.folders import OutputFolder, already_there, check_replaceable, check_start, remove_files
 from dpa4.output.tables import CsvLog, read_csv, rows_until, write_csv
-from dpa4.output.text import html_table, plain_text, short, tolerate_any_encoding, wrapped
+from dpa4.output.text import html_table, plain_text, short, tolerate_any_encoding, wrapped, wrapped_path
 
 __all__ = [
     "CsvLog",
@@ -41,6 +41,7 @@ __all__ = [
     "svg_of",
     "tolerate_any_encoding",
     "wrapped",
+    "wrapped_path",
     "write_csv",
     "write_json",
     "write_torch",

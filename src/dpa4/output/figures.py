@@ -84,17 +84,25 @@ def svg_of(figure: Any) -> bytes:
 def plain_ticks(axis: Any) -> None:
     """Label a logarithmic axis of matplotlib with plain numbers, such as 0.5, 20 and 1000.
 
-    An axis of less than two decades has labels at 1, 2 and 5 times the powers of ten, a longer one at the powers.
+    An axis of less than two decades has labels at 1, 2 and 5 times the powers of ten, a longer one at the powers. One
+    of less than 0.7 decades, which may lie between two of these numbers, has labels at equal steps.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     low, high = axis.get_view_interval()
     decades = np.log10(high / low)
-    subs = (
-        (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0) if decades < 0.7 else (1.0, 2.0, 5.0) if decades < 2 else (1.0,)
-    )
-    axis.set_major_locator(LogLocator(subs=subs, numticks=8 if decades >= 2 else 20))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if decades < 0.7:
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    elif decades < 2:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=20))
+    else:
+        axis.set_major_locator(LogLocator(subs=(1.0,), numticks=8))
+    exponents = low < 1e-4  # of all labels, as in 1e-3 and 1e-6
+
+    def text(value: float, _: int) -> str:
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-") if exponents else f"{value:g}"
+
+    axis.set_major_formatter(FuncFormatter(text))
     axis.set_minor_formatter(NullFormatter())
 
 

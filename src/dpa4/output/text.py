@@ -27,6 +27,16 @@ def wrapped(text: str, width: int) -> str:
     return "\n".join(lines)
 
 
+def wrapped_path(path: str, width: int) -> str:
+    """Break the path of a file into lines that end after a "/"; `wrapped` breaks a part that is longer than a line."""
+    lines = [""]
+    for part in path.replace("/", "/\0").split("\0"):
+        if len(lines[-1]) + len(part) > width and lines[-1]:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(wrapped(line, width) for line in lines)
+
+
 def plain_text(text: str) -> str:
     """Escape a name for a figure.
 

@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from dpa4.model.config import Bridging, ModelConfig
 from dpa4.model.presets import NAMES, preset
@@ -34,12 +36,40 @@ def _device_name(name: str) -> str:
 
 
 def unknown_option(key: str, allowed: Iterable[str]) -> str:
-    """Message about an unknown option, which suggests the closest known option or, if none is close, lists all."""
-    allowed = list(allowed)
-    close = difflib.get_close_matches(key.rpartition(".")[2], allowed, n=1)
+    """Message about an unknown option, which suggests a known one or, if none is close, lists all of the section.
+
+    An option of the same name in another section is the first choice.
+
+    Args:
+        key: Full name of the option, with dots.
+        allowed: Options of its section.
+    """
+    allowed, elsewhere = list(allowed), _options_by_name()
+    name = key.rpartition(".")[2]
+    close = elsewhere.get(name) or difflib.get_close_matches(name, allowed, n=1)
+    if not close and (others := difflib.get_close_matches(name, elsewhere, n=1)):
+        close = elsewhere[others[0]]
     return f"unknown option {key if len(key) <= 100 else key[:97] + '...'}; " + (
-        f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(allowed)}"
+        f"did you mean {' or '.join(map(repr, close))}?" if close else f"allowed are {', '.join(allowed)}"
     )
+
+
+@cache
+def _options_by_name() -> dict[str, list[str]]:
+    """Full names of the options of all sections by their last part, such as "training.steps" by "steps"."""
+    found: dict[str, list[str]] = {}
+
+    def add(fields: Mapping[str, FieldInfo], prefix: str) -> None:
+        for name, field in fields.items():
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                add(kind.model_fields, f"{prefix}{name}.")
+            elif prefix and prefix + name not in found.setdefault(name, []):
+                found[name].append(prefix + name)
+
+    add(RunConfig.model_fields, "")
+    add(ModelConfig.model_fields, "model.")
+    return found
 
 
 Count = Annotated[int, Field(gt=0, le=10**12)]

@@ -218,7 +218,7 @@ class Trainer:
     def _not_finite(self, report: Report) -> str:
         values = ", ".join(f"{name} {v:.4g}" for name, v in zip(TERMS, report.values(), strict=True))
         counters = report.counters
-        step = f"step {counters['step'] + 1} (epoch {counters['epoch']}, batch {counters['batch']})"
+        step = f"step {counters['step'] + 1} (batch {counters['batch'] + 1} of epoch {counters['epoch'] + 1})"
         return f"{step} is not finite: {values}"
 
     # --- compilation
@@ -285,7 +285,8 @@ class Trainer:
             best = score < self.best_score
             self.best_score, self.stale = (score, 0) if best else (self.best_score, self.stale + 1)
             row: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "score": score, "best": int(best)}
-            self.log.validation(row | dict.fromkeys(ERROR_COLUMNS) | errors)
+            epochs = self.epoch + min(self.batch / self.per_epoch, 1.0)
+            self.log.validation(row | dict.fromkeys(ERROR_COLUMNS) | errors, epochs)
             if best:
                 self._save_model("best.safetensors", score)
 
