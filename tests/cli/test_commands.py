@@ -213,6 +213,21 @@ def test_version_help_and_completion():
     assert result.output.split() == ["relax", "report"]
 
 
+def test_help_fits_into_80_columns_and_no_word_is_cut_off(monkeypatch):
+    group = typer.main.get_command(app)
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, command in {"": group, **group.commands}.items():
+        text = run(*name.split(), "-h")
+        assert max(map(len, text.splitlines())) <= 80, text
+        shown = "".join(text.split())
+        for below in getattr(command, "commands", {}).values():
+            first = re.split(r"\.\s", below.help)[0]
+            assert below.hidden or "".join(first.split()).removesuffix(".") in shown, first
+        for parameter in command.params:
+            described = getattr(parameter, "help", None)
+            assert not described or "".join(described.split()) in shown, (name, parameter.name)
+
+
 def test_commands_that_continue_a_run_can_also_replace_it():
     group = typer.main.get_command(app)
     options = {name: {o for p in command.params for o in p.opts} for name, command in group.commands.items()}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 import typer
 from rich.console import Console
 from rich.text import Text
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from dpa4 import __version__
 from dpa4.output import already_there, tolerate_any_encoding
@@ -117,8 +117,25 @@ def _expanded(value: Any) -> Any:
     return [_expanded(one) for one in value] if isinstance(value, list | tuple) else value
 
 
+class _Group(TyperGroup):
+    """Group whose help has a line or two for each command, where typer cuts the text off."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write names and descriptions of the commands."""
+        found = {name: self.commands[name] for name in self.list_commands(ctx)}
+        rows = [(n, c.get_short_help_str(limit=1000)) for n, c in found.items() if not c.hidden]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
 class Commands(typer.Typer):
-    """Group of commands of the class ``Command``."""
+    """Group of commands of the class ``Command``, with help in plain text.
+
+    The boxes of typer's other help leave too little room for texts on a terminal of 80 columns.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(cls=_Group, rich_markup_mode=None, **options)
 
     def command(self, name: str | None = None, **options: Any) -> Callable[..., Any]:
         """Return a decorator that adds a command."""

@@ -28,7 +28,7 @@ def wrapped(text: str, width: int) -> str:
 
 
 def wrapped_path(path: str, width: int) -> str:
-    """Break the path of a file into lines that end after a "/"; `wrapped` breaks a part that is longer than a line."""
+    """Break the path of a file into lines that end after a "/"; parts that are too long are broken by `wrapped`."""
     lines = [""]
     for part in path.replace("/", "/\0").split("\0"):
         if len(lines[-1]) + len(part) > width and lines[-1]:

@@ -200,13 +200,20 @@ class TrainingOptions(_Section):
         None, description="Maximum number of edges (directed neighbour pairs) per batch."
     )
 
-    optimizer: Literal["hybrid_muon", "adamw"] = Field("hybrid_muon", description="hybrid_muon or adamw.")
+    optimizer: Literal["hybrid_muon", "adamw"] = Field(
+        "hybrid_muon", description="Optimiser: hybrid_muon (Muon for matrices, AdamW for the rest) or adamw."
+    )
     adam_for_basis: bool = Field(
         False,
         description="hybrid_muon: AdamW instead of Muon for the two matrices that multiply the radial basis, as in "
         "published runs of generation 3.",
     )
-    weight_decay: float = Field(1e-3, ge=0, le=1e3, description="Decoupled weight decay of matrices.")
+    weight_decay: float = Field(
+        1e-3,
+        ge=0,
+        le=1e3,
+        description="Weight decay: how much each step shrinks the matrices, against overfitting.",
+    )
     schedule: Literal["wsd", "cosine", "exp"] = Field(
         "wsd",
         description="Learning rate: wsd (warm-up, stable, cosine decay), cosine (warm-up, decay) or exp (warm-up, "
@@ -226,13 +233,13 @@ class TrainingOptions(_Section):
         0.65, gt=0, le=1, description="Share of all steps that wsd spends on the decay."
     )
     gradient_clip: PositiveFloat | None = Field(
-        5.0, description="Maximum norm of the gradient; null: no limit."
+        5.0, description="Norm to which a longer gradient is shortened; null: no limit."
     )
     ema_decay: float | None = Field(
         0.999,
         gt=0,
         lt=1,
-        description="Decay per step of the averaged weights, which are evaluated and saved; null: off.",
+        description="The model is an average of the weights over about 1/(1 - ema_decay) steps; null: no average.",
     )
 
     loss: Literal["mae", "mse", "huber"] = Field("mae", description="Error measure: mae, mse or huber.")

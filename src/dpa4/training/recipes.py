@@ -73,30 +73,25 @@ class Recipe:
 
 
 _ACAC = "acetylacetone, 450 structures, one H200, 2026-11-30"
-_EMA = (0.999, "the averaged weights are evaluated and saved; used in all measured runs")
-_SMOOTH = (False, "energies are smoother at the cutoff")
 _SMALL = {
-    "model.edge_norm": _SMOOTH,
-    "training.batch_size": (8, f"small batches, hence many steps ({_ACAC})"),
+    "model.edge_norm": (False, "energies are smoother at the cutoff"),
+    "training.batch_size": (8, "few structures: small batches give more steps in each pass over them"),
     "training.weight_decay": (
         0.1,
-        "the training error of few structures is below half of the test error; a decay of 0.1 lowered the force "
-        f"error far from the data from 103 (26,483 steps) to 64 meV/A (12,000), 0.5 was too much ({_ACAC})",
+        "few structures are learned by heart; 0.1 lowered the force error of structures unlike the training data "
+        "from 103 (after 26,483 steps) to 64 meV/A (after 12,000), 0.5 was too much",
     ),
-    "training.ema_decay": _EMA,
-    "training.learning_rate": (
-        "auto",
-        f"a run with another number of steps needs another rate; 1.8e-3 for 12,000, measured with 2e-3 ({_ACAC})",
-    ),
-    "training.energy_weight": (60.0, f"3 : 1 with the forces, per atom ({_ACAC})"),
-    "training.forces_weight": (20.0, f"mean absolute errors; squared errors were worse ({_ACAC})"),
-    "data.validation_fraction": (0.1, "a tenth of the structures selects the best model"),
+    "training.ema_decay": (0.999, "used in all measured runs"),
+    "training.learning_rate": ("auto", "follows the number of steps, so you can change that alone"),
+    "training.energy_weight": (60.0, "three times the weight of the forces, as in the measured runs"),
+    "training.forces_weight": (20.0, "as in the measured runs"),
+    "data.validation_fraction": (0.1, "a tenth of the structures is enough to choose the best model"),
 }
 _MIDDLE = _SMALL | {
     "training.batch_size": (16, "larger batches use the device better; not measured"),
     "training.weight_decay": (0.01, "more data need less decay; between the measured ends, not measured"),
     "training.energy_weight": (20.0, "default of the package"),
-    "data.validation_fraction": (0.05, "a twentieth is enough to select the best model"),
+    "data.validation_fraction": (0.05, "a twentieth is enough to choose the best model"),
 }
 _LARGE = _MIDDLE | {
     "training.batch_size": (32, "batch of the timed training step (benchmarks/README.md)"),
@@ -113,7 +108,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
             f"network, batch, decay and loss weights of the measured runs on {_ACAC}",
             _SMALL
             | {
-                "model.preset": ("paper-neo", f"1.6 million parameters, the measured network ({_ACAC})"),
+                "model.preset": ("paper-neo", "1.6 million parameters, the measured network"),
                 "training.steps": (24_000, _LONG),
             },
         ),
@@ -151,7 +146,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
                 "model.preset": ("nano", "no GPU: the smallest network, measured on a CPU"),
                 "training.steps": (
                     6_000,
-                    "length of the measured run: 29 meV/A at 450 structures",
+                    "length of the measured run, which reached 29 meV/A with 450 structures",
                 ),
             },
         ),
@@ -225,7 +220,7 @@ class Choice:
     Attributes:
         options: Values of options by dotted name.
         reasons: Reason of each, in plain English.
-        source: Measurement from which the recipe comes.
+        source: Number of structures, and the measurement from which the recipe comes.
         estimate: Time and memory; None for networks whose step is not timed.
         warnings: What the reader should do about the data.
     """
@@ -285,11 +280,9 @@ def recipe_for(summary: DataSummary, device: str, preset: str | None = None) -> 
         chosen["model.preset"] = (preset, "the network that was asked for with --preset")
         chosen.pop("model.edge_norm")
     options = {name: value for name, (value, _) in chosen.items()}
-    size = f"{'about ' if not summary.complete else ''}{summary.structures:,} structures: "
-    reasons = {
-        name: (size if name in recipe.options else "") + reason for name, (_, reason) in chosen.items()
-    }
-    return Choice(options, reasons, recipe.source, _estimate(summary, options, device), _warnings(summary))
+    source = f"{'about ' if not summary.complete else ''}{summary.structures:,} structures: {recipe.source}"
+    reasons = {name: reason for name, (_, reason) in chosen.items()}
+    return Choice(options, reasons, source, _estimate(summary, options, device), _warnings(summary))
 
 
 def estimate_text(estimate: Estimate | None) -> str:

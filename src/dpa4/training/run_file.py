@@ -113,7 +113,10 @@ def recipe_text(train: Sequence[str], choice: Choice) -> str:
         extra += _wrapped(ModelConfig.model_fields[name].description or "", "  ")
         extra += [*_wrapped(choice.reasons[f"model.{name}"], "  "), f"  {name}: {_scalar(value)}"]
     extra.append("  # Any other option of the model may be added (docs/models.md).")
-    head = [*_wrapped(f"Recipe: {choice.source}."), *_wrapped(f"Estimate: {estimate_text(choice.estimate)}.")]
+    head = [
+        *_wrapped(f"Recipe for {choice.source}."),
+        *_wrapped(f"Estimate: {estimate_text(choice.estimate)}."),
+    ]
     for warning in choice.warnings:
         head += _wrapped(f"Note: {warning}.")
     return _text(config, head, extra, choice.reasons)
