@@ -221,8 +221,8 @@ class TrainingOptions(_Section):
     )
     learning_rate: Annotated[PositiveFloat, Field(le=1e3)] | Literal["auto"] = Field(
         "auto",
-        description="Peak learning rate; auto: 1e-2 up to 400 steps, then falling with the square root of the number "
-        "of steps to 1e-3 at 40,000.",
+        description="Peak learning rate; auto: 1e-2 up to 1,000 steps, lower for more steps, 1e-3 from 31,600 steps "
+        "on.",
     )
     final_learning_rate: float = Field(1e-6, ge=0, description="Learning rate at the end.")
     warmup_fraction: float = Field(
