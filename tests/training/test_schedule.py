@@ -63,4 +63,4 @@ def test_the_rate_for_a_number_of_steps():
     rates = [rate_for(steps) for steps in range(100, 100_000, 100)]
     assert all(b <= a for a, b in zip(rates, rates[1:], strict=False))
     assert rate_for(2000) == 6.3e-3  # two digits
-    assert rate_for(30_000) > rate_for(31_600) == 1e-3
+    assert rate_for(28_000) > rate_for(31_600) == 1e-3

@@ -66,7 +66,8 @@ def test_members_differ_in_seed_and_split_and_share_what_they_leave_out(argon_fi
 
 def test_a_validation_file_calibrates_and_no_data_are_left_out(argon_file, tmp_path):
     base = config(argon_file, tmp_path)
-    base = base.model_copy(update={"data": base.data.model_copy(update={"validation": (argon_file,)})})
+    other = Path(shutil.copy(argon_file, tmp_path / "valid.xyz"))
+    base = base.model_copy(update={"data": base.data.model_copy(update={"validation": (other,)})})
     member = member_config(base, 1)
     assert member.data.calibration_fraction == 0
     assert len(calibration_frames(member)) == len(read_data(member, SILENT).train) == 13

@@ -327,7 +327,7 @@ def test_killed_in_the_middle_of_writing_a_checkpoint(argon_file, tmp_path, monk
                 raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(output, "flush_to_disk", half)
+        patch.setattr(output.files, "flush_to_disk", half)
         with pytest.raises(Killed):
             run(argon_file, tmp_path / "run")
     assert load_state(tmp_path / "run" / "last.pt")["step"] == 5
@@ -653,12 +653,16 @@ def test_a_process_killed_at_random_moments_and_resumed(argon_file, tmp_path):
 def test_an_output_folder_with_files_is_not_overwritten(argon_file, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("keep me")
-    with pytest.raises(
-        FileExistsError,
-        match="already holds a run; continue it with --resume, replace it with --overwrite, or choose another folder",
-    ):
+    with pytest.raises(FileExistsError, match="already holds files; replace it with --overwrite, or choose"):
         run(argon_file, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_another_run_is_not_overwritten(argon_file, copied_run):
+    with pytest.raises(
+        FileExistsError, match="already holds a run; continue it with --resume, replace it with"
+    ):
+        run(argon_file, copied_run)
 
 
 def test_resume_refuses_another_model_and_names_other_changes(argon_file, copied_run):
