@@ -60,7 +60,7 @@ def test_collect_without_anything_to_collect(runs):
     assert "error: there is no" not in run("data", "collect", "--help")
     assert "error: no such file or directory: absent" in run("data", "collect", "absent", ok=False)
     output = run("data", "collect", "runs/0/POSCAR", "-o", "train.xyz", ok=False)
-    assert "error: no structure to use in 1 files; train.xyz is not written" in output
+    assert "error: no structure to use in 1 file; train.xyz is not written" in output
     assert "runs/0/POSCAR: 1 without energy, forces and stress" in output
 
 

@@ -4,6 +4,7 @@ import io
 import sys
 
 from dpa4.output import (
+    counted,
     short,
     tolerate_any_encoding,
     wrapped,
@@ -18,6 +19,14 @@ def test_characters_that_a_terminal_cannot_show(monkeypatch):
         tolerate_any_encoding()
         print("1 Å³ 中 κ", flush=True)
         assert stream.buffer.getvalue().startswith(b"1 ")
+
+
+def test_numbers_of_things():
+    assert [counted(n, "structure") for n in (0, 1, 1200)] == [
+        "0 structures",
+        "1 structure",
+        "1,200 structures",
+    ]
 
 
 def test_short_numbers():

@@ -8,6 +8,7 @@ import typer
 from rich.progress import track
 
 from dpa4.cli.options import Commands, Keys, OverwriteFile, console, label_keys, say_next, user_errors
+from dpa4.output import counted
 
 data = Commands(help="Prepare training data.", no_args_is_help=True)
 
@@ -49,8 +50,12 @@ def collect(
         if implausible := warn_of_implausible_labels(without_isolated_atoms(found.frames)):
             console.print(implausible)
         if not found.frames:
-            raise ValueError(f"no structure to use in {len(found.files)} files; {output} is not written")
-    console.print(f"wrote {output}: {len(found.frames)} structures", soft_wrap=True, highlight=False)
+            raise ValueError(
+                f"no structure to use in {counted(len(found.files), 'file')}; {output} is not written"
+            )
+    console.print(
+        f"wrote {output}: {counted(len(found.frames), 'structure')}", soft_wrap=True, highlight=False
+    )
     say_next(f"dpa4 init run.yaml --train {output}")
 
 

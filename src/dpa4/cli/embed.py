@@ -41,7 +41,7 @@ def embed(
     overwrite: OverwriteFile = False,
 ) -> None:
     """Write the embedding of every atom: its invariant features after the last block."""
-    from dpa4.output import check_replaceable
+    from dpa4.output import check_replaceable, counted
     from dpa4.potential import write_embeddings
 
     with user_errors():
@@ -49,5 +49,5 @@ def embed(
         images = read_structures(structures)
         potential = eager_potential(model, device, dtype, branch)
         write_embeddings(potential, images, output, mean=mean, max_atoms=max_atoms)
-    what = f"{len(images)} structures" if mean else f"{sum(map(len, images))} atoms"
+    what = counted(len(images), "structure") if mean else counted(sum(map(len, images)), "atom")
     console.print(f"{potential.config.channels} features of {what} are in {output}")

@@ -14,7 +14,15 @@ from dpa4.output.files import (
 )
 from dpa4.output.folders import OutputFolder, already_there, check_replaceable, check_start, remove_files
 from dpa4.output.tables import CsvLog, read_csv, rows_until, write_csv
-from dpa4.output.text import html_table, plain_text, short, tolerate_any_encoding, wrapped, wrapped_path
+from dpa4.output.text import (
+    counted,
+    html_table,
+    plain_text,
+    short,
+    tolerate_any_encoding,
+    wrapped,
+    wrapped_path,
+)
 
 __all__ = [
     "CsvLog",
@@ -25,6 +33,7 @@ __all__ = [
     "check_replaceable",
     "check_start",
     "check_writable",
+    "counted",
     "cut_back",
     "flush_to_disk",
     "html_table",

@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from html import escape
 
 
+def counted(number: int, noun: str) -> str:
+    """Number and noun, such as "1 structure" and "1,200 structures"."""
+    return f"{number:,} {noun if number == 1 else noun + 's'}"
+
+
 def short(number: float) -> str:
     """Write a number in at most eight characters, with four significant digits or three decimals."""
     size = abs(number)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dpa4.output import OutputFolder, already_there, check_start, tolerate_any_encoding
+from dpa4.output import OutputFolder, already_there, check_start, counted, tolerate_any_encoding
 from dpa4.potential.checkpoint import add_provenance, load_potential
 from dpa4.potential.committee import MEMBER, member_files, member_folders
 from dpa4.system import caught_signals, choose_device, stop_requests
@@ -125,7 +125,9 @@ def calibrate(config: RunConfig, console: Console) -> list[str]:
     found = calibrations(frames, predict_committee(potentials, batches.batches(0)))
     write_calibration(found, config.output)
     _write_cards(files, found, len(frames))
-    return [f"calibration on {len(frames)} structures, {one.quantity}: {one.text}" for one in found]
+    return [
+        f"calibration on {counted(len(frames), 'structure')}, {one.quantity}: {one.text}" for one in found
+    ]
 
 
 def _write_cards(files: Sequence[Path], found: Sequence[Calibration], structures: int) -> None:

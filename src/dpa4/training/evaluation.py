@@ -24,7 +24,7 @@ from dpa4.data.charge_spin import is_number
 from dpa4.data.frame import file_of
 from dpa4.data.labels import PREDICTED_ENERGY
 from dpa4.graph import within_cutoff
-from dpa4.output import OutputFolder, atomic_write, write_csv
+from dpa4.output import OutputFolder, atomic_write, counted, write_csv
 from dpa4.potential import Potential
 from dpa4.potential.committee import MeanAndDeviation, add_deviations, check_one_charge_spin
 from dpa4.system import own_settings, user_path
@@ -208,7 +208,7 @@ def _name_of(frames: Sequence[Frame]) -> str:
     names = {Path(file).name for file in files}
     if len(names) == len(files) <= 3:
         return ", ".join(Path(file).name for file in files)
-    return f"{len(files)} files" + (f" of {folder}" if (folder := common_folder(files)) else "")
+    return counted(len(files), "file") + (f" of {folder}" if (folder := common_folder(files)) else "")
 
 
 def write_predictions(frames: Sequence[Frame], predictions: Sequence[FramePrediction], path: Path) -> None:

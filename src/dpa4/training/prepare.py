@@ -28,6 +28,7 @@ from dpa4.data.summary import elements_in
 from dpa4.model import ModelConfig
 from dpa4.model.shapes import check_size
 from dpa4.model.short_range import pair_bridging
+from dpa4.output import counted
 from dpa4.parsing import parse_yaml
 from dpa4.potential import Potential
 from dpa4.potential.card import symmetry_text
@@ -114,12 +115,16 @@ def _model(
     check_elements([*data.read, *data.validation], model.elements)
     if untrained := sorted(set(elements_in(data.read)) - set(elements_in(data.train))):
         console.print(
-            f"no structure to train on contains {', '.join(untrained)}: of these elements the model knows the free "
-            "atom only",
+            f"no structure to train on contains {', '.join(untrained)}: of {_these(untrained)} the model knows the "
+            "free atom only",
             style="yellow",
             soft_wrap=True,
         )
     return model
+
+
+def _these(elements: Sequence[str]) -> str:
+    return "this element" if len(elements) == 1 else "these elements"
 
 
 def _with_windows(
@@ -207,7 +212,7 @@ def _provenance(
     config: RunConfig, train: Sequence[Frame], validation: Sequence[Frame], undetermined: Sequence[str]
 ) -> dict[str, str]:
     def describe(paths: Sequence[Path], frames: Sequence[Frame]) -> str:
-        return f"{len(frames)} structures" + (
+        return counted(len(frames), "structure") + (
             f" of {', '.join(path.name if path.exists() else str(path) for path in paths)}" if paths else ""
         )
 

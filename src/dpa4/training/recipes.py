@@ -16,6 +16,7 @@ from dpa4.data import Frame, is_isolated_atom, label_counts, undetermined_elemen
 from dpa4.data.sampling import Sample
 from dpa4.data.summary import elements_in
 from dpa4.graph.neighbors import neighbor_list
+from dpa4.output import counted
 
 CUTOFF_MOLECULES = 5.0  # Angstrom; acetylacetone, 2026-11-30; the usual value for molecules
 CUTOFF_PERIODIC = 6.0  # Angstrom; the cutoff of the published models
@@ -383,8 +384,9 @@ def _warnings(summary: DataSummary) -> tuple[str, ...]:
             "no energies, forces or stresses were found under the usual names; name them in data.keys of the file"
         )
     if summary.undetermined:
+        which = f"{'energy' if len(summary.undetermined) == 1 else 'energies'} of {', '.join(summary.undetermined)}"
         found.append(
-            f"the compositions do not determine the reference energies of {', '.join(summary.undetermined)}: energy "
+            f"the compositions do not determine the reference {which}: energy "
             "differences between compositions would mean nothing. Add a free atom of every element "
             "(config_type=IsolatedAtom), or other compositions"
         )
@@ -394,5 +396,7 @@ def _warnings(summary: DataSummary) -> tuple[str, ...]:
             "docs/models.md"
         )
     if summary.structures < 10:
-        found.append(f"{summary.structures} structures are too few for a model that can be trusted")
+        found.append(
+            f"only {counted(summary.structures, 'structure')}: too few for a model that can be trusted"
+        )
     return tuple(found)

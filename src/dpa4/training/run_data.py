@@ -21,6 +21,7 @@ from dpa4.data import (
     without_isolated_atoms,
 )
 from dpa4.data.frame import structure_digest
+from dpa4.output import counted
 from dpa4.training.loss import Loss
 from dpa4.training.options import RunConfig, TrainingOptions
 
@@ -171,7 +172,7 @@ def split(
     count = max(1, round(fraction * len(frames))) if fraction else 0
     if count >= len(frames):
         raise ValueError(
-            f"data.validation_fraction = {fraction} of {len(frames)} structures leaves none to train on; "
+            f"data.validation_fraction = {fraction} of {counted(len(frames), 'structure')} leaves none to train on; "
             "add structures or set it to 0"
         )
     held_out = _held_out(frames, np.random.default_rng(seed).permutation(len(frames)).tolist(), count, labels)
