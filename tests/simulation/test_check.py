@@ -1,6 +1,5 @@
 """Check of a model: every check passes on a good model and fails on one with the fault that it looks for."""
 
-import signal
 import warnings
 from collections.abc import Callable
 
@@ -18,7 +17,6 @@ from dpa4.ops.segments import segment_sum
 from dpa4.potential import Potential, Prediction, save_potential
 from dpa4.simulation import CheckResult, ModelCheck, check_model, write_check
 from dpa4.simulation.check import Figure, contacts, cutoff, numerics, physics
-from dpa4.simulation.check.advice import advice
 from dpa4.simulation.check.structures import built_in_structures, graph_of
 from helpers import random_potential
 
@@ -313,7 +311,7 @@ def test_a_pair_that_is_fine_until_a_third_atom_is_near(pairs):
 def test_curves_that_are_not_finite():
     broken = with_energy(lambda v: torch.where(length(v) < 0.5, torch.nan, 0.0))
     results = contacts.check_pairs(contacts.scan_all_pairs(broken, ["C"]), 1)
-    assert verdicts(results)["pairs: wall"] == "fail" and "1 curve not finite" in results[0].measured
+    assert verdicts(results)["pairs: wall"] == "fail" and "1 not finite" in results[0].measured
 
 
 # --- all checks, the page and the command
@@ -338,11 +336,7 @@ def test_a_page_that_says_pass(quick, tmp_path):
     status, output = run(tmp_path / "model.safetensors", "--output", tmp_path / "check.html")
     assert (status, "PASS" in output) == (0, True), output
     text = (tmp_path / "check.html").read_text(encoding="utf-8")
-    assert (
-        "PASS: none of 21 checks failed" in text
-        and text.count("<img") == 1
-        and "reason for the tolerance" in text
-    )
+    assert "PASS: 21 checks" in text and text.count("<img") == 1 and "reason for the tolerance" in text
     for name in ("float32, &quot;fast&quot;", "amplification", "triples: curvature", "mirror images"):
         assert name in text
 
@@ -353,43 +347,6 @@ def test_a_page_that_says_what_is_wrong(quick, tmp_path):
     assert status == 1 and "FAIL: " in output and "pairs: wall" in output
     text = (tmp_path / "check.html").read_text(encoding="utf-8")
     assert 'class="missing">fail' in text and "3 of 6 pairs" in text
-
-
-def test_every_check_that_can_warn_or_fail_has_a_meaning(quick):
-    found = check_model(good(symmetry="SO3", charge_spin=True), compile=False, progress=False)
-    names = [result.name for result in found.results if result.figures] + ["compiled", "GPU and CPU, float64"]
-    assert len(names) == 22
-    for name in names:
-        assert advice(name, failed=True), name
-    one, other = (
-        CheckResult(f"{what}: wells", "", (Figure(1, "curves with several wells", 0, severe=False),), "")
-        for what in ("pairs", "triples")
-    )
-    check = ModelCheck("m", (one, other), 1.0)
-    assert [results for results in check.meanings.values()] == [[one, other]]
-    assert check.summary == "PASS: none of 2 checks failed; 2 warn (pairs: wells, triples: wells)"
-    assert one.measured == "1 curve with several wells"
-
-
-def test_equal_names_are_counted(pairs):
-    triples = contacts.scan_triples(good(), ["H"], 3)
-    detail = contacts.check_triples(triples, pairs)[3].detail
-    assert detail.startswith("largest: H-H-H ") and detail.count("H-H-H") == 1
-    assert contacts._listed("no wall", ["C-O", "H-H", "C-O"]) == "no wall: C-O (×2), H-H"
-
-
-def test_an_interrupted_check_has_a_page(quick, tmp_path, monkeypatch):
-    def stop(*_):
-        signal.raise_signal(signal.SIGINT)
-        return cutoff_check(*_)
-
-    cutoff_check = cutoff.check_amplification
-    monkeypatch.setattr(cutoff, "check_amplification", stop)
-    save_potential(good(), tmp_path / "model.safetensors")
-    status, output = run(tmp_path / "model.safetensors", "-o", tmp_path / "check.html")
-    assert status == 128 + signal.SIGINT and "INTERRUPTED: none of 13 checks failed so far" in output, output
-    text = (tmp_path / "check.html").read_text(encoding="utf-8")
-    assert "INTERRUPTED" in text and "amplification" in text and "pairs: wall" not in text
 
 
 def test_errors_before_the_work(tmp_path):

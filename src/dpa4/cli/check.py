@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dpa4.cli.options import Branch, Model, console, exit_after_signal, one_model, user_errors
+from dpa4.cli.options import Branch, Model, console, one_model, user_errors
 
 
 @one_model("a check is about one file; run it for each member")
@@ -36,6 +36,5 @@ def check(
         file = write_check(found, output)
     console.print(found)
     console.print(f"{found.summary} ({found.seconds:.0f} s); wrote {file}")
-    exit_after_signal()
     if not found.passed:
         raise typer.Exit(1)

@@ -1,6 +1,5 @@
 """Scans of pairs and of compressed triples: walls, wells, spikes and curvature."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -202,49 +201,48 @@ def drawn_lines(shapes: Sequence[Shape], depth: float) -> list[Line]:
 def _judged(
     what: str, shapes: Sequence[Shape], tested: str, depth: float, strongest: str, remark: str = ""
 ) -> list[CheckResult]:
-    walls = [_composition(s) for s in shapes if not s.wall]
-    wells = [_composition(s) for s in shapes if (s.diagnosis.force_flips or 0) > 1]
-    jumps = [_composition(s) for s in shapes if s.jump]
+    walls = [s.curve.name for s in shapes if not s.wall]
+    wells = [s.curve.name for s in shapes if (s.diagnosis.force_flips or 0) > 1]
+    jumps = [s.curve.name for s in shapes if s.jump]
     broken = sum("not finite" in s.diagnosis.flags for s in shapes)
-    deep = [f"{_composition(s)} {_depth(s):.3g} eV" for s in _largest(shapes, _depth) if _depth(s) > depth]
-    barriers = [f"{_composition(s)} {_variation(s):.3g} eV" for s in _largest(shapes, _variation)]
+    deep = [f"{s.curve.name} {_depth(s):.3g} eV" for s in _largest(shapes, _depth) if _depth(s) > depth]
     largest = _largest(shapes, _excess)
     curved = [
-        f"{_composition(s)} {s.excess:.3g} eV/Å² at {s.at:.2f} Å"
+        f"{s.curve.name} {s.excess:.3g} eV/Å² at {s.at:.2f} Å"
         for s in [s for s in largest if not s.excess <= CURVATURE] or largest[:1]
     ]
     return [
         CheckResult(
             f"{what}: wall",
             tested,
-            (Figure(len(walls), "curves without a wall", 0), Figure(broken, "curves not finite", 0)),
+            (Figure(len(walls), "without a wall", 0), Figure(broken, "not finite", 0)),
             f"{SHORTEST:g} Å apart, the energy is {WALL:g} eV or more above free atoms, and the force is repulsive "
             f"below {WALL_OF_DATA:g} of the shortest distance in the training data (unknown: below {WALL_OF_RADII:g} "
             "of the sum of the covalent radii); otherwise atoms fall into each other",
-            "; ".join(filter(None, (remark, _listed("without a wall", walls)))),
+            "; ".join(filter(None, (remark, _listed(walls)))),
         ),
         CheckResult(
             f"{what}: wells",
             tested,
             (
-                Figure(max(map(_depth, shapes), default=0.0), "eV", depth, label="deepest well"),
-                Figure(len(wells), "curves with several wells", 0, severe=False),
+                Figure(max(map(_depth, shapes), default=0.0), "eV deep", depth),
+                Figure(len(wells), "with several wells", 0, severe=False),
             ),
             f"{strongest}; several wells are rare where electronic states do not cross",
-            _listed("deepest wells", deep) or _listed("several wells", wells),
+            _listed(deep or wells),
         ),
         CheckResult(
             f"{what}: spikes",
             tested,
             (
-                Figure(len(jumps), "curves whose energy and force disagree", 0),
-                Figure(
-                    max(map(_variation, shapes), default=0.0), "eV", SPIKE, severe=False, label="barriers"
-                ),
+                Figure(len(jumps), "where energy and force disagree", 0),
+                Figure(max(map(_variation, shapes), default=0.0), "eV of barriers", SPIKE, severe=False),
             ),
             "a step in which the force is not the slope of the energy hides a spike; barriers are the variation of "
             "the energy beyond that of a single well, which free atoms rarely have",
-            _listed("energy and force disagree", jumps) or _listed("highest barriers", barriers),
+            _listed(
+                jumps or [f"{s.curve.name} {_variation(s):.3g} eV" for s in _largest(shapes, _variation)]
+            ),
         ),
         CheckResult(
             f"{what}: curvature",
@@ -252,7 +250,7 @@ def _judged(
             (Figure(max(map(_excess, shapes), default=0.0), "eV/Å²", CURVATURE),),
             f"above {STEEPNESS:g} times the bare repulsion of nuclei; the stiffest bond, N2, has 143 eV/Å², and at "
             "1,000 a time step of 0.5 fs is unstable for hydrogen",
-            _listed("largest", curved),
+            _listed(curved),
         ),
     ]
 
@@ -267,15 +265,7 @@ def _excess(shape: Shape) -> float:
 
 
 def _largest(shapes: Sequence[Shape], measure: Callable[[Shape], float]) -> list[Shape]:
-    """The largest shape of each composition, largest first, ``NAMED`` at most."""
-    largest = {_composition(s): s for s in sorted(shapes, key=measure)}
-    return sorted(largest.values(), key=measure, reverse=True)[:NAMED]
-
-
-def _composition(shape: Shape) -> str:
-    """Name of a curve; triples of the same elements, whose angles and sides are random, share one."""
-    elements = shape.curve.name.split("-")
-    return "-".join(elements if isinstance(shape.curve, PairCurve) else sorted(elements))
+    return sorted(shapes, key=measure, reverse=True)[:NAMED]
 
 
 def _depth(shape: Shape) -> float:
@@ -287,12 +277,9 @@ def _pair(curve: Curve) -> ElementPair:
     return curve.pair
 
 
-def _listed(what: str, names: Sequence[str]) -> str:
-    """List names after a word, equal ones once with their number; empty without names."""
-    counts = Counter(names).most_common()
-    shown = ", ".join(name + (f" (×{count})" if count > 1 else "") for name, count in counts[:NAMED])
-    more = f" and {len(counts) - NAMED:,} more" if len(counts) > NAMED else ""
-    return f"{what}: {shown}{more}" if names else ""
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:NAMED])
+    return shown + (f" and {len(names) - NAMED:,} more" if len(names) > NAMED else "")
 
 
 def _some(shapes: Sequence[Shape]) -> list[Shape]:

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from dpa4.output import new_figure
 
 Array = NDArray[np.float64]
-LOWEST, HIGHEST = -12.0, 25.0  # eV; largest range of the energies shown
-SMALLEST_DEPTH, HEIGHT = 2.0, 2.5  # eV shown below zero, and the part above zero relative to that below
+LOWEST, HIGHEST = -12.0, 25.0  # eV; range of the energies shown
 GOOD, BAD = "tab:blue", "tab:red"
 
 
@@ -69,8 +68,6 @@ def _draw_lines(axis: Any, lines: Sequence[Line], what: str, label: str) -> None
         colour = BAD if line.failed else GOOD
         axis.plot(line.distance, line.energy, color=colour, alpha=0.5, linewidth=0.9)
     axis.axhline(0, color="0.5", linewidth=0.8)
-    deepest = min((float(np.nanmin(line.energy)) for line in lines), default=0.0)
-    lowest = max(LOWEST, 1.2 * min(deepest, -SMALLEST_DEPTH))
-    axis.set_ylim(lowest, min(HIGHEST, -HEIGHT * lowest))
+    axis.set_ylim(LOWEST, HIGHEST)
     axis.set_xlabel(label, fontsize=9)
     axis.set_ylabel("energy (eV)", fontsize=9)

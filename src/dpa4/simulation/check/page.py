@@ -5,12 +5,12 @@ from pathlib import Path
 from dpa4.output import atomic_write, svg_of
 from dpa4.simulation import html
 from dpa4.simulation.check.drawing import draw
-from dpa4.simulation.check.result import NOT_ACCURACY, ModelCheck
+from dpa4.simulation.check.result import ModelCheck
 from dpa4.system import user_path
 
 EXPLANATION = (
     "Deviations of energies, forces and virials are relative to the larger of 1 and the largest value; energies are "
-    "those without free atoms. A warning is something to know, not a fault. docs/checking.md explains every check."
+    "those without free atoms. A warning is something to know, not a fault."
 )
 
 
@@ -27,8 +27,7 @@ def write_check(check: ModelCheck, output: str | Path) -> Path:
     file = user_path(output)
     caption = "Curves of pairs and triples, and response near the cutoff; red curves fail"
     sections = {
-        "Verdict": f"<p>{html.escape(check.summary)}.</p>\n<p>{NOT_ACCURACY}</p>\n{_meanings(check)}",
-        "Checks": f"<p>{EXPLANATION}</p>\n{_results(check)}",
+        "Verdict": f"<p>{html.escape(check.summary)}.</p>\n<p>{EXPLANATION}</p>\n{_results(check)}",
         "Curves": f"<p>{caption}.</p>\n{html.image(svg_of(draw(check.drawing)), caption)}",
         "Versions": html.name_table({"time of the check": f"{check.seconds:.0f} s"}) + html.versions(),
     }
@@ -36,17 +35,6 @@ def write_check(check: ModelCheck, output: str | Path) -> Path:
     with atomic_write(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return file
-
-
-def _meanings(check: ModelCheck) -> str:
-    """Table of the checks that did not pass, with their meaning for a simulation; empty without one."""
-    rows = [
-        [", ".join(r.name for r in results), results[0].verdict, meaning]
-        for meaning, results in check.meanings.items()
-    ]
-    return (
-        html.table(["checks", "verdict", "meaning for a simulation"], rows, marked=("fail",)) if rows else ""
-    )
 
 
 def _results(check: ModelCheck) -> str:

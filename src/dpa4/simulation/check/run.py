@@ -17,14 +17,10 @@ from dpa4.simulation.check.result import CheckResult, ModelCheck
 from dpa4.simulation.check.structures import built_in_structures, graph_of
 from dpa4.simulation.close_contacts import CURVATURE
 from dpa4.simulation.pair_curves import element_pairs
-from dpa4.system import choose_device, own_settings, stop_requests
+from dpa4.system import choose_device, own_settings
 
 FLOAT32 = (numerics.FLOAT32_ENERGY, numerics.FLOAT32_FORCE)
 FAST = (numerics.FAST_ENERGY, numerics.limits.FAST_TOLERANCE)
-
-
-class _Interrupted(Exception):
-    """A signal asks to stop: the checks finished so far are the result."""
 
 
 @own_settings
@@ -39,8 +35,7 @@ def check_model(
 ) -> ModelCheck:
     """Check numbers, symmetry, derivatives, cutoff and short range of a model.
 
-    `docs/checking.md` lists the checks and their tolerances. `write_check` writes the results as a page. After SIGINT
-    or SIGTERM the result has the checks finished before, and ``complete`` is False.
+    `docs/checking.md` lists the checks and their tolerances. `write_check` writes the results as a page.
 
     Args:
         model: Checkpoint file, or a potential, which is copied.
@@ -67,55 +62,44 @@ def check_model(
     structures = built_in_structures(chosen, exact.config.charge_spin)
     pairs_of_model = element_pairs(exact)
     curves = sum(set(pair) <= set(chosen) for pair in pairs_of_model) + contacts.TRIPLES
-    results: list[CheckResult] = []
-    pairs: list[contacts.Shape] = []
-    triples: list[contacts.Shape] = []
-    shells: list[float] = []
-    complete = False
-    with stop_requests() as stopped, ProgressBar("curves", curves, show=progress) as bar:
+    with ProgressBar("curves", curves, show=progress) as bar:
 
         def report(text: str, done: int = 0) -> None:
             bar.update(bar.task_ids[0], advance=done, status=text)
-            if stopped:
-                raise _Interrupted
 
-        try:
-            report("numbers")
-            results.append(_opened(model, exact, branch))
-            graphs = {name: graph_of(exact, atoms) for name, atoms in structures.items()}
-            finite, reference = numerics.check_finite(exact, graphs)
-            results += [finite, numerics.check_batch(exact, graphs, reference)]
-            if gpu:
-                results.append(_gpu(model, device, graphs, reference, branch))
-            single = load_model(model, device, "float32", "high", branch)
-            results += _precisions(single, graphs, reference)
-            report("symmetry and derivatives")
-            results += _physics(exact, structures)
-            report("cutoff")
-            amplification, shells = cutoff.check_amplification(exact, structures, chosen)
-            results += [cutoff.check_crossing(exact, structures, chosen), amplification]
-            report("pairs")
-            pairs = contacts.scan_all_pairs(single, chosen, report)
-            results += contacts.check_pairs(pairs, len(pairs_of_model))
-            triples = contacts.scan_triples(single, chosen, contacts.TRIPLES, report=report)
-            results += contacts.check_triples(triples, pairs)
-            if compile:
-                report("compilation")
-                eager = numerics.predict(single, graphs, device)
-                results.append(numerics.check_compiled(single, graphs, eager))
-            report("")
-            complete = True
-        except _Interrupted:
-            pass
+        report("numbers")
+        results = [_opened(model, exact, branch)]
+        graphs = {name: graph_of(exact, atoms) for name, atoms in structures.items()}
+        finite, reference = numerics.check_finite(exact, graphs)
+        results += [finite, numerics.check_batch(exact, graphs, reference)]
+        if gpu:
+            results.append(_gpu(model, device, graphs, reference, branch))
+        single = load_model(model, device, "float32", "high", branch)
+        results += _precisions(single, graphs, reference)
+        report("symmetry and derivatives")
+        results += _physics(exact, structures)
+        report("cutoff")
+        amplification, shells = cutoff.check_amplification(exact, structures, chosen)
+        results += [cutoff.check_crossing(exact, structures, chosen), amplification]
+        report("pairs")
+        pairs = contacts.scan_all_pairs(single, chosen, report)
+        triples = contacts.scan_triples(single, chosen, contacts.TRIPLES, report=report)
+        results += contacts.check_pairs(pairs, len(pairs_of_model))
+        results += contacts.check_triples(triples, pairs)
+        if compile:
+            report("compilation")
+            eager = numerics.predict(single, graphs, device)
+            results.append(numerics.check_compiled(single, graphs, eager))
+        report("")
     drawing = Drawing(
         contacts.drawn_lines(pairs, contacts.PAIR_DEPTH),
         contacts.drawn_lines(triples, contacts.TRIPLE_DEPTH),
-        cutoff.INSIDE.tolist() if shells else (),
+        cutoff.INSIDE.tolist(),
         shells,
         CURVATURE,
     )
     name = "potential" if isinstance(model, Potential) else Path(model).name
-    return ModelCheck(name, tuple(results), time.monotonic() - start, drawing, complete)
+    return ModelCheck(name, tuple(results), time.monotonic() - start, drawing)
 
 
 def _chosen(potential: Potential, elements: Sequence[str] | None) -> list[str]:
