@@ -116,6 +116,7 @@ def train(
         command = ["dpa4", "train", str(config), *(part for one in set_ or [] for part in ("--set", one))]
         for option, number in (("--committee", committee), ("--at-once", at_once)):
             command += [option, str(number)] if number is not None else []
+        command += ["--overwrite"] if overwrite else []
         if dry and (resume or new_data):
             raise ValueError("--dry-run estimates a new run; leave out --resume and --new-data")
         if dry:
