@@ -772,7 +772,7 @@ def test_cuda_that_is_not_there(argon_file, tmp_path):
 def test_a_split_that_leaves_nothing(argon_file):
     frames = read_frames(argon_file)
     with pytest.raises(
-        ValueError, match=r"data\.validation_fraction = 0\.5 of 1 structures leaves none to train on"
+        ValueError, match=r"data\.validation_fraction = 0\.5 of 1 structure leaves none to train on"
     ):
         split(frames[:1], 0.5, 0)
 
