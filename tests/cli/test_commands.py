@@ -56,12 +56,12 @@ def trained(tmp_path_factory):
     write(folder / "train.xyz", labelled(12))
     config = folder / "run.yaml"
     text = run("init", config, "--train", folder / "train.xyz").replace("\n", "")
-    assert f"next: dpa4 train {config} --dry-run; " in text and text.endswith(f"then dpa4 train {config}")
+    assert f"next: dpa4 train {config} --dry-run  # " in text and text.endswith(f"then dpa4 train {config}")
     settings = [*TINY, "training.steps=6", "training.batch_size=4", f"output={folder / 'run'}", "device=cpu"]
     output = run("train", config, *(x for s in settings for x in ("--set", s)))
     assert "best" in output and "[green]" not in output
     assert f"next: dpa4 eval {folder / 'run' / 'best.safetensors'} TEST.xyz" in output.replace("\n", "")
-    assert f"next: dpa4 report {folder / 'run'}; " in output.replace("\n", "")
+    assert f"next: dpa4 report {folder / 'run'}  # " in output.replace("\n", "")
     return folder
 
 

@@ -282,9 +282,9 @@ def check_unused(folder: Path, file: str, overwrite: bool) -> None:
         raise already_there(folder, file, resumable=False)
 
 
-def say_next(command: str, *remarks: str) -> None:
-    """Print a command with which users go on, and remarks."""
-    console.print(f"next: {'; '.join([command, *remarks])}", soft_wrap=True, highlight=False)
+def say_next(command: str, remark: str = "") -> None:
+    """Print a command with which users go on, and a remark, which a shell ignores."""
+    console.print(f"next: {command}" + f"  # {remark}" * bool(remark), soft_wrap=True, highlight=False)
 
 
 def _caught_signals() -> list[int]:

@@ -72,7 +72,7 @@ def init(
         with atomic_write(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     console.print(f"wrote {path}; look through it", soft_wrap=True, highlight=False)
-    say_next(f"dpa4 train {path} --dry-run", "time and memory of the run", f"then dpa4 train {path}")
+    say_next(f"dpa4 train {path} --dry-run", f"time and memory of the run; then dpa4 train {path}")
 
 
 def train(
