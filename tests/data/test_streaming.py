@@ -18,7 +18,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dpa4.cli import app
-from dpa4.data import conversion, lmdb_index
+from dpa4.data import (
+    EpochBatches,
+    FrameDataset,
+    conversion,
+    lmdb_index,
+    open_streamed,
+    read_frames,
+    streaming,
+)
 from dpa4.data import dataset as dataset_file
 from dpa4.data.checking import DISAGREEING, DUPLICATE, ENERGY, FORCE, SHORT_DISTANCE, check
 from dpa4.data.conversion import part_by, write_lmdb

@@ -101,10 +101,10 @@ def check(
         count += 1
         frame = entry.frame
         same.append(0 if frame is None else _identity(frame))
-        per_atom = frame is not None and frame.energy is not None
-        energies.append(frame.energy / len(frame) if per_atom and frame and frame.energy else np.nan)
-        labelled = frame is not None and frame.forces is not None and len(frame)
-        forces.append(float(np.abs(frame.forces).max()) if labelled and frame is not None else 0.0)
+        energies.append(np.nan if frame is None or frame.energy is None else frame.energy / len(frame))
+        forces.append(
+            0.0 if frame is None or frame.forces is None else float(np.abs(frame.forces).max(initial=0.0))
+        )
         if frame is None:
             leave_out(number, UNUSABLE, f"{entry.origin}: {entry.reason}")
         elif not is_labelled(entry):
@@ -167,7 +167,10 @@ class _Outliers:
             deviation = (frame.energy - self.references[frame.atomic_numbers].sum()) / len(frame)
             if abs(deviation) > self.limit:  # false for an element that is in no structure of the sample
                 return ENERGY, f"{deviation:+.4g} eV/atom from the fit by composition"
-        if frame.forces is not None and (largest := float(np.abs(frame.forces).max())) > self.largest:
+        if (
+            frame.forces is not None
+            and (largest := float(np.abs(frame.forces).max(initial=0.0))) > self.largest
+        ):
             return FORCE, f"{largest:.4g} eV/Å"
         return None
 
@@ -186,7 +189,7 @@ def _repeated(same: np.ndarray, energies: np.ndarray) -> dict[int, str]:
     """Numbers of repeated structures: all but the first, or all if their energies disagree."""
     order = np.argsort(same, kind="stable")
     ordered = same[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(order) else []
+    starts = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] + np.uint64(1))).tolist()
     found = {}
     for a, b in zip(starts, [*starts[1:], len(order)], strict=True):
         if b - a < 2 or ordered[a] == 0:

@@ -8,6 +8,7 @@ import numpy as np
 from dpa4.data.frame import Frame
 from dpa4.data.streaming import SAMPLE, StreamedFrames
 from dpa4.data.summary import LABELS
+from dpa4.output import counted
 
 _PERMUTED = 10**6  # structures on the disk up to which they are all permuted, as those in memory are
 
@@ -35,7 +36,7 @@ def split(
     count = max(1, round(fraction * len(frames))) if fraction else 0
     if count >= len(frames):
         raise ValueError(
-            f"data.validation_fraction = {fraction} of {len(frames)} structures leaves none to train on; "
+            f"data.validation_fraction = {fraction} of {counted(len(frames), 'structure')} leaves none to train on; "
             "add structures or set it to 0"
         )
     random = np.random.default_rng(seed)

@@ -185,7 +185,8 @@ class StreamedFrames(IndexedFrames):
 
     def kind_counts(self) -> dict[int | str, int]:
         """Number of structures with each element (by atomic number) and each label."""
-        counts: dict[int | str, int] = dict(self.label_counts())
+        counts: dict[int | str, int] = {}
+        counts.update(self.label_counts())
         for name, shift in (("low", 0), ("high", 64)):
             for part in self.column(name).parts():
                 for bit in range(64):
@@ -267,17 +268,18 @@ class StreamedDataset(FrameDataset):
             cutoff: Cutoff radius of the model, in Angstrom.
             charge_spin: Function that gives charge and multiplicity of a structure; None: neutral singlets.
         """
-        self.frames, self.cutoff, self._charge_spin_of = frames, cutoff, charge_spin
+        self.frames = self._stored = frames
+        self.cutoff, self._charge_spin_of = cutoff, charge_spin
 
     @property
     def num_atoms(self) -> Any:
         """Number of atoms of each structure, a `Column`."""
-        return self.frames.column("atoms")
+        return self._stored.column("atoms")
 
     @property
     def num_edges(self) -> Any:
         """Number of edges of each structure, a `Column`."""
-        return self.frames.edges(self.cutoff)
+        return self._stored.edges(self.cutoff)
 
     def graph(self, index: int) -> Graph:
         """Graph of one structure.
