@@ -152,6 +152,18 @@ def test_an_interrupted_build_continues(database, tmp_path, monkeypatch):
     assert frames.label_counts() == open_streamed([database]).label_counts()
 
 
+@pytest.mark.parametrize("name", ["flags.npy", "offset.npy", "unusable.npy", "index.json", "places.json"])
+@pytest.mark.parametrize("size", [0, 60])
+def test_a_damaged_index_is_built_anew(database, tmp_path, name, size):
+    copy = tmp_path / "copy.aselmdb"
+    copy.write_bytes(database.read_bytes())
+    folder = open_streamed([copy]).indexes[0].folder
+    (folder / name).write_bytes((folder / name).read_bytes()[:size])
+    frames = open_streamed([copy])
+    assert frames.label_counts() == open_streamed([database]).label_counts()
+    assert len(list(frames)) == 41
+
+
 def test_processes_build_the_same_index(database, tmp_path, monkeypatch):
     copy = tmp_path / "copy.aselmdb"
     copy.write_bytes(database.read_bytes())
@@ -275,14 +287,6 @@ def test_windows_divide_an_epoch_and_can_be_resumed(database, monkeypatch):
     for window in batches._windows(0):  # whole blocks of neighbours
         found = set(window.tolist())
         assert all(set(range(k // 4 * 4, min(41, k // 4 * 4 + 4))) <= found for k in found)
-
-
-def test_ranks_divide_the_batches_of_an_epoch(database):
-    batches = EpochBatches(StreamedDataset(open_streamed([database]), CUTOFF), batch_size=3, seed=1)
-    every = list(batches.batches(0, start=1))
-    parts = [list(batches.batches(0, start=1, rank=rank, world=2)) for rank in (0, 1)]
-    assert all(map(equal, every[::2], parts[0])) and all(map(equal, every[1::2], parts[1]))
-    assert sum(map(len, parts)) == len(every)
 
 
 def test_fill_of_the_budgets(database):

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -301,20 +300,13 @@ class EpochBatches:
                 found.append(Fill(budget.what, float(share.mean()), float(share.std()), len(ends)))
         return found
 
-    def batches(self, epoch: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Iterate over the batches of an epoch from number ``start`` on.
 
         The batches are in page-locked memory if there is a GPU. A thread or processes prepare them ahead; a thread
         ends when the iterator is exhausted, closed or deleted.
-
-        Args:
-            epoch: Number of the epoch.
-            start: Number of the first batch.
-            rank: Number of this process among those that divide the batches of an epoch.
-            world: Number of these processes: each gets every ``world``-th batch from ``start + rank`` on.
         """
-        plan = islice(self.plan(epoch, start), rank, None, world)
-        return self.loader.load((epoch, number, indices) for number, indices in plan)
+        return self.loader.load((epoch, number, indices) for number, indices in self.plan(epoch, start))
 
 
 def _name(frame: Frame, index: int) -> str:

@@ -12,7 +12,7 @@ import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -198,12 +198,12 @@ def _meta(folder: Path, name: str) -> dict[str, Any]:
 def _opened(rows: LmdbRows, folder: Path) -> LmdbIndex | None:
     """The index in a folder; None if it is absent, incomplete, or not of this state of the file."""
     meta = _meta(folder, "index.json")
-    if meta.get("state") != _state(rows) or not isinstance(meta.get("rows"), int):
+    if meta.get("state") != _state(rows) or not {"rows", "examples", "digest"} <= meta.keys():
         return None
     try:
         columns = {n: _column(folder, n, kind, meta["rows"]) for n, kind in (_PLACES | _DESCRIPTIONS).items()}
         special = {n: np.load(folder / f"{n}.npy", allow_pickle=False) for n in _SPECIAL}
-    except (OSError, ValueError):
+    except (EOFError, OSError, TypeError, ValueError):  # damaged: the index is built anew
         return None
     return LmdbIndex(rows, columns, special, meta, folder)
 
@@ -226,8 +226,9 @@ def _column(folder: Path, name: str, kind: str, count: int) -> NDArray[Any]:
 def _build(rows: LmdbRows, folder: Path, workers: int | None) -> None:
     state = _state(rows)
     places = _meta(folder, "places.json")
-    if places.get("state") != state:
-        for file in folder.glob("*.npy"):
+    # An index that is complete, but was not opened, is damaged.
+    if places.get("state") != state or (folder / "index.json").exists():
+        for file in (*folder.glob("*.json"), *folder.glob("*.npy")):
             file.unlink()
         places = {"state": state, "rows": _write_places(rows, folder)}
         write_json(folder / "places.json", places)
@@ -280,8 +281,14 @@ def _fill(
 ) -> None:
     """Fill columns chunk by chunk; chunks that an earlier, interrupted call has filled are left as they are."""
     chunks = -(-count // CHUNK)
-    columns = {n: _mapped(folder, n, kind, (count,)) for n, kind in kinds.items()}
-    digests = _mapped(folder, f"{name}-chunks", "V16", (chunks,))  # zero: not filled yet
+    marks = f"{name}-chunks"
+    found = {n: _mapped(folder, n, kind, (count,)) for n, kind in kinds.items()}
+    if any(column is None for column in found.values()):
+        (folder / f"{marks}.npy").unlink(missing_ok=True)
+    columns = {n: _new(folder, n, kinds[n], (count,)) if c is None else c for n, c in found.items()}
+    digests = _mapped(folder, marks, "V16", (chunks,))  # zero: not filled yet
+    if digests is None:
+        digests = _new(folder, marks, "V16", (chunks,))
     left = np.flatnonzero(digests.view("<u8").reshape(-1, 2).sum(axis=1) == 0).tolist()
     if not left:
         return
@@ -311,13 +318,17 @@ def _fill(
 
 
 def _mapped(folder: Path, name: str, kind: str, shape: tuple[int, ...]) -> Any:
-    """Column that is mapped for writing; filled with zeros if it is new."""
-    file = folder / f"{name}.npy"
-    if file.is_file():
-        found = np.load(file, mmap_mode="r+", allow_pickle=False)
+    """Column that is mapped for writing; None if it is absent or damaged."""
+    with suppress(EOFError, OSError, ValueError):
+        found = np.load(folder / f"{name}.npy", mmap_mode="r+", allow_pickle=False)
         if found.shape == shape and found.dtype == np.dtype(kind):
             return found
-    return np.lib.format.open_memmap(file, "w+", np.dtype(kind), shape)
+    return None
+
+
+def _new(folder: Path, name: str, kind: str, shape: tuple[int, ...]) -> Any:
+    """Column of zeros that is mapped for writing."""
+    return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.dtype(kind), shape)
 
 
 def _in_order_of_completion(
