@@ -47,8 +47,13 @@ class StreamedFrames(IndexedFrames):
             excluded = self.special("unusable")
         self._excluded = np.asarray(excluded, dtype=np.int64)
         self._chosen = chosen
+        self._samples: dict[int, list[Frame]] = {}
         # Number of entries before each excluded one: an entry lies behind those that have at most as many.
         self._before = self._excluded - np.arange(len(self._excluded))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the structures that were read for statistics."""
+        return self.__dict__ | {"_samples": {}}
 
     def __len__(self) -> int:
         """Number of structures."""
@@ -195,15 +200,23 @@ class StreamedFrames(IndexedFrames):
         return counts
 
     def sample(self, size: int = SAMPLE) -> list[Frame]:
-        """Evenly spaced structures, with free atoms and structures of every element; all, if they are few."""
+        """Evenly spaced structures, with free atoms and structures of every element; all, if they are few.
+
+        They are read once and stay in memory.
+        """
+        if size not in self._samples:
+            self._samples[size] = [self[int(k)] for k in self._sampled(size)]
+        return list(self._samples[size])
+
+    def _sampled(self, size: int) -> Indices:
         count = len(self)
         if count <= size:
-            return list(self)
+            return np.arange(count)
         chosen = [np.linspace(0, count - 1, size).round().astype(np.int64), self.free_atoms[:size]]
         for index, start in zip(self.indexes, self._starts[:-1].tolist(), strict=True):
             for rows in index.summary["examples"].values():
                 chosen.append(self.indices_of(np.array(rows, dtype=np.int64) + start))
-        return [self[int(k)] for k in np.unique(np.concatenate(chosen))]
+        return np.unique(np.concatenate(chosen))
 
     def digest(self) -> str:
         """Digest of the contents of the rows, by which a run recognises its data."""
