@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import threading
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from html import escape
@@ -17,6 +16,8 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 import numpy as np
+
+from dpa4.messages import warn
 
 _NUMBERED = ".[0-9]*.tmp"  # end of the names of temporary files
 LEFTOVERS = f".*{_NUMBERED}"  # temporary files of ``atomic_write``, left behind by a killed process
@@ -123,9 +124,8 @@ def _locked(path: Path, what: Path) -> IO[str]:
                 f"another process is working on {what}; wait until it has finished, or choose another folder"
             ) from error
         except OSError as error:
-            warnings.warn(
+            warn(
                 f"{what} cannot be locked ({error.strerror}); let no other process write to it",
-                stacklevel=3,
             )
             return file
         # The previous owner may have removed the file after it was opened here.

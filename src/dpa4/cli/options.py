@@ -1,6 +1,7 @@
 """Arguments, options, console and error handling shared by the commands."""
 
 import inspect
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -218,6 +219,8 @@ def user_errors() -> Iterator[None]:
     After a signal the status is 128 + its number, as for a program that the signal ends.
     """
     shown, warnings.showwarning = warnings.showwarning, _show_warning
+    log = logging.getLogger("dpa4")
+    log.addHandler(_LOGGED)
     del _caught_signals()[:]
     try:
         yield
@@ -230,6 +233,7 @@ def user_errors() -> Iterator[None]:
         raise
     finally:
         warnings.showwarning = shown
+        log.removeHandler(_LOGGED)
 
 
 def exit_after_signal(*_: Any, **__: Any) -> None:
@@ -265,7 +269,17 @@ def prepare_terminal(
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _print("warning:", "bold yellow", message)
+    _print("warning:", "bold yellow", " ".join(str(message).split()))
+
+
+class _Logged(logging.Handler):
+    """Prints warnings of the log of dpa4 like all others."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _show_warning(record.getMessage())
+
+
+_LOGGED = _Logged(logging.WARNING)
 
 
 def _print(label: str, style: str, message: object) -> None:

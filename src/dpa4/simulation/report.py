@@ -326,8 +326,8 @@ def _model(card: ModelCard | None) -> str:
         return html.missing("There is no model yet", "dpa4 train run.yaml --resume")
     tables = []
     for title, lines in card.sections.items():
-        own = {name: value for name, value in lines.items() if name != "options"}  # see Configuration
-        tables.append(f"<h3>{escape(title)}</h3>\n{html.name_table(own)}")
+        if not title.startswith("Training run"):  # see Configuration
+            tables.append(f"<h3>{escape(title)}</h3>\n{html.name_table(lines)}")
     return "\n".join([f"<p>{escape(card.title)}</p>", *tables])
 
 

@@ -53,7 +53,7 @@ def check_model(
     the check after the current step, or at once if it is pressed again; the results so far are returned.
 
     Args:
-        model: Checkpoint file, or a potential, which is copied.
+        model: Model file, or a potential, which is copied.
         elements: Elements of the structures, pairs and triples; None selects all elements of the model.
         gpu: Also compute on a GPU, and scan pairs and triples there.
         compile: Compile the model and compare; this takes a minute on a CPU.
@@ -61,8 +61,8 @@ def check_model(
         progress: Show the progress.
 
     Raises:
-        FileNotFoundError: If the checkpoint does not exist.
-        ValueError: If the checkpoint cannot be read, an element is outside the model, or there is no GPU.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file cannot be read, an element is outside the model, or there is no GPU.
 
     Example:
         Failures of a model:
@@ -197,7 +197,9 @@ def _opened(model: Model, potential: Potential, branch: str | None) -> CheckResu
         origin, known = card.sections["Provenance"], card.sections["Model"]
         entries = {**known, **origin}
         detail = ", ".join(
-            f"{key} {entries[key]}" for key in ("format", "digest", "trainable parameters") if key in entries
+            f"{key} {entries[key]}"
+            for key in ("format", "fingerprint", "trainable parameters")
+            if key in entries
         )
     return CheckResult(
         "file",
