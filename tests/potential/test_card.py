@@ -122,7 +122,7 @@ def test_files_show_parameters_energies_units_and_provenance(saved):
     assert line(text, "reference energies") == "H -0.500000, C -1.500000, O 0.000000 eV"
     assert "eV/Å³" in line(text, "units")
     assert line(text, "data") == "train [first half].xyz"
-    assert line(text, "format") == "dpa4 checkpoint, format 1"
+    assert line(text, "format") == "model file of dpa4, format 1"
 
 
 def test_switches_that_differ_from_the_defaults_come_first(saved):
@@ -277,7 +277,7 @@ def test_unknown_names_are_told_apart_from_missing_files(tmp_path):
         match="'papr-air' is neither a file nor a preset: unknown preset .*did you mean 'paper-air'",
     ):
         model_card("papr-air")
-    with pytest.raises(FileNotFoundError, match="there is no model .*absent.safetensors"):
+    with pytest.raises(FileNotFoundError, match="there is no model file .*absent.safetensors"):
         model_card(tmp_path / "absent.safetensors")
 
 

@@ -170,7 +170,7 @@ def test_unknown_suffixes_are_refused(saved):
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no model .*absent\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"there is no model file .*absent\.safetensors"):
         load_potential(tmp_path / "absent.safetensors")
     with pytest.raises(FileNotFoundError, match="there is no folder .*absent; create it first"):
         save_potential(make_potential(), tmp_path / "absent" / "model.safetensors")
@@ -187,7 +187,7 @@ def test_other_files_are_refused(tmp_path, saved):
     text = tmp_path / "notes.safetensors"
     text.write_text("not a checkpoint at all")
     with pytest.raises(
-        ValueError, match="neither a model file of dpa4 \(.safetensors\) nor a checkpoint of deepmd-kit"
+        ValueError, match=r"neither a model file of dpa4 \(.safetensors\) nor a checkpoint of deepmd-kit"
     ):
         load_potential(text)
     save_file({"weight": torch.zeros(3)}, text, {"format": "pt"})

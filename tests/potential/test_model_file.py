@@ -68,38 +68,6 @@ def test_card_of_a_preset_says_where_weights_are():
     assert "none; docs/models.md" in model_card("paper-air").sections["Provenance"]["weights"]
 
 
-# Files that do not exist
-
-
-def test_an_absent_file_names_the_models_that_were_meant(tmp_path, monkeypatch, checkpoint):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "run").mkdir()
-    for name in ("run/best.safetensors", "run/last.safetensors", "copper.pt"):
-        Path(name).write_bytes(checkpoint.read_bytes())
-    Path("run/last.pt").write_bytes(b"")  # the state of a run is no model
-    for wrong, meant in (
-        ("run/bets.safetensors", "did you mean run/best.safetensors"),
-        ("rnu/best.safetensors", "did you mean run/best.safetensors"),
-        ("coper.pt", "did you mean copper.pt?"),
-        ("absent", f"models in {tmp_path.resolve()}: copper.pt, run/best.safetensors, run/last.safetensors"),
-        ("there/is/none", "there is no folder there/is, and models in"),
-        ("demo-run/training/best.safetensors", "`make demo`, in a checkout of dpa4, trains it"),
-    ):
-        with pytest.raises(FileNotFoundError) as error:
-            ase_interface.DPA4Calculator(wrong)
-        text = str(error.value)
-        assert text.startswith(f"there is no model {wrong}; ") and meant in text and "last.pt" not in text, (
-            text
-        )
-    assert "did you mean run/best.safetensors" in fails("pairs", "run/bets.safetensors")
-
-
-def test_an_absent_file_where_there_is_no_model(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no model is in .*; training writes run/best.safetensors"):
-        load_potential("best.safetensors")
-
-
 # Folders and states of runs
 
 
@@ -265,3 +233,23 @@ def test_real_package_with_a_local_endpoint(checkpoint, tmp_path, monkeypatch):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_missing_file_and_those_beside_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+
+    def message(name: str) -> str:
+        with pytest.raises(FileNotFoundError) as raised:
+            load_potential(name)
+        return str(raised.value)
+
+    assert message("run/best.pt") == (
+        f"there is no model file run/best.pt; model files in {tmp_path / 'run'}: none"
+    )
+    for name in ("best.safetensors", "old.pt", "last.pt", "notes.txt", "x1.pt", "x2.pt", "x3.pt"):
+        (tmp_path / "run" / name).touch()
+    assert message("run/bset.safetensors").endswith("; did you mean run/best.safetensors?")
+    assert message("run/model").endswith(f"in {tmp_path / 'run'}: best.safetensors, old.pt, x1.pt and 2 more")
+    assert message("rum/best.pt").endswith(f"; there is no folder {tmp_path / 'rum'}")
+    assert "make demo, at the top of the checkout, writes demo-run" in message("demo-run/training/a.pt")

@@ -2,8 +2,6 @@
 
 import difflib
 from collections.abc import Mapping
-from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,11 @@ HUB = "hf:"
 
 WEIGHTS = 'docs/models.md, "Published weights", lists files with weights'
 BEST, LAST, STATE = "best.safetensors", "last.safetensors", "last.pt"  # files of a run that matter here
+SUFFIXES = (".safetensors", ".pt")
+DEMO = "demo-run"
+"""Folder that make demo writes; the examples of the documentation name its model."""
 
 _LISTED = 3  # model files of a folder in a message
-_SEARCHED = 200  # entries of a folder that are looked at for one
-_SUFFIXES = (".safetensors", ".pt")
-_DEMO = "demo-run"  # folder that `make demo` writes
 _OF_STATES = frozenset(("format", "potential", "optimizer", "random"))
 
 
@@ -48,7 +46,23 @@ def model_file(source: str | Path) -> Path:
             f"{source} is a preset, an architecture without weights, and no preset has weights here; train it "
             f"(model.preset: {source}), or name a file: {WEIGHTS}"
         )
-    raise FileNotFoundError(_absent_text(path))
+    raise FileNotFoundError(missing_text(path))
+
+
+def missing_text(path: Path) -> str:
+    """Message about a model file that does not exist, with the model files of its folder."""
+    text, folder = f"there is no model file {path}", path.parent
+    if DEMO in path.parts:
+        text += f"; make demo, at the top of the checkout, writes {DEMO}"
+    if not folder.is_dir():
+        return f"{text}; there is no folder {folder.absolute()}"
+    names = [model.name for model in _models(folder)]
+    if near := difflib.get_close_matches(path.name, names, 1):
+        return f"{text}; did you mean {folder / near[0]}?"
+    listed = ", ".join(names[:_LISTED]) + (
+        f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    )
+    return f"{text}; model files in {folder.absolute()}: {listed or 'none'}"
 
 
 def is_training_state(content: Mapping[Any, Any]) -> bool:
@@ -62,44 +76,19 @@ def training_state_text(path: Path) -> str:
     return f"{path} is the state of a training run, from which --resume continues, not a model; {advice}"
 
 
-def _absent_text(path: Path) -> str:
-    """Message about a file that does not exist: models with similar names, or the models where it was looked for."""
-    absent = f"there is no model {path}"
-    if _DEMO in path.parts:
-        return f"{absent}; `make demo`, in a checkout of dpa4, trains it in a few minutes"
-    folder = path.parent
-    while not folder.is_dir():
-        folder = folder.parent
-    names = {str(file.relative_to(folder)): file for file in _models_near(folder)}
-    wanted = str(path.relative_to(folder))
-    if close := difflib.get_close_matches(wanted, names, n=_LISTED, cutoff=0.7):
-        return f"{absent}; did you mean {' or '.join(str(names[name]) for name in close)}?"
-    missing = path.parent if folder != path.parent else None
-    where = f"there is no folder {missing}, and " if missing else ""
-    place = folder.resolve()  # says which folder "." is
-    if names:
-        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-        return f"{absent}; {where}models in {place}: {', '.join(list(names)[:_LISTED])}{more}"
-    return f"{absent}; {where}no model is in {place}; training writes run/{BEST}"
-
-
-def _models_near(folder: Path) -> list[Path]:
-    """Model files in a folder and in the folders in it, without training states, as far as it is searched."""
-    found = []
-    with suppress(OSError):  # a folder that may not be read
-        for entry in sorted(islice(folder.iterdir(), _SEARCHED)):
-            inside = sorted(islice(entry.iterdir(), _SEARCHED)) if entry.is_dir() else [entry]
-            with suppress(OSError):
-                found += [p for p in inside if p.suffix in _SUFFIXES and p.name != STATE and p.is_file()]
-    return found
-
-
 def _folder_text(folder: Path) -> str:
     if any((folder / name).is_file() for name in (BEST, LAST, STATE)):
         return f"{folder} is the folder of a training run, not a model; {_advice(folder)}"
-    models = [str(path) for path in _models_near(folder)]
+    models = [str(path) for path in _models(folder)]
     examples = f", such as {', '.join(models[:_LISTED])}" if models else "; there is none in it"
     return f"{folder} is a folder, not a model; name a model file{examples}"
+
+
+def _models(folder: Path) -> list[Path]:
+    try:
+        return [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES and path.name != STATE]
+    except OSError:  # a folder that may not be listed
+        return []
 
 
 def _advice(run: Path) -> str:
