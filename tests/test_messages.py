@@ -31,7 +31,7 @@ def test_warnings_through_ase_point_to_the_line_that_asks():
     with pytest.warns(RuntimeWarning) as caught:
         atoms.get_potential_energy()
     texts = [str(w.message) for w in caught]
-    assert len(texts) == 2 and "training data" in texts[0] and "closer than any C-H pair" in texts[1], texts
+    assert len(texts) == 2 and "training data" in texts[0] and "closer than any H-C pair" in texts[1], texts
     assert {w.filename for w in caught} == {__file__}
 
 

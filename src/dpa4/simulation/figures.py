@@ -16,6 +16,7 @@ VOLUME, DENSITY = "volume_A3", "density_g_cm3"  # npt only
 DEVIATION = "max_force_std_eV_A"  # largest deviation of a force; committees only
 THERMOSTATS = ("langevin", "nvt", "npt")
 WINDOWS = 10  # windows of the running mean in a run
+RUNNING_MEAN_ROWS = 2 * WINDOWS  # rows from which a window has the three values that make a mean
 RELAXATIONS = 100  # largest number of structures in a figure
 
 Array = NDArray[np.float64]
@@ -90,10 +91,10 @@ def draw_dynamics(table: Mapping[str, Array], num_atoms: int, settings: Mapping[
 
 
 def _running_mean(values: Array) -> Array:
-    """Means over windows of a tenth of the values, one value apart; empty for fewer than 20 values."""
-    width = len(values) // WINDOWS | 1  # odd, so that a window has a middle
-    if width < 3:
+    """Means over windows of a tenth of the values, one value apart; empty for few values."""
+    if len(values) < RUNNING_MEAN_ROWS:
         return np.empty(0)
+    width = len(values) // WINDOWS | 1  # odd, so that a window has a middle
     return np.convolve(values, np.full(width, 1 / width), mode="valid")
 
 
