@@ -1,9 +1,11 @@
-"""Messages for users: warnings that point to their own line."""
+"""Messages for users: warnings that point to their own line, and names that were probably meant."""
 
+import difflib
 import os
 import sys
 import sysconfig
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +35,17 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
         known = frame.f_globals.setdefault("__warningregistry__", {})
         module = frame.f_globals.get("__name__", "<unknown>")
         warnings.warn_explicit(message, category, frame.f_code.co_filename, frame.f_lineno, module, known)
+
+
+def not_allowed(name: str, value: object, allowed: Iterable[str]) -> ValueError:
+    """Error about an option whose value is none of the allowed ones, with the one that was probably meant."""
+    names = list(allowed)
+    return ValueError(
+        f"{name} must be one of {', '.join(names)}, got {value!r}{did_you_mean(str(value), names)}"
+    )
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """End of a message, such as "; did you mean npt?"; empty if no allowed name is near."""
+    near = difflib.get_close_matches(name.lower(), list(allowed), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

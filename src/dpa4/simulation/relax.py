@@ -20,6 +20,7 @@ from ase.spacegroup.symmetrize import symmetrize_rank2
 
 from dpa4.data import write_structures
 from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
+from dpa4.messages import not_allowed
 from dpa4.output import CsvLog, already_holds, check_start, cut_back, flush_to_disk, save_figure
 from dpa4.parsing import first_line
 from dpa4.progress import ProgressBar
@@ -277,7 +278,7 @@ def _check_options(
         ValueError: If an option is not allowed.
     """
     if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+        raise not_allowed("optimizer", optimizer, OPTIMIZERS)
     check_relaxation(fmax, steps, cell, pressure, tuple(CELLS))
     if symmetry:
         require("spglib", "symmetry")
@@ -394,7 +395,7 @@ def check_relaxation(fmax: float, steps: int, cell: str, pressure: float, cells:
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
     if cell not in cells:
-        raise ValueError(f"cell must be one of {', '.join(cells)}, got {cell!r}")
+        raise not_allowed("cell", cell, cells)
     if not np.isfinite(pressure):
         raise ValueError(f"pressure must be a number in GPa, got {pressure}")
     if pressure != 0 and cell in ("fixed", "shape"):
