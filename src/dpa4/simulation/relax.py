@@ -1,5 +1,6 @@
 """Relaxation of positions and, optionally, of the cell with ASE's optimizers."""
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -204,7 +205,7 @@ def relax_all(
             relaxed again, nor are those that could not be relaxed; an interrupted one continues from where it was.
         overwrite: Replace the results of an earlier call in ``output``.
         progress: Show the progress.
-        **options: Options of ``relax``, applied to every structure.
+        **options: Options of ``relax`` but ``trajectory`` and ``watch``, applied to every structure.
 
     Returns:
         Results of all structures whose relaxation began, in order. After Ctrl-C the last result is marked as
@@ -215,10 +216,17 @@ def relax_all(
         FileExistsError: If ``output`` already holds relaxations and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: If there is nothing to resume.
         ImportError: If ``symmetry`` is set and spglib is not installed.
+        TypeError: If there is no such option.
         ValueError: If an option is not allowed; or if model, options or structures differ from those of the call to
             resume, or a file of it is damaged.
     """
     check_start(resume, overwrite)
+    if unknown := [name for name in options if name not in inspect.signature(_check_options).parameters]:
+        allowed = ", ".join(inspect.signature(_check_options).parameters)
+        raise TypeError(
+            f"relax_all has no option {unknown[0]}; its options are {allowed}. Energy and force of every step are in "
+            "steps.csv; structures of every step are written by relax, with trajectory"
+        )
     _check_options(**options)
     folder = user_path(output)
     relaxed, finished = folder / "relaxed.xyz", folder / "relax.jsonl"
