@@ -67,8 +67,10 @@ def draw_dynamics(table: Mapping[str, Array], num_atoms: int, settings: Mapping[
     figure = new_figure(8, 2.2 * len(panels) + 0.4)
     axes = np.atleast_1d(figure.subplots(len(panels), 1, sharex=True))
     for axis, (label, values, bath) in zip(axes, panels, strict=True):
-        lines = {"every row of the table": axis.plot(time, values, linewidth=0.8, alpha=0.5, color="C0")[0]}
-        if len(running := _running_mean(values)):
+        running = _running_mean(values)
+        style: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.5} if len(running) else {"linewidth": 1.5}
+        lines = {"every row of the table": axis.plot(time, values, color="C0", **style)[0]}
+        if len(running):
             width = len(values) - len(running)
             middle = time[width // 2 : width // 2 + len(running)]
             name = f"running mean over {time[width] - time[0]:.3g} ps"
