@@ -56,7 +56,7 @@ def test_a_warning_is_shown_once_per_line():
     assert len(caught) == 2 and {w.filename for w in caught} == {__file__}
 
 
-def test_a_program_and_the_command_show_no_line_of_the_package(tmp_path):
+def test_a_program_and_the_command_show_no_line_of_the_package(tmp_path, monkeypatch):
     save_potential(narrow_model(), tmp_path / "model.safetensors")
     molecule("CH3OH").write(tmp_path / "start.xyz")
     program = """
@@ -67,14 +67,16 @@ def test_a_program_and_the_command_show_no_line_of_the_package(tmp_path):
         print(atoms.get_forces().shape)
     """
     (tmp_path / "program.py").write_text(textwrap.dedent(program), encoding="utf-8")
-    command = ["-m", "dpa4", "relax", "model.safetensors", "start.xyz", "--steps", "1", "--device", "cpu"]
-    for arguments, beginning in ((["program.py"], "program.py:6: RuntimeWarning: "), (command, "warning: ")):
-        found = subprocess.run(
-            [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
-        )
-        lines = [line for line in found.stderr.splitlines() if "training data" in line]
-        assert len(lines) == 2 and all(beginning in line for line in lines), found.stderr
-        assert "dpa4/interfaces" not in found.stderr and "ase/" not in found.stderr, found.stderr
+    found = subprocess.run(
+        [sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    monkeypatch.chdir(tmp_path)
+    command = ["relax", "model.safetensors", "start.xyz", "--steps", "1", "--device", "cpu"]
+    result = CliRunner().invoke(app, command)
+    for text, beginning in ((found.stderr, "program.py:6: RuntimeWarning: "), (result.output, "warning: ")):
+        lines = [line for line in text.splitlines() if "training data" in line]
+        assert len(lines) == 2 and all(beginning in line for line in lines), text
+        assert "dpa4/interfaces" not in text and "ase/" not in text, text
 
 
 @pytest.mark.parametrize(
