@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 import typer
 from rich.console import Console
 from rich.text import Text
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from dpa4 import __version__
 from dpa4.messages import did_you_mean
-from dpa4.output import tolerate_any_encoding
+from dpa4.output import already_there, tolerate_any_encoding
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -72,6 +72,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the 
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the results of an earlier run in the output folder.")
 ]
+OverwriteFile = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")]
 
 
 class Command(TyperCommand):
@@ -137,8 +138,25 @@ def _expanded(value: Any) -> Any:
     return [_expanded(one) for one in value] if isinstance(value, list | tuple) else value
 
 
+class _Group(TyperGroup):
+    """Group whose help has a line or two for each command, where typer cuts the text off."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write names and descriptions of the commands."""
+        found = {name: self.commands[name] for name in self.list_commands(ctx)}
+        rows = [(n, c.get_short_help_str(limit=1000)) for n, c in found.items() if not c.hidden]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
 class Commands(typer.Typer):
-    """Group of commands of the class ``Command``."""
+    """Group of commands of the class ``Command``, with help in plain text.
+
+    The boxes of typer's other help leave too little room for texts on a terminal of 80 columns.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(cls=_Group, rich_markup_mode=None, **options)
 
     def command(self, name: str | None = None, **options: Any) -> Callable[..., Any]:
         """Return a decorator that adds a command."""
@@ -245,7 +263,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
-        _print("error:", "bold red", _error_text(error))
+        _print("error:", "bold red", _in_plain_words(error))
         exit_after_signal()
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
@@ -256,15 +274,23 @@ def user_errors() -> Iterator[None]:
         log.removeHandler(_LOGGED)
 
 
-def _error_text(error: Exception) -> str:
-    """Message of an error; lack of memory on one line, of which PyTorch makes a paragraph."""
+def _in_plain_words(error: Exception) -> str:
+    """Message of an error; those of pydantic without its own words, lack of memory without PyTorch's paragraph."""
     text = str(error)
-    if type(error).__name__ != "OutOfMemoryError" or text.startswith("out of memory: "):
+    if type(error).__name__ == "OutOfMemoryError" and not text.startswith("out of memory: "):
+        reason = " ".join(text.split()).partition(". ")[0].removesuffix(".")
+        return (
+            f"out of memory: {reason}; compute less at once, use a GPU with more memory or one that is free, or the "
+            "CPU (--device cpu)"
+        )
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
         return text
-    reason = " ".join(text.split()).partition(". ")[0].removesuffix(".")
-    return (
-        f"out of memory: {reason}; compute less at once, use a GPU with more memory or one that no other program "
-        "uses, or the CPU (--device cpu)"
+    from dpa4.parsing import problem
+
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc']))}: {problem(e)}".removeprefix(": ") for e in error.errors()
     )
 
 
@@ -275,6 +301,21 @@ def exit_after_signal(*_: Any, **__: Any) -> None:
     """
     if caught := _caught_signals():
         raise typer.Exit(128 + caught[0])
+
+
+def check_unused(folder: Path, file: str, overwrite: bool) -> None:
+    """Check that a folder does not hold the results of an earlier call of a command that cannot be resumed.
+
+    Raises:
+        FileExistsError: If the file is in it and ``overwrite`` is false.
+    """
+    if (folder / file).exists() and not overwrite:
+        raise already_there(folder, file, resumable=False)
+
+
+def say_next(command: str, remark: str = "") -> None:
+    """Print a command with which users go on, and a remark, which a shell ignores."""
+    console.print(f"next: {command}" + f"  # {remark}" * bool(remark), soft_wrap=True, highlight=False)
 
 
 def _caught_signals() -> list[int]:
