@@ -263,7 +263,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
-        _print("error:", "bold red", _error_text(error))
+        _print("error:", "bold red", _in_plain_words(error))
         exit_after_signal()
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
@@ -274,23 +274,23 @@ def user_errors() -> Iterator[None]:
         log.removeHandler(_LOGGED)
 
 
-def _error_text(error: Exception) -> str:
-    """Message of an error on one line; PyTorch makes a paragraph of lack of memory, pydantic one of every error."""
+def _in_plain_words(error: Exception) -> str:
+    """Message of an error; those of pydantic without its own words, lack of memory without PyTorch's paragraph."""
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError" and not text.startswith("out of memory: "):
+        reason = " ".join(text.split()).partition(". ")[0].removesuffix(".")
+        return (
+            f"out of memory: {reason}; compute less at once, use a GPU with more memory or one that is free, or the "
+            "CPU (--device cpu)"
+        )
     from pydantic import ValidationError
 
-    if isinstance(error, ValidationError):
-        from dpa4.parsing import problem
-
-        return "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {problem(e)}".removeprefix(": ") for e in error.errors()
-        )
-    text = str(error)
-    if type(error).__name__ != "OutOfMemoryError" or text.startswith("out of memory: "):
+    if not isinstance(error, ValidationError):
         return text
-    reason = " ".join(text.split()).partition(". ")[0].removesuffix(".")
-    return (
-        f"out of memory: {reason}; compute less at once, use a GPU with more memory or one that no other program "
-        "uses, or the CPU (--device cpu)"
+    from dpa4.parsing import problem
+
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc']))}: {problem(e)}".removeprefix(": ") for e in error.errors()
     )
 
 

@@ -122,7 +122,9 @@ def _locked(path: Path, what: Path) -> IO[str]:
                 f"another process is working on {what}; wait until it has finished, or choose another folder"
             ) from error
         except OSError as error:
-            warn(f"{what} cannot be locked ({error.strerror}); let no other process write to it")
+            warn(
+                f"{what} cannot be locked ({error.strerror}); let no other process write to it",
+            )
             return file
         # The previous owner may have removed the file after it was opened here.
         with suppress(FileNotFoundError):
