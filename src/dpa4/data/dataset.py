@@ -1,6 +1,5 @@
 """Data sets of labelled graphs, and the batches of an epoch."""
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from dpa4.data.batch import Batch
 from dpa4.data.frame import Frame
 from dpa4.data.loader import Loader
 from dpa4.graph import Graph, build_graph, collate
+from dpa4.messages import warn
 from dpa4.system import own_settings
 
 CACHE_BYTES = 4 * 1024**3  # limit of the graphs that a data set caches in memory; others are rebuilt
@@ -238,10 +238,9 @@ class EpochBatches:
             if part.max() > size:
                 largest, size = start + int(part.argmax()), int(part.max())
         if count:
-            warnings.warn(
+            warn(
                 f"{count} structures exceed max_{budget.what} = {budget.limit} and are batches of their own; "
                 f"the largest is {_name(self.dataset.frames[largest], largest)} with {size} {budget.what}",
-                stacklevel=3,
             )
 
     def _windows(self, epoch: int) -> Iterator[NDArray[np.int64]]:

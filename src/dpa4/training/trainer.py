@@ -16,7 +16,7 @@ from dpa4.execution.limits import compiles_by_default
 from dpa4.parsing import first_line
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import save_potential
-from dpa4.system import keep_freed_memory, own_settings, stop_requests
+from dpa4.system import keep_freed_memory, naming_lack_of_memory, own_settings, stop_requests
 from dpa4.training.ema import MovingAverage
 from dpa4.training.evaluation import error_table, predict
 from dpa4.training.logs import ERROR_COLUMNS, TERMS, RunLog
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PLOT_SECONDS = 120.0  # between learning curves; drawing one takes a second
+MEMORY = (
+    "lower training.batch_size or training.max_edges, choose a smaller model, or use a GPU with more memory or one "
+    "that no other program uses; dpa4 train --dry-run tries the largest batch"
+)
 _TARGETS = {"energy": "energy per atom", "forces": "forces", "virial": "virial per atom"}
 _FIXED = ("model.", "training.optimizer", "training.adam_for_basis", "training.ema_decay")  # on resume
 _COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds")
@@ -172,7 +176,10 @@ class Trainer:
         labelled = {name: bool(mask.any()) for name, mask in masks.items()}  # on the CPU
         batch = batch.to(self.device)
         batch = batch._replace(graph=self.potential.without_excluded(batch.graph))
-        loss, terms = (self._differentiate if self.compiled is None else self.compiled.step)(batch)
+        with naming_lack_of_memory(
+            lambda: f"the gradients of a batch of {batch.graph.size}", self.device, MEMORY
+        ):
+            loss, terms = (self._differentiate if self.compiled is None else self.compiled.step)(batch)
         self.update.receive(loss, terms, self.step)
         (self.update.apply if self.compiled is None else self.compiled.update)()
         self._confirm(self.update.report(counters))
@@ -231,7 +238,8 @@ class Trainer:
         from dpa4.training.compilation import CompiledTraining  # the import takes a second, with Triton
 
         self.compiled = CompiledTraining(self.potential, self._differentiate, self.update, self.console)
-        self.compiled.start(self.preparation.train)
+        with naming_lack_of_memory(lambda: "the first batch and compiled code", self.device, MEMORY):
+            self.compiled.start(self.preparation.train)
 
     def _compiled_or_eager(self, work: Callable[[], T]) -> T:
         return work() if self.compiled is None else self.compiled.run(work)
