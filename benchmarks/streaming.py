@@ -160,11 +160,13 @@ def measure_training(minutes: float, figure: Path) -> None:
             }
         )
         rows: list[tuple[float, float, float]] = []
-        start = time.monotonic()
 
         def watch() -> None:
             import signal
 
+            while not (Path(name) / "run" / "train.csv").exists():  # the preparation does not count
+                time.sleep(0.5)
+            start = time.monotonic()
             while time.monotonic() - start < 60 * minutes:
                 own = memory()["RssAnon"]
                 others = 0.0
