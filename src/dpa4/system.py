@@ -55,6 +55,11 @@ _CAST_DEVICES = ("cpu", "cuda")
 _RETAINED_BYTES = 2**30  # upper limit of the freed memory that the allocator retains
 
 
+def processors() -> int:
+    """Number of processors available to this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @cache
 def keep_freed_memory(device: torch.device) -> None:
     """Make the allocator retain up to 1 GiB of freed memory on a CPU, as PyTorch does on a GPU.

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 
 from dpa4 import output
 from dpa4.data import read_frames
+from dpa4.data.splitting import split
 from dpa4.model import DPA4
 from dpa4.model.presets import preset
 from dpa4.output import CsvLog, read_csv
@@ -39,7 +40,6 @@ from dpa4.training.evaluation import ErrorRow, ErrorTable, evaluate
 from dpa4.training.options import RunConfig
 from dpa4.training.prepare import batch_budget, changed_options
 from dpa4.training.run import check_unused, train
-from dpa4.training.run_data import split
 from dpa4.training.state import load_state, save_state
 from dpa4.training.trainer import Trainer
 from training_runs import MODEL, SILENT, Killed, argon, assert_same_run, kill_at, options, run

@@ -1,8 +1,9 @@
 """Structures with labels: reading, checking, summarising and batching."""
 
+from dpa4.data.batch import Batch
 from dpa4.data.charge_spin import charges_and_spins
 from dpa4.data.coverage import Coverage, coverage_of, shortest_distances
-from dpa4.data.dataset import Batch, EpochBatches, FrameDataset
+from dpa4.data.dataset import EpochBatches, FrameDataset
 from dpa4.data.frame import Frame, digest
 from dpa4.data.labels import LabelKeys, frame_from_atoms
 from dpa4.data.plausibility import (
@@ -19,6 +20,14 @@ from dpa4.data.references import (
     without_isolated_atoms,
 )
 from dpa4.data.sources import Sources, find_sources
+from dpa4.data.streaming import (
+    StreamedDataset,
+    StreamedFrames,
+    are_streamed,
+    open_streamed,
+    sampled,
+    unusable_text,
+)
 from dpa4.data.summary import (
     check_elements,
     check_labels,
@@ -36,6 +45,9 @@ __all__ = [
     "FrameDataset",
     "LabelKeys",
     "Sources",
+    "StreamedDataset",
+    "StreamedFrames",
+    "are_streamed",
     "charges_and_spins",
     "check_elements",
     "check_labels",
@@ -47,14 +59,17 @@ __all__ = [
     "implausible_labels",
     "is_isolated_atom",
     "label_counts",
+    "open_streamed",
     "read_atoms",
     "read_frames",
     "read_images",
     "reference_energies",
+    "sampled",
     "shortest_distances",
     "summarize",
     "undetermined_elements",
     "undetermined_text",
+    "unusable_text",
     "warn_of_implausible_labels",
     "warn_of_reference_energies",
     "with_results",

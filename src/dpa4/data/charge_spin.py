@@ -64,6 +64,22 @@ def charge_and_spin(
     return charge, spin
 
 
+def stated_charge_and_spin(entries: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Total charge and multiplicity that entries state; None for one that is not stated or not valid."""
+    found: list[int | None] = []
+    for names in (CHARGE_NAMES, SPIN_NAMES):
+        try:
+            found.append(_stated(entries, names, ""))
+        except ValueError:  # an error only for models that read it
+            found.append(None)
+    return found[0], found[1]
+
+
+def charge_and_spin_of(frame: Frame, default: tuple[int, int] | None) -> tuple[int, int]:
+    """Total charge and spin multiplicity of a structure; see `charge_and_spin`."""
+    return charge_and_spin(frame.charge_spin, default, frame.origin)
+
+
 def whole_numbers(values: Any, name: str, origin: str = "") -> NDArray[np.int64]:
     """Convert total charges or multiplicities to integers; values within 1e-4 of a whole number are rounded.
 

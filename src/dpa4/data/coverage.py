@@ -124,7 +124,16 @@ def shortest_distances(dataset: FrameDataset, limit: int = MAX_STRUCTURES) -> di
     return shortest
 
 
-def coverage_of(dataset: FrameDataset, shortest: Mapping[ElementPair, float]) -> Coverage:
-    """Coverage of a data set with these `shortest_distances`, which are unknown if only a part was searched."""
-    known = len(dataset) <= MAX_STRUCTURES
+def coverage_of(
+    dataset: FrameDataset, shortest: Mapping[ElementPair, float], searched: int | None = None
+) -> Coverage:
+    """Coverage of a data set with these `shortest_distances`.
+
+    Args:
+        dataset: The data set.
+        shortest: Shortest distance of each pair of elements in the structures that were searched.
+        searched: Number of these structures; None: as many as `shortest_distances` searches. The distances are
+            unknown if the data set has more.
+    """
+    known = len(dataset) <= (MAX_STRUCTURES if searched is None else searched)
     return Coverage(dataset.cutoff, tuple(elements_in(dataset.frames)), shortest if known else None)

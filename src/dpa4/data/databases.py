@@ -41,13 +41,18 @@ def read_database(path: Path, last: bool = False) -> Iterator[tuple[str, Atoms]]
     try:
         for number, load in rows(path, last):
             origin = f"{path}, row {number}"
-            yield origin, _atoms(load())
+            yield origin, _with_info(load())
             origin = f"{path}, after row {number}"
     except Exception as error:  # the databases and their decoders raise many kinds of errors
         raise ValueError(f"{origin} cannot be read as an ASE database: {reason(error)}") from error
 
 
-def _atoms(row: AtomsRow) -> Atoms:
+def atoms_of(content: dict[str, Any]) -> Atoms:
+    """Structure of a row, given its decoded JSON and its number as "id"."""
+    return _with_info(AtomsRow(content))
+
+
+def _with_info(row: AtomsRow) -> Atoms:
     # ASE decodes these texts later, without a look at the sizes in them.
     for name in ("_constraints", "_data"):
         if isinstance(text := getattr(row, name, None), str):

@@ -1,68 +1,30 @@
 """Data sets of labelled graphs, and the batches of an epoch."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.progress import track
-from torch import Tensor
 
+from dpa4.data.batch import Batch
 from dpa4.data.frame import Frame
+from dpa4.data.loader import Loader
 from dpa4.graph import Graph, build_graph, collate
 from dpa4.messages import warn
 from dpa4.system import own_settings
 
 CACHE_BYTES = 4 * 1024**3  # limit of the graphs that a data set caches in memory; others are rebuilt
-PREFETCH = 3  # batches prepared ahead
-
-T = TypeVar("T")
-
-
-class Batch(NamedTuple):
-    """B structures with N atoms in all, and their labels; a missing label is zero and its mask is false."""
-
-    graph: Graph
-    energy: Tensor  # (B,) float64, eV
-    forces: Tensor  # (N, 3) float64, eV/Angstrom
-    virial: Tensor  # (B, 3, 3) float64, eV, -dE/dstrain
-    has_energy: Tensor  # (B,) bool
-    has_forces: Tensor  # (B,) bool
-    has_virial: Tensor  # (B,) bool
-    weight: Tensor  # (B,) float64
-    max_force: (
-        Tensor  # (N,) float64, eV/Angstrom: bound of the force of an atom without labels; zero: no bound
-    )
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """Copy to a device."""
-        non_blocking = torch.device(device).type != "cpu"  # see Graph.to
-        return Batch(self.graph.to(device), *(t.to(device, non_blocking=non_blocking) for t in self[1:]))
-
-    def extended(self, graph: Graph) -> "Batch":
-        """Batch of a graph with further structures after those of the batch; these have no labels and no bound."""
-
-        def longer(t: Tensor, like: Tensor) -> Tensor:
-            return torch.cat([t, t.new_zeros(len(like) - len(t), *t.shape[1:])])
-
-        of_atoms = ("forces", "max_force")
-        fields = {name: t for name, t in self._asdict().items() if name != "graph"}
-        return Batch(
-            graph,
-            **{n: longer(t, graph.positions if n in of_atoms else graph.cell) for n, t in fields.items()},
-        )
-
-    def pin_memory(self) -> "Batch":
-        """Copy to page-locked memory, from which copies to a GPU are asynchronous."""
-        return Batch(self.graph.pin_memory(), *(t.pin_memory() for t in self[1:]))
+WINDOW = 2**18  # structures on the disk that are shuffled together
+BLOCK = 256  # neighbouring structures on the disk that stay together in the order of windows
 
 
 class FrameDataset:
     """Data set of structures, whose graphs are built at first use."""
+
+    by_windows = False  # if the order of an epoch is made window by window
 
     def __init__(
         self,
@@ -80,7 +42,7 @@ class FrameDataset:
             cache_bytes: Size limit of the graphs cached in memory. The first graphs stay cached: evicting the
                 least recently used ones would evict every graph before its next use, one epoch later.
         """
-        self.frames = list(frames)
+        self.frames: Sequence[Frame] = list(frames)
         self.cutoff = cutoff
         self.charge_spin = charge_spin
         self._free_bytes = cache_bytes
@@ -112,28 +74,32 @@ class FrameDataset:
         """
         if index in self._graphs:
             return self._graphs[index]
-        frame = self.frames[index]
         charge_spin = (0, 1) if self.charge_spin is None else self.charge_spin[index]
-        try:
-            graph = build_graph(
-                frame.atomic_numbers, frame.positions, frame.cell, frame.pbc, self.cutoff, charge_spin
-            )
-        except ValueError as error:
-            raise ValueError(f"{_name(frame, index)}: {error}") from error
+        graph = self._built(self.frames[index], index, charge_spin)
         size = sum(t.nbytes for t in graph)
         if size <= self._free_bytes:
             self._graphs[index] = graph
             self._free_bytes -= size
         return graph
 
-    @own_settings
     def batch(self, indices: Sequence[int]) -> Batch:
         """Join structures and their labels into one batch."""
-        frames = [self.frames[i] for i in indices]
+        return self._joined([self.frames[i] for i in indices], [self.graph(i) for i in indices])
+
+    def _built(self, frame: Frame, index: int, charge_spin: tuple[int, int]) -> Graph:
+        try:
+            return build_graph(
+                frame.atomic_numbers, frame.positions, frame.cell, frame.pbc, self.cutoff, charge_spin
+            )
+        except ValueError as error:
+            raise ValueError(f"{_name(frame, index)}: {error}") from error
+
+    @own_settings
+    def _joined(self, frames: Sequence[Frame], graphs: Sequence[Graph]) -> Batch:
         forces = [np.zeros((len(f), 3)) if f.forces is None else f.forces for f in frames]
         virial = [np.zeros((3, 3)) if f.virial is None else f.virial for f in frames]
         return Batch(
-            graph=collate([self.graph(i) for i in indices]),
+            graph=collate(graphs),
             energy=torch.tensor([f.energy or 0.0 for f in frames], dtype=torch.float64),
             forces=torch.from_numpy(np.concatenate(forces)),
             virial=torch.from_numpy(np.stack(virial)),
@@ -149,11 +115,11 @@ class Budget(NamedTuple):
     """Limit of the structures, atoms or edges in a batch."""
 
     what: str  # "structures", "atoms" or "edges"
-    sizes: NDArray[np.int64]  # of each structure (n,)
+    sizes: Any  # of each structure (n,): an array, or anything that is indexed like one
     limit: int  # of a batch
 
 
-def pack(order: Sequence[int], budgets: Sequence[Budget]) -> list[list[int]]:
+def pack(order: Sequence[int] | NDArray[np.int64], budgets: Sequence[Budget]) -> list[list[int]]:
     """Split structures into consecutive batches, each as large as all budgets allow.
 
     A structure that exceeds a budget becomes a batch of its own; none is dropped.
@@ -162,16 +128,47 @@ def pack(order: Sequence[int], budgets: Sequence[Budget]) -> list[list[int]]:
         order: Indices of the structures, in the order of the batches.
         budgets: Limits of a batch.
     """
-    batches: list[list[int]] = []
-    filled = np.zeros(len(budgets), dtype=np.int64)
-    limits = np.array([budget.limit for budget in budgets])
-    for index, size in zip(order, np.stack([b.sizes for b in budgets], axis=1)[order], strict=True):
-        filled += size
-        if not batches or (filled > limits).any():
-            batches.append([])
-            filled = size.copy()
-        batches[-1].append(int(index))
-    return batches
+    indices = np.asarray(order, dtype=np.int64)
+    ends = batch_ends(indices, budgets)
+    return [indices[a:b].tolist() for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def batch_ends(order: NDArray[np.int64], budgets: Sequence[Budget]) -> list[int]:
+    """End of each batch in the order, for `pack`."""
+    sums = [np.cumsum(budget.sizes[order], dtype=np.int64) for budget in budgets]
+    # Entry k is the end of a batch that begins with structure k.
+    following = np.full(len(order), len(order), dtype=np.int64)
+    for total, budget in zip(sums, budgets, strict=True):
+        before = np.concatenate([[0], total[:-1]]) if len(total) else total
+        np.minimum(following, np.searchsorted(total, before + budget.limit, side="right"), out=following)
+    ends = np.maximum(following, np.arange(1, len(order) + 1)).tolist()
+    found, start = [], 0
+    while start < len(order):
+        start = ends[start]
+        found.append(start)
+    return found
+
+
+class Fill(NamedTuple):
+    """Filled share of a budget in the batches of an epoch."""
+
+    what: str  # "atoms" or "edges"
+    mean: float
+    deviation: float  # standard deviation over the batches
+    batches: int
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes a batch, given the epoch, the number of the batch and the indices of its structures."""
+
+    dataset: FrameDataset
+    extend: Callable[[Batch, int, int], Batch] | None
+
+    def __call__(self, item: tuple[int, int, list[int]]) -> Batch:
+        epoch, number, indices = item
+        batch = self.dataset.batch(indices)
+        return batch if self.extend is None else self.extend(batch, epoch, number)
 
 
 class EpochBatches:
@@ -191,6 +188,7 @@ class EpochBatches:
         seed: int = 0,
         shuffle: bool = True,
         extend: Callable[[Batch, int, int], Batch] | None = None,
+        workers: int = 0,
     ):
         """Set the size of batches: ``batch_size``, or ``max_atoms`` and/or ``max_edges``.
 
@@ -204,6 +202,7 @@ class EpochBatches:
             seed: Seed of the shuffling.
             shuffle: Shuffle anew in every epoch; otherwise preserve the order of the frames.
             extend: Function that adds structures to a batch, given the epoch and the number of the batch.
+            workers: Processes that prepare batches; 0: a thread. The batches are the same.
 
         Raises:
             ValueError: If no size, both kinds of size or a size below 1 is given, or the data set is empty.
@@ -217,10 +216,13 @@ class EpochBatches:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not len(dataset):
             raise ValueError("the data set has no structures, so there are no batches")
-        self.dataset, self.seed, self.shuffle, self.extend = dataset, seed, shuffle, extend
+        self.dataset, self.seed, self.shuffle = dataset, seed, shuffle
+        self.loader = Loader(_Maker(dataset, extend), workers)
+        self._counted: tuple[int, int] | None = None  # epoch, number of batches
         self._budgets: list[Budget] = []
         if batch_size is not None:
-            self._budgets.append(Budget("structures", np.ones(len(dataset), dtype=np.int64), batch_size))
+            ones = np.broadcast_to(np.int64(1), len(dataset))  # takes no memory
+            self._budgets.append(Budget("structures", ones, batch_size))
         if max_atoms is not None:
             self._budgets.append(Budget("atoms", dataset.num_atoms, max_atoms))
         if max_edges is not None:
@@ -229,56 +231,81 @@ class EpochBatches:
             self._warn_of_oversized(budget)
 
     def _warn_of_oversized(self, budget: Budget) -> None:
-        largest = int(budget.sizes.argmax())
-        if budget.sizes[largest] > budget.limit:
-            count = int((budget.sizes > budget.limit).sum())
+        count, largest, size = 0, 0, 0
+        for start in range(0, len(self.dataset), WINDOW):
+            part = np.asarray(budget.sizes[start : start + WINDOW])
+            count += int((part > budget.limit).sum())
+            if part.max() > size:
+                largest, size = start + int(part.argmax()), int(part.max())
+        if count:
             warn(
                 f"{count} structures exceed max_{budget.what} = {budget.limit} and are batches of their own; "
-                f"the largest is {_name(self.dataset.frames[largest], largest)} with "
-                f"{budget.sizes[largest]} {budget.what}",
+                f"the largest is {_name(self.dataset.frames[largest], largest)} with {size} {budget.what}",
             )
 
+    def _windows(self, epoch: int) -> Iterator[NDArray[np.int64]]:
+        """Yield the order of an epoch in windows of at most `WINDOW` structures; batches do not cross their borders.
+
+        Of larger data the blocks of neighbouring structures are shuffled, and then the structures of every window of
+        blocks, so that no array has an entry per structure of the data set and a disk reads whole blocks.
+        """
+        count = len(self.dataset)
+        random = np.random.default_rng((self.seed, epoch))
+        if count <= WINDOW or not self.dataset.by_windows:
+            yield random.permutation(np.arange(count)) if self.shuffle else np.arange(count)
+            return
+        blocks = np.arange(-(-count // BLOCK))
+        blocks = random.permutation(blocks) if self.shuffle else blocks
+        for first in range(0, len(blocks), WINDOW // BLOCK):
+            chosen = blocks[first : first + WINDOW // BLOCK, None] * BLOCK + np.arange(BLOCK)
+            window = chosen[chosen < count]
+            yield random.permutation(window) if self.shuffle else window
+
+    def plan(self, epoch: int, start: int = 0) -> Iterator[tuple[int, list[int]]]:
+        """Yield number and indices of the structures of each batch of an epoch, from number ``start`` on.
+
+        The list depends on seed and epoch alone, so several processes that divide it by number need not talk to each
+        other.
+        """
+        number = 0
+        for window in self._windows(epoch):
+            ends = batch_ends(window, self._budgets)
+            skipped = min(len(ends), max(0, start - number))
+            number += skipped
+            for a, b in list(zip([0, *ends], ends, strict=False))[skipped:]:
+                yield number, window[a:b].tolist()
+                number += 1
+
     def indices(self, epoch: int) -> list[list[int]]:
-        """Indices of the structures of each batch of an epoch."""
-        order = np.arange(len(self.dataset))
-        if self.shuffle:
-            order = np.random.default_rng((self.seed, epoch)).permutation(order)
-        return pack(order.tolist(), self._budgets)
+        """Indices of the structures of each batch of an epoch, in one list."""
+        return [indices for _, indices in self.plan(epoch)]
 
     def num_batches(self, epoch: int) -> int:
         """Number of batches of an epoch; with ``max_atoms`` or ``max_edges`` it differs between epochs."""
-        return len(self.indices(epoch))
+        if self._counted is None or self._counted[0] != epoch:
+            count = sum(len(batch_ends(window, self._budgets)) for window in self._windows(epoch))
+            self._counted = epoch, count
+        return self._counted[1]
+
+    def fill(self, epoch: int = 0) -> list[Fill]:
+        """Filled share of each budget of atoms or edges in the batches of an epoch, at most of its first window."""
+        window = next(self._windows(epoch))
+        ends = batch_ends(window, self._budgets)
+        found = []
+        for budget in self._budgets:
+            sums = np.add.reduceat(np.asarray(budget.sizes[window], dtype=np.int64), [0, *ends[:-1]])
+            share = sums / budget.limit
+            if budget.what != "structures":
+                found.append(Fill(budget.what, float(share.mean()), float(share.std()), len(ends)))
+        return found
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Iterate over the batches of an epoch from number ``start`` on.
 
-        The batches are in page-locked memory if there is a GPU. A thread prepares them ahead and ends when the
-        iterator is exhausted, closed or deleted.
+        The batches are in page-locked memory if there is a GPU. A thread or processes prepare them ahead; a thread
+        ends when the iterator is exhausted, closed or deleted.
         """
-        pin = torch.cuda.is_available()
-
-        def make(item: tuple[int, list[int]]) -> Batch:
-            number, indices = item
-            batch = self.dataset.batch(indices)
-            batch = batch if self.extend is None else self.extend(batch, epoch, number)
-            return batch.pin_memory() if pin else batch
-
-        return _prefetched(make, list(enumerate(self.indices(epoch)))[start:])
-
-
-def _prefetched(make: Callable[[T], Batch], items: Sequence[T]) -> Iterator[Batch]:
-    """Yield ``make(item)`` for every item, computed ahead in one thread; exceptions of ``make`` are raised here."""
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dpa4-batches")
-    todo = iter(items)
-    pending: deque[Future[Batch]] = deque()
-    try:
-        pending.extend(pool.submit(make, item) for item in islice(todo, PREFETCH))
-        while pending:
-            batch = pending.popleft().result()
-            pending.extend(pool.submit(make, item) for item in islice(todo, 1))
-            yield batch
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        return self.loader.load((epoch, number, indices) for number, indices in self.plan(epoch, start))
 
 
 def _name(frame: Frame, index: int) -> str:

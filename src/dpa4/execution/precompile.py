@@ -22,8 +22,9 @@ from dpa4.execution.regions import in_eager_mode, regions
 from dpa4.graph import Graph, build_graph, first_atoms
 from dpa4.potential.potential import Potential
 from dpa4.potential.precision import Precision
+from dpa4.system import processors
 from dpa4.tracing.stage import Stage
-from dpa4.tracing.workers import WorkerPool, processors
+from dpa4.tracing.workers import WorkerPool
 
 _log = logging.getLogger(__name__)
 

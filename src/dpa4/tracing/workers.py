@@ -20,6 +20,7 @@ import torch
 
 import dpa4.ops  # noqa: F401
 from dpa4 import code_cache
+from dpa4.system import processors
 from dpa4.tracing.stage import Recipe, Stage, compile_to_file
 
 _Tasks = queue.PriorityQueue[tuple[int, int, Stage | None]]
@@ -119,11 +120,6 @@ def _command() -> list[str]:
         "from dpa4.tracing.workers import serve; serve(start)"
     )
     return [sys.executable, "-c", program]
-
-
-def processors() -> int:
-    """Number of processors available to this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def serve(start: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -119,8 +120,10 @@ class CompiledTraining:
     def _check(self, batches: EpochBatches, training: bool) -> None:
         """Compare training (compiled here) or evaluation with eager mode; on failure switch to eager mode."""
         # Order of the first epoch, even in a resumed run: the deviations are those of the uninterrupted run.
-        order = batches.indices(0)
-        batch = next((b for b in order if can_be_compiled(batches.dataset.batch(b).graph)), order[0])
+        order = (indices for _, indices in batches.plan(0))
+        first = next(order)
+        every = chain([first], order)
+        batch = next((b for b in every if can_be_compiled(batches.dataset.batch(b).graph)), first)
         graph = batches.dataset.batch(batch).graph
         self.potential.check(graph)
         device, before = self.potential.device, self.potential.training

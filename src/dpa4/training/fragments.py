@@ -12,7 +12,7 @@ import torch
 from ase.data import atomic_numbers, covalent_radii
 from numpy.typing import NDArray
 
-from dpa4.data.dataset import Batch
+from dpa4.data.batch import Batch
 from dpa4.graph import Graph, collate
 from dpa4.model.config import ModelConfig, PairBridging
 

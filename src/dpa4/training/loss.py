@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dpa4.data.dataset import Batch
+from dpa4.data.batch import Batch
 from dpa4.ops.incidence import Incidence
 from dpa4.potential import Prediction
 

@@ -166,6 +166,13 @@ class DataOptions(_Section):
         "least_squares (fit), auto (isolated if complete, else fit), or a map such as "
         "{H: -13.6, O: -2041.8}; in eV.",
     )
+    workers: int | None = Field(
+        None,
+        ge=0,
+        le=256,
+        description="Processes that read .aselmdb data and build their neighbour lists; 0: a thread; null: up to 12 "
+        "with a GPU, 0 on a CPU.",
+    )
     keys: KeyOptions = Field(
         default_factory=KeyOptions,
         description="Names of the labels in the files; null finds the usual names.",

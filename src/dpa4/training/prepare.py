@@ -1,11 +1,13 @@
 """Preparation of a run: reads the data and builds the potential, the batches and the loss from the options."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
+from ase.data import atomic_numbers
 from rich.console import Console
 
 from dpa4.data import (
@@ -13,17 +15,22 @@ from dpa4.data import (
     EpochBatches,
     Frame,
     FrameDataset,
+    StreamedDataset,
+    StreamedFrames,
     charges_and_spins,
     check_elements,
     coverage_of,
     digest,
     reference_energies,
+    sampled,
     shortest_distances,
     undetermined_elements,
     undetermined_text,
     warn_of_reference_energies,
 )
+from dpa4.data.charge_spin import charge_and_spin_of
 from dpa4.data.coverage import ElementPair
+from dpa4.data.loader import default_workers
 from dpa4.data.summary import elements_in
 from dpa4.model import ModelConfig
 from dpa4.model.shapes import check_size
@@ -73,11 +80,20 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
     data = read_data(config, console)
     frames, validation = data.train, data.validation
     model = _model(config, data, state, console)
-    pairs = charges_and_spins([*frames, *validation], model.charge_spin, model.default_charge_spin)
-    train = FrameDataset(frames, model.cutoff, pairs and pairs[: len(frames)])
-    valid = FrameDataset(validation, model.cutoff, pairs and pairs[len(frames) :])
-    shortest = shortest_distances(train)
-    coverage = coverage_of(train, shortest)
+    seen, held_out = sampled(frames), sampled(validation)
+    pairs = charges_and_spins([*seen, *held_out], model.charge_spin, model.default_charge_spin)
+    train = _dataset(frames, model, pairs and pairs[: len(seen)])
+    valid = _dataset(validation, model, pairs and pairs[len(seen) :])
+    if isinstance(frames, StreamedFrames):
+        shortest = shortest_distances(FrameDataset(seen, model.cutoff, cache_bytes=0))
+        coverage = coverage_of(train, shortest, searched=len(seen))
+        console.print(
+            f"statistics and reference energies are those of {len(seen):,} of {len(frames):,} structures",
+            highlight=False,
+        )
+    else:
+        shortest = shortest_distances(train)
+        coverage = coverage_of(train, shortest)
     console.print(f"closest atoms of the training data: {coverage.text}", highlight=False, markup=False)
     model = _with_windows(config, model, shortest, state, console)
     energies, undetermined = _reference_energies(config, model, data, shortest, state, console)
@@ -86,25 +102,58 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
     potential = Potential(model, energies).to(device)
     _describe(config, potential, device, console)
     budget = batch_budget(options)
+    own = {"seed": options.seed, **budget}
     extend = Fragments(model, elements_in(frames), options.seed) if model.has_pair_bridging else None
+    workers = _workers(config, frames, device)
+    batches = EpochBatches(train, **own, shuffle=True, extend=extend, workers=workers)
+    for fill in batches.fill():
+        console.print(
+            f"batches fill {fill.mean:.1%} of max_{fill.what} (standard deviation {fill.deviation:.1%}, "
+            f"{fill.batches:,} batches)",
+            highlight=False,
+        )
+    workers = _workers(config, validation, device)
     return Preparation(
         potential=potential,
-        train=EpochBatches(train, **budget, seed=options.seed, shuffle=True, extend=extend),
+        train=batches,
         coverage=coverage,
-        validation=EpochBatches(valid, **budget, seed=options.seed, shuffle=False) if validation else None,
+        validation=EpochBatches(valid, **own, shuffle=False, workers=workers) if validation else None,
         loss=data.loss,
         provenance=_provenance(config, frames, validation, undetermined),
         undetermined=undetermined,
-        data={"training": digest(frames), "validation": digest(validation)},
+        data={"training": _digest(frames), "validation": _digest(validation)},
         run_text=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
     )
+
+
+def _dataset(
+    frames: Sequence[Frame], model: ModelConfig, pairs: list[tuple[int, int]] | None
+) -> FrameDataset:
+    """Data set of structures in memory, with their charges and spins, or on the disk."""
+    if not isinstance(frames, StreamedFrames):
+        return FrameDataset(frames, model.cutoff, pairs)
+    rule = partial(charge_and_spin_of, default=model.default_charge_spin) if model.charge_spin else None
+    return StreamedDataset(frames, model.cutoff, rule)
+
+
+def _workers(config: RunConfig, frames: Sequence[Frame], device: torch.device) -> int:
+    """Number of processes that prepare batches; structures in memory need a thread only."""
+    if not isinstance(frames, StreamedFrames):
+        return 0
+    return default_workers(device) if config.data.workers is None else config.data.workers
+
+
+def _digest(frames: Sequence[Frame]) -> str:
+    return frames.digest() if isinstance(frames, StreamedFrames) else digest(frames)
 
 
 def _model(
     config: RunConfig, data: RunData, state: Mapping[str, Any] | None, console: Console
 ) -> ModelConfig:
     """Configuration of the model: that of the state if there is one, else from the options and the data."""
-    elements = elements_in([*data.read, *data.validation])
+    elements = sorted(
+        {*elements_in(data.read), *elements_in(data.validation)}, key=atomic_numbers.__getitem__
+    )
     if state is None:
         model = config.model.build(elements)
     elif "config" not in state:  # of an earlier version, in which all models had this symmetry
@@ -112,7 +161,8 @@ def _model(
     else:
         model = ModelConfig.model_validate_json(state["config"])
     check_size(model)
-    check_elements([*data.read, *data.validation], model.elements)
+    check_elements(data.read, model.elements)
+    check_elements(data.validation, model.elements)
     if untrained := sorted(set(elements_in(data.read)) - set(elements_in(data.train))):
         console.print(
             f"no structure to train on contains {', '.join(untrained)}: of {_these(untrained)} the model knows the "
@@ -157,7 +207,7 @@ def _reference_energies(
 ) -> tuple[dict[str, float], tuple[str, ...]]:
     """Reference energies of a new run or of the state, and the elements for which they are arbitrary; prints both."""
     if state is None:
-        fitted = without_repulsion(data.read, model, shortest)
+        fitted = without_repulsion(sampled(data.read), model, shortest)
         energies = reference_energies(config.data.reference_energies, fitted, model.elements)
         undetermined = undetermined_elements(config.data.reference_energies, fitted, model.elements)
     else:
@@ -166,7 +216,7 @@ def _reference_energies(
         undetermined = state.get("undetermined", ())
     values = (f"{e} {v:.4f}{' (arbitrary)' if e in undetermined else ''}" for e, v in energies.items())
     console.print("reference energies (eV): " + ", ".join(values))
-    warn_of_reference_energies(data.train, energies)
+    warn_of_reference_energies(sampled(data.train), energies)
     if undetermined:
         console.print(undetermined_text(undetermined), style="yellow", highlight=False, soft_wrap=True)
     return energies, tuple(undetermined)

@@ -1,27 +1,32 @@
 """Data of a run: reads and splits them, checks them, and prints what they are."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from rich.console import Console
 
 from dpa4.data import (
     Frame,
     LabelKeys,
+    StreamedFrames,
+    are_streamed,
     check_labels,
     check_trained,
     find_sources,
     is_isolated_atom,
+    label_counts,
+    open_streamed,
     read_frames,
+    sampled,
     summarize,
+    unusable_text,
     warn_of_implausible_labels,
     without_isolated_atoms,
 )
 from dpa4.data.frame import structure_digest
-from dpa4.output import counted
+from dpa4.data.splitting import split
+from dpa4.data.streaming import SAMPLE
 from dpa4.training.loss import Loss
 from dpa4.training.options import RunConfig, TrainingOptions
 
@@ -51,15 +56,17 @@ def read_data(config: RunConfig, console: Console) -> RunData:
     loss = _loss(config.training, frames, console)
     weights = {"energy": loss.energy, "forces": loss.forces, "virial": loss.virial}
     check_labels(frames, weights)
-    free = [frame for frame in read if is_isolated_atom(frame)]
+    free = _free_atoms(read)
     fraction = config.data.validation_fraction
     frames, left_out = _without_calibration(config, frames, loss)
     if config.data.validation:
         held_out = _frames_of("data.validation", config.data.validation, keys, console)
         validation = _without_isolated_atoms(held_out, "data.validation", config.data.validation)
-        free += [frame for frame in held_out if is_isolated_atom(frame)]
+        free += _free_atoms(held_out)
     else:
         frames, validation = split(frames, fraction, config.data.split_seed, _labels(loss))
+    if isinstance(validation, StreamedFrames) and len(validation) <= SAMPLE:
+        validation = list(validation)  # read once instead of at every validation
     others = {"for calibration": left_out, "free atoms": free}
     parts = {"training": frames, "validation": validation} | {
         k: found for k, found in others.items() if found
@@ -85,7 +92,7 @@ def read_data(config: RunConfig, console: Console) -> RunData:
     if validation:
         check_labels(validation, weights, "validation")
         check_trained(validation, frames)
-    if table := warn_of_implausible_labels([*frames, *validation]):
+    if table := warn_of_implausible_labels([*sampled(frames), *sampled(validation)]):
         console.print(table)
     return RunData(read, frames, validation, loss)
 
@@ -122,16 +129,16 @@ def calibration_frames(config: RunConfig) -> list[Frame]:
     keys = LabelKeys(**config.data.keys.model_dump())
     if config.data.validation:
         held_out = _frames_of("data.validation", config.data.validation, keys, silent)
-        return _without_isolated_atoms(held_out, "data.validation", config.data.validation)
+        return list(_without_isolated_atoms(held_out, "data.validation", config.data.validation))
     read = _frames_of("data.train", config.data.train, keys, silent)
     frames = _without_isolated_atoms(read, "data.train", config.data.train)
     loss = _loss(config.training, frames, silent)
-    return _without_calibration(config, frames, loss)[1]
+    return list(_without_calibration(config, frames, loss)[1])
 
 
 def _without_calibration(
-    config: RunConfig, frames: list[Frame], loss: Loss
-) -> tuple[list[Frame], list[Frame]]:
+    config: RunConfig, frames: Sequence[Frame], loss: Loss
+) -> tuple[Sequence[Frame], Sequence[Frame]]:
     """Split off the share of the data that calibrates a committee; it does not depend on the seeds of the run."""
     fraction = config.data.calibration_fraction
     return split(frames, fraction, 0, _labels(loss)) if fraction else (frames, [])
@@ -142,89 +149,36 @@ def _labels(loss: Loss) -> list[str]:
     return [name for name in ("energy", "forces", "virial") if getattr(loss, name)]
 
 
-def _frames_of(option: str, paths: Sequence[Path], keys: LabelKeys, console: Console) -> list[Frame]:
-    """Read the files behind an option, and print how many they are if that does not follow from the option."""
+def _frames_of(option: str, paths: Sequence[Path], keys: LabelKeys, console: Console) -> Sequence[Frame]:
+    """Read the files behind an option, or open them if they are LMDB databases, and print what is not expected."""
     sources = find_sources(paths)
     if sources.searched:
         console.print(f"{option}: {sources.text}", highlight=False, markup=False, soft_wrap=True)
-    return read_frames(sources, keys)
+    if not are_streamed(sources.paths):
+        return read_frames(sources, keys)
+    frames = open_streamed(sources.paths, keys)
+    if lost := unusable_text(frames):
+        console.print(f"{option}: {lost}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    return frames
 
 
-def split(
-    frames: Sequence[Frame], fraction: float, seed: int, labels: Sequence[str] = ()
-) -> tuple[list[Frame], list[Frame]]:
-    """Split off a random share of the structures for validation, at least one unless the fraction is 0.
-
-    Structures that training needs, because no other has one of their elements or labels, are not split off.
-
-    Args:
-        frames: The structures.
-        fraction: Share of the structures for validation.
-        seed: Seed of the random numbers.
-        labels: Labels that both parts must have: "energy", "forces" or "virial".
-
-    Returns:
-        Structures for training and for validation.
-
-    Raises:
-        ValueError: If no structure would be left to train on, or a part would lack a label.
-    """
-    count = max(1, round(fraction * len(frames))) if fraction else 0
-    if count >= len(frames):
-        raise ValueError(
-            f"data.validation_fraction = {fraction} of {counted(len(frames), 'structure')} leaves none to train on; "
-            "add structures or set it to 0"
-        )
-    held_out = _held_out(frames, np.random.default_rng(seed).permutation(len(frames)).tolist(), count, labels)
-    return (
-        [frame for i, frame in enumerate(frames) if i not in held_out],
-        [frames[i] for i in sorted(held_out)],
-    )
+def _free_atoms(frames: Sequence[Frame]) -> list[Frame]:
+    """The free atoms; of structures on the disk at most `SAMPLE`."""
+    if isinstance(frames, StreamedFrames):
+        return list(frames.take(frames.free_atoms[:SAMPLE]))
+    return [frame for frame in frames if is_isolated_atom(frame)]
 
 
-def _held_out(frames: Sequence[Frame], order: Sequence[int], count: int, labels: Sequence[str]) -> set[int]:
-    """Indices of the first structures of the order that training can spare, and with which no label is missing."""
-    if not count:
-        return set()
-    kinds: list[set[int | str]] = [
-        {*frame.atomic_numbers.tolist(), *(label for label in labels if getattr(frame, label) is not None)}
-        for frame in frames
-    ]
-    left = Counter(kind for own in kinds for kind in own)  # number of structures to train on with each kind
-    chosen: set[int] = set()
-    covered: set[int | str] = set()
-
-    def choose(index: int) -> None:
-        if index not in chosen and all(left[kind] > 1 for kind in kinds[index]):
-            left.subtract(kinds[index])
-            chosen.add(index)
-            covered.update(kinds[index])
-
-    for index in order:
-        if len(chosen) < count:
-            choose(index)
-    for label in labels:
-        for index in order:
-            if label not in covered and label in kinds[index]:
-                choose(index)
-    missing = [label for label in labels if label not in covered]
-    if missing or not chosen:
-        raise ValueError(
-            f"the {len(frames)} structures cannot be split: training needs every structure"
-            + (f" with a label for {missing[0]}" if missing else "")
-            + ", because of labels or elements that no other has; add structures, give data.validation, or set "
-            "data.validation_fraction to 0"
-        )
-    return chosen
-
-
-def _without_isolated_atoms(frames: Sequence[Frame], option: str, paths: Sequence[Path]) -> list[Frame]:
+def _without_isolated_atoms(frames: Sequence[Frame], option: str, paths: Sequence[Path]) -> Sequence[Frame]:
     """Return the structures to fit.
 
     Raises:
         ValueError: If all are free atoms.
     """
-    found = without_isolated_atoms(frames)
+    if isinstance(frames, StreamedFrames):
+        found: Sequence[Frame] = frames.without(frames.free_atoms)
+    else:
+        found = without_isolated_atoms(frames)
     if not found:
         raise ValueError(
             f"all {len(frames)} structures of {option} = {', '.join(map(str, paths))} are free atoms, which define "
@@ -236,7 +190,7 @@ def _without_isolated_atoms(frames: Sequence[Frame], option: str, paths: Sequenc
 def _loss(options: TrainingOptions, frames: Sequence[Frame], console: Console) -> Loss:
     virial = options.virial_weight
     if virial == "auto":
-        labelled = any(frame.virial is not None for frame in frames)
+        labelled = label_counts(frames)["virial"] > 0
         virial = DEFAULT_VIRIAL_WEIGHT if labelled else 0.0
         reason = "there are stress or virial labels" if labelled else "there is no stress or virial label"
         console.print(f"training.virial_weight = {virial:g}, because {reason}")
