@@ -37,8 +37,9 @@ from dpa4.training import logs, plots
 from dpa4.training import trainer as trainer_module
 from dpa4.training.evaluation import ErrorRow, ErrorTable, evaluate
 from dpa4.training.options import RunConfig
-from dpa4.training.prepare import batch_budget, changed_options, split
+from dpa4.training.prepare import batch_budget, changed_options
 from dpa4.training.run import check_unused, train
+from dpa4.training.splits import split
 from dpa4.training.state import load_state, save_state
 from dpa4.training.trainer import Trainer
 from training_runs import MODEL, SILENT, Killed, argon, assert_same_run, kill_at, options, run

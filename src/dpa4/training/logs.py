@@ -68,17 +68,20 @@ class RunLog:
         status = f"loss {row['loss']:.4g}  lr {row['learning_rate']:.2e}"
         self._progress.update(self._task, status=status)
 
+    def start(self, errors: dict[str, float]) -> None:
+        """Log and print the errors of the start on the training data, named as in ``ERROR_COLUMNS``, as step 0."""
+        row = {"step": 0, "epoch": 0, "seconds": 0.0} | {n: errors[n] for n in TRAIN_ERRORS if n in errors}
+        self._train.write(row)
+        self._scalars("train", row)
+        line = f"step       0  start, on the training data  {_errors_text(errors)}"
+        self._console.print(line, highlight=False, soft_wrap=True)
+
     def validation(self, row: dict[str, Any]) -> None:
         """Log and print the errors of a validation, named as in ``VALID_COLUMNS``."""
         self._valid.write(row)
         self._scalars("validation", row)
-        errors = "  ".join(
-            f"{name} {row[f'{name}_mae']:.4g}/{row[f'{name}_rmse']:.4g} {unit}"
-            for name, unit in ERROR_UNITS.items()
-            if row.get(f"{name}_mae") is not None
-        )
         best = "  [green]best[/green]" if row["best"] else ""
-        line = f"step {row['step']:>7}  epoch {row['epoch']:>4}  {errors}{best}"
+        line = f"step {row['step']:>7}  epoch {row['epoch']:>4}  {_errors_text(row)}{best}"
         self._console.print(line, highlight=False, soft_wrap=True, markup=True)
 
     def _scalars(self, prefix: str, row: dict[str, Any]) -> None:
@@ -86,6 +89,15 @@ class RunLog:
             for name, value in row.items():
                 if name != "step" and value is not None:
                     self._tensorboard.add_scalar(f"{prefix}/{name}", value, row["step"])
+
+
+def _errors_text(errors: dict[str, Any]) -> str:
+    """MAE and RMSE of each quantity, such as "forces 12.1/15.9 meV/Å"."""
+    return "  ".join(
+        f"{name} {errors[f'{name}_mae']:.4g}/{errors[f'{name}_rmse']:.4g} {unit}"
+        for name, unit in ERROR_UNITS.items()
+        if errors.get(f"{name}_mae") is not None
+    )
 
 
 def _summary_writer(folder: Path, resume_step: int | None) -> Any:

@@ -13,7 +13,9 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveFloat,
+    SerializerFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -46,19 +48,39 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Weight = Annotated[float, Field(ge=0, le=1e9)]
 
 
+FINETUNING = {"learning_rate": 1e-3, "warmup_fraction": 0.1}
+"""Defaults of the section ``training`` with ``model.start_from`` that differ; measured, see docs/finetuning.md."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
 class ModelOptions(BaseModel):
-    """A published model and changes to it; any field of ``ModelConfig`` may be added."""
+    """A published model and changes to it, or a trained model; any field of ``ModelConfig`` may be added.
+
+    With ``start_from`` the options are those of the trained model; only options that were given are stored, and they
+    must agree with it (`dpa4.training.start`).
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    preset: str = Field("mini", description=f"Published model to start from: {NAMES}.")
+    preset: str = Field("mini", description=f"Published model whose architecture is used: {NAMES}.")
+    start_from: str | None = Field(
+        None,
+        description="Trained model to fine-tune: file, or hf:organisation/repository/file. The network is that of "
+        "the file, with its symmetry and bridging; null: random weights.",
+    )
+    start_branch: str | None = Field(
+        None, description="Branch of start_from, if that is a multitask checkpoint of deepmd-kit."
+    )
+    start_ema: bool = Field(
+        False, description="Start from the averaged weights that a deepmd-kit checkpoint may also hold."
+    )
     elements: Literal["auto"] | tuple[str, ...] = Field(
         "auto",
-        description="Chemical symbols the model knows; auto: all of the training and validation data.",
+        description="Chemical symbols the model knows; auto: all of the training and validation data, or all of "
+        "start_from.",
     )
     bridging: Literal["auto"] | Bridging | None = Field(
         "auto",
@@ -77,8 +99,27 @@ class ModelOptions(BaseModel):
         for name in self.model_extra or {}:
             if name not in ModelConfig.model_fields:
                 raise ValueError(unknown_option(f"model.{name}", [*ModelConfig.model_fields, "preset"]))
-        self.build(tuple(chemical_symbols[1:]))
+        if self.start_from is None:
+            for name in ("start_branch", "start_ema"):
+                if value := getattr(self, name):
+                    raise ValueError(f"model.{name} = {value} needs model.start_from, the file to start from")
+            self.build(tuple(chemical_symbols[1:]))
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """With ``start_from``, leave out the options that were not given: their defaults do not hold."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if self.holds(name)}
+
+    def holds(self, name: str) -> bool:
+        """Return whether the value of an option holds: a default does not beside ``start_from``."""
+        return (
+            self.start_from is None
+            or name in self.model_fields_set
+            or name not in type(self).model_fields
+            or name.startswith("start_")
+        )
 
     def build(self, found: Iterable[str]) -> ModelConfig:
         """Build the model configuration; with ``bridging`` auto it has no bridging yet.
@@ -185,11 +226,15 @@ class TrainingOptions(_Section):
         4e-3,
         le=1e3,
         description="Peak learning rate. Short runs need a high one; the published runs of 2 million steps "
-        "used 3e-4 to 1e-3.",
+        f"used 3e-4 to 1e-3. With model.start_from the default is {FINETUNING['learning_rate']:g}.",
     )
     final_learning_rate: float = Field(1e-6, ge=0, description="Learning rate at the end.")
     warmup_fraction: float = Field(
-        0.01, ge=0, lt=1, description="Share of all steps spent on the linear warm-up."
+        0.01,
+        ge=0,
+        lt=1,
+        description="Share of all steps spent on the linear warm-up. With model.start_from the default is "
+        f"{FINETUNING['warmup_fraction']:g}.",
     )
     warmup_factor: float = Field(0.2, ge=0, le=1, description="Learning rate of step 0 relative to the peak.")
     decay_fraction: float = Field(
@@ -294,3 +339,15 @@ class RunConfig(_Section):
         "auto",
         description="auto (a GPU if there is one), cpu, cuda, or cuda:1 for the second GPU.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gentle_start(cls, values: Any) -> Any:
+        """With ``model.start_from``, use the defaults of fine-tuning: those for random weights would destroy it."""
+        if not isinstance(values, dict):
+            return values
+        model, training = values.get("model"), values.get("training") or {}
+        start = model.get("start_from") if isinstance(model, dict) else getattr(model, "start_from", None)
+        if start is None or not isinstance(training, dict):
+            return values
+        return values | {"training": FINETUNING | training}

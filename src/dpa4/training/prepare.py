@@ -1,11 +1,9 @@
 """Preparation of a run: reads the data and builds the potential, the batches and the loss from the options."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import yaml
 from rich.console import Console
@@ -44,10 +42,15 @@ from dpa4.potential.card import symmetry_text
 from dpa4.system import choose_device
 from dpa4.training.fragments import Fragments
 from dpa4.training.loss import Loss
-from dpa4.training.options import RunConfig, TrainingOptions
+from dpa4.training.options import FINETUNING, RunConfig, TrainingOptions
 from dpa4.training.repulsion import overlapping_pairs, without_repulsion
+from dpa4.training.splits import split
+from dpa4.training.start import Start, adapt, check_elements_of_start, load_start, origin_of
 
 DEFAULT_VIRIAL_WEIGHT = 5.0
+
+LARGE_RATE = 3 * FINETUNING["learning_rate"]
+"""Learning rate of fine-tuning above which a note says that it is one for random weights."""
 
 
 class Preparation(NamedTuple):
@@ -55,7 +58,9 @@ class Preparation(NamedTuple):
 
     potential: Potential
     train: EpochBatches
-    coverage: Coverage  # of the training data
+    coverage: (
+        Coverage | None
+    )  # of the training data, those of the start included; None: unknown for the start
     validation: EpochBatches | None
     loss: Loss
     provenance: dict[str, str]  # for the checkpoints
@@ -75,27 +80,40 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
     Raises:
         ValueError: If the data cannot be read, have no label for a term with a weight (training and validation
             data), have nothing but free atoms, or have an element that is outside the model or in the validation
-            data only.
+            data only; also if the model to start from contradicts an option.
         RuntimeError: If device is cuda and no CUDA device is available.
     """
     device = choose_device(config.device)
     options = config.training
+    start = load_start(config.model) if state is None and config.model.start_from else None
     data = _read(config, console)
     frames, validation = data.train, data.validation
-    model = _model(config, data, state, console)
+    model = _model(config, data, state, start, console)
     pairs = charges_and_spins([*frames, *validation], model.charge_spin, model.default_charge_spin)
     train = FrameDataset(frames, model.cutoff, pairs and pairs[: len(frames)])
     valid = FrameDataset(validation, model.cutoff, pairs and pairs[len(frames) :])
     shortest = shortest_distances(train)
-    coverage = coverage_of(train, shortest)
+    coverage: Coverage | None = coverage_of(train, shortest)
     console.print(f"closest atoms of the training data: {coverage.text}", highlight=False, markup=False)
-    model = _with_windows(config, model, shortest, state, console)
-    energies, undetermined = _reference_energies(config, model, data, shortest, state, console)
+    if state is None and start is None:
+        model = _with_windows(config, model, shortest)
+    _report_overlap(model, shortest, console)
+    budget = batch_budget(options)
 
     torch.manual_seed(options.seed)
-    potential = Potential(model, energies).to(device)
+    if start is None:
+        energies, undetermined = _reference_energies(config, model, data, shortest, state, console)
+        potential = Potential(model, energies).to(device)
+        origin = {} if state is None else origin_of(state)
+        if config.model.start_from and state is not None and state["coverage"] is None:
+            coverage = None
+    else:
+        potential = start.potential.to(device)
+        in_order = EpochBatches(train, **budget, shuffle=False)
+        origin, undetermined = adapt(start, in_order, data.read, config.data.reference_energies, console)
+        _advise(options, validation, console)
+        coverage = potential.coverage and coverage.union(potential.coverage)
     _describe(config, potential, device, console)
-    budget = batch_budget(options)
     extend = Fragments(model, elements_in(frames), options.seed) if model.has_pair_bridging else None
     return Preparation(
         potential=potential,
@@ -103,7 +121,7 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
         coverage=coverage,
         validation=EpochBatches(valid, **budget, seed=options.seed, shuffle=False) if validation else None,
         loss=data.loss,
-        provenance=_provenance(config, frames, validation, undetermined),
+        provenance=_provenance(config, frames, validation, undetermined) | origin,
         undetermined=undetermined,
         data={"training": digest(frames), "validation": digest(validation)},
         run_text=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
@@ -177,10 +195,15 @@ def _frames_of(option: str, paths: Sequence[Path], keys: LabelKeys, console: Con
     return read_frames(sources, keys)
 
 
-def _model(config: RunConfig, data: _Data, state: Mapping[str, Any] | None, console: Console) -> ModelConfig:
-    """Configuration of the model: that of the state if there is one, else from the options and the data."""
+def _model(
+    config: RunConfig, data: _Data, state: Mapping[str, Any] | None, start: Start | None, console: Console
+) -> ModelConfig:
+    """Configuration of the model: that of the state or the start if there is one, else from options and data."""
     elements = elements_in([*data.read, *data.validation])
-    if state is None:
+    if start is not None:
+        check_elements_of_start([*data.read, *data.validation], start)
+        model = start.potential.config
+    elif state is None:
         model = config.model.build(elements)
     elif "config" not in state:  # of an earlier version, in which all models had this symmetry
         model = config.model.model_copy(update={"symmetry": "SO3"}).build(elements)
@@ -199,15 +222,33 @@ def _model(config: RunConfig, data: _Data, state: Mapping[str, Any] | None, cons
 
 
 def _with_windows(
-    config: RunConfig,
-    model: ModelConfig,
-    shortest: Mapping[ElementPair, float],
-    state: Mapping[str, Any] | None,
-    console: Console,
+    config: RunConfig, model: ModelConfig, shortest: Mapping[ElementPair, float]
 ) -> ModelConfig:
-    """Add the windows of the repulsion to the model of a new run. A run to resume has those of its state."""
-    if state is None and config.model.bridging == "auto":
-        model = model.model_copy(update={"bridging": pair_bridging(shortest, model.elements, model.cutoff)})
+    """Add the windows of the repulsion to the model of a run from random weights, if the options ask for them."""
+    if config.model.bridging != "auto":
+        return model
+    return model.model_copy(update={"bridging": pair_bridging(shortest, model.elements, model.cutoff)})
+
+
+def _advise(options: TrainingOptions, validation: Sequence[Frame], console: Console) -> None:
+    """Print what may make a start worse, or hide that."""
+    if options.learning_rate > LARGE_RATE:
+        console.print(
+            f"training.learning_rate = {options.learning_rate:g} suits random weights; above {LARGE_RATE:g} a start "
+            "may lose what it knows",
+            style="yellow",
+            soft_wrap=True,
+        )
+    if not validation:
+        console.print(
+            "there are no validation data, so nothing shows whether the fine-tuned model is better than its start",
+            style="yellow",
+            soft_wrap=True,
+        )
+
+
+def _report_overlap(model: ModelConfig, shortest: Mapping[ElementPair, float], console: Console) -> None:
+    """Say which windows the data reach into."""
     if overlap := overlapping_pairs(model, shortest):
         console.print(
             f"the repulsion of nuclei reaches into the training data for {', '.join(overlap)}; the network learns "
@@ -215,7 +256,6 @@ def _with_windows(
             style="yellow",
             soft_wrap=True,
         )
-    return model
 
 
 def _reference_energies(
@@ -238,77 +278,9 @@ def _reference_energies(
     values = (f"{e} {v:.4f}{' (arbitrary)' if e in undetermined else ''}" for e, v in energies.items())
     console.print("reference energies (eV): " + ", ".join(values))
     warn_of_reference_energies(data.train, energies)
-    if undetermined:
+    if undetermined and not config.model.start_from:
         console.print(undetermined_text(undetermined), style="yellow", highlight=False, soft_wrap=True)
     return energies, tuple(undetermined)
-
-
-def split(
-    frames: Sequence[Frame], fraction: float, seed: int, labels: Sequence[str] = ()
-) -> tuple[list[Frame], list[Frame]]:
-    """Split off a random share of the structures for validation, at least one unless the fraction is 0.
-
-    Structures that training needs, because no other has one of their elements or labels, are not split off.
-
-    Args:
-        frames: The structures.
-        fraction: Share of the structures for validation.
-        seed: Seed of the random numbers.
-        labels: Labels that both parts must have: "energy", "forces" or "virial".
-
-    Returns:
-        Structures for training and for validation.
-
-    Raises:
-        ValueError: If no structure would be left to train on, or a part would lack a label.
-    """
-    count = max(1, round(fraction * len(frames))) if fraction else 0
-    if count >= len(frames):
-        raise ValueError(
-            f"data.validation_fraction = {fraction} of {len(frames)} structures leaves none to train on; "
-            "add structures or set it to 0"
-        )
-    held_out = _held_out(frames, np.random.default_rng(seed).permutation(len(frames)).tolist(), count, labels)
-    return (
-        [frame for i, frame in enumerate(frames) if i not in held_out],
-        [frames[i] for i in sorted(held_out)],
-    )
-
-
-def _held_out(frames: Sequence[Frame], order: Sequence[int], count: int, labels: Sequence[str]) -> set[int]:
-    """Indices of the first structures of the order that training can spare, and with which no label is missing."""
-    if not count:
-        return set()
-    kinds: list[set[int | str]] = [
-        {*frame.atomic_numbers.tolist(), *(label for label in labels if getattr(frame, label) is not None)}
-        for frame in frames
-    ]
-    left = Counter(kind for own in kinds for kind in own)  # number of structures to train on with each kind
-    chosen: set[int] = set()
-    covered: set[int | str] = set()
-
-    def choose(index: int) -> None:
-        if index not in chosen and all(left[kind] > 1 for kind in kinds[index]):
-            left.subtract(kinds[index])
-            chosen.add(index)
-            covered.update(kinds[index])
-
-    for index in order:
-        if len(chosen) < count:
-            choose(index)
-    for label in labels:
-        for index in order:
-            if label not in covered and label in kinds[index]:
-                choose(index)
-    missing = [label for label in labels if label not in covered]
-    if missing or not chosen:
-        raise ValueError(
-            f"the {len(frames)} structures cannot be split: training needs every structure"
-            + (f" with a label for {missing[0]}" if missing else "")
-            + ", because of labels or elements that no other has; add structures, give data.validation, or set "
-            "data.validation_fraction to 0"
-        )
-    return chosen
 
 
 def _without_isolated_atoms(frames: Sequence[Frame], option: str, paths: Sequence[Path]) -> list[Frame]:
@@ -363,8 +335,9 @@ def _loss(options: TrainingOptions, frames: Sequence[Frame], console: Console) -
 def _describe(config: RunConfig, potential: Potential, device: torch.device, console: Console) -> None:
     model = potential.config
     parameters = sum(p.numel() for p in potential.parameters() if p.requires_grad)
+    name = config.model.preset if config.model.holds("preset") else "of the start"
     console.print(
-        f"model {config.model.preset}: {parameters:,} parameters, {len(model.degrees)} blocks of degree "
+        f"model {name}: {parameters:,} parameters, {len(model.degrees)} blocks of degree "
         f"{model.degrees[0]}, {model.channels} channels, cutoff {model.cutoff:g} Å, elements "
         f"{' '.join(model.elements)}; device {device}, precision {config.training.precision}",
         highlight=False,
@@ -380,9 +353,12 @@ def _provenance(
             f" of {', '.join(path.name if path.exists() else str(path) for path in paths)}" if paths else ""
         )
 
-    warning = {"arbitrary reference energies": undetermined_text(undetermined)} if undetermined else {}
-    return warning | {
-        "preset": config.model.preset,
+    entries: dict[str, str] = {}
+    if config.model.start_from is None:
+        if undetermined:
+            entries["arbitrary reference energies"] = undetermined_text(undetermined)
+        entries["preset"] = config.model.preset
+    return entries | {
         "training data": describe(config.data.train, train),
         "validation data": describe(config.data.validation or config.data.train, validation),
         "options": config.model_dump_json(),

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -11,20 +11,22 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from dpa4.data import Batch, Coverage
+from dpa4.data import Batch, Coverage, EpochBatches
 from dpa4.execution.limits import compiles_by_default
+from dpa4.output import read_csv
 from dpa4.parsing import first_line
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import save_potential
 from dpa4.system import keep_freed_memory, own_settings, stop_requests
 from dpa4.training.ema import MovingAverage
-from dpa4.training.evaluation import error_table, predict
+from dpa4.training.errors import ErrorRow, error_table
+from dpa4.training.evaluation import predict
 from dpa4.training.logs import ERROR_COLUMNS, TERMS, RunLog
 from dpa4.training.loss import Loss, absolute_errors
 from dpa4.training.muon import HybridMuon
 from dpa4.training.options import RunConfig
 from dpa4.training.plots import plot_learning_curve
-from dpa4.training.prepare import Preparation, changed_options
+from dpa4.training.prepare import Preparation, batch_budget, changed_options
 from dpa4.training.routing import parameter_groups
 from dpa4.training.schedule import Schedule
 from dpa4.training.state import STATE, check_fits, save_state
@@ -102,10 +104,13 @@ class Trainer:
     def run(self) -> Path:
         """Train to the last step, an early stop or a signal; return the path of the best model."""
         options, folder = self.config.training, self.config.output
-        resume_step = self.step if self.resumed else None
+        # A run that was killed before its first step logs the errors of its start again.
+        resume_step = (self.step or -1) if self.resumed else None
         self.log = RunLog(folder, self.console, self.total, resume_step, options.tensorboard)
         self._compile()
         with stop_requests() as stopped, self.log:
+            if self.config.model.start_from and self.step == 0 and not self._over():
+                self._validate_start()
             last_tick = last_plot = self._clock()
             for batch in self._batches():
                 self._train_on(batch)
@@ -242,6 +247,23 @@ class Trainer:
         self.summed = 0
         self.labelled = dict.fromkeys(_TARGETS, 0)
 
+    def _validate_start(self) -> None:
+        """Log the errors of the model to fine-tune as those of step 0; it is the best model until another is."""
+        budget = batch_budget(self.config.training)
+        batches = EpochBatches(self.preparation.train.dataset, **budget, shuffle=False)
+        with self._evaluated_weights():
+            self.log.start(_columns(self._errors(batches)))
+        self._validate()
+        self.save()
+
+    def _errors(self, batches: EpochBatches) -> dict[str, ErrorRow]:
+        """Errors of the present weights on structures, by term of the loss; terms without labels are absent."""
+        if self.compiled is not None:
+            self.compiled.check_evaluation(batches)
+        predictions = self._compiled_or_eager(lambda: predict(self.potential, batches.batches(0)))
+        table = error_table(batches.dataset.frames, predictions)
+        return {name: r for name, quantity in _TARGETS.items() if (r := table.row(quantity))}
+
     def _validate(self) -> None:
         """Log the errors of the averaged weights on the validation data, and save the model if it is the best."""
         self._confirm()
@@ -250,14 +272,7 @@ class Trainer:
             if batches is None:
                 self._save_model("best.safetensors", math.nan)
                 return
-            if self.compiled is not None:
-                self.compiled.check_evaluation(batches)
-            predictions = self._compiled_or_eager(lambda: predict(self.potential, batches.batches(0)))
-            table = error_table(batches.dataset.frames, predictions)
-            found = {name: r for name, quantity in _TARGETS.items() if (r := table.row(quantity))}
-            errors = {
-                f"{name}_{kind}": getattr(r, kind) for name, r in found.items() for kind in ("mae", "rmse")
-            }
+            found = self._errors(batches)
             # Mean absolute errors, whatever the kind of the loss, with its weights and in its units.
             # An absent error is not zero: without it there is no score, and NaN is never the best.
             score = sum(
@@ -268,7 +283,7 @@ class Trainer:
             best = score < self.best_score
             self.best_score, self.stale = (score, 0) if best else (self.best_score, self.stale + 1)
             row: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "score": score, "best": int(best)}
-            self.log.validation(row | dict.fromkeys(ERROR_COLUMNS) | errors)
+            self.log.validation(row | dict.fromkeys(ERROR_COLUMNS) | _columns(found))
             if best:
                 self._save_model("best.safetensors", score)
 
@@ -335,6 +350,7 @@ class Trainer:
             "training.adam_for_basis: None -> False",
             "model.symmetry: None -> O3",
             "data.calibration_fraction: None -> 0.0",
+            "model.start_ema: None -> False",
         )
         changed = [c for c in changed if c not in lacking]
         if (
@@ -378,7 +394,8 @@ class Trainer:
             setattr(self, name, state[name])
         self.history, self.first_epoch = state.get("history", []), state.get("first_epoch", 0)
         # Includes data that the run has used before. Earlier versions had none, or an entry of another kind.
-        if isinstance(coverage := state.get("coverage"), str):
+        # That of an imported model to fine-tune is unknown (None).
+        if isinstance(coverage := state.get("coverage"), str) and self.preparation.coverage is not None:
             self.potential.coverage = self.preparation.coverage.union(Coverage.from_json(coverage))
         self.update.sums.copy_(state["sums"])
         if (errors := state.get("errors")) is not None:  # absent in states of earlier versions
@@ -423,10 +440,33 @@ class Trainer:
             self.console.print(
                 f"stopped early after step {self.step}: {self.stale} validations without a better one"
             )
+        if self.config.model.start_from:
+            self._compare_with_start()
         best = folder / "best.safetensors"
         path = best if best.is_file() else folder / "last.safetensors"
         self.console.print(f"model: {path}", markup=False)
         return path
+
+    def _compare_with_start(self) -> None:
+        """Say whether the best model is better than the start of fine-tuning on the validation data."""
+        rows = read_csv(self.config.output / "valid.csv")
+        best = [row for row in rows if row["best"] == "1"]
+        if not best or rows[0]["step"] != "0":  # no validation data, or other ones since
+            return
+        if best[-1]["step"] == "0":
+            text = (
+                f"the start is the best model: none of {len(rows) - 1} validations was better, so best.safetensors "
+                "is the start with its new reference energies"
+            )
+        else:
+            scores = (float(row["score"]) for row in (best[-1], rows[0]))
+            text = "score on the validation data: {:.4g}, of the start {:.4g}".format(*scores)
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _columns(errors: Mapping[str, ErrorRow]) -> dict[str, float]:
+    """MAE and RMSE of each term, named as in ``ERROR_COLUMNS``."""
+    return {f"{name}_{kind}": getattr(row, kind) for name, row in errors.items() for kind in ("mae", "rmse")}
 
 
 def _optimizer(config: RunConfig, potential: Potential) -> HybridMuon:
