@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -13,14 +13,12 @@ from torch import Tensor
 
 from dpa4.data import Batch, Coverage, EpochBatches
 from dpa4.execution.limits import compiles_by_default
-from dpa4.output import read_csv
 from dpa4.parsing import first_line
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import save_potential
 from dpa4.system import keep_freed_memory, own_settings, stop_requests
 from dpa4.training.ema import MovingAverage
-from dpa4.training.errors import ErrorRow, error_table
-from dpa4.training.evaluation import predict
+from dpa4.training.errors import ErrorRow
 from dpa4.training.logs import ERROR_COLUMNS, TERMS, RunLog
 from dpa4.training.loss import Loss, absolute_errors
 from dpa4.training.muon import HybridMuon
@@ -29,6 +27,7 @@ from dpa4.training.plots import plot_learning_curve
 from dpa4.training.prepare import Preparation, batch_budget, changed_options
 from dpa4.training.routing import parameter_groups
 from dpa4.training.schedule import Schedule
+from dpa4.training.scores import TARGETS, columns_of, comparison_with_start, errors_of, score_of
 from dpa4.training.state import STATE, check_fits, save_state
 from dpa4.training.update import Report, WeightUpdate
 
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PLOT_SECONDS = 120.0  # between learning curves; drawing one takes a second
-_TARGETS = {"energy": "energy per atom", "forces": "forces", "virial": "virial per atom"}
 _FIXED = ("model.", "training.optimizer", "training.adam_for_basis", "training.ema_decay")  # on resume
 _COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds")
 
@@ -93,7 +91,7 @@ class Trainer:
         self.history: list[dict[str, str]] = []  # provenance of the data that were used before
         self.best_score, self.stale = math.inf, 0  # stale: validations since the best one
         self.summed, self.seconds = 0, 0.0  # summed: steps since the last row of train.csv
-        self.labelled = dict.fromkeys(_TARGETS, 0)  # number of these steps with a label for each term
+        self.labelled = dict.fromkeys(TARGETS, 0)  # number of these steps with a label for each term
         self.resumed = False
         self.compiled: CompiledTraining | None = None
         self.log: RunLog  # opened by `run`, once it is known whether the run is resumed
@@ -165,7 +163,7 @@ class Trainer:
         (self.update.apply if self.compiled is None else self.compiled.update)()
         self._confirm(self.update.report(counters))
         self.summed += 1
-        for name in _TARGETS:
+        for name in TARGETS:
             self.labelled[name] += labelled[name]
         self.step += 1
 
@@ -239,30 +237,27 @@ class Trainer:
         row |= {"step": self.step, "epoch": self.epoch, "learning_rate": self.schedule(self.step - 1)}
         row |= {
             f"{name}_mae": 1e3 * total / values if values else None
-            for name, total, values in zip(_TARGETS, *self.update.errors.tolist(), strict=True)
+            for name, total, values in zip(TARGETS, *self.update.errors.tolist(), strict=True)
         }
         self.log.train(row | {"seconds": round(self.seconds, 3)})
         self.update.sums.zero_()
         self.update.errors.zero_()
         self.summed = 0
-        self.labelled = dict.fromkeys(_TARGETS, 0)
+        self.labelled = dict.fromkeys(TARGETS, 0)
 
     def _validate_start(self) -> None:
         """Log the errors of the model to fine-tune as those of step 0; it is the best model until another is."""
         budget = batch_budget(self.config.training)
         batches = EpochBatches(self.preparation.train.dataset, **budget, shuffle=False)
         with self._evaluated_weights():
-            self.log.start(_columns(self._errors(batches)))
+            self.log.start(columns_of(self._errors(batches)))
         self._validate()
         self.save()
 
     def _errors(self, batches: EpochBatches) -> dict[str, ErrorRow]:
-        """Errors of the present weights on structures, by term of the loss; terms without labels are absent."""
         if self.compiled is not None:
             self.compiled.check_evaluation(batches)
-        predictions = self._compiled_or_eager(lambda: predict(self.potential, batches.batches(0)))
-        table = error_table(batches.dataset.frames, predictions)
-        return {name: r for name, quantity in _TARGETS.items() if (r := table.row(quantity))}
+        return self._compiled_or_eager(lambda: errors_of(self.potential, batches))
 
     def _validate(self) -> None:
         """Log the errors of the averaged weights on the validation data, and save the model if it is the best."""
@@ -273,17 +268,11 @@ class Trainer:
                 self._save_model("best.safetensors", math.nan)
                 return
             found = self._errors(batches)
-            # Mean absolute errors, whatever the kind of the loss, with its weights and in its units.
-            # An absent error is not zero: without it there is no score, and NaN is never the best.
-            score = sum(
-                weight * (found[name].mae / 1e3 if name in found else math.nan)
-                for name in _TARGETS
-                if (weight := getattr(self.loss, name))
-            )
+            score = score_of(found, self.loss)
             best = score < self.best_score
             self.best_score, self.stale = (score, 0) if best else (self.best_score, self.stale + 1)
             row: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "score": score, "best": int(best)}
-            self.log.validation(row | dict.fromkeys(ERROR_COLUMNS) | _columns(found))
+            self.log.validation(row | dict.fromkeys(ERROR_COLUMNS) | columns_of(found))
             if best:
                 self._save_model("best.safetensors", score)
 
@@ -401,7 +390,7 @@ class Trainer:
         if (errors := state.get("errors")) is not None:  # absent in states of earlier versions
             self.update.errors.copy_(errors)
         # States of earlier versions counted every step for every term.
-        self.labelled = state.get("labelled", dict.fromkeys(_TARGETS, self.summed))
+        self.labelled = state.get("labelled", dict.fromkeys(TARGETS, self.summed))
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
@@ -440,33 +429,12 @@ class Trainer:
             self.console.print(
                 f"stopped early after step {self.step}: {self.stale} validations without a better one"
             )
-        if self.config.model.start_from:
-            self._compare_with_start()
+        if self.config.model.start_from and (text := comparison_with_start(folder)):
+            self.console.print(text, highlight=False, soft_wrap=True)
         best = folder / "best.safetensors"
         path = best if best.is_file() else folder / "last.safetensors"
         self.console.print(f"model: {path}", markup=False)
         return path
-
-    def _compare_with_start(self) -> None:
-        """Say whether the best model is better than the start of fine-tuning on the validation data."""
-        rows = read_csv(self.config.output / "valid.csv")
-        best = [row for row in rows if row["best"] == "1"]
-        if not best or rows[0]["step"] != "0":  # no validation data, or other ones since
-            return
-        if best[-1]["step"] == "0":
-            text = (
-                f"the start is the best model: none of {len(rows) - 1} validations was better, so best.safetensors "
-                "is the start with its new reference energies"
-            )
-        else:
-            scores = (float(row["score"]) for row in (best[-1], rows[0]))
-            text = "score on the validation data: {:.4g}, of the start {:.4g}".format(*scores)
-        self.console.print(text, highlight=False, soft_wrap=True)
-
-
-def _columns(errors: Mapping[str, ErrorRow]) -> dict[str, float]:
-    """MAE and RMSE of each term, named as in ``ERROR_COLUMNS``."""
-    return {f"{name}_{kind}": getattr(row, kind) for name, row in errors.items() for kind in ("mae", "rmse")}
 
 
 def _optimizer(config: RunConfig, potential: Potential) -> HybridMuon:
