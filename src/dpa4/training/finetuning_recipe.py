@@ -1,0 +1,123 @@
+"""Recipes of fine-tuning: options of a run that starts from a trained model, with the reason of each choice.
+
+Each number has the measurement it comes from (docs/finetuning.md), or says that it is not measured.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpa4.model import ModelConfig
+from dpa4.model.presets import closest_preset
+from dpa4.training.costs import estimate_of
+from dpa4.training.options import FINETUNING
+from dpa4.training.recipes import (
+    NO_LABELS,
+    Choice,
+    DataSummary,
+    Recipe,
+    weights_from_labels,
+)
+
+OUTPUT = "finetuned"
+"""Folder of the run; that of its start is often ``run``."""
+
+_MEASURED = "50 structures of acetylacetone, preset nano trained on another level of theory, CPU, 2026-12-01"
+_RATE = FINETUNING["learning_rate"]
+_FEW: dict[str, tuple[Any, str]] = {
+    "training.steps": (1_200, f"errors still fell after 300 ({_MEASURED})"),
+    "training.batch_size": (4, f"small batches, hence many steps ({_MEASURED})"),
+    "training.learning_rate": (_RATE, f"TODO ({_MEASURED})"),
+    "training.warmup_fraction": (FINETUNING["warmup_fraction"], "TODO"),
+    "training.weight_decay": (1e-3, "TODO"),
+    "training.ema_decay": (
+        0.999,
+        "the averaged weights are evaluated and saved; they begin as those of the start",
+    ),
+    "training.energy_weight": (20.0, "default of the package, used in the measured runs"),
+    "training.forces_weight": (20.0, "default of the package, used in the measured runs"),
+    "data.validation_fraction": (0.2, "a fifth: fewer structures would select the best model at random"),
+}
+_SOME = _FEW | {
+    "training.steps": (4_000, "more structures for longer; not measured"),
+    "training.batch_size": (8, "larger batches use the device better; not measured"),
+    "data.validation_fraction": (0.1, "a tenth of the structures selects the best model"),
+}
+_MANY = _SOME | {
+    "training.steps": (20_000, "6 passes over 50,000 structures; not measured"),
+    "training.batch_size": (16, "larger batches use the device better; not measured"),
+    "data.validation_fraction": (0.05, "a twentieth is enough to select the best model"),
+}
+_MOST = _MANY | {
+    "training.steps": (100_000, "3.2 million structures; not measured"),
+    "training.batch_size": (32, "batch of the timed training step (benchmarks/README.md)"),
+    "data.validation_fraction": (0.01, "a hundredth still holds hundreds of structures"),
+}
+RECIPES = (
+    Recipe(200, f"length, batch and learning rate of runs on {_MEASURED}", _FEW),
+    Recipe(2_000, "extrapolated from 25 to 100 structures; not measured itself", _SOME),
+    Recipe(50_000, "extrapolated from 25 to 100 structures; not measured itself", _MANY),
+    Recipe(None, "extrapolated from 25 to 100 structures; not measured itself", _MOST),
+)
+"""Ordered by the number of structures, the same on a CPU and on a GPU: the start decides on the network."""
+
+
+def finetuning_recipe(
+    summary: DataSummary, start: ModelConfig, chosen_start: Mapping[str, Any], device: str
+) -> Choice:
+    """Choose the options of a run that fine-tunes a model.
+
+    Args:
+        summary: Properties of the training data.
+        start: Configuration of the model.
+        chosen_start: Options that name the model, such as ``model.start_from``.
+        device: Kind of device: "cpu" or "cuda".
+    """
+    recipe = next(r for r in RECIPES if r.below is None or summary.structures < r.below)
+    chosen = dict(recipe.options) | weights_from_labels(summary)
+    batch = min(chosen["training.batch_size"][0], summary.structures)
+    if batch < chosen["training.batch_size"][0]:
+        chosen["training.batch_size"] = (batch, "not more than there are")
+    if summary.structures < 2:
+        chosen["data.validation_fraction"] = (0.0, "a single structure cannot be split")
+    options = dict(chosen_start) | {name: value for name, (value, _) in chosen.items()} | {"output": OUTPUT}
+    size = f"{'' if summary.complete else 'about '}{summary.structures:,} structures: "
+    reasons = {
+        name: (size if name in recipe.options else "") + reason for name, (_, reason) in chosen.items()
+    } | {"model.elements": _elements_text(summary, start, chosen_start)}
+    estimate = estimate_of(summary.edges, options, device, closest_preset(start).name)
+    return Choice(options, reasons, recipe.source, estimate, _warnings(summary, start))
+
+
+def network_text(start: ModelConfig) -> str:
+    """Name of the network of a start, for a table."""
+    return f"that of the start, closest preset {closest_preset(start).name}"
+
+
+def _elements_text(summary: DataSummary, start: ModelConfig, chosen_start: Mapping[str, Any]) -> str:
+    others = len(set(start.elements) - set(summary.elements))
+    if not others:
+        return "the data have all elements of the start"
+    if "model.elements" in chosen_start:
+        return f"{others} elements of the start are dropped (--drop-elements): the file is smaller"
+    return f"{others} elements of the start that the data lack are kept; a list of the others drops them"
+
+
+def _warnings(summary: DataSummary, start: ModelConfig) -> tuple[str, ...]:
+    """Return advice on what the data lack."""
+    found = []
+    if not any(summary.labels.values()):
+        found.append(NO_LABELS)
+    if summary.undetermined:
+        found.append(
+            "the compositions do not determine how the reference energies of "
+            f"{', '.join(summary.undetermined)} change one by one; with another level of theory than that of the "
+            "start, add structures with other compositions, or give the energies in data.reference_energies"
+        )
+    if summary.charged and not start.charge_spin:
+        found.append("the structures state a charge or spin, which the start ignores")
+    if summary.structures < 10:
+        found.append(
+            f"{summary.structures} structures are few, and their split for validation says little; test the model on "
+            "other data (--validation)"
+        )
+    return tuple(found)
