@@ -1,6 +1,6 @@
 """Recipes: options of a training run that suit the data, with the reason of each choice.
 
-The numbers of all recipes are in ``RECIPES``. Each has the measurement it comes from, or says that it is not measured.
+The numbers of all recipes are in ``RECIPES``. Each has the measurement it comes from, or says that there is none.
 """
 
 from collections.abc import Mapping, Sequence

@@ -251,6 +251,10 @@ class Trainer:
         batches = EpochBatches(self.preparation.train.dataset, **budget, shuffle=False)
         with self._evaluated_weights():
             self.log.start(columns_of(self._errors(batches)))
+        self.best_score, self.stale = (
+            math.inf,
+            0,
+        )  # of a run that was killed after this and before its first step
         self._validate()
         self.save()
 
