@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("no_figures")
 ELEMENTS = ("H", "C", "N", "O")
 SHIFT = {"H": -3.25, "C": 12.5, "N": 100.0, "O": -7.125}  # eV: another level of theory
 FORMULAS = ("HCO", "HHC", "HCCO", "OOH", "HCOO")
-SMALL = {"n_blocks": 1, "lmax": 1, "elements": ELEMENTS, "symmetry": "O3"}
+SMALL = {"n_blocks": 1, "lmax": 1, "mixing_layers": 1, "elements": ELEMENTS, "symmetry": "O3"}
 
 
 def save_start(path: Path, **options) -> Potential:
@@ -95,7 +95,7 @@ def files(start_file) -> Path:
     folder = start_file.parent
     start = load_potential(start_file)
     write_structures(folder / "exact.xyz", labelled(start, 16, SHIFT))
-    write_structures(folder / "other.xyz", labelled(start, 16, SHIFT, 0.5))
+    write_structures(folder / "other.xyz", labelled(start, 16, SHIFT, 4.0))
     return folder
 
 

@@ -50,8 +50,7 @@ def finetune(
             raise FileExistsError(f"{output} exists; choose another name or replace it with --overwrite")
         named: dict[str, Any] = {"start_from": model, "start_branch": branch, "start_ema": ema}
         config, sample, elements = _start_and_data(named, train, validation or [])
-        if drop_elements:
-            named["elements"] = elements
+        named["elements"] = elements if drop_elements else "auto"
         summary, device = summary_of(sample, config.cutoff), choose_device("auto").type
         choice = finetuning_recipe(summary, config, {f"model.{k}": v for k, v in named.items()}, device)
         text = recipe_text(train, choice, validation or [])

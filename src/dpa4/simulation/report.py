@@ -43,6 +43,7 @@ WORST_COLUMNS = {
 }
 SUMMARY = (
     "preset",
+    "start",
     "trainable parameters",
     "elements",
     "cutoff",

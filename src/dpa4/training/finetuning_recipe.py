@@ -94,12 +94,13 @@ def network_text(start: ModelConfig) -> str:
 
 
 def _elements_text(summary: DataSummary, start: ModelConfig, chosen_start: Mapping[str, Any]) -> str:
-    others = len(set(start.elements) - set(summary.elements))
+    others = [e for e in start.elements if e not in summary.elements]
     if not others:
         return "the data have all elements of the start"
-    if "model.elements" in chosen_start:
-        return f"{others} elements of the start are dropped (--drop-elements): the file is smaller"
-    return f"{others} elements of the start that the data lack are kept; a list of the others drops them"
+    names = ", ".join(others) if len(others) <= 10 else f"{len(others)} elements"
+    if chosen_start["model.elements"] != "auto":
+        return f"{names} of the start, which the data lack, dropped by --drop-elements: a smaller file"
+    return f"{names} of the start, which the data lack, kept; a list of the other elements drops them"
 
 
 def _warnings(summary: DataSummary, start: ModelConfig) -> tuple[str, ...]:

@@ -433,7 +433,8 @@ class Trainer:
             self.console.print(
                 f"stopped early after step {self.step}: {self.stale} validations without a better one"
             )
-        if self.config.model.start_from and (text := comparison_with_start(folder)):
+        # With other data than at step 0, scores cannot be compared.
+        if self.config.model.start_from and not self.history and (text := comparison_with_start(folder)):
             self.console.print(text, highlight=False, soft_wrap=True)
         best = folder / "best.safetensors"
         path = best if best.is_file() else folder / "last.safetensors"
