@@ -100,12 +100,12 @@ def refitted_reference_energies(
     Returns:
         The new reference energies, in eV; the old ones if no frame has an energy.
     """
-    labelled = [(f, e) for f, e in zip(frames, predicted, strict=True) if f.energy is not None]
-    if not labelled:
+    used = [frame for frame in frames if frame.energy is not None]
+    if not used:
         return dict(old)
-    used = [frame for frame, _ in labelled]
     atoms = np.array([len(frame) for frame in used], dtype=np.float64)
-    errors = np.array([frame.energy - energy for frame, energy in labelled]) / atoms
+    differences = [f.energy - e for f, e in zip(frames, predicted, strict=True) if f.energy is not None]
+    errors = np.array(differences) / atoms
     elements = elements_in(used)
     shares = element_counts(used, elements) / atoms[:, None]
     changes = _fitted(used, elements, shares, errors, DEVIATION_OF_A_MODEL)

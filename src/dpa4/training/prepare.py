@@ -93,8 +93,8 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
     train = FrameDataset(frames, model.cutoff, pairs and pairs[: len(frames)])
     valid = FrameDataset(validation, model.cutoff, pairs and pairs[len(frames) :])
     shortest = shortest_distances(train)
-    coverage: Coverage | None = coverage_of(train, shortest)
-    console.print(f"closest atoms of the training data: {coverage.text}", highlight=False, markup=False)
+    own = coverage_of(train, shortest)
+    console.print(f"closest atoms of the training data: {own.text}", highlight=False, markup=False)
     if state is None and start is None:
         model = _with_windows(config, model, shortest)
     _report_overlap(model, shortest, console)
@@ -105,14 +105,14 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
         energies, undetermined = _reference_energies(config, model, data, shortest, state, console)
         potential = Potential(model, energies).to(device)
         origin = {} if state is None else origin_of(state)
-        if config.model.start_from and state is not None and state["coverage"] is None:
-            coverage = None
+        unknown = config.model.start_from and state is not None and state["coverage"] is None
+        coverage = None if unknown else own
     else:
         potential = start.potential.to(device)
         in_order = EpochBatches(train, **budget, shuffle=False)
         origin, undetermined = adapt(start, in_order, data.read, config.data.reference_energies, console)
         _advise(options, validation, console)
-        coverage = potential.coverage and coverage.union(potential.coverage)
+        coverage = potential.coverage and own.union(potential.coverage)
     _describe(config, potential, device, console)
     extend = Fragments(model, elements_in(frames), options.seed) if model.has_pair_bridging else None
     return Preparation(

@@ -5,6 +5,7 @@ of the start (docs/adr/0029).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +23,13 @@ from dpa4.data import (
 )
 from dpa4.data.summary import elements_in, frames_with_other_elements
 from dpa4.model import ModelConfig
+from dpa4.model.config import PairBridging
 from dpa4.model.presets import FREE_OPTIONS, preset
+from dpa4.ops.incidence import Incidence
+from dpa4.ops.segments import segment_sum
+from dpa4.parsing import shown
 from dpa4.potential import Potential
-from dpa4.potential.checkpoint import potential_of, read_checkpoint
+from dpa4.potential.checkpoint import Checkpoint, potential_of, read_checkpoint
 from dpa4.potential.deepmd.options import first_problem
 from dpa4.potential.elements import with_elements
 from dpa4.potential.fingerprint import fingerprint_of
@@ -70,32 +75,41 @@ def load_start(options: ModelOptions) -> Start:
             f"model.start_from = {name} is another network than the other options say: {'; '.join(found)}. Remove "
             "these options: the network is that of the start"
         )
-    whole = potential_of(stored, torch.float32)
-    provenance = {START: name, FINGERPRINT: fingerprint_of(whole)["model"]}
+    origin = _origin(stored, name)
+    if default := (options.model_extra or {}).get("default_charge_spin"):
+        config = ModelConfig.model_validate(stored.config.model_dump() | {"default_charge_spin": default})
+        stored = replace(stored, config=config)
+    if options.elements != "auto":
+        try:
+            stored = with_elements(stored, options.elements)
+        except ValueError as error:
+            raise ValueError(f"model.elements does not fit model.start_from = {name}: {error}") from None
+    return Start(name, potential_of(stored, torch.float32), origin)
+
+
+def _origin(stored: Checkpoint, name: str) -> dict[str, str]:
+    """Describe a start for the provenance of a fine-tuned model."""
+    origin = {START: name, FINGERPRINT: fingerprint_of(potential_of(stored, torch.float32))["model"]}
     if data := stored.provenance.get("training data"):
-        provenance["data of the start"] = data
+        origin["data of the start"] = data
     if before := stored.provenance.get(START):
         mark = stored.provenance.get(FINGERPRINT, "unknown")
         chain = [f"{before} (fingerprint {mark})", stored.provenance.get(EARLIER)]
-        provenance[EARLIER] = "; ".join(filter(None, chain))
-    if options.elements == "auto":
-        return Start(name, whole, provenance)
-    try:
-        smaller = with_elements(stored, options.elements)
-    except ValueError as error:
-        raise ValueError(f"model.elements does not fit model.start_from = {name}: {error}") from None
-    return Start(name, potential_of(smaller, torch.float32), provenance)
+        origin[EARLIER] = "; ".join(filter(None, chain))
+    return origin
 
 
 def contradictions(options: ModelOptions, start: ModelConfig) -> list[str]:
     """Describe the options of the model, given beside ``start_from``, that differ from the start.
 
     Args:
-        options: Options of the model; defaults do not count.
+        options: Options of the model; defaults do not count. Elements are not compared, nor is the charge and spin
+            of structures that state none, which the network does not depend on.
         start: Configuration of the start.
     """
+    ignored = {"elements", "default_charge_spin"} if start.charge_spin else {"elements"}
     given = {name: value for name in (*options.model_fields_set, *(options.model_extra or {}))
-             if name in ModelConfig.model_fields and name != "elements"
+             if name in ModelConfig.model_fields and name not in ignored
              and (value := getattr(options, name)) != "auto"}  # fmt: skip
     try:
         expected = ModelConfig.model_validate(start.model_dump() | given)
@@ -182,8 +196,8 @@ def energies_of(potential: Potential, batches: EpochBatches) -> list[float]:
                 potential.check(batch.graph)
                 graph = potential.without_excluded(batch.graph.to(device))
                 atomic = potential.atomic_energies(graph, graph.edge_vectors())
-                total = atomic.new_zeros(graph.num_structures).index_add_(0, graph.structure, atomic)
-                found += total.tolist()
+                structure = Incidence.of_sorted(graph.structure, graph.num_structures)
+                found += segment_sum(atomic, structure).tolist()
                 bar.update(bar.task_ids[0], completed=len(found))
     finally:
         potential.train(training)
@@ -234,4 +248,6 @@ def origin_of(state: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else repr(value)
+    if isinstance(value, PairBridging):
+        return "a window per pair of elements"
+    return "null" if value is None else value if isinstance(value, str) else shown(value)
