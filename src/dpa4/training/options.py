@@ -145,6 +145,31 @@ class KeyOptions(_Section):
     virial: str | None = Field(None, description="Virial = -volume * stress, in eV.")
 
 
+class ReplayOptions(_Section):
+    """Data of the start that are trained on again, so that fine-tuning does not forget them."""
+
+    files: tuple[UserPath, ...] = Field(
+        (),
+        description="Data that model.start_from was trained on, or a part of them, as for train: each batch has some "
+        "of their structures, with the reference energies of the start; []: none.",
+    )
+    share: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="Share of each batch (of batch_size, or of max_atoms and max_edges) for these structures.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _single_file(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("files"), str | Path):
+            return values | {"files": [values["files"]]}
+        return (
+            values | {"files": ()} if isinstance(values, dict) and values.get("files", ()) is None else values
+        )
+
+
 class DataOptions(_Section):
     """Structures, labels and reference energies."""
 
@@ -180,6 +205,10 @@ class DataOptions(_Section):
         default_factory=KeyOptions,
         description="Names of the labels in the files; null finds the usual names.",
     )
+    replay: ReplayOptions = Field(
+        default_factory=ReplayOptions,
+        description="Other data of a model to fine-tune, which it shall not forget.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -191,6 +220,42 @@ class DataOptions(_Section):
         }
         absent = {k: () for k in ("validation",) if values.get(k, ()) is None}
         return values | single | absent
+
+
+class FinetuneOptions(_Section):
+    """Limits of what fine-tuning may change."""
+
+    freeze: tuple[str, ...] = Field(
+        (),
+        description="Parts of the network that stay as in model.start_from: embedding, block1, block2, ..., blocks "
+        "(all of them), readout.",
+    )
+    depth_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Factor of the learning rate from each part to the one before it, from the read-out (1) to the "
+        "embedding.",
+    )
+    lora_rank: Annotated[int, Field(gt=0, le=10**6)] | None = Field(
+        None,
+        description="Rank of changes of the equivariant linear layers (LoRA), 16 say; most other matrices are then "
+        "frozen; null: off.",
+    )
+    lora_alpha: PositiveFloat | None = Field(
+        None,
+        le=1e6,
+        description="Scale of these changes, which are multiplied by lora_alpha / lora_rank; null: lora_rank.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "FinetuneOptions":
+        if self.lora_alpha is not None and self.lora_rank is None:
+            raise ValueError(
+                f"training.finetune.lora_alpha = {self.lora_alpha:g} needs training.finetune.lora_rank, the rank of "
+                "the changes that it scales"
+            )
+        return self
 
 
 class TrainingOptions(_Section):
@@ -260,6 +325,11 @@ class TrainingOptions(_Section):
         "auto",
         description="Weight of the virial error per atom (eV/atom); auto: 5 if the training data "
         "has stress or virial, else 0.",
+    )
+
+    finetune: FinetuneOptions = Field(
+        default_factory=FinetuneOptions,
+        description="Limits of what fine-tuning (model.start_from) may change.",
     )
 
     precision: Precision = Field(
@@ -351,3 +421,19 @@ class RunConfig(_Section):
         if start is None or not isinstance(training, dict):
             return values
         return values | {"training": FINETUNING | training}
+
+    @model_validator(mode="after")
+    def _start_given(self) -> "RunConfig":
+        """Options of fine-tuning have no meaning without a start."""
+        if self.model.start_from is None:
+            given = [("training.finetune", self.training.finetune), ("data.replay", self.data.replay)]
+            for section, options in given:
+                for name, field in type(options).model_fields.items():
+                    value = getattr(options, name)
+                    if value != field.default:
+                        shown = [str(v) for v in value] if isinstance(value, tuple) else value
+                        raise ValueError(
+                            f"{section}.{name} = {shown} is for fine-tuning; give model.start_from, the trained "
+                            "model, or remove it"
+                        )
+        return self

@@ -1,6 +1,7 @@
 """Preparation of a run: reads the data and builds the potential, the batches and the loss from the options."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import yaml
 from rich.console import Console
 
 from dpa4.data import (
+    Batch,
     Coverage,
     EpochBatches,
     Frame,
@@ -43,6 +45,8 @@ from dpa4.system import choose_device
 from dpa4.training.fragments import Fragments
 from dpa4.training.loss import Loss
 from dpa4.training.options import FINETUNING, RunConfig, TrainingOptions
+from dpa4.training.parts import check_parts
+from dpa4.training.replay import Replay, divided, replay_of
 from dpa4.training.repulsion import overlapping_pairs, without_repulsion
 from dpa4.training.splits import split
 from dpa4.training.start import Start, adapt, check_elements_of_start, load_start, origin_of
@@ -64,6 +68,7 @@ class Preparation(NamedTuple):
     validation: EpochBatches | None
     loss: Loss
     provenance: dict[str, str]  # for the checkpoints
+    replay: Replay | None  # data of the start
     undetermined: tuple[str, ...]  # elements with an arbitrary reference energy
     data: dict[str, str]  # digests of the training and validation data
     run_text: str  # the options as YAML; "auto" stays "auto"
@@ -86,6 +91,8 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
     device = choose_device(config.device)
     options = config.training
     start = load_start(config.model) if state is None and config.model.start_from else None
+    if start is not None:
+        check_parts(options.finetune.freeze, start.potential.model)
     data = _read(config, console)
     frames, validation = data.train, data.validation
     model = _model(config, data, state, start, console)
@@ -99,6 +106,8 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
         model = _with_windows(config, model, shortest)
     _report_overlap(model, shortest, console)
     budget = batch_budget(options)
+    old = _replayed_frames(config, state, console)
+    own_budget, replayed_budget = divided(budget, config.data.replay.share) if old else (budget, {})
 
     torch.manual_seed(options.seed)
     if start is None:
@@ -107,25 +116,73 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
         origin = {} if state is None else origin_of(state)
         unknown = config.model.start_from and state is not None and state["coverage"] is None
         coverage = None if unknown else own
+        references = {} if state is None else state.get("replay") or {}
     else:
         potential = start.potential.to(device)
+        references = potential_references(potential)
         in_order = EpochBatches(train, **budget, shuffle=False)
         origin, undetermined = adapt(start, in_order, data.read, config.data.reference_energies, console)
         _advise(options, validation, console)
         coverage = potential.coverage and own.union(potential.coverage)
     _describe(config, potential, device, console)
-    extend = Fragments(model, elements_in(frames), options.seed) if model.has_pair_bridging else None
+    replay = None
+    if old:
+        present = potential_references(potential)
+        replay = replay_of(old, config.data, model, references, present, replayed_budget, options.seed)
+        console.print(
+            f"each batch also has structures of the start: {len(replay.add.batches.dataset)} are replayed; the best "
+            "model is that of the new data",
+            soft_wrap=True,
+        )
+    additions: list[Callable[[Batch, int, int], Batch]] = [] if replay is None else [replay.add]
+    if model.has_pair_bridging:
+        additions.append(Fragments(model, elements_in([*frames, *old]), options.seed))
     return Preparation(
         potential=potential,
-        train=EpochBatches(train, **budget, seed=options.seed, shuffle=True, extend=extend),
+        train=EpochBatches(
+            train, **own_budget, seed=options.seed, shuffle=True, extend=partial(_extended, additions)
+        ),
         coverage=coverage,
         validation=EpochBatches(valid, **budget, seed=options.seed, shuffle=False) if validation else None,
         loss=data.loss,
-        provenance=_provenance(config, frames, validation, undetermined) | origin,
+        provenance=_provenance(config, frames, validation, undetermined, old) | origin,
+        replay=replay,
         undetermined=undetermined,
-        data={"training": digest(frames), "validation": digest(validation)},
+        data={"training": digest([*frames, *old]), "validation": digest(validation)},
         run_text=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
     )
+
+
+def _replayed_frames(config: RunConfig, state: Mapping[str, Any] | None, console: Console) -> list[Frame]:
+    """Structures of the start to train on again; none unless the options name some.
+
+    Raises:
+        ValueError: If the run to resume had none, so that the reference energies of the start are not known.
+    """
+    files = config.data.replay.files
+    if not files:
+        return []
+    if state is not None and not state.get("replay"):
+        raise ValueError(
+            f"data.replay.files = {', '.join(map(str, files))}: the run to resume replays no data; remove the "
+            "option, or start a new run"
+        )
+    read = _frames_of("data.replay.files", files, LabelKeys(**config.data.keys.model_dump()), console)
+    return list(_without_isolated_atoms(read, "data.replay.files", files))
+
+
+def potential_references(potential: Potential) -> dict[str, float]:
+    """Reference energy of each element of a potential, in eV."""
+    return dict(zip(potential.elements, potential.reference_energies.tolist(), strict=True))
+
+
+def _extended(
+    additions: Sequence[Callable[[Batch, int, int], Batch]], batch: Batch, epoch: int, number: int
+) -> Batch:
+    """Add structures of several kinds to batch ``number`` of an epoch."""
+    for add in additions:
+        batch = add(batch, epoch, number)
+    return batch
 
 
 class _Data(NamedTuple):
@@ -346,7 +403,11 @@ def _describe(config: RunConfig, potential: Potential, device: torch.device, con
 
 
 def _provenance(
-    config: RunConfig, train: Sequence[Frame], validation: Sequence[Frame], undetermined: Sequence[str]
+    config: RunConfig,
+    train: Sequence[Frame],
+    validation: Sequence[Frame],
+    undetermined: Sequence[str],
+    replayed: Sequence[Frame],
 ) -> dict[str, str]:
     def describe(paths: Sequence[Path], frames: Sequence[Frame]) -> str:
         return f"{len(frames)} structures" + (
@@ -358,6 +419,8 @@ def _provenance(
         if undetermined:
             entries["arbitrary reference energies"] = undetermined_text(undetermined)
         entries["preset"] = config.model.preset
+    if replayed:
+        entries["replayed data"] = describe(config.data.replay.files, replayed)
     return entries | {
         "training data": describe(config.data.train, train),
         "validation data": describe(config.data.validation or config.data.train, validation),

@@ -145,7 +145,7 @@ class ReplayedUpdate:
                 raise RecordingError(f"{type(error).__name__}: {error}") from error
         self.recordings[key].replay()
         # A replay does not tell autograd that it writes. Results that are cached for the weights depend on that.
-        torch.autograd.graph.increment_version(self.update.parameters)
+        torch.autograd.graph.increment_version(self.update.written)
 
 
 class StepRecording:

@@ -21,14 +21,13 @@ from dpa4.training.ema import MovingAverage
 from dpa4.training.errors import ErrorRow
 from dpa4.training.logs import ERROR_COLUMNS, TERMS, RunLog
 from dpa4.training.loss import Loss, absolute_errors
-from dpa4.training.muon import HybridMuon
-from dpa4.training.options import RunConfig
+from dpa4.training.options import FinetuneOptions, RunConfig
 from dpa4.training.plots import plot_learning_curve
 from dpa4.training.prepare import Preparation, batch_budget, changed_options
-from dpa4.training.routing import parameter_groups
 from dpa4.training.schedule import Schedule
 from dpa4.training.scores import TARGETS, columns_of, comparison_with_start, errors_of, score_of
 from dpa4.training.state import STATE, check_fits, save_state
+from dpa4.training.trainable import text_of, trainable
 from dpa4.training.update import Report, WeightUpdate
 
 if TYPE_CHECKING:
@@ -37,7 +36,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PLOT_SECONDS = 120.0  # between learning curves; drawing one takes a second
-_FIXED = ("model.", "training.optimizer", "training.adam_for_basis", "training.ema_decay")  # on resume
+_FIXED = (  # on resume
+    "model.", "training.optimizer", "training.adam_for_basis", "training.ema_decay", "training.finetune.",
+)  # fmt: skip
 _COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds")
 
 
@@ -62,10 +63,16 @@ class Trainer:
         self.potential.precision = options.precision
         self.device = self.potential.device
         keep_freed_memory(self.device)
-        self.optimizer = _optimizer(config, self.potential)
-        self.parameters = [p for p in self.potential.parameters() if p.requires_grad]
-        self.average = MovingAverage(self.parameters, options.ema_decay) if options.ema_decay else None
-        self.update = WeightUpdate(self.parameters, self.optimizer, self.average, options.gradient_clip)
+        self.trained = trained = trainable(options, self.potential.model)
+        if options.finetune != FinetuneOptions():
+            console.print(
+                text_of(options.finetune, trained, self.potential.model), highlight=False, soft_wrap=True
+            )
+        self.optimizer = trained.optimizer
+        self.average = MovingAverage(trained.parameters, options.ema_decay) if options.ema_decay else None
+        self.update = WeightUpdate(
+            trained.parameters, self.optimizer, self.average, options.gradient_clip, trained.low_rank
+        )
         self.report: Report | None = None  # of the last step, until it is known to be finite
 
         per_epoch = preparation.train.num_batches(0)
@@ -104,7 +111,8 @@ class Trainer:
         options, folder = self.config.training, self.config.output
         # A run that was killed before its first step logs the errors of its start again.
         resume_step = (self.step or -1) if self.resumed else None
-        self.log = RunLog(folder, self.console, self.total, resume_step, options.tensorboard)
+        replays = self.preparation.replay is not None and self.preparation.replay.validation is not None
+        self.log = RunLog(folder, self.console, self.total, resume_step, options.tensorboard, replays)
         self._compile()
         with stop_requests() as stopped, self.log:
             if self.config.model.start_from and self.step == 0 and not self._over():
@@ -174,7 +182,9 @@ class Trainer:
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss, terms = training_step(self.potential, batch, self.loss)
-        loss.backward(inputs=self.parameters)
+        loss.backward(inputs=self.trained.inputs)
+        if self.trained.low_rank is not None:
+            self.trained.low_rank.pass_on_gradients()
         return loss.detach(), terms
 
     def _confirm(self, following: Report | None = None) -> None:
@@ -268,6 +278,9 @@ class Trainer:
         self._confirm()
         batches = self.preparation.validation
         with self._evaluated_weights():
+            if (replay := self.preparation.replay) and replay.validation:
+                row: dict[str, Any] = {"step": self.step, "epoch": self.epoch} | dict.fromkeys(ERROR_COLUMNS)
+                self.log.replay(row | columns_of(self._errors(replay.validation)))
             if batches is None:
                 self._save_model("best.safetensors", math.nan)
                 return
@@ -275,7 +288,7 @@ class Trainer:
             score = score_of(found, self.loss)
             best = score < self.best_score
             self.best_score, self.stale = (score, 0) if best else (self.best_score, self.stale + 1)
-            row: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "score": score, "best": int(best)}
+            row = {"step": self.step, "epoch": self.epoch, "score": score, "best": int(best)}
             self.log.validation(row | dict.fromkeys(ERROR_COLUMNS) | columns_of(found))
             if best:
                 self._save_model("best.safetensors", score)
@@ -293,7 +306,8 @@ class Trainer:
     def _evaluated_weights(self) -> Iterator[None]:
         """Use the averaged weights, if any, at precision "high" while the context is active."""
         averaged = self.average.applied() if self.average is not None else nullcontext()
-        with self.potential.at_precision("high"), averaged:
+        low_rank = self.trained.low_rank
+        with self.potential.at_precision("high"), averaged, low_rank.merged() if low_rank else nullcontext():
             yield
 
     # --- files
@@ -323,6 +337,8 @@ class Trainer:
             "first_epoch": self.first_epoch,
             "potential": self.potential.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "replay": self.preparation.replay and self.preparation.replay.references,
+            "low_rank": self.trained.low_rank and self.trained.low_rank.state_dict(),
             "average": self.average.shadows if self.average is not None else None,
             "sums": self.update.sums,
             "errors": self.update.errors,
@@ -344,6 +360,10 @@ class Trainer:
             "model.symmetry: None -> O3",
             "data.calibration_fraction: None -> 0.0",
             "model.start_ema: None -> False",
+            "training.finetune.freeze: None -> []",
+            "training.finetune.depth_decay: None -> 1.0",
+            "data.replay.files: None -> []",
+            "data.replay.share: None -> 0.5",
         )
         changed = [c for c in changed if c not in lacking]
         if (
@@ -381,6 +401,8 @@ class Trainer:
     def _restore(self, state: dict[str, Any]) -> None:
         self.potential.load_state_dict(state["potential"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.trained.low_rank is not None:
+            self.trained.low_rank.load_state_dict(state["low_rank"])
         if self.average is not None:
             torch._foreach_copy_(self.average.shadows, [s.to(self.device) for s in state["average"]])
         for name in _COUNTERS:
@@ -440,13 +462,3 @@ class Trainer:
         path = best if best.is_file() else folder / "last.safetensors"
         self.console.print(f"model: {path}", markup=False)
         return path
-
-
-def _optimizer(config: RunConfig, potential: Potential) -> HybridMuon:
-    options = config.training
-    groups = parameter_groups(potential.model, adam_for_basis=options.adam_for_basis)
-    if options.optimizer == "hybrid_muon":
-        return HybridMuon(groups, options.learning_rate, weight_decay=options.weight_decay)
-    for group in groups:
-        group["route"] = "adam" if group["route"] == "adam" else "adamw"
-    return HybridMuon(groups, options.learning_rate, weight_decay=options.weight_decay, eps=1e-8)
