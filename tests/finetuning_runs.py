@@ -23,11 +23,17 @@ def start_and_data(folder: Path) -> None:
     save_potential(start, folder / "start.safetensors", {"training data": "old.xyz"})
     start = load_potential(folder / "start.safetensors")
     write_structures(folder / "old.xyz", labelled(start, range(100, 116), ("NHH", "CNH", "NNCH")))
-    write_structures(folder / "new.xyz", labelled(start, range(16), ("HCO", "HHC", "OOH", "HCOO"), SHIFT, 2.0))
+    write_structures(
+        folder / "new.xyz", labelled(start, range(16), ("HCO", "HHC", "OOH", "HCOO"), SHIFT, 2.0)
+    )
 
 
 def labelled(
-    start: Potential, seeds: range, formulas: tuple[str, ...], shift: dict[str, float] | None = None, scale=1.0
+    start: Potential,
+    seeds: range,
+    formulas: tuple[str, ...],
+    shift: dict[str, float] | None = None,
+    scale=1.0,
 ) -> list[Atoms]:
     """Clusters with the energies and forces of a potential times a factor, and energies shifted per element."""
     images = []
@@ -46,7 +52,13 @@ def labelled(
 
 def options(folder: Path, output: Path, finetune=None, replay=None, **training) -> dict:
     """Options of a run of six steps from the start of a folder."""
-    defaults = {"steps": 6, "batch_size": 4, "validation_interval": 2, "log_interval": 2, "finetune": finetune or {}}
+    defaults = {
+        "steps": 6,
+        "batch_size": 4,
+        "validation_interval": 2,
+        "log_interval": 2,
+        "finetune": finetune or {},
+    }
     return {
         "model": {"start_from": str(folder / "start.safetensors")},
         "data": {"train": str(folder / "new.xyz"), "validation_fraction": 0.25, "replay": replay or {}},

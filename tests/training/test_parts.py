@@ -41,7 +41,9 @@ def test_a_charge_belongs_to_the_embedding():
 def test_frozen_parts_are_bitwise_unchanged_and_all_others_train(folder, tmp_path):
     text = finetune(options(folder, tmp_path / "run", {"freeze": ["embedding", "block1"]}))
     assert "frozen: embedding, block1" in text
-    before, after = (load_file(p) for p in (folder / "start.safetensors", tmp_path / "run" / "last.safetensors"))
+    before, after = (
+        load_file(p) for p in (folder / "start.safetensors", tmp_path / "run" / "last.safetensors")
+    )
     assert before.keys() == after.keys()
     names = [n for n in before if n.startswith("model.")]
     frozen = [n for n in names if part_of(n.removeprefix("model.")) in ("embedding", "block1")]
@@ -79,7 +81,11 @@ def test_parts_that_cannot_be_frozen(folder, tmp_path, chosen, message):
     ("section", "values", "message"),
     [
         ("finetune", {"freeze": ["blocks"]}, r"training.finetune.freeze = \['blocks'\] is for fine-tuning"),
-        ("finetune", {"depth_decay": 0.5}, "training.finetune.depth_decay = 0.5 is for fine-tuning; give model.start"),
+        (
+            "finetune",
+            {"depth_decay": 0.5},
+            "training.finetune.depth_decay = 0.5 is for fine-tuning; give model.start",
+        ),
         ("finetune", {"lora_rank": 2}, "training.finetune.lora_rank = 2 is for fine-tuning"),
         ("finetune", {"lora_alpha": 2}, "training.finetune.lora_alpha = 2 needs training.finetune.lora_rank"),
         ("replay", {"files": "old.xyz"}, r"data.replay.files = \['old.xyz'\] is for fine-tuning"),
