@@ -11,8 +11,8 @@ from dpa4.data import EpochBatches, FrameDataset, read_frames
 from dpa4.model import DPA4
 from dpa4.model.presets import preset
 from dpa4.potential.checkpoint import load_potential
-from dpa4.training.low_rank import LowRank
 from dpa4.training.loss import Loss
+from dpa4.training.low_rank import LowRank
 from dpa4.training.options import TrainingOptions
 from dpa4.training.replayed_step import ReplayedUpdate
 from dpa4.training.state import load_state, save_state

@@ -56,7 +56,7 @@ def test_moved_labels_have_the_errors_of_the_start(folder):
 
 
 def test_a_run_refits_the_new_references_and_keeps_the_errors_of_the_start(folder, tmp_path):
-    """The new data are of another level of theory, so that without moved labels the errors would be of electronvolts."""
+    """The new data are of another level of theory: without moved labels the errors would be of electronvolts."""
     config = RunConfig.model_validate(options(folder, tmp_path, replay={"files": str(folder / "old.xyz")}))
     preparation = prepare(config, SILENT)
     potential = preparation.potential
