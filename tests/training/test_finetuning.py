@@ -23,6 +23,7 @@ from dpa4.potential.checkpoint import convert, load_potential, save_potential
 from dpa4.potential.fingerprint import fingerprint_of
 from dpa4.simulation.report import write_report
 from dpa4.training import plots
+from dpa4.training.committee import train_committee
 from dpa4.training.dry_run import dry_run
 from dpa4.training.evaluation import evaluate
 from dpa4.training.options import FINETUNING, RunConfig
@@ -213,6 +214,33 @@ def test_a_run_killed_while_the_start_is_evaluated(files, tmp_path, monkeypatch)
     assert "the start is the best model" in text
     for name, steps in (("train.csv", "0 2 4 6"), ("valid.csv", "0 2 4 6")):
         assert [row["step"] for row in read_csv(tmp_path / "run" / name)] == steps.split()
+
+
+def test_a_run_continues_on_new_data_without_a_comparison(files, tmp_path):
+    """Scores on other data cannot be compared; the model still names its start, and coverage and windows stay."""
+    values = options(files / "start.safetensors", files / "exact.xyz", tmp_path / "run", steps=1)
+    assert "the start is the best model" in finetune(values)
+    values = options(files / "start.safetensors", files / "other.xyz", tmp_path / "run", steps=2)
+    console = Console(file=io.StringIO(), record=True, width=200)
+    train(RunConfig.model_validate(values), resume=True, new_data=True, console=console)
+    text = console.export_text()
+    assert "best score" in text and "the start is the best" not in text and "of its start" not in text
+    last, start = (
+        load_potential(p) for p in (tmp_path / "run/last.safetensors", files / "start.safetensors")
+    )
+    assert last.config == start.config and last.coverage.shortest[("C", "N")] == 1.2
+    found = provenance(tmp_path / "run/last.safetensors")
+    assert found["start"] == str(files / "start.safetensors") and "exact.xyz" in found["training data"]
+
+
+def test_a_committee_is_fine_tuned(files, tmp_path):
+    """All members begin with the weights of the start and end with different ones."""
+    values = options(files / "start.safetensors", files / "other.xyz", tmp_path / "both", steps=1)
+    train_committee(RunConfig.model_validate(values), 2, console=SILENT)
+    members = [load_file(tmp_path / f"both/member-{k}/last.safetensors") for k in (0, 1)]
+    assert any(not torch.equal(members[0][name], members[1][name]) for name in members[0])
+    found = [provenance(tmp_path / f"both/member-{k}/best.safetensors")["start"] for k in (0, 1)]
+    assert found == [str(files / "start.safetensors")] * 2
 
 
 def test_another_start_is_refused_on_resume(exact_run, files):
