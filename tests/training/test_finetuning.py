@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from deepmd_files import parameter_names
 from dpa4.data import Coverage, read_frames, write_structures
 from dpa4.graph import collate
 from dpa4.model.short_range import pair_bridging
@@ -26,10 +27,11 @@ from dpa4.training import plots
 from dpa4.training.committee import train_committee
 from dpa4.training.dry_run import dry_run
 from dpa4.training.evaluation import evaluate
-from dpa4.training.options import FINETUNING, RunConfig
+from dpa4.training.options import FINETUNING, ModelOptions, RunConfig
 from dpa4.training.run import train
 from dpa4.training.run_file import load_run_config
 from dpa4.training.splits import split
+from dpa4.training.start import load_start
 from helpers import graph_of, molecule, random_potential
 from parity_files import FOLDER, read_parity_file
 from training_runs import SILENT, Killed, assert_same_run, kill_at
@@ -317,6 +319,19 @@ def test_published_layouts_are_fine_tuned_and_exported(tmp_path, name, info):
     graph = collate([graph_of(atoms, start.config.cutoff, pair) for atoms in data[:2]])
     # 1e-6: float32, relative
     torch.testing.assert_close(again(graph).energy, last(graph).energy, rtol=1e-6, atol=1e-5)
+
+
+def test_averaged_weights_of_a_checkpoint_are_a_start(tmp_path):
+    state = read_parity_file(FOLDER / "D_base.safetensors").state
+    means = {name.removeprefix("model.Default."): 0.5 * state[name] for name in parameter_names(state)}
+    ema = {"decay": 0.999, "model": means, "validation_state": {}}
+    torch.save({"model": state, "ema": ema}, tmp_path / "model.pt")
+    for wanted in (True, False):
+        named = ModelOptions(start_from=str(tmp_path / "model.pt"), start_ema=wanted)
+        start = load_start(named)
+        expected = load_potential(tmp_path / "model.pt", dtype="float32", ema=wanted).state_dict()
+        assert all(torch.equal(start.potential.state_dict()[name], expected[name]) for name in expected)
+        assert ("averaged weights" in start.provenance["start"]) == wanted
 
 
 def test_charge_and_spin_of_silent_structures_may_be_given(tmp_path):
