@@ -154,7 +154,7 @@ def test_presets_in_commands(tmp_path):
     "arguments,message",
     [
         (("info", "paper-ari"), "paper-air"),
-        (("eval", "absent.pt", "x.xyz"), "there is no checkpoint absent.pt"),
+        (("eval", "absent.pt", "x.xyz"), "there is no model file absent.pt"),
         (("train", "absent.yaml"), "absent.yaml"),
     ],
 )
@@ -293,7 +293,7 @@ def test_output_in_any_encoding(trained):
         result = CliRunner(charset=encoding).invoke(app, [str(part) for part in command])
         assert result.exit_code == 0, (command, result.output, result.exception)
     result = CliRunner(charset="ascii").invoke(app, ["info", "Å.pt"])
-    assert result.exit_code == 1 and r"there is no checkpoint \xc5.pt" in result.output
+    assert result.exit_code == 1 and r"there is no model file \xc5.pt" in result.output
     assert "Å" in (folder / "eval" / "errors.csv").read_text(encoding="utf-8")
 
 

@@ -170,7 +170,7 @@ def test_unknown_suffixes_are_refused(saved):
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*absent\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"there is no model file .*absent\.safetensors"):
         load_potential(tmp_path / "absent.safetensors")
     with pytest.raises(FileNotFoundError, match="there is no folder .*absent; create it first"):
         save_potential(make_potential(), tmp_path / "absent" / "model.safetensors")

@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from deepmd_files import parameter_names
 from dpa4.data import Coverage, read_frames, write_structures
 from dpa4.graph import collate
 from dpa4.model.short_range import pair_bridging
@@ -23,12 +24,14 @@ from dpa4.potential.checkpoint import convert, load_potential, save_potential
 from dpa4.potential.fingerprint import fingerprint_of
 from dpa4.simulation.report import write_report
 from dpa4.training import plots
+from dpa4.training.committee import train_committee
 from dpa4.training.dry_run import dry_run
 from dpa4.training.evaluation import evaluate
-from dpa4.training.options import FINETUNING, RunConfig
+from dpa4.training.options import FINETUNING, ModelOptions, RunConfig
 from dpa4.training.run import train
 from dpa4.training.run_file import load_run_config
 from dpa4.training.splits import split
+from dpa4.training.start import load_start
 from helpers import graph_of, molecule, random_potential
 from parity_files import FOLDER, read_parity_file
 from training_runs import SILENT, Killed, assert_same_run, kill_at
@@ -215,6 +218,33 @@ def test_a_run_killed_while_the_start_is_evaluated(files, tmp_path, monkeypatch)
         assert [row["step"] for row in read_csv(tmp_path / "run" / name)] == steps.split()
 
 
+def test_a_run_continues_on_new_data_without_a_comparison(files, tmp_path):
+    """Scores on other data cannot be compared; the model still names its start, and coverage and windows stay."""
+    values = options(files / "start.safetensors", files / "exact.xyz", tmp_path / "run", steps=1)
+    assert "the start is the best model" in finetune(values)
+    values = options(files / "start.safetensors", files / "other.xyz", tmp_path / "run", steps=2)
+    console = Console(file=io.StringIO(), record=True, width=200)
+    train(RunConfig.model_validate(values), resume=True, new_data=True, console=console)
+    text = console.export_text()
+    assert "best score" in text and "the start is the best" not in text and "of its start" not in text
+    last, start = (
+        load_potential(p) for p in (tmp_path / "run/last.safetensors", files / "start.safetensors")
+    )
+    assert last.config == start.config and last.coverage.shortest[("C", "N")] == 1.2
+    found = provenance(tmp_path / "run/last.safetensors")
+    assert found["start"] == str(files / "start.safetensors") and "exact.xyz" in found["training data"]
+
+
+def test_a_committee_is_fine_tuned(files, tmp_path):
+    """All members begin with the weights of the start and end with different ones."""
+    values = options(files / "start.safetensors", files / "other.xyz", tmp_path / "both", steps=1)
+    train_committee(RunConfig.model_validate(values), 2, console=SILENT)
+    members = [load_file(tmp_path / f"both/member-{k}/last.safetensors") for k in (0, 1)]
+    assert any(not torch.equal(members[0][name], members[1][name]) for name in members[0])
+    found = [provenance(tmp_path / f"both/member-{k}/best.safetensors")["start"] for k in (0, 1)]
+    assert found == [str(files / "start.safetensors")] * 2
+
+
 def test_another_start_is_refused_on_resume(exact_run, files):
     values = options("other.safetensors", files / "exact.xyz", exact_run[0])
     with pytest.raises(ValueError, match="model.start_from: .*start.safetensors -> other.safetensors"):
@@ -289,6 +319,19 @@ def test_published_layouts_are_fine_tuned_and_exported(tmp_path, name, info):
     graph = collate([graph_of(atoms, start.config.cutoff, pair) for atoms in data[:2]])
     # 1e-6: float32, relative
     torch.testing.assert_close(again(graph).energy, last(graph).energy, rtol=1e-6, atol=1e-5)
+
+
+def test_averaged_weights_of_a_checkpoint_are_a_start(tmp_path):
+    state = read_parity_file(FOLDER / "D_base.safetensors").state
+    means = {name.removeprefix("model.Default."): 0.5 * state[name] for name in parameter_names(state)}
+    ema = {"decay": 0.999, "model": means, "validation_state": {}}
+    torch.save({"model": state, "ema": ema}, tmp_path / "model.pt")
+    for wanted in (True, False):
+        named = ModelOptions(start_from=str(tmp_path / "model.pt"), start_ema=wanted)
+        start = load_start(named)
+        expected = load_potential(tmp_path / "model.pt", dtype="float32", ema=wanted).state_dict()
+        assert all(torch.equal(start.potential.state_dict()[name], expected[name]) for name in expected)
+        assert ("averaged weights" in start.provenance["start"]) == wanted
 
 
 def test_charge_and_spin_of_silent_structures_may_be_given(tmp_path):

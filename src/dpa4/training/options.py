@@ -48,7 +48,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Weight = Annotated[float, Field(ge=0, le=1e9)]
 
 
-FINETUNING = {"learning_rate": 1e-3, "warmup_fraction": 0.1}
+FINETUNING = {"learning_rate": 2e-3, "warmup_fraction": 0.1}
 """Defaults of the section ``training`` with ``model.start_from`` that differ; measured, see docs/finetuning.md."""
 
 

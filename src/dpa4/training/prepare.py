@@ -53,9 +53,6 @@ from dpa4.training.start import Start, adapt, check_elements_of_start, load_star
 
 DEFAULT_VIRIAL_WEIGHT = 5.0
 
-LARGE_RATE = 3 * FINETUNING["learning_rate"]
-"""Learning rate of fine-tuning above which a note says that it is one for random weights."""
-
 
 class Preparation(NamedTuple):
     """Potential, data and loss at the start of a run."""
@@ -289,10 +286,11 @@ def _with_windows(
 
 def _advise(options: TrainingOptions, validation: Sequence[Frame], console: Console) -> None:
     """Print what may make a start worse, or hide that."""
-    if options.learning_rate > LARGE_RATE:
+    usual = TrainingOptions.model_fields["learning_rate"].default
+    if options.learning_rate >= usual:
         console.print(
-            f"training.learning_rate = {options.learning_rate:g} suits random weights; above {LARGE_RATE:g} a start "
-            "may lose what it knows",
+            f"training.learning_rate = {options.learning_rate:g} suits random weights; fine-tuning begins with "
+            f"{FINETUNING['learning_rate']:g} unless you say otherwise",
             style="yellow",
             soft_wrap=True,
         )

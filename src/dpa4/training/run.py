@@ -39,7 +39,7 @@ def train(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Path:
-    """Train a potential.
+    """Train a potential, from random weights or from a trained model (``model.start_from``).
 
     Files written to the output folder of the run:
 

@@ -75,7 +75,7 @@ def load_start(options: ModelOptions) -> Start:
             f"model.start_from = {name} is another network than the other options say: {'; '.join(found)}. Remove "
             "these options: the network is that of the start"
         )
-    origin = _origin(stored, name)
+    origin = _origin(stored, options)
     if default := (options.model_extra or {}).get("default_charge_spin"):
         config = ModelConfig.model_validate(stored.config.model_dump() | {"default_charge_spin": default})
         stored = replace(stored, config=config)
@@ -87,8 +87,11 @@ def load_start(options: ModelOptions) -> Start:
     return Start(name, potential_of(stored, torch.float32), origin)
 
 
-def _origin(stored: Checkpoint, name: str) -> dict[str, str]:
+def _origin(stored: Checkpoint, options: ModelOptions) -> dict[str, str]:
     """Describe a start for the provenance of a fine-tuned model."""
+    branch = f"branch {options.start_branch}" if options.start_branch else None
+    averages = "averaged weights" if options.start_ema else None
+    name = ", ".join(filter(None, (options.start_from, branch, averages)))
     origin = {START: name, FINGERPRINT: fingerprint_of(potential_of(stored, torch.float32))["model"]}
     if data := stored.provenance.get("training data"):
         origin["data of the start"] = data
