@@ -37,7 +37,8 @@ from dpa4.training import logs, plots, scores
 from dpa4.training import trainer as trainer_module
 from dpa4.training.evaluation import ErrorRow, ErrorTable, evaluate
 from dpa4.training.options import RunConfig
-from dpa4.training.prepare import batch_budget, changed_options
+from dpa4.training.prepare import batch_budget
+from dpa4.training.resume import changed_options
 from dpa4.training.run import check_unused, train
 from dpa4.training.splits import split
 from dpa4.training.state import load_state, save_state

@@ -9,7 +9,7 @@ from typing import Any
 from dpa4.model import ModelConfig
 from dpa4.model.presets import closest_preset
 from dpa4.training.costs import estimate_of
-from dpa4.training.options import FINETUNING
+from dpa4.training.finetuning_options import FINETUNING
 from dpa4.training.recipes import (
     NO_LABELS,
     Choice,

@@ -23,9 +23,8 @@ from dpa4.model.config import Bridging, ModelConfig
 from dpa4.model.presets import NAMES, preset
 from dpa4.model.switches import Symmetry
 from dpa4.potential.precision import Precision
-from dpa4.system import user_path
-
-UserPath = Annotated[Path, AfterValidator(user_path)]
+from dpa4.training.finetuning_options import FINETUNING, FinetuneOptions, ReplayOptions
+from dpa4.training.sections import Count, Section, Seed, UserPath, Weight
 
 
 def _device_name(name: str) -> str:
@@ -41,19 +40,6 @@ def unknown_option(key: str, allowed: Iterable[str]) -> str:
     return f"unknown option {key if len(key) <= 100 else key[:97] + '...'}; " + (
         f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(allowed)}"
     )
-
-
-Count = Annotated[int, Field(gt=0, le=10**12)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Weight = Annotated[float, Field(ge=0, le=1e9)]
-
-
-FINETUNING = {"learning_rate": 2e-3, "warmup_fraction": 0.1}
-"""Defaults of the section ``training`` with ``model.start_from`` that differ; measured, see docs/finetuning.md."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
 class ModelOptions(BaseModel):
@@ -136,7 +122,7 @@ class ModelOptions(BaseModel):
         return preset(self.preset, **(options | (self.model_extra or {})))
 
 
-class KeyOptions(_Section):
+class KeyOptions(Section):
     """Names of the labels in the data files; labels without a name here are found by their usual names."""
 
     energy: str | None = Field(None, description="Total energy, in eV.")
@@ -145,32 +131,7 @@ class KeyOptions(_Section):
     virial: str | None = Field(None, description="Virial = -volume * stress, in eV.")
 
 
-class ReplayOptions(_Section):
-    """Data of the start that are trained on again, so that fine-tuning does not forget them."""
-
-    files: tuple[UserPath, ...] = Field(
-        (),
-        description="Data that model.start_from was trained on, or a part of them, as for train: each batch has some "
-        "of their structures, with the reference energies of the start; []: none.",
-    )
-    share: float = Field(
-        0.5,
-        gt=0,
-        lt=1,
-        description="Share of each batch (of batch_size, or of max_atoms and max_edges) for these structures.",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _single_file(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("files"), str | Path):
-            return values | {"files": [values["files"]]}
-        return (
-            values | {"files": ()} if isinstance(values, dict) and values.get("files", ()) is None else values
-        )
-
-
-class DataOptions(_Section):
+class DataOptions(Section):
     """Structures, labels and reference energies."""
 
     train: tuple[UserPath, ...] = Field(
@@ -222,43 +183,7 @@ class DataOptions(_Section):
         return values | single | absent
 
 
-class FinetuneOptions(_Section):
-    """Limits of what fine-tuning may change."""
-
-    freeze: tuple[str, ...] = Field(
-        (),
-        description="Parts of the network that stay as in model.start_from: embedding, block1, block2, ..., blocks "
-        "(all of them), readout.",
-    )
-    depth_decay: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Factor of the learning rate from each part to the one before it, from the read-out (1) to the "
-        "embedding.",
-    )
-    lora_rank: Annotated[int, Field(gt=0, le=10**6)] | None = Field(
-        None,
-        description="Rank of changes of the equivariant linear layers (LoRA), 16 say; most other matrices are then "
-        "frozen; null: off.",
-    )
-    lora_alpha: PositiveFloat | None = Field(
-        None,
-        le=1e6,
-        description="Scale of these changes, which are multiplied by lora_alpha / lora_rank; null: lora_rank.",
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "FinetuneOptions":
-        if self.lora_alpha is not None and self.lora_rank is None:
-            raise ValueError(
-                f"training.finetune.lora_alpha = {self.lora_alpha:g} needs training.finetune.lora_rank, the rank of "
-                "the changes that it scales"
-            )
-        return self
-
-
-class TrainingOptions(_Section):
+class TrainingOptions(Section):
     """Options of the fit: length, batches, optimiser, loss, logs."""
 
     epochs: Count | None = Field(
@@ -396,7 +321,7 @@ class TrainingOptions(_Section):
         return self
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything that defines a training run."""
 
     model: ModelOptions = Field(

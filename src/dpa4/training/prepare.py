@@ -1,7 +1,6 @@
 """Preparation of a run: reads the data and builds the potential, the batches and the loss from the options."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +9,6 @@ import yaml
 from rich.console import Console
 
 from dpa4.data import (
-    Batch,
     Coverage,
     EpochBatches,
     Frame,
@@ -38,15 +36,15 @@ from dpa4.data.summary import elements_in
 from dpa4.model import ModelConfig
 from dpa4.model.shapes import check_size
 from dpa4.model.short_range import pair_bridging
-from dpa4.parsing import parse_yaml
 from dpa4.potential import Potential
 from dpa4.potential.card import symmetry_text
 from dpa4.system import choose_device
+from dpa4.training.finetuning_options import FINETUNING
 from dpa4.training.fragments import Fragments
 from dpa4.training.loss import Loss
-from dpa4.training.options import FINETUNING, RunConfig, TrainingOptions
+from dpa4.training.options import RunConfig, TrainingOptions
 from dpa4.training.parts import check_parts
-from dpa4.training.replay import Replay, divided, replay_of
+from dpa4.training.replay import Extension, Replay, combined, divided, replay_of
 from dpa4.training.repulsion import overlapping_pairs, without_repulsion
 from dpa4.training.splits import split
 from dpa4.training.start import Start, adapt, check_elements_of_start, load_start, origin_of
@@ -131,14 +129,12 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
             "model is that of the new data",
             soft_wrap=True,
         )
-    additions: list[Callable[[Batch, int, int], Batch]] = [] if replay is None else [replay.add]
+    additions: list[Extension] = [] if replay is None else [replay.add]
     if model.has_pair_bridging:
         additions.append(Fragments(model, elements_in([*frames, *old]), options.seed))
     return Preparation(
         potential=potential,
-        train=EpochBatches(
-            train, **own_budget, seed=options.seed, shuffle=True, extend=partial(_extended, additions)
-        ),
+        train=EpochBatches(train, **own_budget, seed=options.seed, shuffle=True, extend=combined(additions)),
         coverage=coverage,
         validation=EpochBatches(valid, **budget, seed=options.seed, shuffle=False) if validation else None,
         loss=data.loss,
@@ -171,15 +167,6 @@ def _replayed_frames(config: RunConfig, state: Mapping[str, Any] | None, console
 def potential_references(potential: Potential) -> dict[str, float]:
     """Reference energy of each element of a potential, in eV."""
     return dict(zip(potential.elements, potential.reference_energies.tolist(), strict=True))
-
-
-def _extended(
-    additions: Sequence[Callable[[Batch, int, int], Batch]], batch: Batch, epoch: int, number: int
-) -> Batch:
-    """Add structures of several kinds to batch ``number`` of an epoch."""
-    for add in additions:
-        batch = add(batch, epoch, number)
-    return batch
 
 
 class _Data(NamedTuple):
@@ -361,20 +348,6 @@ def batch_budget(options: TrainingOptions) -> dict[str, Any]:
         "max_edges": options.max_edges,
     }
     return {name: value for name, value in budget.items() if value is not None} or {"batch_size": 8}
-
-
-def changed_options(old: str, new: str) -> list[str]:
-    """List the options that differ between the YAML of two runs, as "training.seed: 0 -> 1"."""
-    before, after = _flat(parse_yaml(old, "the former run file")), _flat(parse_yaml(new, "the run file"))
-    keys = [k for k in before | after if before.get(k) != after.get(k)]
-    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
 
 
 def _loss(options: TrainingOptions, frames: Sequence[Frame], console: Console) -> Loss:

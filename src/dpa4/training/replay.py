@@ -6,7 +6,7 @@ the labels of the replayed structures are moved by the difference: the errors ar
 or in a training step needs to know of two levels (docs/adr/0030).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,6 +16,9 @@ from dpa4.data import Batch, EpochBatches, Frame, FrameDataset, charges_and_spin
 from dpa4.model import ModelConfig
 from dpa4.training.options import DataOptions
 from dpa4.training.splits import split
+
+Extension = Callable[[Batch, int, int], Batch]
+"""Function that adds structures to a batch, given the epoch and the number of the batch."""
 
 
 class Replay(NamedTuple):
@@ -50,6 +53,17 @@ class ReplayedBatches:
             indices = self.batches.indices(epoch)
             self._of_epoch = epoch, indices
         return batch.joined(self.batches.dataset.batch(indices[number % len(indices)]))
+
+
+def combined(extensions: Sequence[Extension]) -> Extension | None:
+    """Function that adds structures of several kinds, in their order; None without any."""
+
+    def extend(batch: Batch, epoch: int, number: int) -> Batch:
+        for extension in extensions:
+            batch = extension(batch, epoch, number)
+        return batch
+
+    return extend if extensions else None
 
 
 def replay_of(

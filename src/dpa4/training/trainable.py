@@ -5,9 +5,10 @@ from typing import NamedTuple
 from torch import nn
 
 from dpa4.model import DPA4
+from dpa4.training.finetuning_options import FinetuneOptions
 from dpa4.training.low_rank import LowRank
 from dpa4.training.muon import HybridMuon
-from dpa4.training.options import FinetuneOptions, TrainingOptions
+from dpa4.training.options import TrainingOptions
 from dpa4.training.parts import depth_rates, freeze
 from dpa4.training.routing import parameter_groups
 

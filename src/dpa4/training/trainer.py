@@ -19,11 +19,13 @@ from dpa4.potential.checkpoint import save_potential
 from dpa4.system import keep_freed_memory, own_settings, stop_requests
 from dpa4.training.ema import MovingAverage
 from dpa4.training.errors import ErrorRow
+from dpa4.training.finetuning_options import FinetuneOptions
 from dpa4.training.logs import ERROR_COLUMNS, TERMS, RunLog
 from dpa4.training.loss import Loss, absolute_errors
-from dpa4.training.options import FinetuneOptions, RunConfig
+from dpa4.training.options import RunConfig
 from dpa4.training.plots import plot_learning_curve
-from dpa4.training.prepare import Preparation, batch_budget, changed_options
+from dpa4.training.prepare import Preparation, batch_budget
+from dpa4.training.resume import changes_of_run
 from dpa4.training.schedule import Schedule
 from dpa4.training.scores import TARGETS, columns_of, comparison_with_start, errors_of, score_of
 from dpa4.training.state import STATE, check_fits, save_state
@@ -36,9 +38,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PLOT_SECONDS = 120.0  # between learning curves; drawing one takes a second
-_FIXED = (  # on resume
-    "model.", "training.optimizer", "training.adam_for_basis", "training.ema_decay", "training.finetune.",
-)  # fmt: skip
 _COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds")
 
 
@@ -353,44 +352,16 @@ class Trainer:
         Raises:
             ValueError: If the state belongs to another model or optimiser or, without ``new_data``, to other data.
         """
-        changed = changed_options(state["options"], self.preparation.run_text)
-        # States of earlier versions lack these options.
-        lacking = (
-            "training.adam_for_basis: None -> False",
-            "model.symmetry: None -> O3",
-            "data.calibration_fraction: None -> 0.0",
-            "model.start_ema: None -> False",
-            "training.finetune.freeze: None -> []",
-            "training.finetune.depth_decay: None -> 1.0",
-            "data.replay.files: None -> []",
-            "data.replay.share: None -> 0.5",
-        )
-        changed = [c for c in changed if c not in lacking]
-        if (
-            "config" not in state
-        ):  # of an earlier version, in which models had no repulsion unless an option said so
-            changed = [c for c in changed if c != "model.bridging: None -> auto"]
-        fixed = [c for c in changed if c.startswith(_FIXED)]
-        if fixed:
-            raise ValueError(
-                f"{self.config.output / STATE} cannot be resumed with other options: {'; '.join(fixed)}. "
-                "Restore them or choose another output"
-            )
-        found = state.get("data")  # absent in states of earlier versions
-        others = [name for name, own in self.preparation.data.items() if found and found[name] != own]
-        if others and not new_data:
-            raise ValueError(
-                f"the {' and '.join(others)} data are not those of {self.config.output / STATE}; restore files, "
-                "keys and split, or continue on the new data with --resume --new-data"
-            )
+        preparation, file = self.preparation, self.config.output / STATE
+        changed, others = changes_of_run(state, preparation.run_text, preparation.data, file, new_data)
         for change in changed:
             self.console.print(f"changed since the checkpoint: {change}", style="yellow", markup=False)
-        check_fits(state, self.potential.state_dict(), self.config.output / STATE)
+        check_fits(state, self.potential.state_dict(), file)
         try:
             self._restore(state)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{self.config.output / STATE} is damaged or belongs to another run: its entries do not fit "
+                f"{file} is damaged or belongs to another run: its entries do not fit "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error
         self.resumed = True
