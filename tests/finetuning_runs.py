@@ -17,9 +17,10 @@ ELEMENTS = ("H", "C", "N", "O")
 SHIFT = {"H": -3.25, "C": 12.5, "N": 100.0, "O": -7.125}  # eV: another level of theory
 
 
-def start_and_data(folder: Path) -> None:
-    """Write a start, data with its labels (old.xyz), and data of other labels and another level (new.xyz)."""
-    start = random_potential(n_blocks=2, lmax=1, mixing_layers=1, elements=ELEMENTS, n_atten_head=1).float()
+def start_and_data(folder: Path, **changes) -> None:
+    """Write a start with some options changed, data with its labels (old.xyz), and data of other labels and another level (new.xyz)."""
+    small = {"n_blocks": 2, "lmax": 1, "mixing_layers": 1, "elements": ELEMENTS}
+    start = random_potential(**(small | changes)).float()
     save_potential(start, folder / "start.safetensors", {"training data": "old.xyz"})
     start = load_potential(folder / "start.safetensors")
     write_structures(folder / "old.xyz", labelled(start, range(100, 116), ("NHH", "CNH", "NNCH")))
