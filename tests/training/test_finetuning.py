@@ -436,7 +436,7 @@ def test_options_that_agree_with_the_start_are_allowed(files, tmp_path):
 
 def test_starts_that_are_none(files, tmp_path, exact_run):
     for start, message in (
-        ("absent.safetensors", "there is no checkpoint"),
+        ("absent.safetensors", "there is no model file"),
         ("paper-neo", "an architecture without weights"),
         (exact_run[0], "is the folder of a training run, not a model; take .*best.safetensors"),
         (exact_run[0] / "last.pt", "is the state of a training run"),
