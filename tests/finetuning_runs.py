@@ -18,7 +18,7 @@ SHIFT = {"H": -3.25, "C": 12.5, "N": 100.0, "O": -7.125}  # eV: another level of
 
 
 def start_and_data(folder: Path, **changes) -> None:
-    """Write a start with some options changed, data with its labels (old.xyz), and data of other labels and another level (new.xyz)."""
+    """Write a start with some options changed, data with its labels (old.xyz), and others (new.xyz)."""
     small = {"n_blocks": 2, "lmax": 1, "mixing_layers": 1, "elements": ELEMENTS}
     start = random_potential(**(small | changes)).float()
     save_potential(start, folder / "start.safetensors", {"training data": "old.xyz"})

@@ -100,7 +100,8 @@ def replay_of(
 
     def batches(part: Sequence[Frame], **order: Any) -> EpochBatches:
         pairs = charges_and_spins(part, model.charge_spin, model.default_charge_spin)
-        return EpochBatches(FrameDataset(part, model.cutoff, pairs), **budget, **order)
+        order |= budget
+        return EpochBatches(FrameDataset(part, model.cutoff, pairs), **order)
 
     return Replay(
         add=ReplayedBatches(batches(train, seed=seed, shuffle=True)),
