@@ -118,7 +118,7 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
         coverage=coverage,
         validation=EpochBatches(valid, **budget, seed=options.seed, shuffle=False) if validation else None,
         loss=data.loss,
-        provenance=_provenance(config, frames, validation, undetermined) | origin,
+        provenance=origin | _provenance(config, frames, validation, undetermined),
         undetermined=undetermined,
         data={"training": digest(frames), "validation": digest(validation)},
         run_text=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
