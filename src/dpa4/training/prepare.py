@@ -138,7 +138,7 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
         coverage=coverage,
         validation=EpochBatches(valid, **budget, seed=options.seed, shuffle=False) if validation else None,
         loss=data.loss,
-        provenance=_provenance(config, frames, validation, undetermined, old) | origin,
+        provenance=origin | _provenance(config, frames, validation, undetermined, old),
         replay=replay,
         undetermined=undetermined,
         data={"training": digest([*frames, *old]), "validation": digest(validation)},
