@@ -261,16 +261,27 @@ def assert_similar_weights(one, two):
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-3)
 
 
+def compare_compiled_with_eager(folder):
+    """Train with a part of the network that has no gradients, and with factors in the others."""
+    start_and_data(folder, n_blocks=1, ffn_on="s2")
+    chosen = LORA | {"freeze": ["embedding"]}
+    text = finetune(options(folder, folder / "compiled", chosen, compile=True, steps=3))
+    assert "deviation from eager mode" in text and "failed" not in text
+    finetune(options(folder, folder / "eager", chosen, steps=3))
+    assert_similar_weights(folder / "compiled", folder / "eager")
+
+
+@pytest.mark.slow
+def test_traced_training_equals_eager_training(tmp_path, compilations):
+    """The code of the regions, run without a compiler."""
+    compare_compiled_with_eager(tmp_path)
+    assert len(compilations) > 10
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_compiled_training_equals_eager_training(tmp_path):
-    """With a part of the network that has no gradients at all."""
-    start_and_data(tmp_path, n_blocks=1, ffn_on="s2")
-    chosen = LORA | {"freeze": ["embedding"]}
-    text = finetune(options(tmp_path, tmp_path / "compiled", chosen, compile=True))
-    assert "deviation from eager mode" in text and "failed" not in text
-    finetune(options(tmp_path, tmp_path / "eager", chosen))
-    assert_similar_weights(tmp_path / "compiled", tmp_path / "eager")
+    compare_compiled_with_eager(tmp_path)
 
 
 @pytest.mark.gpu
