@@ -218,6 +218,7 @@ def test_a_run_killed_while_the_start_is_evaluated(files, tmp_path, monkeypatch)
         assert [row["step"] for row in read_csv(tmp_path / "run" / name)] == steps.split()
 
 
+@pytest.mark.slow
 def test_a_run_continues_on_new_data_without_a_comparison(files, tmp_path):
     """Scores on other data cannot be compared; the model still names its start, and coverage and windows stay."""
     values = options(files / "start.safetensors", files / "exact.xyz", tmp_path / "run", steps=1)
@@ -235,6 +236,7 @@ def test_a_run_continues_on_new_data_without_a_comparison(files, tmp_path):
     assert found["start"] == str(files / "start.safetensors") and "exact.xyz" in found["training data"]
 
 
+@pytest.mark.slow
 def test_a_committee_is_fine_tuned(files, tmp_path):
     """All members begin with the weights of the start and end with different ones."""
     values = options(files / "start.safetensors", files / "other.xyz", tmp_path / "both", steps=1)
@@ -296,7 +298,11 @@ def test_fine_tuning_again_names_all_starts(exact_run, files, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "info"),
-    [("D_chg_spin_given", {"charge": -1, "spin": 2}), ("D_zbl_atten", {}), ("D_legacy_version1.0", {})],
+    [
+        ("D_chg_spin_given", {"charge": -1, "spin": 2}),
+        ("D_zbl_atten", {}),
+        pytest.param("D_legacy_version1.0", {}, marks=pytest.mark.slow),
+    ],
 )
 def test_published_layouts_are_fine_tuned_and_exported(tmp_path, name, info):
     """Step 0 is the imported model, with its bridging and symmetry; the result is exported to deepmd-kit."""
