@@ -36,9 +36,10 @@ QUIET = Console(quiet=True)
 VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
     "all parameters": ({}, False),
     "replay, half of each batch": ({}, True),
-    "LoRA, rank 16": ({"lora_rank": 16}, False),
     "embedding and block1 frozen": ({"freeze": ["embedding", "block1"]}, False),
     "depth_decay 0.5": ({"depth_decay": 0.5}, False),
+    "LoRA, rank 4": ({"lora_rank": 4}, False),
+    "LoRA, rank 16": ({"lora_rank": 16}, False),
 }
 
 
