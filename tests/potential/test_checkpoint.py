@@ -137,7 +137,7 @@ def test_a_crash_while_saving_leaves_the_old_file(saved, monkeypatch):
         raise OSError("disk full")
 
     old = saved.read_bytes()
-    monkeypatch.setattr("dpa4.output.flush_to_disk", crash)
+    monkeypatch.setattr("dpa4.output.files.flush_to_disk", crash)
     with pytest.raises(OSError, match="disk full"):
         save_potential(make_potential(), saved)
     assert saved.read_bytes() == old

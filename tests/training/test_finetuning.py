@@ -29,8 +29,8 @@ from dpa4.training.dry_run import dry_run
 from dpa4.training.evaluation import evaluate
 from dpa4.training.options import FINETUNING, ModelOptions, RunConfig
 from dpa4.training.run import train
+from dpa4.training.run_data import split
 from dpa4.training.run_file import load_run_config
-from dpa4.training.splits import split
 from dpa4.training.start import load_start
 from helpers import graph_of, molecule, random_potential
 from parity_files import FOLDER, read_parity_file
@@ -464,7 +464,7 @@ def test_learning_rate_and_warm_up_are_those_of_fine_tuning_unless_given(files, 
     assert {name: getattr(training, name) for name in FINETUNING} == FINETUNING
     given = RunConfig.model_validate(values | {"training": {"learning_rate": 0.02}}).training
     assert given.learning_rate == 0.02 and given.warmup_fraction == FINETUNING["warmup_fraction"]
-    assert RunConfig.model_validate({"data": {"train": "a.xyz"}}).training.learning_rate == 4e-3
+    assert RunConfig.model_validate({"data": {"train": "a.xyz"}}).training.learning_rate == "auto"
     loud = options(
         files / "start.safetensors", files / "other.xyz", tmp_path / "run", steps=1, learning_rate=0.02
     )

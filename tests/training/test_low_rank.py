@@ -60,7 +60,7 @@ def test_the_trained_parameters_are_those_of_deepmd_kit():
     """The network of its water example: 212,516 of 833,132 parameters, factors included, are trained at rank 16."""
     model = DPA4(preset("mini", elements=("H", "O"), symmetry="SO3", edge_norm=False))
     full = sum(p.numel() for p in model.parameters())
-    trained = trainable(TrainingOptions(finetune={"lora_rank": 16}), model)
+    trained = trainable(TrainingOptions(finetune={"lora_rank": 16}), model, 1e-3)
     factors = sum(p.numel() for pair in trained.low_rank.factors.values() for p in pair)
     assert sum(p.numel() for p in trained.parameters) == 212_516
     assert full + factors == 833_132
@@ -117,9 +117,7 @@ def test_fresh_factors_change_nothing():
 def test_weight_decay_acts_on_the_factors_alone():
     potential = random_potential()
     decay, rate = 0.5, 0.1
-    trained = trainable(
-        TrainingOptions(finetune=LORA, weight_decay=decay, learning_rate=rate), potential.model
-    )
+    trained = trainable(TrainingOptions(finetune=LORA, weight_decay=decay), potential.model, rate)
     low_rank = trained.low_rank
     base = {n: w.detach().clone() for n, w in low_rank.weights.items()}
     for _, up in low_rank.factors.values():
@@ -139,7 +137,7 @@ def test_weight_decay_acts_on_the_factors_alone():
 
 def test_an_update_that_is_not_finite_changes_nothing_and_a_replay_is_known_as_a_change():
     potential = random_potential()
-    trained = trainable(TrainingOptions(finetune=LORA), potential.model)
+    trained = trainable(TrainingOptions(finetune=LORA), potential.model, 1e-3)
     update = WeightUpdate(trained.parameters, trained.optimizer, None, None, trained.low_rank)
     replayed = ReplayedUpdate(update, lambda work: SimpleNamespace(replay=work))
     bad = torch.full((), float("nan"), dtype=torch.float64)
@@ -238,13 +236,13 @@ def test_a_damaged_state_is_refused(folder, whole_run, tmp_path, change, message
 )
 def test_ranks_that_are_none(chosen, message):
     with pytest.raises(ValueError, match=message):
-        trainable(TrainingOptions(finetune=chosen), random_potential().model)
+        trainable(TrainingOptions(finetune=chosen), random_potential().model, 1e-3)
 
 
 def test_factors_have_the_rates_of_their_depth():
     model = random_potential().model
     trained = trainable(
-        TrainingOptions(finetune={"lora_rank": 2, "depth_decay": 0.5, "freeze": ["block1"]}), model
+        TrainingOptions(finetune={"lora_rank": 2, "depth_decay": 0.5, "freeze": ["block1"]}), model, 1e-3
     )
     assert not any(name.startswith("blocks.0.") for name in trained.low_rank.weights)
     rate = {

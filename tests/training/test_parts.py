@@ -56,7 +56,7 @@ def test_frozen_parts_are_bitwise_unchanged_and_all_others_train(folder, tmp_pat
 
 def test_frozen_parts_have_no_gradient():
     potential = random_potential()
-    trained = trainable(TrainingOptions(finetune={"freeze": ["blocks"]}), potential.model)
+    trained = trainable(TrainingOptions(finetune={"freeze": ["blocks"]}), potential.model, 1e-3)
     names = {id(p): n for n, p in potential.model.named_parameters()}
     assert {part_of(names[id(p)]) for p in trained.inputs} == {"embedding", "readout"}
     assert sum(len(g["params"]) for g in trained.optimizer.param_groups) == len(trained.inputs)
@@ -108,7 +108,7 @@ def test_rates_fall_from_the_read_out_to_the_embedding():
     assert rates.keys() == dict(model.named_parameters()).keys()
     expected = {"embedding": 0.125, "block1": 0.25, "block2": 0.5, "readout": 1.0}
     assert all(rate == expected[part_of(name)] for name, rate in rates.items())
-    trained = trainable(TrainingOptions(finetune={"depth_decay": 0.5}), model)
+    trained = trainable(TrainingOptions(finetune={"depth_decay": 0.5}), model, 1e-3)
     names = {id(p): n for n, p in model.named_parameters()}
     for group in trained.optimizer.param_groups:
         assert group["rates"] == [rates[names[id(p)]] for p in group["params"]]

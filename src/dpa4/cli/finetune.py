@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dpa4.cli.options import Branch, console, one_model, user_errors
+from dpa4.cli.options import Branch, OverwriteFile, console, one_model, say_next, user_errors
 
 
 @one_model("fine-tuning starts from one model; for a committee, add --committee to dpa4 train")
@@ -36,18 +36,17 @@ def finetune(
         bool,
         typer.Option("--ema", help="Start from the averaged weights that a deepmd-kit checkpoint may hold."),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    overwrite: OverwriteFile = False,
 ) -> None:
     """Write a commented configuration file for a run that continues a trained model on other data."""
-    from dpa4.output import atomic_write
+    from dpa4.output import atomic_write, check_replaceable
     from dpa4.system import choose_device
     from dpa4.training import recipe_text
     from dpa4.training.finetuning_recipe import finetuning_recipe, network_text
     from dpa4.training.recipes import choice_table, summary_of
 
     with user_errors():
-        if output.exists() and not overwrite:
-            raise FileExistsError(f"{output} exists; choose another name or replace it with --overwrite")
+        check_replaceable(output, overwrite)
         named: dict[str, Any] = {"start_from": model, "start_branch": branch, "start_ema": ema}
         config, sample, elements = _start_and_data(named, train, validation or [])
         named["elements"] = elements if drop_elements else "auto"
@@ -59,7 +58,8 @@ def finetune(
             console.print(f"note: {warning}")
         with atomic_write(output) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    console.print(f"wrote {output}; edit it, then run: dpa4 train {output}")
+    console.print(f"wrote {output}; look through it", soft_wrap=True, highlight=False)
+    say_next(f"dpa4 train {output} --dry-run", f"time and memory of the run; then dpa4 train {output}")
 
 
 def _start_and_data(

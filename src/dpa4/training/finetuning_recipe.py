@@ -31,8 +31,8 @@ _FEW: dict[str, tuple[Any, str]] = {
     "training.batch_size": (4, f"small batches, hence many steps, as in the measured runs ({_OTHER})"),
     "training.learning_rate": (
         _RATE,
-        "half of the default for random weights. Force errors at 1e-3, 2e-3 and 4e-3: 140, 107 and 94 meV/A at "
-        "another level of theory, 195, 204 and more for a new molecule at the level of the start (nano, 300 steps)",
+        "a fifth of the best for random weights in short runs. Force errors at 1e-3, 2e-3 and 4e-3: 140, 107 and 94 "
+        "meV/A at another level of theory, 195, 204 and 196 for a new molecule at the same one (nano, 300 steps)",
     ),
     "training.warmup_fraction": (
         _WARMUP,
@@ -98,12 +98,11 @@ def finetuning_recipe(
     if summary.structures < 2:
         chosen["data.validation_fraction"] = (0.0, "a single structure cannot be split")
     options = dict(chosen_start) | {name: value for name, (value, _) in chosen.items()} | {"output": OUTPUT}
-    size = f"{'' if summary.complete else 'about '}{summary.structures:,} structures: "
-    reasons = {
-        name: (size if name in recipe.options else "") + reason for name, (_, reason) in chosen.items()
-    } | {"model.elements": _elements_text(summary, start, chosen_start)}
+    source = f"{'' if summary.complete else 'about '}{summary.structures:,} structures: {recipe.source}"
+    reasons = {name: reason for name, (_, reason) in chosen.items()}
+    reasons["model.elements"] = _elements_text(summary, start, chosen_start)
     estimate = estimate_of(summary.edges, options, device, closest_preset(start).name)
-    return Choice(options, reasons, recipe.source, estimate, _warnings(summary, start))
+    return Choice(options, reasons, source, estimate, _warnings(summary, start))
 
 
 def network_text(start: ModelConfig) -> str:

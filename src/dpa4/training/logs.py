@@ -90,12 +90,17 @@ class RunLog:
         line = f"step       0  start, on the training data  {_errors_text(errors)}"
         self._console.print(line, highlight=False, soft_wrap=True)
 
-    def validation(self, row: dict[str, Any]) -> None:
-        """Log and print the errors of a validation, named as in ``VALID_COLUMNS``."""
+    def validation(self, row: dict[str, Any], epochs: float) -> None:
+        """Log and print the errors of a validation.
+
+        Args:
+            row: Errors, named as in ``VALID_COLUMNS``.
+            epochs: Passes over the training data so far, with the part of the last one.
+        """
         self._valid.write(row)
         self._scalars("validation", row)
         best = "  [green]best[/green]" if row["best"] else ""
-        line = f"step {row['step']:>7}  epoch {row['epoch']:>4}  {_errors_text(row)}{best}"
+        line = f"step {row['step']:>7}  epoch {epochs:>6.1f}  {_errors_text(row)}{best}"
         self._console.print(line, highlight=False, soft_wrap=True, markup=True)
 
     def replay(self, row: dict[str, Any]) -> None:

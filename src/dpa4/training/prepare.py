@@ -16,26 +16,20 @@ from dpa4.data import (
     LabelKeys,
     charges_and_spins,
     check_elements,
-    check_labels,
-    check_trained,
     coverage_of,
     digest,
-    find_sources,
-    read_frames,
     reference_energies,
     shortest_distances,
-    summarize,
     undetermined_elements,
     undetermined_text,
-    warn_of_implausible_labels,
     warn_of_reference_energies,
-    without_isolated_atoms,
 )
 from dpa4.data.coverage import ElementPair
 from dpa4.data.summary import elements_in
 from dpa4.model import ModelConfig
 from dpa4.model.shapes import check_size
 from dpa4.model.short_range import pair_bridging
+from dpa4.output import counted
 from dpa4.potential import Potential
 from dpa4.potential.card import symmetry_text
 from dpa4.system import choose_device
@@ -46,10 +40,8 @@ from dpa4.training.options import RunConfig, TrainingOptions
 from dpa4.training.parts import check_parts
 from dpa4.training.replay import Extension, Replay, combined, divided, replay_of
 from dpa4.training.repulsion import overlapping_pairs, without_repulsion
-from dpa4.training.splits import split
+from dpa4.training.run_data import RunData, frames_of, read_data, without_isolated
 from dpa4.training.start import Start, adapt, check_elements_of_start, load_start, origin_of
-
-DEFAULT_VIRIAL_WEIGHT = 5.0
 
 
 class Preparation(NamedTuple):
@@ -88,7 +80,7 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
     start = load_start(config.model) if state is None and config.model.start_from else None
     if start is not None:
         check_parts(options.finetune.freeze, start.potential.model)
-    data = _read(config, console)
+    data = read_data(config, console)
     frames, validation = data.train, data.validation
     model = _model(config, data, state, start, console)
     pairs = charges_and_spins([*frames, *validation], model.charge_spin, model.default_charge_spin)
@@ -160,8 +152,8 @@ def _replayed_frames(config: RunConfig, state: Mapping[str, Any] | None, console
             f"data.replay.files = {', '.join(map(str, files))}: the run to resume replays no data; remove the "
             "option, or start a new run"
         )
-    read = _frames_of("data.replay.files", files, LabelKeys(**config.data.keys.model_dump()), console)
-    return list(_without_isolated_atoms(read, "data.replay.files", files))
+    read = frames_of("data.replay.files", files, LabelKeys(**config.data.keys.model_dump()), console)
+    return list(without_isolated(read, "data.replay.files", files))
 
 
 def potential_references(potential: Potential) -> dict[str, float]:
@@ -169,75 +161,8 @@ def potential_references(potential: Potential) -> dict[str, float]:
     return dict(zip(potential.elements, potential.reference_energies.tolist(), strict=True))
 
 
-class _Data(NamedTuple):
-    """Structures of a run, and the loss that their labels allow."""
-
-    read: Sequence[Frame]  # training files, with free atoms and the part that is split off
-    train: Sequence[Frame]
-    validation: Sequence[Frame]
-    loss: Loss
-
-
-def _read(config: RunConfig, console: Console) -> _Data:
-    """Read the data, check them, and print a summary."""
-    keys = LabelKeys(**config.data.keys.model_dump())
-    read = _frames_of("data.train", config.data.train, keys, console)
-    frames = _without_isolated_atoms(read, "data.train", config.data.train)
-    loss = _loss(config.training, frames, console)
-    weights = {"energy": loss.energy, "forces": loss.forces, "virial": loss.virial}
-    check_labels(frames, weights)
-    frames, _ = _without_calibration(config, frames, loss)
-    if config.data.validation:
-        held_out = _frames_of("data.validation", config.data.validation, keys, console)
-        validation = _without_isolated_atoms(held_out, "data.validation", config.data.validation)
-    else:
-        data = config.data
-        frames, validation = split(frames, data.validation_fraction, data.split_seed, _labels(loss))
-    console.print(summarize({"training": frames, "validation": validation}))
-    if validation:
-        check_labels(validation, weights, "validation")
-        check_trained(validation, frames)
-    if table := warn_of_implausible_labels([*frames, *validation]):
-        console.print(table)
-    return _Data(read, frames, validation, loss)
-
-
-def calibration_frames(config: RunConfig) -> list[Frame]:
-    """Structures that no member of a committee is trained on: the validation files, or the share that is left out."""
-    silent = Console(quiet=True)
-    keys = LabelKeys(**config.data.keys.model_dump())
-    if config.data.validation:
-        held_out = _frames_of("data.validation", config.data.validation, keys, silent)
-        return _without_isolated_atoms(held_out, "data.validation", config.data.validation)
-    read = _frames_of("data.train", config.data.train, keys, silent)
-    frames = _without_isolated_atoms(read, "data.train", config.data.train)
-    loss = _loss(config.training, frames, silent)
-    return _without_calibration(config, frames, loss)[1]
-
-
-def _without_calibration(
-    config: RunConfig, frames: list[Frame], loss: Loss
-) -> tuple[list[Frame], list[Frame]]:
-    """Split off the share of the data that calibrates a committee; it does not depend on the seeds of the run."""
-    fraction = config.data.calibration_fraction
-    return split(frames, fraction, 0, _labels(loss)) if fraction else (frames, [])
-
-
-def _labels(loss: Loss) -> list[str]:
-    """Labels with a weight in the loss."""
-    return [name for name in ("energy", "forces", "virial") if getattr(loss, name)]
-
-
-def _frames_of(option: str, paths: Sequence[Path], keys: LabelKeys, console: Console) -> list[Frame]:
-    """Read the files behind an option, and print how many they are if that does not follow from the option."""
-    sources = find_sources(paths)
-    if sources.searched:
-        console.print(f"{option}: {sources.text}", highlight=False, markup=False, soft_wrap=True)
-    return read_frames(sources, keys)
-
-
 def _model(
-    config: RunConfig, data: _Data, state: Mapping[str, Any] | None, start: Start | None, console: Console
+    config: RunConfig, data: RunData, state: Mapping[str, Any] | None, start: Start | None, console: Console
 ) -> ModelConfig:
     """Configuration of the model: that of the state or the start if there is one, else from options and data."""
     elements = elements_in([*data.read, *data.validation])
@@ -254,12 +179,16 @@ def _model(
     check_elements([*data.read, *data.validation], model.elements)
     if untrained := sorted(set(elements_in(data.read)) - set(elements_in(data.train))):
         console.print(
-            f"no structure to train on contains {', '.join(untrained)}: of these elements the model knows the free "
-            "atom only",
+            f"no structure to train on contains {', '.join(untrained)}: of {_these(untrained)} the model knows the "
+            "free atom only",
             style="yellow",
             soft_wrap=True,
         )
     return model
+
+
+def _these(elements: Sequence[str]) -> str:
+    return "this element" if len(elements) == 1 else "these elements"
 
 
 def _with_windows(
@@ -273,10 +202,9 @@ def _with_windows(
 
 def _advise(options: TrainingOptions, validation: Sequence[Frame], console: Console) -> None:
     """Print what may make a start worse, or hide that."""
-    usual = TrainingOptions.model_fields["learning_rate"].default
-    if options.learning_rate >= usual:
+    if options.learning_rate == "auto" or options.learning_rate >= 2 * FINETUNING["learning_rate"]:
         console.print(
-            f"training.learning_rate = {options.learning_rate:g} suits random weights; fine-tuning begins with "
+            f"training.learning_rate = {options.learning_rate} suits random weights; fine-tuning begins with "
             f"{FINETUNING['learning_rate']:g} unless you say otherwise",
             style="yellow",
             soft_wrap=True,
@@ -303,7 +231,7 @@ def _report_overlap(model: ModelConfig, shortest: Mapping[ElementPair, float], c
 def _reference_energies(
     config: RunConfig,
     model: ModelConfig,
-    data: _Data,
+    data: RunData,
     shortest: Mapping[ElementPair, float],
     state: Mapping[str, Any] | None,
     console: Console,
@@ -325,21 +253,6 @@ def _reference_energies(
     return energies, tuple(undetermined)
 
 
-def _without_isolated_atoms(frames: Sequence[Frame], option: str, paths: Sequence[Path]) -> list[Frame]:
-    """Return the structures to fit.
-
-    Raises:
-        ValueError: If all are free atoms.
-    """
-    found = without_isolated_atoms(frames)
-    if not found:
-        raise ValueError(
-            f"all {len(frames)} structures of {option} = {', '.join(map(str, paths))} are free atoms, which define "
-            "reference energies but are not fitted; add molecules or crystals"
-        )
-    return found
-
-
 def batch_budget(options: TrainingOptions) -> dict[str, Any]:
     """Limits of a batch, in structures or in atoms and edges; by default eight structures."""
     budget = {
@@ -348,16 +261,6 @@ def batch_budget(options: TrainingOptions) -> dict[str, Any]:
         "max_edges": options.max_edges,
     }
     return {name: value for name, value in budget.items() if value is not None} or {"batch_size": 8}
-
-
-def _loss(options: TrainingOptions, frames: Sequence[Frame], console: Console) -> Loss:
-    virial = options.virial_weight
-    if virial == "auto":
-        labelled = any(frame.virial is not None for frame in frames)
-        virial = DEFAULT_VIRIAL_WEIGHT if labelled else 0.0
-        reason = "there are stress or virial labels" if labelled else "there is no stress or virial label"
-        console.print(f"training.virial_weight = {virial:g}, because {reason}")
-    return Loss(options.energy_weight, options.forces_weight, virial, options.loss, options.huber_delta)
 
 
 def _describe(config: RunConfig, potential: Potential, device: torch.device, console: Console) -> None:
@@ -381,7 +284,7 @@ def _provenance(
     replayed: Sequence[Frame],
 ) -> dict[str, str]:
     def describe(paths: Sequence[Path], frames: Sequence[Frame]) -> str:
-        return f"{len(frames)} structures" + (
+        return counted(len(frames), "structure") + (
             f" of {', '.join(path.name if path.exists() else str(path) for path in paths)}" if paths else ""
         )
 

@@ -15,7 +15,7 @@ from ase.data import chemical_symbols
 from dpa4.data import Batch, EpochBatches, Frame, FrameDataset, charges_and_spins, check_elements
 from dpa4.model import ModelConfig
 from dpa4.training.options import DataOptions
-from dpa4.training.splits import split
+from dpa4.training.run_data import split
 
 Extension = Callable[[Batch, int, int], Batch]
 """Function that adds structures to a batch, given the epoch and the number of the batch."""

@@ -8,6 +8,7 @@ from dpa4.model import DPA4
 from dpa4.training.finetuning_options import FinetuneOptions
 from dpa4.training.low_rank import LowRank
 from dpa4.training.muon import HybridMuon
+from dpa4.training.optimizer import optimizer_of
 from dpa4.training.options import TrainingOptions
 from dpa4.training.parts import depth_rates, freeze
 from dpa4.training.routing import parameter_groups
@@ -29,12 +30,13 @@ class Trainable(NamedTuple):
     optimizer: HybridMuon
 
 
-def trainable(options: TrainingOptions, model: DPA4) -> Trainable:
+def trainable(options: TrainingOptions, model: DPA4, rate: float) -> Trainable:
     """Choose what a run trains, and exclude all other parameters of the network from training.
 
     Args:
         options: Options of the run.
         model: The network, on its device, with its first weights.
+        rate: Learning rate, which a schedule changes later.
 
     Raises:
         ValueError: If the network lacks a part to freeze, nothing is left to train, or the rank of the factors is too
@@ -55,7 +57,7 @@ def trainable(options: TrainingOptions, model: DPA4) -> Trainable:
     )
     adapted = {id(w) for w in low_rank.weights.values()} if low_rank else set()
     parameters = [p for p in inputs if id(p) not in adapted] + [p for pair in factors.values() for p in pair]
-    return Trainable(inputs, parameters, low_rank, _optimizer(options, groups))
+    return Trainable(inputs, parameters, low_rank, optimizer_of(options, groups, rate))
 
 
 def text_of(chosen: FinetuneOptions, trained: Trainable, model: DPA4) -> str:
@@ -76,11 +78,3 @@ def text_of(chosen: FinetuneOptions, trained: Trainable, model: DPA4) -> str:
         first = chosen.depth_decay ** (len(model.blocks) + 1)
         text += f"; learning rate of the embedding {first:.3g} times that of the read-out"
     return text
-
-
-def _optimizer(options: TrainingOptions, groups: list[dict]) -> HybridMuon:
-    if options.optimizer == "hybrid_muon":
-        return HybridMuon(groups, options.learning_rate, weight_decay=options.weight_decay)
-    for group in groups:
-        group["route"] = "adam" if group["route"] == "adam" else "adamw"
-    return HybridMuon(groups, options.learning_rate, weight_decay=options.weight_decay, eps=1e-8)

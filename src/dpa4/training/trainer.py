@@ -26,7 +26,7 @@ from dpa4.training.options import RunConfig
 from dpa4.training.plots import plot_learning_curve
 from dpa4.training.prepare import Preparation, batch_budget
 from dpa4.training.resume import changes_of_run
-from dpa4.training.schedule import Schedule
+from dpa4.training.schedule import schedule_of
 from dpa4.training.scores import TARGETS, columns_of, comparison_with_start, errors_of, score_of
 from dpa4.training.state import STATE, check_fits, save_state
 from dpa4.training.trainable import text_of, trainable
@@ -62,35 +62,23 @@ class Trainer:
         self.potential.precision = options.precision
         self.device = self.potential.device
         keep_freed_memory(self.device)
-        self.trained = trained = trainable(options, self.potential.model)
+        per_epoch = preparation.train.num_batches(0)
+        self.per_epoch = per_epoch
+        self.total = options.steps or per_epoch * (options.epochs or 200)
+        interval = options.validation_interval or max(per_epoch, math.ceil(self.total / 100))
+        self.validation_interval = interval
+        self.checkpoint_interval = options.checkpoint_interval or interval
+        self.schedule = schedule_of(options, self.total, console)
+        self.trained = trained = trainable(options, self.potential.model, self.schedule.peak)
         if options.finetune != FinetuneOptions():
-            console.print(
-                text_of(options.finetune, trained, self.potential.model), highlight=False, soft_wrap=True
-            )
+            text = text_of(options.finetune, trained, self.potential.model)
+            console.print(text, highlight=False, soft_wrap=True)
         self.optimizer = trained.optimizer
         self.average = MovingAverage(trained.parameters, options.ema_decay) if options.ema_decay else None
         self.update = WeightUpdate(
             trained.parameters, self.optimizer, self.average, options.gradient_clip, trained.low_rank
         )
         self.report: Report | None = None  # of the last step, until it is known to be finite
-
-        per_epoch = preparation.train.num_batches(0)
-        self.total = options.steps or per_epoch * (options.epochs or 200)
-        interval = options.validation_interval or max(per_epoch, math.ceil(self.total / 100))
-        self.validation_interval = interval
-        self.checkpoint_interval = options.checkpoint_interval or interval
-        self.schedule = Schedule(
-            options.schedule,
-            options.learning_rate,
-            options.final_learning_rate,
-            self.total,
-            int(options.warmup_fraction * self.total),
-            options.warmup_factor,
-            options.decay_fraction,
-        )
-        console.print(
-            f"{self.total} steps, {per_epoch} per epoch; MAE/RMSE of the validation data every {interval} steps:"
-        )
         self.step = 0  # finished steps
         self.epoch, self.batch = 0, 0  # of the next batch
         self.first_epoch = 0  # of the present data
@@ -104,10 +92,39 @@ class Trainer:
 
     # --- the loop
 
+    def finished(self) -> Path | None:
+        """Say so and return the path of the best model if no step is left to do; else return None.
+
+        Logs and models stay as they are. The learning curve is drawn again, because a run may be killed before that.
+        """
+        if not self._over():
+            return None
+        options = self.config.training
+        if self.step < self.total:
+            reason, name = f"training.patience = {options.patience} is exhausted", "patience"
+        elif options.steps:
+            reason, name = f"training.steps = {options.steps}", "steps"
+        else:
+            reason, name = f"training.epochs = {options.epochs or 200} are {self.total} steps", "epochs"
+        self.console.print(
+            f"nothing is left to do: {self.step} steps are done, and {reason}. To train longer, add --set "
+            f"training.{name}=N with a larger N",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
+        plot_learning_curve(self.config.output)
+        return self._named_model()
+
     @own_settings  # the GPU of the run
     def run(self) -> Path:
         """Train to the last step, an early stop or a signal; return the path of the best model."""
         options, folder = self.config.training, self.config.output
+        validated = self.preparation.validation is not None
+        self.console.print(
+            f"{self.total} steps, {self.per_epoch} per epoch"
+            + f"; MAE/RMSE of the validation data every {self.validation_interval} steps:" * validated
+        )
         # A run that was killed before its first step logs the errors of its start again.
         resume_step = (self.step or -1) if self.resumed else None
         replays = self.preparation.replay is not None and self.preparation.replay.validation is not None
@@ -213,7 +230,7 @@ class Trainer:
     def _not_finite(self, report: Report) -> str:
         values = ", ".join(f"{name} {v:.4g}" for name, v in zip(TERMS, report.values(), strict=True))
         counters = report.counters
-        step = f"step {counters['step'] + 1} (epoch {counters['epoch']}, batch {counters['batch']})"
+        step = f"step {counters['step'] + 1} (batch {counters['batch'] + 1} of epoch {counters['epoch'] + 1})"
         return f"{step} is not finite: {values}"
 
     # --- compilation
@@ -288,7 +305,8 @@ class Trainer:
             best = score < self.best_score
             self.best_score, self.stale = (score, 0) if best else (self.best_score, self.stale + 1)
             row = {"step": self.step, "epoch": self.epoch, "score": score, "best": int(best)}
-            self.log.validation(row | dict.fromkeys(ERROR_COLUMNS) | columns_of(found))
+            epochs = self.epoch + min(self.batch / self.per_epoch, 1.0)
+            self.log.validation(row | dict.fromkeys(ERROR_COLUMNS) | columns_of(found), epochs)
             if best:
                 self._save_model("best.safetensors", score)
 
@@ -418,8 +436,7 @@ class Trainer:
         return own
 
     def _finish(self, stopped: bool) -> Path:
-        folder = self.config.output
-        plot_learning_curve(folder)
+        plot_learning_curve(self.config.output)
         if stopped and self.step < self.total:
             self.console.print(f"stopped after step {self.step}; continue with --resume")
         elif self._exhausted():
@@ -427,9 +444,17 @@ class Trainer:
                 f"stopped early after step {self.step}: {self.stale} validations without a better one"
             )
         # With other data than at step 0, scores cannot be compared.
-        if self.config.model.start_from and not self.history and (text := comparison_with_start(folder)):
+        if (
+            self.config.model.start_from
+            and not self.history
+            and (text := comparison_with_start(self.config.output))
+        ):
             self.console.print(text, highlight=False, soft_wrap=True)
-        best = folder / "best.safetensors"
-        path = best if best.is_file() else folder / "last.safetensors"
-        self.console.print(f"model: {path}", markup=False)
+        return self._named_model()
+
+    def _named_model(self) -> Path:
+        """Print and return the path of the best model, or of the newest one if none was ever the best."""
+        best = self.config.output / "best.safetensors"
+        path = best if best.is_file() else self.config.output / "last.safetensors"
+        self.console.print(f"model: {path}", markup=False, soft_wrap=True)
         return path
