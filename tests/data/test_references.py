@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.data import chemical_symbols
 from rich.console import Console
 
 from dpa4.data import (
@@ -19,6 +20,7 @@ from dpa4.data import (
     label_counts,
     read_frames,
     reference_energies,
+    refitted_reference_energies,
     summarize,
     undetermined_elements,
     undetermined_text,
@@ -204,3 +206,61 @@ def test_check_elements():
     message = r"element Pu \(94\) of train.xyz, frame 12 is not in model.elements \['H', 'O'\]; retrain"
     with pytest.raises(ValueError, match=message):
         check_elements([MOLECULES[0], strange], ["H", "O"])
+
+
+# --- new reference energies of a trained model
+
+
+def refitted(frames: list[Frame], errors: list[float], **old: float) -> dict[str, float]:
+    """Fit to a model with other reference energies whose errors, in eV/atom, remain after the fit."""
+    known = ENERGIES | old
+    predicted = [
+        frame.energy - error * len(frame) - sum(ENERGIES[s] - known[s] for s in symbols_of(frame))
+        for frame, error in zip(frames, errors, strict=True)
+    ]
+    return refitted_reference_energies(known, frames, predicted)
+
+
+def symbols_of(frame: Frame) -> list[str]:
+    return [chemical_symbols[z] for z in frame.atomic_numbers]
+
+
+def test_the_change_of_reference_energies_is_found():
+    found = refitted(MOLECULES, [0.0] * 4, H=0.0, C=500.0, N=7.0)
+    assert found == pytest.approx(ENERGIES | {"N": 7.0}, abs=1e-8)  # rounding of 1e3 eV
+    assert list(found) == ["H", "C", "O", "N"]  # in the order of the model
+
+
+def test_errors_of_a_model_are_fitted_per_atom():
+    """A large structure counts as much as a small one: with one element the change is the mean error per atom."""
+    frames = [frame("H" * n, -13.5 * n) for n in (1, 2, 40)]
+    assert refitted(frames, [0.3, 0.6, 0.0])["H"] == pytest.approx(-13.5 + 0.3)
+
+
+def test_changes_that_the_data_leave_open_are_the_smallest():
+    found = refitted([total("H2O")] * 3, [0.0] * 3, H=0.0, O=0.0)
+    change = np.array([found["H"], found["O"]])
+    counts = np.array([2.0, 1.0])
+    energy = counts @ [ENERGIES["H"], ENERGIES["O"]]
+    assert change == pytest.approx(energy * counts / (counts @ counts))
+    assert found["C"] == ENERGIES["C"]
+
+
+def test_a_wrong_energy_does_not_move_the_reference_energies():
+    """Errors of 0.5 eV/atom, as of stretched bonds, are fitted; one of 30 eV/atom is left out with a warning."""
+    frames = MOLECULES * 3
+    errors = [0.01, -0.01, 0.02, -0.5] * 3
+    clean = refitted(frames, errors, H=0.0)
+    with pytest.warns(UserWarning, match=r"leaves out 1 of 13 energies .*\+30\.\d* eV/atom"):
+        found = refitted([*frames, total("H2O")], [*errors, 30.0], H=0.0)
+    assert found == pytest.approx(clean, abs=1e-9)
+
+
+def test_without_energies_the_reference_energies_stay():
+    frames = [frame("H2O"), frame("CO2")]
+    assert refitted_reference_energies(ENERGIES, frames, [0.0, 0.0]) == ENERGIES
+    labelled = [*MOLECULES, frame("H2O")]  # one without an energy
+    predicted = [f.energy - 2.0 * len(f) if f.energy is not None else 0.0 for f in labelled]
+    assert refitted_reference_energies(ENERGIES, labelled, predicted) == pytest.approx(
+        {e: v + 2.0 for e, v in ENERGIES.items()}
+    )

@@ -193,6 +193,7 @@ def test_commands_exist(path):
 def test_options_of_commands_in_tables():
     """Tables of options name existing ones, with their defaults."""
     sections = {
+        "finetune": ("docs/finetuning.md", "# Fine-tuning"),
         "md": ("docs/running.md", "## Molecular dynamics"),
         "relax": ("docs/running.md", "## Relaxation"),
         "eos": ("docs/crystals.md", "## Equation of state"),

@@ -12,8 +12,9 @@ from dpa4.data import read_frames, write_structures
 from dpa4.data.frame import Frame
 from dpa4.data.sampling import Sample, read_sample
 from dpa4.training import load_run_config, recipe_for, recipe_text, summary_of
+from dpa4.training.costs import COSTS
 from dpa4.training.prepare import prepare
-from dpa4.training.recipes import COSTS, RECIPES
+from dpa4.training.recipes import RECIPES
 from vasp_runs import write_run
 
 

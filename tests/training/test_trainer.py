@@ -34,11 +34,12 @@ from dpa4.model import DPA4
 from dpa4.model.presets import preset
 from dpa4.output import CsvLog, read_csv
 from dpa4.potential.checkpoint import load_potential
-from dpa4.training import logs, plots
+from dpa4.training import logs, plots, scores
 from dpa4.training import trainer as trainer_module
 from dpa4.training.evaluation import ErrorRow, ErrorTable, evaluate
 from dpa4.training.options import RunConfig
-from dpa4.training.prepare import batch_budget, changed_options
+from dpa4.training.prepare import batch_budget
+from dpa4.training.resume import changed_options
 from dpa4.training.run import check_unused, train
 from dpa4.training.state import load_state, save_state
 from dpa4.training.trainer import Trainer
@@ -246,7 +247,7 @@ def test_a_validation_file_is_used_whole(argon_file, tmp_path):
 def test_an_absent_error_is_not_zero(argon_file, tmp_path, monkeypatch):
     """Without one of its errors there is no score, and NaN is never the best; averages of the log leave it out."""
     table = ErrorTable((ErrorRow("all", "forces", "meV/Å", 3, 1.0, 1.0, 1.0),))
-    monkeypatch.setattr(trainer_module, "error_table", lambda *_: table)
+    monkeypatch.setattr(scores, "error_table", lambda *_: table)
     folder = tmp_path / "run"
     run(argon_file, folder, steps=6, validation_interval=2, batch_size=1, log_interval=1, patience=3)
     assert [(r["score"], r["best"]) for r in read_csv(folder / "valid.csv")] == [("nan", "0")] * 3
@@ -269,7 +270,7 @@ def test_the_learning_rate_follows_the_number_of_steps(argon_file, tmp_path):
 def test_early_stop(argon_file, tmp_path, monkeypatch):
     quantities = ("energy per atom", "forces", "virial per atom")
     table = ErrorTable(tuple(ErrorRow("all", name, "meV", 3, 1.0, 1.0, 1.0) for name in quantities))
-    monkeypatch.setattr(trainer_module, "error_table", lambda *_: table)
+    monkeypatch.setattr(scores, "error_table", lambda *_: table)
     _, text = run(argon_file, tmp_path / "run", steps=40, validation_interval=2, patience=3)
     rows = read_csv(tmp_path / "run" / "valid.csv")
     assert [r["best"] for r in rows] == ["1", "0", "0", "0"]

@@ -6,6 +6,7 @@ from dpa4.cli.crystal import elastic, eos, phonon
 from dpa4.cli.data import data
 from dpa4.cli.dynamics import md
 from dpa4.cli.embed import embed
+from dpa4.cli.finetune import finetune
 from dpa4.cli.lammps import lammps
 from dpa4.cli.models import convert, info
 from dpa4.cli.neb import neb
@@ -26,6 +27,7 @@ app = Commands(
     result_callback=exit_after_signal,
 )
 app.command()(init)
+app.command()(finetune)
 app.command()(train)
 app.command("eval")(evaluate_command)
 app.command()(convert)

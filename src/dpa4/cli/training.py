@@ -66,7 +66,7 @@ def init(
             device = choose_device("auto").type
             choice = recipe_for(summary, device, preset)
             text = recipe_text(entries, choice)
-            console.print(choice_table(summary, choice, device))
+            console.print(choice_table(summary, choice, device, choice.options["model.preset"]))
             for warning in choice.warnings:
                 console.print(f"note: {warning}")
         with atomic_write(path) as temporary:

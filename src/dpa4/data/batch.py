@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpa4.graph import Graph
+from dpa4.graph import Graph, collate
 
 
 class Batch(NamedTuple):
@@ -40,6 +40,11 @@ class Batch(NamedTuple):
             graph,
             **{n: longer(t, graph.positions if n in of_atoms else graph.cell) for n, t in fields.items()},
         )
+
+    def joined(self, other: "Batch") -> "Batch":
+        """Batch with the structures of another batch after its own."""
+        labels = (torch.cat(pair) for pair in zip(self[1:], other[1:], strict=True))
+        return Batch(collate([self.graph, other.graph]), *labels)
 
     def pin_memory(self) -> "Batch":
         """Copy to page-locked memory, from which copies to a GPU are asynchronous."""

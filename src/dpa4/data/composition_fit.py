@@ -38,7 +38,9 @@ def element_counts(frames: Sequence[Frame], elements: Sequence[str] | None = Non
     return counts[:, columns]
 
 
-def fit_composition(counts: NDArray[np.float64], energies: NDArray[np.float64]) -> CompositionFit:
+def fit_composition(
+    counts: NDArray[np.float64], energies: NDArray[np.float64], deviation: float = DEVIATION
+) -> CompositionFit:
     """Minimum-norm least-squares solution of counts @ x = energies without gross outliers.
 
     See docs/theory.md, "Readout and energy". Outliers are found by a fit of least absolute deviations per atom, which
@@ -47,16 +49,17 @@ def fit_composition(counts: NDArray[np.float64], energies: NDArray[np.float64]) 
     Args:
         counts: Number of atoms of each element in each structure, (structures, elements).
         energies: Total energies, (structures,), in eV.
+        deviation: Energies closer to the fit than this, in eV/atom, are never outliers.
     """
     atoms = counts.sum(axis=1)
     outliers = np.zeros(len(energies), dtype=bool)
     solution = np.linalg.lstsq(counts, energies, rcond=None)[0]
     deviations = (energies - counts @ solution) / atoms
     # A wrong energy draws the fit towards itself, at most by half unless its element occurs almost nowhere else.
-    if np.abs(deviations).max(initial=0.0) > DEVIATION / 2:
+    if np.abs(deviations).max(initial=0.0) > deviation / 2:
         shares = counts / atoms[:, None]
         robust = energies / atoms - shares @ _least_absolute_deviations(shares, energies / atoms)
-        outliers = np.abs(robust) > max(DEVIATION, QUARTILES * np.quantile(np.abs(robust), 0.75))
+        outliers = np.abs(robust) > max(deviation, QUARTILES * np.quantile(np.abs(robust), 0.75))
         # Every element keeps a structure to be fitted.
         lost = (counts[~outliers] == 0).all(axis=0) & (counts > 0).any(axis=0)
         outliers &= (counts[:, lost] == 0).all(axis=1)

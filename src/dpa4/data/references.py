@@ -4,13 +4,21 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from ase.data import chemical_symbols
+from numpy.typing import NDArray
 
-from dpa4.data.composition_fit import element_counts, fit_composition
+from dpa4.data.composition_fit import DEVIATION, element_counts, fit_composition
 from dpa4.data.frame import Frame
-from dpa4.data.summary import check_elements
+from dpa4.data.summary import check_elements, elements_in
 from dpa4.messages import warn
 
 ISOLATED_GROUPS = ("isolatedatom", "isolatedatoms")
+
+DEVIATION_OF_A_MODEL = 1.0
+"""Errors of a model smaller than this, in eV/atom, are never outliers when its reference energies are refitted.
+
+Bonds and pressure are part of its energies, so that far smaller deviations than those of `composition_fit.DEVIATION`
+are implausible. Stretched and compressed structures, which a model does not know, have errors of a few 0.1 eV/atom.
+"""
 
 
 def is_isolated_atom(frame: Frame) -> bool:
@@ -74,6 +82,35 @@ def reference_energies(
     return _least_squares(fitted, elements)
 
 
+def refitted_reference_energies(
+    old: Mapping[str, float], frames: Sequence[Frame], predicted: Sequence[float]
+) -> dict[str, float]:
+    """Change the reference energies of a model so that its energies agree with those of other data.
+
+    The change is the minimum-norm least-squares fit of compositions to the errors per atom of the model, without
+    gross outliers, which are warned of. So the energies of elements that do not occur stay as they are, and where the
+    compositions do not determine the changes of single elements, all of them are as small as possible.
+
+    Args:
+        old: Reference energy of each element of the model, in eV.
+        frames: Training frames without free atoms.
+        predicted: Energy of each frame with the old reference energies, in eV.
+
+    Returns:
+        The new reference energies, in eV; the old ones if no frame has an energy.
+    """
+    used = [frame for frame in frames if frame.energy is not None]
+    if not used:
+        return dict(old)
+    atoms = np.array([len(frame) for frame in used], dtype=np.float64)
+    differences = [f.energy - e for f, e in zip(frames, predicted, strict=True) if f.energy is not None]
+    errors = np.array(differences) / atoms
+    elements = elements_in(used)
+    shares = element_counts(used, elements) / atoms[:, None]
+    changes = _fitted(used, elements, shares, errors, DEVIATION_OF_A_MODEL)
+    return {e: value + changes.get(e, 0.0) for e, value in old.items()}
+
+
 def undetermined_elements(
     source: str | Mapping[str, float], frames: Sequence[Frame], elements: Sequence[str]
 ) -> list[str]:
@@ -105,6 +142,17 @@ def undetermined_text(undetermined: Sequence[str]) -> str:
         "determine them, so energy differences between compositions mean nothing. Add a free atom of every element "
         f"of the model (config_type=IsolatedAtom), or structures with other proportions of {names}, or give the "
         "energies as a map in data.reference_energies"
+    )
+
+
+def undetermined_changes_text(undetermined: Sequence[str]) -> str:
+    """Explain that changes of reference energies are not determined one by one, and how to determine them."""
+    names = ", ".join(undetermined)
+    return (
+        f"the compositions of the training structures do not determine how the reference energies of {names} change "
+        "one by one, so the smallest changes that fit were taken. Energy differences between compositions other than "
+        "those of the data are then a mixture of two levels of theory. Add structures with other proportions of "
+        f"{names}, or give the energies in data.reference_energies"
     )
 
 
@@ -152,7 +200,18 @@ def _least_squares(frames: Sequence[Frame], elements: Sequence[str]) -> dict[str
         )
     check_elements(frames, elements)
     energies = np.array([frame.energy for frame in frames], dtype=np.float64)
-    fit = fit_composition(element_counts(frames, elements), energies)
+    return _fitted(frames, elements, element_counts(frames, elements), energies, DEVIATION)
+
+
+def _fitted(
+    frames: Sequence[Frame],
+    elements: Sequence[str],
+    counts: NDArray[np.float64],
+    energies: NDArray[np.float64],
+    deviation: float,
+) -> dict[str, float]:
+    """Fit compositions to energies, and warn of energies that are left out; see `fit_composition`."""
+    fit = fit_composition(counts, energies, deviation)
     if fit.outliers.any():
         worst = int(np.abs(fit.deviations).argmax())
         warn(

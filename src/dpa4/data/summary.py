@@ -126,7 +126,7 @@ def check_trained(validation: Sequence[Frame], training: Sequence[Frame]) -> Non
     Raises:
         ValueError: If not; the message names the first such element and its frame.
     """
-    for frame, element in _with_other_elements(validation, elements_in(training)):
+    for frame, element in frames_with_other_elements(validation, elements_in(training)):
         raise ValueError(
             f"element {element} of {frame.origin} is in the validation data, but in no structure to train on, so its "
             "errors would decide at random which model is the best; move structures with it to the training data, or "
@@ -140,14 +140,16 @@ def check_elements(frames: Sequence[Frame], elements: Sequence[str]) -> None:
     Raises:
         ValueError: If not; the message names the first unknown element and its frame.
     """
-    for frame, element in _with_other_elements(frames, elements):
+    for frame, element in frames_with_other_elements(frames, elements):
         raise ValueError(
             f"element {element} ({chemical_symbols.index(element)}) of {frame.origin} is not in model.elements "
             f"{list(elements)}; retrain with it or drop the structure"
         )
 
 
-def _with_other_elements(frames: Sequence[Frame], elements: Sequence[str]) -> Iterator[tuple[Frame, str]]:
+def frames_with_other_elements(
+    frames: Sequence[Frame], elements: Sequence[str]
+) -> Iterator[tuple[Frame, str]]:
     """Yield the frames with elements outside a list, each with the first such element."""
     known = np.zeros(len(chemical_symbols), dtype=bool)
     known[[chemical_symbols.index(e) for e in elements]] = True

@@ -121,8 +121,8 @@ def _hint(name: str) -> str:
     return (f"did you mean {close[0]!r}? " if close else "") + f"Available: {NAMES}"
 
 
-# Fields that belong to the data, the user or the import rather than to a published architecture.
-_FREE = frozenset(("elements", "bridging", "excluded_pairs", "float32_cutoff"))
+FREE_OPTIONS = frozenset(("elements", "bridging", "excluded_pairs", "float32_cutoff"))
+"""Options that belong to the data, the user or the import rather than to a published architecture."""
 
 
 class Match(NamedTuple):
@@ -137,10 +137,10 @@ def closest_preset(config: ModelConfig) -> Match:
 
     Among equal ones, deepmd-kit's name is preferred, because it has a version.
     """
-    own = config.model_dump(exclude=set(_FREE))
+    own = config.model_dump(exclude=set(FREE_OPTIONS))
     matches = []
     for name in [*DEEPMD_PRESETS, *PRESETS]:
-        published = preset(name, elements=("H",)).model_dump(exclude=set(_FREE))
+        published = preset(name, elements=("H",)).model_dump(exclude=set(FREE_OPTIONS))
         matches.append(Match(name, {key: own[key] for key in own if own[key] != published[key]}))
     return min(matches, key=lambda match: len(match.changed))
 

@@ -160,7 +160,7 @@ def load_potential(
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"dtype must be float32 or float64, got {dtype!r}")
     stored = read_checkpoint(path, branch, ema=ema)
-    return _assemble(stored, dtype or stored.dtype).to(device)
+    return potential_of(stored, dtype or stored.dtype).to(device)
 
 
 @own_settings
@@ -198,7 +198,7 @@ def convert(
     stored = read_checkpoint(source, branch, ema=ema)
     if drop_bridging:
         stored = replace(stored, config=stored.config.model_copy(update={"bridging": None}))
-    potential = _assemble(stored, stored.dtype)
+    potential = potential_of(stored, stored.dtype)
     name = str(source) if str(source).startswith(HUB) else Path(source).name
     parent = {"parent file": name, "parent format": stored.format}
     if target.suffix == ".pt":
@@ -352,8 +352,13 @@ def _config(metadata: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"its configuration is not valid: {first_problem(error)}") from error
 
 
-def _assemble(stored: Checkpoint, dtype: torch.dtype) -> Potential:
-    """Build a potential with the stored weights, in evaluation mode."""
+def potential_of(stored: Checkpoint, dtype: torch.dtype) -> Potential:
+    """Build a potential with the stored weights, in evaluation mode.
+
+    Args:
+        stored: Content of a checkpoint.
+        dtype: Floating-point type of the network.
+    """
     potential = Potential(stored.config).to(dtype)
     potential.model.load_state_dict(stored.weights)
     potential.reference_energies.copy_(stored.reference_energies)

@@ -42,6 +42,7 @@ WORST_COLUMNS = {
 }
 SUMMARY = (
     "preset",
+    "start",
     "trainable parameters",
     "elements",
     "cutoff",

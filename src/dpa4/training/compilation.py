@@ -73,7 +73,7 @@ class CompiledTraining:
         self.active = True
         self._check(batches, training=True)
         if self.active and self.potential.device.type == "cuda":
-            recorder = StepRecorder(self.differentiate, self.potential.parameters())
+            recorder = StepRecorder(self.differentiate, self.weight_update.parameters)
             self._step = ReplayedStep(self.potential, self.differentiate, recorder)
             self._update = ReplayedUpdate(self.weight_update, recorder.record_update)
 

@@ -168,7 +168,7 @@ def _network_in_training(model: InputModel, report: Report) -> Options:
 
 
 _ONLY_IN_TRAINING: dict[str, tuple[Any, str]] = {
-    "lora": (None, "all weights are trained here, and a run starts from random weights"),
+    "lora": (None, "set training.finetune.lora_rank and lora_alpha beside model.start_from"),
     "descriptor.trainable": (True, "all weights are trained here"),
     "fitting_net.trainable": (True, "all weights are trained here"),
 }

@@ -96,7 +96,10 @@ def dry_run(config: RunConfig, console: Console | None = None) -> DryRun:
     preparation = prepare(config, console)
     trainer = _Trial(config, preparation, console)
     timed, seconds = trainer.time_steps()
-    validations = -(-trainer.total // trainer.validation_interval) if preparation.validation else 0
+    validations = 0
+    if preparation.validation:
+        of_start = 1 if config.model.start_from else 0
+        validations = -(-trainer.total // trainer.validation_interval) + of_start
     return DryRun(
         steps=trainer.total,
         steps_per_epoch=preparation.train.num_batches(0),

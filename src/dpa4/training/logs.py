@@ -15,6 +15,8 @@ TRAIN_ERRORS = tuple(f"{name}_mae" for name in ERROR_UNITS)  # absent in files o
 TRAIN_COLUMNS = ("step", "epoch", "learning_rate", *TERMS, "seconds", *TRAIN_ERRORS)
 ERROR_COLUMNS = tuple(f"{name}_{kind}" for name in ERROR_UNITS for kind in ("mae", "rmse"))
 VALID_COLUMNS = ("step", "epoch", "score", "best", *ERROR_COLUMNS)
+REPLAY_COLUMNS = ("step", "epoch", *ERROR_COLUMNS)
+REPLAY_FILE = "valid_replay.csv"
 
 
 class RunLog:
@@ -26,18 +28,26 @@ class RunLog:
         total: Number of steps of the run.
         resume_step: Continue the logs of an earlier run after this step; None starts new logs.
         tensorboard: Also write TensorBoard files.
+        replays: Also write valid_replay.csv, the errors on data of the start.
 
     Raises:
         ModuleNotFoundError: If ``tensorboard`` is true and TensorBoard is not installed.
     """
 
     def __init__(
-        self, folder: Path, console: Console, total: int, resume_step: int | None, tensorboard: bool
+        self,
+        folder: Path,
+        console: Console,
+        total: int,
+        resume_step: int | None,
+        tensorboard: bool,
+        replays: bool = False,
     ):
         self._console = console
         self._tensorboard = _summary_writer(folder, resume_step) if tensorboard else None
         self._train = CsvLog(folder / "train.csv", TRAIN_COLUMNS, resume_step, TRAIN_ERRORS)
         self._valid = CsvLog(folder / "valid.csv", VALID_COLUMNS, resume_step)
+        self._replay = CsvLog(folder / REPLAY_FILE, REPLAY_COLUMNS, resume_step) if replays else None
         self._progress = ProgressBar("step", total, resume_step or 0, console=console)
         self._task = self._progress.task_ids[0]
 
@@ -49,6 +59,8 @@ class RunLog:
         self._progress.stop()
         self._train.close()
         self._valid.close()
+        if self._replay is not None:
+            self._replay.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -56,6 +68,8 @@ class RunLog:
         """Wait until all rows are on the disk."""
         self._train.flush_to_disk()
         self._valid.flush_to_disk()
+        if self._replay is not None:
+            self._replay.flush_to_disk()
 
     def step(self, step: int) -> None:
         """Advance the progress."""
@@ -68,6 +82,14 @@ class RunLog:
         status = f"loss {row['loss']:.4g}  lr {row['learning_rate']:.2e}"
         self._progress.update(self._task, status=status)
 
+    def start(self, errors: dict[str, float]) -> None:
+        """Log and print the errors of the start on the training data, named as in ``ERROR_COLUMNS``, as step 0."""
+        row = {"step": 0, "epoch": 0, "seconds": 0.0} | {n: errors[n] for n in TRAIN_ERRORS if n in errors}
+        self._train.write(row)
+        self._scalars("train", row)
+        line = f"step       0  start, on the training data  {_errors_text(errors)}"
+        self._console.print(line, highlight=False, soft_wrap=True)
+
     def validation(self, row: dict[str, Any], epochs: float) -> None:
         """Log and print the errors of a validation.
 
@@ -77,20 +99,32 @@ class RunLog:
         """
         self._valid.write(row)
         self._scalars("validation", row)
-        errors = "  ".join(
-            f"{name} {row[f'{name}_mae']:.4g}/{row[f'{name}_rmse']:.4g} {unit}"
-            for name, unit in ERROR_UNITS.items()
-            if row.get(f"{name}_mae") is not None
-        )
         best = "  [green]best[/green]" if row["best"] else ""
-        line = f"step {row['step']:>7}  epoch {epochs:>6.1f}  {errors}{best}"
+        line = f"step {row['step']:>7}  epoch {epochs:>6.1f}  {_errors_text(row)}{best}"
         self._console.print(line, highlight=False, soft_wrap=True, markup=True)
+
+    def replay(self, row: dict[str, Any]) -> None:
+        """Log and print the errors on held-out data of the start, named as in ``REPLAY_COLUMNS``."""
+        assert self._replay is not None
+        self._replay.write(row)
+        self._scalars("replay", row)
+        line = f"step {row['step']:>7}  replayed    {_errors_text(row)}"
+        self._console.print(line, highlight=False, soft_wrap=True)
 
     def _scalars(self, prefix: str, row: dict[str, Any]) -> None:
         if self._tensorboard is not None:
             for name, value in row.items():
                 if name != "step" and value is not None:
                     self._tensorboard.add_scalar(f"{prefix}/{name}", value, row["step"])
+
+
+def _errors_text(errors: dict[str, Any]) -> str:
+    """MAE and RMSE of each quantity, such as "forces 12.1/15.9 meV/Å"."""
+    return "  ".join(
+        f"{name} {errors[f'{name}_mae']:.4g}/{errors[f'{name}_rmse']:.4g} {unit}"
+        for name, unit in ERROR_UNITS.items()
+        if errors.get(f"{name}_mae") is not None
+    )
 
 
 def _summary_writer(folder: Path, resume_step: int | None) -> Any:

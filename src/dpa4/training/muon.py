@@ -130,7 +130,8 @@ class HybridMuon(Optimizer):
     can be recorded as a CUDA graph and replayed as long as `receive` returns the same key.
 
     Args:
-        groups: Parameter groups with the key ``route``; see ``dpa4.training.routing.parameter_groups``.
+        groups: Parameter groups with the key ``route`` and, optionally, ``rates``, a factor of the learning rate for
+            each parameter; see ``dpa4.training.routing.parameter_groups``.
         lr: Learning rate of all routes.
         momentum: Decay of Muon's (Nesterov) momentum.
         betas: Decays of Adam's moments.
@@ -231,7 +232,7 @@ class HybridMuon(Optimizer):
             group, factors = self.param_groups[index], table[index]
             pack.begin(scale)
             if group["route"] != "adam":
-                pack.weight.mul_(factors[1].to(pack.weight.dtype))
+                pack.decay(factors[1])
             if isinstance(pack, MuonPacking):
                 _muon(pack, factors, active)
             else:
@@ -244,9 +245,13 @@ class HybridMuon(Optimizer):
     def _packing(self, params: list[Tensor], group: dict[str, Any]) -> AdamPacking | MuonPacking:
         states, borrowed = [self.state[p] for p in params], [id(p) in self._packed for p in params]
         self._packed.update(map(id, params))
+        rates = None
+        if "rates" in group:
+            rate_of = dict(zip(map(id, group["params"]), group["rates"], strict=True))
+            rates = [rate_of[id(p)] for p in params]
         if group["route"] == "muon":
-            return MuonPacking(params, states, borrowed, group["scale"])
-        return AdamPacking(params, states, borrowed)
+            return MuonPacking(params, states, borrowed, group["scale"], rates)
+        return AdamPacking(params, states, borrowed, rates)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state of the parameters; options and routes remain those of this optimiser."""
@@ -282,7 +287,8 @@ def _adam(pack: AdamPacking, factors: Tensor, active: Tensor, group: dict[str, A
     corrections = torch.stack([1 - beta2**steps, factors[0] / (1 - beta1**steps)])
     square, size = corrections.to(gradient.dtype)[:, pack.owner]
     denominator = pack.square.div(square).sqrt_().add_(group["eps"])
-    pack.weight.addcdiv_(pack.mean * size, denominator)
+    step = pack.mean * size
+    pack.weight.addcdiv_(step if pack.rate is None else step.mul_(pack.rate), denominator)
 
 
 def _muon(pack: MuonPacking, factors: Tensor, active: Tensor) -> None:

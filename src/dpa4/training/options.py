@@ -14,7 +14,9 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveFloat,
+    SerializerFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -23,10 +25,9 @@ from dpa4.model.config import Bridging, ModelConfig
 from dpa4.model.presets import NAMES, preset
 from dpa4.model.switches import Symmetry
 from dpa4.potential.precision import Precision
-from dpa4.system import user_path
+from dpa4.training.finetuning_options import FINETUNING, FinetuneOptions, ReplayOptions
 from dpa4.training.schedule import LOWEST_RATE
-
-UserPath = Annotated[Path, AfterValidator(user_path)]
+from dpa4.training.sections import Count, Section, Seed, UserPath, Weight
 
 
 def _device_name(name: str) -> str:
@@ -72,24 +73,31 @@ def _options_by_name() -> dict[str, list[str]]:
     return found
 
 
-Count = Annotated[int, Field(gt=0, le=10**12)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Weight = Annotated[float, Field(ge=0, le=1e9)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
-
-
 class ModelOptions(BaseModel):
-    """A published model and changes to it; any field of ``ModelConfig`` may be added."""
+    """A published model and changes to it, or a trained model; any field of ``ModelConfig`` may be added.
+
+    With ``start_from`` the options are those of the trained model; only options that were given are stored, and they
+    must agree with it (`dpa4.training.start`).
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    preset: str = Field("mini", description=f"Published model to start from: {NAMES}.")
+    preset: str = Field("mini", description=f"Published model whose architecture is used: {NAMES}.")
+    start_from: str | None = Field(
+        None,
+        description="Trained model to fine-tune: file, or hf:organisation/repository/file. The network is that of "
+        "the file, with its symmetry and bridging; null: random weights.",
+    )
+    start_branch: str | None = Field(
+        None, description="Branch of start_from, if that is a multitask checkpoint of deepmd-kit."
+    )
+    start_ema: bool = Field(
+        False, description="Start from the averaged weights that a deepmd-kit checkpoint may also hold."
+    )
     elements: Literal["auto"] | tuple[str, ...] = Field(
         "auto",
-        description="Chemical symbols the model knows; auto: all of the training and validation data.",
+        description="Chemical symbols the model knows; auto: all of the training and validation data, or all of "
+        "start_from.",
     )
     bridging: Literal["auto"] | Bridging | None = Field(
         "auto",
@@ -108,8 +116,27 @@ class ModelOptions(BaseModel):
         for name in self.model_extra or {}:
             if name not in ModelConfig.model_fields:
                 raise ValueError(unknown_option(f"model.{name}", [*ModelConfig.model_fields, "preset"]))
-        self.build(tuple(chemical_symbols[1:]))
+        if self.start_from is None:
+            for name in ("start_branch", "start_ema"):
+                if value := getattr(self, name):
+                    raise ValueError(f"model.{name} = {value} needs model.start_from, the file to start from")
+            self.build(tuple(chemical_symbols[1:]))
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """With ``start_from``, leave out the options that were not given: their defaults do not hold."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if self.holds(name)}
+
+    def holds(self, name: str) -> bool:
+        """Return whether the value of an option holds: a default does not beside ``start_from``."""
+        return (
+            self.start_from is None
+            or name in self.model_fields_set
+            or name not in type(self).model_fields
+            or name.startswith("start_")
+        )
 
     def build(self, found: Iterable[str]) -> ModelConfig:
         """Build the model configuration; with ``bridging`` auto it has no bridging yet.
@@ -126,7 +153,7 @@ class ModelOptions(BaseModel):
         return preset(self.preset, **(options | (self.model_extra or {})))
 
 
-class KeyOptions(_Section):
+class KeyOptions(Section):
     """Names of the labels in the data files; labels without a name here are found by their usual names."""
 
     energy: str | None = Field(None, description="Total energy, in eV.")
@@ -135,7 +162,7 @@ class KeyOptions(_Section):
     virial: str | None = Field(None, description="Virial = -volume * stress, in eV.")
 
 
-class DataOptions(_Section):
+class DataOptions(Section):
     """Structures, labels and reference energies."""
 
     train: tuple[UserPath, ...] = Field(
@@ -177,6 +204,10 @@ class DataOptions(_Section):
         default_factory=KeyOptions,
         description="Names of the labels in the files; null finds the usual names.",
     )
+    replay: ReplayOptions = Field(
+        default_factory=ReplayOptions,
+        description="Other data of a model to fine-tune, which it shall not forget.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -190,7 +221,7 @@ class DataOptions(_Section):
         return values | single | absent
 
 
-class TrainingOptions(_Section):
+class TrainingOptions(Section):
     """Options of the fit: length, batches, optimiser, loss, logs."""
 
     epochs: Count | None = Field(
@@ -229,11 +260,15 @@ class TrainingOptions(_Section):
     learning_rate: Annotated[PositiveFloat, Field(le=1e3)] | Literal["auto"] = Field(
         "auto",
         description="Peak learning rate; auto: 1e-2 up to 1,000 steps, lower for more steps, 1e-3 from 31,600 steps "
-        "on.",
+        f"on. With model.start_from the default is {FINETUNING['learning_rate']:g}.",
     )
     final_learning_rate: float = Field(1e-6, ge=0, description="Learning rate at the end.")
     warmup_fraction: float = Field(
-        0.01, ge=0, lt=1, description="Share of all steps spent on the linear warm-up."
+        0.01,
+        ge=0,
+        lt=1,
+        description="Share of all steps spent on the linear warm-up. With model.start_from the default is "
+        f"{FINETUNING['warmup_fraction']:g}.",
     )
     warmup_factor: float = Field(0.2, ge=0, le=1, description="Learning rate of step 0 relative to the peak.")
     decay_fraction: float = Field(
@@ -259,6 +294,11 @@ class TrainingOptions(_Section):
         "auto",
         description="Weight of the virial error per atom (eV/atom); auto: 5 if the training data "
         "has stress or virial, else 0.",
+    )
+
+    finetune: FinetuneOptions = Field(
+        default_factory=FinetuneOptions,
+        description="Limits of what fine-tuning (model.start_from) may change.",
     )
 
     precision: Precision = Field(
@@ -331,7 +371,7 @@ class TrainingOptions(_Section):
         return self
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything that defines a training run."""
 
     model: ModelOptions = Field(
@@ -344,3 +384,31 @@ class RunConfig(_Section):
         "auto",
         description="auto (a GPU if there is one), cpu, cuda, or cuda:1 for the second GPU.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gentle_start(cls, values: Any) -> Any:
+        """With ``model.start_from``, use the defaults of fine-tuning: those for random weights would destroy it."""
+        if not isinstance(values, dict):
+            return values
+        model, training = values.get("model"), values.get("training") or {}
+        start = model.get("start_from") if isinstance(model, dict) else getattr(model, "start_from", None)
+        if start is None or not isinstance(training, dict):
+            return values
+        return values | {"training": FINETUNING | training}
+
+    @model_validator(mode="after")
+    def _start_given(self) -> "RunConfig":
+        """Options of fine-tuning have no meaning without a start."""
+        if self.model.start_from is None:
+            given = [("training.finetune", self.training.finetune), ("data.replay", self.data.replay)]
+            for section, options in given:
+                for name, field in type(options).model_fields.items():
+                    value = getattr(options, name)
+                    if value != field.default:
+                        shown = [str(v) for v in value] if isinstance(value, tuple) else value
+                        raise ValueError(
+                            f"{section}.{name} = {shown} is for fine-tuning; give model.start_from, the trained "
+                            "model, or remove it"
+                        )
+        return self

@@ -43,19 +43,25 @@ class Packing:
 
     Args:
         params: The weights, in the order of the buffers.
+        rates: Factor of the learning rate of each weight; None: 1 for all.
         padded: Number of additional entries of the buffer of gradients, which are zero.
 
     Attributes:
         weight: (P,) copy of the weights.
+        rate: (P,) factor of the learning rate of each element; None: 1 for all.
         received: (P,) gradient as computed.
         gradient: (P + padded,) scaled gradient, which an update reads.
         weights, gradients: Views of ``weight`` and ``received`` shaped like the weights.
     """
 
-    def __init__(self, params: list[Tensor], padded: int = 0):
+    def __init__(self, params: list[Tensor], rates: Sequence[float] | None = None, padded: int = 0):
         self.params = params
         self.sizes = [p.numel() for p in params]
         total = sum(self.sizes)
+        self.rate: Tensor | None = None
+        if rates is not None:
+            each = torch.tensor(rates, dtype=params[0].dtype)
+            self.rate = each.repeat_interleave(torch.tensor(self.sizes)).to(params[0].device)
         self.weight, self.received = params[0].new_zeros(2, total)
         self.gradient = params[0].new_zeros(total + padded)
         self.weights, self.gradients = self.views(self.weight), self.views(self.received)
@@ -109,6 +115,14 @@ class Packing:
         torch.mul(self.received, scale.to(own.dtype), out=own)
         torch.nan_to_num(own, nan=0.0, out=own)  # a choice between two tensors is slower on a CPU
 
+    def decay(self, factor: Tensor) -> None:
+        """Multiply the weights by a factor, () float64, whose distance from 1 is that for a rate of 1."""
+        dtype = self.weight.dtype
+        if self.rate is None:
+            self.weight.mul_(factor.to(dtype))
+        else:
+            self.weight.addcmul_(self.weight * self.rate, (factor - 1).to(dtype))
+
     def end(self) -> None:
         """Copy the new weights and the borrowed state back after an update."""
         torch._foreach_copy_(self.params, self.weights)
@@ -147,6 +161,7 @@ class AdamPacking(Packing):
         params: The weights.
         states: State of each weight.
         borrowed: For each weight, True if its state belongs to another packing; see `Packing.hold`.
+        rates: As for `Packing`.
 
     Attributes:
         mean, square: (P,) moments of the gradient.
@@ -154,8 +169,14 @@ class AdamPacking(Packing):
         owner: (P,) index of the weight of each element.
     """
 
-    def __init__(self, params: list[Tensor], states: list[State], borrowed: list[bool]):
-        super().__init__(params)
+    def __init__(
+        self,
+        params: list[Tensor],
+        states: list[State],
+        borrowed: list[bool],
+        rates: Sequence[float] | None = None,
+    ):
+        super().__init__(params, rates)
         device = params[0].device
         self.mean, self.square = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
         self.steps = torch.zeros(len(params), dtype=torch.float64, device=device)
@@ -176,6 +197,7 @@ class MuonPacking(Packing):
         states: State of each weight.
         borrowed: As for `AdamPacking`.
         scale: Root mean square of an update.
+        rates: As for `Packing`.
 
     Attributes:
         momentum, work, product: (P + 1,) buffers; the last entry is the zero used as padding. ``momentum`` is
@@ -186,11 +208,19 @@ class MuonPacking(Packing):
         indices: For each stack, (k, m, n) positions of its elements in the buffers.
         inverse: (P,) positions of the elements of a buffer in the flattened and concatenated stacks.
         counts: Number of blocks of each stack.
-        scales: For each stack, (k, 1, 1) factors from orthogonalised blocks to the root mean square ``scale``.
+        scales: For each stack, (k, 1, 1) factors from orthogonalised blocks to the root mean square ``scale``, times
+            the factor of the learning rate.
         streams: Streams for `concurrently`, one per stack; none on a CPU.
     """
 
-    def __init__(self, params: list[Tensor], states: list[State], borrowed: list[bool], scale: float):
+    def __init__(
+        self,
+        params: list[Tensor],
+        states: list[State],
+        borrowed: list[bool],
+        scale: float,
+        rates: Sequence[float] | None = None,
+    ):
         by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
         for i, p in enumerate(params):
             by_shape[_wide_shape(p)].append(i)
@@ -198,7 +228,7 @@ class MuonPacking(Packing):
         stacks = _stacks(counts)
         shapes = [shape for stack in stacks for shape in stack]
         order = [i for shape in shapes for i in by_shape[shape]]
-        super().__init__([params[i] for i in order], padded=1)
+        super().__init__([params[i] for i in order], rates and [rates[i] for i in order], padded=1)
 
         dtype, device = params[0].dtype, params[0].device
         total = sum(self.sizes)
@@ -226,7 +256,7 @@ class MuonPacking(Packing):
                 for i in by_shape[m, n]:
                     block = _to_blocks(positions[i].view(params[i].shape))
                     index.append(F.pad(block, (0, columns - n, 0, rows - m), value=total))
-                    roots += [scale * n**0.5] * len(block)
+                    roots += [scale * n**0.5 * (rates[i] if rates else 1.0)] * len(block)
             indices.append(torch.cat(index))
             self.counts.append(len(roots))
             self.scales.append(torch.tensor(roots, device=device)[:, None, None])

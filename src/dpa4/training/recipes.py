@@ -1,7 +1,6 @@
 """Recipes: options of a training run that suit the data, with the reason of each choice.
 
-The numbers of all recipes are in ``RECIPES``, those of the estimates of time and memory in ``COSTS``. Each has the
-measurement it comes from, or says that it is not measured.
+The numbers of all recipes are in ``RECIPES``. Each has the measurement it comes from, or says that there is none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from dpa4.data.sampling import Sample
 from dpa4.data.summary import elements_in
 from dpa4.graph.neighbors import neighbor_list
 from dpa4.output import counted
+from dpa4.training.costs import Estimate, estimate_of, estimate_text
 
 CUTOFF_MOLECULES = 5.0  # Angstrom; acetylacetone, 2026-11-30; the usual value for molecules
 CUTOFF_PERIODIC = 6.0  # Angstrom; the cutoff of the published models
@@ -174,47 +174,6 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Measured cost of a training step: seconds = max(least, per_edge * edges).
-
-    Attributes:
-        least: Time of a step of few edges, in seconds.
-        per_edge: Time per edge of the batch, in seconds.
-        fixed_bytes: Memory without a batch, in bytes.
-        bytes_per_edge: Memory per edge of the batch, in bytes.
-        device: Device of the measurement, for the comment.
-    """
-
-    least: float
-    per_edge: float
-    fixed_bytes: float
-    bytes_per_edge: float
-    device: str
-
-
-# docs/training.md, "How the recipes were found", has the commands.
-# cuda: 12.0 ms for 8 molecules of acetylacetone (paper-neo, 2026-11-30); 43.4 ms and 11.6 GiB for 32 x 64 atoms with
-# 56 neighbours, 114,688 edges (paper-air, bfloat16, 2026-11-26, benchmarks/README.md). float32 is taken
-# as twice that; paper-neo as two thirds of paper-air.
-# cpu: nano, 32 molecules of acetylacetone (5,800 edges), 0.36 s of processor time per step, mean of 4 steps; memory:
-# difference to 8 molecules (256 MB); the least time is that of 8 molecules by the same slope, not measured.
-COSTS: dict[tuple[str, str], Cost] = {
-    ("cuda", "paper-neo"): Cost(0.012, 5.0e-7, 1.0e9, 1.4e5, "one H200"),
-    ("cuda", "paper-air"): Cost(0.018, 7.6e-7, 1.0e9, 2.1e5, "one H200"),
-    ("cpu", "nano"): Cost(0.09, 6.1e-5, 5.2e8, 5.9e4, "one core of a server"),
-}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Estimate of the time and memory of a run; within a factor of two or three."""
-
-    seconds: float
-    bytes: float
-    device: str
-
-
-@dataclass(frozen=True)
 class Choice:
     """Options that suit the data.
 
@@ -233,8 +192,12 @@ class Choice:
     warnings: tuple[str, ...]
 
 
-def summary_of(sample: Sample) -> DataSummary:
+def summary_of(sample: Sample, cutoff: float | None = None) -> DataSummary:
     """Summarise the structures of a sample.
+
+    Args:
+        sample: The structures.
+        cutoff: Cutoff of the network, in Angstrom; None: the one that suits the structures.
 
     Raises:
         ValueError: If there is no structure but free atoms.
@@ -245,7 +208,7 @@ def summary_of(sample: Sample) -> DataSummary:
             f"all {len(sample.frames)} structures are free atoms, which are not fitted; add structures to train on"
         )
     periodic = float(np.mean([frame.pbc.any() for frame in frames]))
-    cutoff = CUTOFF_PERIODIC if periodic else CUTOFF_MOLECULES
+    cutoff = cutoff or (CUTOFF_PERIODIC if periodic else CUTOFF_MOLECULES)
     elements = elements_in(sample.frames)
     free = {elements_in([f])[0] for f in sample.frames if is_isolated_atom(f) and f.energy is not None}
     has_energy = any(frame.energy is not None for frame in frames)
@@ -283,29 +246,19 @@ def recipe_for(summary: DataSummary, device: str, preset: str | None = None) -> 
     options = {name: value for name, (value, _) in chosen.items()}
     source = f"{'about ' if not summary.complete else ''}{summary.structures:,} structures: {recipe.source}"
     reasons = {name: reason for name, (_, reason) in chosen.items()}
-    return Choice(options, reasons, source, _estimate(summary, options, device), _warnings(summary))
+    estimate = estimate_of(summary.edges, options, device, options["model.preset"])
+    return Choice(options, reasons, source, estimate, _warnings(summary))
 
 
-def estimate_text(estimate: Estimate | None) -> str:
-    """Time and memory of a run in words."""
-    if estimate is None:
-        return "none, because a step of this network has not been timed"
-    hours = estimate.seconds / 3600
-    time = (
-        f"{hours / 24:.1f} days"
-        if hours > 48
-        else f"{hours:.1f} h"
-        if hours > 1.5
-        else f"{hours * 60:.0f} min"
-    )
-    return (
-        f"about {time} and {estimate.bytes / 2**30:.1f} GiB on {estimate.device}; a rough figure from the number of "
-        "neighbours, without compilation and validation, which may be wrong by a factor of three"
-    )
+def choice_table(summary: DataSummary, choice: Choice, device: str, network: str) -> Table:
+    """Short table of what was found in the data and what was chosen.
 
-
-def choice_table(summary: DataSummary, choice: Choice, device: str) -> Table:
-    """Short table of what was found in the data and what was chosen."""
+    Args:
+        summary: Properties of the data.
+        choice: The options.
+        device: Kind of device: "cpu" or "cuda".
+        network: Name of the network.
+    """
     table = Table(show_header=False)
     exact = "" if summary.complete else f" (estimated from the first {summary.sampled:,})"
     labels = ", ".join(f"{name} {share:.0%}" for name, share in summary.labels.items())
@@ -317,7 +270,7 @@ def choice_table(summary: DataSummary, choice: Choice, device: str) -> Table:
         "periodic": f"{summary.periodic:.0%}",
         "labels": labels,
         "device": "GPU" if device == "cuda" else "CPU",
-        "network": f"{options['model.preset']}, cutoff {options['model.cutoff']} A",
+        "network": f"{network}, cutoff {summary.cutoff:g} A",
         "length": f"{options['training.steps']:,} steps of {options['training.batch_size']} structures",
         "weight decay": f"{options['training.weight_decay']}",
         "estimate": estimate_text(choice.estimate),
@@ -325,6 +278,22 @@ def choice_table(summary: DataSummary, choice: Choice, device: str) -> Table:
     for name, text in rows.items():
         table.add_row(name, text)
     return table
+
+
+def weights_from_labels(summary: DataSummary) -> dict[str, tuple[Any, str]]:
+    """Weights of the loss that follow from the labels, with their reasons."""
+    chosen: dict[str, tuple[Any, str]] = {}
+    labels = summary.labels
+    for name in ("energy", "forces"):
+        if not labels[name] and any(labels.values()):
+            chosen[f"training.{name}_weight"] = (0.0, f"no structure has a label for {name}")
+    virial = labels["virial"]
+    chosen["training.virial_weight"] = (
+        (5.0, f"{virial:.0%} of the structures have a stress or virial")
+        if virial
+        else (0.0, "no structure has a stress or virial, so the pressure is not fitted")
+    )
+    return chosen
 
 
 def _from_data(summary: DataSummary, options: Mapping[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
@@ -337,19 +306,10 @@ def _from_data(summary: DataSummary, options: Mapping[str, tuple[Any, str]]) -> 
         else "molecules: they need fewer neighbours than periodic structures"
     )
     chosen: dict[str, tuple[Any, str]] = {"model.cutoff": (summary.cutoff, kind)}
-    labels = summary.labels
-    for name in ("energy", "forces"):
-        if not labels[name] and any(labels.values()):
-            chosen[f"training.{name}_weight"] = (0.0, f"no structure has a label for {name}")
-    virial = labels["virial"]
-    chosen["training.virial_weight"] = (
-        (5.0, f"{virial:.0%} of the structures have a stress or virial")
-        if virial
-        else (0.0, "no structure has a stress or virial, so the pressure is not fitted")
-    )
+    chosen |= weights_from_labels(summary)
     if summary.isolated:
         chosen["data.reference_energies"] = ("isolated", "every element has a free atom with an energy")
-    elif labels["energy"]:
+    elif summary.labels["energy"]:
         chosen["data.reference_energies"] = (
             "least_squares",
             "not every element has a free atom with an energy, so compositions are fitted to the energies",
@@ -362,27 +322,21 @@ def _from_data(summary: DataSummary, options: Mapping[str, tuple[Any, str]]) -> 
     return chosen
 
 
-def _estimate(summary: DataSummary, options: Mapping[str, Any], device: str) -> Estimate | None:
-    cost = COSTS.get((device, options["model.preset"]))
-    if cost is None:
-        return None
-    edges = options["training.batch_size"] * summary.edges
-    seconds = options["training.steps"] * max(cost.least, cost.per_edge * edges)
-    return Estimate(seconds, cost.fixed_bytes + cost.bytes_per_edge * edges, cost.device)
-
-
 def _mean_edges(frames: Sequence[Frame], cutoff: float) -> float:
     chosen = frames[:: ceil(len(frames) / FRAMES_FOR_EDGES)]
     return float(np.mean([len(neighbor_list(f.positions, f.cell, f.pbc, cutoff).source) for f in chosen]))
+
+
+NO_LABELS = (
+    "no energies, forces or stresses were found under the usual names; name them in data.keys of the file"
+)
 
 
 def _warnings(summary: DataSummary) -> tuple[str, ...]:
     """Return advice on what the data lack."""
     found = []
     if not any(summary.labels.values()):
-        found.append(
-            "no energies, forces or stresses were found under the usual names; name them in data.keys of the file"
-        )
+        found.append(NO_LABELS)
     if summary.undetermined:
         which = f"{'energy' if len(summary.undetermined) == 1 else 'energies'} of {', '.join(summary.undetermined)}"
         found.append(

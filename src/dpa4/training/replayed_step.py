@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dpa4.data import Batch
@@ -100,7 +100,7 @@ class StepRecorder:
         parameters: Parameters whose gradients the step computes, on a GPU.
     """
 
-    def __init__(self, step: Step, parameters: Iterable[nn.Parameter]):
+    def __init__(self, step: Step, parameters: Iterable[Tensor]):
         self.step, self.parameters = step, list(parameters)
         self.stream = torch.cuda.Stream(self.parameters[0].device)
         self.pool = torch.cuda.graph_pool_handle()
@@ -145,7 +145,7 @@ class ReplayedUpdate:
                 raise RecordingError(f"{type(error).__name__}: {error}") from error
         self.recordings[key].replay()
         # A replay does not tell autograd that it writes. Results that are cached for the weights depend on that.
-        torch.autograd.graph.increment_version(self.update.parameters)
+        torch.autograd.graph.increment_version(self.update.written)
 
 
 class StepRecording:
@@ -163,7 +163,7 @@ class StepRecording:
         graph: Any,
         inputs: Batch,
         results: tuple[Tensor, dict[str, Tensor]],
-        parameters: list[nn.Parameter],
+        parameters: list[Tensor],
     ):
         self.graph, self.inputs, self.results, self.parameters = graph, inputs, results, parameters
         self.gradients = [p.grad for p in parameters]

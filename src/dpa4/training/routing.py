@@ -1,5 +1,6 @@
 """Optimiser route of each parameter, decided by the type of the module that owns it."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -38,6 +39,16 @@ ROUTES: dict[type[nn.Module], dict[str, Route]] = {
 }
 
 
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Module that owns a parameter, and the name there of the parameter or of the list that holds it."""
+    path, _, own = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if isinstance(owner, nn.ParameterList):
+        path, _, own = path.rpartition(".")
+        owner = model.get_submodule(path)
+    return owner, own
+
+
 def basis_matrices(model: nn.Module) -> set[str]:
     """Names of the matrices that multiply the radial basis: of the radial network and of the environment seed."""
     names = set()
@@ -64,11 +75,7 @@ def parameter_routes(model: nn.Module, *, adam_for_basis: bool = False) -> dict[
     routes: dict[str, Route] = {}
     moved = basis_matrices(model) if adam_for_basis else set()
     for name, parameter in model.named_parameters():
-        path, _, own = name.rpartition(".")
-        owner = model.get_submodule(path)
-        if isinstance(owner, nn.ParameterList):
-            path, _, own = path.rpartition(".")
-            owner = model.get_submodule(path)
+        owner, own = owner_of(model, name)
         route = ROUTES.get(type(owner), {}).get(own)
         if route is None:
             raise ValueError(
@@ -81,21 +88,41 @@ def parameter_routes(model: nn.Module, *, adam_for_basis: bool = False) -> dict[
     return routes
 
 
-def parameter_groups(model: nn.Module, *, adam_for_basis: bool = False) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module,
+    *,
+    adam_for_basis: bool = False,
+    factors: Mapping[str, Sequence[nn.Parameter]] | None = None,
+    rates: Mapping[str, float] | None = None,
+) -> list[dict[str, Any]]:
     """Parameter groups for ``HybridMuon``, with each trainable parameter once, in the order of the model.
 
     Args:
         model: The network.
         adam_for_basis: As in `parameter_routes`.
+        factors: Parameters that are trained in place of a parameter of the network, by its name. They have its route,
+            except that vectors have the route adam.
+        rates: Factor of the learning rate of each parameter of the network, by name; 1 without.
 
     Raises:
         ValueError: As ``parameter_routes``.
     """
-    parameters = dict(model.named_parameters())
+    parameters, factors = dict(model.named_parameters()), factors or {}
     groups: dict[Route, list[nn.Parameter]] = {"muon": [], "adam": [], "adamw": []}
+    found: dict[Route, list[float]] = {"muon": [], "adam": [], "adamw": []}
     for name, route in parameter_routes(model, adam_for_basis=adam_for_basis).items():
-        if parameters[name].requires_grad:
-            groups[route].append(parameters[name])
+        for p in factors.get(name, [parameters[name]]):
+            if p.requires_grad:
+                own: Route = "adam" if route == "muon" and block_shape(p.shape) is None else route
+                groups[own].append(p)
+                found[own].append(1.0 if rates is None else rates[name])
+    trained = [p for name, p in parameters.items() if p.requires_grad and name not in factors]
+    trained += [p for pair in factors.values() for p in pair]
     grouped = [id(p) for group in groups.values() for p in group]
-    assert sorted(grouped) == sorted(id(p) for p in parameters.values() if p.requires_grad), "not a partition"
-    return [{"params": group, "route": route} for route, group in groups.items() if group]
+    assert sorted(grouped) == sorted(map(id, trained)), "not a partition"
+    with_rates = {} if rates is None else {route: {"rates": found[route]} for route in groups}
+    return [
+        {"params": group, "route": route} | with_rates.get(route, {})
+        for route, group in groups.items()
+        if group
+    ]

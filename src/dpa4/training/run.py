@@ -17,14 +17,15 @@ from dpa4.output import (
     tolerate_any_encoding,
 )
 from dpa4.system import float32_by_default, own_settings
+from dpa4.training.logs import REPLAY_FILE
 from dpa4.training.options import RunConfig
 from dpa4.training.prepare import prepare
 from dpa4.training.state import STATE, load_state
 from dpa4.training.trainer import Trainer
 
 _FILES_OF_A_RUN = (
-    STATE, "best.safetensors", "last.safetensors", "train.csv", "valid.csv", "learning_curve.*", "run.yaml",
-    "report.html", "tensorboard/*",
+    STATE, "best.safetensors", "last.safetensors", "train.csv", "valid.csv", REPLAY_FILE, "learning_curve.*",
+    "run.yaml", "report.html", "tensorboard/*",
 )  # fmt: skip
 
 
@@ -39,14 +40,14 @@ def train(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Path:
-    """Train a potential.
+    """Train a potential, from random weights or from a trained model (``model.start_from``).
 
     Files written to the output folder of the run:
 
     * best.safetensors: model with the lowest validation score, with averaged weights.
     * last.safetensors: newest model.
     * last.pt: everything needed to resume.
-    * train.csv, valid.csv and learning_curve.png: losses and errors.
+    * train.csv, valid.csv and learning_curve.png: losses and errors; valid_replay.csv: errors on replayed data.
     * run.yaml: options of the run.
 
     At SIGINT or SIGTERM, the current step is finished, the state is saved, and the function returns. On a CPU, a run

@@ -51,8 +51,8 @@ def read_data(config: RunConfig, console: Console) -> RunData:
     """
     check_no_common_file(config.data.train, config.data.validation)
     keys = LabelKeys(**config.data.keys.model_dump())
-    read = _frames_of("data.train", config.data.train, keys, console)
-    frames = _without_isolated_atoms(read, "data.train", config.data.train)
+    read = frames_of("data.train", config.data.train, keys, console)
+    frames = without_isolated(read, "data.train", config.data.train)
     loss = _loss(config.training, frames, console)
     weights = {"energy": loss.energy, "forces": loss.forces, "virial": loss.virial}
     check_labels(frames, weights)
@@ -60,8 +60,8 @@ def read_data(config: RunConfig, console: Console) -> RunData:
     fraction = config.data.validation_fraction
     frames, left_out = _without_calibration(config, frames, loss)
     if config.data.validation:
-        held_out = _frames_of("data.validation", config.data.validation, keys, console)
-        validation = _without_isolated_atoms(held_out, "data.validation", config.data.validation)
+        held_out = frames_of("data.validation", config.data.validation, keys, console)
+        validation = without_isolated(held_out, "data.validation", config.data.validation)
         free += _free_atoms(held_out)
     else:
         frames, validation = split(frames, fraction, config.data.split_seed, _labels(loss))
@@ -128,10 +128,10 @@ def calibration_frames(config: RunConfig) -> list[Frame]:
     silent = Console(quiet=True)
     keys = LabelKeys(**config.data.keys.model_dump())
     if config.data.validation:
-        held_out = _frames_of("data.validation", config.data.validation, keys, silent)
-        return list(_without_isolated_atoms(held_out, "data.validation", config.data.validation))
-    read = _frames_of("data.train", config.data.train, keys, silent)
-    frames = _without_isolated_atoms(read, "data.train", config.data.train)
+        held_out = frames_of("data.validation", config.data.validation, keys, silent)
+        return list(without_isolated(held_out, "data.validation", config.data.validation))
+    read = frames_of("data.train", config.data.train, keys, silent)
+    frames = without_isolated(read, "data.train", config.data.train)
     loss = _loss(config.training, frames, silent)
     return list(_without_calibration(config, frames, loss)[1])
 
@@ -149,7 +149,7 @@ def _labels(loss: Loss) -> list[str]:
     return [name for name in ("energy", "forces", "virial") if getattr(loss, name)]
 
 
-def _frames_of(option: str, paths: Sequence[Path], keys: LabelKeys, console: Console) -> Sequence[Frame]:
+def frames_of(option: str, paths: Sequence[Path], keys: LabelKeys, console: Console) -> Sequence[Frame]:
     """Read the files behind an option, or open them if they are LMDB databases, and print what is not expected."""
     sources = find_sources(paths)
     if sources.searched:
@@ -169,7 +169,7 @@ def _free_atoms(frames: Sequence[Frame]) -> list[Frame]:
     return [frame for frame in frames if is_isolated_atom(frame)]
 
 
-def _without_isolated_atoms(frames: Sequence[Frame], option: str, paths: Sequence[Path]) -> Sequence[Frame]:
+def without_isolated(frames: Sequence[Frame], option: str, paths: Sequence[Path]) -> Sequence[Frame]:
     """Return the structures to fit.
 
     Raises:

@@ -14,8 +14,9 @@ from dpa4.model.config import ModelConfig
 from dpa4.model.presets import preset
 from dpa4.parsing import parse_yaml, problem, read_yaml, shown
 from dpa4.system import user_path
+from dpa4.training.costs import estimate_text
 from dpa4.training.options import ModelOptions, RunConfig, unknown_option
-from dpa4.training.recipes import Choice, estimate_text
+from dpa4.training.recipes import Choice
 
 
 def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -97,14 +98,15 @@ def default_config_text(train: str = "train.xyz", name: str = "mini") -> str:
     return _text(config, [], extra, {})
 
 
-def recipe_text(train: Sequence[str], choice: Choice) -> str:
+def recipe_text(train: Sequence[str], choice: Choice, validation: Sequence[str] = ()) -> str:
     """Commented run file of a recipe. The reason of each choice follows the description of the option.
 
     Args:
         train: Files, folders and patterns of the training data, as in ``data.train``.
         choice: Options and reasons.
+        validation: The same of the validation data.
     """
-    values: dict[str, Any] = {"data": {"train": list(train)}}
+    values: dict[str, Any] = {"data": {"train": list(train), "validation": list(validation)}}
     for key, value in choice.options.items():
         _set(values, key, value)
     config = checked_run_config(values, "the recipe")
@@ -112,7 +114,8 @@ def recipe_text(train: Sequence[str], choice: Choice) -> str:
     for name, value in (config.model.model_extra or {}).items():
         extra += _wrapped(ModelConfig.model_fields[name].description or "", "  ")
         extra += [*_wrapped(choice.reasons[f"model.{name}"], "  "), f"  {name}: {_scalar(value)}"]
-    extra.append("  # Any other option of the model may be added (docs/models.md).")
+    if config.model.start_from is None:
+        extra.append("  # Any other option of the model may be added (docs/models.md).")
     head = [
         *_wrapped(f"Recipe for {choice.source}."),
         *_wrapped(f"Estimate: {estimate_text(choice.estimate)}."),
@@ -139,6 +142,8 @@ def _commented(section: BaseModel, reasons: Mapping[str, str], parents: tuple[st
     pad = "  " * len(parents)
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
+        if isinstance(section, ModelOptions) and not section.holds(name):
+            continue
         path = (*parents, name)
         if not parents and lines:
             lines.append("")

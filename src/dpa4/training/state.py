@@ -84,6 +84,15 @@ def _check_entries(state: dict[str, Any]) -> None:
         raise ValueError(f"its entry options is {shown(state['options'])}, not a map of options")
     _entry(state, "optimizer", dict)
     _entry(state, "average", list | None)
+    if (factors := state.get("low_rank")) is not None:
+        if not isinstance(factors, dict) or not all(isinstance(part, dict) for part in factors.values()):
+            raise ValueError(f"its entry low_rank is {shown(factors)}, not a map of factors")
+        check_values((f"low_rank.{p}.{n}", t) for p, part in factors.items() for n, t in part.items())
+    if (references := state.get("replay")) is not None and not (
+        isinstance(references, dict)
+        and all(isinstance(v, float) and math.isfinite(v) for v in references.values())
+    ):
+        raise ValueError(f"its entry replay is {shown(references)}, not a reference energy per element")
     _entry(state, "sums", Tensor)
     if "errors" in state and _entry(state, "errors", Tensor).shape != (2, 3):
         raise ValueError(f"its entry errors has the shape {tuple(state['errors'].shape)}, not (2, 3)")

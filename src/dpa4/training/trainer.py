@@ -11,22 +11,25 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from dpa4.data import Batch, Coverage
+from dpa4.data import Batch, Coverage, EpochBatches
 from dpa4.execution.limits import compiles_by_default
 from dpa4.parsing import first_line
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import save_potential
 from dpa4.system import keep_freed_memory, naming_lack_of_memory, own_settings, stop_requests
 from dpa4.training.ema import MovingAverage
-from dpa4.training.evaluation import error_table, predict
+from dpa4.training.errors import ErrorRow
+from dpa4.training.finetuning_options import FinetuneOptions
 from dpa4.training.logs import ERROR_COLUMNS, TERMS, RunLog
 from dpa4.training.loss import Loss, absolute_errors
-from dpa4.training.optimizer import optimizer_of
 from dpa4.training.options import RunConfig
 from dpa4.training.plots import plot_learning_curve
-from dpa4.training.prepare import Preparation, changed_options
+from dpa4.training.prepare import Preparation, batch_budget
+from dpa4.training.resume import changes_of_run
 from dpa4.training.schedule import schedule_of
+from dpa4.training.scores import TARGETS, columns_of, comparison_with_start, errors_of, score_of
 from dpa4.training.state import STATE, check_fits, save_state
+from dpa4.training.trainable import text_of, trainable
 from dpa4.training.update import Report, WeightUpdate
 
 if TYPE_CHECKING:
@@ -39,8 +42,6 @@ MEMORY = (
     "lower training.batch_size or training.max_edges, choose a smaller model, or use a GPU with more memory or one "
     "that no other program uses; dpa4 train --dry-run tries the largest batch"
 )
-_TARGETS = {"energy": "energy per atom", "forces": "forces", "virial": "virial per atom"}
-_FIXED = ("model.", "training.optimizer", "training.adam_for_basis", "training.ema_decay")  # on resume
 _COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds")
 
 
@@ -72,10 +73,15 @@ class Trainer:
         self.validation_interval = interval
         self.checkpoint_interval = options.checkpoint_interval or interval
         self.schedule = schedule_of(options, self.total, console)
-        self.optimizer = optimizer_of(options, self.potential, self.schedule.peak)
-        self.parameters = [p for p in self.potential.parameters() if p.requires_grad]
-        self.average = MovingAverage(self.parameters, options.ema_decay) if options.ema_decay else None
-        self.update = WeightUpdate(self.parameters, self.optimizer, self.average, options.gradient_clip)
+        self.trained = trained = trainable(options, self.potential.model, self.schedule.peak)
+        if options.finetune != FinetuneOptions():
+            text = text_of(options.finetune, trained, self.potential.model)
+            console.print(text, highlight=False, soft_wrap=True)
+        self.optimizer = trained.optimizer
+        self.average = MovingAverage(trained.parameters, options.ema_decay) if options.ema_decay else None
+        self.update = WeightUpdate(
+            trained.parameters, self.optimizer, self.average, options.gradient_clip, trained.low_rank
+        )
         self.report: Report | None = None  # of the last step, until it is known to be finite
         self.step = 0  # finished steps
         self.epoch, self.batch = 0, 0  # of the next batch
@@ -83,7 +89,7 @@ class Trainer:
         self.history: list[dict[str, str]] = []  # provenance of the data that were used before
         self.best_score, self.stale = math.inf, 0  # stale: validations since the best one
         self.summed, self.seconds = 0, 0.0  # summed: steps since the last row of train.csv
-        self.labelled = dict.fromkeys(_TARGETS, 0)  # number of these steps with a label for each term
+        self.labelled = dict.fromkeys(TARGETS, 0)  # number of these steps with a label for each term
         self.resumed = False
         self.compiled: CompiledTraining | None = None
         self.log: RunLog  # opened by `run`, once it is known whether the run is resumed
@@ -123,10 +129,14 @@ class Trainer:
             f"{self.total} steps, {self.per_epoch} per epoch"
             + f"; MAE/RMSE of the validation data every {self.validation_interval} steps:" * validated
         )
-        resume_step = self.step if self.resumed else None
-        self.log = RunLog(folder, self.console, self.total, resume_step, options.tensorboard)
+        # A run that was killed before its first step logs the errors of its start again.
+        resume_step = (self.step or -1) if self.resumed else None
+        replays = self.preparation.replay is not None and self.preparation.replay.validation is not None
+        self.log = RunLog(folder, self.console, self.total, resume_step, options.tensorboard, replays)
         self._compile()
         with stop_requests() as stopped, self.log:
+            if self.config.model.start_from and self.step == 0 and not self._over():
+                self._validate_start()
             last_tick = last_plot = self._clock()
             for batch in self._batches():
                 self._train_on(batch)
@@ -184,7 +194,7 @@ class Trainer:
         (self.update.apply if self.compiled is None else self.compiled.update)()
         self._confirm(self.update.report(counters))
         self.summed += 1
-        for name in _TARGETS:
+        for name in TARGETS:
             self.labelled[name] += labelled[name]
         self.step += 1
 
@@ -195,7 +205,9 @@ class Trainer:
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss, terms = training_step(self.potential, batch, self.loss)
-        loss.backward(inputs=self.parameters)
+        loss.backward(inputs=self.trained.inputs)
+        if self.trained.low_rank is not None:
+            self.trained.low_rank.pass_on_gradients()
         return loss.detach(), terms
 
     def _confirm(self, following: Report | None = None) -> None:
@@ -259,42 +271,50 @@ class Trainer:
         row |= {"step": self.step, "epoch": self.epoch, "learning_rate": self.schedule(self.step - 1)}
         row |= {
             f"{name}_mae": 1e3 * total / values if values else None
-            for name, total, values in zip(_TARGETS, *self.update.errors.tolist(), strict=True)
+            for name, total, values in zip(TARGETS, *self.update.errors.tolist(), strict=True)
         }
         self.log.train(row | {"seconds": round(self.seconds, 3)})
         self.update.sums.zero_()
         self.update.errors.zero_()
         self.summed = 0
-        self.labelled = dict.fromkeys(_TARGETS, 0)
+        self.labelled = dict.fromkeys(TARGETS, 0)
+
+    def _validate_start(self) -> None:
+        """Log the errors of the model to fine-tune as those of step 0; it is the best model until another is."""
+        budget = batch_budget(self.config.training)
+        batches = EpochBatches(self.preparation.train.dataset, **budget, shuffle=False)
+        with self._evaluated_weights():
+            self.log.start(columns_of(self._errors(batches)))
+        self.best_score, self.stale = (
+            math.inf,
+            0,
+        )  # of a run that was killed after this and before its first step
+        self._validate()
+        self.save()
+
+    def _errors(self, batches: EpochBatches) -> dict[str, ErrorRow]:
+        if self.compiled is not None:
+            self.compiled.check_evaluation(batches)
+        return self._compiled_or_eager(lambda: errors_of(self.potential, batches))
 
     def _validate(self) -> None:
         """Log the errors of the averaged weights on the validation data, and save the model if it is the best."""
         self._confirm()
         batches = self.preparation.validation
         with self._evaluated_weights():
+            if (replay := self.preparation.replay) and replay.validation:
+                row: dict[str, Any] = {"step": self.step, "epoch": self.epoch} | dict.fromkeys(ERROR_COLUMNS)
+                self.log.replay(row | columns_of(self._errors(replay.validation)))
             if batches is None:
                 self._save_model("best.safetensors", math.nan)
                 return
-            if self.compiled is not None:
-                self.compiled.check_evaluation(batches)
-            predictions = self._compiled_or_eager(lambda: predict(self.potential, batches.batches(0)))
-            table = error_table(batches.dataset.frames, predictions)
-            found = {name: r for name, quantity in _TARGETS.items() if (r := table.row(quantity))}
-            errors = {
-                f"{name}_{kind}": getattr(r, kind) for name, r in found.items() for kind in ("mae", "rmse")
-            }
-            # Mean absolute errors, whatever the kind of the loss, with its weights and in its units.
-            # An absent error is not zero: without it there is no score, and NaN is never the best.
-            score = sum(
-                weight * (found[name].mae / 1e3 if name in found else math.nan)
-                for name in _TARGETS
-                if (weight := getattr(self.loss, name))
-            )
+            found = self._errors(batches)
+            score = score_of(found, self.loss)
             best = score < self.best_score
             self.best_score, self.stale = (score, 0) if best else (self.best_score, self.stale + 1)
-            row: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "score": score, "best": int(best)}
+            row = {"step": self.step, "epoch": self.epoch, "score": score, "best": int(best)}
             epochs = self.epoch + min(self.batch / self.per_epoch, 1.0)
-            self.log.validation(row | dict.fromkeys(ERROR_COLUMNS) | errors, epochs)
+            self.log.validation(row | dict.fromkeys(ERROR_COLUMNS) | columns_of(found), epochs)
             if best:
                 self._save_model("best.safetensors", score)
 
@@ -311,7 +331,8 @@ class Trainer:
     def _evaluated_weights(self) -> Iterator[None]:
         """Use the averaged weights, if any, at precision "high" while the context is active."""
         averaged = self.average.applied() if self.average is not None else nullcontext()
-        with self.potential.at_precision("high"), averaged:
+        low_rank = self.trained.low_rank
+        with self.potential.at_precision("high"), averaged, low_rank.merged() if low_rank else nullcontext():
             yield
 
     # --- files
@@ -341,6 +362,8 @@ class Trainer:
             "first_epoch": self.first_epoch,
             "potential": self.potential.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "replay": self.preparation.replay and self.preparation.replay.references,
+            "low_rank": self.trained.low_rank and self.trained.low_rank.state_dict(),
             "average": self.average.shadows if self.average is not None else None,
             "sums": self.update.sums,
             "errors": self.update.errors,
@@ -355,39 +378,16 @@ class Trainer:
         Raises:
             ValueError: If the state belongs to another model or optimiser or, without ``new_data``, to other data.
         """
-        changed = changed_options(state["options"], self.preparation.run_text)
-        # States of earlier versions lack these options.
-        lacking = (
-            "training.adam_for_basis: None -> False",
-            "model.symmetry: None -> O3",
-            "data.calibration_fraction: None -> 0.0",
-        )
-        changed = [c for c in changed if c not in lacking]
-        if (
-            "config" not in state
-        ):  # of an earlier version, in which models had no repulsion unless an option said so
-            changed = [c for c in changed if c != "model.bridging: None -> auto"]
-        fixed = [c for c in changed if c.startswith(_FIXED)]
-        if fixed:
-            raise ValueError(
-                f"{self.config.output / STATE} cannot be resumed with other options: {'; '.join(fixed)}. "
-                "Restore them or choose another output"
-            )
-        found = state.get("data")  # absent in states of earlier versions
-        others = [name for name, own in self.preparation.data.items() if found and found[name] != own]
-        if others and not new_data:
-            raise ValueError(
-                f"the {' and '.join(others)} data are not those of {self.config.output / STATE}; restore files, "
-                "keys and split, or continue on the new data with --resume --new-data"
-            )
+        preparation, file = self.preparation, self.config.output / STATE
+        changed, others = changes_of_run(state, preparation.run_text, preparation.data, file, new_data)
         for change in changed:
             self.console.print(f"changed since the checkpoint: {change}", style="yellow", markup=False)
-        check_fits(state, self.potential.state_dict(), self.config.output / STATE)
+        check_fits(state, self.potential.state_dict(), file)
         try:
             self._restore(state)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{self.config.output / STATE} is damaged or belongs to another run: its entries do not fit "
+                f"{file} is damaged or belongs to another run: its entries do not fit "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error
         self.resumed = True
@@ -398,19 +398,22 @@ class Trainer:
     def _restore(self, state: dict[str, Any]) -> None:
         self.potential.load_state_dict(state["potential"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.trained.low_rank is not None:
+            self.trained.low_rank.load_state_dict(state["low_rank"])
         if self.average is not None:
             torch._foreach_copy_(self.average.shadows, [s.to(self.device) for s in state["average"]])
         for name in _COUNTERS:
             setattr(self, name, state[name])
         self.history, self.first_epoch = state.get("history", []), state.get("first_epoch", 0)
         # Includes data that the run has used before. Earlier versions had none, or an entry of another kind.
-        if isinstance(coverage := state.get("coverage"), str):
+        # That of an imported model to fine-tune is unknown (None).
+        if isinstance(coverage := state.get("coverage"), str) and self.preparation.coverage is not None:
             self.potential.coverage = self.preparation.coverage.union(Coverage.from_json(coverage))
         self.update.sums.copy_(state["sums"])
         if (errors := state.get("errors")) is not None:  # absent in states of earlier versions
             self.update.errors.copy_(errors)
         # States of earlier versions counted every step for every term.
-        self.labelled = state.get("labelled", dict.fromkeys(_TARGETS, self.summed))
+        self.labelled = state.get("labelled", dict.fromkeys(TARGETS, self.summed))
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
@@ -448,6 +451,13 @@ class Trainer:
             self.console.print(
                 f"stopped early after step {self.step}: {self.stale} validations without a better one"
             )
+        # With other data than at step 0, scores cannot be compared.
+        if (
+            self.config.model.start_from
+            and not self.history
+            and (text := comparison_with_start(self.config.output))
+        ):
+            self.console.print(text, highlight=False, soft_wrap=True)
         return self._named_model()
 
     def _named_model(self) -> Path:

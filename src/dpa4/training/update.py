@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpa4.training.ema import MovingAverage
 from dpa4.training.logs import ERROR_UNITS, TERMS
+from dpa4.training.low_rank import LowRank
 from dpa4.training.muon import HybridMuon
 
 
@@ -27,8 +28,10 @@ class WeightUpdate:
         optimizer: Optimiser of these parameters.
         average: Moving average of these parameters, if any.
         gradient_clip: Largest norm of the gradient, if any.
+        low_rank: Weights of the network that depend on some of the parameters, if any.
 
     Attributes:
+        written: The parameters, and the weights that depend on them.
         sums: (len(TERMS),) float64, sums over the steps since they were last set to zero.
         errors: (2, targets) float64, sums of `absolute_errors` over the same steps.
         key: Key of the parameters that have a gradient.
@@ -40,9 +43,11 @@ class WeightUpdate:
         optimizer: HybridMuon,
         average: MovingAverage | None,
         gradient_clip: float | None,
+        low_rank: LowRank | None = None,
     ):
         self.parameters, self.optimizer, self.average = parameters, optimizer, average
-        self.gradient_clip = gradient_clip
+        self.gradient_clip, self.low_rank = gradient_clip, low_rank
+        self.written = [*parameters, *(low_rank.weights.values() if low_rank else ())]
         device = parameters[0].device
         self.sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
         self.key: Hashable = None
@@ -78,6 +83,8 @@ class WeightUpdate:
         if self.gradient_clip:
             scale = (self.gradient_clip / (norm + 1e-6)).clamp(max=1.0).float()
         self.optimizer.update(scale, self._finite)
+        if self.low_rank is not None:
+            self.low_rank.merge()
         if self.average is not None:
             self.average.update(self._finite)
         self.sums.add_(self._record.masked_fill(~self._finite, 0.0))
