@@ -18,6 +18,7 @@ from helpers import crystal, molecule, random_potential
 pytestmark = pytest.mark.usefixtures("no_figures")
 
 REFUSING = {
+    "finetune",
     "embed",
     "pairs",
     "dimer",

@@ -415,7 +415,11 @@ def test_commands(tmp_path):
 
     data = str(tmp_path / "all.aselmdb")
     assert "all.aselmdb: 30 structures" in output("convert", str(tmp_path / "a.xyz"), "-o", data)
-    assert runner.invoke(app, ["data", "convert", data, "-o", data]).exit_code == 1
+    refused = runner.invoke(app, ["data", "convert", str(tmp_path / "a.xyz"), "-o", data])
+    assert refused.exit_code == 1 and "already exists; replace it with --overwrite" in refused.output.replace(
+        "\n", " "
+    )
+    assert "30 structures" in output("convert", str(tmp_path / "a.xyz"), "-o", data, "--overwrite")
     assert "energy 30/30" in output("info", data)
     assert "train.aselmdb" in output("split", data, "-o", str(tmp_path / "parts"), "--fraction", "0.3")
     parts = [str(tmp_path / "parts" / f"{name}.aselmdb") for name in ("train", "validation")]

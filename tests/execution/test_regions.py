@@ -141,7 +141,6 @@ QUICK_CASES = (
     ("bridging of pairs, O3", False, True),
     ("S2 grid", False, True),
     ("S2 grid", False, False),
-    ("everything, C++", True, True),
 )
 
 

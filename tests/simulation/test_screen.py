@@ -520,7 +520,7 @@ def test_kill_and_resume_on_the_command_line(tmp_path, wait):
     assert not (tmp_path / "out" / "screen.csv").exists()
     done = table.read_bytes()
     result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == 1 and "resume it, overwrite it" in result.output
+    assert result.exit_code == 1 and "continue it with --resume" in result.output
     result = CliRunner().invoke(app, [str(a) for a in [*arguments, "--resume"]])
     assert result.exit_code == 0, result.output
     assert f"{count} converged" in result.output

@@ -71,6 +71,7 @@ def test_every_tenth_structure_of_each_file_is_tested(accuracy, data, tmp_path):
     assert accuracy.frames_of(train_file) == kept
 
 
+@pytest.mark.slow
 def test_rungs_of_the_ladder_differ_in_what_they_are_named_after(accuracy, tmp_path):
     def options(recipe):
         job = accuracy.Job("inorganic", recipe, 0, 40)

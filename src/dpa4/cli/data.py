@@ -82,12 +82,16 @@ def info(files: Files, keys: Keys = None) -> None:
 
 
 @data.command()
-def convert(files: Files, output: Database, keys: Keys = None, yes: Yes = False) -> None:
+def convert(
+    files: Files, output: Database, keys: Keys = None, overwrite: OverwriteFile = False, yes: Yes = False
+) -> None:
     """Convert the labelled structures of one or more files to one .aselmdb file, which merges them."""
     from dpa4.data.conversion import write_lmdb
     from dpa4.data.sources import find_sources
+    from dpa4.output import check_replaceable
 
     with user_errors():
+        check_replaceable(output, overwrite)
         sources = find_sources(files)
         console.print(sources.text, soft_wrap=True)
         _confirm(f"write the labelled structures of {len(sources.paths)} files to {output}", yes)
@@ -108,20 +112,24 @@ def split(
     ] = "structure",
     seed: Annotated[int, typer.Option(help="Seed of the random choice.")] = 0,
     keys: Keys = None,
+    overwrite: OverwriteFile = False,
     yes: Yes = False,
 ) -> None:
     """Split data at random into two .aselmdb files, for training and validation."""
     from dpa4.data.conversion import entries, is_labelled, part_by, write_lmdb
     from dpa4.data.sources import find_sources
+    from dpa4.output import check_replaceable
 
     with user_errors():
+        outputs = [output / "train.aselmdb", output / "validation.aselmdb"]
+        for file in outputs:
+            check_replaceable(file, overwrite)
         paths = find_sources(files).paths
         rule = part_by(by, fraction, seed)
         counts = [0, 0]
         for number, entry in enumerate(_entries(entries(paths, label_keys(keys)))):
             if is_labelled(entry):
                 counts[rule(number, entry)] += 1
-        outputs = [output / "train.aselmdb", output / "validation.aselmdb"]
         _confirm(f"write {counts[0]} structures to {outputs[0]} and {counts[1]} to {outputs[1]}", yes)
         output.mkdir(parents=True, exist_ok=True)
         _report(write_lmdb(paths, outputs, rule, label_keys(keys), _entries))
@@ -137,14 +145,18 @@ def check(
         ),
     ] = None,
     keys: Keys = None,
+    overwrite: OverwriteFile = False,
     yes: Yes = False,
 ) -> None:
     """Look for duplicates, outliers, short distances, labels that disagree or have wrong units; changes nothing."""
     from dpa4.data.checking import check as run
     from dpa4.data.conversion import write_lmdb
     from dpa4.data.sources import find_sources
+    from dpa4.output import check_replaceable
 
     with user_errors():
+        if output is not None:
+            check_replaceable(output, overwrite)
         paths = find_sources(files).paths
         found = run(paths, label_keys(keys), _entries)
         console.print(found.table() if found.reasons else "no structure needs to be left out")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ase import Atoms
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db import connect
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from dpa4.data.formats import vasp_output
 from dpa4.data.frame import Frame
 from dpa4.data.labels import USUAL_KEYS, LabelKeys, frame_from_atoms
 from dpa4.data.readers import group_of, read_atoms, read_content
+from dpa4.data.writers import with_results
 from dpa4.output import atomic_write
 from dpa4.system import require
 
@@ -87,13 +87,12 @@ def write_lmdb(
 
     Args:
         paths: Files to read.
-        outputs: Files to write.
+        outputs: Files to write, in place of earlier ones.
         part: Function that gives the number of the output for a structure and its number; negative: none.
         keys: Names of labels that differ from the usual ones.
         progress: Function that iterates over the structures and may show the progress.
 
     Raises:
-        FileExistsError: If an output exists.
         ImportError: If ase-db-backends is not installed.
         ValueError: If a file cannot be read, or an output would be empty; then nothing is written.
     """
@@ -101,8 +100,6 @@ def write_lmdb(
     for output in outputs:
         if output.suffix != ".aselmdb":
             raise ValueError(f"{output}: the name of an LMDB database ends in .aselmdb")
-        if output.exists():
-            raise FileExistsError(f"{output} exists; choose another name or remove it")
     counts = [0] * len(outputs)
     left_out, first_reason = 0, ""
     with ExitStack() as stack:
@@ -171,8 +168,7 @@ def stored_atoms(frame: Frame) -> Atoms:
         results["forces"] = frame.forces
     if frame.virial is not None and (volume := frame.volume):
         results["stress"] = full_3x3_to_voigt_6_stress(-frame.virial / volume)
-    atoms.calc = SinglePointCalculator(atoms, **results)
-    return atoms
+    return with_results(atoms, **results)
 
 
 def stored_entries(frame: Frame) -> dict[str, Any]:
