@@ -8,7 +8,7 @@ import pytest
 from dpa4.data import frame_from_atoms
 from dpa4.data.dataset import build_graph
 from dpa4.training import evaluate
-from dpa4.training.calibration import Calibration, calibrations, write_calibration
+from dpa4.training.calibration import Calibration, calibration_lines, calibrations, write_calibration
 from dpa4.training.evaluation import batches_for, predict, predict_committee
 from helpers import crystal, molecule, random_potential
 
@@ -107,6 +107,17 @@ def test_figure(tmp_path):
              deviations[:3], np.zeros(3))]  # fmt: skip
     write_calibration(found, tmp_path)
     assert (tmp_path / "calibration.png").stat().st_size > 10000
+
+
+def test_members_that_are_the_same_model(tmp_path):
+    """Zero deviations have neither factor nor correlation; such members occur if their start stays the best model."""
+    errors = np.array([0.1, 0.2, 0.3])
+    write_calibration([Calibration("forces", "eV/Å", np.zeros(3), errors)], tmp_path)
+    assert (tmp_path / "calibration.png").is_file()
+    assert "Infinity" not in (tmp_path / "calibration.json").read_text()
+    assert calibration_lines(tmp_path) == [
+        "forces: error not defined x deviation, rank correlation not defined (3 values, too few to rely on)"
+    ]
 
 
 def test_nothing_is_written_without_labels(tmp_path):

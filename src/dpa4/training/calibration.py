@@ -120,11 +120,13 @@ def calibration_lines(folder: Path) -> list[str]:
 
 
 def _text(factor: float | None, correlation: float | None, values: int) -> str:
-    numbers = (
-        "not defined" if x is None or not np.isfinite(x) else f"{x:.2f}" for x in (factor, correlation)
-    )
+    numbers = map(_number, (factor, correlation))
     few = ", too few to rely on" if values < FEW else ""
     return "error {} x deviation, rank correlation {} ({} values{})".format(*numbers, values, few)
+
+
+def _number(value: float | None) -> str:
+    return "not defined" if value is None or not np.isfinite(value) else f"{value:.2f}"
 
 
 def _draw(axis: Any, one: Calibration) -> None:
@@ -135,9 +137,11 @@ def _draw(axis: Any, one: Calibration) -> None:
               markeredgewidth=0, rasterized=not few)  # fmt: skip
     ends = np.array([deviations.min(), deviations.max()])
     axis.plot(ends, ends, color="0.4", linestyle="--", linewidth=1, label="error = deviation")
-    axis.plot(
-        ends, one.factor * ends, color="C1", linewidth=1.5, label=f"error = {one.factor:.2f} × deviation"
-    )
+    defined = np.isfinite(one.factor)  # not if all members are the same model
+    if defined:
+        axis.plot(
+            ends, one.factor * ends, color="C1", linewidth=1.5, label=f"error = {one.factor:.2f} × deviation"
+        )
     if bins := len(errors) // PER_BIN:
         parts = np.array_split(np.argsort(deviations), min(BINS, bins))
         middle, rms = ([float(np.sqrt(np.mean(v[p] ** 2))) for p in parts] for v in (deviations, errors))
@@ -151,8 +155,8 @@ def _draw(axis: Any, one: Calibration) -> None:
         yscale="log",
         xlabel=f"deviation of the committee (m{one.unit})",
         ylabel=f"error of the mean (m{one.unit})",
-        title=f"{one.quantity}, rank correlation {one.correlation:.2f}",
-        ylim=(lowest, 2 * max(float(errors.max()), one.factor * ends[1])),
+        title=f"{one.quantity}, rank correlation {_number(one.correlation)}",
+        ylim=(lowest, 2 * max(float(errors.max()), one.factor * ends[1] if defined else 0.0)),
     )
     for side in (axis.xaxis, axis.yaxis):
         plain_ticks(side)
