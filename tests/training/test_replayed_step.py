@@ -36,7 +36,8 @@ def batch_of(structures, missing: str = "", seed: int = 0) -> Batch:
 
     e, f, v = map(known, "efv")
     weight, bound = random(b).abs() + 0.5, random(n).clamp(min=0)
-    return Batch(graph, random(b), random(n, 3), random(b, 3, 3), e, f, v, weight, bound)
+    counts = torch.zeros(4, dtype=torch.int64)
+    return Batch(graph, random(b), random(n, 3), random(b, 3, 3), e, f, v, weight, bound, counts).counted()
 
 
 def step_of(potential, loss=None):

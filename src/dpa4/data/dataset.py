@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor
 
+from dpa4.data.division import Share, balanced, least
 from dpa4.data.frame import Frame
 from dpa4.graph import Graph, build_graph, collate
 from dpa4.system import own_settings
@@ -37,6 +38,7 @@ class Batch(NamedTuple):
     max_force: (
         Tensor  # (N,) float64, eV/Angstrom: bound of the force of an atom without labels; zero: no bound
     )
+    counts: Tensor  # (4,) int64: energies, atoms with forces, virials, atoms with a bound; of all parts of the batch
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy to a device."""
@@ -50,11 +52,25 @@ class Batch(NamedTuple):
             return torch.cat([t, t.new_zeros(len(like) - len(t), *t.shape[1:])])
 
         of_atoms = ("forces", "max_force")
-        fields = {name: t for name, t in self._asdict().items() if name != "graph"}
+        fields = {name: t for name, t in self._asdict().items() if name not in ("graph", "counts")}
         return Batch(
             graph,
             **{n: longer(t, graph.positions if n in of_atoms else graph.cell) for n, t in fields.items()},
+            counts=self.counts,
         )
+
+    def counted(self) -> "Batch":
+        """Batch with the ``counts`` of its own labels and bounds."""
+        forces = self.has_forces[self.graph.structure]
+        found = [mask.sum() for mask in (self.has_energy, forces, self.has_virial, self.max_force > 0)]
+        return self._replace(counts=torch.stack(found))
+
+    def without_labels(self) -> "Batch":
+        """Batch of the same structures, none of which has a label."""
+        masks = {
+            name: torch.zeros_like(getattr(self, name)) for name in ("has_energy", "has_forces", "has_virial")
+        }
+        return self._replace(**masks).counted()
 
     def pin_memory(self) -> "Batch":
         """Copy to page-locked memory, from which copies to a GPU are asynchronous."""
@@ -104,6 +120,10 @@ class FrameDataset:
             self._num_edges = np.array([self.graph(i).num_edges for i in indices], dtype=np.int64)
         return self._num_edges
 
+    @num_edges.setter
+    def num_edges(self, found: NDArray[np.int64]) -> None:
+        self._num_edges = found
+
     def graph(self, index: int) -> Graph:
         """Graph of one structure.
 
@@ -142,7 +162,8 @@ class FrameDataset:
             has_virial=torch.tensor([f.virial is not None for f in frames]),
             weight=torch.tensor([f.weight for f in frames], dtype=torch.float64),
             max_force=torch.zeros(sum(map(len, frames)), dtype=torch.float64),
-        )
+            counts=torch.zeros(4, dtype=torch.int64),
+        ).counted()
 
 
 class Budget(NamedTuple):
@@ -191,6 +212,7 @@ class EpochBatches:
         seed: int = 0,
         shuffle: bool = True,
         extend: Callable[[Batch, int, int], Batch] | None = None,
+        share: Share | None = None,
     ):
         """Set the size of batches: ``batch_size``, or ``max_atoms`` and/or ``max_edges``.
 
@@ -204,6 +226,7 @@ class EpochBatches:
             seed: Seed of the shuffling.
             shuffle: Shuffle anew in every epoch; otherwise preserve the order of the frames.
             extend: Function that adds structures to a batch, given the epoch and the number of the batch.
+            share: Share of this process in the batches; None: all of them.
 
         Raises:
             ValueError: If no size, both kinds of size or a size below 1 is given, or the data set is empty.
@@ -218,6 +241,7 @@ class EpochBatches:
         if not len(dataset):
             raise ValueError("the data set has no structures, so there are no batches")
         self.dataset, self.seed, self.shuffle, self.extend = dataset, seed, shuffle, extend
+        self.share = share
         self._budgets: list[Budget] = []
         if batch_size is not None:
             self._budgets.append(Budget("structures", np.ones(len(dataset), dtype=np.int64), batch_size))
@@ -259,12 +283,43 @@ class EpochBatches:
         pin = torch.cuda.is_available()
 
         def make(item: tuple[int, list[int]]) -> Batch:
-            number, indices = item
-            batch = self.dataset.batch(indices)
-            batch = batch if self.extend is None else self.extend(batch, epoch, number)
+            batch = self._own(item[1], epoch, item[0])
             return batch.pin_memory() if pin else batch
 
-        return _prefetched(make, list(enumerate(self.indices(epoch)))[start:])
+        numbered = list(enumerate(self.indices(epoch)))
+        if self.share is not None and self.share.whole:
+            numbered = [numbered[i] for i in self.owners(epoch)[self.share.rank]]
+        return _prefetched(make, numbered[start:])
+
+    def owners(self, epoch: int) -> list[list[int]]:
+        """Numbers of the batches of each process, if whole batches are divided."""
+        assert self.share is not None
+        batches, costs = self.indices(epoch), self._costs()
+        sums = np.array([costs[batch].sum() for batch in batches])
+        return balanced(range(len(batches)), sums, self.share.size)
+
+    def _own(self, indices: list[int], epoch: int, number: int) -> Batch:
+        """Batch ``number`` of an epoch, or the part of this process.
+
+        A process without a structure of the batch has one without labels, so that it does the same work as the
+        others. Structures that are added belong to the process with the smallest part.
+        """
+        added = self.extend
+        if self.share is None or self.share.whole:
+            batch = self.dataset.batch(indices)
+        else:
+            costs = self._costs()
+            parts = balanced(indices, costs, self.share.size)
+            own = parts[self.share.rank]
+            if self.share.rank != least(parts, costs):
+                added = None
+            batch = self.dataset.batch(own or [min(indices, key=costs.__getitem__)])
+            batch = batch if own else batch.without_labels()
+        return batch if added is None else added(batch, epoch, number)
+
+    def _costs(self) -> NDArray[np.int64]:
+        """Cost of each structure: its edges and, so that none is free, its atoms."""
+        return self.dataset.num_edges + self.dataset.num_atoms
 
 
 def _prefetched(make: Callable[[T], Batch], items: Sequence[T]) -> Iterator[Batch]:

@@ -41,10 +41,10 @@ from dpa4.model.short_range import pair_bridging
 from dpa4.parsing import parse_yaml
 from dpa4.potential import Potential
 from dpa4.potential.card import symmetry_text
-from dpa4.system import choose_device
 from dpa4.training.fragments import Fragments
 from dpa4.training.loss import Loss
 from dpa4.training.options import RunConfig, TrainingOptions
+from dpa4.training.processes import ALONE, Processes
 from dpa4.training.repulsion import overlapping_pairs, without_repulsion
 
 DEFAULT_VIRIAL_WEIGHT = 5.0
@@ -64,13 +64,16 @@ class Preparation(NamedTuple):
     run_text: str  # the options as YAML; "auto" stays "auto"
 
 
-def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None = None) -> Preparation:
+def prepare(
+    config: RunConfig, console: Console, state: Mapping[str, Any] | None = None, processes: Processes = ALONE
+) -> Preparation:
     """Read the data, print a summary of them, and build the potential.
 
     Args:
         config: Options of the run.
         console: Console to print to.
         state: State of the run to resume; the model then has its elements and reference energies.
+        processes: Processes among which the batches are divided.
 
     Raises:
         ValueError: If the data cannot be read, have no label for a term with a weight (training and validation
@@ -78,7 +81,7 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
             data only.
         RuntimeError: If device is cuda and no CUDA device is available.
     """
-    device = choose_device(config.device)
+    device = processes.device(config.device)
     options = config.training
     data = _read(config, console)
     frames, validation = data.train, data.validation
@@ -96,12 +99,19 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
     potential = Potential(model, energies).to(device)
     _describe(config, potential, device, console)
     budget = batch_budget(options)
+    for dataset in (train, valid):
+        processes.count_edges(dataset)
+    processes.describe(budget.get("batch_size"), console)
     extend = Fragments(model, elements_in(frames), options.seed) if model.has_pair_bridging else None
     return Preparation(
         potential=potential,
-        train=EpochBatches(train, **budget, seed=options.seed, shuffle=True, extend=extend),
+        train=EpochBatches(
+            train, **budget, seed=options.seed, shuffle=True, extend=extend, share=processes.share()
+        ),
         coverage=coverage,
-        validation=EpochBatches(valid, **budget, seed=options.seed, shuffle=False) if validation else None,
+        validation=EpochBatches(valid, **budget, shuffle=False, share=processes.share(whole=True))
+        if validation
+        else None,
         loss=data.loss,
         provenance=_provenance(config, frames, validation, undetermined),
         undetermined=undetermined,

@@ -19,12 +19,13 @@ from dpa4.potential.checkpoint import save_potential
 from dpa4.system import keep_freed_memory, own_settings, stop_requests
 from dpa4.training.ema import MovingAverage
 from dpa4.training.evaluation import error_table, predict
-from dpa4.training.logs import ERROR_COLUMNS, TERMS, RunLog
+from dpa4.training.logs import ERROR_COLUMNS, TERMS, NoLog, RunLog
 from dpa4.training.loss import Loss, absolute_errors
 from dpa4.training.muon import HybridMuon
 from dpa4.training.options import RunConfig
 from dpa4.training.plots import plot_learning_curve
 from dpa4.training.prepare import Preparation, changed_options
+from dpa4.training.processes import ALONE, Processes
 from dpa4.training.routing import parameter_groups
 from dpa4.training.schedule import Schedule
 from dpa4.training.state import STATE, check_fits, save_state
@@ -54,8 +55,11 @@ def training_step(potential: Potential, batch: Batch, loss: Loss) -> tuple[Tenso
 class Trainer:
     """Training run: its state, and the loop over its steps."""
 
-    def __init__(self, config: RunConfig, preparation: Preparation, console: Console):
+    def __init__(
+        self, config: RunConfig, preparation: Preparation, console: Console, processes: Processes = ALONE
+    ):
         options = config.training
+        self.processes = processes
         self.config, self.console, self.preparation = config, console, preparation
         self.potential, self.loss = preparation.potential, preparation.loss
         self.potential.coverage = preparation.coverage
@@ -94,7 +98,7 @@ class Trainer:
         self.labelled = dict.fromkeys(_TARGETS, 0)  # number of these steps with a label for each term
         self.resumed = False
         self.compiled: CompiledTraining | None = None
-        self.log: RunLog  # opened by `run`, once it is known whether the run is resumed
+        self.log: RunLog | NoLog  # opened by `run`, once it is known whether the run is resumed
 
     # --- the loop
 
@@ -103,12 +107,16 @@ class Trainer:
         """Train to the last step, an early stop or a signal; return the path of the best model."""
         options, folder = self.config.training, self.config.output
         resume_step = self.step if self.resumed else None
-        self.log = RunLog(folder, self.console, self.total, resume_step, options.tensorboard)
+        self.log = NoLog()
+        if self.processes.first:
+            self.log = RunLog(folder, self.console, self.total, resume_step, options.tensorboard)
         self._compile()
-        with stop_requests() as stopped, self.log:
+        with stop_requests() as received, self.log:
+            stopped = False
             last_tick = last_plot = self._clock()
             for batch in self._batches():
                 self._train_on(batch)
+                stopped = self.processes.stopped(received)
                 now = self._clock()
                 self.seconds, last_tick = self.seconds + now - last_tick, now
                 done = self.step == self.total
@@ -117,7 +125,7 @@ class Trainer:
                 self.log.step(self.step)
                 if self.step % self.validation_interval == 0 or done:
                     self._validate()
-                    if now > last_plot + PLOT_SECONDS:
+                    if self.processes.first and now > last_plot + PLOT_SECONDS:
                         plot_learning_curve(folder)
                         last_plot = self._clock()
                     done = done or self._exhausted()
@@ -125,7 +133,7 @@ class Trainer:
                     self.save()
                 if done or stopped:
                     break
-        return self._finish(bool(stopped))
+        return self._finish(stopped)
 
     def _batches(self) -> Iterator[Batch]:
         while not self._over():
@@ -133,9 +141,11 @@ class Trainer:
                 for batch in self.preparation.train.batches(self.epoch, start=self.batch):
                     if self.epoch == self.first_epoch:
                         self.potential.check(batch.graph)
+                    batch = self.processes.agree(batch)
                     self.batch += 1
                     yield batch
             except ValueError as error:  # an unusable structure, found in the first epoch
+                self.processes.refuse(error)
                 self.save()
                 raise ValueError(
                     f"{error}. The state before it is saved in {self.config.output / STATE}; correct or remove "
@@ -151,12 +161,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.potential.train()
-        masks = {"energy": batch.has_energy, "forces": batch.has_forces, "virial": batch.has_virial}
-        labelled = {name: bool(mask.any()) for name, mask in masks.items()}  # on the CPU
+        labelled = {name: bool(count) for name, count in zip(_TARGETS, batch.counts.tolist(), strict=False)}
         batch = batch.to(self.device)
         batch = batch._replace(graph=self.potential.without_excluded(batch.graph))
         loss, terms = (self._differentiate if self.compiled is None else self.compiled.step)(batch)
+        self.processes.complete(self.parameters)
         self.update.receive(loss, terms, self.step)
+        self.processes.add_up(self.update.received())
         (self.update.apply if self.compiled is None else self.compiled.update)()
         self._confirm(self.update.report(counters))
         self.summed += 1
@@ -214,7 +225,8 @@ class Trainer:
         from dpa4.training.compilation import CompiledTraining  # the import takes a second, with Triton
 
         self.compiled = CompiledTraining(self.potential, self._differentiate, self.update, self.console)
-        self.compiled.start(self.preparation.train)
+        with self.processes.first_of_each_node("compilation"):
+            self.compiled.start(self.preparation.train)
 
     def _compiled_or_eager(self, work: Callable[[], T]) -> T:
         return work() if self.compiled is None else self.compiled.run(work)
@@ -250,9 +262,11 @@ class Trainer:
             if batches is None:
                 self._save_model("best.safetensors", math.nan)
                 return
-            if self.compiled is not None:
-                self.compiled.check_evaluation(batches)
-            predictions = self._compiled_or_eager(lambda: predict(self.potential, batches.batches(0)))
+            with self.processes.busy("validation"):
+                if self.compiled is not None:
+                    self.compiled.check_evaluation(batches)
+                own = self._compiled_or_eager(lambda: predict(self.potential, batches.batches(0)))
+            predictions = self.processes.gathered(own, batches)
             table = error_table(batches.dataset.frames, predictions)
             found = {name: r for name, quantity in _TARGETS.items() if (r := table.row(quantity))}
             errors = {
@@ -293,10 +307,13 @@ class Trainer:
     def save(self) -> None:
         """Write last.safetensors, then last.pt, once the rows of the logs before it are on the disk."""
         self._confirm()
-        with self._evaluated_weights():
-            self._save_model("last.safetensors", self.best_score if self.stale == 0 else math.nan)
-        self.log.flush_to_disk()
-        self.save_state()
+        if not self.processes.first:
+            return
+        with self.processes.busy("saving"):
+            with self._evaluated_weights():
+                self._save_model("last.safetensors", self.best_score if self.stale == 0 else math.nan)
+            self.log.flush_to_disk()
+            self.save_state()
 
     def save_state(self) -> None:
         """Write last.pt, which alone holds everything a resumed run needs."""
@@ -401,6 +418,8 @@ class Trainer:
         )
 
     def _save_model(self, name: str, score: float) -> None:
+        if not self.processes.first:
+            return
         provenance = self._provenance() | {"step": str(self.step)}
         if math.isfinite(score):
             provenance["validation score"] = f"{score:.6g}"
@@ -416,7 +435,8 @@ class Trainer:
 
     def _finish(self, stopped: bool) -> Path:
         folder = self.config.output
-        plot_learning_curve(folder)
+        if self.processes.first:
+            plot_learning_curve(folder)
         if stopped and self.step < self.total:
             self.console.print(f"stopped after step {self.step}; continue with --resume")
         elif self._exhausted():
