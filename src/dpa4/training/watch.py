@@ -46,17 +46,20 @@ class Watch:
         self._beats = 0
         self._seen: dict[int, tuple[str, float]] = {}  # last sign of life of each process, and since when
         self._moved: dict[int, tuple[str, float, float]] = {}  # progress, since when, processor time then
+        self._hosts = {place.rank: host}
         self._ended = threading.Event()
         self._beat()
-        self._thread = threading.Thread(target=self._run, name="dpa4-watch", daemon=True)
-        self._thread.start()
+        self._answered = time.monotonic()  # the last time that the store was known to answer
+        self._threads = [
+            threading.Thread(target=work, name="dpa4-watch", daemon=True) for work in (self._run, self._guard)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def name(self, rank: int) -> str:
         """Name of a process for messages, such as "process 3 of 8 on node2"."""
-        with suppress(RuntimeError):
-            if self.store.check([f"host/{rank}"]):
-                return f"process {rank} of {self.place.size} on {self.store.get(f'host/{rank}').decode()}"
-        return f"process {rank} of {self.place.size}"
+        host = self._hosts.get(rank)
+        return f"process {rank} of {self.place.size}" + (f" on {host}" if host else "")
 
     def announce(self, reason: str) -> None:
         """Tell all processes why this one ends, and wait until process 0 has printed it."""
@@ -74,7 +77,8 @@ class Watch:
     def stop(self) -> None:
         """End the watch."""
         self._ended.set()
-        self._thread.join(2 * BEAT)
+        for thread in self._threads:
+            thread.join(2 * BEAT)
 
     def _run(self) -> None:
         while not self._ended.wait(BEAT):
@@ -84,8 +88,18 @@ class Watch:
             except RuntimeError:  # the store is gone with the process that held it
                 reason = f"{self.name(0)} or the launcher has ended without a word"
                 time.sleep(BEAT)
+            self._answered = time.monotonic()
             if reason is not None and not self._ended.is_set():
                 self._end(reason)
+
+    def _guard(self) -> None:
+        """End this process if the store does not answer: a process that is stopped keeps its connections."""
+        while not self._ended.wait(BEAT):
+            if (seconds := time.monotonic() - self._answered) > SILENCE + BEAT:
+                holder = "the launcher" if self.place.has_store else self.name(0)
+                self._end(
+                    f"{holder} has given no sign of life for {seconds:.0f} s: it was stopped, or its node is down"
+                )
 
     def _look(self) -> str | None:
         """Give a sign of life, and return the reason to end the run, if there is one."""
@@ -109,15 +123,18 @@ class Watch:
 
     def _beat(self) -> None:
         self._beats += 1
-        sign = f"{self._beats} {self.progress} {time.process_time():.3f} {self.doing}"
-        self.store.set(f"beat/{self.place.rank}", sign)
         if self._beats == 1:
             self.store.set(f"host/{self.place.rank}", self.host)
+        sign = f"{self._beats} {self.progress} {time.process_time():.3f} {self.doing}"
+        self.store.set(f"beat/{self.place.rank}", sign)
 
     def _signs(self, ranks: "range | list[int]") -> dict[int, str]:
         """Last signs of life; of a process that has not begun there is none."""
         begun = [r for r in ranks if r in self._seen or self.store.check([f"beat/{r}"])]
         values = self.store.multi_get([f"beat/{r}" for r in begun]) if begun else []
+        for rank in begun:
+            if rank not in self._hosts:
+                self._hosts[rank] = self.store.get(f"host/{rank}").decode()
         return {r: value.decode() for r, value in zip(begun, values, strict=True)}
 
     def _dead(self, now: float) -> str | None:
@@ -159,8 +176,9 @@ class Watch:
                 ("error:", "bold red"), f" {reason}. The run ends; continue it with --resume"
             )
             console.print(text, soft_wrap=True)
-            with suppress(RuntimeError):
-                self.store.set("told", "")
+            if not reason.startswith((self.name(0), "the launcher")):  # whose store may not answer
+                with suppress(RuntimeError):
+                    self.store.set("told", "")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
