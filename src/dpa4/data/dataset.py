@@ -67,10 +67,8 @@ class Batch(NamedTuple):
 
     def without_labels(self) -> "Batch":
         """Batch of the same structures, none of which has a label."""
-        masks = {
-            name: torch.zeros_like(getattr(self, name)) for name in ("has_energy", "has_forces", "has_virial")
-        }
-        return self._replace(**masks).counted()
+        none = torch.zeros_like(self.has_energy)
+        return self._replace(has_energy=none, has_forces=none, has_virial=none).counted()
 
     def pin_memory(self) -> "Batch":
         """Copy to page-locked memory, from which copies to a GPU are asynchronous."""

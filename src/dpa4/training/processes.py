@@ -22,7 +22,6 @@ from torch import Tensor
 
 from dpa4.data import Batch, EpochBatches, FrameDataset
 from dpa4.data.division import Share
-from dpa4.parsing import first_line
 from dpa4.system import caught_signals, choose_device
 from dpa4.training.errors import FramePrediction
 from dpa4.training.launcher import Place, launched
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 JOIN = 120.0  # s in which all processes must have started
 LONG = 7200.0  # s that a process waits for long work of another; `watch` ends the run much earlier if that one hangs
-SEARCH = 60.0  # s that a process with a broken connection waits for the reason
+SEARCH = 60.0  # s in which the watch ends a process that has lost another one, or fails with all others
 STEPS = 10  # a process is not stuck before this many times the longest step
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NUMBERS = (
@@ -57,6 +56,7 @@ class Processes:
     Attributes:
         rank, size: Number of this process, from 0, and number of all processes.
         first: True for the process that prints and writes files.
+        all_fail: True once all processes are about to raise the same error.
     """
 
     def __init__(self, place: Place | None = None):
@@ -67,6 +67,7 @@ class Processes:
         self._store: Any = None
         self._known = len(caught_signals)  # signals of earlier work
         self._stopped = False
+        self.all_fail = False
         self._edges_differ = False
         self._waits = 0
         self._left = math.inf  # time at which the last exchange of a step ended
@@ -137,7 +138,11 @@ class Processes:
         except BaseException as error:
             if self._watch is None:
                 raise
-            self._watch.announce(first_line(error) or type(error).__name__)
+            if self.all_fail and not self.first:
+                time.sleep(
+                    SEARCH
+                )  # process 0 saves the state, raises the same error, and so ends this process
+            self._watch.announce(str(error).strip().partition("\n")[0] or type(error).__name__)
             self._watch.stop()
             _tell_launcher(error)
             if self.first:
@@ -330,6 +335,7 @@ class Processes:
                 if number not in received:
                     caught_signals.append(number)
         if numbers["refused"]:
+            self.all_fail = True
             texts = [
                 self._store.get(f"refused/{r}").decode()
                 for r in range(self.size)

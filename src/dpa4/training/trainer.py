@@ -203,6 +203,7 @@ class Trainer:
     def _abort(self, report: Report) -> NoReturn:
         for name, value in report.counters.items():  # a resumed run repeats the step
             setattr(self, name, value)
+        self.processes.all_fail = True  # the numbers are sums over all
         self.save()
         raise FloatingPointError(
             f"{self._not_finite(report)}. The state before it is saved in {self.config.output / STATE}; look for "
