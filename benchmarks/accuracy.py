@@ -7,7 +7,8 @@
 
 DATA is a folder with the folders acac, rmd17, 3bpa, mlearn and inorganic; `DATA_SETS` names the files. An experiment
 is a set of recipes on some data sets. A recipe is a list of overrides on the file that `dpa4 init` writes, with the
-cutoff of `BASE`. Every training is a process of its own, --jobs of them at a time, for a fixed number of steps.
+cutoff and learning rate of `BASE`. Every training is a process of its own, --jobs of them at a time, for a fixed
+number of steps.
 
 results.jsonl in the output folder receives one line per training and test set: errors of energy, forces and, with
 labels, stress; the same on the training file (with the part for validation); options, seed, steps, seconds of
@@ -88,7 +89,7 @@ for _molecule in ("aspirin", "ethanol"):
     DATA_SETS[f"rmd17-{_molecule}"] = DataSet(*_files, validation_fraction=0.05)
     DATA_SETS[f"rmd17-{_molecule}-50"] = DataSet(*_files, structures=50)
 
-BASE = ["model.cutoff=5.0", "training.log_interval=100"]
+BASE = ["model.cutoff=5.0", "training.learning_rate=4e-3", "training.log_interval=100"]
 
 _SCALAR_READOUT = ["model.message_node_so3=false", "model.so3_readout=none"]
 _S2_GRIDS = ["model.ffn_on=s2", "model.ffn_grid=glu", *_SCALAR_READOUT]

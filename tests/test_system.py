@@ -118,10 +118,14 @@ def test_the_second_gpu_gives_the_results_of_the_first():
     assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
-def test_the_home_folder_in_paths_of_functions(tmp_path, monkeypatch):
+def test_the_home_folder_in_paths_of_functions(tmp_path, tmp_path_factory, monkeypatch):
+    matplotlib_folder = tmp_path_factory.mktemp("matplotlib")
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv(
+        "MPLCONFIGDIR", str(matplotlib_folder)
+    )  # matplotlib makes ~/.config when it is first imported
     monkeypatch.chdir(tmp_path)
     save_potential(small_potential(), "~/m.safetensors")
     write(home / "a.xyz", molecule())

@@ -3,6 +3,7 @@
 import json
 import re
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,11 @@ def shown(value: object) -> str:
     """
     text = _short.repr(value)
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def problem(entry: Mapping[str, Any]) -> str:
+    """Message of an entry of ``ValidationError.errors()``, without the words that pydantic puts before ours."""
+    return str(entry["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
 
 
 def printable(text: str) -> str:

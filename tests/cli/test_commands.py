@@ -3,6 +3,7 @@
 import json
 import os
 import pkgutil
+import re
 import runpy
 import shutil
 import signal
@@ -22,9 +23,11 @@ from typer.testing import CliRunner
 import dpa4
 from deepmd_files import parameter_names
 from dpa4.cli import app
+from dpa4.cli.options import user_errors
 from dpa4.potential import load_potential
 from dpa4.potential.deepmd.writer import deepmd_state
 from dpa4.simulation import DPA4Calculator
+from dpa4.training import RunConfig
 from helpers import crystal, molecule, random_potential, shared
 
 TINY = ["model.channels=8", "model.lmax=1", "model.n_blocks=1", "model.mixing_layers=1", "model.cutoff=4"]
@@ -52,10 +55,13 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     write(folder / "train.xyz", labelled(12))
     config = folder / "run.yaml"
-    run("init", config, "--train", folder / "train.xyz")
+    text = run("init", config, "--train", folder / "train.xyz").replace("\n", "")
+    assert f"next: dpa4 train {config} --dry-run  # " in text and text.endswith(f"then dpa4 train {config}")
     settings = [*TINY, "training.steps=6", "training.batch_size=4", f"output={folder / 'run'}", "device=cpu"]
     output = run("train", config, *(x for s in settings for x in ("--set", s)))
     assert "best" in output and "[green]" not in output
+    assert f"next: dpa4 eval {folder / 'run' / 'best.safetensors'} TEST.xyz" in output.replace("\n", "")
+    assert f"next: dpa4 report {folder / 'run'}  # " in output.replace("\n", "")
     return folder
 
 
@@ -94,7 +100,7 @@ def test_eval_with_named_labels(trained):
     model = trained / "run" / "best.safetensors"
     arguments = ("eval", model, trained / "named.xyz", "-o", trained / "named", "--device", "cpu")
     assert "meV/atom" in run(*arguments, "--key", "energy=dft")
-    assert "--key must be LABEL=NAME" in run(*arguments, "--key", "enrgy=dft", ok=False)
+    assert "--key must be LABEL=NAME" in run(*arguments, "--overwrite", "--key", "enrgy=dft", ok=False)
 
 
 def test_info_md_and_relax(trained):
@@ -154,7 +160,7 @@ def test_presets_in_commands(tmp_path):
     "arguments,message",
     [
         (("info", "paper-ari"), "paper-air"),
-        (("eval", "absent.pt", "x.xyz"), "there is no checkpoint absent.pt"),
+        (("eval", "absent.pt", "x.xyz"), "there is no model file absent.pt"),
         (("train", "absent.yaml"), "absent.yaml"),
     ],
 )
@@ -207,6 +213,21 @@ def test_version_help_and_completion():
     assert result.output.split() == ["relax", "report"]
 
 
+def test_help_fits_into_80_columns_and_no_word_is_cut_off(monkeypatch):
+    group = typer.main.get_command(app)
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, command in {"": group, **group.commands}.items():
+        text = run(*name.split(), "-h")
+        assert max(map(len, text.splitlines())) <= 80, text
+        shown = "".join(text.split())
+        for below in getattr(command, "commands", {}).values():
+            first = re.split(r"\.\s", below.help)[0]
+            assert below.hidden or "".join(first.split()).removesuffix(".") in shown, first
+        for parameter in command.params:
+            described = getattr(parameter, "help", None)
+            assert not described or "".join(described.split()) in shown, (name, parameter.name)
+
+
 def test_commands_that_continue_a_run_can_also_replace_it():
     group = typer.main.get_command(app)
     options = {name: {o for p in command.params for o in p.opts} for name, command in group.commands.items()}
@@ -228,7 +249,10 @@ def test_errors_of_set_name_the_override(trained):
     assert "override 'training.steps=many'" in output.replace("\n", " ")
 
 
-@pytest.mark.parametrize("command", ["train", "md", "neb", "relax", "eos", "screen", "init", "convert"])
+@pytest.mark.parametrize(
+    "command",
+    ["train", "md", "neb", "relax", "eos", "screen", "init", "convert", "eval", "select", "embed", "data"],
+)
 def test_results_are_replaced_on_request_only(trained, tmp_path, command):
     if command == "screen":
         pytest.importorskip("torch_sim")
@@ -247,6 +271,10 @@ def test_results_are_replaced_on_request_only(trained, tmp_path, command):
         "screen": (model, tmp_path / "first.xyz", "--steps", 1, "-o", output, *cpu),
         "init": (output,),
         "convert": (model, output.with_suffix(".safetensors")),
+        "eval": (model, trained / "train.xyz", "-o", output, *cpu),
+        "select": (trained / "train.xyz", "--model", model, "-n", 2, "-o", output, *cpu),
+        "embed": (model, tmp_path / "first.xyz", "-o", output.with_suffix(".npz"), *cpu),
+        "data": ("collect", trained / "train.xyz", "-o", output),
     }
     call = (command, *arguments[command])
     ok = command != "eos"  # the curve of an untrained model may have no minimum
@@ -254,13 +282,15 @@ def test_results_are_replaced_on_request_only(trained, tmp_path, command):
     if output.is_dir():
         (output / "notes.txt").write_text("mine")
         before = {path.name: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
-    assert "--overwrite" in run(*call, ok=False).replace("\n", " ")
+    refusal = run(*call, ok=False).replace("\n", " ")
+    assert re.search("already (exists|holds .*); .*replace it with --overwrite, or choose another", refusal)
     run(*call, "--overwrite", ok=ok)
     if output.is_dir():
         after = {path.name: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
         assert before.keys() == after.keys() and before["notes.txt"] == after["notes.txt"]
         assert all(after[name] > before[name] for name in before if name != "notes.txt")
-    if command not in ("init", "convert"):
+    if command not in ("init", "convert", "eval", "select", "embed", "data"):
+        assert "continue it with --resume, replace" in refusal
         message = run(*call, "--overwrite", "--resume", ok=False).replace("\n", " ")
         assert "resume continues the earlier run and overwrite replaces it" in message
 
@@ -293,7 +323,7 @@ def test_output_in_any_encoding(trained):
         result = CliRunner(charset=encoding).invoke(app, [str(part) for part in command])
         assert result.exit_code == 0, (command, result.output, result.exception)
     result = CliRunner(charset="ascii").invoke(app, ["info", "Å.pt"])
-    assert result.exit_code == 1 and r"there is no checkpoint \xc5.pt" in result.output
+    assert result.exit_code == 1 and r"there is no model file \xc5.pt" in result.output
     assert "Å" in (folder / "eval" / "errors.csv").read_text(encoding="utf-8")
 
 
@@ -446,6 +476,12 @@ def test_square_brackets_of_a_message_are_printed(tmp_path):
     assert "[/tmp].pt" in run("eval", tmp_path / "[/tmp].pt", "x.xyz", ok=False)
 
 
+def test_errors_of_pydantic_are_in_plain_words(capsys):
+    with pytest.raises(typer.Exit), user_errors():
+        RunConfig.model_validate({"data": {"train": "a.xyz"}, "device": "gpu"})
+    assert capsys.readouterr().err.startswith("error: device: device = 'gpu': allowed are auto, cpu, cuda")
+
+
 def test_unknown_option_suggests_the_right_one(trained):
     output = run("train", trained / "run.yaml", "--set", "training.lerning_rate=1", ok=False)
     assert "unknown option training.lerning_rate; did you mean 'learning_rate'?" in output
@@ -484,11 +520,12 @@ def test_the_home_folder_in_arguments_and_options(trained, monkeypatch, tmp_path
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     shutil.copy(trained / "run" / "best.safetensors", home / "m.safetensors")
-    shutil.copy(trained / "train.xyz", home / "train.xyz")
+    for name in ("train.xyz", "valid.xyz"):
+        shutil.copy(trained / "train.xyz", home / name)
     cpu = ("--device", "cpu")
     run("eval", "~/m.safetensors", "~/train.xyz", "~/train.xyz", "--output=~/eval", *cpu)
     run("init", "~/run.yaml", "--train", "~/train.xyz")
-    sets = [*TINY, "training.steps=2", "output=~/run", "data.validation=~/train.xyz", "device=cpu"]
+    sets = [*TINY, "training.steps=2", "output=~/run", "data.validation=~/valid.xyz", "device=cpu"]
     run("train", "~/run.yaml", *(x for s in sets for x in ("--set", s)))
     message = run("bench", "spice", "~/m.safetensors", "--data=~/data", *cpu, ok=False)
     assert str(home / "data") in message.replace("\n", "")

@@ -35,7 +35,7 @@ def test_collect(runs):
     assert "left out: runs/1/OUTCAR, frame 2: electronic loop not converged (60 of 60 steps)" in output
     assert max(map(len, output.splitlines())) <= 96
     assert len(read_frames("train.xyz")) == 11
-    assert "train.xyz exists" in run("data", "collect", "runs", "-o", "train.xyz", ok=False)
+    assert "train.xyz already exists" in run("data", "collect", "runs", "-o", "train.xyz", ok=False)
     shell = run("data", "collect", *(f"runs/{k}/OUTCAR" for k in range(3)), "-o", "same.xyz")
     assert shell.replace("same.xyz", "train.xyz") == output
     with open("train.xyz") as one, open("same.xyz") as two:
@@ -60,7 +60,7 @@ def test_collect_without_anything_to_collect(runs):
     assert "error: there is no" not in run("data", "collect", "--help")
     assert "error: no such file or directory: absent" in run("data", "collect", "absent", ok=False)
     output = run("data", "collect", "runs/0/POSCAR", "-o", "train.xyz", ok=False)
-    assert "error: no structure to use in 1 files; train.xyz is not written" in output
+    assert "error: no structure to use in 1 file; train.xyz is not written" in output
     assert "runs/0/POSCAR: 1 without energy, forces and stress" in output
 
 
@@ -84,7 +84,7 @@ def test_training_and_evaluation_on_a_folder_of_runs(runs):
     atom = script.labelled(Atoms("Cu", cell=[12, 12, 12]))
     atom.info["config_type"] = "IsolatedAtom"
     ase.io.write("atom.xyz", atom)
-    output = run("eval", "run/best.safetensors", "runs", "atom.xyz", "--device", "cpu")
+    output = run("eval", "run/best.safetensors", "runs", "atom.xyz", "--device", "cpu", "--overwrite")
     assert "free atoms are left out: 1" in output
     assert len(read_frames("eval/predictions.xyz")) == 11
 

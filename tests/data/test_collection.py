@@ -113,7 +113,7 @@ def test_nothing_is_overwritten_and_nothing_empty_is_written(tmp_path):
     assert not collect(find_sources(tmp_path / "bare.xyz"), target).frames
     assert not target.exists()
     target.write_text("mine")
-    with pytest.raises(FileExistsError, match="train.xyz exists; choose another name or remove it"):
+    with pytest.raises(FileExistsError, match="train.xyz already exists; replace it with --overwrite"):
         collect(find_sources(tmp_path / "bare.xyz"), target)
 
 

@@ -311,7 +311,7 @@ def test_arguments():
         DPA4Calculator([])
     with pytest.raises(ValueError, match="branch = 'a' selects from a checkpoint"):
         DPA4Calculator(potential, branch="a")
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="there is no model file"):
         DPA4Calculator("nowhere.safetensors")
 
 

@@ -276,7 +276,7 @@ def test_unknown_names_are_told_apart_from_missing_files(tmp_path):
         match="'papr-air' is neither a file nor a preset: unknown preset .*did you mean 'paper-air'",
     ):
         model_card("papr-air")
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint .*absent.safetensors"):
+    with pytest.raises(FileNotFoundError, match="there is no model file .*absent.safetensors"):
         model_card(tmp_path / "absent.safetensors")
 
 

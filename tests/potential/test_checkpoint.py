@@ -137,7 +137,7 @@ def test_a_crash_while_saving_leaves_the_old_file(saved, monkeypatch):
         raise OSError("disk full")
 
     old = saved.read_bytes()
-    monkeypatch.setattr("dpa4.output.flush_to_disk", crash)
+    monkeypatch.setattr("dpa4.output.files.flush_to_disk", crash)
     with pytest.raises(OSError, match="disk full"):
         save_potential(make_potential(), saved)
     assert saved.read_bytes() == old
@@ -170,7 +170,7 @@ def test_unknown_suffixes_are_refused(saved):
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*absent\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"there is no model file .*absent\.safetensors"):
         load_potential(tmp_path / "absent.safetensors")
     with pytest.raises(FileNotFoundError, match="there is no folder .*absent; create it first"):
         save_potential(make_potential(), tmp_path / "absent" / "model.safetensors")

@@ -233,3 +233,23 @@ def test_real_package_with_a_local_endpoint(checkpoint, tmp_path, monkeypatch):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_missing_file_and_those_beside_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+
+    def message(name: str) -> str:
+        with pytest.raises(FileNotFoundError) as raised:
+            load_potential(name)
+        return str(raised.value)
+
+    assert message("run/best.pt") == (
+        f"there is no model file run/best.pt; model files in {tmp_path / 'run'}: none"
+    )
+    for name in ("best.safetensors", "old.pt", "last.pt", "notes.txt", "x1.pt", "x2.pt", "x3.pt"):
+        (tmp_path / "run" / name).touch()
+    assert message("run/bset.safetensors").endswith("; did you mean run/best.safetensors?")
+    assert message("run/model").endswith(f"in {tmp_path / 'run'}: best.safetensors, old.pt, x1.pt and 2 more")
+    assert message("rum/best.pt").endswith(f"; there is no folder {tmp_path / 'rum'}")
+    assert "make demo, at the top of the checkout, writes demo-run" in message("demo-run/training/a.pt")

@@ -437,7 +437,7 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="element N"):
         run(Atoms("N2", [(0, 0, 0), (0, 0, 1)]), Small(), tmp_path, steps=5)
     run(copper(1), EMT(), tmp_path, steps=5)  # the failed start left no files
-    with pytest.raises(FileExistsError, match="already holds a run; resume"):
+    with pytest.raises(FileExistsError, match="already holds a run; continue it"):
         run(copper(1), EMT(), tmp_path, steps=5)
     for constraint, ensemble, allowed in (
         (

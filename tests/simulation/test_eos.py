@@ -129,7 +129,7 @@ def test_interrupted_and_resumed(tmp_path):
         run(bulk("Cu"), parted, tmp_path / "parts")
     finished = len((tmp_path / "parts" / "volumes.jsonl").read_text().splitlines())
     assert 2 < finished < 11 and not (tmp_path / "parts" / "eos.csv").exists()
-    with pytest.raises(FileExistsError, match="already holds a calculation; resume it, overwrite it"):
+    with pytest.raises(FileExistsError, match="already holds a calculation; continue it with --resume"):
         run(bulk("Cu"), EMT(), tmp_path / "parts")
     result = run(bulk("Cu"), rest, tmp_path / "parts", resume=True)
     assert rest.evaluations < whole.evaluations - finished + 1

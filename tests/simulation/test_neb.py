@@ -221,7 +221,7 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="start and end are the same structure"):
         run(Atoms(), Atoms(), DoubleWell(), tmp_path)
     run(start, end, DoubleWell(), tmp_path, images=2, steps=1)
-    with pytest.raises(FileExistsError, match="already holds path.xyz; resume it, overwrite it"):
+    with pytest.raises(FileExistsError, match="already holds path.xyz; continue it with --resume"):
         run(start, end, DoubleWell(), tmp_path)
     with pytest.raises(ValueError, match="images = 3, but the path to resume has 2"):
         run(start, end, DoubleWell(), tmp_path, images=3, resume=True)

@@ -268,7 +268,7 @@ def test_results_of_another_model_or_run_are_kept_apart(tmp_path):
     with pytest.raises(ValueError, match=r"model = '\w+', but .* holds results with model = '\w+'; choose"):
         attempt(tmp_path, seed=1, resume=True)
     assert attempt(tmp_path, resume=True) == [first]
-    with pytest.raises(FileExistsError, match="already holds relax.jsonl; resume it, overwrite it"):
+    with pytest.raises(FileExistsError, match="already holds relax.jsonl; continue it with --resume"):
         attempt(tmp_path)
     with pytest.raises(ValueError, match="give one of the two"):
         attempt(tmp_path, resume=True, overwrite=True)

@@ -177,7 +177,7 @@ def test_files_of_a_run_killed_before_its_first_state_are_replaced(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text(text)
-        with pytest.raises(FileExistsError, match="already holds a run; resume it, overwrite it"):
+        with pytest.raises(FileExistsError, match="already holds a run; continue it with --resume"):
             run_md(copper(), EMT(), folder, steps=5, **OPTIONS)
         assert (folder / name).read_text() == text
 

@@ -394,7 +394,7 @@ def test_interruption_and_resume(tmp_path):
     assert (result.finished, result.joined) == (False, False)
     assert signal.getsignal(signal.SIGINT) is handler
     assert 2 <= result.counts["converged"] < 6 and not (tmp_path / "out" / "screen.csv").exists()
-    with pytest.raises(FileExistsError, match="already holds a run .*; resume it, overwrite it"):
+    with pytest.raises(FileExistsError, match="already holds a run .*; continue it with --resume"):
         run(source, Watched(), tmp_path / "out")
     model = Watched()
     assert run(source, model, tmp_path / "out", max_edges=50, resume=True).counts == {"converged": 6}

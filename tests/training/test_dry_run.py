@@ -129,7 +129,7 @@ def test_used_folder_and_faults_are_reported(data):
     (data.parent / "run/best.safetensors").touch()
     console = Console(file=io.StringIO(), record=True, width=200)
     dry_run(config(data, steps=3), console)
-    assert "a run would not start: output folder run is not empty" in console.export_text()
+    assert "a run would not start: run already holds files" in console.export_text()
     images = argon(15)
     images[4].positions[1] = images[4].positions[0]
     ase.io.write(data, images)
@@ -156,7 +156,10 @@ def test_command(data):
     assert result.exit_code == 0, result.output
     rows = ("steps", "epochs", "seconds per step", "validations", "estimated time", "peak memory")
     assert all(f"│ {row} " in result.output for row in rows) and "GiB" in result.output
-    assert max(map(len, result.output.rpartition("Dry run")[2].splitlines())) <= 80
+    assert max(map(len, result.output.rpartition("Dry run")[2].partition("next: ")[0].splitlines())) <= 80
+    assert "per epoch" not in result.output  # and nothing is said of validations to come
+    again = [f"--set {s}" for s in [*tiny, "training.steps=40", "training.batch_size=3", "device=cpu"]]
+    assert result.output.endswith(f"next: dpa4 train run.yaml {' '.join(again)}\n")
     assert not (data.parent / "run").exists()
     result = CliRunner().invoke(app, ["train", "run.yaml", "--dry-run", "--resume"])
     assert result.exit_code == 1 and "leave out --resume" in result.output

@@ -43,14 +43,16 @@ def free_atom(element: str) -> Atoms:
 def prepared(
     folder: Path,
     train: list[Atoms],
-    validation: list[Atoms] | None = None,
+    validation: list[Atoms] | list[str] | None = None,
     state: dict[str, Any] | None = None,
     model: dict[str, Any] = MODEL,
     **data,
 ) -> tuple[Preparation, str]:
     ase.io.write(folder / "train.xyz", train, format="extxyz")
     data |= {"train": str(folder / "train.xyz")}
-    if validation is not None:
+    if validation and isinstance(validation[0], str):
+        data["validation"] = validation
+    elif validation is not None:
         ase.io.write(folder / "val.xyz", validation, format="extxyz")
         data["validation"] = str(folder / "val.xyz")
     console = Console(file=io.StringIO(), width=1000)
@@ -80,6 +82,47 @@ def test_elements_of_the_validation_data_only_are_refused(tmp_path):
         ValueError, match=r"element Fe of .*val.xyz, frame 1 is in the validation data, but in no"
     ):
         prepared(tmp_path, [*MOLECULES, free_atom("Fe")], [structure("CO"), structure("FeCO")])
+
+
+def test_a_file_for_training_and_validation_is_refused(tmp_path):
+    """Also by another path, within a folder, and of several."""
+    prepared(tmp_path, MOLECULES)
+    (tmp_path / "link.xyz").symlink_to(tmp_path / "train.xyz")
+    for other in ("train.xyz", "link.xyz", "."):
+        with pytest.raises(
+            ValueError, match=r"\.xyz is in data\.train and in data\.validation; .*Name other files"
+        ):
+            prepared(tmp_path, MOLECULES, validation=[str(tmp_path / other)])
+
+
+def test_the_same_structures_in_two_files_are_counted(tmp_path):
+    moved = [atoms.copy() for atoms in MOLECULES[:3]]
+    for atoms, original in zip(moved, MOLECULES, strict=False):
+        atoms.calc = SinglePointCalculator(atoms, **original.calc.results)
+    moved[0].positions[0, 0] += 1e-7  # rounding of another program
+    moved[2].positions[0, 0] += 0.01
+    _, text = prepared(tmp_path, MOLECULES, moved)
+    assert "2 of 3 validation structures are in the training data, too" in text
+    _, text = prepared(tmp_path, MOLECULES[3:], moved)
+    assert "in the training data, too" not in text
+
+
+def test_a_random_share_is_said_to_be_one(tmp_path):
+    said = "The validation data are a random share of data.train"
+    assert said in prepared(tmp_path, MOLECULES)[1]
+    assert said not in prepared(tmp_path, MOLECULES, [structure("CH4", 9)])[1]
+    assert said not in prepared(tmp_path, MOLECULES, validation_fraction=0)[1]
+
+
+def test_free_atoms_are_counted_apart(tmp_path):
+    one = [*MOLECULES, free_atom("H")]
+    _, text = prepared(
+        tmp_path, one, [structure("CH4", 9), free_atom("C")], reference_energies="least_squares"
+    )
+    row = next(line for line in text.splitlines() if "free atoms" in line)
+    assert row.replace("│", " ").split() == ["free", "atoms", "2", "1/1.0/1", "H", "C", "energy", "2/2"]
+    assert "free atoms are not trained on" in text
+    assert "free atom" not in prepared(tmp_path, MOLECULES)[1]
 
 
 def test_only_free_atoms(tmp_path):

@@ -64,6 +64,7 @@ def test_every_recipe_has_an_estimate_reasons_and_a_valid_file(tmp_path):
             path.write_text(text)
             config = load_run_config(path)
             assert config.training.steps == chosen.options["training.steps"]
+            assert config.training.learning_rate == "auto"  # so that another number of steps may be set alone
             assert config.model.build(["H"]).cutoff == 5.0
             assert f"about {structures:,} structures:" in text and "# Estimate: about" in text
 

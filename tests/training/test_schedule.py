@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dpa4.training.schedule import Schedule
+from dpa4.training.schedule import Schedule, rate_for
 from helpers import SHARED
 
 VECTORS = SHARED / "reference" / "vectors" / "C_testvec.json"
@@ -53,3 +53,14 @@ def test_exponential_decay():
 
 def test_a_single_step_without_warm_up():
     assert Schedule("cosine", 1.0, 0.5, total_steps=1)(0) == 1.0
+
+
+def test_the_rate_for_a_number_of_steps():
+    """Those of measured runs and the highest of published ones; more steps never have a higher rate."""
+    assert rate_for(1) == rate_for(250) == rate_for(1000) == 1e-2
+    assert rate_for(12_000) == pytest.approx(2e-3, rel=0.15)  # measured with 2e-3; a rate need not be exact
+    assert rate_for(2_000_000) == 1e-3
+    rates = [rate_for(steps) for steps in range(100, 100_000, 100)]
+    assert all(b <= a for a, b in zip(rates, rates[1:], strict=False))
+    assert rate_for(2000) == 6.3e-3  # two digits
+    assert rate_for(28_000) > rate_for(31_600) == 1e-3

@@ -15,7 +15,7 @@ from dpa4.potential.committee import member_files
 from dpa4.training import RunConfig, committee, train_committee
 from dpa4.training.committee import member_config
 from dpa4.training.evaluation import batches_for, predict_committee
-from dpa4.training.prepare import _read, calibration_frames
+from dpa4.training.run_data import calibration_frames, read_data
 from training_runs import SILENT, options
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -54,7 +54,7 @@ def test_members_differ_in_seed_and_split_and_share_what_they_leave_out(argon_fi
     members = [member_config(base, number) for number in range(3)]
     assert [member.training.seed for member in members] == [5, 6, 7]
     assert [member.output.name for member in members] == ["member-0", "member-1", "member-2"]
-    data = [_read(member, SILENT) for member in members]
+    data = [read_data(member, SILENT) for member in members]
     assert len({frozenset(places(one.validation)) for one in data}) > 1
     held_out = places(calibration_frames(members[0]))
     assert len(held_out) == 3  # a fifth of thirteen
@@ -66,10 +66,11 @@ def test_members_differ_in_seed_and_split_and_share_what_they_leave_out(argon_fi
 
 def test_a_validation_file_calibrates_and_no_data_are_left_out(argon_file, tmp_path):
     base = config(argon_file, tmp_path)
-    base = base.model_copy(update={"data": base.data.model_copy(update={"validation": (argon_file,)})})
+    other = Path(shutil.copy(argon_file, tmp_path / "valid.xyz"))
+    base = base.model_copy(update={"data": base.data.model_copy(update={"validation": (other,)})})
     member = member_config(base, 1)
     assert member.data.calibration_fraction == 0
-    assert len(calibration_frames(member)) == len(_read(member, SILENT).train) == 13
+    assert len(calibration_frames(member)) == len(read_data(member, SILENT).train) == 13
 
 
 def test_calibration_is_that_of_the_trained_models_on_unseen_data(trained):
@@ -98,7 +99,7 @@ def test_model_card_of_every_member_has_the_calibration(trained):
 def test_a_committee_is_continued_and_enlarged(argon_file, tmp_path, trained):
     own = config(argon_file, tmp_path / "run")
     shutil.copytree(trained[0].output, own.output)
-    with pytest.raises(FileExistsError, match="is not empty; continue that committee with --resume"):
+    with pytest.raises(FileExistsError, match="already holds a committee; continue it with --resume"):
         train(own, 2)
     printed = train(own, 3, resume=True)
     assert printed.count("resumed after step 2") == 2 and "member 3 of 3: seed 2" in printed

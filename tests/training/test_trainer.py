@@ -37,8 +37,9 @@ from dpa4.training import logs, plots
 from dpa4.training import trainer as trainer_module
 from dpa4.training.evaluation import ErrorRow, ErrorTable, evaluate
 from dpa4.training.options import RunConfig
-from dpa4.training.prepare import batch_budget, changed_options, split
+from dpa4.training.prepare import batch_budget, changed_options
 from dpa4.training.run import check_unused, train
+from dpa4.training.run_data import split
 from dpa4.training.state import load_state, save_state
 from dpa4.training.trainer import Trainer
 from training_runs import MODEL, SILENT, Killed, argon, assert_same_run, kill_at, options, run
@@ -87,7 +88,8 @@ def test_training_errors_have_the_definition_of_validation_errors(argon_file, tm
     data[2].info["config_weight"] = 3.0  # weights count in the loss only
     ase.io.write(tmp_path / "data.xyz", data)
     values = options(tmp_path / "data.xyz", tmp_path / "run", steps=2, batch_size=20, log_interval=1)
-    values["data"] |= {"validation": str(tmp_path / "data.xyz")}
+    shutil.copy(tmp_path / "data.xyz", tmp_path / "same.xyz")
+    values["data"] |= {"validation": str(tmp_path / "same.xyz")}
     values["training"] |= {"validation_interval": 1, "ema_decay": None, "precision": "high"}
     train(RunConfig.model_validate(values), console=SILENT)
     rows, valid = (read_csv(tmp_path / "run" / name) for name in ("train.csv", "valid.csv"))
@@ -141,7 +143,7 @@ def test_learning_curve(tmp_path):
     lines = {line.get_label(): line.get_xydata().tolist() for line in energy.lines}
     assert lines["training"] == [[20 * k, 900 / k] for k in range(1, 30)]
     assert lines["validation"] == [[100 * k, 700 / k] for k in range(1, 6)]
-    assert lines["best model: 175.0"] == [[400, 175]]
+    assert lines["chosen model: 175.0"] == [[400, 175]]
     assert "MAE (meV/atom)" in energy.get_title() and "MAE (meV/Å)" in forces.get_title()
     assert [line.get_ydata()[0] for line in loss.lines] == [50]
     assert {line.get_label() for line in terms.lines} == {"energy (eV/atom)", "forces (eV/Å)"}
@@ -161,6 +163,7 @@ def test_what_is_printed(finished_run):
     text = finished_run.text
     assert finished_run.best == finished_run.folder / "best.safetensors"
     assert "training.virial_weight = 5, because there are stress or virial labels" in text
+    assert "step       5  epoch    1.2  energy" in text and "step      13  epoch    3.2  energy" in text
     assert "parameters" in text and "elements Ar" in text and "reference energies (eV): Ar" in text
     assert "13 steps, 4 per epoch; MAE/RMSE of the validation data every 5 steps" in text
     assert "energy" in text and "meV/Å" in text and "best" in text
@@ -252,6 +255,17 @@ def test_an_absent_error_is_not_zero(argon_file, tmp_path, monkeypatch):
     assert "" in virial and all(float(v) > 0 for v in virial if v)  # the clusters have no virial
 
 
+def test_the_learning_rate_follows_the_number_of_steps(argon_file, tmp_path):
+    _, text = run(argon_file, tmp_path / "auto", steps=2, learning_rate="auto", log_interval=1)
+    assert "training.learning_rate = 0.01, because the run has 2 steps" in text
+    assert float(read_csv(tmp_path / "auto" / "train.csv")[0]["learning_rate"]) == 1e-2
+    assert "learning_rate: auto" in (tmp_path / "auto" / "run.yaml").read_text()
+    _, text = run(argon_file, tmp_path / "low", steps=2, learning_rate=3e-3)
+    assert "training.learning_rate = 0.003 is low for 2 steps" in text and "auto would be 0.01" in text
+    _, text = run(argon_file, tmp_path / "high", steps=2, learning_rate=4e-3)
+    assert "training.learning_rate" not in text
+
+
 def test_early_stop(argon_file, tmp_path, monkeypatch):
     quantities = ("energy per atom", "forces", "virial per atom")
     table = ErrorTable(tuple(ErrorRow("all", name, "meV", 3, 1.0, 1.0, 1.0) for name in quantities))
@@ -261,7 +275,8 @@ def test_early_stop(argon_file, tmp_path, monkeypatch):
     assert [r["best"] for r in rows] == ["1", "0", "0", "0"]
     assert "stopped early after step 8: 3 validations without a better one" in text
     # a resumed run that had stopped early stops again at once
-    run(argon_file, tmp_path / "run", resume=True, steps=40, validation_interval=2, patience=3)
+    _, text = run(argon_file, tmp_path / "run", resume=True, steps=40, validation_interval=2, patience=3)
+    assert "nothing is left to do: 8 steps are done, and training.patience = 3 is exhausted" in text
     assert load_state(tmp_path / "run" / "last.pt")["step"] == 8
 
 
@@ -312,7 +327,7 @@ def test_killed_in_the_middle_of_writing_a_checkpoint(argon_file, tmp_path, monk
                 raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(output, "flush_to_disk", half)
+        patch.setattr(output.files, "flush_to_disk", half)
         with pytest.raises(Killed):
             run(argon_file, tmp_path / "run")
     assert load_state(tmp_path / "run" / "last.pt")["step"] == 5
@@ -363,7 +378,13 @@ def test_what_a_run_killed_before_its_first_state_leaves_is_replaced(argon_file,
 def test_folders_that_a_run_may_use(tmp_path, files, unused):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    with nullcontext() if unused else pytest.raises(FileExistsError, match="is not empty"):
+    with (
+        nullcontext()
+        if unused
+        else pytest.raises(
+            FileExistsError, match="already holds (a run|files); .*replace it with --overwrite"
+        )
+    ):
         check_unused(tmp_path)
 
 
@@ -567,9 +588,18 @@ def test_a_run_on_new_data_that_is_killed_equals_an_uninterrupted_one(finished_r
     assert_same_run(*folders)
 
 
-def test_resuming_a_finished_run_changes_nothing(argon_file, copied_run, finished_run):
-    run(argon_file, copied_run, resume=True)
-    assert_same_run(finished_run.folder, copied_run)
+@pytest.mark.parametrize(
+    "changes", [{}, {"steps": 5}, {"learning_rate": 1e-3}], ids=["same", "fewer", "rate"]
+)
+def test_resuming_a_run_without_steps_left_changes_no_file(argon_file, copied_run, finished_run, changes):
+    before = {path.name: path.read_bytes() for path in copied_run.iterdir() if path.suffix != ".png"}
+    best, text = run(argon_file, copied_run, resume=True, **changes)
+    assert best == copied_run / "best.safetensors"
+    assert "nothing is left to do: 13 steps are done" in text and "--set training.steps=N" in text
+    assert before == {path.name: path.read_bytes() for path in copied_run.iterdir() if path.suffix != ".png"}
+    run(argon_file, copied_run, resume=True, steps=14)  # as the message says
+    assert load_state(copied_run / "last.pt")["step"] == 14
+    assert "steps: 14" in (copied_run / "run.yaml").read_text()
 
 
 SCRIPT = """
@@ -623,11 +653,16 @@ def test_a_process_killed_at_random_moments_and_resumed(argon_file, tmp_path):
 def test_an_output_folder_with_files_is_not_overwritten(argon_file, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("keep me")
-    with pytest.raises(
-        FileExistsError, match=r"is not empty; continue that run with --resume, replace it with --overwrite"
-    ):
+    with pytest.raises(FileExistsError, match="already holds files; replace it with --overwrite, or choose"):
         run(argon_file, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_another_run_is_not_overwritten(argon_file, copied_run):
+    with pytest.raises(
+        FileExistsError, match="already holds a run; continue it with --resume, replace it with"
+    ):
+        run(argon_file, copied_run)
 
 
 def test_resume_refuses_another_model_and_names_other_changes(argon_file, copied_run):
@@ -686,7 +721,7 @@ def test_a_run_with_adam_for_the_basis_resumes_exactly(argon_file, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("bad", "where", "launched"), [(7, "epoch 1, batch 2", 8), (13, "epoch 3, batch 0", 13)]
+    ("bad", "where", "launched"), [(7, "batch 3 of epoch 2", 8), (13, "batch 1 of epoch 4", 13)]
 )
 def test_numbers_that_are_not_finite_stop_the_run_and_lose_nothing(
     argon_file, tmp_path, monkeypatch, finished_run, bad, where, launched
@@ -737,7 +772,7 @@ def test_cuda_that_is_not_there(argon_file, tmp_path):
 def test_a_split_that_leaves_nothing(argon_file):
     frames = read_frames(argon_file)
     with pytest.raises(
-        ValueError, match=r"data\.validation_fraction = 0\.5 of 1 structures leaves none to train on"
+        ValueError, match=r"data\.validation_fraction = 0\.5 of 1 structure leaves none to train on"
     ):
         split(frames[:1], 0.5, 0)
 

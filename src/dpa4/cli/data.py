@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 from rich.progress import track
 
-from dpa4.cli.options import Commands, Keys, console, label_keys, user_errors
+from dpa4.cli.options import Commands, Keys, OverwriteFile, console, label_keys, say_next, user_errors
+from dpa4.output import counted
 
 data = Commands(help="Prepare training data.", no_args_is_help=True)
 
@@ -31,6 +32,7 @@ def collect(
         "train.xyz"
     ),
     keys: Keys = None,
+    overwrite: OverwriteFile = False,
 ) -> None:
     """Collect the labelled structures of many calculations in one extended XYZ file, and list what was found."""
     from dpa4.data import warn_of_implausible_labels, without_isolated_atoms
@@ -41,16 +43,20 @@ def collect(
     with user_errors():
         sources = find_sources(files)
         console.print(sources.text, soft_wrap=True)
-        found = run(sources, output, label_keys(keys), _with_progress)
+        found = run(sources, output, label_keys(keys), _with_progress, overwrite)
         console.print(found.table())
         for line in skipped_lines(found.skipped, LISTED_REASONS):
             console.print(f"left out: {line}", soft_wrap=True, highlight=False)
         if implausible := warn_of_implausible_labels(without_isolated_atoms(found.frames)):
             console.print(implausible)
         if not found.frames:
-            raise ValueError(f"no structure to use in {len(found.files)} files; {output} is not written")
-    console.print(f"wrote {output}: {len(found.frames)} structures", soft_wrap=True, highlight=False)
-    console.print(f"next: dpa4 init run.yaml --train {output}", soft_wrap=True, highlight=False)
+            raise ValueError(
+                f"no structure to use in {counted(len(found.files), 'file')}; {output} is not written"
+            )
+    console.print(
+        f"wrote {output}: {counted(len(found.frames), 'structure')}", soft_wrap=True, highlight=False
+    )
+    say_next(f"dpa4 init run.yaml --train {output}")
 
 
 def _with_progress(paths: Sequence[Path]) -> Iterable[Path]:

@@ -11,6 +11,7 @@ from dpa4.cli.options import (
     Dtype,
     MaxAtoms,
     Model,
+    OverwriteFile,
     Structures,
     console,
     eager_potential,
@@ -37,13 +38,16 @@ def embed(
     device: Device = "auto",
     dtype: Dtype = "float32",
     branch: Branch = None,
+    overwrite: OverwriteFile = False,
 ) -> None:
     """Write the embedding of every atom: its invariant features after the last block."""
+    from dpa4.output import check_replaceable, counted
     from dpa4.potential import write_embeddings
 
     with user_errors():
+        check_replaceable(output, overwrite)
         images = read_structures(structures)
         potential = eager_potential(model, device, dtype, branch)
         write_embeddings(potential, images, output, mean=mean, max_atoms=max_atoms)
-    what = f"{len(images)} structures" if mean else f"{sum(map(len, images))} atoms"
+    what = counted(len(images), "structure") if mean else counted(sum(map(len, images)), "atom")
     console.print(f"{potential.config.channels} features of {what} are in {output}")

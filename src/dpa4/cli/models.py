@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dpa4.cli.options import Branch, console, one_model, user_errors
+from dpa4.cli.options import Branch, OverwriteFile, console, one_model, user_errors
 
 
 @one_model("a file holds one model; convert each member to a file of its own")
@@ -28,15 +28,15 @@ def convert(
         bool,
         typer.Option("--ema", help="Read the averaged weights that a deepmd-kit checkpoint may also hold."),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target if it exists.")] = False,
+    overwrite: OverwriteFile = False,
 ) -> None:
     """Convert between deepmd-kit checkpoints and native files, or a training input of deepmd-kit to a run file."""
     from dpa4 import potential
+    from dpa4.output import check_replaceable
     from dpa4.training.deepmd_input import INPUT_SUFFIXES
 
     with user_errors():
-        if target.exists() and not overwrite:
-            raise FileExistsError(f"{target} exists; choose another name or replace it with --overwrite")
+        check_replaceable(target, overwrite)
         if source.suffix in INPUT_SUFFIXES:
             if branch or drop_bridging or ema:
                 raise ValueError(

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 import typer
 from rich.console import Console
 from rich.text import Text
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from dpa4 import __version__
-from dpa4.output import tolerate_any_encoding
+from dpa4.output import already_there, tolerate_any_encoding
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -67,6 +67,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the 
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the results of an earlier run in the output folder.")
 ]
+OverwriteFile = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")]
 
 
 class Command(TyperCommand):
@@ -116,8 +117,25 @@ def _expanded(value: Any) -> Any:
     return [_expanded(one) for one in value] if isinstance(value, list | tuple) else value
 
 
+class _Group(TyperGroup):
+    """Group whose help has a line or two for each command, where typer cuts the text off."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write names and descriptions of the commands."""
+        found = {name: self.commands[name] for name in self.list_commands(ctx)}
+        rows = [(n, c.get_short_help_str(limit=1000)) for n, c in found.items() if not c.hidden]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
 class Commands(typer.Typer):
-    """Group of commands of the class ``Command``."""
+    """Group of commands of the class ``Command``, with help in plain text.
+
+    The boxes of typer's other help leave too little room for texts on a terminal of 80 columns.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(cls=_Group, rich_markup_mode=None, **options)
 
     def command(self, name: str | None = None, **options: Any) -> Callable[..., Any]:
         """Return a decorator that adds a command."""
@@ -222,7 +240,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
-        _print("error:", "bold red", error)
+        _print("error:", "bold red", _in_plain_words(error))
         exit_after_signal()
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
@@ -232,6 +250,19 @@ def user_errors() -> Iterator[None]:
         warnings.showwarning = shown
 
 
+def _in_plain_words(error: Exception) -> str:
+    """Message of an error; those of pydantic without its own words."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
+    from dpa4.parsing import problem
+
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc']))}: {problem(e)}".removeprefix(": ") for e in error.errors()
+    )
+
+
 def exit_after_signal(*_: Any, **__: Any) -> None:
     """End the program with the status 128 + number if a signal has ended the work of the command.
 
@@ -239,6 +270,21 @@ def exit_after_signal(*_: Any, **__: Any) -> None:
     """
     if caught := _caught_signals():
         raise typer.Exit(128 + caught[0])
+
+
+def check_unused(folder: Path, file: str, overwrite: bool) -> None:
+    """Check that a folder does not hold the results of an earlier call of a command that cannot be resumed.
+
+    Raises:
+        FileExistsError: If the file is in it and ``overwrite`` is false.
+    """
+    if (folder / file).exists() and not overwrite:
+        raise already_there(folder, file, resumable=False)
+
+
+def say_next(command: str, remark: str = "") -> None:
+    """Print a command with which users go on, and a remark, which a shell ignores."""
+    console.print(f"next: {command}" + f"  # {remark}" * bool(remark), soft_wrap=True, highlight=False)
 
 
 def _caught_signals() -> list[int]:

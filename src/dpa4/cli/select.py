@@ -11,6 +11,8 @@ from dpa4.cli.options import (
     Dtype,
     MaxAtoms,
     Output,
+    Overwrite,
+    check_unused,
     console,
     eager_potentials,
     sources_and_structures,
@@ -42,11 +44,13 @@ def select(
     device: Device = "auto",
     dtype: Dtype = "float32",
     branch: Branch = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Select structures to label, by the deviation of a committee and by diversity."""
     from dpa4.simulation.selection import select as run
 
     with user_errors():
+        check_unused(output, "selected.xyz", overwrite)
         sources, candidates = sources_and_structures(structures)
         _, labelled = sources_and_structures(known or [])
         potentials = eager_potentials(model, device, dtype, branch)

@@ -1,5 +1,6 @@
 """Commands that train and evaluate a potential."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -13,9 +14,13 @@ from dpa4.cli.options import (
     MaxAtoms,
     Model,
     Overwrite,
+    OverwriteFile,
+    check_unused,
     console,
     eager_potentials,
+    exit_after_signal,
     label_keys,
+    say_next,
     user_errors,
     with_committee,
 )
@@ -35,19 +40,18 @@ def init(
         str | None,
         typer.Option(help="Model to start from, as listed in docs/models.md; without it, the data decide."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    overwrite: OverwriteFile = False,
 ) -> None:
     """Write a commented configuration file for a training run that suits the data."""
     from dpa4.data import find_sources
     from dpa4.data.sampling import read_sample
-    from dpa4.output import atomic_write
+    from dpa4.output import atomic_write, check_replaceable
     from dpa4.system import choose_device
     from dpa4.training import default_config_text, recipe_for, recipe_text, summary_of
     from dpa4.training.recipes import choice_table
 
     with user_errors():
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists; choose another name or replace it with --overwrite")
+        check_replaceable(path, overwrite)
         if train is None and not Path("train.xyz").exists():
             text = default_config_text("train.xyz", preset or "mini")
             console.print(
@@ -67,7 +71,8 @@ def init(
                 console.print(f"note: {warning}")
         with atomic_write(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    console.print(f"wrote {path}; edit it, then run: dpa4 train {path}")
+    console.print(f"wrote {path}; look through it", soft_wrap=True, highlight=False)
+    say_next(f"dpa4 train {path} --dry-run", f"time and memory of the run; then dpa4 train {path}")
 
 
 def train(
@@ -108,19 +113,31 @@ def train(
                 f"--at-once {at_once} is for the members of a committee; give --committee as well"
             )
         options = load_run_config(config, set_ or [])
+        command = ["dpa4", "train", str(config), *(part for one in set_ or [] for part in ("--set", one))]
+        for option, number in (("--committee", committee), ("--at-once", at_once)):
+            command += [option, str(number)] if number is not None else []
+        command += ["--overwrite"] if overwrite else []
         if dry and (resume or new_data):
             raise ValueError("--dry-run estimates a new run; leave out --resume and --new-data")
         if dry:
             if committee is not None:
                 console.print(f"estimate of one of {committee} members:", highlight=False)
             console.print(dry_run(options, console))
+            say_next(shlex.join(command))
         elif committee is None:
-            run(options, resume=resume, new_data=new_data, overwrite=overwrite, console=console)
+            best = run(options, resume=resume, new_data=new_data, overwrite=overwrite, console=console)
+            exit_after_signal()
+            say_next(f"dpa4 eval {best} TEST.xyz", "structures of other calculations than the training data")
+            say_next(f"dpa4 report {options.output}", "the run on one page")
         else:
-            train_committee(
+            folder = train_committee(
                 options, committee, at_once=at_once or 1, resume=resume, new_data=new_data, overwrite=overwrite,
                 console=console,
             )  # fmt: skip
+            exit_after_signal()
+            say_next(
+                f"dpa4 eval {folder} TEST.xyz", "structures of other calculations than the training data"
+            )
 
 
 @with_committee
@@ -137,6 +154,7 @@ def evaluate_command(
     device: Device = "auto",
     dtype: Dtype = "float32",
     branch: Branch = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare predictions with labels; write error tables, parity plots, predictions and the worst structures.
 
@@ -148,6 +166,7 @@ def evaluate_command(
     from dpa4.training.errors import worst_table
 
     with user_errors():
+        check_unused(output, "predictions.xyz", overwrite)
         potentials = eager_potentials(model, device, dtype, branch)
         sources = find_sources(data)
         if sources.searched:
@@ -161,8 +180,9 @@ def evaluate_command(
             console.print(implausible)
         name = f"{len(potentials)} models" if len(potentials) > 1 else model
         table = evaluate(
-            potentials, frames, max_atoms=max_atoms, output=output, device=potentials[0].device, model=name
-        )
+            potentials, frames, max_atoms=max_atoms, output=output, device=potentials[0].device, model=name,
+            data=", ".join([*map(str, data[:3]), *["..."][: len(data) - 3]]),
+        )  # fmt: skip
     if table.rows:
         console.print(table.to_rich(), highlight=False)
         console.print("the structures with the largest errors, also in worst.xyz:", highlight=False)

@@ -15,7 +15,7 @@ from dpa4.data.readers import Skipped, read_content
 from dpa4.data.sources import Sources
 from dpa4.data.summary import elements_in, label_counts
 from dpa4.data.writers import write_structures
-from dpa4.output import atomic_write
+from dpa4.output import atomic_write, check_replaceable, wrapped_path
 
 CAPTION = "E energy, F forces, S stress, with their number if not all frames have them"
 NAME_WIDTH = 26  # characters of a file name, so that the table fits into 80 columns
@@ -59,7 +59,7 @@ class Collection:
         hidden = set(map(id, plain[SHOWN_FILES:]))
         for file in self.files:
             if id(file) not in hidden:
-                table.add_row(*_cells(escape(_folded(str(file.path))), file))
+                table.add_row(*_cells(escape(wrapped_path(str(file.path), NAME_WIDTH)), file))
         if hidden:
             table.add_row(f"and {len(hidden)} more files")
         if len(self.files) > 1:
@@ -73,6 +73,7 @@ def collect(
     output: Path,
     keys: LabelKeys = USUAL_KEYS,
     progress: Callable[[Sequence[Path]], Iterable[Path]] = iter,
+    overwrite: bool = False,
 ) -> Collection:
     """Read all files and write their labelled structures to one extended XYZ file.
 
@@ -86,13 +87,13 @@ def collect(
         output: File to write.
         keys: Names of labels that differ from the usual ones.
         progress: Function that iterates over the files and may show the progress.
+        overwrite: Replace the file to write if it exists.
 
     Raises:
-        FileExistsError: If the file to write exists.
+        FileExistsError: If the file to write exists and ``overwrite`` is not set.
         ValueError: If a named label is in no structure.
     """
-    if output.exists():
-        raise FileExistsError(f"{output} exists; choose another name or remove it")
+    check_replaceable(output, overwrite)
     frames: list[Frame] = []
     files: list[FileRecord] = []
     names: set[str] = set()
@@ -139,16 +140,6 @@ def _record(path: Path, frames: Sequence[Frame], skipped: Sequence[Skipped]) -> 
         label_counts(frames),
         tuple(skipped),
     )
-
-
-def _folded(name: str) -> str:
-    """Name of a file in lines that end after a "/", each as long as the table allows if a part is not longer."""
-    lines = [""]
-    for part in name.replace("/", "/\n").split("\n"):
-        if lines[-1] and len(lines[-1]) + len(part) > NAME_WIDTH:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(lines)
 
 
 def _cells(name: str, file: FileRecord) -> tuple[str, ...]:

@@ -61,6 +61,14 @@ def digest(frames: Iterable[Frame]) -> str:
     return found.hexdigest()
 
 
+def structure_digest(frame: Frame) -> bytes:
+    """Digest of elements, positions and cell, with five decimals, because files differ in the number of digits."""
+    found = hashlib.blake2b(frame.atomic_numbers.tobytes(), digest_size=16)
+    for array in (frame.positions, frame.cell):
+        found.update((np.round(array, 5) + 0.0).tobytes())  # the sum turns -0 into 0
+    return found.digest()
+
+
 def check_structure(
     atomic_numbers: NDArray, positions: NDArray[np.float64], cell: NDArray[np.float64], origin: str
 ) -> None:

@@ -100,8 +100,9 @@ def undetermined_elements(
 def undetermined_text(undetermined: Sequence[str]) -> str:
     """Explain that reference energies are arbitrary, and how to determine them."""
     names = ", ".join(undetermined)
+    which = f"energy of {names} is" if len(undetermined) == 1 else f"energies of {names} are"
     return (
-        f"the reference energies of {names} are arbitrary: the compositions of the training structures do not "
+        f"the reference {which} arbitrary: the compositions of the training structures do not "
         "determine them, so energy differences between compositions mean nothing. Add a free atom of every element "
         f"of the model (config_type=IsolatedAtom), or structures with other proportions of {names}, or give the "
         "energies as a map in data.reference_energies"

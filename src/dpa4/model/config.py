@@ -154,9 +154,9 @@ class ModelConfig(BaseModel):
     )
     edge_norm: EdgeNormOption = Field(
         EdgeNorm(False, False, False),
-        description="Normalise radial features, FiLM logits and focus scalars: true, false, or one of these for "
-        "each. Published models use true or [false, true, true]; radial features without a norm keep the curvature "
-        "smooth at the cutoff.",
+        description="Normalise quantities that vanish at the cutoff (radial features, FiLM logits, focus scalars; "
+        "docs/theory.md): true, false, or one of these for each. Published models use true or [false, true, true]; "
+        "radial features without a norm keep the curvature smooth at the cutoff.",
     )
 
     mixing_layers: int = Field(4, ge=0, le=32, description="SO(2) layers per convolution.")

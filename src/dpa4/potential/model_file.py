@@ -1,5 +1,6 @@
 """Local file of the model that a user names; advice if that is a preset, a run folder or a training state."""
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ HUB = "hf:"
 
 WEIGHTS = 'docs/models.md, "Published weights", lists files with weights'
 BEST, LAST, STATE = "best.safetensors", "last.safetensors", "last.pt"  # files of a run that matter here
+SUFFIXES = (".safetensors", ".pt")
+DEMO = "demo-run"
+"""Folder that make demo writes; the examples of the documentation name its model."""
 
 _LISTED = 3  # model files of a folder in a message
 _OF_STATES = frozenset(("format", "potential", "optimizer", "random"))
@@ -42,7 +46,23 @@ def model_file(source: str | Path) -> Path:
             f"{source} is a preset, an architecture without weights, and no preset has weights here; train it "
             f"(model.preset: {source}), or name a file: {WEIGHTS}"
         )
-    raise FileNotFoundError(f"there is no checkpoint {path}")
+    raise FileNotFoundError(missing_text(path))
+
+
+def missing_text(path: Path) -> str:
+    """Message about a model file that does not exist, with the model files of its folder."""
+    text, folder = f"there is no model file {path}", path.parent
+    if DEMO in path.parts:
+        text += f"; make demo, at the top of the checkout, writes {DEMO}"
+    if not folder.is_dir():
+        return f"{text}; there is no folder {folder.absolute()}"
+    names = [model.name for model in _models(folder)]
+    if near := difflib.get_close_matches(path.name, names, 1):
+        return f"{text}; did you mean {folder / near[0]}?"
+    listed = ", ".join(names[:_LISTED]) + (
+        f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    )
+    return f"{text}; model files in {folder.absolute()}: {listed or 'none'}"
 
 
 def is_training_state(content: Mapping[Any, Any]) -> bool:
@@ -59,9 +79,16 @@ def training_state_text(path: Path) -> str:
 def _folder_text(folder: Path) -> str:
     if any((folder / name).is_file() for name in (BEST, LAST, STATE)):
         return f"{folder} is the folder of a training run, not a model; {_advice(folder)}"
-    models = [str(path) for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".pt")]
+    models = [str(path) for path in _models(folder)]
     examples = f", such as {', '.join(models[:_LISTED])}" if models else "; there is none in it"
     return f"{folder} is a folder, not a model; name a model file{examples}"
+
+
+def _models(folder: Path) -> list[Path]:
+    try:
+        return [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES and path.name != STATE]
+    except OSError:  # a folder that may not be listed
+        return []
 
 
 def _advice(run: Path) -> str:

@@ -141,7 +141,8 @@ class Potential(nn.Module):
         known = {atomic_numbers[e] for e in self.elements}
         if unknown := [int(z) for z in numbers if int(z) not in known]:
             names = ", ".join(f"{chemical_symbols[z]} ({z})" for z in unknown)
-            raise ValueError(f"element {names} is not in the model, which knows {', '.join(self.elements)}")
+            what = f"element {names} is" if len(unknown) == 1 else f"elements {names} are"
+            raise ValueError(f"{what} not in the model, which knows {', '.join(self.elements)}")
         if self.config.charge_spin:
             charge, spin = graph.charge_spin.cpu().unbind(-1)
             limit_q, limit_s = ChargeSpinEmbedding.MAX_CHARGE, ChargeSpinEmbedding.MAX_SPIN

@@ -12,7 +12,7 @@ from ase.calculators.calculator import Calculator
 
 from dpa4.data.charge_spin import NAMES
 from dpa4.interfaces.ase import fingerprint_of_calculator
-from dpa4.output import OutputFolder, already_holds, check_start, remove_files
+from dpa4.output import OutputFolder, already_there, check_start, remove_files
 from dpa4.simulation.relax import Relaxation, relax
 from dpa4.simulation.runs.store import SETTINGS, ItemInterrupted, Record, Records, run_items
 
@@ -65,7 +65,7 @@ class Calculation:
             raise ValueError(f"the crystal must have no constraints, but has {name}; remove it")
         known = (folder / SETTINGS).exists()
         if known and not (resume or overwrite):
-            raise already_holds(folder, "a calculation")
+            raise already_there(folder, "a calculation")
         if resume and not known:
             raise FileNotFoundError(f"there is no calculation to resume in {folder}; start it without resume")
         fingerprint: Record = dict(fingerprint_of_calculator(calculator))

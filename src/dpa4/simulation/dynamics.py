@@ -15,7 +15,7 @@ from dpa4.interfaces.ase import fingerprint_of_calculator, has_deviations, label
 from dpa4.output import (
     CsvLog,
     OutputFolder,
-    already_holds,
+    already_there,
     check_start,
     cut_back,
     flush_to_disk,
@@ -223,7 +223,7 @@ def _check_unused(folder: Path) -> None:
     begun = len(read_csv(folder / THERMO)) > 1
     orphan = (folder / TRAJECTORY).exists() and not (folder / THERMO).exists()
     if begun or orphan or (folder / RESTART).exists():
-        raise already_holds(folder, "a run")
+        raise already_there(folder, "a run")
 
 
 class _Run:

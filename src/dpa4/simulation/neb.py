@@ -20,7 +20,7 @@ from dpa4.interfaces.ase import deviations_of, has_deviations
 from dpa4.output import (
     CsvLog,
     OutputFolder,
-    already_holds,
+    already_there,
     atomic_write,
     check_start,
     new_figure,
@@ -137,7 +137,7 @@ def run_neb(
     file = folder / PATH
     known = _read_path(file, start, images) if resume else None
     if file.exists() and not (resume or overwrite):
-        raise already_holds(folder, file.name)
+        raise already_there(folder, file.name)
     with OutputFolder(folder):
         if known is None:
             ends = _ends(start, end)

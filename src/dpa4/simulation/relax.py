@@ -20,7 +20,7 @@ from ase.spacegroup.symmetrize import symmetrize_rank2
 
 from dpa4.data import write_structures
 from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
-from dpa4.output import CsvLog, already_holds, check_start, cut_back, flush_to_disk, save_figure
+from dpa4.output import CsvLog, already_there, check_start, cut_back, flush_to_disk, save_figure
 from dpa4.parsing import first_line
 from dpa4.progress import ProgressBar
 from dpa4.simulation.figures import draw_relaxations
@@ -224,7 +224,7 @@ def relax_all(
     if resume and not finished.is_file():
         raise FileNotFoundError(f"there is no relaxation to resume in {folder}: {finished} does not exist")
     if finished.is_file() and not (resume or overwrite):
-        raise already_holds(folder, finished.name)
+        raise already_there(folder, finished.name)
     settings = {"task": "relax", **fingerprint_of_calculator(calculator), **options}
     with Records(folder, settings, "relax", anew=not resume) as records:
         results = _restored(structures, records, relaxed)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 
 from dpa4.data.charge_spin import NAMES, charge_spin_entries
 from dpa4.output import atomic_write
+from dpa4.parsing import problem
 
 RESTART = "restart.json"
 THERMO = "thermo.csv"
@@ -114,7 +115,7 @@ def read_restart(folder: Path) -> Restart:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise damaged(path, f"{where}: {first['msg'].lower()}") from None
+        raise damaged(path, f"{where}: {problem(first).lower()}") from None
     for name in ("positions", "momenta"):
         rows = len(getattr(state, name))
         if rows != len(state.system.get("elements", ())):

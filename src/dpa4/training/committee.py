@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dpa4.output import OutputFolder, check_start, tolerate_any_encoding
+from dpa4.output import OutputFolder, already_there, check_start, counted, tolerate_any_encoding
 from dpa4.potential.checkpoint import add_provenance, load_potential
 from dpa4.potential.committee import MEMBER, member_files, member_folders
 from dpa4.system import caught_signals, choose_device, stop_requests
@@ -20,8 +20,8 @@ from dpa4.training.calibration import Calibration, calibrations, write_calibrati
 from dpa4.training.evaluation import batches_for, predict_committee
 from dpa4.training.launcher import refuse_several
 from dpa4.training.options import RunConfig
-from dpa4.training.prepare import calibration_frames
 from dpa4.training.run import train
+from dpa4.training.run_data import calibration_frames
 from dpa4.training.state import STATE
 
 MAX_ATOMS = 2000  # evaluated at once for the calibration
@@ -127,7 +127,9 @@ def calibrate(config: RunConfig, console: Console) -> list[str]:
     found = calibrations(frames, predict_committee(potentials, batches.batches(0)))
     write_calibration(found, config.output)
     _write_cards(files, found, len(frames))
-    return [f"calibration on {len(frames)} structures, {one.quantity}: {one.text}" for one in found]
+    return [
+        f"calibration on {counted(len(frames), 'structure')}, {one.quantity}: {one.text}" for one in found
+    ]
 
 
 def _write_cards(files: Sequence[Path], found: Sequence[Calibration], structures: int) -> None:
@@ -146,10 +148,7 @@ def _check_folder(folder: Path, members: int, resume: bool, overwrite: bool) -> 
     """
     known = member_folders(folder)
     if not (resume or overwrite) and any(path.name != ".lock" for path in folder.iterdir()):
-        raise FileExistsError(
-            f"output folder {folder} is not empty; continue that committee with --resume, replace it with "
-            "--overwrite, or choose another output"
-        )
+        raise already_there(folder, "a committee" if known else "files", resumable=bool(known))
     if resume and not known:
         raise FileNotFoundError(f"there is no committee to resume in {folder}; train without --resume first")
     if len(known) > members:

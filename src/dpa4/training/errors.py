@@ -1,7 +1,7 @@
 """Errors of predictions: per structure, per group of structures, and the structures with the largest ones."""
 
 import json
-from collections import Counter
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from rich.table import Column, Table
 
 from dpa4.data import Frame
 from dpa4.data.frame import file_of
-from dpa4.output import atomic_write, short, wrapped, write_csv
+from dpa4.output import atomic_write, short, wrapped, wrapped_path, write_csv
 
 TOTAL = "all"
 LabelPair = tuple[NDArray[np.float64], NDArray[np.float64]]  # label, prediction
@@ -220,21 +220,31 @@ def worst_structures(
 def worst_table(structures: Sequence[WorstStructure]) -> Table:
     """Format structures with large errors as a table for a terminal of 80 columns."""
     table = _open_table("file, frame")
+    folder = common_folder([s.file for s in structures])
     table.add_column("group", vertical="bottom", overflow="fold")
     for head in ("atoms", "times\nRMSE", "energy\nmeV/atom", "forces\nRMSE\nmeV/Å", "forces\nmax\nmeV/Å"):
         table.add_column(head, justify="right", no_wrap=True, vertical="bottom")
-    names = Counter(Path(file).name for file in {s.file for s in structures})
     for s in structures:
-        # A name such as OUTCAR, which several files have, says less than the folder.
-        file = Path(s.file).name if names[Path(s.file).name] == 1 else s.file
+        file = s.file.removeprefix(folder)
         numbers = (s.ratio, s.energy_error, s.forces_rmse, s.forces_maximum)
         table.add_row(
-            escape(wrapped(", ".join(filter(None, (file, s.frame))), _PLACE_WIDTH)),
+            escape(wrapped_path(", ".join(filter(None, (file, s.frame))), _PLACE_WIDTH)),
             escape(wrapped(s.group, _PLACE_WIDTH)),
             str(s.atoms),
             *("-" if n is None else short(n) for n in numbers),
         )
+    if folder:
+        table.caption, table.caption_justify = f"files are in {escape(folder)}", "left"
     return table
+
+
+def common_folder(files: Sequence[str]) -> str:
+    """Folder with a "/" at its end that all files are in, or ""; less is left of a path that begins with it."""
+    parents = {Path(file).parent for file in files}
+    if not parents or len({parent.is_absolute() for parent in parents}) > 1:
+        return ""
+    folder = Path(os.path.commonpath(parents)).as_posix()
+    return "" if folder in (".", "/") else f"{folder}/"
 
 
 def _open_table(first: str) -> Table:

@@ -24,7 +24,7 @@ from dpa4.data.charge_spin import is_number
 from dpa4.data.frame import file_of
 from dpa4.data.labels import PREDICTED_ENERGY
 from dpa4.graph import within_cutoff
-from dpa4.output import OutputFolder, atomic_write, write_csv
+from dpa4.output import OutputFolder, atomic_write, counted, write_csv
 from dpa4.potential import Potential
 from dpa4.potential.committee import MeanAndDeviation, add_deviations, check_one_charge_spin
 from dpa4.system import own_settings, user_path
@@ -35,6 +35,7 @@ from dpa4.training.errors import (
     FrameDeviation,
     FramePrediction,
     WorstStructure,
+    common_folder,
     error_table,
     label_pairs,
     volume_of,
@@ -129,6 +130,7 @@ def evaluate(
     output: str | Path | None = None,
     device: str | torch.device = "cpu",
     model: str | Path = "",
+    data: str = "",
 ) -> ErrorTable:
     """Compare the predictions of a potential with labels; structures without labels are only predicted.
 
@@ -141,6 +143,8 @@ def evaluate(
             calibration.png, calibration.svg and calibration.json. None writes nothing.
         device: Device to compute on.
         model: Name of the potential in the title of figures, such as its file.
+        data: Name of the structures in the title, such as the folder or pattern of their files; by default the names
+            of the files or, if there are more than three, of their folder.
 
     Returns:
         MAE, RMSE and largest error per group and quantity, in the units of ``QUANTITIES``, and the ten structures
@@ -157,7 +161,9 @@ def evaluate(
         check_elements(frames, member.elements)
     folder = None if output is None else user_path(output)
     with nullcontext() if folder is None else OutputFolder(folder):
-        return _evaluate([member.to(device) for member in members], frames, max_atoms, folder, str(model))
+        return _evaluate(
+            [member.to(device) for member in members], frames, max_atoms, folder, str(model), data
+        )
 
 
 def batches_for(potentials: Sequence[Potential], frames: Sequence[Frame], max_atoms: int) -> EpochBatches:
@@ -169,7 +175,12 @@ def batches_for(potentials: Sequence[Potential], frames: Sequence[Frame], max_at
 
 
 def _evaluate(
-    potentials: Sequence[Potential], frames: Sequence[Frame], max_atoms: int, output: Path | None, model: str
+    potentials: Sequence[Potential],
+    frames: Sequence[Frame],
+    max_atoms: int,
+    output: Path | None,
+    model: str,
+    data: str,
 ) -> ErrorTable:
     batches = batches_for(potentials, frames, max_atoms)
     predictions = predict_committee(potentials, batches.batches(0))
@@ -184,12 +195,20 @@ def _evaluate(
             table.write_json(output / "errors.json")
             _write_worst(frames, predictions, table.worst, output)
             panels = _parity_panels(frames, predictions, potentials[0])
-            files = list(dict.fromkeys(Path(file_of(f.origin) or f.origin).name for f in frames))
-            title = ", ".join(filter(None, [*files[:3], "..." if files[3:] else ""]))
+            title = data or _name_of(frames)
             title = ", predicted by ".join(filter(None, (title, "/".join(Path(model).parts[-2:]))))
             plot_parity(panels, [frame.group for frame in frames], title, output / "parity.png")
         write_calibration(calibrations(frames, predictions), output)
     return table
+
+
+def _name_of(frames: Sequence[Frame]) -> str:
+    """Names of the files of structures, or their folder if there are many or the names are the same."""
+    files = list(dict.fromkeys(file_of(f.origin) or f.origin for f in frames))
+    names = {Path(file).name for file in files}
+    if len(names) == len(files) <= 3:
+        return ", ".join(Path(file).name for file in files)
+    return counted(len(files), "file") + (f" of {folder}" if (folder := common_folder(files)) else "")
 
 
 def write_predictions(frames: Sequence[Frame], predictions: Sequence[FramePrediction], path: Path) -> None:

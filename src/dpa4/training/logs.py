@@ -68,8 +68,13 @@ class RunLog:
         status = f"loss {row['loss']:.4g}  lr {row['learning_rate']:.2e}"
         self._progress.update(self._task, status=status)
 
-    def validation(self, row: dict[str, Any]) -> None:
-        """Log and print the errors of a validation, named as in ``VALID_COLUMNS``."""
+    def validation(self, row: dict[str, Any], epochs: float) -> None:
+        """Log and print the errors of a validation.
+
+        Args:
+            row: Errors, named as in ``VALID_COLUMNS``.
+            epochs: Passes over the training data so far, with the part of the last one.
+        """
         self._valid.write(row)
         self._scalars("validation", row)
         errors = "  ".join(
@@ -78,7 +83,7 @@ class RunLog:
             if row.get(f"{name}_mae") is not None
         )
         best = "  [green]best[/green]" if row["best"] else ""
-        line = f"step {row['step']:>7}  epoch {row['epoch']:>4}  {errors}{best}"
+        line = f"step {row['step']:>7}  epoch {epochs:>6.1f}  {errors}{best}"
         self._console.print(line, highlight=False, soft_wrap=True, markup=True)
 
     def _scalars(self, prefix: str, row: dict[str, Any]) -> None:
@@ -106,7 +111,7 @@ class NoLog:
     def train(self, row: dict[str, Any]) -> None:
         """Do nothing."""
 
-    def validation(self, row: dict[str, Any]) -> None:
+    def validation(self, row: dict[str, Any], epochs: float) -> None:
         """Do nothing."""
 
 

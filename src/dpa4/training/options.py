@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,12 +17,14 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from dpa4.model.config import Bridging, ModelConfig
 from dpa4.model.presets import NAMES, preset
 from dpa4.model.switches import Symmetry
 from dpa4.potential.precision import Precision
 from dpa4.system import user_path
+from dpa4.training.schedule import LOWEST_RATE
 
 UserPath = Annotated[Path, AfterValidator(user_path)]
 
@@ -33,12 +36,40 @@ def _device_name(name: str) -> str:
 
 
 def unknown_option(key: str, allowed: Iterable[str]) -> str:
-    """Message about an unknown option, which suggests the closest known option or, if none is close, lists all."""
-    allowed = list(allowed)
-    close = difflib.get_close_matches(key.rpartition(".")[2], allowed, n=1)
+    """Message about an unknown option, which suggests a known one or, if none is close, lists all of the section.
+
+    An option of the same name in another section is the first choice.
+
+    Args:
+        key: Full name of the option, with dots.
+        allowed: Options of its section.
+    """
+    allowed, elsewhere = list(allowed), _options_by_name()
+    name = key.rpartition(".")[2]
+    close = elsewhere.get(name) or difflib.get_close_matches(name, allowed, n=1)
+    if not close and (others := difflib.get_close_matches(name, elsewhere, n=1)):
+        close = elsewhere[others[0]]
     return f"unknown option {key if len(key) <= 100 else key[:97] + '...'}; " + (
-        f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(allowed)}"
+        f"did you mean {' or '.join(map(repr, close))}?" if close else f"allowed are {', '.join(allowed)}"
     )
+
+
+@cache
+def _options_by_name() -> dict[str, list[str]]:
+    """Full names of the options of all sections by their last part, such as "training.steps" by "steps"."""
+    found: dict[str, list[str]] = {}
+
+    def add(fields: Mapping[str, FieldInfo], prefix: str) -> None:
+        for name, field in fields.items():
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                add(kind.model_fields, f"{prefix}{name}.")
+            elif prefix and prefix + name not in found.setdefault(name, []):
+                found[name].append(prefix + name)
+
+    add(RunConfig.model_fields, "")
+    add(ModelConfig.model_fields, "model.")
+    return found
 
 
 Count = Annotated[int, Field(gt=0, le=10**12)]
@@ -169,23 +200,29 @@ class TrainingOptions(_Section):
         None, description="Maximum number of edges (directed neighbour pairs) per batch."
     )
 
-    optimizer: Literal["hybrid_muon", "adamw"] = Field("hybrid_muon", description="hybrid_muon or adamw.")
+    optimizer: Literal["hybrid_muon", "adamw"] = Field(
+        "hybrid_muon", description="Optimiser: hybrid_muon (Muon for matrices, AdamW for the rest) or adamw."
+    )
     adam_for_basis: bool = Field(
         False,
         description="hybrid_muon: AdamW instead of Muon for the two matrices that multiply the radial basis, as in "
         "published runs of generation 3.",
     )
-    weight_decay: float = Field(1e-3, ge=0, le=1e3, description="Decoupled weight decay of matrices.")
+    weight_decay: float = Field(
+        1e-3,
+        ge=0,
+        le=1e3,
+        description="Weight decay: how much each step shrinks the matrices, against overfitting.",
+    )
     schedule: Literal["wsd", "cosine", "exp"] = Field(
         "wsd",
         description="Learning rate: wsd (warm-up, stable, cosine decay), cosine (warm-up, decay) or exp (warm-up, "
         "exponential decay).",
     )
-    learning_rate: PositiveFloat = Field(
-        4e-3,
-        le=1e3,
-        description="Peak learning rate. Short runs need a high one; the published runs of 2 million steps "
-        "used 3e-4 to 1e-3.",
+    learning_rate: Annotated[PositiveFloat, Field(le=1e3)] | Literal["auto"] = Field(
+        "auto",
+        description="Peak learning rate; auto: 1e-2 up to 1,000 steps, lower for more steps, 1e-3 from 31,600 steps "
+        "on.",
     )
     final_learning_rate: float = Field(1e-6, ge=0, description="Learning rate at the end.")
     warmup_fraction: float = Field(
@@ -196,13 +233,13 @@ class TrainingOptions(_Section):
         0.65, gt=0, le=1, description="Share of all steps that wsd spends on the decay."
     )
     gradient_clip: PositiveFloat | None = Field(
-        5.0, description="Maximum norm of the gradient; null: no limit."
+        5.0, description="Norm to which a longer gradient is shortened; null: no limit."
     )
     ema_decay: float | None = Field(
         0.999,
         gt=0,
         lt=1,
-        description="Decay per step of the averaged weights, which are evaluated and saved; null: off.",
+        description="The model is an average of the weights over about 1/(1 - ema_decay) steps; null: no average.",
     )
 
     loss: Literal["mae", "mse", "huber"] = Field("mae", description="Error measure: mae, mse or huber.")
@@ -263,7 +300,13 @@ class TrainingOptions(_Section):
                 f"training.adam_for_basis = true is an option of hybrid_muon, not of training.optimizer = "
                 f"{self.optimizer}; remove it or choose hybrid_muon"
             )
-        if self.final_learning_rate > self.learning_rate:
+        if self.learning_rate == "auto":
+            if self.final_learning_rate > LOWEST_RATE:
+                raise ValueError(
+                    f"training.final_learning_rate = {self.final_learning_rate} must be at most {LOWEST_RATE}, "
+                    "unless training.learning_rate is a number"
+                )
+        elif self.final_learning_rate > self.learning_rate:
             raise ValueError(
                 f"training.final_learning_rate = {self.final_learning_rate} must be at most "
                 f"training.learning_rate = {self.learning_rate}"

@@ -109,7 +109,7 @@ def _histogram(axis: Any, panel: ParityPanel) -> None:
         )
     rmse = float(np.sqrt(np.mean(error**2)))
     axis.set(xscale="log", yscale="log", xlabel=f"absolute error ({unit})")
-    axis.set_title(f"MAE {short(error.mean())}, RMSE {short(rmse)}, max {short(largest)}", fontsize=9)
+    axis.set_title(f"MAE {short(error.mean())}, RMSE {short(rmse)}, max {short(largest)} {unit}", fontsize=9)
     top = axis.get_ylim()[1]
     axis.set_ylim(0.7, max(top, 2) ** 1.6)  # room for the legend
     axis.legend(fontsize=8, loc="upper left", framealpha=0.7)
@@ -175,13 +175,13 @@ def draw_learning_curve(folder: Path) -> Any:
 
 
 def _errors(axis: Any, quantity: str, train: list[dict[str, str]], valid: list[dict[str, str]]) -> None:
-    """Draw the MAE of training and validation data, and mark the best model."""
+    """Draw the MAE of training and validation data, and mark the model that is kept as best.safetensors."""
     column = f"{quantity}_mae"
     _curve(axis, train, column, label="training", color="C0", linewidth=1, markersize=3)
     _curve(axis, valid, column, label="validation", color="C1", linewidth=2)
     best = [row for row in valid if row.get("best") == "1"][-1:]
     if points := _points(best, column):
-        label = f"best model: {short(points[0][1])}"
+        label = f"chosen model: {short(points[0][1])}"  # by all errors together, so not always the lowest of these
         axis.plot(*points[0], "*", color="C3", markersize=12, label=label, zorder=4, clip_on=False)
     axis.set_title(f"{quantity}: MAE ({ERROR_UNITS[quantity]})", fontsize=10)
 

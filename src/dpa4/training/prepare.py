@@ -1,11 +1,9 @@
 """Preparation of a run: reads the data and builds the potential, the batches and the loss from the options."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import yaml
 from rich.console import Console
@@ -15,29 +13,22 @@ from dpa4.data import (
     EpochBatches,
     Frame,
     FrameDataset,
-    LabelKeys,
     charges_and_spins,
     check_elements,
-    check_labels,
-    check_trained,
     coverage_of,
     digest,
-    find_sources,
-    read_frames,
     reference_energies,
     shortest_distances,
-    summarize,
     undetermined_elements,
     undetermined_text,
-    warn_of_implausible_labels,
     warn_of_reference_energies,
-    without_isolated_atoms,
 )
 from dpa4.data.coverage import ElementPair
 from dpa4.data.summary import elements_in
 from dpa4.model import ModelConfig
 from dpa4.model.shapes import check_size
 from dpa4.model.short_range import pair_bridging
+from dpa4.output import counted
 from dpa4.parsing import parse_yaml
 from dpa4.potential import Potential
 from dpa4.potential.card import symmetry_text
@@ -46,8 +37,7 @@ from dpa4.training.loss import Loss
 from dpa4.training.options import RunConfig, TrainingOptions
 from dpa4.training.processes import ALONE, Processes
 from dpa4.training.repulsion import overlapping_pairs, without_repulsion
-
-DEFAULT_VIRIAL_WEIGHT = 5.0
+from dpa4.training.run_data import RunData, read_data
 
 
 class Preparation(NamedTuple):
@@ -83,7 +73,7 @@ def prepare(
     """
     device = processes.device(config.device)
     options = config.training
-    data = _read(config, console)
+    data = read_data(config, console)
     frames, validation = data.train, data.validation
     model = _model(config, data, state, console)
     pairs = charges_and_spins([*frames, *validation], model.charge_spin, model.default_charge_spin)
@@ -120,74 +110,9 @@ def prepare(
     )
 
 
-class _Data(NamedTuple):
-    """Structures of a run, and the loss that their labels allow."""
-
-    read: Sequence[Frame]  # training files, with free atoms and the part that is split off
-    train: Sequence[Frame]
-    validation: Sequence[Frame]
-    loss: Loss
-
-
-def _read(config: RunConfig, console: Console) -> _Data:
-    """Read the data, check them, and print a summary."""
-    keys = LabelKeys(**config.data.keys.model_dump())
-    read = _frames_of("data.train", config.data.train, keys, console)
-    frames = _without_isolated_atoms(read, "data.train", config.data.train)
-    loss = _loss(config.training, frames, console)
-    weights = {"energy": loss.energy, "forces": loss.forces, "virial": loss.virial}
-    check_labels(frames, weights)
-    frames, _ = _without_calibration(config, frames, loss)
-    if config.data.validation:
-        held_out = _frames_of("data.validation", config.data.validation, keys, console)
-        validation = _without_isolated_atoms(held_out, "data.validation", config.data.validation)
-    else:
-        data = config.data
-        frames, validation = split(frames, data.validation_fraction, data.split_seed, _labels(loss))
-    console.print(summarize({"training": frames, "validation": validation}))
-    if validation:
-        check_labels(validation, weights, "validation")
-        check_trained(validation, frames)
-    if table := warn_of_implausible_labels([*frames, *validation]):
-        console.print(table)
-    return _Data(read, frames, validation, loss)
-
-
-def calibration_frames(config: RunConfig) -> list[Frame]:
-    """Structures that no member of a committee is trained on: the validation files, or the share that is left out."""
-    silent = Console(quiet=True)
-    keys = LabelKeys(**config.data.keys.model_dump())
-    if config.data.validation:
-        held_out = _frames_of("data.validation", config.data.validation, keys, silent)
-        return _without_isolated_atoms(held_out, "data.validation", config.data.validation)
-    read = _frames_of("data.train", config.data.train, keys, silent)
-    frames = _without_isolated_atoms(read, "data.train", config.data.train)
-    loss = _loss(config.training, frames, silent)
-    return _without_calibration(config, frames, loss)[1]
-
-
-def _without_calibration(
-    config: RunConfig, frames: list[Frame], loss: Loss
-) -> tuple[list[Frame], list[Frame]]:
-    """Split off the share of the data that calibrates a committee; it does not depend on the seeds of the run."""
-    fraction = config.data.calibration_fraction
-    return split(frames, fraction, 0, _labels(loss)) if fraction else (frames, [])
-
-
-def _labels(loss: Loss) -> list[str]:
-    """Labels with a weight in the loss."""
-    return [name for name in ("energy", "forces", "virial") if getattr(loss, name)]
-
-
-def _frames_of(option: str, paths: Sequence[Path], keys: LabelKeys, console: Console) -> list[Frame]:
-    """Read the files behind an option, and print how many they are if that does not follow from the option."""
-    sources = find_sources(paths)
-    if sources.searched:
-        console.print(f"{option}: {sources.text}", highlight=False, markup=False, soft_wrap=True)
-    return read_frames(sources, keys)
-
-
-def _model(config: RunConfig, data: _Data, state: Mapping[str, Any] | None, console: Console) -> ModelConfig:
+def _model(
+    config: RunConfig, data: RunData, state: Mapping[str, Any] | None, console: Console
+) -> ModelConfig:
     """Configuration of the model: that of the state if there is one, else from the options and the data."""
     elements = elements_in([*data.read, *data.validation])
     if state is None:
@@ -200,12 +125,16 @@ def _model(config: RunConfig, data: _Data, state: Mapping[str, Any] | None, cons
     check_elements([*data.read, *data.validation], model.elements)
     if untrained := sorted(set(elements_in(data.read)) - set(elements_in(data.train))):
         console.print(
-            f"no structure to train on contains {', '.join(untrained)}: of these elements the model knows the free "
-            "atom only",
+            f"no structure to train on contains {', '.join(untrained)}: of {_these(untrained)} the model knows the "
+            "free atom only",
             style="yellow",
             soft_wrap=True,
         )
     return model
+
+
+def _these(elements: Sequence[str]) -> str:
+    return "this element" if len(elements) == 1 else "these elements"
 
 
 def _with_windows(
@@ -231,7 +160,7 @@ def _with_windows(
 def _reference_energies(
     config: RunConfig,
     model: ModelConfig,
-    data: _Data,
+    data: RunData,
     shortest: Mapping[ElementPair, float],
     state: Mapping[str, Any] | None,
     console: Console,
@@ -251,89 +180,6 @@ def _reference_energies(
     if undetermined:
         console.print(undetermined_text(undetermined), style="yellow", highlight=False, soft_wrap=True)
     return energies, tuple(undetermined)
-
-
-def split(
-    frames: Sequence[Frame], fraction: float, seed: int, labels: Sequence[str] = ()
-) -> tuple[list[Frame], list[Frame]]:
-    """Split off a random share of the structures for validation, at least one unless the fraction is 0.
-
-    Structures that training needs, because no other has one of their elements or labels, are not split off.
-
-    Args:
-        frames: The structures.
-        fraction: Share of the structures for validation.
-        seed: Seed of the random numbers.
-        labels: Labels that both parts must have: "energy", "forces" or "virial".
-
-    Returns:
-        Structures for training and for validation.
-
-    Raises:
-        ValueError: If no structure would be left to train on, or a part would lack a label.
-    """
-    count = max(1, round(fraction * len(frames))) if fraction else 0
-    if count >= len(frames):
-        raise ValueError(
-            f"data.validation_fraction = {fraction} of {len(frames)} structures leaves none to train on; "
-            "add structures or set it to 0"
-        )
-    held_out = _held_out(frames, np.random.default_rng(seed).permutation(len(frames)).tolist(), count, labels)
-    return (
-        [frame for i, frame in enumerate(frames) if i not in held_out],
-        [frames[i] for i in sorted(held_out)],
-    )
-
-
-def _held_out(frames: Sequence[Frame], order: Sequence[int], count: int, labels: Sequence[str]) -> set[int]:
-    """Indices of the first structures of the order that training can spare, and with which no label is missing."""
-    if not count:
-        return set()
-    kinds: list[set[int | str]] = [
-        {*frame.atomic_numbers.tolist(), *(label for label in labels if getattr(frame, label) is not None)}
-        for frame in frames
-    ]
-    left = Counter(kind for own in kinds for kind in own)  # number of structures to train on with each kind
-    chosen: set[int] = set()
-    covered: set[int | str] = set()
-
-    def choose(index: int) -> None:
-        if index not in chosen and all(left[kind] > 1 for kind in kinds[index]):
-            left.subtract(kinds[index])
-            chosen.add(index)
-            covered.update(kinds[index])
-
-    for index in order:
-        if len(chosen) < count:
-            choose(index)
-    for label in labels:
-        for index in order:
-            if label not in covered and label in kinds[index]:
-                choose(index)
-    missing = [label for label in labels if label not in covered]
-    if missing or not chosen:
-        raise ValueError(
-            f"the {len(frames)} structures cannot be split: training needs every structure"
-            + (f" with a label for {missing[0]}" if missing else "")
-            + ", because of labels or elements that no other has; add structures, give data.validation, or set "
-            "data.validation_fraction to 0"
-        )
-    return chosen
-
-
-def _without_isolated_atoms(frames: Sequence[Frame], option: str, paths: Sequence[Path]) -> list[Frame]:
-    """Return the structures to fit.
-
-    Raises:
-        ValueError: If all are free atoms.
-    """
-    found = without_isolated_atoms(frames)
-    if not found:
-        raise ValueError(
-            f"all {len(frames)} structures of {option} = {', '.join(map(str, paths))} are free atoms, which define "
-            "reference energies but are not fitted; add molecules or crystals"
-        )
-    return found
 
 
 def batch_budget(options: TrainingOptions) -> dict[str, Any]:
@@ -360,16 +206,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _loss(options: TrainingOptions, frames: Sequence[Frame], console: Console) -> Loss:
-    virial = options.virial_weight
-    if virial == "auto":
-        labelled = any(frame.virial is not None for frame in frames)
-        virial = DEFAULT_VIRIAL_WEIGHT if labelled else 0.0
-        reason = "there are stress or virial labels" if labelled else "there is no stress or virial label"
-        console.print(f"training.virial_weight = {virial:g}, because {reason}")
-    return Loss(options.energy_weight, options.forces_weight, virial, options.loss, options.huber_delta)
-
-
 def _describe(config: RunConfig, potential: Potential, device: torch.device, console: Console) -> None:
     model = potential.config
     parameters = sum(p.numel() for p in potential.parameters() if p.requires_grad)
@@ -386,7 +222,7 @@ def _provenance(
     config: RunConfig, train: Sequence[Frame], validation: Sequence[Frame], undetermined: Sequence[str]
 ) -> dict[str, str]:
     def describe(paths: Sequence[Path], frames: Sequence[Frame]) -> str:
-        return f"{len(frames)} structures" + (
+        return counted(len(frames), "structure") + (
             f" of {', '.join(path.name if path.exists() else str(path) for path in paths)}" if paths else ""
         )
 

@@ -16,6 +16,7 @@ from dpa4.data import Frame, is_isolated_atom, label_counts, undetermined_elemen
 from dpa4.data.sampling import Sample
 from dpa4.data.summary import elements_in
 from dpa4.graph.neighbors import neighbor_list
+from dpa4.output import counted
 
 CUTOFF_MOLECULES = 5.0  # Angstrom; acetylacetone, 2026-11-30; the usual value for molecules
 CUTOFF_PERIODIC = 6.0  # Angstrom; the cutoff of the published models
@@ -73,26 +74,25 @@ class Recipe:
 
 
 _ACAC = "acetylacetone, 450 structures, one H200, 2026-11-30"
-_EMA = (0.999, "the averaged weights are evaluated and saved; used in all measured runs")
-_SMOOTH = (False, "energies are smoother at the cutoff")
 _SMALL = {
-    "model.edge_norm": _SMOOTH,
-    "training.batch_size": (8, f"small batches, hence many steps ({_ACAC})"),
+    "model.edge_norm": (False, "energies are smoother at the cutoff"),
+    "training.batch_size": (8, "few structures: small batches give more steps in each pass over them"),
     "training.weight_decay": (
         0.1,
-        "the training error of few structures is below half of the test error; a decay of 0.1 lowered the force "
-        f"error far from the data from 103 (26,483 steps) to 64 meV/A (12,000), 0.5 was too much ({_ACAC})",
+        "few structures are learned by heart; 0.1 lowered the force error of structures unlike the training data "
+        "from 103 (after 26,483 steps) to 64 meV/A (after 12,000), 0.5 was too much",
     ),
-    "training.ema_decay": _EMA,
-    "training.energy_weight": (60.0, f"3 : 1 with the forces, per atom ({_ACAC})"),
-    "training.forces_weight": (20.0, f"mean absolute errors; squared errors were worse ({_ACAC})"),
-    "data.validation_fraction": (0.1, "a tenth of the structures selects the best model"),
+    "training.ema_decay": (0.999, "used in all measured runs"),
+    "training.learning_rate": ("auto", "follows the number of steps, so you can change that alone"),
+    "training.energy_weight": (60.0, "three times the weight of the forces, as in the measured runs"),
+    "training.forces_weight": (20.0, "as in the measured runs"),
+    "data.validation_fraction": (0.1, "a tenth of the structures is enough to choose the best model"),
 }
 _MIDDLE = _SMALL | {
     "training.batch_size": (16, "larger batches use the device better; not measured"),
     "training.weight_decay": (0.01, "more data need less decay; between the measured ends, not measured"),
     "training.energy_weight": (20.0, "default of the package"),
-    "data.validation_fraction": (0.05, "a twentieth is enough to select the best model"),
+    "data.validation_fraction": (0.05, "a twentieth is enough to choose the best model"),
 }
 _LARGE = _MIDDLE | {
     "training.batch_size": (32, "batch of the timed training step (benchmarks/README.md)"),
@@ -100,7 +100,6 @@ _LARGE = _MIDDLE | {
     "data.validation_fraction": (0.01, "a hundredth still holds hundreds of structures"),
 }
 _LONG = "the force error was still falling after 12,000 steps at 450 structures (2026-11-30)"
-_RATE = (2e-3, f"peak of the measured runs ({_ACAC})")
 
 # Ordered by size. Change a number here, with its source; everything else follows.
 RECIPES: dict[str, tuple[Recipe, ...]] = {
@@ -110,9 +109,8 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
             f"network, batch, decay and loss weights of the measured runs on {_ACAC}",
             _SMALL
             | {
-                "model.preset": ("paper-neo", f"1.6 million parameters, the measured network ({_ACAC})"),
+                "model.preset": ("paper-neo", "1.6 million parameters, the measured network"),
                 "training.steps": (24_000, _LONG),
-                "training.learning_rate": _RATE,
             },
         ),
         Recipe(
@@ -122,7 +120,6 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
             | {
                 "model.preset": ("paper-neo", "as for fewer structures; larger networks are not measured"),
                 "training.steps": (60_000, "at least 19 passes over 50,000 structures; not measured"),
-                "training.learning_rate": _RATE,
             },
         ),
         Recipe(
@@ -138,7 +135,6 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
                     200_000,
                     "6.4 million structures; the published runs have 2 million steps",
                 ),
-                "training.learning_rate": (1e-3, "upper end of the published runs (3e-4 to 1e-3)"),
             },
         ),
     ),
@@ -151,9 +147,8 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
                 "model.preset": ("nano", "no GPU: the smallest network, measured on a CPU"),
                 "training.steps": (
                     6_000,
-                    "length of the measured run: 29 meV/A at 450 structures",
+                    "length of the measured run, which reached 29 meV/A with 450 structures",
                 ),
-                "training.learning_rate": _RATE,
             },
         ),
         Recipe(
@@ -163,7 +158,6 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
             | {
                 "model.preset": ("nano", "no GPU: a larger network would take weeks"),
                 "training.steps": (20_000, "a compromise with the time on a CPU; not measured"),
-                "training.learning_rate": _RATE,
             },
         ),
         Recipe(
@@ -173,7 +167,6 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
             | {
                 "model.preset": ("nano", "no GPU: a larger network would take months"),
                 "training.steps": (50_000, "a compromise with the time on a CPU; not measured"),
-                "training.learning_rate": _RATE,
             },
         ),
     ),
@@ -228,7 +221,7 @@ class Choice:
     Attributes:
         options: Values of options by dotted name.
         reasons: Reason of each, in plain English.
-        source: Measurement from which the recipe comes.
+        source: Number of structures, and the measurement from which the recipe comes.
         estimate: Time and memory; None for networks whose step is not timed.
         warnings: What the reader should do about the data.
     """
@@ -288,11 +281,9 @@ def recipe_for(summary: DataSummary, device: str, preset: str | None = None) -> 
         chosen["model.preset"] = (preset, "the network that was asked for with --preset")
         chosen.pop("model.edge_norm")
     options = {name: value for name, (value, _) in chosen.items()}
-    size = f"{'about ' if not summary.complete else ''}{summary.structures:,} structures: "
-    reasons = {
-        name: (size if name in recipe.options else "") + reason for name, (_, reason) in chosen.items()
-    }
-    return Choice(options, reasons, recipe.source, _estimate(summary, options, device), _warnings(summary))
+    source = f"{'about ' if not summary.complete else ''}{summary.structures:,} structures: {recipe.source}"
+    reasons = {name: reason for name, (_, reason) in chosen.items()}
+    return Choice(options, reasons, source, _estimate(summary, options, device), _warnings(summary))
 
 
 def estimate_text(estimate: Estimate | None) -> str:
@@ -393,8 +384,9 @@ def _warnings(summary: DataSummary) -> tuple[str, ...]:
             "no energies, forces or stresses were found under the usual names; name them in data.keys of the file"
         )
     if summary.undetermined:
+        which = f"{'energy' if len(summary.undetermined) == 1 else 'energies'} of {', '.join(summary.undetermined)}"
         found.append(
-            f"the compositions do not determine the reference energies of {', '.join(summary.undetermined)}: energy "
+            f"the compositions do not determine the reference {which}: energy "
             "differences between compositions would mean nothing. Add a free atom of every element "
             "(config_type=IsolatedAtom), or other compositions"
         )
@@ -404,5 +396,7 @@ def _warnings(summary: DataSummary) -> tuple[str, ...]:
             "docs/models.md"
         )
     if summary.structures < 10:
-        found.append(f"{summary.structures} structures are too few for a model that can be trusted")
+        found.append(
+            f"only {counted(summary.structures, 'structure')}: too few for a model that can be trusted"
+        )
     return tuple(found)

@@ -9,6 +9,7 @@ from rich.console import Console
 from dpa4.output import (
     LEFTOVERS_OF_SAFETENSORS,
     OutputFolder,
+    already_there,
     atomic_write,
     check_start,
     read_csv,
@@ -58,7 +59,7 @@ def train(
 
     Args:
         config: Options of the run.
-        resume: Continue the run in the output folder.
+        resume: Continue the run in the output folder. If no step is left to do, nothing in it changes.
         new_data: Continue on other training or validation data than before. The model keeps its elements and
             reference energies, and the best score starts anew.
         overwrite: Replace the run in the output folder. Its files are removed once data and options of the new run
@@ -119,6 +120,8 @@ def _train(
         trainer = Trainer(config, preparation, console, processes)
         if state is not None:
             trainer.load(state, new_data)
+            if (model := trainer.finished()) is not None:
+                return model
         if processes.first:
             if state is None:
                 remove_files(config.output, *_FILES_OF_A_RUN)
@@ -140,7 +143,4 @@ def check_unused(folder: Path) -> None:
     names = {path.name for path in folder.iterdir() if path.name != ".lock"}
     unfinished = "train.csv" in names and names <= {"run.yaml", "train.csv", "valid.csv"}
     if names and not (unfinished and not read_csv(folder / "valid.csv")):
-        raise FileExistsError(
-            f"output folder {folder} is not empty; continue that run with --resume, replace it with --overwrite, or "
-            "choose another output"
-        )
+        raise already_there(folder, "a run" if STATE in names else "files", resumable=STATE in names)

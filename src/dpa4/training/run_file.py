@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from dpa4.model.config import ModelConfig
 from dpa4.model.presets import preset
-from dpa4.parsing import parse_yaml, read_yaml, shown
+from dpa4.parsing import parse_yaml, problem, read_yaml, shown
 from dpa4.system import user_path
 from dpa4.training.options import ModelOptions, RunConfig, unknown_option
 from dpa4.training.recipes import Choice, estimate_text
@@ -113,7 +113,10 @@ def recipe_text(train: Sequence[str], choice: Choice) -> str:
         extra += _wrapped(ModelConfig.model_fields[name].description or "", "  ")
         extra += [*_wrapped(choice.reasons[f"model.{name}"], "  "), f"  {name}: {_scalar(value)}"]
     extra.append("  # Any other option of the model may be added (docs/models.md).")
-    head = [*_wrapped(f"Recipe: {choice.source}."), *_wrapped(f"Estimate: {estimate_text(choice.estimate)}.")]
+    head = [
+        *_wrapped(f"Recipe for {choice.source}."),
+        *_wrapped(f"Estimate: {estimate_text(choice.estimate)}."),
+    ]
     for warning in choice.warnings:
         head += _wrapped(f"Note: {warning}.")
     return _text(config, head, extra, choice.reasons)
@@ -208,13 +211,20 @@ def _parts(annotation: Any) -> set[Any]:
 def _faults(error: ValidationError, overrides: Mapping[str, str]) -> str:
     """Describe each faulty option in one line; the members of a union ("a number" or "'auto'") share a line."""
     lines: dict[str, str] = {}
+    inner: dict[
+        str, str
+    ] = {}  # faults within the value of an option, which say more than that its type is wrong
     for e in error.errors():
         path, section = _option(e["loc"])
         key = ".".join(map(str, path))
-        message = e["msg"].removeprefix("Value error, ")
+        message = problem(e)
         message = re.sub(r"valid dictionary( or instance of \w+)?", "map of options", message)
         message = re.sub(r"(valid )?tuple", "list", message, flags=re.IGNORECASE).partition(", unable to")[0]
-        if e["type"] == "extra_forbidden":
+        nested = len(path) < len(e["loc"])  # in the value of an option that is a map or a list
+        if nested and e["type"] in ("extra_forbidden", "missing"):
+            fault = "an entry is missing" if e["type"] == "missing" else f"unknown entry {e['loc'][-1]!r}"
+            inner.setdefault(key, f"{key}: {fault}. {section[path[-1]].description}")
+        elif e["type"] == "extra_forbidden":
             lines[key] = unknown_option(key, section)
         elif e["type"] == "missing":
             lines[key] = f"option {key} is required: {section[path[-1]].description}"
@@ -225,7 +235,7 @@ def _faults(error: ValidationError, overrides: Mapping[str, str]) -> str:
             lines[key] += "" if other in lines[key] else f" or {other}"
         else:
             lines[key] = f"{key} = {shown(e['input'])}: {message[0].lower()}{message[1:]}"
-    named = [f"{line}{_origin(key, overrides)}" for key, line in lines.items()]
+    named = [f"{line}{_origin(key, overrides)}" for key, line in (lines | inner).items()]
     more = [f"and {len(lines) - 20} more faults"] if len(lines) > 20 else []
     return "\n".join(f"  {line}" for line in [*named[:20], *more])
 

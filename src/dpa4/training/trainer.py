@@ -21,13 +21,12 @@ from dpa4.training.ema import MovingAverage
 from dpa4.training.evaluation import error_table, predict
 from dpa4.training.logs import ERROR_COLUMNS, TERMS, NoLog, RunLog
 from dpa4.training.loss import Loss, absolute_errors
-from dpa4.training.muon import HybridMuon
+from dpa4.training.optimizer import optimizer_of
 from dpa4.training.options import RunConfig
 from dpa4.training.plots import plot_learning_curve
 from dpa4.training.prepare import Preparation, changed_options
 from dpa4.training.processes import ALONE, Processes
-from dpa4.training.routing import parameter_groups
-from dpa4.training.schedule import Schedule
+from dpa4.training.schedule import schedule_of
 from dpa4.training.state import STATE, check_fits, save_state
 from dpa4.training.update import Report, WeightUpdate
 
@@ -66,29 +65,18 @@ class Trainer:
         self.potential.precision = options.precision
         self.device = self.potential.device
         keep_freed_memory(self.device)
-        self.optimizer = _optimizer(config, self.potential)
-        self.parameters = [p for p in self.potential.parameters() if p.requires_grad]
-        self.average = MovingAverage(self.parameters, options.ema_decay) if options.ema_decay else None
-        self.update = WeightUpdate(self.parameters, self.optimizer, self.average, options.gradient_clip)
-        self.report: Report | None = None  # of the last step, until it is known to be finite
-
         per_epoch = preparation.train.num_batches(0)
+        self.per_epoch = per_epoch
         self.total = options.steps or per_epoch * (options.epochs or 200)
         interval = options.validation_interval or max(per_epoch, math.ceil(self.total / 100))
         self.validation_interval = interval
         self.checkpoint_interval = options.checkpoint_interval or interval
-        self.schedule = Schedule(
-            options.schedule,
-            options.learning_rate,
-            options.final_learning_rate,
-            self.total,
-            int(options.warmup_fraction * self.total),
-            options.warmup_factor,
-            options.decay_fraction,
-        )
-        console.print(
-            f"{self.total} steps, {per_epoch} per epoch; MAE/RMSE of the validation data every {interval} steps:"
-        )
+        self.schedule = schedule_of(options, self.total, console)
+        self.optimizer = optimizer_of(options, self.potential, self.schedule.peak)
+        self.parameters = [p for p in self.potential.parameters() if p.requires_grad]
+        self.average = MovingAverage(self.parameters, options.ema_decay) if options.ema_decay else None
+        self.update = WeightUpdate(self.parameters, self.optimizer, self.average, options.gradient_clip)
+        self.report: Report | None = None  # of the last step, until it is known to be finite
         self.step = 0  # finished steps
         self.epoch, self.batch = 0, 0  # of the next batch
         self.first_epoch = 0  # of the present data
@@ -102,10 +90,39 @@ class Trainer:
 
     # --- the loop
 
+    def finished(self) -> Path | None:
+        """Say so and return the path of the best model if no step is left to do; else return None.
+
+        Logs and models stay as they are. The learning curve is drawn again, because a run may be killed before that.
+        """
+        if not self._over():
+            return None
+        options = self.config.training
+        if self.step < self.total:
+            reason, name = f"training.patience = {options.patience} is exhausted", "patience"
+        elif options.steps:
+            reason, name = f"training.steps = {options.steps}", "steps"
+        else:
+            reason, name = f"training.epochs = {options.epochs or 200} are {self.total} steps", "epochs"
+        self.console.print(
+            f"nothing is left to do: {self.step} steps are done, and {reason}. To train longer, add --set "
+            f"training.{name}=N with a larger N",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
+        plot_learning_curve(self.config.output)
+        return self._named_model()
+
     @own_settings  # the GPU of the run
     def run(self) -> Path:
         """Train to the last step, an early stop or a signal; return the path of the best model."""
         options, folder = self.config.training, self.config.output
+        validated = self.preparation.validation is not None
+        self.console.print(
+            f"{self.total} steps, {self.per_epoch} per epoch"
+            + f"; MAE/RMSE of the validation data every {self.validation_interval} steps:" * validated
+        )
         resume_step = self.step if self.resumed else None
         self.log = NoLog()
         if self.processes.first:
@@ -213,7 +230,7 @@ class Trainer:
     def _not_finite(self, report: Report) -> str:
         values = ", ".join(f"{name} {v:.4g}" for name, v in zip(TERMS, report.values(), strict=True))
         counters = report.counters
-        step = f"step {counters['step'] + 1} (epoch {counters['epoch']}, batch {counters['batch']})"
+        step = f"step {counters['step'] + 1} (batch {counters['batch'] + 1} of epoch {counters['epoch'] + 1})"
         return f"{step} is not finite: {values}"
 
     # --- compilation
@@ -283,7 +300,8 @@ class Trainer:
             best = score < self.best_score
             self.best_score, self.stale = (score, 0) if best else (self.best_score, self.stale + 1)
             row: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "score": score, "best": int(best)}
-            self.log.validation(row | dict.fromkeys(ERROR_COLUMNS) | errors)
+            epochs = self.epoch + min(self.batch / self.per_epoch, 1.0)
+            self.log.validation(row | dict.fromkeys(ERROR_COLUMNS) | errors, epochs)
             if best:
                 self._save_model("best.safetensors", score)
 
@@ -435,26 +453,19 @@ class Trainer:
         return own
 
     def _finish(self, stopped: bool) -> Path:
-        folder = self.config.output
         if self.processes.first:
-            plot_learning_curve(folder)
+            plot_learning_curve(self.config.output)
         if stopped and self.step < self.total:
             self.console.print(f"stopped after step {self.step}; continue with --resume")
         elif self._exhausted():
             self.console.print(
                 f"stopped early after step {self.step}: {self.stale} validations without a better one"
             )
-        best = folder / "best.safetensors"
-        path = best if best.is_file() else folder / "last.safetensors"
-        self.console.print(f"model: {path}", markup=False)
+        return self._named_model()
+
+    def _named_model(self) -> Path:
+        """Print and return the path of the best model, or of the newest one if none was ever the best."""
+        best = self.config.output / "best.safetensors"
+        path = best if best.is_file() else self.config.output / "last.safetensors"
+        self.console.print(f"model: {path}", markup=False, soft_wrap=True)
         return path
-
-
-def _optimizer(config: RunConfig, potential: Potential) -> HybridMuon:
-    options = config.training
-    groups = parameter_groups(potential.model, adam_for_basis=options.adam_for_basis)
-    if options.optimizer == "hybrid_muon":
-        return HybridMuon(groups, options.learning_rate, weight_decay=options.weight_decay)
-    for group in groups:
-        group["route"] = "adam" if group["route"] == "adam" else "adamw"
-    return HybridMuon(groups, options.learning_rate, weight_decay=options.weight_decay, eps=1e-8)

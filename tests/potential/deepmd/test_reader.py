@@ -301,7 +301,7 @@ def test_other_archives_and_frozen_formats_are_refused(tmp_path):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint .*model.pt"):
+    with pytest.raises(FileNotFoundError, match="there is no model file .*model.pt"):
         load_potential(tmp_path / "model.pt")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dpa4.model.config import GridOperation, ModelConfig, PairBridging
-from dpa4.parsing import shown
+from dpa4.parsing import problem, shown
 from dpa4.potential.deepmd.bridging import (
     BRIDGING_OF_DESCRIPTOR,
     BRIDGING_OF_MODEL,
@@ -235,8 +235,8 @@ def first_problem(error: ValidationError) -> str:
     first, field = errors[0], errors[0]["loc"][:1]
     prefix = f"{field[0]}: " if field else ""
     if first["type"] == "value_error":  # a check of our own, whose message contains the value
-        return prefix + first["msg"].removeprefix("Value error, ")
-    reasons = dict.fromkeys(e["msg"] for e in errors if e["loc"][:1] == field)  # of all members of a union
+        return prefix + problem(first)
+    reasons = dict.fromkeys(problem(e) for e in errors if e["loc"][:1] == field)  # of all members of a union
     return f"{prefix}{' or '.join(list(reasons)[:3])} (value {shown(first['input'])})"
 
 

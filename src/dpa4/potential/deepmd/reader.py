@@ -30,7 +30,7 @@ from dpa4.potential.deepmd.names import deepmd_name
 from dpa4.potential.deepmd.option_types import check_plain, is_list, is_whole, unsupported
 from dpa4.potential.deepmd.options import config_from_deepmd, precision_of
 from dpa4.potential.deepmd.vacuum import has_atom_energies, has_vacuum_reference, isolated_atom_energies
-from dpa4.potential.model_file import is_training_state, training_state_text
+from dpa4.potential.model_file import is_training_state, missing_text, training_state_text
 from dpa4.potential.pytorch_file import load_pytorch
 from dpa4.potential.verification import (
     check_number_of_layers,
@@ -73,7 +73,7 @@ def read_deepmd(path: str | Path, branch: str | None = None, *, ema: bool = Fals
     """
     path = user_path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+        raise FileNotFoundError(missing_text(path))
     outer = load_pytorch(path)
     if not isinstance(outer, Mapping):
         raise ValueError(

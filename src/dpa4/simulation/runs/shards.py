@@ -21,7 +21,7 @@ from dpa4.data import write_structures
 from dpa4.output import (
     CsvLog,
     OutputFolder,
-    already_holds,
+    already_there,
     atomic_write,
     check_start,
     naming,
@@ -114,7 +114,7 @@ class Shard:
             check_settings({"world_size": world_size}, found, output)
         begun = self.marker.is_file()
         if begun and not resume:
-            raise already_holds(output, f"a run ({self.marker.name})")
+            raise already_there(output, f"a run ({self.marker.name})")
         if begun:
             check_settings(self.settings, _read_marker(self.marker)["settings"], output)
         if not begun:
