@@ -6,7 +6,6 @@ of the weights as one process with the whole batch. Process 0 alone prints and w
 
 import hashlib
 import math
-import os
 import signal
 import socket
 import time
@@ -144,7 +143,10 @@ class Processes:
                 )  # process 0 saves the state, raises the same error, and so ends this process
             self._watch.announce(str(error).strip().partition("\n")[0] or type(error).__name__)
             self._watch.stop()
-            _tell_launcher(error)
+            if self.place is not None and self.place.has_store:  # torchrun looks for the reason in a file
+                from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+                get_error_handler().record_exception(error)
             if self.first:
                 raise
             raise SystemExit(1) from None
@@ -407,11 +409,3 @@ def launched_processes() -> Processes:
     """The processes that a launcher has started, or this one alone; see `Processes.join`."""
     place = launched()
     return ALONE if place is None else Processes(place)
-
-
-def _tell_launcher(error: BaseException) -> None:
-    """Write the reason of a failure to the file in which torchrun looks for it."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(error)
