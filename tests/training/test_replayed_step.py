@@ -119,6 +119,7 @@ def test_padding_of_batches():
     assert torch.equal(graph.structure[n:], torch.full((graph.num_atoms - n,), b))  # the rest is empty
     lengths = {name: len(t) for name, t in zip(padded._fields[1:], padded[1:], strict=True)}
     assert {lengths.pop("forces"), lengths.pop("max_force")} == {graph.num_atoms}
+    assert lengths.pop("counts") == 4  # as before, see below
     assert set(lengths.values()) == {8}
     assert not any(t[b:].any() for t in (padded.has_energy, padded.has_forces, padded.has_virial))
     assert not padded.weight[b:].any()
