@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "dpa4"
 LAYERS = [
-    "_lazy", "system", "output", "progress", "parsing", "code_cache", "graph", "data", "ops", "tracing", "model",
-    "potential", "execution", "training", "interfaces", "simulation", "leaderboards", "cli",
+    "_lazy", "messages", "system", "output", "progress", "parsing", "code_cache", "graph", "data", "ops", "tracing",
+    "model", "potential", "execution", "training", "interfaces", "simulation", "leaderboards", "cli",
 ]  # fmt: skip
 """Lowest first; a module imports from its own layer and from those before it."""
 OPTIONAL = [

@@ -84,6 +84,29 @@ def peak_memory(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+@contextmanager
+def naming_lack_of_memory(describe: Callable[[], str], device: torch.device, advice: str) -> Iterator[None]:
+    """Replace PyTorch's message about lack of memory by one line, in an error of the same type.
+
+    Args:
+        describe: Function that returns what was computed, with its size.
+        device: Device of the computation.
+        advice: What the user can do.
+
+    Raises:
+        torch.OutOfMemoryError: If the block does.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        error.__traceback__ = None  # keeps the tensors of the failed attempt alive
+        memory = ""
+        if device.type == "cuda" and torch.cuda.is_available():
+            memory = f" ({torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB)"
+        text = f"out of memory: {describe()} do not fit into the memory of {device}{memory}; {advice}"
+        raise torch.OutOfMemoryError(text) from None
+
+
 def own_settings(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function so that the caller's settings of PyTorch do not change its results.
 

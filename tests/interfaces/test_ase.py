@@ -309,7 +309,7 @@ def test_arguments():
         DPA4Calculator(potential, neighbor_skin=-1)
     with pytest.raises(ValueError, match="model is an empty list"):
         DPA4Calculator([])
-    with pytest.raises(ValueError, match="branch = 'a' selects from a checkpoint"):
+    with pytest.raises(ValueError, match="branch = 'a' selects from a file of several models"):
         DPA4Calculator(potential, branch="a")
     with pytest.raises(FileNotFoundError, match="there is no model file"):
         DPA4Calculator("nowhere.safetensors")

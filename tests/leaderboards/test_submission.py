@@ -134,7 +134,7 @@ def test_submission_refuses_what_does_not_belong_together(tmp_path, submission):
         FileNotFoundError, match="summary.json does not exist; finish the task with dpa4 bench diatomics"
     ):
         write_submission(model, metadata, tmp_path, diatomics=tmp_path / "other")
-    with pytest.raises(ValueError, match="'kappa': '', 'the checkpoint': 'sha256:1'"):
+    with pytest.raises(ValueError, match="'kappa': '', 'the model file': 'sha256:1'"):
         write_submission(model, metadata, tmp_path, kappa=runs["kappa"], fingerprint="sha256:1")
     with pytest.raises(FileNotFoundError, match="there is no run in"):
         write_submission(model, metadata, tmp_path, kappa=tmp_path / "nothing")

@@ -9,17 +9,18 @@ import pytest
 import torch
 from rich.console import Console
 
+from dpa4.interfaces import DPA4Calculator
 from dpa4.model.config import PairBridging, pair_names
 from dpa4.model.presets import PRESETS, preset
 from dpa4.model.so2 import FusedSO2Stack
 from dpa4.ops import available, gate
 from dpa4.ops.available import triton_version
 from dpa4.ops.hopper import trial
-from dpa4.potential import Potential
+from dpa4.potential import Potential, convert, fingerprint_of
 from dpa4.potential.card import _sections, cpu_kernels, gpu_kernels, has_whole_stacks, model_card, unsupported
 from dpa4.potential.checkpoint import save_potential
 from dpa4.potential.deepmd.writer import export_deepmd
-from helpers import random_potential, shared
+from helpers import random_potential, shared, small_potential
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def test_files_show_parameters_energies_units_and_provenance(saved):
     assert line(text, "reference energies") == "H -0.500000, C -1.500000, O 0.000000 eV"
     assert "eV/Å³" in line(text, "units")
     assert line(text, "data") == "train [first half].xyz"
-    assert line(text, "format") == "dpa4 checkpoint, format 1"
+    assert line(text, "format") == "model file of dpa4, format 1"
 
 
 def test_switches_that_differ_from_the_defaults_come_first(saved):
@@ -287,3 +288,29 @@ def test_windows_of_many_elements_are_cut():
         "repulsion of nuclei from H-H 0.500, H-C 0.600, H-N 0.700, H-O 0.800, H-Si 0.900, C-C 1.000, C-N 1.100, "
         "C-O 1.200, C-Si 1.300, N-N 1.400, N-O 1.500, N-Si 1.600 Å and 3 more pairs inwards, alone from 0.7 of that"
     )
+
+
+def test_one_fingerprint_everywhere(tmp_path):
+    """Card, calculator and resumable runs show the same, also for a converted copy."""
+    potential = random_potential(n_blocks=1, lmax=1, bridging=None)
+    save_potential(potential, tmp_path / "a.safetensors", {"note": "the first"})
+    save_potential(potential.double(), tmp_path / "b.safetensors", {"note": "the second"})
+    convert(tmp_path / "a.safetensors", tmp_path / "c.pt")
+    calculator = DPA4Calculator(tmp_path / "a.safetensors", device="cpu")
+    expected = calculator.parameters["model"]
+    assert expected == fingerprint_of(calculator.potentials[0])["model"]
+    for name in ("a.safetensors", "b.safetensors", "c.pt"):
+        assert model_card(tmp_path / name).sections["Provenance"]["fingerprint"] == expected, name
+
+
+def test_options_of_the_training_run_are_lines_of_their_own(tmp_path):
+    options = {"training": {"seed": 3, "patience": None}, "data": {"train": ["a.xyz", "b.xyz"], "keys": {}}}
+    save_potential(small_potential(), tmp_path / "a.safetensors", {"options": json.dumps(options), "x": "{"})
+    card = model_card(tmp_path / "a.safetensors")
+    assert card.sections["Training run, options"] == {
+        "training.seed": "3",
+        "training.patience": "null",
+        "data.train": "a.xyz, b.xyz",
+        "data.keys": "{}",
+    }
+    assert card.sections["Provenance"]["x"] == "{" and '{"' not in card.text

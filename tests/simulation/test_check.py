@@ -1,5 +1,6 @@
 """Check of a model: every check passes on a good model and fails on one with the fault that it looks for."""
 
+import signal
 import warnings
 from collections.abc import Callable
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from rich.console import Console
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -17,6 +19,8 @@ from dpa4.ops.segments import segment_sum
 from dpa4.potential import Potential, Prediction, save_potential
 from dpa4.simulation import CheckResult, ModelCheck, check_model, write_check
 from dpa4.simulation.check import Figure, contacts, cutoff, numerics, physics
+from dpa4.simulation.check.drawing import Drawing, Line, draw
+from dpa4.simulation.check.explanations import EXPLANATIONS
 from dpa4.simulation.check.structures import built_in_structures, graph_of
 from helpers import random_potential
 
@@ -83,6 +87,10 @@ def verdicts(results: list[CheckResult]) -> dict[str, str]:
     return {result.name: result.verdict for result in results}
 
 
+def judged_pairs(potential: Potential, elements, total: int) -> list[CheckResult]:
+    return contacts.check_pairs([*contacts.scan_all_pairs(potential, elements)], total)
+
+
 # --- structures and records
 
 
@@ -103,9 +111,56 @@ def test_verdicts_of_figures():
     def verdict(*figures: Figure, warning: str = "") -> str:
         return CheckResult("a", "b", figures, "c", warning=warning).verdict
 
-    assert verdict(Figure(1.0, "eV", 1.0), Figure(9.0, "eV")) == "pass"
-    assert verdict(Figure(1.1, "eV", 1.0, severe=False)) == "warn" == verdict(warning="not compiled")
-    assert verdict(Figure(float("nan"), "eV", 1.0), Figure(2, "eV", 1, severe=False)) == "fail"
+    assert verdict(Figure("energy", 1.0, "eV", 1.0), Figure("energy", 9.0, "eV")) == "pass"
+    assert (
+        verdict(Figure("energy", 1.1, "eV", 1.0, severe=False)) == "warn" == verdict(warning="not compiled")
+    )
+    assert (
+        verdict(Figure("energy", float("nan"), "eV", 1.0), Figure("energy", 2, "eV", 1, severe=False))
+        == "fail"
+    )
+
+
+def result_of(name: str, *figures: Figure) -> CheckResult:
+    return CheckResult(name, "4 curves", figures, "reason")
+
+
+def test_a_summary_that_counts_warnings_and_failures():
+    fine = result_of("forces", Figure("differ by", 0.0, "eV/Å", 1e-6))
+    warned = result_of("pairs: wells", Figure("pairs with several wells", 2, "", 0, severe=False))
+    failed = result_of("pairs: wall", Figure("pairs without a wall", 1, "", 0))
+    summaries = {
+        "PASS: 1 of 1 checks passed": (fine,),
+        "PASS WITH WARNINGS: 1 of 2 checks passed, 1 gave a warning (pairs: wells)": (warned, fine),
+        "FAIL: 1 of 3 checks passed, 1 failed (pairs: wall), 1 gave a warning (pairs: wells)": (
+            warned,
+            failed,
+            fine,
+        ),
+    }
+    for summary, results in summaries.items():
+        assert ModelCheck("m", results, 1.0).summary == summary
+    interrupted = ModelCheck("m", (fine,), 1.0, finished=False)
+    assert interrupted.summary == "INTERRUPTED, so far PASS: 1 of 1 checks passed"
+
+
+def test_sentences_about_warnings_and_failures(capsys):
+    results = [
+        result_of(f"{what}: {name}", Figure(name, 2, "", 0, severe=False))
+        for what in ("pairs", "triples")
+        for name in ("wells", "spikes")
+    ]
+    failed = result_of("forces", Figure("differ by", 1.0, "eV/Å", 1e-6))
+    check = ModelCheck("m", (*results, failed), 1.0)
+    # Four warnings of one meaning are explained once, after the failure.
+    assert [(verdict, len(group)) for verdict, group in check.findings] == [("fail", 1), ("warn", 4)]
+    Console(width=100).print(check)
+    text = " ".join(capsys.readouterr().out.split())
+    assert (
+        "Found: differ by 1 eV/Å (allowed: ≤ 1e-06 eV/Å)." in text and "Found: wells: 2 (allowed: 0)" in text
+    )
+    assert "Forces are not the slope of the energy" in text and text.count("In dense matter") == 1
+    assert "says nothing about accuracy" in text and "docs/checking.md" in text
 
 
 # --- numbers
@@ -269,15 +324,15 @@ def test_a_curvature_just_inside_the_cutoff_amplifies(structures):
 
 @pytest.fixture(scope="module")
 def pairs():
-    return contacts.scan_all_pairs(good(), ELEMENTS)
+    return [*contacts.scan_all_pairs(good(), ELEMENTS)]
 
 
 def test_pairs_and_triples_of_a_good_model(pairs):
-    triples = contacts.scan_triples(good(), ELEMENTS, 12)
+    triples = [*contacts.scan_triples(good(), ELEMENTS, 12)]
     results = [*contacts.check_pairs(pairs, 6), *contacts.check_triples(triples, pairs)]
     assert "fail" not in verdicts(results).values(), [r.measured for r in results]
     assert len(results) == 8 and "6 of 6 pairs" in results[0].tested
-    assert contacts.check_pairs(contacts.scan_all_pairs(good(), ["H", "O"]), 6)[0].tested.startswith("3 of 6")
+    assert judged_pairs(good(), ["H", "O"], 6)[0].tested.startswith("3 of 6")
 
 
 @pytest.mark.parametrize(
@@ -290,17 +345,17 @@ def test_pairs_and_triples_of_a_good_model(pairs):
     }.items(),
 )
 def test_faults_of_pairs(name, fault):
-    found = verdicts(contacts.check_pairs(contacts.scan_all_pairs(with_energy(fault), ["C"]), 1))
+    found = verdicts(judged_pairs(with_energy(fault), ["C"], 1))
     assert found[f"pairs: {name}"] == "fail", found
 
 
 def test_a_pair_that_is_fine_until_a_third_atom_is_near(pairs):
     potential = with_energy(bump(5.0, 2.0, 0.02), together=True)
-    alone = contacts.scan_all_pairs(potential, ELEMENTS)
+    alone = [*contacts.scan_all_pairs(potential, ELEMENTS)]
     assert "fail" not in verdicts(contacts.check_pairs(alone, 6)).values()
     # Triangles with two nearly equal sides meet the bumps of both at once.
     potential = with_energy(bump(8.0, 2.0, 0.15), together=True)
-    results = contacts.check_triples(contacts.scan_triples(potential, ELEMENTS, 24), alone)
+    results = contacts.check_triples([*contacts.scan_triples(potential, ELEMENTS, 24)], alone)
     found = verdicts(results)
     assert found["triples: curvature"] == "fail", [r.measured for r in results]
     assert "consist of pairs that are fine alone" in results[0].detail and not results[0].detail.startswith(
@@ -310,11 +365,45 @@ def test_a_pair_that_is_fine_until_a_third_atom_is_near(pairs):
 
 def test_curves_that_are_not_finite():
     broken = with_energy(lambda v: torch.where(length(v) < 0.5, torch.nan, 0.0))
-    results = contacts.check_pairs(contacts.scan_all_pairs(broken, ["C"]), 1)
-    assert verdicts(results)["pairs: wall"] == "fail" and "1 not finite" in results[0].measured
+    results = judged_pairs(broken, ["C"], 1)
+    assert verdicts(results)["pairs: wall"] == "fail" and "pairs not finite: 1" in results[0].measured
+
+
+def test_many_curves_of_the_same_atoms_are_named_once():
+    triples = [*contacts.scan_triples(with_energy(bump(-20.0, 2.0, 0.3)), ["C"], 8)]
+    (wells,) = [r for r in contacts.check_triples(triples, []) if r.name == "triples: wells"]
+    assert wells.verdict == "fail" and wells.detail.startswith("C-C-C up to "), wells.detail
+    assert "eV (" in wells.detail and wells.detail.endswith(" times)") and wells.detail.count("C-C-C") == 1
+
+
+def test_the_axis_of_energies_fits_the_wells():
+    def limits(depth: float) -> tuple[float, float]:
+        line = Line("Cu-Cu", np.array([0.2, 2.0, 5.0]), np.array([1e4, -depth, 0.0]), False)
+        return draw(Drawing(pairs=[line])).axes[0].get_ylim()
+
+    for depth, lowest in ((0.01, 1.0), (11.0, 11.0), (500.0, 30.0)):
+        low, high = limits(depth)
+        assert -1.2 * lowest < low < -lowest and 5 <= high <= 60
 
 
 # --- all checks, the page and the command
+
+
+def test_an_interrupted_check_has_the_results_so_far(quick, tmp_path, monkeypatch):
+    scan = contacts.scan_all_pairs
+
+    def interrupted(potential, elements):
+        for number, shape in enumerate(scan(potential, elements)):
+            if number == 2:
+                signal.raise_signal(signal.SIGINT)
+            yield shape
+
+    monkeypatch.setattr(contacts, "scan_all_pairs", interrupted)
+    save_potential(good(), tmp_path / "model.safetensors")
+    status, output = run(tmp_path / "model.safetensors", "-o", tmp_path / "check.html")
+    assert status == 130 and "interrupted: the page holds the checks done so far" in output, output
+    text = (tmp_path / "check.html").read_text(encoding="utf-8")
+    assert "INTERRUPTED, so far " in text and "3 of 6 pairs" in text and "triples: wall" not in text
 
 
 @pytest.fixture
@@ -336,7 +425,7 @@ def test_a_page_that_says_pass(quick, tmp_path):
     status, output = run(tmp_path / "model.safetensors", "--output", tmp_path / "check.html")
     assert (status, "PASS" in output) == (0, True), output
     text = (tmp_path / "check.html").read_text(encoding="utf-8")
-    assert "PASS: 21 checks" in text and text.count("<img") == 1 and "reason for the tolerance" in text
+    assert "of 21 checks passed" in text and text.count("<img") == 1 and "reason for the tolerance" in text
     for name in ("float32, &quot;fast&quot;", "amplification", "triples: curvature", "mirror images"):
         assert name in text
 
@@ -381,4 +470,6 @@ def test_from_python_with_charge_and_spin(quick, tmp_path):
     found = check_model(potential, elements=["H", "O"], compile=False, progress=False)
     assert isinstance(found, ModelCheck) and found.passed, found.summary
     assert "charged molecule H2O" in found.results[1].tested
+    names = {result.name for result in found.results} | {"compiled", "GPU and CPU, float64"}
+    assert names == {*EXPLANATIONS}  # every check is explained
     assert write_check(found, tmp_path / "check.html").is_file()

@@ -273,6 +273,10 @@ def test_drawn_momenta():
     np.testing.assert_allclose(atoms.get_momenta().sum(axis=0), 0, atol=1e-12)
     np.testing.assert_allclose(atoms.get_angular_momentum(), 0, atol=1e-12)
     linear = Atoms("OCO", [(-1.2, 0, 0), (0, 0, 0), (1.2, 0, 0)])
+    assert degrees_of_freedom(linear) == 4  # 3 N - 5
+    linear.rattle(0.02, seed=0)  # a molecule that vibrates is never exactly straight
+    assert degrees_of_freedom(linear) == 4
+    linear.positions = [(-1.2, 0, 0), (0, 0, 0), (1.2, 0, 0)]
     draw_momenta(linear, 250.0, np.random.default_rng(0))
     np.testing.assert_allclose(linear.get_angular_momentum(), 0, atol=1e-12)
     assert temperature(linear) == pytest.approx(250)

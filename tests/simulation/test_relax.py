@@ -447,3 +447,10 @@ def test_relaxed_structures_that_are_lost(tmp_path):
     ):
         relax_all([bulk("Cu", cubic=True)], EMT(), tmp_path, steps=0, progress=False, resume=True)
     assert file.read_bytes() == content
+
+
+def test_options_that_a_series_of_relaxations_lacks(tmp_path):
+    text = "relax_all has no option trajectory; its options are fmax, .*written by relax, with trajectory"
+    with pytest.raises(TypeError, match=text):
+        relax_all([bulk("Cu")], EMT(), tmp_path / "relax", trajectory=tmp_path / "steps.xyz")
+    assert not (tmp_path / "relax").exists()

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from ase.build import bulk
 from ase.calculators.emt import EMT
@@ -20,11 +21,12 @@ from dpa4 import __version__
 from dpa4.cli import app
 from dpa4.data import Coverage, read_frames
 from dpa4.output import read_csv
-from dpa4.potential import load_potential, save_potential
+from dpa4.potential import load_potential, model_card, save_potential
 from dpa4.simulation import html as elements
-from dpa4.simulation import phonons, relax_all, report, run_md, write_report
+from dpa4.simulation import phonons, relax_all, report_training, run_md, write_report
 from dpa4.simulation.pair_curves import ADVICE, diagnose, pair_curves
 from dpa4.training import evaluate, load_run_config, train
+from dpa4.training.calibration import Calibration, write_calibration
 from helpers import molecule, random_potential
 
 PNG, SVG = "data:image/png;base64,", "data:image/svg+xml;base64,"
@@ -150,7 +152,9 @@ def test_a_whole_report(trained):
 
 def pair_curves_of(folder):
     potential = load_potential(folder / "run" / "best.safetensors")
-    return [diagnose(curve) for curve in pair_curves(potential, report._pairs_of_the_data(potential))]
+    return [
+        diagnose(curve) for curve in pair_curves(potential, report_training._pairs_of_the_data(potential))
+    ]
 
 
 def test_tables_align_numbers_and_write_them_out():
@@ -211,10 +215,10 @@ def test_pairs_of_the_training_data_only(tmp_path, monkeypatch):
         return re.findall(r"^[HCO]+-[HCO]+(?=[\d.]+)", words, re.MULTILINE), words
 
     assert pairs()[0] == ["H-O", "H-H"]  # closest first
-    monkeypatch.setattr(report, "MAX_PAIRS", 1)
+    monkeypatch.setattr(report_training, "MAX_PAIRS", 1)
     found, words = pairs()
     assert found == ["H-O"] and "1 of 2 pairs" in words and "dpa4 pairs" in words
-    monkeypatch.setattr(report, "MAX_PAIRS", 60)
+    monkeypatch.setattr(report_training, "MAX_PAIRS", 60)
     potential.coverage = None
     save_potential(potential, tmp_path / "last.safetensors")
     assert len(pairs()[0]) == 6
@@ -242,6 +246,44 @@ def test_command(trained, tmp_path):
     assert len(page(tmp_path / "r.html").images) == 2
 
 
+# --- committees
+
+
+def test_report_of_a_committee(trained, tmp_path):
+    sections = ["summary", "members", "learning-curves", "calibration", "errors", "model", "configuration"]
+    sections.append("versions")
+    for number, factor in enumerate((1.0, 2.0)):
+        member = tmp_path / f"member-{number}"
+        shutil.copytree(trained / "run", member)
+        rows = read_csv(member / "valid.csv")
+        for row in rows:
+            row["forces_mae"] = str(factor * float(row["forces_mae"]))
+        with (member / "valid.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    rng = np.random.default_rng(0)
+    deviations = rng.uniform(0.1, 1.0, 40)
+    write_calibration([Calibration("forces", "eV/Å", deviations, 2 * deviations)], tmp_path)
+    found = page(write_report(tmp_path, evaluation=trained / "eval"), sections)
+    best = [row for row in read_csv(trained / "run" / "valid.csv") if row["best"] == "1"][-1]
+    members = found.words["members"]
+    for factor in (1.0, 2.0):
+        assert elements.short(factor * float(best["forces_mae"])) in members
+    assert "largest forces error is 2.0 times the smallest" in members and "energy error is" not in members
+    assert (
+        model_card(tmp_path / "member-0" / "best.safetensors").sections["Provenance"]["fingerprint"]
+        in members
+    )
+    assert "forceserror 2.00 x deviation, rank correlation 1.00" in found.words["calibration"]
+    assert len(found.images) == 3  # learning curves, calibration, parity of the evaluation
+    (tmp_path / "member-1" / "best.safetensors").unlink()
+    (tmp_path / "calibration.json").unlink()
+    words = page(write_report(tmp_path), sections).words
+    assert "2, of which 1 have a model" in words["summary"] and "--committee 2 --resume" in words["summary"]
+    assert "There is no calibration" in words["calibration"]
+
+
 # --- simulations
 
 
@@ -260,6 +302,19 @@ def test_report_of_dynamics(tmp_path):
     assert f"{mean:.1f} K" in summary
     assert re.search(rf"temperature \(K\)150{mean:.0f}", found.words["statistics"])
     assert "pressure (GPa)0.5" in found.words["statistics"] and "ensemblenpt" in found.words["settings"]
+
+
+def test_report_of_a_short_run_lists_what_applies(tmp_path):
+    for ensemble, shown, absent in (
+        ("nve", ["initial velocities"], ["friction", "thermostat", "barostat", "pressure", "degrees"]),
+        ("langevin", ["friction (1/fs)0.01"], ["thermostat", "barostat", "pressure", "degrees"]),
+    ):
+        folder = tmp_path / ensemble
+        run_md(bulk("Cu", cubic=True), EMT(), folder, steps=10, ensemble=ensemble, interval=1, progress=False)
+        words = page(write_report(folder), ["summary", "course", "statistics", "settings", "versions"]).words
+        assert all(text in words["settings"] for text in [*shown, "time step (fs)0.5"]), words["settings"]
+        assert not any(text in words["settings"] for text in absent), words["settings"]
+        assert "Running means are drawn from 20 rows of thermo.csv on; there are 11" in words["course"]
 
 
 def test_report_of_relaxations(tmp_path):

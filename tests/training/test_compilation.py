@@ -389,7 +389,7 @@ def test_recordings_are_given_up_for_memory(argon_file, tmp_path, monkeypatch, f
     assert_similar_run(finished_run.folder, tmp_path / "run")
     calls.clear()
     failures = {2, 3}
-    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
         run(argon_file, tmp_path / "other", compile=True)
 
 

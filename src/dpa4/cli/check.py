@@ -28,6 +28,7 @@ def check(
     """Check numbers, symmetry, derivatives, cutoff and short range; exit with 1 if a check fails."""
     from dpa4.output import check_writable
     from dpa4.simulation.check import check_model, write_check
+    from dpa4.simulation.html import duration
 
     with user_errors():
         check_writable(output)
@@ -35,6 +36,8 @@ def check(
         found = check_model(model, elements=chosen, gpu=gpu, compile=compile, branch=branch)
         file = write_check(found, output)
     console.print(found)
-    console.print(f"{found.summary} ({found.seconds:.0f} s); wrote {file}")
-    if not found.passed:
+    console.print(f"\n{found.summary} ({duration(found.seconds)}); wrote {file}", highlight=False)
+    if not found.finished:
+        console.print("interrupted: the page holds the checks done so far", highlight=False)
+    elif not found.passed:
         raise typer.Exit(1)

@@ -30,7 +30,7 @@ def convert(
     ] = False,
     overwrite: OverwriteFile = False,
 ) -> None:
-    """Convert between deepmd-kit checkpoints and native files, or a training input of deepmd-kit to a run file."""
+    """Convert between model files of dpa4 and of deepmd-kit, or a training input of deepmd-kit to a run file."""
     from dpa4 import potential
     from dpa4.output import check_replaceable
     from dpa4.training.deepmd_input import INPUT_SUFFIXES

@@ -1,6 +1,8 @@
 """Arguments, options, console and error handling shared by the commands."""
 
 import inspect
+import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +17,7 @@ from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from dpa4 import __version__
+from dpa4.messages import did_you_mean
 from dpa4.output import already_there, tolerate_any_encoding
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
     from dpa4.data import LabelKeys
     from dpa4.potential import Potential
+
+_QUOTED = re.compile("'([^']*)'")
 
 console = Console(markup=False)  # file names and options may contain square brackets
 
@@ -78,6 +83,13 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments; the first option ``--model`` also stands for the argument MODEL."""
+        try:
+            return self._parsed(ctx, args)
+        except typer.BadParameter as error:
+            error.message = _with_near_name(error.message)
+            raise
+
+    def _parsed(self, ctx: Any, args: list[str]) -> list[str]:
         models = [] if ctx.resilient_parsing else _values_of("--model", args)  # resilient: to complete a word
         if models and (reason := getattr(self.callback, "refuses_committee", None)):
             ctx.fail(f"{ctx.command_path} needs one model, as its first argument: {reason}")
@@ -91,6 +103,15 @@ class Command(TyperCommand):
         """Replace the home folder in every path and list of paths, then run the command."""
         ctx.params = {name: _expanded(value) for name, value in ctx.params.items()}
         return super().invoke(ctx)
+
+
+def _with_near_name(message: str) -> str:
+    """Message about a value that is none of the choices of an option, with the choice that was probably meant."""
+    text = message.removeprefix("Value error, ")
+    found = re.fullmatch(r"'(.*)' is not one of (.*)\.", text, re.DOTALL)
+    if not found:
+        return text
+    return f"{text[:-1]}{did_you_mean(found[1], _QUOTED.findall(found[2]))}."
 
 
 def _values_of(option: str, args: list[str]) -> list[str]:
@@ -236,6 +257,8 @@ def user_errors() -> Iterator[None]:
     After a signal the status is 128 + its number, as for a program that the signal ends.
     """
     shown, warnings.showwarning = warnings.showwarning, _show_warning
+    log = logging.getLogger("dpa4")
+    log.addHandler(_LOGGED)
     del _caught_signals()[:]
     try:
         yield
@@ -248,14 +271,22 @@ def user_errors() -> Iterator[None]:
         raise
     finally:
         warnings.showwarning = shown
+        log.removeHandler(_LOGGED)
 
 
 def _in_plain_words(error: Exception) -> str:
-    """Message of an error; those of pydantic without its own words."""
+    """Message of an error; those of pydantic without its own words, lack of memory without PyTorch's paragraph."""
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError" and not text.startswith("out of memory: "):
+        reason = " ".join(text.split()).partition(". ")[0].removesuffix(".")
+        return (
+            f"out of memory: {reason}; compute less at once, use a GPU with more memory or one that is free, or the "
+            "CPU (--device cpu)"
+        )
     from pydantic import ValidationError
 
     if not isinstance(error, ValidationError):
-        return str(error)
+        return text
     from dpa4.parsing import problem
 
     return "; ".join(
@@ -311,7 +342,17 @@ def prepare_terminal(
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _print("warning:", "bold yellow", message)
+    _print("warning:", "bold yellow", " ".join(str(message).split()))
+
+
+class _Logged(logging.Handler):
+    """Prints warnings of the log of dpa4 like all others."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _show_warning(record.getMessage())
+
+
+_LOGGED = _Logged(logging.WARNING)
 
 
 def _print(label: str, style: str, message: object) -> None:

@@ -1,7 +1,6 @@
 """Total charge and spin multiplicity of a structure: names, meaning and conversion to whole numbers."""
 
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -11,6 +10,7 @@ from ase import Atoms
 from numpy.typing import NDArray
 
 from dpa4.data.frame import Frame, file_of
+from dpa4.messages import warn
 
 CHARGE_NAMES = ("charge", "total_charge")
 """Names of the total charge, in e."""
@@ -132,11 +132,10 @@ def is_look_alike(name: str) -> bool:
 
 def warn_of_unused(names: Iterable[str], origin: str = "") -> None:
     """Warn that entries that look like a charge or a spin are not used."""
-    warnings.warn(
+    warn(
         f"{_prefix(origin)}not used, although the name looks like a charge or a spin: {', '.join(sorted(names))}; "
         f"a total charge (e) is read from {' or '.join(CHARGE_NAMES)}, a multiplicity 2S + 1 from "
         f"{' or '.join(SPIN_NAMES)}",
-        stacklevel=3,
     )
 
 

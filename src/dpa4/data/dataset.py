@@ -1,6 +1,5 @@
 """Data sets of labelled graphs, and the batches of an epoch."""
 
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ from torch import Tensor
 from dpa4.data.division import Share, balanced, least
 from dpa4.data.frame import Frame
 from dpa4.graph import Graph, build_graph, collate
+from dpa4.messages import warn
 from dpa4.system import own_settings
 
 CACHE_BYTES = 4 * 1024**3  # limit of the graphs that a data set caches in memory; others are rebuilt
@@ -254,11 +254,10 @@ class EpochBatches:
         largest = int(budget.sizes.argmax())
         if budget.sizes[largest] > budget.limit:
             count = int((budget.sizes > budget.limit).sum())
-            warnings.warn(
+            warn(
                 f"{count} structures exceed max_{budget.what} = {budget.limit} and are batches of their own; "
                 f"the largest is {_name(self.dataset.frames[largest], largest)} with "
                 f"{budget.sizes[largest]} {budget.what}",
-                stacklevel=3,
             )
 
     def indices(self, epoch: int) -> list[list[int]]:

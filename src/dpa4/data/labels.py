@@ -1,6 +1,5 @@
 """Conversion of ASE structures to ``Frame``: names, units and signs of the labels."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isclose
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from dpa4.data.charge_spin import charge_spin_entries
 from dpa4.data.frame import Frame, check_structure
+from dpa4.messages import warn
 
 # Entries of a label, in "results" of a calculator, "info" or "arrays". Entries of one group are the same quantity and
 # must agree; a later group is searched only if the groups before have no entry.
@@ -145,10 +145,9 @@ def warn_of_two_sources(path: Path, frames: Sequence[Frame], references: Sequenc
     pairs = zip(frames, references, strict=True)
     plain = [f for f, known in pairs if not (known or f.energy is f.forces is f.virial is None)]
     if plain and any(references):
-        warnings.warn(
+        warn(
             f"{path}: {sum(references)} structures have labels under REF_*, but {len(plain)} under plain names, such "
             f"as {plain[0].origin}; if these are predictions, remove them or name the labels in data.keys",
-            stacklevel=3,
         )
 
 

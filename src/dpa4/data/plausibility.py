@@ -3,7 +3,6 @@
 The rules and their limits are in docs/data.md, "Implausible labels".
 """
 
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from rich.table import Table
 from dpa4.data.composition_fit import element_counts, fit_composition
 from dpa4.data.consistency import Factor, energy_and_stress_factors, stiffness_factor
 from dpa4.data.frame import Frame, file_of
+from dpa4.messages import warn
 
 Values = NDArray[np.float64]
 
@@ -141,7 +141,7 @@ def warn_of_implausible_labels(frames: Sequence[Frame]) -> Table | None:
         "label", "structures", "deviation", "for example", title="Implausible labels", title_justify="left"
     )
     for finding in findings:
-        warnings.warn(f"{finding.example}: {finding.text}", stacklevel=2)
+        warn(f"{finding.example}: {finding.text}")
         cells = (finding.label, str(finding.structures), finding.size, finding.example)
         table.add_row(*map(escape, cells))
     return table
@@ -161,10 +161,9 @@ def warn_of_reference_energies(frames: Sequence[Frame], energies: Mapping[str, f
     totals = np.array([frame.energy for frame in labelled], dtype=np.float64)
     usual = float(np.median((totals - counts @ np.array(list(energies.values()))) / counts.sum(axis=1)))
     if abs(usual) > USUAL_BINDING:
-        warnings.warn(
+        warn(
             f"the energies are {usual:+.4g} eV/atom from the reference energies in the median of the training data, "
             "much more than bonds are worth; are both of the same method and in eV?",
-            stacklevel=2,
         )
 
 

@@ -1,7 +1,6 @@
 """Readers of structures and labels; all data files are read here."""
 
 import io
-import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice, takewhile
 from pathlib import Path
@@ -31,6 +30,7 @@ from dpa4.data.labels import (
 from dpa4.data.references import is_group_of_atoms
 from dpa4.data.sources import Sources, find_sources
 from dpa4.data.unpacking import archive_members, as_text, open_binary, reason, size_limit
+from dpa4.messages import warn
 
 _SHORTEST_LINE = 20  # bytes of the line of an atom, k-point or band in an OUTCAR
 
@@ -101,7 +101,7 @@ def read_frames(
         raise ValueError(f"no structure to use in {names}; left out: {'; '.join(skipped_lines(skipped, 3))}")
     check_keys(keys, found, names)
     if skipped:
-        warnings.warn(f"left out: {'; '.join(skipped_lines(skipped, 3))}", stacklevel=2)
+        warn(f"left out: {'; '.join(skipped_lines(skipped, 3))}")
     return frames
 
 

@@ -1,6 +1,5 @@
 """Atomic reference energies: the part of the total energy that depends on composition alone."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,6 +8,7 @@ from ase.data import chemical_symbols
 from dpa4.data.composition_fit import element_counts, fit_composition
 from dpa4.data.frame import Frame
 from dpa4.data.summary import check_elements
+from dpa4.messages import warn
 
 ISOLATED_GROUPS = ("isolatedatom", "isolatedatoms")
 
@@ -68,9 +68,8 @@ def reference_energies(
     if source == "auto" and not fitted:
         return dict.fromkeys(elements, 0.0)
     if source == "auto" and isolated:
-        warnings.warn(
+        warn(
             f"reference energies are fitted by least squares, because no frame is a free atom of {missing}",
-            stacklevel=2,
         )
     return _least_squares(fitted, elements)
 
@@ -156,10 +155,9 @@ def _least_squares(frames: Sequence[Frame], elements: Sequence[str]) -> dict[str
     fit = fit_composition(element_counts(frames, elements), energies)
     if fit.outliers.any():
         worst = int(np.abs(fit.deviations).argmax())
-        warnings.warn(
+        warn(
             f"the fit of reference energies leaves out {fit.outliers.sum()} of {len(frames)} energies far from the "
             f"others, such as that of {frames[worst].origin} ({fit.deviations[worst]:+.4g} eV/atom); the structures "
             "stay in the training data",
-            stacklevel=3,
         )
     return dict(zip(elements, fit.energies.tolist(), strict=True))

@@ -7,7 +7,6 @@ encoding of the machine.
 
 import json
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from numbers import Real
@@ -24,6 +23,7 @@ from ase.spacegroup import Spacegroup
 from numpy.typing import NDArray
 
 from dpa4.data.labels import PREDICTED_ENERGY
+from dpa4.messages import warn
 from dpa4.output import naming
 from dpa4.system import user_path
 
@@ -126,9 +126,8 @@ def _readable_info(info: dict[Any, Any]) -> dict[str, Any]:
         form = _text_form(name, value) if type(value) is str else _form(name, value)
         if form is None:
             kind = type(value).__name__
-            warnings.warn(
+            warn(
                 f"the entry {name!r} of atoms.info ({kind}) has no form in extended XYZ and is left out",
-                stacklevel=4,
             )
         else:
             readable[name] = form
@@ -211,10 +210,9 @@ def _readable_arrays(arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]
             continue
         column = _column(array)
         if column is None:
-            warnings.warn(
+            warn(
                 f"the array {key!r} of type {array.dtype} and shape {array.shape} has no form in extended XYZ and is "
                 "left out",
-                stacklevel=4,
             )
             continue
         name = _plain_name(str(key))

@@ -10,9 +10,12 @@ from dpa4.execution import limits
 from dpa4.execution.padding import replayed_size
 from dpa4.graph import Graph, first_atoms
 from dpa4.potential.potential import Potential, Prediction
-from dpa4.system import Lock, keep_freed_memory, own_settings
+from dpa4.system import Lock, keep_freed_memory, naming_lack_of_memory, own_settings
 
 _log = logging.getLogger(__name__)
+
+_ONE = "compute a smaller structure, use a GPU with more memory or one that is free, or the CPU (device cpu)"
+_SEVERAL = "compute fewer structures at once, or use a GPU with more memory or one that is free"
 
 
 class Evaluator:
@@ -52,7 +55,11 @@ class Evaluator:
     @own_settings
     def __call__(self, graph: Graph) -> Prediction:
         """Compute the prediction for a graph on the device; other threads wait."""
-        with self._lock:
+        advice = _ONE if graph.num_structures == 1 else _SEVERAL
+        with (
+            self._lock,
+            naming_lack_of_memory(lambda: f"energy and forces of {graph.size}", self.device, advice),
+        ):
             if self._compile and limits.can_be_compiled(graph):
                 self._prepare(graph)
             return self._call(graph) if graph.num_structures == 1 else self.potential(graph)

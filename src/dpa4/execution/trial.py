@@ -1,6 +1,5 @@
 """Trial of compiled code: compile, compare with eager mode, and return to eager mode with a reason on failure."""
 
-import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -10,6 +9,7 @@ from dpa4.execution.check import compare_with_eager
 from dpa4.execution.limits import tolerance
 from dpa4.execution.regions import restore_eager
 from dpa4.graph import Graph
+from dpa4.messages import warn
 from dpa4.potential.potential import Potential
 
 T = TypeVar("T")
@@ -70,9 +70,8 @@ def attempt(
 
 def warn_of_eager_mode(error: Exception) -> None:
     """Warn that calculations continue in eager mode, and why."""
-    warnings.warn(
+    warn(
         "compilation failed, so calculations continue in eager mode: results are correct but slower "
         f"({type(error).__name__}: {str(error)[:500]}); compile=False skips compilation",
         RuntimeWarning,
-        stacklevel=6,
     )

@@ -39,6 +39,12 @@ class Graph(NamedTuple):
         """Number of directed edges E."""
         return self.source.shape[0]
 
+    @property
+    def size(self) -> str:
+        """The three numbers in words, for messages."""
+        atoms = f"{self.num_atoms:,} atoms and {self.num_edges:,} edges"
+        return atoms if self.num_structures == 1 else f"{self.num_structures:,} structures with {atoms}"
+
     def edge_vectors(self) -> Tensor:
         """Vectors r_j + S cell - r_i from centre to neighbour, (E, 3) float64 in Angstrom."""
         cell = self.cell[self.structure[self.destination]]

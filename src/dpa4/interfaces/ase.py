@@ -56,7 +56,7 @@ class DPA4Calculator(Calculator):
     ``parameters`` holds the fingerprint of the model (``model``), ``dtype``, ``precision`` and ``branch``. ASE's
     databases store them with the results.
 
-    If the checkpoint describes its training data, the calculator warns once about elements absent from these data,
+    If the model file describes its training data, the calculator warns once about elements absent from these data,
     and once about atoms closer together than in these data.
 
     Example:
@@ -86,7 +86,7 @@ class DPA4Calculator(Calculator):
         """Load the models.
 
         Args:
-            model: Checkpoint file (native or deepmd-kit) or a ``Potential``, which is copied. For a committee: a list
+            model: Model file (of dpa4 or deepmd-kit) or a ``Potential``, which is copied. For a committee: a list
                 of these, or the output folder of ``dpa4 train --committee``.
             device: Device for the computation, such as "cpu" or "cuda". "auto" selects a GPU if one is available.
             dtype: Precision of the network. Energies are summed in float64 in either case.
@@ -101,9 +101,9 @@ class DPA4Calculator(Calculator):
                 compiles on a GPU in float32 only. If compilation fails, a warning is issued and eager mode is used.
 
         Raises:
-            FileNotFoundError: If a checkpoint does not exist.
+            FileNotFoundError: If a model file does not exist.
             RuntimeError: If ``device`` is a GPU and none is available.
-            ValueError: If an argument is not allowed or a checkpoint cannot be read.
+            ValueError: If an argument is not allowed or a model cannot be read.
         """
         super().__init__()
         self._lock = Lock()

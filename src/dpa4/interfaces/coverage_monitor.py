@@ -1,6 +1,5 @@
 """Warnings about structures outside the training data of a model."""
 
-import warnings
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from dpa4.data.coverage import Coverage
 from dpa4.graph import Graph
+from dpa4.messages import warn
 
 MARGIN = 0.05
 """Tolerance of the distances, in Angstrom: atoms closer than in the data by more than this cause a warning."""
@@ -52,11 +52,10 @@ class CoverageMonitor:
         if unseen := present - self._seen:
             self._watch_elements = False
             seen = " ".join(s for s in chemical_symbols if s in self._seen)
-            warnings.warn(
+            warn(
                 f"{', '.join(sorted(unseen))}: supported by the model, but not in its training data (only {seen}); "
                 "do not trust the results",
                 RuntimeWarning,
-                stacklevel=3,
             )
 
     def look(self, graph: Graph) -> None:
@@ -78,11 +77,10 @@ class CoverageMonitor:
         a, b = (chemical_symbols[z] for z in names)
         data = max(c.shortest.get((a, b), np.inf) for c in self.coverages if c.shortest is not None)
         known = f"{data:.3f} Angstrom" if np.isfinite(data) else "none within the cutoff"
-        warnings.warn(
+        warn(
             f"atoms {i} and {j} are {distance:.3f} Angstrom apart, closer than any {a}-{b} pair "
             f"of the training data ({known}); the model extrapolates. Closer atoms are not reported again",
             RuntimeWarning,
-            stacklevel=2,
         )
 
     def _excess(self, graph: Graph) -> Tensor:

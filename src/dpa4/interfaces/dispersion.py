@@ -9,6 +9,7 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.mixing import SumCalculator
 from ase.units import Bohr
 
+from dpa4.messages import not_allowed
 from dpa4.system import choose_device, require
 
 Damping = Literal["bj", "zero", "bjm", "zerom"]
@@ -51,7 +52,7 @@ def with_dispersion(
             energy = atoms.get_potential_energy()  # eV
     """
     if damping not in get_args(Damping):
-        raise ValueError(f"damping must be one of {', '.join(get_args(Damping))}, got {damping!r}")
+        raise not_allowed("damping", damping, get_args(Damping))
     if not 0 < cutoff < float("inf"):
         raise ValueError(f"cutoff must be a positive distance in Angstrom, got {cutoff}")
     d3 = require("torch_dftd.torch_dftd3_calculator", "d3")

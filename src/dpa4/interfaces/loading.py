@@ -17,7 +17,7 @@ from dpa4.potential.precision import Precision
 from dpa4.system import own_settings
 
 Model = str | Path | Potential
-"""Checkpoint, named as for ``load_potential``, or potential."""
+"""Model file, named as for ``load_potential``, or potential."""
 
 
 def members_of(model: Model | Sequence[Model]) -> list[Model]:
@@ -32,7 +32,7 @@ def members_of(model: Model | Sequence[Model]) -> list[Model]:
     """
     given = [model] if isinstance(model, str | Path | Potential) else list(model)
     if not given:
-        raise ValueError("model is an empty list; give at least one checkpoint or potential")
+        raise ValueError("model is an empty list; give at least one model file or potential")
     return [m for one in given for m in ([one] if isinstance(one, Potential) else member_files(one))]
 
 
@@ -43,8 +43,8 @@ def load_model(
     """Load or copy a potential and set it to evaluation mode; arguments as for ``DPA4Calculator``.
 
     Raises:
-        FileNotFoundError: If the checkpoint does not exist.
-        ValueError: If an argument is not allowed or the checkpoint cannot be read.
+        FileNotFoundError: If the model file does not exist.
+        ValueError: If an argument is not allowed or the model cannot be read.
     """
     if dtype not in ("float32", "float64"):
         raise ValueError(f"dtype must be float32 or float64, got {dtype!r}")
@@ -56,7 +56,7 @@ def load_model(
         potential = load_potential(model, device=device, dtype=getattr(torch, dtype), branch=branch)
     elif branch is not None:
         raise ValueError(
-            f"branch = {branch!r} selects from a checkpoint, but model is a Potential; omit branch"
+            f"branch = {branch!r} selects from a file of several models, but model is a Potential; omit branch"
         )
     else:
         potential = copy.deepcopy(model).to(device=device, dtype=getattr(torch, dtype)).eval()

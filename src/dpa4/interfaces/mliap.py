@@ -56,7 +56,7 @@ class DPA4MLIAP:
         """Load the model.
 
         Args:
-            model: Checkpoint file (native or deepmd-kit) or a ``Potential``, which is copied.
+            model: Model file (of dpa4 or deepmd-kit) or a ``Potential``, which is copied.
             dtype: Precision of the network and of the features that ranks exchange.
             branch: Branch of a multitask deepmd-kit checkpoint.
             info: "charge" (e) and "spin" (multiplicity 2S + 1) of the whole system, for models conditioned on them.
@@ -65,8 +65,8 @@ class DPA4MLIAP:
                 issued and eager mode is used.
 
         Raises:
-            FileNotFoundError: If the checkpoint does not exist.
-            ValueError: If an argument is not allowed, charge or spin is not supported by the model, or the checkpoint
+            FileNotFoundError: If the model file does not exist.
+            ValueError: If an argument is not allowed, charge or spin is not supported by the model, or the file
                 cannot be read.
         """
         self.potential = load_model(model, torch.device("cpu"), dtype, "high", branch)

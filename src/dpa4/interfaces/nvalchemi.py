@@ -53,7 +53,7 @@ class DPA4Wrapper(nn.Module, BaseModelMixin):
         """Load the model.
 
         Args:
-            model: Checkpoint file (native or deepmd-kit) or a ``Potential``, which is copied.
+            model: Model file (of dpa4 or deepmd-kit) or a ``Potential``, which is copied.
             device: Device for the computation, such as "cpu" or "cuda". "auto" selects a GPU if one is available.
             dtype: Precision of the network.
             branch: Branch of a multitask deepmd-kit checkpoint.
@@ -63,9 +63,9 @@ class DPA4Wrapper(nn.Module, BaseModelMixin):
                 compilation fails, a warning is issued and eager mode is used.
 
         Raises:
-            FileNotFoundError: If the checkpoint does not exist.
+            FileNotFoundError: If the model file does not exist.
             RuntimeError: If ``device`` is a GPU and none is available.
-            ValueError: If an argument is not allowed or the checkpoint cannot be read.
+            ValueError: If an argument is not allowed or the model cannot be read.
         """
         super().__init__()
         self._lock = Lock()

@@ -46,7 +46,7 @@ class DPA4Model(ModelInterface):
     ``total_charge`` (or ``charge``), in e, and ``total_spin`` (or ``spin``), the multiplicity 2S + 1;
     docs/conventions.md lists further names. The attribute ``charge_spin`` replaces missing extras.
 
-    If the checkpoint describes its training data, the model warns once about elements absent from these data, and
+    If the model file describes its training data, the model warns once about elements absent from these data, and
     once about atoms closer together than in these data.
 
     Attributes:
@@ -78,7 +78,7 @@ class DPA4Model(ModelInterface):
         """Load the model.
 
         Args:
-            model: Checkpoint file (native or deepmd-kit) or a ``Potential``, which is copied. For a committee: a list
+            model: Model file (of dpa4 or deepmd-kit) or a ``Potential``, which is copied. For a committee: a list
                 of these, or the output folder of ``dpa4 train --committee``.
             device: Device for the computation, such as "cpu" or "cuda". "auto" selects a GPU if one is available.
             dtype: Precision of the network.
@@ -91,9 +91,9 @@ class DPA4Model(ModelInterface):
                 compilation fails, a warning is issued and eager mode is used.
 
         Raises:
-            FileNotFoundError: If the checkpoint does not exist.
+            FileNotFoundError: If the model file does not exist.
             RuntimeError: If ``device`` is a GPU and none is available.
-            ValueError: If an argument is not allowed or the checkpoint cannot be read.
+            ValueError: If an argument is not allowed or the model cannot be read.
         """
         super().__init__()
         self._lock = Lock()

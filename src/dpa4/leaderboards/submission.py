@@ -94,7 +94,7 @@ def write_submission(
     symmetries.
 
     Args:
-        model: Checkpoint.
+        model: Model file.
         metadata: Result of ``read_metadata``; its ``hyperparams`` are merged with the known ones.
         output: Output folder, created if absent.
         discovery: Folder of the discovery task.
@@ -169,7 +169,7 @@ def _check(task: str, folder: Path) -> Record:
 def _check_same_model(settings: Mapping[str, Record], fingerprint: str | None) -> None:
     models = {task: found["model"] for task, found in settings.items()}
     if fingerprint is not None:
-        models["the checkpoint"] = fingerprint
+        models["the model file"] = fingerprint
     if len(set(models.values())) > 1:
         raise ValueError(f"the runs belong to different models: {models}; run the tasks with one model")
 

@@ -2,12 +2,12 @@
 
 import os
 import sys
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from dpa4.messages import warn
 from dpa4.output.files import LEFTOVERS, NUMBERED, naming, remove_leftovers
 
 
@@ -122,9 +122,8 @@ def _locked(path: Path, what: Path) -> IO[str]:
                 f"another process is working on {what}; wait until it has finished, or choose another folder"
             ) from error
         except OSError as error:
-            warnings.warn(
+            warn(
                 f"{what} cannot be locked ({error.strerror}); let no other process write to it",
-                stacklevel=3,
             )
             return file
         # The previous owner may have removed the file after it was opened here.

@@ -1,5 +1,6 @@
-"""Model card: description of a checkpoint or preset, as text and for the terminal."""
+"""Model card: description of a model or preset, as text and for the terminal."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from dpa4.model.shapes import ParameterCount, count_parameters
 from dpa4.ops import available
 from dpa4.ops.layout import EdgeLayout
 from dpa4.output import html_table
-from dpa4.parsing import printable
+from dpa4.parsing import parse_json, printable
 from dpa4.potential.checkpoint import read_checkpoint
+from dpa4.potential.fingerprint import model_digest
 from dpa4.potential.model_file import WEIGHTS
 from dpa4.system import user_path
 
@@ -63,10 +65,10 @@ class ModelCard:
 
 
 def model_card(source: str | Path, branch: str | None = None) -> ModelCard:
-    """Describe a checkpoint or a preset. Print the card with rich, or use its ``text``.
+    """Describe a model file or a preset. Print the card with rich, or use its ``text``.
 
     Args:
-        source: Native or deepmd-kit checkpoint, as for ``load_potential``, or name of a preset.
+        source: Model file, as for ``load_potential``, or name of a preset.
         branch: Branch of a multitask model of deepmd-kit.
 
     Raises:
@@ -90,12 +92,42 @@ def model_card(source: str | Path, branch: str | None = None) -> ModelCard:
             "closest atoms": stored.coverage.text,
         }
     origin = {"file": str(path), "format": stored.format}
+    origin["fingerprint"] = model_digest(stored.config, stored.weights, stored.reference_energies)
     if stored.digest is not None:
-        origin["digest"] = f"{stored.digest[:16]}, matches weights and options"
-    sections["Provenance"] = origin | {
-        printable(label): printable(value) for label, value in stored.provenance.items()
-    }
-    return ModelCard(f"DPA4 potential {path.name}", sections)
+        origin["integrity"] = "weights and options are those that were written"
+    for label, value in stored.provenance.items():
+        if isinstance(options := _map_or_none(value), dict):
+            sections[f"Training run, {printable(label)}"] = _flat(options)
+        else:
+            origin[printable(label)] = printable(value)
+    first = {"Model": sections.pop("Model"), "Provenance": origin}
+    if "Training data" in sections:
+        first["Training data"] = sections.pop("Training data")
+    return ModelCard(f"DPA4 potential {path.name}", first | sections)
+
+
+def _map_or_none(text: str) -> Any:
+    """Map in a text of JSON, such as the options of a training run; None for other texts."""
+    try:
+        return parse_json(text, "an entry of the provenance") if text.startswith("{") else None
+    except ValueError:
+        return None
+
+
+def _flat(options: dict[Any, Any], above: str = "") -> dict[str, str]:
+    """Lines of nested options: names such as training.seed, and their values."""
+    lines: dict[str, str] = {}
+    for key, value in options.items():
+        name = f"{above}{printable(str(key))}"
+        lines |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: _plain(value)}
+    return lines
+
+
+def _plain(value: Any) -> str:
+    """Value of an option as a run file has it."""
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "none"
+    return printable(json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value)
 
 
 def _preset_card(name: str) -> ModelCard:

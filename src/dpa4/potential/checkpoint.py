@@ -70,7 +70,7 @@ class Checkpoint:
 def save_potential(
     potential: Potential, path: str | Path, provenance: Mapping[str, str] | None = None
 ) -> None:
-    """Write a potential to a native checkpoint; an existing file is replaced atomically.
+    """Write a potential to a model file; an existing file is replaced atomically.
 
     Args:
         potential: The potential; its weights are stored in their own precision.
@@ -85,7 +85,7 @@ def save_potential(
     path = user_path(path)
     if path.suffix != SUFFIX:
         raise ValueError(
-            f"checkpoints end in {SUFFIX}, got {path.name!r}; `dpa4 convert` writes deepmd-kit's .pt"
+            f"model files end in {SUFFIX}, got {path.name!r}; `dpa4 convert` writes deepmd-kit's .pt"
         )
     tensors = {key: value.detach().cpu().contiguous() for key, value in potential.state_dict().items()}
     try:
@@ -137,17 +137,17 @@ def load_potential(
     branch: str | None = None,
     ema: bool = False,
 ) -> Potential:
-    """Load a potential in evaluation mode from a native or deepmd-kit checkpoint.
+    """Load a potential in evaluation mode from a model file of dpa4 or a checkpoint of deepmd-kit.
 
     Args:
-        path: The checkpoint; its content, not its name, determines the format. ``hf:organisation/repository/file``
+        path: The file; its content, not its name, determines the format. ``hf:organisation/repository/file``
             names a file on the Hugging Face hub, which is downloaded once.
         device: Device of the potential; unlike the calculators, the CPU by default.
         dtype: Floating-point type of the network, float32 or float64; by default that of the file. Energies are
             always float64.
         branch: Branch of a multitask model of deepmd-kit.
         ema: Load the averaged weights of a deepmd-kit checkpoint that has them in its entry ``ema``, instead of the
-            weights of the last step. Native checkpoints and separate ``_ema`` files hold one set of weights.
+            weights of the last step. Model files of dpa4 and separate ``_ema`` files hold one set of weights.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -173,10 +173,10 @@ def convert(
     drop_bridging: bool = False,
     ema: bool = False,
 ) -> dict[str, str]:
-    """Convert a checkpoint to the format given by the suffix of ``target``: .safetensors, or .pt for deepmd-kit.
+    """Convert a model file to the format given by the suffix of ``target``: .safetensors, or .pt for deepmd-kit.
 
     Args:
-        source: The checkpoint, as for `load_potential`.
+        source: The file, as for `load_potential`.
         target: File to write.
         branch: Branch of a multitask model of deepmd-kit.
         drop_bridging: Leave out the bridging, which some models of this package have and deepmd-kit lacks. The
@@ -218,7 +218,7 @@ def read_checkpoint(path: str | Path, branch: str | None = None, *, ema: bool = 
     if start[8:9] == b"{":  # safetensors: eight bytes of header length, then JSON
         if ema:
             raise ValueError(
-                f"cannot read averaged weights from {path}: a native checkpoint holds one set of weights; leave out "
+                f"cannot read averaged weights from {path}: a model file of dpa4 holds one set of weights; leave out "
                 "--ema (Python: ema=True)"
             )
         return _read_native(path, branch)
@@ -231,7 +231,7 @@ def read_checkpoint(path: str | Path, branch: str | None = None, *, ema: bool = 
             model.config, model.weights, model.reference_energies, model.dtype, model.provenance, kind
         )
     raise ValueError(
-        f"cannot read {path}: it is neither a {SUFFIX} checkpoint nor a PyTorch checkpoint (.pt) of deepmd-kit, or "
+        f"cannot read {path}: it is neither a model file of dpa4 ({SUFFIX}) nor a checkpoint of deepmd-kit (.pt), or "
         "was cut off. Models frozen by deepmd-kit (.pb, .pth, .pt2, .dp, .hlo) cannot be read; use their checkpoint"
     )
 
@@ -264,7 +264,7 @@ def _read_native(path: Path, branch: str | None) -> Checkpoint:
         energies.double(),
         torch.float64 if double else torch.float32,
         provenance,
-        f"dpa4 checkpoint, format {FORMAT_VERSION}",
+        f"model file of dpa4, format {FORMAT_VERSION}",
         coverage,
         digest,
     )

@@ -1,7 +1,11 @@
 """Fingerprint of a potential."""
 
 import hashlib
+from collections.abc import Mapping
 
+from torch import Tensor
+
+from dpa4.model import ModelConfig
 from dpa4.potential.potential import Potential
 
 _ADDED = {"float32_cutoff": False, "symmetry": "SO3"}
@@ -20,16 +24,20 @@ def fingerprint_of(potential: Potential) -> dict[str, str]:
         ``model``: the digest; ``dtype``: floating-point type of the network; ``precision``: "fast" if products are
         computed in bfloat16, else "high".
     """
-    config = potential.config
-    unused = {name for name, value in _ADDED.items() if getattr(config, name) == value}
-    digest = hashlib.sha256(config.model_dump_json(exclude=unused).encode())
-    tensors = {"reference_energies": potential.reference_energies}
-    for name, tensor in potential.model.state_dict().items():
-        tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
     return {
-        "model": digest.hexdigest()[:16],
+        "model": model_digest(potential.config, potential.model.state_dict(), potential.reference_energies),
         "dtype": str(potential.dtype).removeprefix("torch."),
         "precision": potential.precision,
     }
+
+
+def model_digest(config: ModelConfig, weights: Mapping[str, Tensor], reference_energies: Tensor) -> str:
+    """Digest of configuration, weights by name, and reference energies: 16 hexadecimal digits."""
+    unused = {name for name, value in _ADDED.items() if getattr(config, name) == value}
+    digest = hashlib.sha256(config.model_dump_json(exclude=unused).encode())
+    tensors = {"reference_energies": reference_energies}
+    for name, tensor in weights.items():
+        tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -86,7 +86,7 @@ def check_values(tensors: Iterable[tuple[str, Tensor]]) -> None:
             else f"has a value of {float(tensor.abs().max()):.3g}; allowed are weights up to {MAX_WEIGHT:g}"
         )
         raise ValueError(
-            f"{name} {problem}. The file is damaged, or its training diverged; use an earlier checkpoint"
+            f"{name} {problem}. The file is damaged, or its training diverged; use an earlier model file"
         )
 
 

@@ -12,6 +12,7 @@ from ase.calculators.calculator import Calculator
 
 from dpa4.data import write_structures
 from dpa4.interfaces.ase import fingerprint_of_calculator, has_deviations, labelled
+from dpa4.messages import not_allowed
 from dpa4.output import (
     CsvLog,
     OutputFolder,
@@ -398,7 +399,7 @@ class _Run:
 def _check_arguments(settings: dict[str, Any]) -> None:
     for name, allowed in (("ensemble", get_args(Ensemble)), ("cell", get_args(CellMotion))):
         if settings[name] not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {settings[name]!r}")
+            raise not_allowed(name, settings[name], allowed)
     for name, unit in (("timestep", "fs"), ("friction", "1/fs"), ("tdamp", "fs"), ("pdamp", "fs")):
         if not 0 < settings[name] < np.inf:
             raise ValueError(f"{name} must be positive (in {unit}), got {settings[name]}")

@@ -16,6 +16,7 @@ VOLUME, DENSITY = "volume_A3", "density_g_cm3"  # npt only
 DEVIATION = "max_force_std_eV_A"  # largest deviation of a force; committees only
 THERMOSTATS = ("langevin", "nvt", "npt")
 WINDOWS = 10  # windows of the running mean in a run
+RUNNING_MEAN_ROWS = 2 * WINDOWS  # rows from which a window has the three values that make a mean
 RELAXATIONS = 100  # largest number of structures in a figure
 
 Array = NDArray[np.float64]
@@ -66,8 +67,10 @@ def draw_dynamics(table: Mapping[str, Array], num_atoms: int, settings: Mapping[
     figure = new_figure(8, 2.2 * len(panels) + 0.4)
     axes = np.atleast_1d(figure.subplots(len(panels), 1, sharex=True))
     for axis, (label, values, bath) in zip(axes, panels, strict=True):
-        lines = {"every row of the table": axis.plot(time, values, linewidth=0.8, alpha=0.5, color="C0")[0]}
-        if len(running := _running_mean(values)):
+        running = _running_mean(values)
+        style: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.5} if len(running) else {"linewidth": 1.5}
+        lines = {"every row of the table": axis.plot(time, values, color="C0", **style)[0]}
+        if len(running):
             width = len(values) - len(running)
             middle = time[width // 2 : width // 2 + len(running)]
             name = f"running mean over {time[width] - time[0]:.3g} ps"
@@ -90,10 +93,10 @@ def draw_dynamics(table: Mapping[str, Array], num_atoms: int, settings: Mapping[
 
 
 def _running_mean(values: Array) -> Array:
-    """Means over windows of a tenth of the values, one value apart; empty for fewer than 20 values."""
-    width = len(values) // WINDOWS | 1  # odd, so that a window has a middle
-    if width < 3:
+    """Means over windows of a tenth of the values, one value apart; empty for few values."""
+    if len(values) < RUNNING_MEAN_ROWS:
         return np.empty(0)
+    width = len(values) // WINDOWS | 1  # odd, so that a window has a middle
     return np.convolve(values, np.full(width, 1 / width), mode="valid")
 
 

@@ -10,7 +10,6 @@ A structure passes through four states:
   ``Outcome``. A structure whose first evaluation fails ends without having been in flight.
 """
 
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from dpa4.data import with_results
 from dpa4.graph import Graph, build_graph
+from dpa4.messages import warn
 from dpa4.potential.committee import add_deviations
 from dpa4.simulation.relax import CELLS
 from dpa4.system import own_settings, require
@@ -386,11 +386,10 @@ class Flight:
             return None, {0: reason}
         if no_memory:
             torch.cuda.empty_cache()
-            warnings.warn(
+            warn(
                 f"a batch of {state.n_atoms} atoms did not fit into memory and is tried in halves; "
                 "lower max_edges to avoid this",
                 RuntimeWarning,
-                stacklevel=2,
             )
         middle = state.n_systems // 2
         first, failed = self._isolate_failures(function, state[list(range(middle))])

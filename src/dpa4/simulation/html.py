@@ -22,7 +22,8 @@ nav a { margin-right: 1em; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1em 0; }
 th, td { text-align: left; padding: 2px 16px 2px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td:first-child { white-space: nowrap; }
+td { white-space: pre-line; }
+td:first-child, .names th { white-space: nowrap; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 th.number { white-space: pre; }
 pre { background: var(--soft); padding: 1em; white-space: pre-wrap; font-size: 13px; }
@@ -107,7 +108,7 @@ def picture(folder: Path, name: str, text: str) -> str | None:
 def name_table(lines: Mapping[str, str]) -> str:
     """Return a table of names and values."""
     rows = "".join(f"<tr><th>{escape(a)}</th><td>{escape(b)}</td></tr>\n" for a, b in lines.items())
-    return f"<table>\n{rows}</table>"
+    return f'<table class="names">\n{rows}</table>'
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[str] = ()) -> str:

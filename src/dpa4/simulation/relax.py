@@ -1,5 +1,6 @@
 """Relaxation of positions and, optionally, of the cell with ASE's optimizers."""
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from ase.spacegroup.symmetrize import symmetrize_rank2
 
 from dpa4.data import write_structures
 from dpa4.interfaces.ase import fingerprint_of_calculator, labelled
+from dpa4.messages import not_allowed
 from dpa4.output import CsvLog, already_there, check_start, cut_back, flush_to_disk, save_figure
 from dpa4.parsing import first_line
 from dpa4.progress import ProgressBar
@@ -203,7 +205,7 @@ def relax_all(
             relaxed again, nor are those that could not be relaxed; an interrupted one continues from where it was.
         overwrite: Replace the results of an earlier call in ``output``.
         progress: Show the progress.
-        **options: Options of ``relax``, applied to every structure.
+        **options: Options of ``relax`` but ``trajectory`` and ``watch``, applied to every structure.
 
     Returns:
         Results of all structures whose relaxation began, in order. After Ctrl-C the last result is marked as
@@ -214,10 +216,17 @@ def relax_all(
         FileExistsError: If ``output`` already holds relaxations and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: If there is nothing to resume.
         ImportError: If ``symmetry`` is set and spglib is not installed.
+        TypeError: If there is no such option.
         ValueError: If an option is not allowed; or if model, options or structures differ from those of the call to
             resume, or a file of it is damaged.
     """
     check_start(resume, overwrite)
+    if unknown := [name for name in options if name not in inspect.signature(_check_options).parameters]:
+        allowed = ", ".join(inspect.signature(_check_options).parameters)
+        raise TypeError(
+            f"relax_all has no option {unknown[0]}; its options are {allowed}. Energy and force of every step are in "
+            "steps.csv; structures of every step are written by relax, with trajectory"
+        )
     _check_options(**options)
     folder = user_path(output)
     relaxed, finished = folder / "relaxed.xyz", folder / "relax.jsonl"
@@ -277,7 +286,7 @@ def _check_options(
         ValueError: If an option is not allowed.
     """
     if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+        raise not_allowed("optimizer", optimizer, OPTIMIZERS)
     check_relaxation(fmax, steps, cell, pressure, tuple(CELLS))
     if symmetry:
         require("spglib", "symmetry")
@@ -394,7 +403,7 @@ def check_relaxation(fmax: float, steps: int, cell: str, pressure: float, cells:
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
     if cell not in cells:
-        raise ValueError(f"cell must be one of {', '.join(cells)}, got {cell!r}")
+        raise not_allowed("cell", cell, cells)
     if not np.isfinite(pressure):
         raise ValueError(f"pressure must be a number in GPa, got {pressure}")
     if pressure != 0 and cell in ("fixed", "shape"):

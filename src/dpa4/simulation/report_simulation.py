@@ -16,6 +16,7 @@ from dpa4.simulation.dynamics import summary
 from dpa4.simulation.figures import (
     DENSITY,
     PRESSURE,
+    RUNNING_MEAN_ROWS,
     THERMOSTATS,
     VOLUME,
     draw_dynamics,
@@ -30,6 +31,26 @@ from dpa4.simulation.runs.store import SETTINGS, read_settings
 BLOCKS = 10  # for the standard errors of means
 STRUCTURES = 100  # rows of the table of relaxed structures
 DRIFT = 1.0  # meV/atom/ps; larger drifts get an advice
+SETTING_LABELS = {
+    "temperature": "temperature (K)",
+    "timestep": "time step (fs)",
+    "friction": "friction (1/fs)",
+    "tdamp": "time constant of the thermostat (fs)",
+    "pressure": "pressure (GPa)",
+    "pdamp": "time constant of the barostat (fs)",
+    "cell": "cell degrees of freedom",
+    "interval": "steps between rows and frames",
+    "seed": "random seed",
+    "model": "fingerprint of the model",
+}
+ONLY_IN = {
+    "friction": ("langevin",),
+    "tdamp": ("nvt", "npt"),
+    "pressure": ("npt",),
+    "pdamp": ("npt",),
+    "cell": ("npt",),
+}
+"""Ensembles in which a setting means something, if not in all."""
 QUANTITIES = {
     "temperature_K": "temperature (K)",
     "potential_eV": "potential energy (eV)",
@@ -70,10 +91,30 @@ def _dynamics_sections(table: Mapping[str, NDArray[np.float64]], state: Restart)
     figure = draw_dynamics(table, count, state.settings)
     return {
         "Summary": _dynamics_summary(table, state),
-        "Course": html.image(svg_of(figure), "Energy, temperature and pressure against time"),
+        "Course": _course(table, html.image(svg_of(figure), "Energy, temperature and pressure against time")),
         "Statistics": _statistics(table, count, state.settings),
-        "Settings": _settings(state.settings),
+        "Settings": html.name_table(_md_settings(state.settings)),
     }
+
+
+def _course(table: Mapping[str, NDArray[np.float64]], image: str) -> str:
+    """Figure; the reason, if it has no running means."""
+    rows = len(table["time_ps"])
+    if rows >= RUNNING_MEAN_ROWS:
+        return image
+    return (
+        f"<p>Running means are drawn from {RUNNING_MEAN_ROWS} rows of {THERMO} on; there are {rows}. A smaller "
+        f"--interval writes more of them.</p>\n{image}"
+    )
+
+
+def _md_settings(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings that mean something in the ensemble of a run, with their units; others have no effect."""
+    labels = dict(SETTING_LABELS)
+    if settings["ensemble"] not in THERMOSTATS:
+        labels["temperature"] = "temperature of initial velocities, if drawn (K)"
+    unused = {name for name, ensembles in ONLY_IN.items() if settings["ensemble"] not in ensembles}
+    return {labels.get(name, name): _plain(v) for name, v in settings.items() if name not in unused}
 
 
 def _dynamics_summary(table: Mapping[str, NDArray[np.float64]], state: Restart) -> str:

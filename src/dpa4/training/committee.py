@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.context import SpawnProcess
@@ -181,6 +182,9 @@ class _Task:
             torch.cuda.set_device(self.number % torch.cuda.device_count())
         with self.log.open("a", encoding="utf-8") as file:
             console = Console(file=file, width=120)
+            warnings.showwarning = lambda message, *_, **__: console.print(
+                f"warning: {message}", markup=False, highlight=False, soft_wrap=True
+            )
             try:
                 self.run(console)
             except Exception as error:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from dpa4.graph import within_cutoff
 from dpa4.output import OutputFolder, atomic_write, counted, write_csv
 from dpa4.potential import Potential
 from dpa4.potential.committee import MeanAndDeviation, add_deviations, check_one_charge_spin
-from dpa4.system import own_settings, user_path
+from dpa4.system import naming_lack_of_memory, own_settings, user_path
 from dpa4.training.calibration import calibrations, write_calibration
 from dpa4.training.errors import (
     ErrorRow,
@@ -53,6 +54,10 @@ __all__ = [
     "write_predictions",
 ]
 
+_MEMORY = (
+    "compute fewer structures at once (dpa4 eval --max-atoms, training.batch_size), or use a GPU with more memory or "
+    "one that no other program uses"
+)
 FILES = ("errors.csv", "errors.json", "parity.png", "parity.svg", "worst.csv", "worst.xyz")  # need labels
 
 
@@ -72,7 +77,9 @@ def predict(potential: Potential, batches: Iterable[Batch]) -> list[FramePredict
     try:
         for batch in batches:
             potential.check(batch.graph)
-            prediction = potential(batch.graph.to(device))
+            graph = batch.graph
+            with naming_lack_of_memory(partial("predictions for {}".format, graph.size), device, _MEMORY):
+                prediction = potential(graph.to(device))
             atoms = torch.bincount(batch.graph.structure, minlength=batch.graph.num_structures).tolist()
             energy = prediction.energy.detach().cpu().numpy()
             virial = prediction.virial.detach().cpu().numpy()

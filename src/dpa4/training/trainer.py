@@ -16,7 +16,7 @@ from dpa4.execution.limits import compiles_by_default
 from dpa4.parsing import first_line
 from dpa4.potential import Potential
 from dpa4.potential.checkpoint import save_potential
-from dpa4.system import keep_freed_memory, own_settings, stop_requests
+from dpa4.system import keep_freed_memory, naming_lack_of_memory, own_settings, stop_requests
 from dpa4.training.ema import MovingAverage
 from dpa4.training.evaluation import error_table, predict
 from dpa4.training.logs import ERROR_COLUMNS, TERMS, NoLog, RunLog
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PLOT_SECONDS = 120.0  # between learning curves; drawing one takes a second
+MEMORY = (
+    "lower training.batch_size or training.max_edges, choose a smaller model, or use a GPU with more memory or one "
+    "that no other program uses; dpa4 train --dry-run tries the largest batch"
+)
 _TARGETS = {"energy": "energy per atom", "forces": "forces", "virial": "virial per atom"}
 _FIXED = ("model.", "training.optimizer", "training.adam_for_basis", "training.ema_decay")  # on resume
 _COUNTERS = ("step", "epoch", "batch", "best_score", "stale", "summed", "seconds")
@@ -181,7 +185,10 @@ class Trainer:
         labelled = {name: bool(count) for name, count in zip(_TARGETS, batch.counts.tolist(), strict=False)}
         batch = batch.to(self.device)
         batch = batch._replace(graph=self.potential.without_excluded(batch.graph))
-        loss, terms = (self._differentiate if self.compiled is None else self.compiled.step)(batch)
+        with naming_lack_of_memory(
+            lambda: f"the gradients of a batch of {batch.graph.size}", self.device, MEMORY
+        ):
+            loss, terms = (self._differentiate if self.compiled is None else self.compiled.step)(batch)
         self.processes.complete(self.parameters)
         self.update.receive(loss, terms, self.step)
         self.processes.add_up(self.update.received())
@@ -243,7 +250,10 @@ class Trainer:
         from dpa4.training.compilation import CompiledTraining  # the import takes a second, with Triton
 
         self.compiled = CompiledTraining(self.potential, self._differentiate, self.update, self.console)
-        with self.processes.first_of_each_node("compilation"):
+        with (
+            self.processes.first_of_each_node("compilation"),
+            naming_lack_of_memory(lambda: "the first batch and compiled code", self.device, MEMORY),
+        ):
             self.compiled.start(self.preparation.train)
 
     def _compiled_or_eager(self, work: Callable[[], T]) -> T:

@@ -223,7 +223,7 @@ def test_separate_files_of_averages_are_ordinary_ones(potential, state, tmp_path
 def test_native_files_have_no_averages(state, load_file, tmp_path):
     load_file(with_averages(state))
     convert(tmp_path / "model.pt", tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="model.safetensors: a native checkpoint holds one set of weights"):
+    with pytest.raises(ValueError, match="model.safetensors: a model file of dpa4 holds one set of weights"):
         load_potential(tmp_path / "model.safetensors", ema=True)
 
 

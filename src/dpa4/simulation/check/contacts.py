@@ -53,11 +53,9 @@ TRIPLE_WALL = 0.8
 
 PAIRS_AT_ONCE, TRIPLES_AT_ONCE = 64, 32
 LARGEST_DRAWN = 150
-NAMED = 6  # curves named in a remark
+NAMED = 6  # names of curves in a remark
 
 Array = NDArray[np.float64]
-Progress = Callable[[str, int], None]
-"""Function called with a text and the number of curves finished since the last call."""
 Values = tuple[Array, Array, Array, Array]
 """Distances, energies, forces and curvatures of a curve."""
 
@@ -113,35 +111,25 @@ def distances(cutoff: float) -> Array:
     return np.append(grid[grid < cutoff - 0.01], cutoff)
 
 
-def scan_all_pairs(
-    potential: Potential, elements: Sequence[str], report: Progress = lambda text, curves: None
-) -> list[Shape]:
-    """Compute and diagnose the curves of all pairs of some elements. Curvatures are differences of the forces."""
+def scan_all_pairs(potential: Potential, elements: Sequence[str]) -> Iterator[Shape]:
+    """Yield the diagnosed curves of all pairs of some elements. Curvatures are differences of the forces."""
     pairs = [pair for pair in element_pairs(potential) if set(pair) <= set(elements)]
-    grid, shapes = distances(potential.config.cutoff), []
+    grid = distances(potential.config.cutoff)
     shortest = potential.coverage.shortest if potential.coverage else None
     for first in range(0, len(pairs), PAIRS_AT_ONCE):
         for curve in _pair_curves(potential, pairs[first : first + PAIRS_AT_ONCE], grid):
             repels = repels_below(curve, wall_distance(curve.pair, shortest))
-            shapes.append(_shape(curve, repels, excess_curvature(curve, curve.pair)))
-        report("pairs", len(shapes) - first)
-    return shapes
+            yield _shape(curve, repels, excess_curvature(curve, curve.pair))
 
 
-def scan_triples(
-    potential: Potential,
-    elements: Sequence[str],
-    count: int,
-    seed: int = 0,
-    report: Progress = lambda text, curves: None,
-) -> list[Shape]:
-    """Compute and diagnose the curves of random triples of atoms that are compressed, all lengths alike.
+def scan_triples(potential: Potential, elements: Sequence[str], count: int, seed: int = 0) -> Iterator[Shape]:
+    """Yield the diagnosed curves of random triples of atoms that are compressed, all lengths alike.
 
     Two sides have 0.8 to 1.6 times the sum of the covalent radii of their atoms, relative to each other, and a random
     angle. Every element is used about equally often. Triples with an excluded pair are left out.
     """
     random = np.random.default_rng(seed)
-    grid, shapes = distances(potential.config.cutoff), []
+    grid = distances(potential.config.cutoff)
     shortest = potential.coverage.shortest if potential.coverage else None
     allowed = {frozenset(pair) for pair in element_pairs(potential)}
     drawn = [_random_triple(elements, k, random) for k in range(count)]
@@ -152,11 +140,7 @@ def scan_triples(
                 wall_distance(pair, shortest) / side
                 for pair, side in zip(curve.pairs, curve.sides, strict=True)
             ]
-            shapes.append(
-                _shape(curve, repels_below(curve, TRIPLE_WALL * min(walls)), _excess_of_triple(curve))
-            )
-        report("triples", len(shapes) - first)
-    return shapes
+            yield _shape(curve, repels_below(curve, TRIPLE_WALL * min(walls)), _excess_of_triple(curve))
 
 
 def check_pairs(shapes: Sequence[Shape], total: int) -> list[CheckResult]:
@@ -201,21 +185,21 @@ def drawn_lines(shapes: Sequence[Shape], depth: float) -> list[Line]:
 def _judged(
     what: str, shapes: Sequence[Shape], tested: str, depth: float, strongest: str, remark: str = ""
 ) -> list[CheckResult]:
-    walls = [s.curve.name for s in shapes if not s.wall]
-    wells = [s.curve.name for s in shapes if (s.diagnosis.force_flips or 0) > 1]
-    jumps = [s.curve.name for s in shapes if s.jump]
+    walls = [s for s in shapes if not s.wall]
+    wells = [s for s in shapes if (s.diagnosis.force_flips or 0) > 1]
+    jumps = [s for s in shapes if s.jump]
     broken = sum("not finite" in s.diagnosis.flags for s in shapes)
-    deep = [f"{s.curve.name} {_depth(s):.3g} eV" for s in _largest(shapes, _depth) if _depth(s) > depth]
-    largest = _largest(shapes, _excess)
-    curved = [
-        f"{s.curve.name} {s.excess:.3g} eV/Å² at {s.at:.2f} Å"
-        for s in [s for s in largest if not s.excess <= CURVATURE] or largest[:1]
-    ]
+    deep = [s for s in shapes if _depth(s) > depth]
+    barriers = [s for s in shapes if _variation(s) > SPIKE]
+    curved = [s for s in shapes if not s.excess <= CURVATURE] or _largest(shapes, _excess)[:1]
     return [
         CheckResult(
             f"{what}: wall",
             tested,
-            (Figure(len(walls), "without a wall", 0), Figure(broken, "not finite", 0)),
+            (
+                Figure(f"{what} without a wall", len(walls), "", 0),
+                Figure(f"{what} not finite", broken, "", 0),
+            ),
             f"{SHORTEST:g} Å apart, the energy is {WALL:g} eV or more above free atoms, and the force is repulsive "
             f"below {WALL_OF_DATA:g} of the shortest distance in the training data (unknown: below {WALL_OF_RADII:g} "
             "of the sum of the covalent radii); otherwise atoms fall into each other",
@@ -225,32 +209,32 @@ def _judged(
             f"{what}: wells",
             tested,
             (
-                Figure(max(map(_depth, shapes), default=0.0), "eV deep", depth),
-                Figure(len(wells), "with several wells", 0, severe=False),
+                Figure("deepest well", max(map(_depth, shapes), default=0.0), "eV", depth),
+                Figure(f"{what} with several wells", len(wells), "", 0, severe=False),
             ),
             f"{strongest}; several wells are rare where electronic states do not cross",
-            _listed(deep or wells),
+            _listed(deep, lambda s: f"{_depth(s):.3g} eV", _depth) if deep else _listed(wells),
         ),
         CheckResult(
             f"{what}: spikes",
             tested,
             (
-                Figure(len(jumps), "where energy and force disagree", 0),
-                Figure(max(map(_variation, shapes), default=0.0), "eV of barriers", SPIKE, severe=False),
+                Figure(f"{what} where energy and force disagree", len(jumps), "", 0),
+                Figure(
+                    "highest barrier", max(map(_variation, shapes), default=0.0), "eV", SPIKE, severe=False
+                ),
             ),
             "a step in which the force is not the slope of the energy hides a spike; barriers are the variation of "
             "the energy beyond that of a single well, which free atoms rarely have",
-            _listed(
-                jumps or [f"{s.curve.name} {_variation(s):.3g} eV" for s in _largest(shapes, _variation)]
-            ),
+            _listed(jumps) if jumps else _listed(barriers, lambda s: f"{_variation(s):.3g} eV", _variation),
         ),
         CheckResult(
             f"{what}: curvature",
             tested,
-            (Figure(max(map(_excess, shapes), default=0.0), "eV/Å²", CURVATURE),),
+            (Figure("largest excess curvature", max(0.0, *map(_excess, shapes)), "eV/Å²", CURVATURE),),
             f"above {STEEPNESS:g} times the bare repulsion of nuclei; the stiffest bond, N2, has 143 eV/Å², and at "
             "1,000 a time step of 0.5 fs is unstable for hydrogen",
-            _listed(curved),
+            _listed(curved, lambda s: f"{s.excess:.3g} eV/Å² at {s.at:.2f} Å", _excess),
         ),
     ]
 
@@ -265,7 +249,7 @@ def _excess(shape: Shape) -> float:
 
 
 def _largest(shapes: Sequence[Shape], measure: Callable[[Shape], float]) -> list[Shape]:
-    return sorted(shapes, key=measure, reverse=True)[:NAMED]
+    return sorted(shapes, key=measure, reverse=True)
 
 
 def _depth(shape: Shape) -> float:
@@ -277,9 +261,28 @@ def _pair(curve: Curve) -> ElementPair:
     return curve.pair
 
 
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:NAMED])
-    return shown + (f" and {len(names) - NAMED:,} more" if len(names) > NAMED else "")
+def _listed(
+    shapes: Sequence[Shape],
+    text: Callable[[Shape], str] = lambda shape: "",
+    measure: Callable[[Shape], float] = lambda shape: 0.0,
+) -> str:
+    """Names of some curves, each once and with the number of its curves, those of the largest measure first.
+
+    Args:
+        shapes: The curves.
+        text: Function that returns what to say of a curve; said of the first one of each name.
+        measure: Measure of a curve.
+    """
+    groups: dict[str, list[Shape]] = {}
+    for shape in _largest(shapes, measure):
+        groups.setdefault(shape.curve.name, []).append(shape)
+    parts = []
+    for name, members in list(groups.items())[:NAMED]:
+        said, count = text(members[0]), len(members)
+        largest = "up to " if said and count > 1 else ""
+        parts.append(f"{name} {largest}{said}".rstrip() + (f" ({count:,} times)" if count > 1 else ""))
+    rest = len(shapes) - sum(map(len, list(groups.values())[:NAMED]))
+    return ", ".join(parts) + (f" and {rest:,} more" if rest else "")
 
 
 def _some(shapes: Sequence[Shape]) -> list[Shape]:

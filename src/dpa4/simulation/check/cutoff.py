@@ -63,7 +63,7 @@ def check_crossing(potential: Potential, structures: Structures, elements: Seque
     return CheckResult(
         "crossing the cutoff",
         f"{', '.join(probes)} crosses the cutoff of {len(targets)} structures, {GAP:g} Å on either side, float64",
-        (Figure(energy, "eV", ENERGY_JUMP), Figure(force, "eV/Å", FORCE_JUMP)),
+        (Figure("energy jumps", energy, "eV", ENERGY_JUMP), Figure("force jumps", force, "eV/Å", FORCE_JUMP)),
         "a jump heats or cools dynamics at every crossing; energies of float32 are accurate to about 1e-6 eV",
         place,
         f"the repulsion of the model ends abruptly at the cutoff, by up to {known:.2g} eV a pair, as in deepmd-kit; "
@@ -98,7 +98,7 @@ def check_amplification(
         "amplification",
         f"displacements of {DISPLACEMENT:g} Å: {len(found)} structures, and crystals with a shell of neighbours "
         f"{INSIDE[0]:g} to {INSIDE[-1]:g} Å inside the cutoff, float64",
-        (Figure(worst, "eV/Å²", CURVATURE),),
+        (Figure("change of force per displacement", worst, "eV/Å²", CURVATURE),),
         "bonds have 10 to 150 eV/Å²; at 1,000 a time step of 0.5 fs is unstable for hydrogen",
         f"largest near the cutoff: {shells[at]:.3g} eV/Å², {INSIDE[at]:.1g} Å inside",
     )

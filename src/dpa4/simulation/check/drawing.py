@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from dpa4.output import new_figure
 
 Array = NDArray[np.float64]
-LOWEST, HIGHEST = -12.0, 25.0  # eV; range of the energies shown
+LEAST_DEPTH, DEEPEST = 1.0, 30.0
+"""Range of the depths, in eV, to which the axis of energies fits: a tenth of a bond, and somewhat more than any."""
+LEAST_HEIGHT, HEIGHT = 5.0, 2.0  # of the wall that is shown: eV, and relative to the depth
 GOOD, BAD = "tab:blue", "tab:red"
 
 
@@ -63,11 +65,15 @@ def draw(drawing: Drawing) -> Any:
 
 
 def _draw_lines(axis: Any, lines: Sequence[Line], what: str, label: str) -> None:
-    axis.set_title(f"{what} (red: failed)", fontsize=10)
+    failed = sum(line.failed for line in lines)
+    title = f"{what}: {len(lines)} drawn" if lines else f"{what}: not computed"
+    axis.set_title(title + (f", {failed} failed (red)" if failed else ""), fontsize=10)
     for line in sorted(lines, key=lambda line: line.failed):
         colour = BAD if line.failed else GOOD
         axis.plot(line.distance, line.energy, color=colour, alpha=0.5, linewidth=0.9)
     axis.axhline(0, color="0.5", linewidth=0.8)
-    axis.set_ylim(LOWEST, HIGHEST)
+    lowest = min((np.nanmin(line.energy, initial=0.0) for line in lines), default=0.0)
+    depth = float(np.clip(-lowest, LEAST_DEPTH, DEEPEST))
+    axis.set_ylim(-1.1 * depth, max(LEAST_HEIGHT, HEIGHT * depth))
     axis.set_xlabel(label, fontsize=9)
     axis.set_ylabel("energy (eV)", fontsize=9)

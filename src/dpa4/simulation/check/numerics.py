@@ -43,7 +43,10 @@ def check_finite(potential: Potential, graphs: Graphs) -> tuple[CheckResult, dic
     result = CheckResult(
         "finite numbers",
         f"{len(graphs)} structures in float64: {', '.join(graphs)}",
-        (Figure(len(broken), "structures with NaN or infinity", 0), Figure(force, "eV/Å on a free atom", 0)),
+        (
+            Figure("structures with NaN or infinity", len(broken), "", 0),
+            Figure("force on a free atom", force, "eV/Å", 0),
+        ),
         "a free atom has no force",
         ", ".join(broken),
     )
@@ -163,8 +166,8 @@ def _compared(
         name,
         tested,
         (
-            Figure(_worst(energies.values()), "eV/atom", tolerances[0], severe),
-            Figure(_worst(forces.values()), "eV/Å", tolerances[1], severe),
+            Figure("energies differ by", _worst(energies.values()), "eV/atom", tolerances[0], severe),
+            Figure("forces differ by", _worst(forces.values()), "eV/Å", tolerances[1], severe),
         ),
         reason,
         f"largest force error: {max(forces, key=forces.__getitem__)}",

@@ -41,8 +41,10 @@ def check_symmetry(potential: Potential, structures: Structures, seed: int = 0) 
             name,
             f"{len(structures)} structures, float64",
             (
-                Figure(_worst(e for e, _ in found.values()), "eV/atom", SYMMETRY_TOLERANCE),
-                Figure(_worst(f for _, f in found.values()), "eV/Å", SYMMETRY_TOLERANCE),
+                Figure(
+                    "energies differ by", _worst(e for e, _ in found.values()), "eV/atom", SYMMETRY_TOLERANCE
+                ),
+                Figure("forces differ by", _worst(f for _, f in found.values()), "eV/Å", SYMMETRY_TOLERANCE),
             ),
             "exact for every DPA4 model; float64 rounds at 1e-16, sums amplify it",
             f"largest: {max(found, key=lambda name: found[name])}",
@@ -70,8 +72,13 @@ def check_mirror(potential: Potential, structures: Structures) -> CheckResult:
         "mirror images",
         f"{len(structures)} structures, float64",
         (
-            Figure(energy, "eV/atom", limit, severe=promised),
-            Figure(_worst(f for _, f in found.values()), "eV/Å", SYMMETRY_TOLERANCE if promised else None),
+            Figure("energies differ by", energy, "eV/atom", limit, severe=promised),
+            Figure(
+                "forces differ by",
+                _worst(f for _, f in found.values()),
+                "eV/Å",
+                SYMMETRY_TOLERANCE if promised else None,
+            ),
         ),
         reason,
         f"largest: {max(found, key=lambda name: found[name])}",
@@ -128,7 +135,7 @@ def _derivative(name: str, unit: str, deviations: Mapping[str, float], along: st
     return CheckResult(
         name,
         f"{len(deviations)} structures, {DIRECTIONS} random {along} each, finite differences in float64",
-        (Figure(_worst(deviations.values()), unit, DERIVATIVE_TOLERANCE),),
+        (Figure("differ by", _worst(deviations.values()), unit, DERIVATIVE_TOLERANCE),),
         f"energies of float64 round at 1e-13 eV, which a step of {STEP:g} Å turns into 1e-9",
         f"largest: {max(deviations, key=deviations.__getitem__)}",
     )
