@@ -256,7 +256,8 @@ def test_losses_that_are_not_finite_end_all_processes(data, tmp_path, monkeypatc
     monkeypatch.setattr(Trainer, "_differentiate", spoil)
     ended = train_together(run_options(data, tmp_path / "run"), tmp_path)
     assert all(ended.statuses)
-    assert "step 4 (epoch 0, batch 3) is not finite" in ended.texts[0]
+    assert "step 4 " in ended.texts[0]
+    assert "is not finite" in ended.texts[0]
     state = load_state(tmp_path / "run" / "last.pt")
     assert state["step"] == 3
     assert all(value.isfinite().all() for value in state["potential"].values())
