@@ -107,9 +107,10 @@ def labelled(graph: Graph, energy: torch.Tensor, forces: torch.Tensor) -> Batch:
     """Training batch with one energy per structure and forces; all tensors on one device."""
     known = torch.ones_like(energy, dtype=torch.bool)
     virial = energy.new_zeros(len(energy), 3, 3)
+    counts = torch.zeros(4, dtype=torch.int64, device=energy.device)
     return Batch(
-        graph, energy, forces, virial, known, known, ~known, torch.ones_like(energy), 0 * forces[:, 0]
-    )
+        graph, energy, forces, virial, known, known, ~known, torch.ones_like(energy), 0 * forces[:, 0], counts
+    ).counted()
 
 
 def replayed(potential: Potential, batch: Batch, optimizer: torch.optim.Optimizer):

@@ -372,7 +372,7 @@ def test_recording_that_fails_is_said_once_and_training_goes_on(
 def test_recordings_are_given_up_for_memory(argon_file, tmp_path, monkeypatch, finished_run, where):
     """Recordings are dropped once; at the next failure there are none left to drop."""
     replay_as(monkeypatch, lambda step, batch: step)
-    name = {"steps": "training_step", "validation": "errors_of"}[where]
+    name = {"steps": "training_step", "validation": "predict"}[where]
     original, calls = getattr(trainer_module, name), []
 
     def work(*arguments):

@@ -38,7 +38,8 @@ def batch(
         has_virial=torch.tensor(has_virial),
         weight=torch.full((b,), weight, dtype=torch.float64),
         max_force=torch.zeros(n, dtype=torch.float64),
-    )
+        counts=torch.zeros(4, dtype=torch.int64),
+    ).counted()
 
 
 def prediction(seed=0, scale=1.0):

@@ -9,10 +9,11 @@ from safetensors import safe_open
 from dpa4.data import EpochBatches, FrameDataset, read_frames
 from dpa4.output import read_csv
 from dpa4.potential.checkpoint import load_potential
+from dpa4.training.evaluation import predict
 from dpa4.training.options import DataOptions, RunConfig
 from dpa4.training.prepare import prepare
 from dpa4.training.replay import ReplayedBatches, divided, moved_energies, replay_of
-from dpa4.training.scores import errors_of
+from dpa4.training.scores import errors_of as errors_of_predictions
 from finetuning_runs import ELEMENTS, SHIFT, finetune, options, start_and_data
 from training_runs import SILENT, Killed, assert_same_run, kill_at
 
@@ -28,6 +29,10 @@ def folder(tmp_path_factory):
 
 def batches_of(folder, name, size, **order):
     return EpochBatches(FrameDataset(read_frames(folder / name), 4.0), batch_size=size, **order)
+
+
+def errors_of(potential, batches):
+    return errors_of_predictions(batches.dataset.frames, predict(potential, batches.batches(0)))
 
 
 def assert_same_batch(one, two):

@@ -36,7 +36,8 @@ def batch_of(structures, missing: str = "", seed: int = 0) -> Batch:
 
     e, f, v = map(known, "efv")
     weight, bound = random(b).abs() + 0.5, random(n).clamp(min=0)
-    return Batch(graph, random(b), random(n, 3), random(b, 3, 3), e, f, v, weight, bound)
+    counts = torch.zeros(4, dtype=torch.int64)
+    return Batch(graph, random(b), random(n, 3), random(b, 3, 3), e, f, v, weight, bound, counts).counted()
 
 
 def step_of(potential, loss=None):
@@ -118,6 +119,7 @@ def test_padding_of_batches():
     assert torch.equal(graph.structure[n:], torch.full((graph.num_atoms - n,), b))  # the rest is empty
     lengths = {name: len(t) for name, t in zip(padded._fields[1:], padded[1:], strict=True)}
     assert {lengths.pop("forces"), lengths.pop("max_force")} == {graph.num_atoms}
+    assert lengths.pop("counts") == 4  # as before, see below
     assert set(lengths.values()) == {8}
     assert not any(t[b:].any() for t in (padded.has_energy, padded.has_forces, padded.has_virial))
     assert not padded.weight[b:].any()

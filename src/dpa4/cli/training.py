@@ -106,8 +106,10 @@ def train(
     """Train a potential, or a committee of potentials."""
     from dpa4.training import dry_run, load_run_config, train_committee
     from dpa4.training import train as run
+    from dpa4.training.launcher import launched
 
     with user_errors():
+        console.quiet = (place := launched()) is not None and place.rank > 0
         if at_once is not None and committee is None:
             raise ValueError(
                 f"--at-once {at_once} is for the members of a committee; give --committee as well"

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from dpa4.data.batch import Batch
+from dpa4.data.division import Share, balanced, least
 from dpa4.data.frame import Frame
 from dpa4.data.loader import Loader
 from dpa4.graph import Graph, build_graph, collate
@@ -66,6 +67,10 @@ class FrameDataset:
             self._num_edges = np.array([self.graph(i).num_edges for i in indices], dtype=np.int64)
         return self._num_edges
 
+    def keep_num_edges(self, found: NDArray[np.int64]) -> None:
+        """Keep numbers of edges (n,) that were counted elsewhere."""
+        self._num_edges = found
+
     def graph(self, index: int) -> Graph:
         """Graph of one structure.
 
@@ -108,7 +113,8 @@ class FrameDataset:
             has_virial=torch.tensor([f.virial is not None for f in frames]),
             weight=torch.tensor([f.weight for f in frames], dtype=torch.float64),
             max_force=torch.zeros(sum(map(len, frames)), dtype=torch.float64),
-        )
+            counts=torch.zeros(4, dtype=torch.int64),
+        ).counted()
 
 
 class Budget(NamedTuple):
@@ -164,11 +170,27 @@ class _Maker:
 
     dataset: FrameDataset
     extend: Callable[[Batch, int, int], Batch] | None
+    share: Share | None = None
 
     def __call__(self, item: tuple[int, int, list[int]]) -> Batch:
+        """Make a batch, or the part of this process.
+
+        A process without a structure of the batch has one without labels, so that it does the same work as the
+        others. Structures that are added belong to the process with the smallest part.
+        """
         epoch, number, indices = item
-        batch = self.dataset.batch(indices)
-        return batch if self.extend is None else self.extend(batch, epoch, number)
+        added = self.extend
+        if self.share is None or self.share.whole:
+            batch = self.dataset.batch(indices)
+        else:
+            costs = costs_of(self.dataset, indices)
+            parts = balanced(range(len(indices)), costs, self.share.size)
+            own = parts[self.share.rank]
+            if self.share.rank != least(parts, costs):
+                added = None
+            batch = self.dataset.batch([indices[k] for k in own or [int(costs.argmin())]])
+            batch = batch if own else batch.without_labels()
+        return batch if added is None else added(batch, epoch, number)
 
 
 class EpochBatches:
@@ -189,6 +211,7 @@ class EpochBatches:
         shuffle: bool = True,
         extend: Callable[[Batch, int, int], Batch] | None = None,
         workers: int = 0,
+        share: Share | None = None,
     ):
         """Set the size of batches: ``batch_size``, or ``max_atoms`` and/or ``max_edges``.
 
@@ -203,6 +226,7 @@ class EpochBatches:
             shuffle: Shuffle anew in every epoch; otherwise preserve the order of the frames.
             extend: Function that adds structures to a batch, given the epoch and the number of the batch.
             workers: Processes that prepare batches; 0: a thread. The batches are the same.
+            share: Share of this process in the batches; None: all of them.
 
         Raises:
             ValueError: If no size, both kinds of size or a size below 1 is given, or the data set is empty.
@@ -216,8 +240,8 @@ class EpochBatches:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not len(dataset):
             raise ValueError("the data set has no structures, so there are no batches")
-        self.dataset, self.seed, self.shuffle = dataset, seed, shuffle
-        self.loader = Loader(_Maker(dataset, extend), workers)
+        self.dataset, self.seed, self.shuffle, self.share = dataset, seed, shuffle, share
+        self.loader = Loader(_Maker(dataset, extend, share), workers)
         self._counted: tuple[int, int] | None = None  # epoch, number of batches
         self._budgets: list[Budget] = []
         if batch_size is not None:
@@ -305,7 +329,24 @@ class EpochBatches:
         The batches are in page-locked memory if there is a GPU. A thread or processes prepare them ahead; a thread
         ends when the iterator is exhausted, closed or deleted.
         """
-        return self.loader.load((epoch, number, indices) for number, indices in self.plan(epoch, start))
+        items = self.plan(epoch, start)
+        if self.share is not None and self.share.whole:
+            own = self.owners(epoch)[self.share.rank][start:]
+            every = self.indices(epoch)
+            items = ((number, every[number]) for number in own)
+        return self.loader.load((epoch, number, indices) for number, indices in items)
+
+    def owners(self, epoch: int) -> list[list[int]]:
+        """Numbers of the batches of each process, if whole batches are divided."""
+        assert self.share is not None
+        sums = np.array([costs_of(self.dataset, batch).sum() for batch in self.indices(epoch)])
+        return balanced(range(len(sums)), sums, self.share.size)
+
+
+def costs_of(dataset: FrameDataset, indices: Sequence[int]) -> NDArray[np.int64]:
+    """Cost of some structures: their edges and, so that none is free, their atoms."""
+    chosen = np.asarray(indices, dtype=np.int64)
+    return np.asarray(dataset.num_edges[chosen] + dataset.num_atoms[chosen], dtype=np.int64)
 
 
 def _name(frame: Frame, index: int) -> str:

@@ -19,6 +19,7 @@ from dpa4.potential.committee import MEMBER, member_files, member_folders
 from dpa4.system import caught_signals, choose_device, stop_requests
 from dpa4.training.calibration import Calibration, calibrations, write_calibration
 from dpa4.training.evaluation import batches_for, predict_committee
+from dpa4.training.launcher import refuse_several
 from dpa4.training.options import RunConfig
 from dpa4.training.run import train
 from dpa4.training.run_data import calibration_frames
@@ -72,6 +73,7 @@ def train_committee(
         ValueError: If ``members`` or ``at_once`` is not allowed, or as in ``train``.
     """
     tolerate_any_encoding()
+    refuse_several("training of a committee")
     console = console or Console()
     if members < 2:
         raise ValueError(

@@ -13,6 +13,7 @@ from rich.table import Table
 from dpa4.data import Batch, EpochBatches
 from dpa4.system import float32_by_default, own_settings, peak_memory
 from dpa4.training.evaluation import predict
+from dpa4.training.launcher import refuse_several
 from dpa4.training.options import RunConfig
 from dpa4.training.prepare import prepare
 from dpa4.training.run import check_unused
@@ -91,6 +92,7 @@ def dry_run(config: RunConfig, console: Console | None = None) -> DryRun:
     Raises:
         FloatingPointError, RuntimeError, ValueError: As in ``train``, but nothing is saved.
     """
+    refuse_several("a dry run")
     console = console or Console()
     _warn_of_used_folder(config.output, console)
     preparation = prepare(config, console)

@@ -55,7 +55,7 @@ class Fragments:
         made = [self._fragment(size, random) for size in self.SIZES]
         bounds = torch.from_numpy(np.concatenate([bound for _, bound in made]))
         extended = batch.extended(collate([batch.graph, *(graph for graph, _ in made)]))
-        return extended._replace(max_force=torch.cat([batch.max_force, bounds]))
+        return extended._replace(max_force=torch.cat([batch.max_force, bounds])).counted()
 
     def _fragment(self, size: int, random: np.random.Generator) -> tuple[Graph, Array]:
         """Draw a fragment; return its graph and the bound of the force of each atom, (size,)."""

@@ -127,6 +127,34 @@ def _errors_text(errors: dict[str, Any]) -> str:
     )
 
 
+class NoLog:
+    """Log of a process that leaves logging to another one."""
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def flush_to_disk(self) -> None:
+        """Do nothing."""
+
+    def step(self, step: int) -> None:
+        """Do nothing."""
+
+    def train(self, row: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def start(self, errors: dict[str, float]) -> None:
+        """Do nothing."""
+
+    def validation(self, row: dict[str, Any], epochs: float) -> None:
+        """Do nothing."""
+
+    def replay(self, row: dict[str, Any]) -> None:
+        """Do nothing."""
+
+
 def _summary_writer(folder: Path, resume_step: int | None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter

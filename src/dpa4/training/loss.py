@@ -24,7 +24,8 @@ class Loss(NamedTuple):
     Structures without a label are excluded from the mean of that term. A term without any label is exactly zero
     and still part of the autograd graph. The weight of a structure multiplies its errors. Means are not divided
     by the sum of the weights, so a weight also acts in a batch of one structure. Structures without atoms are
-    allowed. No operation waits for the device.
+    allowed. No operation waits for the device. The losses of the parts of a batch add up to that of the batch, since
+    the numbers of labels, ``Batch.counts``, are those of the whole batch.
 
     Forces on atoms with a bound (`dpa4.training.fragments`) add ``bound`` times the mean of log(1 + excess), with the
     excess over the bound in eV/Angstrom. The logarithm lets the gradients of the labels prevail, however large a
@@ -62,17 +63,18 @@ class Loss(NamedTuple):
             # At a zero residual the subgradient of vector_norm is zero; the derivative of a square root is NaN.
             forces = penalty(torch.linalg.vector_norm(difference, dim=-1))
 
+        counts = batch.counts.clamp(min=1).unbind()
         terms = {
-            "energy": _masked_mean(energy, batch.has_energy, batch.weight),
-            "forces": _masked_mean(forces, batch.has_forces[structure], batch.weight[structure]),
-            "virial": _masked_mean(virial, batch.has_virial, batch.weight),
+            "energy": _masked_mean(energy, batch.has_energy, batch.weight, counts[0]),
+            "forces": _masked_mean(forces, batch.has_forces[structure], batch.weight[structure], counts[1]),
+            "virial": _masked_mean(virial, batch.has_virial, batch.weight, counts[2]),
         }
         # Without edges the forces are constants. The energy always provides an autograd graph for the backward pass.
         loss = 0.0 * prediction.energy.sum()
         for name, term in terms.items():
             if weight := getattr(self, name):
                 loss = loss + weight * term
-        loss = loss + self.bound * _excess(prediction.forces, batch.max_force)
+        loss = loss + self.bound * _excess(prediction.forces, batch.max_force, counts[3])
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def _penalty(self) -> Callable[[Tensor], Tensor]:
@@ -107,14 +109,12 @@ def absolute_errors(prediction: Prediction, batch: Batch) -> Tensor:
     return torch.stack([torch.stack(sums), torch.stack(values).double()])
 
 
-def _masked_mean(error: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-    """Weighted sum of the labelled entries divided by their number; zero without labels."""
-    kept = torch.where(mask, error * weight, 0.0)
-    return kept.sum() / mask.sum().clamp(min=1)
+def _masked_mean(error: Tensor, mask: Tensor, weight: Tensor, count: Tensor) -> Tensor:
+    """Weighted sum of the labelled entries divided by their number in the whole batch; zero without labels."""
+    return torch.where(mask, error * weight, 0.0).sum() / count
 
 
-def _excess(forces: Tensor, bound: Tensor) -> Tensor:
-    """Mean of log(1 + excess) over the atoms with a bound; zero if there is none."""
-    bounded = bound > 0
-    excess = torch.where(bounded, torch.linalg.vector_norm(forces, dim=-1) - bound, 0.0).clamp(min=0)
-    return excess.log1p().sum() / bounded.sum().clamp(min=1)
+def _excess(forces: Tensor, bound: Tensor, count: Tensor) -> Tensor:
+    """Mean of log(1 + excess) over the atoms of the whole batch with a bound; zero if there is none."""
+    excess = torch.where(bound > 0, torch.linalg.vector_norm(forces, dim=-1) - bound, 0.0).clamp(min=0)
+    return excess.log1p().sum() / count

@@ -217,6 +217,10 @@ class HybridMuon(Optimizer):
         self._factors.copy_(factors, non_blocking=True)
         return tuple(keys)
 
+    def received(self) -> list[Tensor]:
+        """Flat buffer of the gradients of each group that `receive` has copied."""
+        return [pack.received for _, pack in self._current]
+
     @torch.no_grad()
     def update(self, scale: Tensor, active: Tensor) -> None:
         """Update the parameters whose gradients `receive` has copied.

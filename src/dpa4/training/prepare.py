@@ -39,12 +39,12 @@ from dpa4.model.short_range import pair_bridging
 from dpa4.output import counted
 from dpa4.potential import Potential
 from dpa4.potential.card import symmetry_text
-from dpa4.system import choose_device
 from dpa4.training.finetuning_options import FINETUNING
 from dpa4.training.fragments import Fragments
 from dpa4.training.loss import Loss
 from dpa4.training.options import RunConfig, TrainingOptions
 from dpa4.training.parts import check_parts
+from dpa4.training.processes import ALONE, Processes
 from dpa4.training.replay import Extension, Replay, combined, divided, replay_of
 from dpa4.training.repulsion import overlapping_pairs, without_repulsion
 from dpa4.training.run_data import RunData, frames_of, read_data, without_isolated
@@ -68,13 +68,16 @@ class Preparation(NamedTuple):
     run_text: str  # the options as YAML; "auto" stays "auto"
 
 
-def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None = None) -> Preparation:
+def prepare(
+    config: RunConfig, console: Console, state: Mapping[str, Any] | None = None, processes: Processes = ALONE
+) -> Preparation:
     """Read the data, print a summary of them, and build the potential.
 
     Args:
         config: Options of the run.
         console: Console to print to.
         state: State of the run to resume; the model then has its elements and reference energies.
+        processes: Processes among which the batches are divided.
 
     Raises:
         ValueError: If the data cannot be read, have no label for a term with a weight (training and validation
@@ -82,13 +85,16 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
             data only; also if the model to start from contradicts an option.
         RuntimeError: If device is cuda and no CUDA device is available.
     """
-    device = choose_device(config.device)
+    device = processes.device(config.device)
     options = config.training
     start = load_start(config.model) if state is None and config.model.start_from else None
     if start is not None:
         check_parts(options.finetune.freeze, start.potential.model)
+    processes.refuse_with(bool(config.data.replay.files), "data.replay")
     data = read_data(config, console)
     frames, validation = data.train, data.validation
+    streamed = any(isinstance(part, StreamedFrames) for part in (frames, validation))
+    processes.refuse_with(streamed, "training on .aselmdb files")
     model = _model(config, data, state, start, console)
     seen, held_out = sampled(frames), sampled(validation)
     pairs = charges_and_spins([*seen, *held_out], model.charge_spin, model.default_charge_spin)
@@ -132,6 +138,9 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
         _advise(options, validation, console)
         coverage = potential.coverage and own.union(potential.coverage)
     _describe(config, potential, device, console)
+    for dataset in (train, valid):
+        processes.count_edges(dataset)
+    processes.describe(budget.get("batch_size"), console)
     replay = None
     if old:
         present = potential_references(potential)
@@ -152,6 +161,7 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
         shuffle=True,
         extend=combined(additions),
         workers=_workers(config, frames, device),
+        share=processes.share(),
     )
     for fill in batches.fill():
         console.print(
@@ -164,7 +174,9 @@ def prepare(config: RunConfig, console: Console, state: Mapping[str, Any] | None
         potential=potential,
         train=batches,
         coverage=coverage,
-        validation=EpochBatches(valid, **budget, seed=options.seed, shuffle=False, workers=workers)
+        validation=EpochBatches(
+            valid, **budget, shuffle=False, workers=workers, share=processes.share(whole=True)
+        )
         if validation
         else None,
         loss=data.loss,

@@ -1,5 +1,6 @@
 """A training run: its output folder, new or continued."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from dpa4.system import float32_by_default, own_settings
 from dpa4.training.logs import REPLAY_FILE
 from dpa4.training.options import RunConfig
 from dpa4.training.prepare import prepare
+from dpa4.training.processes import Processes, launched_processes
 from dpa4.training.state import STATE, load_state
 from dpa4.training.trainer import Trainer
 
@@ -53,6 +55,9 @@ def train(
     At SIGINT or SIGTERM, the current step is finished, the state is saved, and the function returns. On a CPU, a run
     that is killed at any moment and resumed yields the same numbers as an uninterrupted one.
 
+    In each of several processes that torchrun or Slurm has started, the function trains the same model on its part of
+    every batch. The first process prints and writes; in the others an error ends the process.
+
     Args:
         config: Options of the run.
         resume: Continue the run in the output folder. If no step is left to do, nothing in it changes.
@@ -73,32 +78,57 @@ def train(
             ``new_data``, to other data; also if the neighbour list of a structure cannot be built, after saving the
             state before it.
         FloatingPointError: If the loss or the gradient is not finite; the state before that step is saved.
+        TimeoutError: If not all processes of a launcher have started.
     """
     tolerate_any_encoding()
-    console = console or Console()
     check_start(resume, overwrite)
     if new_data and not resume:
         raise ValueError("new data are for a run to resume; give --resume, too, or neither")
+    processes = launched_processes()
+    console = (console or Console()) if processes.first else Console(quiet=True)
+    processes.join(processes.device(config.device))
+    with processes.failures():
+        path = _train(config, processes, console, resume=resume, new_data=new_data, overwrite=overwrite)
+    processes.leave()
+    return path
+
+
+def _train(
+    config: RunConfig,
+    processes: Processes,
+    console: Console,
+    *,
+    resume: bool,
+    new_data: bool,
+    overwrite: bool,
+) -> Path:
     file = config.output / STATE
     if resume and not file.is_file():
         raise FileNotFoundError(f"no training state {file} to resume from; train without --resume first")
-    with OutputFolder(config.output):
+    with OutputFolder(config.output) if processes.first else nullcontext():
+        processes.wait("the output folder")
         state = load_state(file) if resume else None
-        if state is None and not overwrite:
-            check_unused(config.output)
-        elif state is not None:
-            remove_leftovers(config.output, LEFTOVERS_OF_SAFETENSORS)
-        preparation = prepare(config, console, state)
-        trainer = Trainer(config, preparation, console)
-        if state is None:
-            remove_files(config.output, *_FILES_OF_A_RUN)
-            trainer.save_state()  # before all other files, so that a run killed at any time can be resumed
-        else:
+        if processes.first:
+            if state is None and not overwrite:
+                check_unused(config.output)
+            elif state is not None:
+                remove_leftovers(config.output, LEFTOVERS_OF_SAFETENSORS)
+        with processes.busy("reading the data"):
+            preparation = prepare(config, console, state, processes)
+        processes.check_same(
+            "data and options", repr((preparation.data, preparation.run_text, state is None))
+        )
+        trainer = Trainer(config, preparation, console, processes)
+        if state is not None:
             trainer.load(state, new_data)
             if (model := trainer.finished()) is not None:
                 return model
-        with atomic_write(config.output / "run.yaml") as temporary:
-            temporary.write_text(preparation.run_text, encoding="utf-8")
+        if processes.first:
+            if state is None:
+                remove_files(config.output, *_FILES_OF_A_RUN)
+                trainer.save_state()  # before all other files, so that a run killed at any time can be resumed
+            with atomic_write(config.output / "run.yaml") as temporary:
+                temporary.write_text(preparation.run_text, encoding="utf-8")
         return trainer.run()
 
 

@@ -1,28 +1,26 @@
 """Errors of a model during training, their score, and the comparison of the best model with its start."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dpa4.data import EpochBatches
+from dpa4.data import Frame
 from dpa4.output import read_csv
-from dpa4.potential import Potential
-from dpa4.training.errors import ErrorRow, error_table
-from dpa4.training.evaluation import predict
+from dpa4.training.errors import ErrorRow, FramePrediction, error_table
 from dpa4.training.loss import Loss
 
 TARGETS = {"energy": "energy per atom", "forces": "forces", "virial": "virial per atom"}
 """Quantity of each term of the loss in a table of errors."""
 
 
-def errors_of(potential: Potential, batches: EpochBatches) -> dict[str, ErrorRow]:
-    """Errors on structures by term of the loss; terms without labels are absent.
+def errors_of(frames: Sequence[Frame], predictions: Sequence[FramePrediction]) -> dict[str, ErrorRow]:
+    """Errors of predictions by term of the loss; terms without labels are absent.
 
     Args:
-        potential: The potential.
-        batches: The structures, in their order.
+        frames: The structures.
+        predictions: A prediction for each.
     """
-    table = error_table(batches.dataset.frames, predict(potential, batches.batches(0)))
+    table = error_table(frames, predictions)
     return {name: row for name, quantity in TARGETS.items() if (row := table.row(quantity))}
 
 

@@ -19,12 +19,14 @@ from dpa4.potential.checkpoint import save_potential
 from dpa4.system import keep_freed_memory, naming_lack_of_memory, own_settings, stop_requests
 from dpa4.training.ema import MovingAverage
 from dpa4.training.errors import ErrorRow
+from dpa4.training.evaluation import predict
 from dpa4.training.finetuning_options import FinetuneOptions
-from dpa4.training.logs import ERROR_COLUMNS, TERMS, RunLog
+from dpa4.training.logs import ERROR_COLUMNS, TERMS, NoLog, RunLog
 from dpa4.training.loss import Loss, absolute_errors
 from dpa4.training.options import RunConfig
 from dpa4.training.plots import plot_learning_curve
 from dpa4.training.prepare import Preparation, batch_budget
+from dpa4.training.processes import ALONE, Processes
 from dpa4.training.resume import changes_of_run
 from dpa4.training.schedule import schedule_of
 from dpa4.training.scores import TARGETS, columns_of, comparison_with_start, errors_of, score_of
@@ -58,8 +60,11 @@ def training_step(potential: Potential, batch: Batch, loss: Loss) -> tuple[Tenso
 class Trainer:
     """Training run: its state, and the loop over its steps."""
 
-    def __init__(self, config: RunConfig, preparation: Preparation, console: Console):
+    def __init__(
+        self, config: RunConfig, preparation: Preparation, console: Console, processes: Processes = ALONE
+    ):
         options = config.training
+        self.processes = processes
         self.config, self.console, self.preparation = config, console, preparation
         self.potential, self.loss = preparation.potential, preparation.loss
         self.potential.coverage = preparation.coverage
@@ -92,7 +97,7 @@ class Trainer:
         self.labelled = dict.fromkeys(TARGETS, 0)  # number of these steps with a label for each term
         self.resumed = False
         self.compiled: CompiledTraining | None = None
-        self.log: RunLog  # opened by `run`, once it is known whether the run is resumed
+        self.log: RunLog | NoLog  # opened by `run`, once it is known whether the run is resumed
 
     # --- the loop
 
@@ -117,7 +122,8 @@ class Trainer:
             highlight=False,
             soft_wrap=True,
         )
-        plot_learning_curve(self.config.output)
+        if self.processes.first:
+            plot_learning_curve(self.config.output)
         return self._named_model()
 
     @own_settings  # the GPU of the run
@@ -132,14 +138,18 @@ class Trainer:
         # A run that was killed before its first step logs the errors of its start again.
         resume_step = (self.step or -1) if self.resumed else None
         replays = self.preparation.replay is not None and self.preparation.replay.validation is not None
-        self.log = RunLog(folder, self.console, self.total, resume_step, options.tensorboard, replays)
+        self.log = NoLog()
+        if self.processes.first:
+            self.log = RunLog(folder, self.console, self.total, resume_step, options.tensorboard, replays)
         self._compile()
-        with stop_requests() as stopped, self.log:
+        with stop_requests() as received, self.log:
+            stopped = False
             if self.config.model.start_from and self.step == 0 and not self._over():
                 self._validate_start()
             last_tick = last_plot = self._clock()
             for batch in self._batches():
                 self._train_on(batch)
+                stopped = self.processes.stopped(received)
                 now = self._clock()
                 self.seconds, last_tick = self.seconds + now - last_tick, now
                 done = self.step == self.total
@@ -148,7 +158,7 @@ class Trainer:
                 self.log.step(self.step)
                 if self.step % self.validation_interval == 0 or done:
                     self._validate()
-                    if now > last_plot + PLOT_SECONDS:
+                    if self.processes.first and now > last_plot + PLOT_SECONDS:
                         plot_learning_curve(folder)
                         last_plot = self._clock()
                     done = done or self._exhausted()
@@ -156,7 +166,7 @@ class Trainer:
                     self.save()
                 if done or stopped:
                     break
-        return self._finish(bool(stopped))
+        return self._finish(stopped)
 
     def _batches(self) -> Iterator[Batch]:
         while not self._over():
@@ -164,9 +174,11 @@ class Trainer:
                 for batch in self.preparation.train.batches(self.epoch, start=self.batch):
                     if self.epoch == self.first_epoch:
                         self.potential.check(batch.graph)
+                    batch = self.processes.agree(batch)
                     self.batch += 1
                     yield batch
             except ValueError as error:  # an unusable structure, found in the first epoch
+                self.processes.refuse(error)
                 self.save()
                 raise ValueError(
                     f"{error}. The state before it is saved in {self.config.output / STATE}; correct or remove "
@@ -182,15 +194,16 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.potential.train()
-        masks = {"energy": batch.has_energy, "forces": batch.has_forces, "virial": batch.has_virial}
-        labelled = {name: bool(mask.any()) for name, mask in masks.items()}  # on the CPU
+        labelled = {name: bool(count) for name, count in zip(TARGETS, batch.counts.tolist(), strict=False)}
         batch = batch.to(self.device)
         batch = batch._replace(graph=self.potential.without_excluded(batch.graph))
         with naming_lack_of_memory(
             lambda: f"the gradients of a batch of {batch.graph.size}", self.device, MEMORY
         ):
             loss, terms = (self._differentiate if self.compiled is None else self.compiled.step)(batch)
+        self.processes.complete(self.trained.parameters)
         self.update.receive(loss, terms, self.step)
+        self.processes.add_up(self.update.received())
         (self.update.apply if self.compiled is None else self.compiled.update)()
         self._confirm(self.update.report(counters))
         self.summed += 1
@@ -228,6 +241,7 @@ class Trainer:
     def _abort(self, report: Report) -> NoReturn:
         for name, value in report.counters.items():  # a resumed run repeats the step
             setattr(self, name, value)
+        self.processes.all_fail = True  # the numbers are sums over all
         self.save()
         raise FloatingPointError(
             f"{self._not_finite(report)}. The state before it is saved in {self.config.output / STATE}; look for "
@@ -250,7 +264,10 @@ class Trainer:
         from dpa4.training.compilation import CompiledTraining  # the import takes a second, with Triton
 
         self.compiled = CompiledTraining(self.potential, self._differentiate, self.update, self.console)
-        with naming_lack_of_memory(lambda: "the first batch and compiled code", self.device, MEMORY):
+        with (
+            self.processes.first_of_each_node("compilation"),
+            naming_lack_of_memory(lambda: "the first batch and compiled code", self.device, MEMORY),
+        ):
             self.compiled.start(self.preparation.train)
 
     def _compiled_or_eager(self, work: Callable[[], T]) -> T:
@@ -293,9 +310,14 @@ class Trainer:
         self.save()
 
     def _errors(self, batches: EpochBatches) -> dict[str, ErrorRow]:
-        if self.compiled is not None:
-            self.compiled.check_evaluation(batches)
-        return self._compiled_or_eager(lambda: errors_of(self.potential, batches))
+        """Errors of the present weights; several processes share the work if the batches are divided."""
+        with self.processes.busy("validation"):
+            if self.compiled is not None:
+                self.compiled.check_evaluation(batches)
+            found = self._compiled_or_eager(lambda: predict(self.potential, batches.batches(0)))
+        if batches.share is not None:
+            found = self.processes.gathered(found, batches)
+        return errors_of(batches.dataset.frames, found)
 
     def _validate(self) -> None:
         """Log the errors of the averaged weights on the validation data, and save the model if it is the best."""
@@ -340,10 +362,13 @@ class Trainer:
     def save(self) -> None:
         """Write last.safetensors, then last.pt, once the rows of the logs before it are on the disk."""
         self._confirm()
-        with self._evaluated_weights():
-            self._save_model("last.safetensors", self.best_score if self.stale == 0 else math.nan)
-        self.log.flush_to_disk()
-        self.save_state()
+        if not self.processes.first:
+            return
+        with self.processes.busy("saving"):
+            with self._evaluated_weights():
+                self._save_model("last.safetensors", self.best_score if self.stale == 0 else math.nan)
+            self.log.flush_to_disk()
+            self.save_state()
 
     def save_state(self) -> None:
         """Write last.pt, which alone holds everything a resumed run needs."""
@@ -430,6 +455,8 @@ class Trainer:
         )
 
     def _save_model(self, name: str, score: float) -> None:
+        if not self.processes.first:
+            return
         provenance = self._provenance() | {"step": str(self.step)}
         if math.isfinite(score):
             provenance["validation score"] = f"{score:.6g}"
@@ -444,7 +471,8 @@ class Trainer:
         return own
 
     def _finish(self, stopped: bool) -> Path:
-        plot_learning_curve(self.config.output)
+        if self.processes.first:
+            plot_learning_curve(self.config.output)
         if stopped and self.step < self.total:
             self.console.print(f"stopped after step {self.step}; continue with --resume")
         elif self._exhausted():

@@ -52,8 +52,10 @@ class WeightUpdate:
         self.sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
         self.key: Hashable = None
         self.errors = torch.zeros(2, len(ERROR_UNITS), dtype=torch.float64, device=device)
-        self._record = torch.zeros_like(self.sums)  # terms, loss and norm of the step
-        self._errors = torch.zeros_like(self.errors)  # of the step
+        numbers = self.sums.new_zeros(len(TERMS) + self.errors.numel())  # of the step
+        self._record = numbers[: len(TERMS)]  # terms, loss and norm
+        self._errors = numbers[len(TERMS) :].view(self.errors.shape)
+        self._numbers = numbers
         self._finite = torch.ones((), dtype=torch.bool, device=device)  # this step and all steps before it
         self._one = torch.ones((), device=device)
 
@@ -71,6 +73,10 @@ class WeightUpdate:
         self.key = self.optimizer.receive()
         if self.average is not None:
             self.average.receive(count)
+
+    def received(self) -> list[Tensor]:
+        """Flat buffers of the gradients and numbers that `receive` has copied, for processes that add theirs up."""
+        return [self._numbers, *self.optimizer.received()]
 
     @torch.no_grad()
     def apply(self) -> None:
