@@ -64,6 +64,7 @@ def test_collect_without_anything_to_collect(runs):
     assert "runs/0/POSCAR: 1 without energy, forces and stress" in output
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_on_a_folder_of_runs(runs):
     run("init", "run.yaml", "--train", "runs")
     settings = [

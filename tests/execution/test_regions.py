@@ -57,6 +57,7 @@ GENERATIONS["everything"] = {**GENERATIONS["SO(3) grid"], **GENERATIONS["foci"],
 GENERATIONS["everything, C++"] = {**GENERATIONS["everything"], "channels": 16}
 
 
+@pytest.mark.slow
 def test_training_computes_everything_of_its_weights(compilations):
     potential = small_potential().train()
     compile_potential(potential)
@@ -66,7 +67,7 @@ def test_training_computes_everything_of_its_weights(compilations):
     assert not any(region.constants for region in regions_of(potential))
 
 
-@pytest.mark.parametrize("name", ["S2 grid", "everything, C++"])
+@pytest.mark.parametrize("name", ["S2 grid", pytest.param("everything, C++", marks=pytest.mark.slow)])
 def test_evaluation_of_a_potential_computes_nothing_of_weights_alone(compilations, name):
     potential = random_potential(**GENERATIONS[name]).eval()
     compile_potential(potential)

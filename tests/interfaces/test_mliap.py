@@ -284,6 +284,7 @@ def test_settings_of_pytorch_do_not_change_results(setting, monkeypatch):
     assert all(np.array_equal(one, other) for one, other in zip(before[:4], found[:4], strict=True))
 
 
+@pytest.mark.slow
 def test_compiled_code_for_one_of_several_ranks(compilations):
     atoms, potential = cell(), random_potential(cutoff=CUTOFF, n_blocks=1, lmax=1, **BRIDGED)
     ranks = Ranks(1)  # tracing does not support several threads at once

@@ -35,6 +35,7 @@ IN_FLOAT32 = {"D_base", "D_ffn_so3", "D_legacy_version1.0", "E_edge_norm_FTF"}
 GENERATION_3 = [name for name in SUPPORTED if name.startswith("E_")]
 # Published sizes, of which one stands for all in the quick tests.
 LARGE = {name for name in GENERATION_3 if name.startswith(("E_v0", "E_max", "E_ultra"))} - {"E_v0911_mini"}
+LARGE |= {"G1_neo"}  # C_neo is as large
 
 if not INDEX:
     pytest.skip(
@@ -56,7 +57,10 @@ def test_float64(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=slow_if(name.startswith(("D_", "E_")) and name not in IN_FLOAT32))
+        pytest.param(
+            name,
+            marks=slow_if((name.startswith(("D_", "E_")) and name not in IN_FLOAT32) or name == "G1_neo"),
+        )
         for name in SUPPORTED
     ],
 )

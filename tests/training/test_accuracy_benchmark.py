@@ -179,6 +179,7 @@ def test_stopped_trainings_continue_and_finished_ones_are_skipped(
     assert len(lines) == 4 and all("| 2 |" in line and "± 1 " in line for line in lines[2:])
 
 
+@pytest.mark.slow
 def test_list_of_an_experiment():
     command = [sys.executable, str(SCRIPT), "nowhere", "anchor", "--seeds", "0", "--list"]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()

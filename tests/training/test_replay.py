@@ -139,6 +139,7 @@ def whole_run(folder):
     return folder / "whole", text
 
 
+@pytest.mark.slow
 def test_replayed_data_are_forgotten_less(folder, tmp_path):
     """Both runs see as many new structures. With replay the error is 0.2 to 0.36 times as large, for five seeds."""
     errors = []
