@@ -366,6 +366,7 @@ def command(file: Path, *options: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # the compiler alone takes minutes
 def test_torchrun(data, tmp_path):
     """Compiled steps too; the numbers are those of the eager run in float32."""
     file = tmp_path / "run.yaml"
